@@ -1,0 +1,160 @@
+"""Servers that somebody else runs, named by the environment: used instead of starting them here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import boto3
+from botocore.config import Config
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_DEEPINFRA = "https://api.deepinfra.com/v1/openai"
+_OPENAI = "https://api.openai.com/v1"
+
+
+class NotOursError(RuntimeError):
+    """This part belongs to somebody else, so it is neither stopped nor restarted nor configured from here."""
+
+
+class _Given:
+    """What all of them have in common: they are there, and stay there."""
+
+    running = True
+
+    @property
+    def pids(self) -> list[int]:
+        """No processes of ours."""
+        return []
+
+    def launch(self) -> None:
+        """Nothing to start."""
+
+    def wait_until_ready(self) -> None:
+        """Nothing to wait for: whoever runs it has it running."""
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def close(self) -> None:
+        """Leave it running."""
+
+    def stop(self) -> None:
+        """Refuse."""
+        raise NotOursError(f"{self!r} was not started here, so it is not stopped here.")
+
+    kill = restart = pause = resume = stop
+
+
+@dataclass(frozen=True)
+class GivenRabbitMQ(_Given):
+    """The broker of `VQA_RABBITMQ_URL`."""
+
+    url: str
+    management_url: str = ""
+    prometheus_url: str = ""
+
+    def ctl(self, *arguments: str) -> str:
+        """Refuse."""
+        raise NotOursError(f"rabbitmqctl {' '.join(arguments)}: the broker was not started here.")
+
+    def __repr__(self) -> str:
+        return "the broker of VQA_RABBITMQ_URL"
+
+
+@dataclass(frozen=True)
+class GivenS3(_Given):
+    """The server of `VQA_S3_ENDPOINT_URL`, with the credentials that boto3 finds."""
+
+    endpoint_url: str
+    access_key: str
+    secret_key: str
+    region: str
+    bucket: str
+    session_token: str | None = None
+
+    def client(self) -> "S3Client":
+        """Return a new boto3 client for this server."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            aws_session_token=self.session_token,
+            region_name=self.region,
+            config=Config(signature_version="s3v4"),
+        )
+
+    def __repr__(self) -> str:
+        return "the server of VQA_S3_ENDPOINT_URL"
+
+
+@dataclass(frozen=True)
+class GivenModel(_Given):
+    """A real model API. It is paid for by whoever owns the key."""
+
+    base_url: str
+    api_key: str
+    models: tuple[str, ...]
+    is_stand_in = False
+
+    def __repr__(self) -> str:
+        return f"the model API at {self.base_url}"
+
+
+def given_rabbitmq(environment: Mapping[str, str]) -> GivenRabbitMQ | None:
+    """Return the broker that the environment names, if any."""
+    url = environment.get("VQA_RABBITMQ_URL")
+    return GivenRabbitMQ(url) if url else None
+
+
+def given_s3(environment: Mapping[str, str]) -> GivenS3 | None:
+    """Return the S3 server that the environment names, if any.
+
+    Raises:
+        RuntimeError: There are no credentials for it.
+    """
+    endpoint = environment.get("VQA_S3_ENDPOINT_URL")
+    if not endpoint:
+        return None
+    session = boto3.Session()
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise RuntimeError(
+            "VQA_S3_ENDPOINT_URL is set without credentials: set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or unset it to have an S3 server started here."
+        )
+    frozen = credentials.get_frozen_credentials()
+    return GivenS3(
+        endpoint_url=endpoint,
+        access_key=frozen.access_key or "",
+        secret_key=frozen.secret_key or "",
+        session_token=frozen.token,
+        region=session.region_name or "us-east-1",
+        bucket=environment.get("VQA_DEMO_BUCKET") or "vqa-images",
+    )
+
+
+def given_model(environment: Mapping[str, str]) -> GivenModel | None:
+    """Return the model API that the environment names by URL or by key, if any.
+
+    A key of one provider is never sent to another.
+
+    Raises:
+        RuntimeError: There is a URL but no key for it.
+    """
+    deepinfra, openai = environment.get("DEEPINFRA_TOKEN"), environment.get("OPENAI_API_KEY")
+    own_url, own_key = environment.get("VQA_MODEL_BASE_URL"), environment.get("VQA_MODEL_API_KEY")
+    own_model = environment.get("VQA_MODEL")
+    llama = own_model or "meta-llama/Llama-3.2-90B-Vision-Instruct"
+    if own_url:
+        if not own_key:
+            raise RuntimeError("VQA_MODEL_BASE_URL is set without VQA_MODEL_API_KEY: set both or none.")
+        return GivenModel(own_url, own_key, (llama,))
+    if own_key or deepinfra:
+        return GivenModel(_DEEPINFRA, own_key or deepinfra or "", (llama,))
+    if openai:
+        # The worker's default model is none of OpenAI's.
+        return GivenModel(_OPENAI, openai, (own_model or "gpt-4o-mini",))
+    return None

@@ -1,0 +1,131 @@
+"""How the stand-in can be told to behave, as data: the same objects serve the tests and the HTTP endpoint."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DEFAULT_MODELS = ("stand-in/vision", "stand-in/vision-small")
+
+
+class _Strict(BaseModel):
+    # A misspelt name in a test should fail it, not change nothing.
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Outcome(_Strict):
+    after: float = 0.0
+    """Seconds to wait first."""
+
+
+class Answer(_Outcome):
+    """A well-formed 200 that differs from the usual answer in the fields given."""
+
+    kind: Literal["answer"] = "answer"
+    text: str | None = None
+    """Instead of the usual text; may be empty."""
+    parts: bool = False
+    """Send the content as a list of text parts."""
+    null_content: bool = False
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    finish_reason: str | None = None
+    no_choices: bool = False
+    """Send an empty list of choices."""
+    usage: Literal["full", "no_cost", "none"] = "full"
+    extra: dict[str, Any] = {}
+    """Fields to add to the body, or to replace in it."""
+    headers: dict[str, str] = {}
+
+
+class Error(_Outcome):
+    """An error status with a body as OpenAI sends it, or with any other body."""
+
+    kind: Literal["error"] = "error"
+    status: int = 500
+    message: str = "Scripted failure"
+    type: str | None = None
+    code: str | None = None
+    body: str | dict[str, Any] | None = None
+    """Instead of the usual body; a string is sent as it is, as `text/plain`."""
+    headers: dict[str, str] = {}
+
+
+class Malformed(_Outcome):
+    """A 200 that no client can use.
+
+    `not_json`: a page of HTML; `no_choices_key`: JSON of another shape; `cut_json`: half a body, complete as
+    far as HTTP can tell; `truncated`: fewer bytes than announced, then the connection is reset.
+    """
+
+    kind: Literal["malformed"] = "malformed"
+    how: Literal["not_json", "no_choices_key", "cut_json", "truncated"] = "not_json"
+
+
+class Hang(_Outcome):
+    """No answer, ever; the connection stays open until the caller leaves."""
+
+    kind: Literal["hang"] = "hang"
+
+
+class Reset(_Outcome):
+    """The connection is reset before any answer."""
+
+    kind: Literal["reset"] = "reset"
+
+
+class Drip(_Outcome):
+    """The usual answer, a few bytes at a time."""
+
+    kind: Literal["drip"] = "drip"
+    seconds: float = 1.0
+    """From the first byte to the last."""
+    pieces: int = Field(default=20, ge=1)
+
+
+Outcome = Answer | Error | Malformed | Hang | Reset | Drip
+
+
+class Rule(_Strict):
+    """An outcome and the calls it is for."""
+
+    outcome: Annotated[Outcome, Field(discriminator="kind")]
+    times: int | None = Field(default=1, ge=1)
+    """For how many calls; None for all."""
+    marker: str | None = None
+    """Only calls whose messages contain this text."""
+
+
+class Behaviour(_Strict):
+    """Everything that can be changed while the stand-in runs."""
+
+    models: list[str] = list(DEFAULT_MODELS)
+    latency: float = Field(default=0.0, ge=0)
+    """Seconds that the stand-in pretends to think, before every usual answer."""
+    max_concurrent: int | None = Field(default=None, ge=0)
+    """Calls beyond this many at once get 429."""
+    retry_after: str | None = None
+    """The `Retry-After` of those 429; DeepInfra is not known to send one."""
+    estimated_cost: bool = True
+    """Whether `usage` has the field, as DeepInfra's has."""
+    decode: bool = True
+    """Whether pictures are decoded in full; if not, only their headers are read."""
+    read_text: bool = True
+    """Whether text in pictures is read where OCR is installed."""
+    rules: list[Rule] = []
+    """Outcomes to play; for each call the first rule that fits it is used up once."""
+
+    def next_outcome(self, text: str) -> Outcome | None:
+        """Return what to play for a call whose messages have this text, and use it up once."""
+        for rule in self.rules:
+            if rule.marker is None or rule.marker in text:
+                self._use_up(rule)
+                return rule.outcome
+        return None
+
+    def _use_up(self, rule: Rule) -> None:
+        if rule.times is None:
+            return
+        rule.times -= 1
+        if rule.times == 0:
+            # By identity: another rule may say the same.
+            self.rules = [other for other in self.rules if other is not rule]

@@ -1,0 +1,81 @@
+"""Whether a dependency is down, or only a job is in trouble with it.
+
+A dependency that cannot be reached or refuses everybody is down at once. One that fails in other ways is
+down when several different jobs in a row met failures and none a success. A single job that fails
+again and again is that job's own trouble. Pure: times are seconds of a monotonic clock, passed in.
+"""
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from worker import metrics
+from worker.errors import Dependency
+
+# Fewer would take a handful of bad jobs for an outage, more would burn attempts in a real one.
+DISTINCT_JOBS = 5
+# How many failing jobs' first failures are remembered: far more than fail at once, at little cost.
+REMEMBERED_JOBS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Since when (a monotonic clock's seconds) and why a dependency is down."""
+
+    since: float
+    reason: str
+
+
+class Health:
+    """What the jobs' outcomes say about the dependencies."""
+
+    def __init__(self) -> None:
+        self._failing: dict[Dependency, set[str]] = {Dependency.MODEL: set(), Dependency.S3: set()}
+        self._first_failed: OrderedDict[tuple[Dependency, str], float] = OrderedDict()
+        self._succeeded_at: dict[Dependency, float] = {}
+        self._outages: dict[Dependency, Outage] = {}
+        self.changed = asyncio.Event()
+        for dependency in self._failing:
+            metrics.DEPENDENCY_UP.labels(dependency).set(1)
+
+    @property
+    def outages(self) -> dict[Dependency, Outage]:
+        """The dependencies that are down, and why."""
+        return dict(self._outages)
+
+    def succeeded(self, dependency: Dependency, started: float, now: float) -> None:
+        """A call begun at `started` went well; one begun before the outage proves nothing."""
+        outage = self._outages.get(dependency)
+        if outage and started < outage.since:
+            return
+        self._failing[dependency].clear()
+        self._succeeded_at[dependency] = now
+        if outage:
+            del self._outages[dependency]
+            self._publish(dependency, up=True)
+
+    def failed(self, dependency: Dependency, job: str, reason: str, now: float) -> bool:
+        """A call failed in a way that may be the job's; returns whether the dependency is down."""
+        self._failing[dependency].add(job)
+        self._first_failed.setdefault((dependency, job), now)
+        if len(self._first_failed) > REMEMBERED_JOBS:
+            self._first_failed.popitem(last=False)
+        if len(self._failing[dependency]) >= DISTINCT_JOBS:
+            self.down(dependency, f"{DISTINCT_JOBS} different jobs in a row failed: {reason}", now)
+        return dependency in self._outages
+
+    def down(self, dependency: Dependency, reason: str, now: float) -> None:
+        """The dependency is out of reach or refuses everybody."""
+        if dependency not in self._outages:
+            self._outages[dependency] = Outage(now, reason)
+            self._publish(dependency, up=False)
+
+    def succeeds_for_others(self, dependency: Dependency, job: str) -> bool:
+        """Whether calls have gone well since this job first failed, and no other job is failing."""
+        failed_at = self._first_failed.get((dependency, job), float("inf"))
+        succeeded_at = self._succeeded_at.get(dependency, float("-inf"))
+        return succeeded_at > failed_at and self._failing[dependency] <= {job}
+
+    def _publish(self, dependency: Dependency, *, up: bool) -> None:
+        metrics.DEPENDENCY_UP.labels(dependency).set(up)
+        self.changed.set()

@@ -1,0 +1,115 @@
+"""Where a job says an image is, and whether the worker may use it from there."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from worker.errors import ErrorCode, JobError
+
+# S3: object keys are at most 1,024 bytes of UTF-8 (Amazon S3 user guide, "Naming objects").
+MAX_KEY_BYTES = 1024
+
+_S3 = re.compile(r"s3://(?P<bucket>[^/]*)/?(?P<key>.*)", re.IGNORECASE | re.DOTALL)
+# Strict on purpose: where readers of URLs disagree (backslashes, blanks), an allow-list can be fooled.
+_LINK = re.compile(
+    r"https://(?:[^/?#@\\\s]*@)?(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:[/?#][^\s\\\x00-\x1f\x7f]*)?",
+    re.IGNORECASE,
+)
+_DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
+
+
+@dataclass(frozen=True, slots=True)
+class S3Object:
+    """An object in S3; the key is literal, never percent-decoded."""
+
+    bucket: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A link that the API is given as it is; the worker never fetches it."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Base64 that the job itself carries: `url[start:]`."""
+
+    url: str
+    start: int
+
+
+Source = S3Object | Link | Embedded
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePolicy:
+    """Globs of what a job may point at."""
+
+    allowed_buckets: Sequence[str]
+    allowed_link_hosts: Sequence[str]
+
+
+def parse_source(url: str, name: str, policy: SourcePolicy) -> Source:
+    """Tell where the image is; `name` is how messages call it.
+
+    Raises:
+        JobError: the URL is malformed, or the policy does not allow it.
+    """
+    scheme = url[:8].lower()
+    if scheme.startswith("s3://"):
+        return _parse_s3(url, name, policy.allowed_buckets)
+    if scheme.startswith("https://"):
+        return _parse_link(url, name, policy.allowed_link_hosts)
+    if scheme.startswith("data:"):
+        return _parse_data(url, name)
+    raise JobError(
+        ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
+        f"{name}: only s3://bucket/key, https:// links and data: URLs are taken",
+    )
+
+
+def _parse_s3(url: str, name: str, allowed: Sequence[str]) -> S3Object:
+    match = _S3.fullmatch(url)
+    bucket, key = (match["bucket"], match["key"]) if match else ("", "")
+    if not _BUCKET.fullmatch(bucket) or not key:
+        raise JobError(ErrorCode.INVALID_JOB, f"{name}: must be s3://bucket/key with a bucket and a key")
+    if _CONTROL.search(key):
+        raise JobError(ErrorCode.INVALID_JOB, f"{name}: the object key holds control characters")
+    if len(key.encode()) > MAX_KEY_BYTES:
+        raise JobError(ErrorCode.INVALID_JOB, f"{name}: the object key is longer than {MAX_KEY_BYTES} bytes")
+    if not _matches(bucket, allowed):
+        raise JobError(
+            ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
+            f"{name}: bucket {bucket} is not among VQA_ALLOWED_BUCKETS",
+        )
+    return S3Object(bucket, key)
+
+
+def _parse_link(url: str, name: str, allowed: Sequence[str]) -> Link:
+    match = _LINK.fullmatch(url)
+    if match is None:
+        raise JobError(ErrorCode.INVALID_JOB, f"{name}: is not a well-formed https:// URL")
+    host = match["host"].lower().rstrip(".")
+    if not _matches(host, [pattern.lower() for pattern in allowed]):
+        raise JobError(
+            ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
+            f"{name}: host {host} is not among VQA_ALLOWED_LINK_HOSTS",
+        )
+    return Link(url)
+
+
+def _parse_data(url: str, name: str) -> Embedded:
+    match = _DATA.match(url)
+    if match is None:
+        raise JobError(ErrorCode.INVALID_JOB, f"{name}: a data: URL must read data:image/…;base64,…")
+    return Embedded(url, match.end())
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)

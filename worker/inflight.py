@@ -1,0 +1,139 @@
+"""The jobs of this process: each worked on once, however often the broker delivers it.
+
+A lost connection makes the broker deliver every unsettled job again. The work that runs (or has just
+ended) here is then used for the new delivery too, and not paid for again.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from worker import metrics
+from worker.delivery import Delivery
+from worker.logs import describe_bug
+from worker.outcome import GiveBack, Outcome
+
+log = structlog.get_logger(__name__)
+
+# Jobs that ended and are remembered in case their ack was lost. A few hundred bytes each; far more than
+# a broker can have unsettled with this process.
+REMEMBERED = 10_000
+
+
+class Settlement(Protocol):
+    """Who publishes and acks."""
+
+    async def publish(self, delivery: Delivery, outcome: Outcome) -> None:
+        """Publish what the outcome calls for, confirmed."""
+
+    async def finish(self, delivery: Delivery, outcome: Outcome) -> None:
+        """Ack, count and log."""
+
+
+@dataclass(eq=False)
+class _Work:
+    """One job's work: the task that does it, and whether its outcome has been published."""
+
+    task: asyncio.Task[Outcome]
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    is_published: bool = False
+
+
+class InFlight:
+    """Starts work for deliveries, and settles each delivery when its work has ended."""
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        process: Callable[[Delivery], Coroutine[None, None, Outcome]],
+        settlement: Settlement,
+    ) -> None:
+        self._tasks = tasks
+        self._process = process
+        self._settlement = settlement
+        self._running: dict[bytes, _Work] = {}
+        self._ended: OrderedDict[bytes, None] = OrderedDict()
+        self._handlers: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every delivery has been settled."""
+        return not self._handlers
+
+    def accept(self, delivery: Delivery) -> asyncio.Task[None]:
+        """Take a delivery; the task returned ends when it is settled."""
+        task = self._tasks.create_task(self._handle(delivery), name="delivery")
+        self._handlers.add(task)
+        task.add_done_callback(self._handlers.discard)
+        return task
+
+    async def drained(self) -> None:
+        """Return when every delivery accepted so far, and since, has been settled."""
+        while self._handlers:
+            await asyncio.wait(set(self._handlers))
+
+    def cut_off(self) -> None:
+        """Stop the work that still runs; its jobs go back to the queue, uncounted."""
+        for work in self._running.values():
+            work.task.cancel()
+
+    def abandon(self) -> None:
+        """Let go of what cannot even be given back; the broker delivers it again."""
+        for task in self._handlers:
+            task.cancel()
+
+    async def _handle(self, delivery: Delivery) -> None:
+        if delivery.redelivered and delivery.key in self._ended:
+            # Its outcome was confirmed by the broker; only the ack was lost on the way.
+            await delivery.ack()
+            return
+        work = self._running.get(delivery.key) or self._start(delivery)
+        try:
+            await self._settle(work, delivery)
+        except Exception as error:  # noqa: BLE001 - whatever a message does, the worker goes on
+            log.error("settlement_failed", exception=describe_bug(error))  # noqa: TRY400
+            # The broker itself moves it to the dead-letter queue: nothing is lost.
+            await delivery.reject()
+        finally:
+            if self._running.get(delivery.key) is work:
+                del self._running[delivery.key]
+
+    def _start(self, delivery: Delivery) -> _Work:
+        if delivery.queued_s is not None:
+            metrics.JOB_QUEUE.observe(delivery.queued_s)
+        task = self._tasks.create_task(self._process(delivery), name="job")
+        metrics.JOBS_IN_FLIGHT.inc()
+        task.add_done_callback(lambda _: metrics.JOBS_IN_FLIGHT.dec())
+        work = self._running[delivery.key] = _Work(task)
+        return work
+
+    async def _settle(self, work: _Work, delivery: Delivery) -> None:
+        outcome = await _outcome_of(work.task)
+        async with work.turn:
+            # A second delivery of the same message, or one whose connection is gone, adds nothing to an
+            # outcome that is out; a message that the publisher sent twice gets its own.
+            if work.is_published and (delivery.redelivered or not delivery.is_alive()):
+                await delivery.ack()
+                return
+            await self._settlement.publish(delivery, outcome)
+            work.is_published = True
+            self._remember(delivery.key)
+        await self._settlement.finish(delivery, outcome)
+
+    def _remember(self, key: bytes) -> None:
+        self._running.pop(key, None)
+        self._ended[key] = None
+        if len(self._ended) > REMEMBERED:
+            self._ended.popitem(last=False)
+
+
+async def _outcome_of(task: asyncio.Task[Outcome]) -> Outcome:
+    """What the work came to; work that was cut off goes back."""
+    await asyncio.wait({task})
+    if task.cancelled():
+        return GiveBack(job_id=None, model=metrics.UNKNOWN_MODEL, reason="the worker stops")
+    return task.result()

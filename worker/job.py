@@ -1,0 +1,317 @@
+"""The job: what a message on the jobs queue says, and how it is read.
+
+A job has a short form (`question` and `images`) and a long one (`messages`); both become a `Conversation`,
+the only form that the rest of the worker knows.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+import pydantic_core
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+MAX_ID_CHARS = 256
+MAX_METADATA_BYTES = 16 * 1024
+# These four decide what is paid for and how it is read, so they are the worker's to set.
+RESERVED_PARAMS = frozenset({"model", "messages", "stream", "n"})
+MAX_FAULTS_NAMED = 5
+
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+
+
+def readable_id(value: object) -> str | None:
+    """`value` if it can serve as a job's id (1 to 256 printable characters), else None."""
+    if isinstance(value, str) and 0 < len(value) <= MAX_ID_CHARS and value.isprintable():
+        return value
+    return None
+
+
+def _check_id(value: object) -> object:
+    if value is not None and readable_id(value) is None:
+        raise ValueError(f"must be a string of 1 to {MAX_ID_CHARS} printable characters")
+    return value
+
+
+def _parse_deadline(value: object) -> object:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not _RFC3339.fullmatch(value):
+        raise ValueError("must be an RFC 3339 time with an offset, such as 2030-01-31T12:00:00Z")
+    try:
+        return datetime.fromisoformat(value.upper().replace(" ", "T"))
+    except ValueError:
+        raise ValueError("is not a time that exists") from None
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+
+class ImageUrl(_Open):
+    """Where an image is: `s3://bucket/key`, `https://…` or `data:image/…;base64,…`."""
+
+    url: str
+    detail: str | None = Field(default=None, description="Dropped unless `VQA_SEND_IMAGE_DETAIL=true`.")
+
+
+class ImageObject(_Strict):
+    """The object form of an image in the short form."""
+
+    url: str
+    detail: str | None = Field(default=None, description="Dropped unless `VQA_SEND_IMAGE_DETAIL=true`.")
+
+
+class TextPart(_Open):
+    """A piece of text within a chat message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_Open):
+    """An image within a chat message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class RefusalPart(_Open):
+    """What the model refused with in an earlier turn."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Part = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
+
+
+class ChatMessage(_Open):
+    """One turn in the OpenAI format; fields not named here (`name`, `tool_calls`, …) are passed on."""
+
+    role: Annotated[str, StringConstraints(min_length=1)]
+    content: str | list[Part] | None = None
+
+
+class Job(_Strict):
+    """A question about images, as it stands in a message on the jobs queue."""
+
+    id: Annotated[str | None, BeforeValidator(_check_id)] = Field(
+        default=None,
+        description="The job's identity, 1 to 256 printable characters. Falls back to the AMQP message_id.",
+    )
+    question: Annotated[str, StringConstraints(pattern=r"\S")] | None = Field(
+        default=None, description="Short form: what is asked about the images."
+    )
+    images: Annotated[list[str | ImageObject], Field(min_length=1)] | None = Field(
+        default=None, description="Short form: at least one image, as a URL or as an object with `url`."
+    )
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = Field(
+        default=None, description="Long form: chat messages in the OpenAI format."
+    )
+    system: str | None = Field(default=None, description="Short form only: a system message.")
+    model: str | None = Field(default=None, description="One of the allowed models; default `VQA_MODEL`.")
+    params: dict[str, Any] | None = Field(
+        default=None,
+        description="Further fields of the request body, except `model`, `messages`, `stream` and `n`.",
+    )
+    deadline: Annotated[datetime | None, BeforeValidator(_parse_deadline)] = Field(
+        default=None, description="RFC 3339 time past which the job is not paid for."
+    )
+    metadata: dict[str, Any] | None = Field(
+        default=None, description="At most 16 KiB of JSON, echoed in the result and never interpreted."
+    )
+
+    @field_validator("params")
+    @classmethod
+    def _no_reserved_params(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if reserved := sorted(RESERVED_PARAMS & (value or {}).keys()):
+            raise ValueError(f"must not contain {', '.join(reserved)}: the worker sets these itself")
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_is_small(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value and len(to_json(value)) > MAX_METADATA_BYTES:
+            raise ValueError(f"must be at most {MAX_METADATA_BYTES} bytes of JSON")
+        return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.messages is not None:
+            for field in ("question", "images", "system"):
+                if getattr(self, field) is not None:
+                    raise ValueError(f"{field} belongs to the short form and must not stand beside messages")
+        elif self.question is None or self.images is None:
+            raise ValueError("needs question and images (the short form) or messages (the long form)")
+        return self
+
+
+class InvalidJobError(Exception):
+    """The message is not a job.
+
+    Attributes:
+        message: what is wrong with it, for a person; holds nothing of the job's values.
+        job_id: the id, from the body or else from the AMQP message_id; None where neither could be read.
+        id_in_body: whether the body's own id could be read.
+    """
+
+    def __init__(self, message: str, *, job_id: str | None, id_in_body: bool) -> None:
+        super().__init__(message)
+        self.message = message
+        self.job_id = job_id
+        self.id_in_body = id_in_body
+
+
+def decode(body: bytes, message_id: str | None, max_bytes: int) -> Job:
+    """Read a message's body as strict RFC 8259 JSON; the job returned has an id.
+
+    Raises:
+        InvalidJobError: the body is not a job, or is larger than `max_bytes`.
+    """
+    fallback = readable_id(message_id)
+    if len(body) > max_bytes:
+        message = f"the body has {len(body)} bytes; VQA_MAX_JOB_BYTES allows {max_bytes}"
+        raise InvalidJobError(message, job_id=fallback, id_in_body=False)
+    try:
+        job = Job.model_validate(_parse_json(body))
+    except (ValueError, RecursionError) as error:
+        own = _id_of(body)
+        raise InvalidJobError(_explain(error), job_id=own or fallback, id_in_body=own is not None) from None
+    if job.id is not None:
+        return job
+    if fallback is None:
+        message = "id: missing, and the message has no usable message_id to fall back to"
+        raise InvalidJobError(message, job_id=None, id_in_body=False)
+    return job.model_copy(update={"id": fallback})
+
+
+def _parse_json(body: bytes) -> Any:
+    value = pydantic_core.from_json(body, allow_inf_nan=False)
+    if not isinstance(value, dict):
+        raise ValueError("the body must be a JSON object")  # noqa: TRY004 - one type for all of it
+    if _holds_infinity(value):
+        raise ValueError("a number is too large for a 64-bit float")
+    return value
+
+
+def _holds_infinity(value: Any) -> bool:
+    """Whether a number such as 1e999 was read as infinity, which JSON cannot say again."""
+    match value:
+        case float():
+            return math.isinf(value)
+        case dict():
+            return any(map(_holds_infinity, value.values()))
+        case list():
+            return any(map(_holds_infinity, value))
+        case _:
+            return False
+
+
+def _id_of(body: bytes) -> str | None:
+    """The id of a body that is not a valid job, read as leniently as Python can."""
+    try:
+        value = json.loads(body.decode())
+    except (ValueError, RecursionError):
+        return None
+    return readable_id(value.get("id")) if isinstance(value, dict) else None
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        faults = [_explain_fault(fault) for fault in error.errors(include_input=False, include_url=False)]
+        more = len(faults) - MAX_FAULTS_NAMED
+        return "; ".join(faults[:MAX_FAULTS_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    if isinstance(error, RecursionError):
+        return "the body's JSON is nested too deeply"
+    return f"the body is not strict JSON (RFC 8259): {error}"
+
+
+def _explain_fault(fault: Any) -> str:
+    # Names of union members in the location ("str", "list[…]") say nothing to a publisher.
+    place = ".".join(
+        str(part) for part in fault["loc"] if not re.match(r"(str|list\[.*|function-.*)$", str(part))
+    )
+    text = (
+        "unknown field" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+    )
+    return f"{place}: {text}" if place else text
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image of a job: `where` it stands in it, its URL as given, and the `detail` asked for."""
+
+    where: str
+    url: str
+    detail: str | None = None
+
+
+class Conversation:
+    """What is asked, in the API's own format, with the images still as the job names them."""
+
+    def __init__(self, job: Job) -> None:
+        self._messages = job.messages if job.messages is not None else _from_short_form(job)
+        self._short = job.messages is None
+
+    def images(self) -> list[ImageRef]:
+        """Every image in the order in which it stands in the conversation."""
+        return [
+            ImageRef(self._where(m, p, nth), part.image_url.url, part.image_url.detail)
+            for nth, (m, p, part) in enumerate(self._image_parts())
+        ]
+
+    def render(self, urls: Sequence[str], *, send_detail: bool) -> list[dict[str, Any]]:
+        """The `messages` of the request, with `urls` in the places of the images, in their order."""
+        messages = [message.model_dump(exclude_unset=True) for message in self._messages]
+        for (m, p, _), url in zip(self._image_parts(), urls, strict=True):
+            image_url = messages[m]["content"][p]["image_url"]
+            image_url["url"] = url
+            if not send_detail or image_url.get("detail") is None:
+                image_url.pop("detail", None)
+        return messages
+
+    def _image_parts(self) -> Iterator[tuple[int, int, ImagePart]]:
+        for m, message in enumerate(self._messages):
+            if isinstance(message.content, list):
+                for p, part in enumerate(message.content):
+                    if isinstance(part, ImagePart):
+                        yield m, p, part
+
+    def _where(self, message: int, part: int, nth: int) -> str:
+        return f"images[{nth}]" if self._short else f"messages[{message}].content[{part}]"
+
+
+def _from_short_form(job: Job) -> list[ChatMessage]:
+    """Images before the question, as the makers of vision models advise."""
+    parts: list[Part] = []
+    for image in job.images or ():
+        fields = {"url": image} if isinstance(image, str) else image.model_dump(exclude_unset=True)
+        parts.append(ImagePart(type="image_url", image_url=ImageUrl(**fields)))
+    parts.append(TextPart(type="text", text=job.question or ""))
+    asked = ChatMessage(role="user", content=parts)
+    return [asked] if job.system is None else [ChatMessage(role="system", content=job.system), asked]
+
+
+def to_json(value: Any) -> bytes:
+    """Compact JSON in UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
+        errors="replace"
+    )

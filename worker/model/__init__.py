@@ -1,0 +1,1 @@
+"""The multimodal model behind an OpenAI-compatible API."""

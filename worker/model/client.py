@@ -1,0 +1,191 @@
+"""Asking the model: one call to `/chat/completions`, its errors sorted by whose fault they are.
+
+The openai SDK carries the call; its retries are off, since retrying is decided by the worker alone.
+"""
+
+import asyncio
+import email.utils
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import httpx2
+import openai
+
+from worker import metrics
+from worker.errors import (
+    Dependency,
+    DependencyDownError,
+    ErrorCode,
+    JobError,
+    RateLimitedError,
+    TransientError,
+)
+from worker.model.answer import Answer, MalformedAnswerError, Price, parse_answer
+from worker.redact import Redactor
+
+CONNECT_TIMEOUT_S = 10.0
+# The API's word is obeyed, but a mistaken one must not silence a worker for days.
+MAX_RETRY_AFTER_S = 3600.0
+MAX_API_MESSAGE_CHARS = 1000
+
+_BEFORE_SENDING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+_TRANSIENT_STATUS = frozenset({408, 409})
+_REFUSES_EVERYBODY = {
+    401: "check the key in VQA_MODEL_API_KEY",
+    402: "the account has no credit left",
+    404: "check VQA_MODEL_BASE_URL and that the model still exists",
+}
+
+
+class Model:
+    """The chat completions API of one provider."""
+
+    def __init__(
+        self,
+        *,
+        base_url: str,
+        api_key: str,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        prices: Mapping[str, Price],
+        redact: Redactor,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._prices = prices
+        self._redact = redact
+        self._provider = _provider_name(base_url)
+        self._client = openai.AsyncOpenAI(
+            base_url=base_url,
+            api_key=api_key,
+            default_headers=dict(headers),
+            max_retries=0,
+            timeout=openai.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
+            # A redirected POST would come out as a GET: a wrong base URL is better said than followed.
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False,
+                limits=openai.DEFAULT_CONNECTION_LIMITS,
+            ),
+        )
+        # The SDK takes these from the environment: they are OpenAI's, and this may be somebody else's API.
+        self._client.organization = self._client.project = None
+
+    async def ask(
+        self, model: str, messages: list[dict[str, Any]], params: Mapping[str, Any], *, time_left_s: float
+    ) -> Answer:
+        """Make one call, bounded by `VQA_MODEL_TIMEOUT` and by `time_left_s`.
+
+        Raises:
+            JobError: the API refuses this request for good.
+            RateLimitedError: the API answered 429.
+            TransientError: the call failed in a way that may pass.
+            DependencyDownError: the API is out of reach or refuses everybody.
+        """
+        body = {**params, "model": model, "messages": messages}
+        started = time.monotonic()
+        with metrics.model_call(model, self._provider) as call:
+            try:
+                async with asyncio.timeout(min(self._timeout_s, time_left_s)):
+                    raw = await self._client.post("/chat/completions", cast_to=bytes, body=body)
+                answer = parse_answer(raw, self._prices.get(model))
+            except (openai.APIError, httpx2.HTTPError, TimeoutError, MalformedAnswerError) as error:
+                raise self._translate(error, call, time.monotonic() - started) from None
+            call.answered(answer.usage)
+            return answer
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    def _translate(self, error: Exception, call: metrics.ModelCall, took_s: float) -> Exception:
+        match error:
+            case openai.APIStatusError():
+                call.failed(str(error.status_code))
+                return self._translate_status(error)
+            case MalformedAnswerError():
+                call.failed("malformed")
+                return TransientError(Dependency.MODEL, "malformed", f"the API answered 200, but {error}")
+            case _ if _was_never_sent(error):
+                call.failed("connection")
+                return DependencyDownError(
+                    Dependency.MODEL, f"the model API cannot be reached: {_name_of(error)}"
+                )
+            case TimeoutError() | openai.APITimeoutError() | httpx2.TimeoutException():
+                call.failed("timeout", ambiguous=True)
+                return TransientError(
+                    Dependency.MODEL, "timeout", f"the API did not answer within {took_s:.0f} s"
+                )
+            case _:
+                call.failed("connection", ambiguous=True)
+                return TransientError(
+                    Dependency.MODEL, "connection", f"the connection to the API broke off: {_name_of(error)}"
+                )
+
+    def _translate_status(self, error: openai.APIStatusError) -> Exception:
+        status, said = error.status_code, self._redact(_api_message(error))[:MAX_API_MESSAGE_CHARS]
+        message = f"the API answered {status}: {said}"
+        if status == httpx2.codes.TOO_MANY_REQUESTS:
+            if error.code == "insufficient_quota":
+                return DependencyDownError(
+                    Dependency.MODEL, "the API answered 429: the account's quota is used up"
+                )
+            return RateLimitedError(_retry_after_s(error.response.headers))
+        if status in _REFUSES_EVERYBODY:
+            return DependencyDownError(
+                Dependency.MODEL, f"the API answered {status}: {_REFUSES_EVERYBODY[status]}"
+            )
+        if status < httpx2.codes.BAD_REQUEST:
+            text = f"the API answered with a redirect ({status}): check VQA_MODEL_BASE_URL"
+            return DependencyDownError(Dependency.MODEL, text)
+        if status == httpx2.codes.FORBIDDEN:
+            return TransientError(Dependency.MODEL, "403", message, forbidden=True)
+        if status in _TRANSIENT_STATUS:
+            return TransientError(Dependency.MODEL, str(status), message)
+        if status >= httpx2.codes.INTERNAL_SERVER_ERROR:
+            return TransientError(Dependency.MODEL, "5xx", message)
+        return JobError(ErrorCode.MODEL_REJECTED, message)
+
+
+def _provider_name(base_url: str) -> str:
+    """`gen_ai.provider.name`: a well-known name where there is one, else the API's host."""
+    host = httpx2.URL(base_url).host
+    known = {"api.openai.com": "openai", "api.deepinfra.com": "deepinfra"}
+    return known.get(host, host)
+
+
+def _was_never_sent(error: Exception) -> bool:
+    return isinstance(error, _BEFORE_SENDING) or isinstance(error.__cause__, _BEFORE_SENDING)
+
+
+def _name_of(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}"
+
+
+def _api_message(error: openai.APIStatusError) -> str:
+    """The API's own words: `error.message` where the body has the usual form, else the body's text."""
+    body = error.body
+    if isinstance(body, dict):
+        message = body.get("message") or body.get("detail") or body.get("error")
+        return message if isinstance(message, str) else json.dumps(body)
+    return str(body or error.response.reason_phrase)
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """`Retry-After` in seconds (a number or an HTTP date, RFC 9110 §10.2.3), or `retry-after-ms`."""
+    try:
+        if "retry-after-ms" in headers:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        else:
+            seconds = _parse_retry_after(headers["retry-after"])
+    except (KeyError, ValueError, TypeError):
+        return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S) if seconds == seconds else None  # noqa: PLR0124 - NaN
+
+
+def _parse_retry_after(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()

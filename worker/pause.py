@@ -1,0 +1,70 @@
+"""What happens while a dependency is down: stop consuming, give back, try single jobs, resume."""
+
+import asyncio
+from typing import Protocol
+
+import structlog
+
+from worker.delivery import Delivery
+from worker.health import Health
+from worker.inflight import InFlight
+from worker.limiter import Gate
+
+log = structlog.get_logger(__name__)
+
+FIRST_TRIAL_S = 1.0
+LONGEST_TRIAL_S = 30.0
+
+
+class Flow(Protocol):
+    """Where jobs come from."""
+
+    async def hold(self) -> None:
+        """Stop it."""
+
+    async def resume(self) -> None:
+        """Start it again."""
+
+    async def take_one(self) -> Delivery | None:
+        """Take a single job while it is stopped."""
+
+
+class PauseKeeper:
+    """Watches the dependencies' health and holds the flow of jobs while one is down."""
+
+    def __init__(self, health: Health, gate: Gate, flow: Flow, in_flight: InFlight) -> None:
+        self._health = health
+        self._gate = gate
+        self._flow = flow
+        self._in_flight = in_flight
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            await self._health.changed.wait()
+            self._health.changed.clear()
+            if self._health.outages:
+                await self._pause()
+
+    async def _pause(self) -> None:
+        for dependency, outage in self._health.outages.items():
+            log.error("paused", dependency=dependency, reason=outage.reason)
+        self._gate.close("the worker is paused")
+        await self._flow.hold()
+        await self._until_up()
+        self._gate.open()
+        await self._flow.resume()
+        log.info("resumed")
+
+    async def _until_up(self) -> None:
+        """Try with a different single job at growing intervals, until one succeeds."""
+        delay_s = FIRST_TRIAL_S
+        while self._health.outages:
+            await asyncio.sleep(delay_s)
+            delivery = await self._flow.take_one()
+            if delivery is None:
+                continue
+            self._gate.allow_trial()
+            # Given back, a job goes to the end of the queue: the next trial takes another.
+            await asyncio.wait({self._in_flight.accept(delivery)})
+            delay_s = min(delay_s * 2, LONGEST_TRIAL_S)

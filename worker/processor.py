@@ -1,0 +1,228 @@
+"""The use case: from a delivery to what became of the job."""
+
+import asyncio
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import structlog
+
+from worker.delivery import Delivery
+from worker.errors import (
+    Dependency,
+    DependencyDownError,
+    ErrorCode,
+    JobError,
+    RateLimitedError,
+    TransientError,
+)
+from worker.health import Health
+from worker.images.source import S3Object, Source
+from worker.job import Conversation, ImageRef, InvalidJobError, Job, decode
+from worker.limiter import Gate, GateClosedError
+from worker.logs import describe_bug
+from worker.model.answer import Answer
+from worker.outcome import Outcome
+from worker.redact import Redactor
+from worker.report import Report
+from worker.retry import Exhausted, RetryPolicy, TooLate, TryAgain, after_attempt
+
+log = structlog.get_logger(__name__)
+
+_TOO_OFTEN = (
+    "the job was delivered {} times without coming to an end (VQA_DELIVERY_LIMIT): "
+    "it may be what stops the workers that take it"
+)
+
+
+class ImageLoader(Protocol):
+    """Where images come from."""
+
+    def check(self, refs: Sequence[ImageRef]) -> list[Source]:
+        """Tell where each image is, or raise JobError."""
+
+    async def load(self, refs: Sequence[ImageRef], sources: Sequence[Source]) -> list[str]:
+        """Make the URLs that the request names."""
+
+
+class ModelApi(Protocol):
+    """Who answers."""
+
+    async def ask(
+        self, model: str, messages: list[dict[str, Any]], params: Mapping[str, Any], *, time_left_s: float
+    ) -> Answer:
+        """Make one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The settings that decide what becomes of a job."""
+
+    default_model: str
+    allowed_models: Collection[str]
+    max_job_bytes: int
+    delivery_limit: int
+    job_timeout_s: float
+    send_image_detail: bool
+    include_response: bool
+    retry: RetryPolicy
+
+
+class Processor:
+    """Takes one delivery in and hands one outcome on; publishes and settles nothing itself."""
+
+    def __init__(
+        self,
+        images: ImageLoader,
+        model: ModelApi,
+        *,
+        gate: Gate,
+        health: Health,
+        rules: Rules,
+        redact: Redactor,
+    ) -> None:
+        self._images = images
+        self._model = model
+        self._gate = gate
+        self._health = health
+        self._rules = rules
+        self._redact = redact
+
+    async def process(self, delivery: Delivery) -> Outcome:
+        """Decode, check, fetch, ask, report. Every error becomes an outcome, a bug too."""
+        report = Report(delivery, self._redact, include_response=self._rules.include_response)
+        try:
+            job = decode(delivery.body, delivery.message_id, self._rules.max_job_bytes)
+            report.job_is(job)
+            report.model_is(self._model_of(job))
+            if delivery.deliveries > self._rules.delivery_limit:
+                return report.dead_letter(
+                    ErrorCode.ATTEMPTS_EXHAUSTED, _TOO_OFTEN.format(delivery.deliveries)
+                )
+            self._check_deadline(job)
+            conversation = Conversation(job)
+            sources = self._images.check(conversation.images())
+            answer = await self._ask(job, conversation, sources, report)
+        except InvalidJobError as error:
+            return report.unreadable(error)
+        except JobError as error:
+            return report.refused(error.code, error.message)
+        except TransientError as error:
+            return self._after_failure(report, error)
+        except DependencyDownError as error:
+            self._health.down(error.dependency, error.message, time.monotonic())
+            return report.given_back(error.message)
+        except GateClosedError as error:
+            return report.given_back(str(error))
+        except Exception as error:  # noqa: BLE001 - a bug must not lose the job, nor loop for ever
+            log.error("bug", job_id=report.job_id, exception=describe_bug(error))  # noqa: TRY400
+            return self._try_again(report, "bug", f"the worker failed: {type(error).__name__}")
+        return report.answered(answer)
+
+    async def _ask(
+        self, job: Job, conversation: Conversation, sources: Sequence[Source], report: Report
+    ) -> Answer:
+        """Fetch and ask until there is an answer or an error other than 429."""
+        while True:
+            async with AsyncExitStack() as stack:
+                with report.stage("wait"):
+                    await self._take_slot(stack, job, report)
+                self._check_deadline(job)
+                started = time.monotonic()
+                try:
+                    urls = await self._fetch(conversation.images(), sources, report)
+                    answer = await self._call(job, conversation, urls, report)
+                except RateLimitedError as error:
+                    # The API is there and knows us: an outage, if there was one, is over.
+                    self._health.succeeded(Dependency.MODEL, started, time.monotonic())
+                    self._gate.refused(started, error.retry_after_s)
+                else:
+                    self._gate.succeeded()
+                    return answer
+
+    async def _take_slot(self, stack: AsyncExitStack, job: Job, report: Report) -> None:
+        """Wait for a slot, no longer than the job may take.
+
+        Raises:
+            GateClosedError: the gate is closed, or the time for one delivery is over.
+            JobError: the job's deadline passed while waiting.
+        """
+        left_s = self._time_left_s(report)
+        if job.deadline is not None:
+            left_s = min(left_s, (job.deadline - datetime.now(UTC)).total_seconds())
+        try:
+            async with asyncio.timeout(left_s):
+                await stack.enter_async_context(self._gate.slot())
+        except TimeoutError:
+            self._check_deadline(job)
+            raise GateClosedError("waited for VQA_JOB_TIMEOUT without a free slot") from None
+
+    async def _fetch(self, refs: Sequence[ImageRef], sources: Sequence[Source], report: Report) -> list[str]:
+        started = time.monotonic()
+        try:
+            with report.stage("fetch"):
+                async with asyncio.timeout(self._time_left_s(report)):
+                    urls = await self._images.load(refs, sources)
+        except TimeoutError:
+            raise TransientError(Dependency.S3, "timeout", "the images could not be read in time") from None
+        except JobError as error:
+            if error.code is ErrorCode.IMAGE_NOT_FOUND:
+                self._health.succeeded(Dependency.S3, started, time.monotonic())
+            raise
+        if any(isinstance(source, S3Object) for source in sources):
+            self._health.succeeded(Dependency.S3, started, time.monotonic())
+        return urls
+
+    async def _call(
+        self, job: Job, conversation: Conversation, urls: Sequence[str], report: Report
+    ) -> Answer:
+        messages = conversation.render(urls, send_detail=self._rules.send_image_detail)
+        started = time.monotonic()
+        try:
+            with report.stage("model"):
+                answer = await self._model.ask(
+                    report.model, messages, job.params or {}, time_left_s=self._time_left_s(report)
+                )
+        except JobError:
+            # Refusing one request is a sign of life like any answer.
+            self._health.succeeded(Dependency.MODEL, started, time.monotonic())
+            raise
+        self._health.succeeded(Dependency.MODEL, started, time.monotonic())
+        return answer
+
+    def _after_failure(self, report: Report, error: TransientError) -> Outcome:
+        """Tell the job's own trouble from an outage, and decide what follows."""
+        job_id = report.job_id or ""
+        if error.forbidden and self._health.succeeds_for_others(error.dependency, job_id):
+            return report.refused(ErrorCode.MODEL_REJECTED, error.message)
+        if self._health.failed(error.dependency, job_id, error.reason, time.monotonic()):
+            return report.given_back(f"{error.dependency} is down")
+        return self._try_again(report, error.reason, error.message)
+
+    def _try_again(self, report: Report, reason: str, message: str) -> Outcome:
+        match after_attempt(report.attempts, self._rules.retry, report.deadline, datetime.now(UTC)):
+            case TryAgain(delay_s):
+                return report.retried(delay_s, reason)
+            case Exhausted():
+                text = f"{report.attempts} attempts failed, the last one because {message}"
+                return report.dead_letter(ErrorCode.ATTEMPTS_EXHAUSTED, text)
+            case TooLate():
+                text = f"the deadline comes before the next attempt; the last one failed because {message}"
+                return report.refused(ErrorCode.DEADLINE_EXCEEDED, text)
+
+    def _model_of(self, job: Job) -> str:
+        model = job.model if job.model is not None else self._rules.default_model
+        if model not in self._rules.allowed_models:
+            raise JobError(ErrorCode.INVALID_JOB, "model: is not among VQA_ALLOWED_MODELS")
+        return model
+
+    def _check_deadline(self, job: Job) -> None:
+        if job.deadline is not None and datetime.now(UTC) >= job.deadline:
+            raise JobError(ErrorCode.DEADLINE_EXCEEDED, f"the deadline {job.deadline.isoformat()} has passed")
+
+    def _time_left_s(self, report: Report) -> float:
+        """Seconds until this delivery has to have come to its end."""
+        return max(0.0, report.received + self._rules.job_timeout_s - time.monotonic())

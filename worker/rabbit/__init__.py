@@ -1,0 +1,1 @@
+"""RabbitMQ: deliveries in, confirmed messages out."""

@@ -1,0 +1,109 @@
+"""Connections to the broker: dialled, and waited for while it cannot be reached."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import aio_pika
+import structlog
+from aio_pika.abc import AbstractConnection
+from aio_pika.exceptions import (
+    CONNECTION_EXCEPTIONS,
+    AuthenticationError,
+    ConnectionClosed,
+    ProbableAuthenticationError,
+)
+
+log = structlog.get_logger(__name__)
+
+DIAL_TIMEOUT_S = 15.0
+FIRST_DELAY_S = 0.25
+LONGEST_DELAY_S = 10.0
+# Two missed beats end a connection; a minute of silence is long for a queue of paid work.
+HEARTBEAT_S = 20
+# AMQP 0-9-1: the code for a virtual host that doesn't exist or may not be used.
+_NOT_ALLOWED = 530
+
+
+class BrokerRefusedError(Exception):
+    """The broker is there and refuses the worker; the message names the setting."""
+
+
+@dataclass(frozen=True)
+class Broker:
+    """How to reach the broker."""
+
+    url: str
+    ssl_context: ssl.SSLContext | None
+    name: str
+
+    @asynccontextmanager
+    async def connection(self, purpose: str, *, refusal_is_final: bool) -> AsyncIterator[AbstractConnection]:
+        """A fresh connection, waited for while the broker cannot be reached.
+
+        Raises:
+            BrokerRefusedError: it refuses the credentials or the virtual host, and `refusal_is_final`.
+        """
+        connection = await self._dial_until_connected(purpose, refusal_is_final=refusal_is_final)
+        try:
+            yield connection
+        finally:
+            await _close(connection)
+
+    async def _dial_until_connected(self, purpose: str, *, refusal_is_final: bool) -> AbstractConnection:
+        delay_s = FIRST_DELAY_S
+        while True:
+            try:
+                return await self._dial()
+            except BrokerRefusedError as error:
+                if refusal_is_final:
+                    raise
+                reason = str(error)
+            except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
+                reason = f"{type(error).__name__}: {error}"
+            log.warning("rabbitmq_unreachable", purpose=purpose, reason=reason, next_try_s=delay_s)
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+
+    async def _dial(self) -> AbstractConnection:
+        try:
+            return await aio_pika.connect(
+                self.url,
+                ssl_context=self.ssl_context,
+                timeout=DIAL_TIMEOUT_S,
+                heartbeat=HEARTBEAT_S,
+                client_properties={"connection_name": self.name},
+            )
+        except (ProbableAuthenticationError, AuthenticationError):
+            text = "VQA_RABBITMQ_URL: the broker refuses this user name and password"
+            raise BrokerRefusedError(text) from None
+        except ConnectionClosed as error:
+            if error.args and error.args[0] == _NOT_ALLOWED:
+                text = "VQA_RABBITMQ_URL: the virtual host does not exist, or this user may not use it"
+                raise BrokerRefusedError(text) from None
+            raise
+        except ssl.SSLError as error:
+            raise BrokerRefusedError(_explain_tls(error)) from None
+        except aio_pika.exceptions.AMQPConnectionError as error:
+            if isinstance(error.__cause__, ssl.SSLError):
+                raise BrokerRefusedError(_explain_tls(error.__cause__)) from None
+            raise
+
+
+def _explain_tls(error: ssl.SSLError) -> str:
+    reason = getattr(error, "verify_message", "") or error.reason or "no agreement"
+    return (
+        f"VQA_RABBITMQ_URL: no TLS with the broker ({reason}): check VQA_RABBITMQ_CA_FILE, "
+        "VQA_RABBITMQ_CERT_FILE and that the port speaks TLS"
+    )
+
+
+async def _close(connection: AbstractConnection) -> None:
+    """Close in bounded time: a broker that has gone quiet doesn't answer to that either."""
+    try:
+        async with asyncio.timeout(DIAL_TIMEOUT_S):
+            await connection.close()
+    except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
+        log.debug("rabbitmq_close_failed", reason=type(error).__name__)

@@ -1,0 +1,104 @@
+"""The messages that the worker publishes, made of what was delivered. No header of a job is copied blindly.
+
+RabbitMQ routes by `CC` and `BCC` headers, and refuses a `user_id` that isn't the connection's own, so a
+copied header could send a message anywhere or end the channel.
+"""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from pamqp.common import FieldValue
+
+from worker.delivery import Delivery
+from worker.outcome import DeadLetter
+from worker.rabbit import wire
+from worker.rabbit.publisher import Outgoing
+from worker.result import Result
+
+APP_ID = "vqa-worker"
+RESULT_TYPE = "vqa.result.v1"
+CONTENT_TYPE = "application/json"
+UNDELIVERABLE_HEADER = "vqa-undeliverable-to"
+ERROR_CODE_HEADER = "vqa-error-code"
+ERROR_MESSAGE_HEADER = "vqa-error-message"
+
+
+def reply(delivery: Delivery, result: Result, queue: str, *, exchange: str) -> Outgoing:
+    """The result, for the queue that the job's publisher reads."""
+    return Outgoing(
+        body=result.to_body(),
+        exchange=exchange,
+        routing_key=queue,
+        content_type=CONTENT_TYPE,
+        type=RESULT_TYPE,
+        app_id=APP_ID,
+        correlation_id=delivery.correlation_id or _short(result.id),
+        timestamp=datetime.now(UTC),
+        headers=delivery.trace,
+    )
+
+
+def to_direct_reply(message: Outgoing) -> Outgoing:
+    """The same for direct reply-to, whose pseudo-queue is not routed to in the usual way."""
+    return replace(message, exchange="", mandatory=False)
+
+
+def undeliverable(message: Outgoing, results_queue: str) -> Outgoing:
+    """The same for the results queue, since nobody reads where it was to go."""
+    headers = {**message.headers, UNDELIVERABLE_HEADER: message.routing_key}
+    return replace(message, routing_key=results_queue, headers=headers, message_id=str(uuid.uuid4()))
+
+
+def retry_copy(delivery: Delivery, queue: str, attempts: int) -> Outgoing:
+    """The job for a retry queue; deliveries are counted anew, since this one has come to an end."""
+    return _copy(delivery, queue, {wire.COPY_HEADER: uuid.uuid4().hex, wire.ATTEMPTS_HEADER: attempts})
+
+
+def given_back_copy(delivery: Delivery, queue: str) -> Outgoing:
+    """The job as it was, with this delivery uncounted.
+
+    A copy and not a nack, which RabbitMQ before 4.3 counts towards the delivery limit.
+    """
+    headers: dict[str, FieldValue] = {wire.COPY_HEADER: uuid.uuid4().hex}
+    if delivery.attempts:
+        headers[wire.ATTEMPTS_HEADER] = delivery.attempts
+    if delivery.deliveries > 1:
+        headers[wire.DELIVERIES_HEADER] = delivery.deliveries - 1
+    return _copy(delivery, queue, headers)
+
+
+def dead_letter(delivery: Delivery, queue: str, outcome: DeadLetter) -> Outgoing:
+    """The job as it came, with why it died: it can be put back as it was."""
+    return _copy(
+        delivery,
+        queue,
+        {
+            ERROR_CODE_HEADER: str(outcome.code),
+            ERROR_MESSAGE_HEADER: outcome.message,
+            wire.ATTEMPTS_HEADER: outcome.attempts,
+            wire.DIED_AT_HEADER: datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        },
+    )
+
+
+def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> Outgoing:
+    kept: dict[str, FieldValue] = dict(delivery.trace)
+    if delivery.enqueued_ms is not None:
+        kept[wire.ENQUEUED_HEADER] = delivery.enqueued_ms
+    copy = Outgoing(
+        body=delivery.body,
+        routing_key=queue,
+        content_type=delivery.content_type,
+        correlation_id=delivery.correlation_id,
+        reply_to=delivery.reply_to,
+        timestamp=delivery.timestamp,
+        headers={**kept, **headers},
+    )
+    return copy if delivery.message_id is None else replace(copy, message_id=delivery.message_id)
+
+
+def _short(text: str | None) -> str | None:
+    """`text` if AMQP can carry it as a property (255 bytes), else None."""
+    return text if text is not None and len(text.encode()) <= wire.MAX_SHORT_BYTES else None

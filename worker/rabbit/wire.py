@@ -1,0 +1,92 @@
+"""What AMQP properties say, read without ever failing: the worker must not stop on any message.
+
+aio-pika reads frames by pamqp, which raises on a property that it cannot decode (text that is not
+UTF-8, a timestamp beyond the year 9999). In the connection's reader that ends the connection; the
+broker delivers the message again, and so for ever. `install_tolerant_decoders` makes such a property
+come out empty instead. Each kind says its own length on the wire, so that what follows it is read right.
+"""
+
+import re
+import struct
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import pamqp.decode
+from pamqp.common import FieldValue
+
+Decoder = Callable[[bytes], tuple[int, FieldValue]]
+
+# AMQP 0-9-1: the longest short string.
+MAX_SHORT_BYTES = 255
+MAX_ATTEMPTS_BELIEVED = 1000
+MAX_DELIVERIES_BELIEVED = 1_000_000
+
+ATTEMPTS_HEADER = "vqa-attempts"
+DELIVERIES_HEADER = "vqa-deliveries"
+COPY_HEADER = "vqa-copy"
+DIED_AT_HEADER = "vqa-died-at"
+ENQUEUED_HEADER = "timestamp_in_ms"
+# W3C Trace Context, §3.2 and §3.3.
+TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+MAX_TRACESTATE_CHARS = 512
+
+
+def install_tolerant_decoders() -> None:
+    """Replace pamqp's decoders of the property types that a publisher can fill with anything."""
+    lengths: dict[str, Callable[[bytes], int]] = {
+        "shortstr": lambda data: 1 + data[0],
+        "timestamp": lambda _: 8,
+        "table": lambda data: 4 + int(struct.unpack(">I", data[:4])[0]),
+    }
+    for kind, length_of in lengths.items():
+        decoder = pamqp.decode.METHODS[kind]
+        if not isinstance(decoder, _Tolerant):
+            pamqp.decode.METHODS[kind] = _Tolerant(decoder, length_of)
+
+
+class _Tolerant:
+    """A decoder that skips what it cannot decode."""
+
+    def __init__(self, decode: Decoder, length_of: Callable[[bytes], int]) -> None:
+        self._decode = decode
+        self._length_of = length_of
+
+    def __call__(self, data: bytes) -> tuple[int, FieldValue]:
+        try:
+            return self._decode(data)
+        except (ValueError, OverflowError, OSError, KeyError, IndexError, RecursionError):
+            return self._length_of(data), None
+
+
+def text(value: object) -> str | None:
+    """A property that should be text."""
+    return value if isinstance(value, str) and value else None
+
+
+def count(value: object, most: int) -> int:
+    """A header that should be a small whole number; anything else counts as none."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most:
+        return value
+    return 0
+
+
+def trace_headers(headers: Mapping[str, Any]) -> dict[str, str]:
+    """`traceparent` and `tracestate`, if they are what the standard says."""
+    traceparent, tracestate = headers.get(TRACEPARENT), headers.get(TRACESTATE)
+    if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent):
+        return {}
+    trace = {TRACEPARENT: traceparent}
+    if isinstance(tracestate, str) and tracestate.isprintable() and len(tracestate) <= MAX_TRACESTATE_CHARS:
+        trace[TRACESTATE] = tracestate
+    return trace
+
+
+def queued_s(enqueued_ms: int | None, timestamp: datetime | None, now: datetime) -> float | None:
+    """Seconds in the queue: by the interceptor's milliseconds, else by the timestamp's whole seconds."""
+    if enqueued_ms is not None:
+        return max(0.0, now.timestamp() - enqueued_ms / 1000)
+    if timestamp is not None:
+        return max(0.0, (now - timestamp.astimezone(UTC)).total_seconds())
+    return None

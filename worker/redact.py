@@ -1,0 +1,157 @@
+"""Keeps secrets, signed links and image data out of everything that a person or another program gets to read.
+
+The patterns are written so that each character is looked at a fixed number of times: their input comes from
+strangers. Possessive quantifiers (`*+`) never go back, and no pattern starts anew inside what it has just
+scanned.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Final
+from urllib.parse import quote, unquote
+
+MARK: Final = "[redacted]"
+DEFAULT_LIMIT: Final = 2000  # characters of a message
+MAX_DISPLAY_CHARS: Final = 300  # of a URL in a message
+
+# A shorter one is found by chance in any sentence: blanking every "a" would destroy the message and, by the
+# pattern of the gaps, still give the secret away.
+MIN_SECRET_CHARS: Final = 4
+
+MIN_TOKEN_CHARS: Final = 8
+SURELY_A_TOKEN_CHARS: Final = 20
+
+_DATA_URL: Final = re.compile(r"""(data:[^\s,:"']*+),([A-Za-z0-9+/=_%-]++)""", re.IGNORECASE)
+_AUTHORITY: Final = re.compile(r"""://([^\s/?#"<>]*+)""")
+# The key in an s3:// URL is taken literally: a question mark in it begins no query.
+_URL: Final = re.compile(r"""(?<!s3)://[^\s"'<>]*+""")
+_PARAMETER: Final = re.compile(
+    r"""(?<![\w-])
+    (x-amz-(?:signature|credential|security-token)|signature|awsaccesskeyid|sig
+     |token|access_token|api[_-]?key|password)
+    =[^\s&"'<>]++""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_AUTHORIZATION: Final = re.compile(
+    r"""(authorization["']?\s{0,2}[:=]\s{0,2}["']?)(?:[a-z]{1,10}\s)?[^\s"',;]++""", re.IGNORECASE
+)
+_BEARER: Final = re.compile(rf"(\bbearer\s)([\w.~+/=-]{{{MIN_TOKEN_CHARS},}}+)", re.IGNORECASE | re.ASCII)
+_SCHEME: Final = re.compile(r"(?:[a-z][a-z0-9+.-]*+:)?[/\\]*+", re.IGNORECASE)
+# C0, DEL, C1, line and paragraph separators, and what turns the direction of writing.
+_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
+class Redactor:
+    """Makes a text fit to be shown: no secrets, one line, not too long.
+
+    Args:
+        secrets: values to blank wherever they occur, also percent-encoded, decoded or escaped. Those shorter
+            than `MIN_SECRET_CHARS` are left alone.
+        limit: the most characters that come out.
+    """
+
+    def __init__(self, secrets: Iterable[str], limit: int = DEFAULT_LIMIT) -> None:
+        self._secrets = _any_of({form for secret in secrets for form in _forms(secret)})
+        self._limit = limit
+
+    def __call__(self, text: str) -> str:
+        """Return the text with the mark in place of what is secret."""
+        # Secrets go first, since the patterns could leave a part of one, and once more at the end, since what
+        # they take away could bring two parts together.
+        shown = _printable(_without_patterns(self._blank(text)))
+        return _cut(shown if shown is text else self._blank(shown), self._limit)
+
+    def _blank(self, text: str) -> str:
+        return self._secrets.sub(MARK, text) if self._secrets else text
+
+
+def _without_patterns(text: str) -> str:
+    # Looking for a word costs far less than a pattern, and a log line has seldom any of these.
+    lowered = text.lower()
+    if "authorization" in lowered:
+        text = _AUTHORIZATION.sub(rf"\1{MARK}", text)
+    if "bearer" in lowered:
+        text = _BEARER.sub(_blank_token, text)
+    if "data:" in lowered:
+        text = _DATA_URL.sub(_collapse_data, text)
+    if "://" in text:
+        text = _AUTHORITY.sub(_blank_userinfo, text)
+        text = _URL.sub(_blank_query, text)
+    if "=" in text:
+        text = _PARAMETER.sub(rf"\1={MARK}", text)
+    return text
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else _SURROGATE.sub("\ufffd", _CONTROL.sub(" ", text))
+
+
+def display_url(url: str) -> str:
+    """Name an image in a message: the URL without anything secret, long or unprintable."""
+    scheme = url[:5].lower()
+    if scheme == "data:":
+        return "data: URL"
+    shown = url if scheme == "s3://" else _without_secrets(url)
+    return _cut(_CONTROL.sub(_escape, _SURROGATE.sub(_escape, shown)), MAX_DISPLAY_CHARS)
+
+
+def _without_secrets(url: str) -> str:
+    """Without user name, password, query and fragment; never fails, whatever the text is."""
+    address = re.split(r"[?#]", url, maxsplit=1)[0]
+    scheme = _SCHEME.match(address)
+    start = scheme.end() if scheme else 0
+    authority = re.split(r"[/\\]", address[start:], maxsplit=1)[0]
+    host = authority.rpartition("@")[2]
+    return f"{address[:start]}{host}{address[start + len(authority) :]}"
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """The ways in which a secret can stand in a text: as it is, in a URL, in JSON, in a `repr`."""
+    forms = (
+        secret,
+        unquote(secret),
+        quote(secret, safe="", errors="replace"),
+        quote(secret, errors="replace"),
+        json.dumps(secret)[1:-1],
+        json.dumps(secret, ensure_ascii=False)[1:-1],
+        repr(secret)[1:-1],
+    )
+    return (form for form in forms if len(secret) >= MIN_SECRET_CHARS and len(form) >= MIN_SECRET_CHARS)
+
+
+def _any_of(secrets: set[str]) -> re.Pattern[str] | None:
+    # Longest first: a secret that begins another must not leave the rest of it.
+    ordered = sorted(secrets, key=lambda secret: (-len(secret), secret))
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _blank_token(match: re.Match[str]) -> str:
+    """Blank a token: it has a digit in it or is long; "Bearer authentication" is a phrase."""
+    token = match[2]
+    is_token = len(token) >= SURELY_A_TOKEN_CHARS or any(map(str.isdigit, token))
+    return f"{match[1]}{MARK}" if is_token else match[0]
+
+
+def _collapse_data(match: re.Match[str]) -> str:
+    head, payload = match[1], match[2]
+    return f"{head},[{len(payload)} characters]" if head.lower().endswith("base64") else match[0]
+
+
+def _blank_userinfo(match: re.Match[str]) -> str:
+    userinfo, at, host = match[1].rpartition("@")
+    return f"://{MARK}@{host}" if at and userinfo else match[0]
+
+
+def _blank_query(match: re.Match[str]) -> str:
+    address, _, query = match[0].partition("?")
+    return f"{address}?{MARK}" if query else match[0]
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

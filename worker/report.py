@@ -1,0 +1,146 @@
+"""What is known of a job while it is worked on, and the outcomes that are made of it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, Literal
+
+from worker import metrics
+from worker.delivery import Delivery
+from worker.errors import ErrorCode
+from worker.job import InvalidJobError, Job
+from worker.model.answer import Answer
+from worker.outcome import Answered, DeadLetter, GiveBack, Outcome, Refused, Retry
+from worker.redact import Redactor
+from worker.result import JobFailure, Result, Timings
+
+_DIGITS = 6
+
+
+class Report:
+    """One attempt at one job: its id, model and times so far."""
+
+    def __init__(self, delivery: Delivery, redact: Redactor, *, include_response: bool) -> None:
+        self._delivery = delivery
+        self._redact = redact
+        self._include_response = include_response
+        self._job: Job | None = None
+        self._model: str | None = None
+        self._stages: dict[str, float] = {}
+        self.job_id: str | None = None
+        self.attempts = delivery.attempts + 1
+
+    @property
+    def received(self) -> float:
+        """When the delivery came, in seconds of `time.monotonic`."""
+        return self._delivery.received
+
+    @property
+    def deadline(self) -> datetime | None:
+        """The job's deadline."""
+        return self._job.deadline if self._job else None
+
+    @property
+    def model(self) -> str:
+        """The model to ask, or `unknown`: fit for a metric's label."""
+        return self._model or metrics.UNKNOWN_MODEL
+
+    def job_is(self, job: Job) -> None:
+        """The message could be read."""
+        self._job = job
+        self.job_id = job.id
+
+    def model_is(self, model: str) -> None:
+        """The model is an allowed one."""
+        self._model = model
+
+    @contextmanager
+    def stage(self, name: Literal["wait", "fetch", "model"]) -> Iterator[None]:
+        """Measure a stage; a stage that comes again (after a 429) adds up."""
+        started = time.monotonic()
+        try:
+            with metrics.stage(name, self.model):
+                yield
+        finally:
+            took = time.monotonic() - started
+            self._stages[name] = self._stages.get(name, 0.0) + took
+
+    def answered(self, answer: Answer) -> Outcome:
+        """The model's answer, or that it was empty: paid for, so never asked again."""
+        paid: dict[str, Any] = {
+            "finish_reason": answer.finish_reason,
+            "usage": answer.usage,
+            "response": answer.response if self._include_response or not answer.is_plain else None,
+        }
+        if answer.is_empty:
+            return self.refused(ErrorCode.EMPTY_ANSWER, _why_empty(answer), **paid)
+        result = self._result(status="succeeded", answer=answer.text, **paid)
+        return Answered(job_id=self.job_id, model=self.model, result=result)
+
+    def refused(self, code: ErrorCode, message: str, **paid: Any) -> Outcome:
+        """The job failed for good."""
+        result = self._failure(code, message, retryable=False, **paid)
+        return Refused(job_id=self.job_id, model=self.model, result=result, code=code)
+
+    def dead_letter(self, code: ErrorCode, message: str, *, attempts: int | None = None) -> Outcome:
+        """The job failed for good and is to be kept."""
+        result = self._failure(code, message, retryable=code is ErrorCode.ATTEMPTS_EXHAUSTED)
+        return DeadLetter(
+            job_id=self.job_id,
+            model=self.model,
+            result=result,
+            code=code,
+            message=self._redact(message),
+            attempts=self.attempts if attempts is None else attempts,
+        )
+
+    def unreadable(self, error: InvalidJobError) -> Outcome:
+        """The message is no job; one whose body gives no id is kept for a person to look at."""
+        self.job_id = error.job_id
+        if error.id_in_body:
+            return self.refused(ErrorCode.INVALID_JOB, error.message)
+        return self.dead_letter(ErrorCode.INVALID_JOB, error.message, attempts=self._delivery.attempts)
+
+    def retried(self, delay_s: int, reason: str) -> Outcome:
+        """The attempt is counted and another comes later."""
+        return Retry(
+            job_id=self.job_id, model=self.model, delay_s=delay_s, attempts=self.attempts, reason=reason
+        )
+
+    def given_back(self, reason: str) -> Outcome:
+        """Nothing is counted."""
+        return GiveBack(job_id=self.job_id, model=self.model, reason=reason)
+
+    def _failure(self, code: ErrorCode, message: str, *, retryable: bool, **paid: Any) -> Result:
+        error = JobFailure(code=code, message=self._redact(message), retryable=retryable)
+        return self._result(status="failed", error=error, **paid)
+
+    def _result(self, **fields: Any) -> Result:
+        return Result(
+            id=self.job_id,
+            model=self._model,
+            attempts=self.attempts,
+            metadata=self._job.metadata if self._job else None,
+            timings=Timings(
+                queued_s=self._delivery.queued_s,
+                fetch_s=self._seconds("fetch"),
+                model_s=self._seconds("model"),
+                total_s=round(time.monotonic() - self.received, _DIGITS),
+            ),
+            **fields,
+        )
+
+    def _seconds(self, stage: str) -> float | None:
+        seconds = self._stages.get(stage)
+        return None if seconds is None else round(seconds, _DIGITS)
+
+
+def _why_empty(answer: Answer) -> str:
+    if answer.refusal is not None:
+        return f"the model refused to answer: {answer.refusal}"
+    if answer.finish_reason == "length":
+        return "the token limit was used up before any text came: raise params.max_tokens"
+    if answer.finish_reason == "content_filter":
+        return "the API's content filter left nothing of the answer"
+    return f"the API answered with neither text nor a tool call (finish_reason {answer.finish_reason})"
