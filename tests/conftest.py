@@ -1,11 +1,95 @@
-from collections.abc import Iterator
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from io import BytesIO
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from deploy.local.stack import Stack
+from tests.running import Client, Worker
+
+StartWorker = Callable[..., Awaitable[Worker]]
+MakeClient = Callable[[Worker], Awaitable[Client]]
+PutImage = Callable[..., str]
+
+BUCKET = "test-images"
 
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     with Stack.start(use_environment=False) as stack:
+        stack.s3.client().create_bucket(Bucket=BUCKET)
         yield stack
+
+
+@pytest.fixture(scope="session")
+def put_image(stack: Stack) -> PutImage:
+    """Uploads bytes (by default a small PNG unlike any other) and returns its s3:// URL."""
+    s3 = stack.s3.client()
+
+    def put(content: bytes | None = None, key: str | None = None) -> str:
+        key = key or f"{uuid.uuid4().hex}.png"
+        s3.put_object(Bucket=BUCKET, Key=key, Body=picture() if content is None else content)
+        return f"s3://{BUCKET}/{key}"
+
+    return put
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (48, 32)) -> bytes:
+    """A picture whose bytes are unlike any other's."""
+    colour = tuple(uuid.uuid4().bytes[:3])
+    buffer = BytesIO()
+    Image.new("RGB", size, colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+async def start_worker(stack: Stack, tmp_path: Path) -> AsyncIterator[StartWorker]:
+    """Starts workers with the settings given; kills what still runs in the end."""
+    workers: list[Worker] = []
+
+    async def start(*, wait: bool = True, like: Worker | None = None, **settings: str) -> Worker:
+        if like is not None:
+            settings = {
+                "VQA_JOBS_QUEUE": like.jobs_queue,
+                "VQA_RESULTS_QUEUE": like.results_queue,
+                **settings,
+            }
+        worker = Worker.of(stack, tmp_path, **settings)
+        workers.append(worker)
+        if wait:
+            await worker.start()
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.kill()
+
+
+@pytest.fixture
+async def client_of(stack: Stack) -> AsyncIterator[MakeClient]:
+    """Makes clients of workers."""
+    async with AsyncExitStack() as clients:
+
+        async def make(worker: Worker) -> Client:
+            return await clients.enter_async_context(Client.of(stack, worker))
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+async def worker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worker]:
+    """A worker with usual settings that many tests share; its jobs are told apart by their ids and markers."""
+    worker = Worker.of(stack, tmp_path_factory.mktemp("shared-worker"), VQA_MAX_ATTEMPTS="3")
+    await worker.start()
+    yield worker
+    assert await worker.stop() == 0, worker.output()
+
+
+@pytest.fixture(scope="session")
+async def client(stack: Stack, worker: Worker) -> AsyncIterator[Client]:
+    """The shared worker's client."""
+    async with Client.of(stack, worker) as client:
+        yield client

@@ -109,16 +109,18 @@ def _without_secrets(url: str) -> str:
 
 def _forms(secret: str) -> Iterator[str]:
     """The ways in which a secret can stand in a text: as it is, in a URL, in JSON, in a `repr`."""
-    forms = (
-        secret,
-        unquote(secret),
-        quote(secret, safe="", errors="replace"),
-        quote(secret, errors="replace"),
-        json.dumps(secret)[1:-1],
-        json.dumps(secret, ensure_ascii=False)[1:-1],
-        repr(secret)[1:-1],
-    )
-    return (form for form in forms if len(secret) >= MIN_SECRET_CHARS and len(form) >= MIN_SECRET_CHARS)
+    if len(secret) < MIN_SECRET_CHARS:
+        return
+    for plain in (secret, unquote(secret)):
+        forms = (
+            plain,
+            quote(plain, safe="", errors="replace"),
+            quote(plain, errors="replace"),
+            json.dumps(plain)[1:-1],
+            json.dumps(plain, ensure_ascii=False)[1:-1],
+            repr(plain)[1:-1],
+        )
+        yield from (form for form in forms if len(plain) >= MIN_SECRET_CHARS)
 
 
 def _any_of(secrets: set[str]) -> re.Pattern[str] | None:

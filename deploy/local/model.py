@@ -63,8 +63,7 @@ class StandInModel:
         self._server = GuardedProcess(
             "stand-in model",
             _command(port, options),
-            environment=os.environ
-            | {"PYTHONPATH": str(_REPOSITORY), "STANDIN_API_KEY": self.api_key, "PYTHONUNBUFFERED": "1"},
+            environment=_environment(self.api_key),
             folder=folder,
             leftovers=[folder] if temporary else [],
         )
@@ -183,6 +182,12 @@ class StandInModel:
         except urllib.error.HTTPError as error:
             with error:
                 raise _refusal(error) from None
+
+
+def _environment(api_key: str) -> dict[str, str]:
+    """Return an environment in which this package can be imported from any folder."""
+    path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "STANDIN_API_KEY": api_key}
 
 
 def _refusal(error: urllib.error.HTTPError) -> Exception:

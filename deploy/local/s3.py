@@ -111,8 +111,8 @@ class S3:
 
     def stop(self) -> None:
         """Stop it; the data stays."""
-        # In its orderly stop it waits 15 s for subscribers that are all parts of itself. What it has confirmed
-        # is in its files anyway.
+        # An orderly stop waits 15 s for subscribers that are all parts of itself. What it has confirmed is in
+        # its files anyway.
         self._server.kill()
 
     kill = stop

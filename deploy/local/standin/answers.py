@@ -26,7 +26,7 @@ _MAX_TOKENS_PER_PICTURE = 16_384
 
 _DIGEST_SHOWN = 12
 _ASKS_FOR_TEXT = re.compile(
-    r"\b(text|read|says?|sign|written|word|words|total|price|cost|much|number|name|title|label|line|date|"
+    r"\b(text|read|says?|signs?|written|word|words|total|price|cost|much|number|name|title|label|line|date|"
     r"receipt|store|shop|month|paid)\b",
     re.IGNORECASE,
 )
@@ -206,7 +206,7 @@ def _tool_call(function: dict[str, Any], text: str, pictures: Sequence[Picture])
 
 
 def _fill(schema: dict[str, Any], text: str, count: int) -> Any:
-    """Return a value that a simple JSON schema allows: the answer for text, the pictures' number for numbers."""
+    """Return a value that a simple JSON schema allows: the answer for strings, the count for numbers."""
     if schema.get("enum"):
         return schema["enum"][0]
     plain = {"string": text, "integer": count, "number": count, "boolean": count > 0, "null": None}

@@ -68,7 +68,7 @@ class StandIn:
         try:
             async with self._counted():
                 response = await self._answer(request, call)
-            call.status = response.status if call.status is None else call.status
+            call.status = response.status
         except RefusedError as refused:
             response = _error(refused, call)
         except (asyncio.CancelledError, ConnectionError):

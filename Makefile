@@ -1,0 +1,52 @@
+# `make` alone lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo stack test lint format docs lock ci
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+SOURCES := worker deploy docs tests
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make .venv with everything in it, from the hashed lock
+
+$(INSTALLED): requirements-dev.lock requirements-ocr.lock pyproject.toml deploy/local/setup.sh
+	@bash deploy/local/setup.sh
+
+demo: $(INSTALLED) ## start RabbitMQ, S3 and a model, ask questions about pictures, show the answers
+	@$(BIN)/python -m deploy.local.demo
+
+stack: $(INSTALLED) ## start RabbitMQ, S3 and the stand-in model to try things with, until Ctrl-C
+	@$(BIN)/python -m deploy.local up
+
+test: $(INSTALLED) ## run the tests, on real services
+	$(BIN)/coverage erase
+	$(BIN)/pytest --cov --cov-report=
+	$(BIN)/coverage report
+
+lint: $(INSTALLED) ## run the static checks
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry worker
+	$(BIN)/codespell
+	$(BIN)/yamllint --strict .
+	$(BIN)/python docs/generate.py --check
+
+format: $(INSTALLED) ## put the code in form
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+docs: $(INSTALLED) ## write the generated pages of docs/ anew
+	$(BIN)/python docs/generate.py
+
+lock: ## take the latest releases into the locks (needs uv)
+	uv pip compile $(LOCK) pyproject.toml -o requirements.lock
+	uv pip compile $(LOCK) pyproject.toml --group local --group dev -o requirements-dev.lock
+	uv pip compile $(LOCK) pyproject.toml --group ocr -c requirements-dev.lock -o requirements-ocr.lock
+LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+
+ci: lint test ## what CI runs: the checks and the tests

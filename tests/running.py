@@ -1,0 +1,249 @@
+"""A real worker process and a publisher's side of the broker, for tests."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import aio_pika
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue, HeadersType
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.local.stack import Stack
+
+ROOT = Path(__file__).parents[1]
+PATIENCE_S = 30.0
+
+
+async def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> Any:
+    """Poll `condition` (sync or async) until it returns something true, which is returned."""
+    ends = time.monotonic() + patience_s
+    while True:
+        value = condition()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return value
+        if time.monotonic() > ends:
+            raise AssertionError(f"waited {patience_s} s in vain: {what}")
+        await asyncio.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A result as its reader sees it."""
+
+    body: dict[str, Any]
+    message: AbstractIncomingMessage
+
+
+class Worker:
+    """`vqa-worker run` in a process of its own, with queues of its own."""
+
+    def __init__(self, environment: Mapping[str, str], log_file: Path) -> None:
+        self._environment = {**environment, "PYTHONUNBUFFERED": "1"}
+        self._log_file = log_file
+        self.process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    @classmethod
+    def of(cls, stack: Stack, folder: Path, **settings: str) -> Self:
+        """A worker on the stack with queues under a fresh name; `settings` as VQA_… or other variables."""
+        name = f"t{uuid.uuid4().hex[:10]}"
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VQA_", "AWS_"))}
+        environment = {
+            **inherited,
+            **stack.environment(),
+            "VQA_HTTP_HOST": "127.0.0.1",
+            "VQA_HTTP_PORT": "0",
+            "VQA_JOBS_QUEUE": f"{name}.jobs",
+            "VQA_RESULTS_QUEUE": f"{name}.results",
+            "VQA_RETRY_DELAYS": "1",
+            "VQA_ALLOWED_BUCKETS": "*",
+            "VQA_LOG_FORMAT": "json",
+            **settings,
+        }
+        return cls(environment, folder / f"{name}.log")
+
+    @property
+    def jobs_queue(self) -> str:
+        return self._environment["VQA_JOBS_QUEUE"]
+
+    @property
+    def results_queue(self) -> str:
+        return self._environment["VQA_RESULTS_QUEUE"]
+
+    @property
+    def dead_letter_queue(self) -> str:
+        return self._environment.get("VQA_DEAD_LETTER_QUEUE", f"{self.jobs_queue}.dead")
+
+    def launch(self) -> None:
+        """Start without waiting."""
+        # A folder without a `.env`, whatever a developer keeps in the project's own.
+        with self._log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "worker", "run"],
+                env={**self._environment, "PYTHONPATH": str(ROOT)},
+                cwd=self._log_file.parent,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    async def start(self) -> Self:
+        """Start, and return when it takes jobs."""
+        seen = len(self.log())
+        self.launch()
+        await until(lambda: self._started(seen), "the worker logs that it started")
+        await until(lambda: self.ready()[0] == 200, "the worker is ready")
+        return self
+
+    def _started(self, seen: int) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"the worker ended with {self.process.returncode}:\n{self.output()}")
+        for line in self.log()[seen:]:
+            if line.get("event") == "started":
+                self.port = line["http_port"]
+                return True
+        return False
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM, patience_s: float = PATIENCE_S) -> int:
+        """Send a signal and return the exit code."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return await self.ended(patience_s)
+
+    async def ended(self, patience_s: float = PATIENCE_S) -> int:
+        """Wait for the end and return the exit code."""
+        process = self.process
+        assert process is not None
+        await until(lambda: process.poll() is not None, "the worker ends", patience_s)
+        return process.returncode
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def output(self) -> str:
+        """All that it printed so far."""
+        return self._log_file.read_text() if self._log_file.exists() else ""
+
+    def log(self) -> list[dict[str, Any]]:
+        """Its log lines so far."""
+        lines = []
+        for line in self.output().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of one of its endpoints; status 0 if it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def ready(self) -> tuple[int, dict[str, Any]]:
+        """`/readyz`: status and body."""
+        status, body = self.get("/readyz")
+        return status, json.loads(body) if body else {}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels; 0.0 if there is none."""
+        _, text = self.get("/metrics")
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
+class Client:
+    """Publishes jobs and reads results, as a backend would."""
+
+    def __init__(self, channel: AbstractChannel, worker: Worker) -> None:
+        self._channel = channel
+        self._worker = worker
+        self.replies: dict[str | None, list[Reply]] = {}
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def of(cls, stack: Stack, worker: Worker) -> AsyncIterator[Self]:
+        """A connection of its own that reads the worker's results queue."""
+        connection = await aio_pika.connect(stack.rabbitmq.url)
+        async with connection:
+            channel = await connection.channel(on_return_raises=True)
+            client = cls(channel, worker)
+            await client.listen(worker.results_queue)
+            yield client
+
+    async def listen(self, queue: str) -> None:
+        """Gather the results of one more queue into `replies`."""
+        results = await self._channel.get_queue(queue, ensure=False)
+        await results.consume(self._receive)
+
+    async def reply_queue(self) -> str:
+        """A queue of its own that the worker may reply to."""
+        queue = await self._channel.declare_queue(exclusive=True)
+        await queue.consume(self._receive)
+        return queue.name
+
+    async def _receive(self, message: AbstractIncomingMessage) -> None:
+        await message.ack()
+        body = json.loads(message.body)
+        self.replies.setdefault(body["id"], []).append(Reply(body, message))
+
+    async def publish(
+        self, body: bytes | Mapping[str, Any], *, headers: HeadersType | None = None, **properties: Any
+    ) -> None:
+        """Publish a job; `properties` as aio_pika.Message takes them."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        message = aio_pika.Message(raw, headers=headers, **properties)
+        await self._channel.default_exchange.publish(message, self._worker.jobs_queue)
+
+    async def result(self, job_id: str | None, patience_s: float = PATIENCE_S) -> Reply:
+        """The first result of a job."""
+        replies = await until(lambda: self.replies.get(job_id), f"a result for {job_id}", patience_s)
+        return replies[0]
+
+    async def ask(self, patience_s: float = PATIENCE_S, **fields: Any) -> Reply:
+        """Publish a job (with a fresh id unless given) and wait for its result."""
+        job = {"id": uuid.uuid4().hex, **fields}
+        await self.publish(job)
+        return await self.result(job["id"], patience_s)
+
+    async def queue(self, name: str) -> AbstractQueue:
+        """A handle on a queue, to `get` from."""
+        return await self._channel.get_queue(name, ensure=False)
+
+    async def take(self, queue_name: str, patience_s: float = PATIENCE_S) -> AbstractIncomingMessage:
+        """Take one message from a queue, acked."""
+        queue = await self.queue(queue_name)
+        message: AbstractIncomingMessage = await until(
+            lambda: queue.get(fail=False), f"a message in {queue_name}", patience_s
+        )
+        await message.ack()
+        return message
+
+    async def depth(self, queue_name: str) -> int:
+        """How many messages are ready in a queue."""
+        queue = await self._channel.declare_queue(queue_name, passive=True)
+        return queue.declaration_result.message_count or 0
