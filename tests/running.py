@@ -21,6 +21,7 @@ from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local.stack import Stack
+from deploy.local.standin.calls import Call
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 30.0
@@ -131,6 +132,18 @@ class Worker:
         await until(lambda: process.poll() is not None, "the worker ends", patience_s)
         return process.returncode
 
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(cls, stack: Stack, folder: Path, **settings: str) -> AsyncIterator[Self]:
+        """A worker for as long as the context lasts, told to stop in the end."""
+        worker = await cls.of(stack, folder, **settings).start()
+        try:
+            yield worker
+        except BaseException:
+            worker.kill()
+            raise
+        assert await worker.stop() == 0, worker.output()
+
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
         if self.process is not None and self.process.poll() is None:
@@ -174,6 +187,11 @@ class Worker:
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         )
+
+
+def calls_with(stack: Stack, marker: str) -> list[Call]:
+    """The calls that the stand-in model got whose last user message contains `marker`."""
+    return [call for call in stack.model.calls() if marker in call.question]
 
 
 class Client:
@@ -242,6 +260,22 @@ class Client:
         )
         await message.ack()
         return message
+
+    @contextlib.asynccontextmanager
+    async def reading(self, queue_name: str) -> AsyncIterator[list[AbstractIncomingMessage]]:
+        """All messages of a queue, acked as they come, for as long as the context lasts."""
+        queue = await self.queue(queue_name)
+        messages: list[AbstractIncomingMessage] = []
+
+        async def receive(message: AbstractIncomingMessage) -> None:
+            await message.ack()
+            messages.append(message)
+
+        tag = await queue.consume(receive)
+        try:
+            yield messages
+        finally:
+            await queue.cancel(tag)
 
     async def depth(self, queue_name: str) -> int:
         """How many messages are ready in a queue."""

@@ -268,8 +268,18 @@ def test_a_secrets_folder_that_is_none_is_a_fault(tmp_path: Path, kind: str) -> 
     assert fault(secrets_dir=str(folder)).startswith("VQA_SECRETS_DIR: ")
 
 
+def test_a_secrets_folder_that_may_not_be_listed_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert fault(secrets_dir=str(tmp_path)).endswith("cannot be listed: Permission denied")
+
+
 def test_text_that_is_not_utf8_is_a_fault() -> None:
-    assert fault(model=os.fsdecode(b"caf\xe9")) == "VQA_MODEL: is not UTF-8 text"
+    assert fault(model=os.fsdecode(b"x\xe9")) == "VQA_MODEL: is not UTF-8 text"
 
 
 EMPTY_IS_A_VALUE = {"allowed_reply_to", "allowed_link_hosts"}
@@ -303,6 +313,14 @@ def test_the_constructor_reads_nothing_but_its_arguments(monkeypatch: pytest.Mon
     write(Path(".env"), "VQA_JOBS_QUEUE=of-the-file\n")
     settings = Settings(allowed_buckets=("*",), model_api_key="k")
     assert (settings.model, settings.jobs_queue) == (load_settings(REQUIRED, env_file=None).model, "vqa.jobs")
+
+
+def test_the_constructor_checks_as_well() -> None:
+    given: dict[str, Any] = {"allowed_buckets": (), "model_headers": 1, "retry_delays": 1.5, "unknown": 1}
+    with pytest.raises(ValidationError) as caught:
+        Settings(model_api_key="k", **given)
+    faulty = [error["loc"][0] for error in caught.value.errors()]
+    assert sorted(map(str, faulty)) == sorted(given)
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -504,6 +522,7 @@ BAD = [
     ("rabbitmq_url", "amqp://host:amqp/", "port cannot be read"),
     ("rabbitmq_url", "amqp://[::1/", "cannot be read"),
     ("rabbitmq_url", "amqp://[1.2.3.4]/", "cannot be read"),
+    ("rabbitmq_url", "amqp://[v1.a:b]/", "must have a host"),
     ("rabbitmq_url", "amqp://u:p@ho%73t/", "must have a host"),
     ("rabbitmq_url", "amqp://user:pa#ss@host/", "percent-encoded"),
     ("rabbitmq_url", "amqp://host/#frag", "percent-encoded"),
@@ -574,9 +593,10 @@ BAD = [
     ("model_headers", '{"X A": "1"}', "'X A' cannot be the name of a header"),
     ("model_headers", '{"": "1"}', "cannot be the name of a header"),
     ("model_headers", '{"Content-Length": "1"}', "belongs to the HTTP client"),
-    ("model_headers", '{"X-A": 1}', "the value of X-A must be a string"),
-    ("model_headers", '{"X-A": "a\\r\\nX-B: b"}', "the value of X-A must be a string of printable"),
-    ("model_headers", '{"X-A": "ü"}', "the value of X-A must be a string of printable ASCII"),
+    ("model_headers", '{"X-A": 1}', "the value of 'X-A' must be a string"),
+    ("model_headers", '{"X-A": "a\\r\\nX-B: b"}', "the value of 'X-A' must be a string of printable"),
+    ("model_headers", '{"X-A": "ü"}', "the value of 'X-A' must be a string of printable ASCII"),
+    ("model_headers", '{"X-A": " a"}', "no blanks around it"),
     ("prices", "0.5", "must be a JSON object"),
     ("prices", '{"m": [1, -2]}', "'m/completion' must be at least 0"),
     ("prices", '{"m": {"prompt": 1}}', "'m/completion' is missing"),

@@ -272,20 +272,26 @@ _CLIENT_HEADERS: Final = frozenset(
 
 def _headers(value: Any) -> Any:
     headers = _json_object(value)
-    if not isinstance(headers, dict):
-        raise TypeError
-    seen: set[str] = set()
-    for name, content in headers.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            raise ValueError(f"{_shown(name)} cannot be the name of a header")
-        if name.lower() in _CLIENT_HEADERS or name.lower() in seen:
-            raise ValueError(f"the header {name} is given twice, or belongs to the HTTP client")
-        seen.add(name.lower())
-        plain = content.get_secret_value() if isinstance(content, SecretStr) else content
-        # The HTTP client encodes header values given as text as ASCII and fails on anything else.
-        if not isinstance(plain, str) or not re.fullmatch(r"[ -~]*", plain):
-            raise ValueError(f"the value of {name} must be a string of printable ASCII characters")
+    if isinstance(headers, dict):
+        lowered = [str(name).lower() for name in headers]
+        for name, content in headers.items():
+            if lowered.count(str(name).lower()) > 1:
+                raise ValueError(f"{_shown(name)} is given twice (upper and lower case make no difference)")
+            _check_header(str(name), content)
     return headers
+
+
+def _check_header(name: str, content: object) -> None:
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        raise ValueError(f"{_shown(name)} cannot be the name of a header")
+    if name.lower() in _CLIENT_HEADERS:
+        raise ValueError(f"{_shown(name)} belongs to the HTTP client")
+    plain = content.get_secret_value() if isinstance(content, SecretStr) else content
+    # The HTTP client encodes header values given as text as ASCII and fails on anything else.
+    if not isinstance(plain, str) or not re.fullmatch(r"[ -~]*", plain) or plain != plain.strip():
+        raise ValueError(
+            f"the value of {_shown(name)} must be a string of printable ASCII, no blanks around it"
+        )
 
 
 def _bucket_globs(globs: tuple[str, ...]) -> tuple[str, ...]:

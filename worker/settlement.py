@@ -92,7 +92,7 @@ class Settlement:
                 metrics.RETRIES.labels(reason).inc()
                 log.warning("job_retry", **_facts(outcome), reason=reason, attempts=attempts, delay_s=delay_s)
             case GiveBack():
-                log.info("job_given_back", **_facts(outcome), total_s=round(took_s, 3))
+                log.debug("job_given_back", **_facts(outcome), total_s=round(took_s, 3))
             case _:
                 assert_never(outcome)
 

@@ -1,0 +1,300 @@
+"""`make demo`: the whole way of a few jobs, from nothing, on real parts.
+
+Starts RabbitMQ, S3, a model and a worker, or uses those that the environment names; uploads pictures; asks
+questions about them; shows the answers as they come; stops everything that it started.
+"""
+
+import asyncio
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import aio_pika
+from aio_pika.abc import AbstractChannel, AbstractQueue
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deploy.local.install import RabbitMQMissingError
+from deploy.local.pictures import Picture, make_pictures
+from deploy.local.processes import DidNotStartError
+from deploy.local.stack import Stack
+
+START_TIMEOUT_S = 30.0
+ANSWERS_TIMEOUT_S = 180.0
+STAND_IN_LATENCY_S = 0.8
+FOLDER_IN_BUCKET = "vqa-demo"
+
+console = Console()
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message says why."""
+
+
+def main() -> int:
+    """Run the demo; return its exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vqa-demo-") as folder:
+            _run(Path(folder))
+    except KeyboardInterrupt:
+        console.print("Interrupted; everything that was started here is stopped.")
+        return 130
+    except (DemoError, DidNotStartError, RabbitMQMissingError) as error:
+        console.print(f"[red]{error}[/red]", highlight=False)
+        return 1
+    return 0
+
+
+def _run(folder: Path) -> None:
+    started = time.monotonic()
+    console.print(
+        "[bold]1. Starting[/bold] RabbitMQ, S3 and a model (what the environment names is used instead)"
+    )
+    with Stack.start(use_environment=True, tell=lambda line: console.print(f"   {line}")) as stack:
+        _say_what_runs(stack, time.monotonic() - started)
+        pictures = make_pictures(folder / "pictures")
+        jobs = _upload_and_ask(stack, pictures)
+        with _worker(stack, folder) as worker:
+            results = asyncio.run(_answers(stack.rabbitmq.url, worker.environment["VQA_JOBS_QUEUE"], jobs))
+            _show(jobs, results)
+            _show_metrics(worker.port)
+    _show_next(time.monotonic() - started)
+
+
+def _say_what_runs(stack: Stack, took_s: float) -> None:
+    model = (
+        "a [bold]stand-in[/bold], which tells what is in the picture file and understands nothing"
+        if stack.model_api.is_stand_in
+        else f"{stack.model_api.models[0]} at {stack.model_api.base_url} (real, and paid for)"
+    )
+    if stack.model_api.is_stand_in:
+        stack.model.configure(latency=STAND_IN_LATENCY_S)
+    console.print(f"   up after {took_s:.0f} s; the model is {model}")
+
+
+def _upload_and_ask(stack: Stack, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+    """The jobs to submit, their pictures uploaded."""
+    s3 = stack.s3.client()
+    urls = {}
+    for picture in pictures:
+        key = f"{FOLDER_IN_BUCKET}/{picture.name}"
+        s3.put_object(Bucket=stack.s3.bucket, Key=key, Body=picture.path.read_bytes())
+        urls[picture.name] = f"s3://{stack.s3.bucket}/{key}"
+    console.print(
+        f"[bold]2. Uploaded[/bold] {len(urls)} pictures to s3://{stack.s3.bucket}/{FOLDER_IN_BUCKET}/"
+    )
+    sign = base64.b64encode(next(p for p in pictures if p.name == "street-sign.png").path.read_bytes())
+    return [
+        *(_job(picture.name, picture.question, urls[picture.name]) for picture in pictures),
+        _job("two pictures", "Which of the two shows the sea?", urls["chart.png"], urls["seascape.jpg"]),
+        _job("in the job itself", "What do the signs say?", f"data:image/png;base64,{sign.decode()}"),
+        _job("must fail", "What is this?", f"s3://{stack.s3.bucket}/{FOLDER_IN_BUCKET}/not-there.jpg"),
+    ]
+
+
+def _job(name: str, question: str, *images: str) -> dict[str, Any]:
+    return {
+        "id": f"demo-{uuid.uuid4().hex[:8]}",
+        "question": question,
+        "images": list(images),
+        "params": {"max_tokens": 200},
+        "metadata": {"name": name},
+    }
+
+
+class _Worker:
+    """The worker's process and where it listens."""
+
+    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+        self.environment = environment
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "worker", "run"], env=dict(environment), stdout=output, stderr=output
+            )
+        self.port = 0
+
+    def wait_until_started(self) -> None:
+        ends = time.monotonic() + START_TIMEOUT_S
+        while not self.port or not _is_ready(self.port):
+            if self.process.poll() is not None or time.monotonic() > ends:
+                raise DemoError(f"The worker did not start:\n{self.log.read_text()}")
+            time.sleep(0.1)
+            self.port = self.port or _port_in(self.log)
+
+
+@contextmanager
+def _worker(stack: Stack, folder: Path) -> Iterator[_Worker]:
+    """A worker with queues of its own, which are deleted afterwards: the broker may be somebody's."""
+    name = f"vqa.demo.{uuid.uuid4().hex[:8]}"
+    environment = {
+        **os.environ,
+        **stack.environment(),
+        "VQA_JOBS_QUEUE": name,
+        "VQA_RESULTS_QUEUE": f"{name}.results",
+        "VQA_HTTP_HOST": "127.0.0.1",
+        "VQA_HTTP_PORT": "0",
+        "VQA_LOG_FORMAT": "json",
+    }
+    worker = _Worker(environment, folder / "worker.log")
+    try:
+        worker.wait_until_started()
+        yield worker
+    finally:
+        worker.process.terminate()
+        worker.process.wait()
+        asyncio.run(_delete_queues(stack.rabbitmq.url, name))
+
+
+async def _delete_queues(url: str, name: str) -> None:
+    async with await aio_pika.connect(url) as connection:
+        for queue in (
+            name,
+            f"{name}.results",
+            f"{name}.dead",
+            *(f"{name}.retry.{s}s" for s in (1, 5, 30, 120)),
+        ):
+            channel = await connection.channel()
+            await channel.queue_delete(queue, if_unused=False, if_empty=False)
+
+
+async def _answers(url: str, jobs_queue: str, jobs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Submit the jobs and gather their results by id, showing how far it is."""
+    async with _reply_queue(url) as (channel, replies):
+        for job in jobs:
+            message = aio_pika.Message(
+                json.dumps(job).encode(), reply_to=replies.name, timestamp=time.time(), message_id=job["id"]
+            )
+            await channel.default_exchange.publish(message, jobs_queue)
+        console.print(f"[bold]3. Submitted[/bold] {len(jobs)} jobs to the queue {jobs_queue}")
+        with Progress(
+            TextColumn("   answered"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        ) as progress:
+            task = progress.add_task("answers", total=len(jobs))
+            return await _gather(replies, len(jobs), lambda: progress.advance(task))
+
+
+@asynccontextmanager
+async def _reply_queue(url: str) -> AsyncIterator[tuple[AbstractChannel, AbstractQueue]]:
+    async with await aio_pika.connect(url) as connection:
+        channel = await connection.channel(on_return_raises=True)
+        yield channel, await channel.declare_queue(exclusive=True)
+
+
+async def _gather(
+    replies: AbstractQueue, count: int, on_result: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        async with asyncio.timeout(ANSWERS_TIMEOUT_S), replies.iterator() as messages:
+            async for message in messages:
+                await message.ack()
+                result = json.loads(message.body)
+                results[result["id"]] = result
+                on_result()
+                if len(results) == count:
+                    return results
+    except TimeoutError:
+        raise DemoError(f"Only {len(results)} of {count} jobs were answered in time.") from None
+    return results
+
+
+def _show(jobs: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table(title="Questions and answers", show_lines=True, expand=True)
+    for heading, ratio in (("picture", 2), ("question", 3), ("answer", 7)):
+        table.add_column(heading, ratio=ratio, overflow="fold")
+    for heading in ("tokens", "USD", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for job in jobs:
+        table.add_row(*_row(job, results[job["id"]]))
+    console.print(table)
+
+
+def _row(job: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, ...]:
+    usage = result["usage"] or {}
+    error = result["error"] or {}
+    said = result["answer"] if result["status"] == "succeeded" else f"{error['code']}: {error['message']}"
+    return (
+        job["metadata"]["name"],
+        job["question"],
+        _escaped(said or "") if not error else f"[red]{_escaped(said)}[/red]",
+        str(usage.get("total_tokens", "-")),
+        f"{usage['cost_usd']:.6f}" if usage.get("cost_usd") is not None else "-",
+        f"{result['timings']['total_s']:.2f}",
+    )
+
+
+def _escaped(text: str) -> str:
+    """`text` so that rich takes its brackets for brackets."""
+    return text.replace("[", r"\[")
+
+
+def _show_metrics(port: int) -> None:
+    wanted = (
+        "vqa_jobs_total",
+        "vqa_model_requests_total",
+        "vqa_tokens_total",
+        "vqa_cost_usd_total",
+        "vqa_image_bytes_total",
+        "vqa_concurrency_limit",
+    )
+    console.print("A few of the worker's metrics, as Prometheus would scrape them:")
+    for family in text_string_to_metric_families(_get(port, "/metrics")):
+        for sample in family.samples:
+            if sample.name in wanted:
+                labels = ",".join(f'{label}="{value}"' for label, value in sample.labels.items())
+                text = f"   {sample.name}{{{labels}}} {sample.value:g}"
+                console.print(text, highlight=False, markup=False)
+
+
+def _show_next(took_s: float) -> None:
+    console.print(
+        f"\nDone in {took_s:.0f} s; everything that was started here is stopped. Next:\n"
+        "   make stack         keep RabbitMQ, S3 and the stand-in running, and try things yourself\n"
+        "   DEEPINFRA_TOKEN=… make demo    the same questions to a real model (OPENAI_API_KEY works too)\n"
+        "   README.md          run the worker against your own RabbitMQ, S3 and API\n"
+        "   docs/settings.md   every setting",
+        highlight=False,
+    )
+
+
+def _port_in(log: Path) -> int:
+    for line in log.read_text().splitlines():
+        if line.startswith("{") and (entry := json.loads(line)).get("event") == "started":
+            return int(entry["http_port"])
+    return 0
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        return bool(_get(port, "/readyz"))
+    except OSError:
+        return False
+
+
+def _get(port: int, path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+        return str(response.read().decode())
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

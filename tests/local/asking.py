@@ -1,0 +1,13 @@
+"""What the fixtures of these tests hand out, as types."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+Ask = Callable[..., Coroutine[Any, Any, tuple[int, dict[str, Any]]]]
+"""Sends a question with any number of image URLs and other fields; returns the status and the JSON body."""
+
+Plain = Callable[..., bytes]
+"""Makes the file of a picture of one colour."""
+
+Inline = Callable[..., str]
+"""Makes a data URL."""

@@ -1,0 +1,47 @@
+"""What the operating system says about processes."""
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def alive(pids: Iterable[int]) -> list[int]:
+    """Return those that run; one that has ended and waits for its parent to notice does not count."""
+    return [pid for pid in pids if _state(pid) not in ("", "Z")]
+
+
+def wait_until_gone(pids: Iterable[int], *, timeout_seconds: float = 20) -> list[int]:
+    """Wait for processes to end; return those that did not."""
+    left = alive(pids)
+    give_up = time.monotonic() + timeout_seconds
+    while left and time.monotonic() < give_up:
+        time.sleep(0.05)
+        left = alive(left)
+    return left
+
+
+def family(pid: int) -> list[int]:
+    """Return the ids of all descendants of a process."""
+    parents = {child: _parent(child) for child in map(int, filter(str.isdigit, os.listdir("/proc")))}
+    found = [pid]
+    for ancestor in found:
+        found += [child for child, parent in parents.items() if parent == ancestor]
+    return found[1:]
+
+
+def _state(pid: int) -> str:
+    return _fields(pid)[0]
+
+
+def _parent(pid: int) -> int:
+    return int(_fields(pid)[1] or 0)
+
+
+def _fields(pid: int) -> tuple[str, str]:
+    try:
+        # The name in brackets may contain anything.
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "", ""
+    return state, parent

@@ -1,0 +1,71 @@
+import pytest
+
+from deploy.local.given import NotOursError, given_model, given_rabbitmq, given_s3
+from deploy.local.stack import Stack
+
+
+def test_an_empty_environment_gives_nothing() -> None:
+    empty = {"VQA_RABBITMQ_URL": "", "OPENAI_API_KEY": ""}
+    assert given_rabbitmq(empty) is None
+    assert given_s3(empty) is None
+    assert given_model(empty) is None
+
+
+def test_a_broker_of_somebody_else_is_used_and_never_stopped() -> None:
+    broker = given_rabbitmq({"VQA_RABBITMQ_URL": "amqp://u:secret@broker.example/"})
+    assert broker is not None
+    assert broker.running
+    with pytest.raises(NotOursError):
+        broker.restart()
+    assert "secret" not in repr(broker)
+
+
+@pytest.mark.parametrize(
+    ("environment", "url", "key"),
+    [
+        ({"DEEPINFRA_TOKEN": "d"}, "https://api.deepinfra.com/v1/openai", "d"),
+        ({"OPENAI_API_KEY": "o"}, "https://api.openai.com/v1", "o"),
+        ({"DEEPINFRA_TOKEN": "d", "OPENAI_API_KEY": "o"}, "https://api.deepinfra.com/v1/openai", "d"),
+        ({"VQA_MODEL_API_KEY": "k"}, "https://api.deepinfra.com/v1/openai", "k"),
+        (
+            {"VQA_MODEL_BASE_URL": "http://m.example/v1", "VQA_MODEL_API_KEY": "k", "OPENAI_API_KEY": "o"},
+            "http://m.example/v1",
+            "k",
+        ),
+    ],
+)
+def test_a_key_goes_to_its_own_provider(environment: dict[str, str], url: str, key: str) -> None:
+    model = given_model(environment)
+    assert model is not None
+    assert (model.base_url, model.api_key, model.is_stand_in) == (url, key, False)
+    assert key not in repr(model).split()
+
+
+def test_a_url_without_its_key_is_not_sent_another_providers() -> None:
+    with pytest.raises(RuntimeError, match="VQA_MODEL_API_KEY"):
+        given_model({"VQA_MODEL_BASE_URL": "http://m.example/v1", "OPENAI_API_KEY": "o"})
+
+
+def test_the_model_is_one_of_the_providers() -> None:
+    openai = given_model({"OPENAI_API_KEY": "o"})
+    chosen = given_model({"OPENAI_API_KEY": "o", "VQA_MODEL": "mine"})
+    assert openai is not None
+    assert chosen is not None
+    assert "llama" not in openai.models[0].lower()
+    assert chosen.models == ("mine",)
+
+
+def test_a_stack_takes_what_is_given_and_starts_only_the_rest(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("VQA_RABBITMQ_URL", "VQA_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, stack.environment()[name])
+    for name in ("VQA_MODEL_BASE_URL", "VQA_MODEL_API_KEY", "DEEPINFRA_TOKEN", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with Stack.start(use_environment=True) as second:
+        assert second.rabbitmq.url == stack.rabbitmq.url
+        assert stack.s3.bucket in [bucket["Name"] for bucket in second.s3.client().list_buckets()["Buckets"]]
+        assert second.rabbitmq.pids == second.s3.pids == []
+        assert second.model.base_url != stack.model.base_url
+    assert stack.rabbitmq.running
+    assert stack.s3.running
