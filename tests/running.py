@@ -136,13 +136,12 @@ class Worker:
     @contextlib.asynccontextmanager
     async def running(cls, stack: Stack, folder: Path, **settings: str) -> AsyncIterator[Self]:
         """A worker for as long as the context lasts, told to stop in the end."""
-        worker = await cls.of(stack, folder, **settings).start()
+        worker = cls.of(stack, folder, **settings)
         try:
-            yield worker
-        except BaseException:
+            yield await worker.start()
+            assert await worker.stop() == 0, worker.output()
+        finally:
             worker.kill()
-            raise
-        assert await worker.stop() == 0, worker.output()
 
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
@@ -239,7 +238,7 @@ class Client:
 
     async def result(self, job_id: str | None, patience_s: float = PATIENCE_S) -> Reply:
         """The first result of a job."""
-        replies = await until(lambda: self.replies.get(job_id), f"a result for {job_id}", patience_s)
+        replies: list[Reply] = await until(lambda: self.replies.get(job_id), f"a result for {job_id}", patience_s)
         return replies[0]
 
     async def ask(self, patience_s: float = PATIENCE_S, **fields: Any) -> Reply:

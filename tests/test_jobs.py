@@ -1,11 +1,35 @@
 """Jobs as publishers send them, through a real worker, broker, S3 and the stand-in model."""
 
+import base64
+import hashlib
+import json
 import uuid
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Error
-from tests.conftest import PutImage
-from tests.running import Client
+from deploy.local.standin.calls import Call
+from tests.conftest import PutImage, picture
+from tests.running import Client, Reply, Worker, calls_with
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "string"}, "count": {"type": "integer"}},
+    "required": ["answer", "count"],
+    "additionalProperties": False,
+}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "report",
+        "description": "Reports what is seen.",
+        "parameters": {"type": "object", "properties": {"what": {"type": "string"}}},
+    },
+}
 
 
 async def test_a_job_in_the_short_form_is_answered(client: Client, put_image: PutImage) -> None:
@@ -27,3 +51,277 @@ async def test_a_fault_that_passes_is_tried_again(client: Client, stack: Stack, 
 
     assert reply.body["status"] == "succeeded"
     assert reply.body["attempts"] == 2
+
+
+async def test_the_short_form_becomes_a_system_message_and_images_before_the_question(
+    client: Client, stack: Stack, put_image: PutImage
+) -> None:
+    pictures = [picture("JPEG"), picture("PNG"), picture("WEBP")]
+    question = f"{uuid.uuid4().hex} Größe? 尺寸?\n\t😀 \x1f\u2028\u0000"
+    reply, call = await _ask(
+        client,
+        stack,
+        question=question,
+        images=[
+            put_image(pictures[0]),
+            {"url": put_image(pictures[1])},
+            f"data:image/webp;base64,{base64.b64encode(pictures[2]).decode()}",
+        ],
+        system="Answer in one word.",
+    )
+
+    assert call.messages == [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": [*map(_seen, pictures), {"type": "text", "text": question}]},
+    ]
+    assert call.authorized
+    assert call.params == {}
+    assert reply.body["status"] == "succeeded"
+
+
+async def test_the_long_form_is_passed_on_as_it_is_but_for_the_images(
+    client: Client, stack: Stack, put_image: PutImage
+) -> None:
+    first, second, third = picture("PNG"), picture("JPEG"), picture("WEBP")
+    marker = uuid.uuid4().hex
+    cached = {"cache_control": {"type": "ephemeral"}}
+    call_made = {"id": "c1", "type": "function", "function": {"name": "zoom", "arguments": "{}"}}
+
+    def turns(*images: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {"role": "system", "content": "Be brief.", "name": "house-rules"},
+            {
+                "role": "user",
+                "name": "ann",
+                "content": [{"type": "text", "text": "Before", **cached}, images[0], images[1]],
+            },
+            {"role": "assistant", "content": None, "tool_calls": [call_made], "refusal": None},
+            {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "zoomed"}]},
+            {"role": "assistant", "content": "Two pictures.", "audio": {"id": "a1"}},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": marker}, images[2], {"type": "text", "text": "after"}],
+            },
+        ]
+
+    job_images = [
+        {"type": "image_url", "image_url": {"url": put_image(first)}},
+        {"type": "image_url", "image_url": {"url": put_image(second), "x": [1, None]}, **cached},
+        {"type": "image_url", "image_url": {"url": _data_url(third)}},
+    ]
+    _, call = await _ask(client, stack, marker=marker, messages=turns(*job_images))
+
+    assert call.messages == turns(_seen(first), {**_seen(second, x=[1, None]), **cached}, _seen(third))
+
+
+async def test_a_long_form_without_images_is_a_job_too(client: Client, stack: Stack) -> None:
+    marker = uuid.uuid4().hex
+    messages = [{"role": "user", "content": f"{marker}: only words"}]
+    reply, call = await _ask(client, stack, marker=marker, messages=messages)
+
+    assert call.messages == messages
+    assert reply.body["status"] == "succeeded"
+    assert reply.body["timings"]["model_s"] > 0
+
+
+async def test_params_reach_the_api_unchanged(client: Client, stack: Stack, put_image: PutImage) -> None:
+    params = {
+        "max_tokens": 300,
+        "temperature": 0.1,
+        "top_p": 0.95,
+        "seed": 2**53 + 1,
+        "stop": ["\n\n", "END"],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "seen", "schema": SCHEMA}},
+        "tools": [TOOL],
+        "tool_choice": "auto",
+        "logprobs": True,
+        "top_logprobs": 2,
+        "frequency_penalty": -1e-7,
+        "user": None,
+        "x_of_this_provider": {"nested": [1, 2.5, None, "ü", {"deep": False}]},
+        "timeout": 1,
+        "extra_headers": {"X-Not": "a header"},
+        "extra_body": {"not": "merged"},
+    }
+    reply, call = await _ask(client, stack, question=_question(), images=[put_image()], params=params)
+
+    assert call.params == params
+    # JSON tells numbers apart that Python does not.
+    assert json.dumps(call.params, sort_keys=True) == json.dumps(params, sort_keys=True)
+    assert reply.body["status"] == "succeeded"
+    assert set(json.loads(reply.body["answer"])) == {"answer", "count"}
+
+
+async def test_json_mode_and_a_forced_tool_call_work(client: Client, put_image: PutImage) -> None:
+    in_json = await client.ask(
+        question="?", images=[put_image()], params={"response_format": {"type": "json_object"}}
+    )
+    calling = await client.ask(
+        question="?",
+        images=[put_image()],
+        params={
+            "tools": [TOOL],
+            "tool_choice": {"type": "function", "function": {"name": "report"}},
+        },
+    )
+
+    assert "answer" in json.loads(in_json.body["answer"])
+    assert calling.body["status"] == "succeeded"
+    assert calling.body["answer"] is None
+    assert calling.body["finish_reason"] == "tool_calls"
+    choice = calling.body["response"]["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "report"
+
+
+async def test_a_job_may_name_any_allowed_model(client: Client, stack: Stack, put_image: PutImage) -> None:
+    default, other = stack.model.models[:2]
+    for model, asked in ((None, default), (default, default), (other, other)):
+        reply, call = await _ask(client, stack, question=_question(), images=[put_image()], model=model)
+        assert call.model == asked
+        assert reply.body["model"] == asked
+
+
+async def test_detail_is_dropped_unless_it_is_to_be_sent(
+    client: Client, stack: Stack, put_image: PutImage, tmp_path: Path
+) -> None:
+    async def details(client: Client) -> list[list[str | None]]:
+        """What arrived for the short and for the long form; `-` where there was no such field."""
+        image = {"url": put_image(), "detail": "low"}
+        undecided = {"url": put_image(), "detail": None}
+        _, short = await _ask(client, stack, question=_question(), images=[image, undecided, put_image()])
+        marker = uuid.uuid4().hex
+        parts = [{"type": "image_url", "image_url": url} for url in (image, undecided)]
+        text = {"type": "text", "text": marker}
+        messages = [{"role": "user", "content": [*parts, text]}]
+        _, long = await _ask(client, stack, marker=marker, messages=messages)
+        return [
+            [
+                part["image_url"].get("detail", "-")
+                for part in call.messages[-1]["content"]
+                if part["type"] == "image_url"
+            ]
+            for call in (short, long)
+        ]
+
+    assert await details(client) == [["-", "-", "-"], ["-", "-"]]
+    async with (
+        Worker.running(stack, tmp_path, VQA_SEND_IMAGE_DETAIL="true") as sending,
+        Client.of(stack, sending) as its_client,
+    ):
+        assert await details(its_client) == [["low", "-", "-"], ["low", "-"]]
+
+
+async def test_the_id_falls_back_to_the_message_id(client: Client, put_image: PutImage) -> None:
+    for fields in ({}, {"id": None}):
+        message_id = f"from the property {uuid.uuid4().hex}"
+        job = {"question": "What?", "images": [put_image()], **fields}
+        await client.publish(job, message_id=message_id)
+        reply = await client.result(message_id)
+        assert reply.body["status"] == "succeeded"
+        assert reply.message.correlation_id == message_id
+
+
+async def test_the_body_s_id_comes_before_the_message_id(client: Client, put_image: PutImage) -> None:
+    job_id = uuid.uuid4().hex
+    job = {"id": job_id, "question": "What?", "images": [put_image()]}
+    await client.publish(job, message_id=f"other-{job_id}")
+    assert (await client.result(job_id)).body["status"] == "succeeded"
+    assert f"other-{job_id}" not in client.replies
+
+
+@pytest.mark.parametrize("tail", ["x" * 224, " /?#%\u00e9\u4e2d😀'\"\\"])
+async def test_an_id_may_hold_any_printable_characters(
+    client: Client, put_image: PutImage, tail: str
+) -> None:
+    job_id = uuid.uuid4().hex + tail
+    reply = await client.ask(id=job_id, question="What?", images=[put_image()])
+    assert reply.body["id"] == job_id
+    assert reply.body["status"] == "succeeded"
+
+
+async def test_null_is_the_same_as_a_missing_field(client: Client, stack: Stack, put_image: PutImage) -> None:
+    nothing = dict.fromkeys(("model", "params", "deadline", "metadata"))
+    short, _ = await _ask(
+        client, stack, question=_question(), images=[put_image()], messages=None, system=None, **nothing
+    )
+    marker = uuid.uuid4().hex
+    long, call = await _ask(
+        client,
+        stack,
+        marker=marker,
+        messages=[{"role": "user", "content": marker}],
+        **dict.fromkeys(("question", "images", "system")),
+        **nothing,
+    )
+
+    for reply in (short, long):
+        assert reply.body["status"] == "succeeded", reply.body
+        assert reply.body["metadata"] is None
+    assert call.params == {}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "%Y-%m-%dT%H:%M:%SZ",
+        "%Y-%m-%dt%H:%M:%S.123456789z",
+        "%Y-%m-%d %H:%M:%S.5+00:00",
+        "%Y-%m-%dT%H:%M:%S-00:00",
+    ],
+)
+async def test_a_deadline_to_come_changes_nothing(client: Client, put_image: PutImage, form: str) -> None:
+    deadline = (datetime.now(UTC) + timedelta(minutes=5)).strftime(form)
+    reply = await client.ask(question="What?", images=[put_image()], deadline=deadline)
+    assert reply.body["status"] == "succeeded", reply.body
+
+
+async def test_a_deadline_s_offset_counts(client: Client, put_image: PutImage) -> None:
+    """The same hour on the clock, once five hours ahead and once five hours past."""
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    ahead = await client.ask(question="What?", images=[put_image()], deadline=f"{now}-05:00")
+    past = await client.ask(question="What?", images=[put_image()], deadline=f"{now}+05:00")
+
+    assert ahead.body["status"] == "succeeded"
+    assert past.body["error"]["code"] == "deadline_exceeded"
+
+
+async def test_the_same_job_sent_twice_is_answered_twice(
+    client: Client, stack: Stack, put_image: PutImage
+) -> None:
+    """At least once is the worker's promise for each message; what counts as the same job is the publisher's."""
+    job = {"id": uuid.uuid4().hex, "question": _question(), "images": [put_image()]}
+    await client.publish(job, message_id=uuid.uuid4().hex)
+    await client.result(job["id"])
+    await client.publish(job, message_id=uuid.uuid4().hex)
+    # A third job after it: by then the second has its answer too, or never gets one.
+    await client.ask(question="What?", images=[put_image()])
+    await _replies(client, job["id"], 2)
+    assert len(calls_with(stack, job["question"])) == 2
+
+
+async def _replies(client: Client, job_id: str, count: int) -> None:
+    from tests.running import until
+
+    await until(lambda: len(client.replies[job_id]) == count, f"{count} results for {job_id}")
+
+
+async def _ask(client: Client, stack: Stack, *, marker: str = "", **fields: Any) -> tuple[Reply, Call]:
+    """A job's result and the only call that was made for it."""
+    reply = await client.ask(**fields)
+    assert reply.body["status"] == "succeeded", reply.body
+    (call,) = calls_with(stack, marker or fields["question"])
+    return reply, call
+
+
+def _question() -> str:
+    return f"What is {uuid.uuid4().hex}?"
+
+
+def _data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _seen(content: bytes, **fields: Any) -> dict[str, Any]:
+    """An image part as the stand-in remembers it."""
+    url = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    return {"type": "image_url", "image_url": {"url": url, **fields}}

@@ -117,7 +117,7 @@ class RabbitMQContainer:
 
     def ctl(self, *arguments: str) -> str:
         """Run `rabbitmqctl` in the container and return what it prints."""
-        return _docker("exec", self._name, "rabbitmqctl", "--quiet", *arguments)
+        return _docker("exec", self._name, "rabbitmqctl", "--silent", *arguments)
 
     def close(self) -> None:
         """Remove the container and its data."""

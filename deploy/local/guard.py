@@ -17,7 +17,8 @@ import sys
 import threading
 from pathlib import Path
 
-ORPHAN_GRACE_SECONDS = 10
+# Nobody needs the data of an orphan; this is for what has to be cleared away elsewhere.
+ORPHAN_GRACE_SECONDS = 3
 
 
 def main() -> int:

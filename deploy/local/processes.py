@@ -67,6 +67,7 @@ class GuardedProcess:
         """Start the service without waiting for it to be ready. Nothing happens if it runs."""
         if self.running:
             return
+        self.kill()
         self._folder.mkdir(parents=True, exist_ok=True)
         leftovers = os.pathsep.join(self._leftovers)
         with self.log.open("ab") as log:
@@ -82,22 +83,21 @@ class GuardedProcess:
             )
         line = self._guard.stdout.readline() if self._guard.stdout else ""
         if not line:
-            self.kill()
-            raise DidNotStartError(self.failure("could not be run"))
+            raise self._given_up("could not be run.")
         self._pid = int(line)
 
     def wait_until(self, ready: Callable[[], bool], *, timeout_seconds: float, advice: str) -> None:
         """Return when `ready` says so.
 
         Raises:
-            DidNotStartError: The service ended, or was not ready in time.
+            DidNotStartError: The service ended, or was not ready in time and has been killed.
         """
         give_up = time.monotonic() + timeout_seconds
         while not ready():
             if not self.running:
-                raise DidNotStartError(self.failure(f"ended while it started. {advice}"))
+                raise self._given_up(f"ended while it started. {advice}")
             if time.monotonic() > give_up:
-                raise DidNotStartError(self.failure(f"was not ready after {timeout_seconds:.0f} s. {advice}"))
+                raise self._given_up(f"was not ready after {timeout_seconds:.0f} s. {advice}")
             time.sleep(_POLL_SECONDS)
 
     def send(self, number: signal.Signals) -> None:
@@ -127,9 +127,10 @@ class GuardedProcess:
         if self.running:
             os.killpg(self._pid, signal.SIGCONT)
 
-    def failure(self, what: str) -> str:
-        """Return a message for a person with the end of the service's log."""
-        return f"{self.name} {what}\nThe end of its log:\n{self._log_tail()}"
+    def _given_up(self, what: str) -> DidNotStartError:
+        """End the service; return an error for a person, with the end of the service's log."""
+        self.kill()
+        return DidNotStartError(f"{self.name} {what}\nThe end of its log ({self.log}):\n{self._log_tail()}")
 
     def _end(self, number: signal.Signals, grace_seconds: float) -> None:
         guard = self._guard

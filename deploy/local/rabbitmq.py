@@ -141,7 +141,7 @@ class RabbitMQ:
         Raises:
             RuntimeError: With what rabbitmqctl had to say.
         """
-        command = [str(self._installation.ctl), "--node", self._node, "--quiet", *arguments]
+        command = [str(self._installation.ctl), "--node", self._node, "--silent", *arguments]
         done = subprocess.run(
             command,
             env=self._environment(),

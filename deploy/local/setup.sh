@@ -35,8 +35,5 @@ fi
 echo "Installing into .venv (the first time takes half a minute)"
 install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 "${install[@]}" --require-hashes -r requirements-dev.lock
-# Reads the text in the demo's pictures. Everything works without it, where there is no build for this machine.
-"${install[@]}" --require-hashes -r requirements-ocr.lock 2>/dev/null ||
-  echo "(the stand-in model will not read text: its OCR library is not to be had for this Python)"
 "${install[@]}" --no-deps --no-build-isolation --editable .
 touch .venv/.installed

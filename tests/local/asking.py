@@ -1,7 +1,10 @@
 """What the fixtures of these tests hand out, as types."""
 
+import io
 from collections.abc import Callable, Coroutine
 from typing import Any
+
+from PIL import Image
 
 Ask = Callable[..., Coroutine[Any, Any, tuple[int, dict[str, Any]]]]
 """Sends a question with any number of image URLs and other fields; returns the status and the JSON body."""
@@ -11,3 +14,10 @@ Plain = Callable[..., bytes]
 
 Inline = Callable[..., str]
 """Makes a data URL."""
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    """Return the bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()

@@ -6,12 +6,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from PIL import Image
 
 from deploy.local.model import StandInModel
 from deploy.local.pictures import draw_plain
 from deploy.local.stack import Stack
-from tests.local.asking import Ask, Inline, Plain
+from tests.local.asking import Ask, Inline, Plain, encoded
 
 
 @pytest.fixture
@@ -52,12 +51,6 @@ def plain() -> Plain:
         return encoded(draw_plain(colour, size), kind)
 
     return encode
-
-
-def encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
 
 
 @pytest.fixture

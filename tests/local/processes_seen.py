@@ -1,6 +1,5 @@
 """What the operating system says about processes."""
 
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +22,8 @@ def wait_until_gone(pids: Iterable[int], *, timeout_seconds: float = 20) -> list
 
 def family(pid: int) -> list[int]:
     """Return the ids of all descendants of a process."""
-    parents = {child: _parent(child) for child in map(int, filter(str.isdigit, os.listdir("/proc")))}
+    everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    parents = {child: _parent(child) for child in everyone}
     found = [pid]
     for ancestor in found:
         found += [child for child, parent in parents.items() if parent == ancestor]

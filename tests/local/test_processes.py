@@ -15,9 +15,8 @@ import os, sys, time
 from pathlib import Path
 from deploy.local.processes import GuardedProcess
 folder = Path(sys.argv[1]) / "stack" / "part"
-process = GuardedProcess(
-    "sleeper", ["sh", "-c", "sleep 600 & sleep 600"], environment=os.environ, folder=folder, leftovers=[folder]
-)
+command = ["sh", "-c", "sleep 600 & sleep 600"]
+process = GuardedProcess("sleeper", command, environment=os.environ, folder=folder, leftovers=[folder])
 process.launch()
 print(process.pid, flush=True)
 time.sleep(600)
@@ -95,7 +94,7 @@ def test_a_program_that_is_missing_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_outlives_an_owner_that_dies(tmp_path: Path, how: signal.Signals) -> None:
-    owner = subprocess.Popen(
+    owner = subprocess.Popen(  # noqa: S603 - a program of this test
         [sys.executable, "-c", OWNER, str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

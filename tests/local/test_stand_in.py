@@ -7,9 +7,10 @@ from typing import Any
 
 import aiohttp
 import pytest
+from PIL import Image
 
 from deploy.local.model import StandInModel
-from tests.local.asking import Ask, Inline, Plain
+from tests.local.asking import Ask, Inline, Plain, encoded
 
 
 def text_of(answer: dict[str, Any]) -> str:
@@ -178,6 +179,16 @@ async def test_a_picture_over_the_limit_is_refused(ask: Ask) -> None:
     encoded = base64.b64encode(bytes(20_000_001)).decode()
     status, answer = await ask("?", f"data:image/png;base64,{encoded}")
     assert (status, answer["error"]["code"]) == (400, "image_too_large")
+
+
+async def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
+    ask: Ask, inline: Inline
+) -> None:
+    bomb = encoded(Image.new("1", (20_000, 15_000)), "PNG")
+    assert len(bomb) < 100_000
+    status, answer = await ask("?", inline(bomb))
+    assert (status, answer["error"]["code"]) == (400, "image_too_large")
+    assert "image 1: 20000x15000 pixels" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(

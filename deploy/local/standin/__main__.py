@@ -8,6 +8,7 @@ import signal
 import sys
 
 from aiohttp import web
+from PIL import Image
 
 from deploy.local.standin.behaviour import DEFAULT_MODELS, Behaviour
 from deploy.local.standin.server import StandIn
@@ -18,6 +19,8 @@ _KEY_VARIABLE = "STANDIN_API_KEY"
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     arguments = _parser().parse_args()
+    # Pillow would only warn about pictures of too many pixels; `looking` refuses them.
+    Image.MAX_IMAGE_PIXELS = None
     behaviour = Behaviour(
         models=arguments.model or list(DEFAULT_MODELS),
         latency=arguments.latency,
