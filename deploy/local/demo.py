@@ -216,8 +216,9 @@ async def _gather(
 
 def _show(jobs: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]) -> None:
     table = Table(title="Questions and answers", show_lines=True, expand=True)
-    for heading, ratio in (("picture", 2), ("question", 3), ("answer", 7)):
-        table.add_column(heading, ratio=ratio, overflow="fold")
+    table.add_column("picture", no_wrap=True)
+    table.add_column("question", ratio=2)
+    table.add_column("answer", ratio=5, overflow="fold")
     for heading in ("tokens", "USD", "s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for job in jobs:
