@@ -37,6 +37,7 @@ _PORTS = (
 class S3:
     """SeaweedFS on free ports; `stop`, `kill` and `restart` keep its ports and its data."""
 
+    session_token: str | None = None
     region = "us-east-1"
     bucket = "vqa-images"
     """Exists from the start."""

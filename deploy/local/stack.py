@@ -63,6 +63,8 @@ class ObjectStore(Part, Protocol):
     @property
     def secret_key(self) -> str: ...
     @property
+    def session_token(self) -> str | None: ...
+    @property
     def region(self) -> str: ...
     @property
     def bucket(self) -> str: ...
@@ -154,6 +156,8 @@ class Stack:
             "VQA_ALLOWED_BUCKETS": os.environ.get("VQA_ALLOWED_BUCKETS") or "*",
             "AWS_ACCESS_KEY_ID": self.s3.access_key,
             "AWS_SECRET_ACCESS_KEY": self.s3.secret_key,
+            # Empty rather than left out: a token from the surrounding shell does not go with these keys.
+            "AWS_SESSION_TOKEN": self.s3.session_token or "",
             "AWS_REGION": self.s3.region,
             "VQA_MODEL_BASE_URL": self._model.base_url,
             "VQA_MODEL_API_KEY": self._model.api_key,
