@@ -2,14 +2,22 @@
 # ruff: noqa: INP001  # a script beside the pages, not a package
 
 import argparse
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any, Final
+from unittest.mock import patch
 
-from pydantic import SecretStr
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, SecretStr
 
+from worker.errors import MEANING, ErrorCode
+from worker.job import Job
+from worker.rabbit import messages, wire
+from worker.rabbit.topology import Topology
+from worker.result import Result
 from worker.settings import Settings, variable
 
 HERE: Final = Path(__file__).parent
@@ -24,10 +32,21 @@ SETTINGS_SECTIONS: Final = {
     "http_host": "Process",
 }
 
+DEFAULTS_IN_WORDS: Final = {
+    "dead_letter_queue": "`<jobs>.dead`",
+    "allowed_reply_to": "the results queue, `vqa.results.*`, `amq.rabbitmq.reply-to.*`, `amq.gen-*`",
+    "reply_exchange": "the default exchange",
+    "s3_endpoint_url": "none: AWS",
+    "allowed_buckets": "required",
+    "model_api_key": "required",
+    "allowed_models": "the value of `VQA_MODEL`",
+    "log_format": "`json` on a pipe, `console` on a terminal",
+}
+
 SETTINGS_INTRODUCTION: Final = """\
 # Settings
 
-<!-- Made from worker/settings.py by docs/generate.py: change that, and run it again. -->
+<!-- Made from worker/settings/ by docs/generate.py: change that, and run it again. -->
 
 Settings are environment variables. What the environment does not say is looked for in a file `.env` in the
 working directory, then in the folder that `VQA_SECRETS_DIR` names, whose files are named as the variables and
@@ -43,6 +62,53 @@ hold one value each.
   follow `HTTPS_PROXY`, `NO_PROXY` and `SSL_CERT_FILE`.
 """
 
+SHORT_JOB: Final = {
+    "id": "order-4711-photo",
+    "question": "Which fruit is on the table, and how many pieces of it?",
+    "images": ["s3://photos/2030/table.jpg"],
+    "params": {"max_tokens": 200},
+    "deadline": "2030-01-31T12:00:00Z",
+    "metadata": {"order": 4711},
+}
+LONG_JOB: Final = {
+    "id": "comparison-17",
+    "messages": [
+        {"role": "system", "content": "Answer in one sentence."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Before:"},
+                {"type": "image_url", "image_url": {"url": "s3://photos/17/before.png"}},
+                {"type": "text", "text": "After:"},
+                {"type": "image_url", "image_url": {"url": "https://cdn.example/17/after.png"}},
+                {"type": "text", "text": "What has changed?"},
+            ],
+        },
+    ],
+}
+SUCCESS: Final = {
+    "id": SHORT_JOB["id"],
+    "status": "succeeded",
+    "answer": "Three apples.",
+    "model": Settings.model_fields["model"].default,
+    "finish_reason": "stop",
+    "usage": {"prompt_tokens": 1624, "completion_tokens": 5, "total_tokens": 1629, "cost_usd": 0.00057},
+    "timings": {"queued_s": 0.42, "fetch_s": 0.031, "model_s": 2.18, "total_s": 2.22},
+    "metadata": SHORT_JOB["metadata"],
+}
+FAILURE: Final = {
+    "id": SHORT_JOB["id"],
+    "status": "failed",
+    "model": Settings.model_fields["model"].default,
+    "timings": {"queued_s": 0.42, "fetch_s": 0.012, "total_s": 0.013},
+    "metadata": SHORT_JOB["metadata"],
+    "error": {
+        "code": ErrorCode.IMAGE_NOT_FOUND,
+        "message": "images[0] (s3://photos/2030/table.jpg): there is no such object",
+        "retryable": False,
+    },
+}
+
 
 def settings_page() -> str:
     """The reference of all settings."""
@@ -53,17 +119,18 @@ def _settings_lines() -> Iterator[str]:
     for name, field in Settings.model_fields.items():
         if name in SETTINGS_SECTIONS:
             yield f"\n## {SETTINGS_SECTIONS[name]}\n\n| Variable | Default | Meaning |\n|---|---|---|\n"
-        cells = (f"`{variable(name)}`", default_text(field), field.description or "")
-        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |\n"
+        yield _row(f"`{variable(name)}`", default_text(name), field.description or "")
 
 
-def default_text(field: FieldInfo) -> str:
+def _row(*cells: str) -> str:
+    """A row of a table; what was wrapped in the code becomes one line."""
+    return f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in cells)} |\n"
+
+
+def default_text(name: str) -> str:
     """A setting's default as a user would write it, or in words where it follows from something else."""
-    extra = field.json_schema_extra
-    if isinstance(extra, dict) and "default_text" in extra:
-        return str(extra["default_text"])
-    written = _written(field.default)
-    return f"`{written}`" if written else "none"
+    written = _written(Settings.model_fields[name].default)
+    return DEFAULTS_IN_WORDS.get(name) or (f"`{written}`" if written else "none")
 
 
 def _written(value: Any) -> str:
@@ -81,8 +148,102 @@ def _written(value: Any) -> str:
     return str(value)
 
 
+def messages_page() -> str:
+    """What publishers of jobs and readers of results have to know."""
+    # What this machine's environment says is no default.
+    with patch.dict(os.environ, {"VQA_ALLOWED_BUCKETS": "any", "VQA_MODEL_API_KEY": "any"}, clear=True):
+        settings = Settings(_env_file=None)
+    template = (HERE / "templates" / "messages.md").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        jobs_queue=settings.jobs_queue,
+        results_queue=settings.results_queue,
+        dead_letter_queue=settings.dead_letter_queue,
+        job_fields=_fields_table(Job),
+        short_job=_example(Job, SHORT_JOB),
+        long_job=_example(Job, LONG_JOB),
+        result_fields=_fields_table(Result),
+        success=_example(Result, SUCCESS),
+        failure=_example(Result, FAILURE),
+        error_codes=_table(("Code", "When"), ((f"`{code}`", MEANING[code]) for code in ErrorCode)),
+        queues=_queues_table(Topology.from_settings(settings)),
+        content_type=messages.CONTENT_TYPE,
+        result_type=messages.RESULT_TYPE,
+        app_id=messages.APP_ID,
+        undeliverable_header=messages.UNDELIVERABLE_HEADER,
+        error_code_header=messages.ERROR_CODE_HEADER,
+        error_message_header=messages.ERROR_MESSAGE_HEADER,
+        attempts_header=wire.ATTEMPTS_HEADER,
+        died_at_header=wire.DIED_AT_HEADER,
+        enqueued_header=wire.ENQUEUED_HEADER,
+        traceparent=wire.TRACEPARENT,
+        tracestate=wire.TRACESTATE,
+    )
+
+
+def _example(model: type[BaseModel], example: Mapping[str, Any]) -> str:
+    """An example as JSON, once it has proved to be one; of a result, every field is shown."""
+    valid = model.model_validate_json(json.dumps(example))
+    shown = valid.model_dump(mode="json") if model is Result else example
+    return json.dumps(shown, indent=2, ensure_ascii=False)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "".join((_row(*heads), f"|{'---|' * len(heads)}\n", *(_row(*row) for row in rows))).rstrip()
+
+
+def _fields_table(model: type[BaseModel]) -> str:
+    return _table(("Field", "Type", "Meaning"), _field_rows(model.model_json_schema(), "#", ""))
+
+
+def _field_rows(schema: Mapping[str, Any], ref: str, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """A row for each field of a model, and below it those of an object that it holds alone."""
+    for name, field in _resolve(schema, ref)["properties"].items():
+        inner = next((kind["$ref"] for kind in _kinds(field) if "$ref" in kind), "")
+        held = _resolve(schema, inner) if inner else {}
+        meaning = field.get("description") or held.get("description", "")
+        yield f"`{prefix}{name}`", _type_in_words(schema, field), meaning
+        if "properties" in held:
+            yield from _field_rows(schema, inner, f"{prefix}{name}.")
+
+
+def _resolve(schema: Mapping[str, Any], ref: str) -> Mapping[str, Any]:
+    return schema if ref == "#" else schema["$defs"][ref.rsplit("/", 1)[1]]  # type: ignore[no-any-return]  # JSON
+
+
+def _kinds(field: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return field.get("anyOf", [field])
+
+
+def _type_in_words(schema: Mapping[str, Any], field: Mapping[str, Any]) -> str:
+    """What JSON Schema says of a type; that it may be null is said once for all, or by the meaning."""
+    words = []
+    for kind in _kinds(field):
+        found = _resolve(schema, kind["$ref"]) if "$ref" in kind else kind
+        if "enum" in found and "$ref" not in kind:
+            words.append(" or ".join(f"`{value}`" for value in found["enum"]))
+        elif found["type"] == "array":
+            words.append(f"list of {_type_in_words(schema, found['items']).replace(' or ', 's or ')}s")
+        elif found.get("format") == "date-time":
+            words.append("string (time)")
+        elif found["type"] != "null":
+            words.append(found["type"])
+    return " or ".join(words)
+
+
+def _queues_table(topology: Topology) -> str:
+    rows = (
+        (
+            f"`{queue.name}`",
+            ", ".join(f"`{name}: {json.dumps(value)}`" for name, value in queue.arguments.items()),
+        )
+        for queue in topology.queues()
+    )
+    return _table(("Queue", "Arguments"), rows)
+
+
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "settings.md": settings_page,
+    "messages.md": messages_page,
 }
 
 

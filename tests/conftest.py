@@ -1,6 +1,6 @@
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -19,6 +19,14 @@ BUCKET = "test-images"
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
+    with Stack.start(use_environment=False) as stack:
+        stack.s3.client().create_bucket(Bucket=BUCKET)
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def own_stack() -> Iterator[Stack]:
+    """A second stack, for tests that stop, kill and fill its parts."""
     with Stack.start(use_environment=False) as stack:
         stack.s3.client().create_bucket(Bucket=BUCKET)
         yield stack
@@ -45,8 +53,8 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (48, 32)) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture
-async def start_worker(stack: Stack, tmp_path: Path) -> AsyncIterator[StartWorker]:
+@asynccontextmanager
+async def _starting(stack: Stack, folder: Path) -> AsyncIterator[StartWorker]:
     """Starts workers with the settings given; kills what still runs in the end."""
     workers: list[Worker] = []
 
@@ -57,25 +65,55 @@ async def start_worker(stack: Stack, tmp_path: Path) -> AsyncIterator[StartWorke
                 "VQA_RESULTS_QUEUE": like.results_queue,
                 **settings,
             }
-        worker = Worker.of(stack, tmp_path, **settings)
+        worker = Worker.of(stack, folder, **settings)
         workers.append(worker)
         if wait:
             await worker.start()
         return worker
 
-    yield start
-    for worker in workers:
-        worker.kill()
+    try:
+        yield start
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
 @pytest.fixture
-async def client_of(stack: Stack) -> AsyncIterator[MakeClient]:
+async def start_worker(stack: Stack, tmp_path: Path) -> AsyncIterator[StartWorker]:
+    """Starts workers with the settings given; kills what still runs in the end."""
+    async with _starting(stack, tmp_path) as start:
+        yield start
+
+
+@pytest.fixture
+async def start_own_worker(own_stack: Stack, tmp_path: Path) -> AsyncIterator[StartWorker]:
+    """The same on the stack that may be broken."""
+    async with _starting(own_stack, tmp_path) as start:
+        yield start
+
+
+@asynccontextmanager
+async def _making_clients(stack: Stack) -> AsyncIterator[MakeClient]:
     """Makes clients of workers."""
     async with AsyncExitStack() as clients:
 
         async def make(worker: Worker) -> Client:
             return await clients.enter_async_context(Client.of(stack, worker))
 
+        yield make
+
+
+@pytest.fixture
+async def client_of(stack: Stack) -> AsyncIterator[MakeClient]:
+    """Makes clients of workers."""
+    async with _making_clients(stack) as make:
+        yield make
+
+
+@pytest.fixture
+async def own_client_of(own_stack: Stack) -> AsyncIterator[MakeClient]:
+    """The same on the stack that may be broken."""
+    async with _making_clients(own_stack) as make:
         yield make
 
 

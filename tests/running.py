@@ -38,7 +38,7 @@ async def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> An
             return value
         if time.monotonic() > ends:
             raise AssertionError(f"waited {patience_s} s in vain: {what}")
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.02)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,15 @@ class Reply:
 
     body: dict[str, Any]
     message: AbstractIncomingMessage
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has come to its end: its exit code, its log and the lines of its stderr."""
+
+    code: int
+    output: str
+    errors: list[str]
 
 
 class Worker:
@@ -142,6 +151,20 @@ class Worker:
             assert await worker.stop() == 0, worker.output()
         finally:
             worker.kill()
+
+    async def run_to_end(self, patience_s: float = PATIENCE_S) -> "Ended":
+        """Run a worker that ends by itself."""
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "worker", "run"],
+            env={**self._environment, "PYTHONPATH": str(ROOT)},
+            cwd=self._log_file.parent,
+            capture_output=True,
+            text=True,
+            timeout=patience_s,
+            check=False,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr.splitlines())
 
     def kill(self) -> None:
         """SIGKILL, if it still runs."""

@@ -109,7 +109,7 @@ async def test_the_long_form_is_passed_on_as_it_is_but_for_the_images(
         {"type": "image_url", "image_url": {"url": put_image(second), "x": [1, None]}, **cached},
         {"type": "image_url", "image_url": {"url": _data_url(third)}},
     ]
-    _, call = await _ask(client, stack, marker=marker, messages=turns(*job_images))
+    _, call = await _ask(client, stack, messages=turns(*job_images))
 
     assert call.messages == turns(_seen(first), {**_seen(second, x=[1, None]), **cached}, _seen(third))
 
@@ -117,7 +117,7 @@ async def test_the_long_form_is_passed_on_as_it_is_but_for_the_images(
 async def test_a_long_form_without_images_is_a_job_too(client: Client, stack: Stack) -> None:
     marker = uuid.uuid4().hex
     messages = [{"role": "user", "content": f"{marker}: only words"}]
-    reply, call = await _ask(client, stack, marker=marker, messages=messages)
+    reply, call = await _ask(client, stack, messages=messages)
 
     assert call.messages == messages
     assert reply.body["status"] == "succeeded"
@@ -193,7 +193,7 @@ async def test_detail_is_dropped_unless_it_is_to_be_sent(
         parts = [{"type": "image_url", "image_url": url} for url in (image, undecided)]
         text = {"type": "text", "text": marker}
         messages = [{"role": "user", "content": [*parts, text]}]
-        _, long = await _ask(client, stack, marker=marker, messages=messages)
+        _, long = await _ask(client, stack, messages=messages)
         return [
             [
                 part["image_url"].get("detail", "-")
@@ -240,7 +240,7 @@ async def test_an_id_may_hold_any_printable_characters(
 
 
 async def test_null_is_the_same_as_a_missing_field(client: Client, stack: Stack, put_image: PutImage) -> None:
-    nothing = dict.fromkeys(("model", "params", "deadline", "metadata"))
+    nothing: dict[str, Any] = dict.fromkeys(("model", "params", "deadline", "metadata"))
     short, _ = await _ask(
         client, stack, question=_question(), images=[put_image()], messages=None, system=None, **nothing
     )
@@ -248,7 +248,6 @@ async def test_null_is_the_same_as_a_missing_field(client: Client, stack: Stack,
     long, call = await _ask(
         client,
         stack,
-        marker=marker,
         messages=[{"role": "user", "content": marker}],
         **dict.fromkeys(("question", "images", "system")),
         **nothing,
@@ -289,20 +288,28 @@ async def test_the_same_job_sent_twice_is_answered_twice(
     client: Client, stack: Stack, put_image: PutImage
 ) -> None:
     """Two messages are two jobs to the worker, whatever their ids say."""
-    job = {"id": uuid.uuid4().hex, "question": _question(), "images": [put_image()]}
+    job_id, question = uuid.uuid4().hex, _question()
+    job = {"id": job_id, "question": question, "images": [put_image()]}
     await client.publish(job, message_id=uuid.uuid4().hex)
-    await client.result(job["id"])
+    await client.result(job_id)
     await client.publish(job, message_id=uuid.uuid4().hex)
-    await until(lambda: len(client.replies[job["id"]]) == 2, "a second result")
-    assert len(calls_with(stack, job["question"])) == 2
+    await until(lambda: len(client.replies[job_id]) == 2, "a second result")
+    assert len(calls_with(stack, question)) == 2
 
 
-async def _ask(client: Client, stack: Stack, *, marker: str = "", **fields: Any) -> tuple[Reply, Call]:
-    """A job's result and the only call that was made for it."""
-    reply = await client.ask(**fields)
+async def _ask(client: Client, stack: Stack, **job: Any) -> tuple[Reply, Call]:
+    """A job's result and the only call that was made for it, found by the text that is asked."""
+    reply = await client.ask(**job)
     assert reply.body["status"] == "succeeded", reply.body
-    (call,) = calls_with(stack, marker or fields["question"])
+    (call,) = calls_with(stack, job.get("question") or _text(job["messages"][-1]["content"]))
     return reply, call
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    """The (first) text of a message."""
+    if isinstance(content, str):
+        return content
+    return next(str(part["text"]) for part in content if part["type"] == "text")
 
 
 def _question() -> str:

@@ -5,6 +5,8 @@ import asyncio
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Coroutine, Sequence
 
 from worker import __version__
@@ -12,6 +14,8 @@ from worker import __version__
 EXIT_OK, EXIT_FAILURE = 0, 1
 # sysexits.h: something is wrong with the configuration.
 EXIT_CONFIG = 78
+# For idle threads to notice the end.
+THREADS_GRACE_S = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +41,8 @@ def run() -> int:
         settings = load_settings()
     except SettingsError as error:
         return _refuse(error.faults)
+    import structlog
+
     from worker import app
     from worker.logs import configure_logging, describe_bug
     from worker.rabbit.connection import BrokerRefusedError
@@ -45,21 +51,29 @@ def run() -> int:
 
     configure_logging(settings.log_level, settings.log_format, Redactor(settings.secret_values()))
     try:
-        all_done = _on_uvloop(app.run(settings))
+        _on_uvloop(app.run(settings))
     except BaseExceptionGroup as group:
         match cause := app.unwrap(group):
             case TopologyError():
                 return _refuse(cause.faults)
             case BrokerRefusedError() | app.StartError():
                 return _refuse([str(cause)])
-        logging.getLogger(__name__).critical("died", extra={"exception": describe_bug(cause)})
+        structlog.get_logger(__name__).critical("died", exception=describe_bug(cause))
         return EXIT_FAILURE
-    if not all_done:
-        # A thread may still wait for S3; nobody needs what it reads.
+    if _threads_linger():
         logging.shutdown()
         sys.stdout.flush()
         os._exit(EXIT_OK)
     return EXIT_OK
+
+
+def _threads_linger() -> bool:
+    """Whether a thread still waits, for S3 most likely; nobody needs what it reads, and Python would wait."""
+    ends = time.monotonic() + THREADS_GRACE_S
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    for thread in others:
+        thread.join(max(0.0, ends - time.monotonic()))
+    return any(thread.is_alive() and not thread.daemon for thread in others)
 
 
 def _refuse(faults: Sequence[str]) -> int:

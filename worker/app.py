@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -76,7 +76,7 @@ async def run(settings: Settings) -> bool:
         app = http.application(heartbeat, lambda: _readiness(parts, stopping=stop.is_set()))
         port = await _serve_http(stack, app, settings)
         background = {
-            name: tasks.create_task(run(), name=name)
+            name: tasks.create_task(_without_end(name, run), name=name)
             for name, run in {
                 "heartbeat": heartbeat.run,
                 "publisher": parts.publisher.run,
@@ -200,6 +200,21 @@ async def _drain(parts: _Parts, grace_s: float) -> bool:
     if not await _in_time(parts.in_flight.drained(), GIVE_BACK_S):
         parts.in_flight.abandon()
     return False
+
+
+async def _without_end(name: str, run: Callable[[], Awaitable[None]]) -> None:
+    """Run a background task; one that ends by itself ends the worker, loudly.
+
+    Raises:
+        RuntimeError: it returned, or was cancelled by somebody else, which a TaskGroup passes over.
+    """
+    try:
+        await run()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+    raise RuntimeError(f"the background task {name} ended")
 
 
 async def _in_time(waiting: Awaitable[None], seconds: float) -> bool:

@@ -3,7 +3,9 @@
 Exceptions of libraries are translated into these where the library is called, and nowhere else.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import Final
 
 
 class ErrorCode(StrEnum):
@@ -21,6 +23,35 @@ class ErrorCode(StrEnum):
     EMPTY_ANSWER = "empty_answer"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"
+
+
+# For docs/messages.md: when a code occurs, and what follows beside a failed result.
+MEANING: Final[Mapping[ErrorCode, str]] = {
+    ErrorCode.INVALID_JOB: "The message is not a job: no strict JSON, a wrong or unknown field, no id, a"
+    " model that is not allowed, control characters in an object key, or a body over `VQA_MAX_JOB_BYTES`. If"
+    " the body's own id could not be read, a copy goes to the dead-letter queue; there is then a result only"
+    " if the message has a `message_id`, a `reply_to` or a `correlation_id`.",
+    ErrorCode.IMAGE_NOT_FOUND: "S3 has no such object. (It only says so to those who may list the bucket;"
+    " to others the object is forbidden.)",
+    ErrorCode.IMAGE_FORBIDDEN: "S3 denies the worker access to this object.",
+    ErrorCode.IMAGE_SOURCE_NOT_ALLOWED: "The bucket is not among `VQA_ALLOWED_BUCKETS`, the link's host not"
+    " among `VQA_ALLOWED_LINK_HOSTS`, or the URL is of another kind, `http://` included.",
+    ErrorCode.IMAGE_TOO_LARGE: "The image has more than `VQA_MAX_IMAGE_BYTES`.",
+    ErrorCode.IMAGE_UNSUPPORTED_TYPE: "The content is not JPEG, PNG or WebP. With `VQA_IMAGE_DELIVERY=link`"
+    " the worker sees no content, and leaves this and the size of S3 images to the API.",
+    ErrorCode.IMAGE_CORRUPT: "The image is empty, or its base64 cannot be decoded.",
+    ErrorCode.TOO_MANY_IMAGES: "The job has more images than `VQA_MAX_IMAGES_PER_JOB`.",
+    ErrorCode.MODEL_REJECTED: "The API refuses this request for good (400, 413, 422, its content policy; 403"
+    " for this job while others succeed). The message has the API's own words.",
+    ErrorCode.EMPTY_ANSWER: "The API answered with neither text nor a tool call: the token limit was spent on"
+    " reasoning, or a content filter left nothing. It was paid for and is not tried again; the result has"
+    " `finish_reason` and `usage`.",
+    ErrorCode.DEADLINE_EXCEEDED: "The job's `deadline` passed before the API was called, or comes before the"
+    " next attempt could be made.",
+    ErrorCode.ATTEMPTS_EXHAUSTED: "A fault that could have passed (a time-out, a broken connection, a 5xx"
+    " answer) outlived `VQA_MAX_ATTEMPTS`, or the job was delivered more than `VQA_DELIVERY_LIMIT` times"
+    " without coming to an end. The job goes to the dead-letter queue too.",
+}
 
 
 class Dependency(StrEnum):

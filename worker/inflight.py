@@ -5,7 +5,7 @@ ended) here is then used for the new delivery too, and not paid for again.
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,6 +22,8 @@ log = structlog.get_logger(__name__)
 # Jobs that ended and are remembered in case their ack was lost. A few hundred bytes each; far more than
 # a broker can have unsettled with this process.
 REMEMBERED = 10_000
+# Of messages that the publisher sent several times: how many of them.
+REMEMBERED_TWINS = 100
 
 
 class Settlement(Protocol):
@@ -38,7 +40,7 @@ class Settlement(Protocol):
 class _Work:
     """One job's work: the task that does it, and whether its outcome has been published."""
 
-    task: asyncio.Task[Outcome]
+    task: asyncio.Task[Outcome | Exception]
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     is_published: bool = False
 
@@ -56,7 +58,8 @@ class InFlight:
         self._process = process
         self._settlement = settlement
         self._running: dict[bytes, _Work] = {}
-        self._ended: OrderedDict[bytes, None] = OrderedDict()
+        # Messages whose outcome is out, and whether the connection that their ack went over still lives.
+        self._acked: OrderedDict[bytes, deque[Callable[[], bool]]] = OrderedDict()
         self._handlers: set[asyncio.Task[None]] = set()
 
     @property
@@ -87,8 +90,7 @@ class InFlight:
             task.cancel()
 
     async def _handle(self, delivery: Delivery) -> None:
-        if delivery.redelivered and delivery.key in self._ended:
-            # Its outcome was confirmed by the broker; only the ack was lost on the way.
+        if self._lost_its_ack(delivery):
             await delivery.ack()
             return
         work = self._running.get(delivery.key) or self._start(delivery)
@@ -105,7 +107,7 @@ class InFlight:
     def _start(self, delivery: Delivery) -> _Work:
         if delivery.queued_s is not None:
             metrics.JOB_QUEUE.observe(delivery.queued_s)
-        task = self._tasks.create_task(self._process(delivery), name="job")
+        task = self._tasks.create_task(_caught(self._process(delivery)), name="job")
         metrics.JOBS_IN_FLIGHT.inc()
         task.add_done_callback(lambda _: metrics.JOBS_IN_FLIGHT.dec())
         work = self._running[delivery.key] = _Work(task)
@@ -114,26 +116,53 @@ class InFlight:
     async def _settle(self, work: _Work, delivery: Delivery) -> None:
         outcome = await _outcome_of(work.task)
         async with work.turn:
-            # A second delivery of the same message, or one whose connection is gone, adds nothing to an
-            # outcome that is out; a message that the publisher sent twice gets its own.
-            if work.is_published and (delivery.redelivered or not delivery.is_alive()):
+            # A delivery whose connection is gone adds nothing to an outcome that is out: it comes again.
+            # A message that the publisher sent twice gets its own.
+            if self._lost_its_ack(delivery) or (work.is_published and not delivery.is_alive()):
                 await delivery.ack()
                 return
             await self._settlement.publish(delivery, outcome)
             work.is_published = True
-            self._remember(delivery.key)
+            self._remember(delivery)
         await self._settlement.finish(delivery, outcome)
 
-    def _remember(self, key: bytes) -> None:
-        self._running.pop(key, None)
-        self._ended[key] = None
-        if len(self._ended) > REMEMBERED:
-            self._ended.popitem(last=False)
+    def _lost_its_ack(self, delivery: Delivery) -> bool:
+        """Whether this message's outcome is out and only the ack was lost, with the connection.
+
+        An ack on a connection that lives cannot be lost: then it is another message that says the same.
+        """
+        if delivery.redelivered:
+            acked = self._acked.get(delivery.key, ())
+            for nth, is_alive in enumerate(acked):
+                if not is_alive():
+                    # From now on it is this delivery's ack that can be lost.
+                    self._acked[delivery.key][nth] = delivery.is_alive
+                    return True
+        return False
+
+    def _remember(self, delivery: Delivery) -> None:
+        self._running.pop(delivery.key, None)
+        twins = self._acked.setdefault(delivery.key, deque(maxlen=REMEMBERED_TWINS))
+        twins.append(delivery.is_alive)
+        self._acked.move_to_end(delivery.key)
+        if len(self._acked) > REMEMBERED:
+            self._acked.popitem(last=False)
 
 
-async def _outcome_of(task: asyncio.Task[Outcome]) -> Outcome:
+async def _caught(work: Coroutine[None, None, Outcome]) -> Outcome | Exception:
+    """What the work came to. A bug is a value too: raised in the task group, it would end all jobs."""
+    try:
+        return await work
+    except Exception as bug:  # noqa: BLE001 - raised again by `_outcome_of`
+        return bug
+
+
+async def _outcome_of(task: asyncio.Task[Outcome | Exception]) -> Outcome:
     """What the work came to; work that was cut off goes back."""
     await asyncio.wait({task})
     if task.cancelled():
         return GiveBack(job_id=None, model=metrics.UNKNOWN_MODEL, reason="the worker stops")
-    return task.result()
+    outcome = task.result()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome

@@ -30,7 +30,7 @@ MAX_METADATA_BYTES = 16 * 1024
 RESERVED_PARAMS = frozenset({"model", "messages", "stream", "n"})
 MAX_FAULTS_NAMED = 5
 
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:[0-5]\d)", re.ASCII)
 
 
 def readable_id(value: object) -> str | None:
@@ -51,8 +51,12 @@ def _parse_deadline(value: object) -> object:
         return None
     if not isinstance(value, str) or not _RFC3339.fullmatch(value):
         raise ValueError("must be an RFC 3339 time with an offset, such as 2030-01-31T12:00:00Z")
+    text = value.upper().replace(" ", "T")
+    if text[17:19] == "60":
+        # A leap second (RFC 3339 §5.7), which Python's clock does not know: the second before it will do.
+        text = f"{text[:17]}59{text[19:]}"
     try:
-        return datetime.fromisoformat(value.upper().replace(" ", "T"))
+        return datetime.fromisoformat(text)
     except ValueError:
         raise ValueError("is not a time that exists") from None
 
@@ -188,8 +192,9 @@ def decode(body: bytes, message_id: str | None, max_bytes: int) -> Job:
     """
     fallback = readable_id(message_id)
     if len(body) > max_bytes:
+        own = _id_of_beginning(body[:max_bytes])
         message = f"the body has {len(body)} bytes; VQA_MAX_JOB_BYTES allows {max_bytes}"
-        raise InvalidJobError(message, job_id=fallback, id_in_body=False)
+        raise InvalidJobError(message, job_id=own or fallback, id_in_body=own is not None)
     try:
         job = Job.model_validate(_parse_json(body))
     except (ValueError, RecursionError) as error:
@@ -228,8 +233,18 @@ def _holds_infinity(value: Any) -> bool:
 def _id_of(body: bytes) -> str | None:
     """The id of a body that is not a valid job, read as leniently as Python can."""
     try:
-        value = json.loads(body.decode())
+        # What is not UTF-8 becomes lone surrogates, which are no part of a readable id.
+        value = json.loads(body.decode(errors="surrogateescape"))
     except (ValueError, RecursionError):
+        return None
+    return readable_id(value.get("id")) if isinstance(value, dict) else None
+
+
+def _id_of_beginning(body: bytes) -> str | None:
+    """The id of a body that is too large, if it stands within the bytes that are looked at."""
+    try:
+        value = pydantic_core.from_json(body, allow_partial=True)
+    except ValueError:
         return None
     return readable_id(value.get("id")) if isinstance(value, dict) else None
 
@@ -249,9 +264,13 @@ def _explain_fault(fault: Any) -> str:
     place = ".".join(
         str(part) for part in fault["loc"] if not re.match(r"(str|list\[.*|function-.*)$", str(part))
     )
-    text = (
-        "unknown field" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
-    )
+    match fault["type"]:
+        case "extra_forbidden":
+            text = "unknown field"
+        case "union_tag_invalid":  # pydantic's own words repeat the job's
+            text = f"type must be one of {fault['ctx']['expected_tags']}"
+        case _:
+            text = fault["msg"].removeprefix("Value error, ")
     return f"{place}: {text}" if place else text
 
 

@@ -42,9 +42,11 @@ class AdaptiveLimit:
 
     def refused(self, started: float, now: float, retry_after_s: float | None) -> None:
         """A call begun at `started` met a 429. Calls begun before the last decrease say nothing new."""
-        pause_s = self._pause_s if retry_after_s is None else retry_after_s
-        self.closed_until = max(self.closed_until, now + pause_s)
-        if started < self._decreased_at:
+        is_news = started >= self._decreased_at
+        # An API that asks for no pause at all would be called without end.
+        own_pause_s = self._pause_s if is_news else 0.0
+        self.closed_until = max(self.closed_until, now + (retry_after_s or own_pause_s))
+        if not is_news:
             return
         self._decreased_at = now
         self._limit = max(1.0, self._limit * DECREASE)
@@ -98,6 +100,7 @@ class Gate:
     def close(self, reason: str) -> None:
         """Turn everybody away until `open`."""
         self._closed = reason
+        self._trials = 0
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():

@@ -1,7 +1,7 @@
 """One line a log record, to stdout, in one form for this program's records and those of its libraries.
 
-structlog's part is small on purpose: its chain only gathers the fields, and the standard library carries them
-to the one formatter here. A second `configure_logging` therefore also reaches loggers that have been used.
+structlog's loggers hand their fields to the standard library, whose one handler renders the records of both;
+so a second `configure_logging` also reaches loggers that have been used.
 """
 
 import contextlib
@@ -10,48 +10,29 @@ import json
 import logging
 import math
 import sys
-import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from datetime import date, datetime
-from decimal import Decimal
-from enum import Enum
 from itertools import islice
-from pathlib import Path, PurePath
-from types import TracebackType
+from pathlib import Path
 from typing import Any, Final, Literal, TextIO, TypeAlias
-from uuid import UUID
 
 import structlog
+from structlog.stdlib import ProcessorFormatter
+from structlog.typing import EventDict, Processor
 
 Format: TypeAlias = Literal["json", "console"]
 Redact: TypeAlias = Callable[[str], str]
 
 # Below INFO these show headers, bodies, frames or signed URLs, and so questions, images and keys.
-DISCREET_LIBRARIES: Final = (
-    "aio_pika",
-    "aiormq",
-    "boto3",
-    "botocore",
-    "httpcore2",
-    "httpx2",
-    "openai",
-    "s3transfer",
-    "urllib3",
+DISCREET_LIBRARIES: Final = frozenset(
+    ["aio_pika", "aiormq", "boto3", "botocore", "httpcore2", "httpx2", "openai", "s3transfer", "urllib3"]
 )
-
-MAX_DEPTH: Final = 6
-MAX_ITEMS: Final = 100
-MAX_INTEGER_BITS: Final = 1024
+FIRST_KEYS: Final = ("timestamp", "level", "event", "logger")
 MAX_FRAMES: Final = 12  # of one exception, the innermost ones
 MAX_CAUSES: Final = 5
 MAX_GROUP_MEMBERS: Final = 5
-MAX_GROUP_DEPTH: Final = 3
 
-_PROJECT: Final = str(Path(__file__).parent.parent)
-_RESERVED: Final = frozenset({"timestamp", "level", "event", "logger", "exception"})
-_COLOURS: Final = {"debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "1;31"}
-# Strict JSON: the values have been made harmless before, a NaN left over would be a fault of this module.
-_encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_PROJECT: Final = f"{Path(__file__).parent.parent}/"
 
 
 def configure_logging(
@@ -67,19 +48,36 @@ def configure_logging(
         stream: instead of stdout.
     """
     target = stream or sys.stdout
-    if isinstance(target, io.TextIOWrapper) and target.encoding.lower() != "utf-8":
-        target.reconfigure(encoding="utf-8")
+    if isinstance(target, io.TextIOWrapper):
+        target.reconfigure(encoding="utf-8", errors="replace")
     is_terminal = target.isatty()
-    chosen = fmt or ("console" if is_terminal else "json")
+    described: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
     handler = _Handler(target)
-    handler.setFormatter(_Formatter(_console(colours=is_terminal) if chosen == "console" else _json, redact))
-    _install(handler)
-    _set_levels(logging.getLevelNamesMapping()[level.upper()])
+    handler.setFormatter(
+        ProcessorFormatter(
+            foreign_pre_chain=[*described, _only_first_line_of_asyncio],
+            processors=[
+                ProcessorFormatter.remove_processors_meta,
+                structlog.processors.ExceptionRenderer(lambda exc_info: describe_bug(exc_info[1])),
+                _plain_entry(redact),
+                _renderer(fmt or ("console" if is_terminal else "json"), colors=is_terminal),
+            ],
+        )
+    )
+    number = logging.getLevelNamesMapping()[level.upper()]
+    others = number if number <= logging.DEBUG else max(number, logging.WARNING)
+    logging.basicConfig(level=others, handlers=[handler], force=True)
+    logging.getLogger("worker").setLevel(number)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
             structlog.contextvars.merge_contextvars,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+            *described,
+            ProcessorFormatter.wrap_for_formatter,
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
@@ -88,7 +86,7 @@ def configure_logging(
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """The one way out. A type of its own, so that a second configuration finds the first one's."""
+    """The one way out."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -102,151 +100,61 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 
 def _may_be_shown(record: logging.LogRecord) -> bool:
-    # On the handler and not only by level: a library may set its own level (OPENAI_LOG=debug does).
+    # On the handler and not by level: a library may set its own level (OPENAI_LOG=debug does).
     return record.levelno >= logging.INFO or record.name.split(".", 1)[0] not in DISCREET_LIBRARIES
 
 
-def _install(handler: logging.Handler) -> None:
-    """Replace our own handler and that of `logging.basicConfig`, which libraries call; leave all others."""
-    root = logging.getLogger()
-    for other in list(root.handlers):
-        if isinstance(other, _Handler) or type(other) is logging.StreamHandler:
-            root.removeHandler(other)
-    root.addHandler(handler)
+def _renderer(fmt: Format, *, colors: bool) -> Processor:
+    if fmt == "json":
+        return structlog.processors.JSONRenderer(
+            serializer=json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        )
+    return structlog.dev.ConsoleRenderer(
+        colors=colors, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
+    )
 
 
-def _set_levels(level: int) -> None:
-    is_debug = level <= logging.DEBUG
-    logging.getLogger("worker").setLevel(level)
-    logging.getLogger().setLevel(level if is_debug else max(level, logging.WARNING))
-    for name in DISCREET_LIBRARIES:
-        logging.getLogger(name).setLevel(logging.INFO if is_debug else logging.NOTSET)
+def _only_first_line_of_asyncio(_: object, __: str, entry: EventDict) -> EventDict:
+    """Asyncio goes on with the task and its exception, message and all."""
+    if entry["logger"] == "asyncio":
+        entry["event"] = entry["event"].split("\n", 1)[0]
+    return entry
 
 
-class _Formatter(logging.Formatter):
-    """A record as one line; never raises, whatever it is given."""
+def _plain_entry(redact: Redact) -> Processor:
+    def process(_: object, __: str, entry: EventDict) -> EventDict:
+        """Put the keys that every line has first, and make all values fit for strict JSON."""
+        keys = dict.fromkeys((*FIRST_KEYS, *entry))
+        return {key: _shown(entry.get(key), redact) for key in keys}
 
-    def __init__(self, render: Callable[[dict[str, Any]], str], redact: Redact) -> None:
-        super().__init__()
-        self._render = render
-        self._redact = redact
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = dict(record.msg) if isinstance(record.msg, dict) and hasattr(record, "_name") else {}
-        event = _text(fields.pop("event", "")) if fields else _message(record)
-        exception = _exception(fields.pop("exc_info", None) or record.exc_info)
-        entry = {
-            "timestamp": _timestamp(record.created),
-            "level": record.levelname.lower(),
-            "event": self._plain(event),
-            "logger": record.name,
-        }
-        for key, value in fields.items():
-            entry[f"{key}_" if key in _RESERVED else key] = self._plain(value)
-        if exception is not None:
-            entry["exception"] = self._plain(exception)
-        return _encodable(self._render(entry))
-
-    def _plain(self, value: Any) -> Any:
-        return _plain(value, self._redact, MAX_DEPTH)
+    return process
 
 
-def _message(record: logging.LogRecord) -> str:
+def _shown(value: Any, redact: Redact) -> Any:
     try:
-        message = record.getMessage()
-    except Exception:  # noqa: BLE001  # the arguments' own __str__ may raise anything
-        return f"a log message whose arguments don't fit: {record.msg!r}"
-    # asyncio appends the task and its exception, message and all.
-    return message.split("\n", 1)[0] if record.name == "asyncio" else message
+        return _plain(value, redact)
+    except Exception:  # noqa: BLE001  # a value's own methods may raise anything, and a list may hold itself
+        return f"<{type(value).__name__} that cannot be shown>"
 
 
-def _exception(exc_info: Any) -> BaseException | None:
-    """Whatever `exc_info` may be: an exception, a triple, or True for the one being handled."""
-    match exc_info:
+def _plain(value: Any, redact: Redact) -> Any:
+    """Whatever it is, as JSON can hold it, with every text in it redacted."""
+    match value:
+        case None | bool():
+            return value
+        case str():
+            return redact(value)
+        case int() | float():  # a number beyond a float's range raises OverflowError
+            return value if math.isfinite(value) else str(value)
+        case bytes() | bytearray() | memoryview():
+            return f"<{len(value)} bytes>"
+        case Mapping():
+            return {redact(str(key)): _plain(item, redact) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item, redact) for item in value]
         case BaseException():
-            return exc_info
-        case (_, BaseException() as exception, _):
-            return exception
-        case True:
-            return sys.exc_info()[1]
-    return None
-
-
-def _timestamp(seconds: float) -> str:
-    """RFC 3339 in UTC with milliseconds."""
-    whole = int(seconds)
-    text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
-    return f"{text}.{int((seconds - whole) * 1000):03d}Z"
-
-
-def _encodable(line: str) -> str:
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return line.encode(errors="replace").decode()
-    return line
-
-
-# Values
-
-
-def _plain(value: Any, redact: Redact, depth: int) -> Any:
-    """Anything → what strict JSON can hold, with every text redacted."""
-    if isinstance(value, str):
-        return redact(str.__str__(value))
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int | float):
-        return _plain_number(value)
-    try:
-        return _plain_container(value, redact, depth - 1)
-    except Exception:  # noqa: BLE001  # it iterates over what may be anybody's class, or change meanwhile
-        return _unshowable(value)
-
-
-def _plain_number(value: float) -> int | float | str:
-    if isinstance(value, int):
-        bits = value.bit_length()
-        return int(value) if bits <= MAX_INTEGER_BITS else f"<integer of {bits} bits>"
-    return float(value) if math.isfinite(value) else str(float(value))
-
-
-def _plain_container(value: Any, redact: Redact, depth: int) -> Any:
-    is_mapping = isinstance(value, Mapping)
-    if not is_mapping and not isinstance(value, list | tuple | set | frozenset):
-        return redact(_text(value))
-    if depth < 0:
-        return f"<{type(value).__name__}>"
-    kept = list(islice(value.items() if is_mapping else value, MAX_ITEMS + 1))
-    rest = ["…"] if len(kept) > MAX_ITEMS else []
-    del kept[MAX_ITEMS:]
-    if is_mapping:
-        return {redact(_text(key)): _plain(item, redact, depth) for key, item in kept} | dict.fromkeys(rest)
-    return [_plain(item, redact, depth) for item in kept] + rest
-
-
-def _text(value: Any) -> str:
-    """What a value is called in a log; its own methods are not trusted to work."""
-    try:
-        match value:
-            case BaseException():
-                return describe_bug(value)
-            case bytes() | bytearray() | memoryview():
-                return f"<{len(value)} bytes>"
-            case Enum():
-                return str(value.value)
-            case str() | PurePath() | UUID() | Decimal() | date() | datetime():
-                return str(value)
-        return repr(value)
-    except Exception:  # noqa: BLE001  # see above
-        return _unshowable(value)
-
-
-def _unshowable(value: Any) -> str:
-    return f"<{type(value).__name__} that cannot be shown>"
-
-
-# Exceptions
+            return redact(describe_bug(value))
+    return redact(str(value))
 
 
 def describe_bug(exc: BaseException) -> str:
@@ -254,75 +162,27 @@ def describe_bug(exc: BaseException) -> str:
 
     Messages of exceptions can hold whatever a job holds.
     """
-    return _describe(exc, MAX_GROUP_DEPTH)
+    return "; caused by ".join(map(_describe, islice(_causes(exc), MAX_CAUSES)))
 
 
-def _describe(exc: BaseException, depth: int) -> str:
-    return "; caused by ".join(_describe_one(link, depth) for link in _chain(exc))
+def _causes(exc: BaseException | None) -> Iterator[BaseException]:
+    while exc is not None:
+        yield exc
+        exc = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
 
 
-def _chain(exc: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    link: BaseException | None = exc
-    while link is not None and id(link) not in seen and len(seen) < MAX_CAUSES:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-
-
-def _describe_one(exc: BaseException, depth: int) -> str:
+def _describe(exc: BaseException) -> str:
     kind = type(exc)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    members = "".join(f" [{member}]" for member in _members(exc, depth))
-    frames = [*_frames(exc.__traceback__)][-MAX_FRAMES:]
-    where = " at " + "; from ".join(reversed(frames)) if frames else ""
-    return f"{name}{members}{where}"
-
-
-def _members(exc: BaseException, depth: int) -> Iterator[str]:
-    if isinstance(exc, BaseExceptionGroup) and depth > 0:
-        for member in exc.exceptions[:MAX_GROUP_MEMBERS]:
-            yield _describe(member, depth - 1)
-        if len(exc.exceptions) > MAX_GROUP_MEMBERS:
-            yield f"and {len(exc.exceptions) - MAX_GROUP_MEMBERS} more"
-
-
-def _frames(traceback: TracebackType | None) -> Iterator[str]:
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        yield f"{_short(code.co_filename)}:{traceback.tb_lineno} in {code.co_qualname}"
-        traceback = traceback.tb_next
+    if isinstance(exc, BaseExceptionGroup):
+        name += "".join(f" [{describe_bug(member)}]" for member in exc.exceptions[:MAX_GROUP_MEMBERS])
+    frames = [
+        f"{_short(frame.f_code.co_filename)}:{line} in {frame.f_code.co_qualname}"
+        for frame, line in traceback.walk_tb(exc.__traceback__)
+    ]
+    return f"{name} at {'; from '.join(reversed(frames[-MAX_FRAMES:]))}" if frames else name
 
 
 def _short(path: str) -> str:
     """A file's path without what differs from machine to machine."""
-    _, is_package, inside = path.rpartition("/site-packages/")
-    if is_package:
-        return inside
-    if path.startswith(f"{_PROJECT}/"):
-        return path[len(_PROJECT) + 1 :]
-    return "/".join(path.split("/")[-2:])
-
-
-# Lines
-
-
-def _json(entry: dict[str, Any]) -> str:
-    return _encode(entry)
-
-
-def _console(*, colours: bool) -> Callable[[dict[str, Any]], str]:
-    def render(entry: dict[str, Any]) -> str:
-        level = f"{entry.pop('level'):<8}"
-        if colours:
-            level = f"\x1b[{_COLOURS.get(level.strip(), '0')}m{level}\x1b[0m"
-        moment, event, logger = entry.pop("timestamp")[11:-1], entry.pop("event"), entry.pop("logger")
-        fields = "".join(f" {key}={_console_value(value)}" for key, value in entry.items())
-        return f"{moment} {level} {event}{fields} ({logger})"
-
-    return render
-
-
-def _console_value(value: Any) -> str:
-    is_simple = isinstance(value, str) and value != "" and not any(mark in value for mark in ' "=')
-    return value if is_simple else _encode(value)
+    return path.rpartition("/site-packages/")[2].removeprefix(_PROJECT)

@@ -134,6 +134,7 @@ class Processor:
                 started = time.monotonic()
                 try:
                     urls = await self._fetch(conversation.images(), sources, report)
+                    self._check_deadline(job)
                     answer = await self._call(job, conversation, urls, report)
                 except RateLimitedError as error:
                     # The API is there and knows us: an outage, if there was one, is over.

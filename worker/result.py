@@ -15,9 +15,9 @@ class _Part(BaseModel):
 class Usage(_Part):
     """Tokens as the API counted them, and what they cost."""
 
-    prompt_tokens: int = Field(ge=0, description="The images' tokens are among them.")
-    completion_tokens: int = Field(ge=0)
-    total_tokens: int = Field(ge=0)
+    prompt_tokens: int = Field(ge=0, description="Of the question; the images' are among them.")
+    completion_tokens: int = Field(ge=0, description="Of the answer.")
+    total_tokens: int = Field(ge=0, description="Both together.")
     cost_usd: float | None = Field(
         default=None, description="The provider's own figure, else from `VQA_PRICES`, else null."
     )
@@ -48,14 +48,14 @@ class Result(_Part):
     """The body of a message on the reply queue."""
 
     id: str | None = Field(description="The job's id; null where it could not be read.")
-    status: Literal["succeeded", "failed"]
+    status: Literal["succeeded", "failed"] = Field(description="Whether there is an answer.")
     answer: str | None = Field(
         default=None, description="Null on failure, and where the model only called tools."
     )
     model: str | None = Field(
         default=None, description="The model that was asked; null if the job was unreadable."
     )
-    finish_reason: str | None = None
+    finish_reason: str | None = Field(default=None, description="The API's word for why the answer ends.")
     usage: Usage | None = Field(
         default=None, description="Given whenever the API reported it, on failure too."
     )

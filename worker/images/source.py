@@ -13,8 +13,8 @@ MAX_KEY_BYTES = 1024
 _S3 = re.compile(r"s3://(?P<bucket>[^/]*)/?(?P<key>.*)", re.IGNORECASE | re.DOTALL)
 # Strict on purpose: where readers of URLs disagree (backslashes, blanks), an allow-list can be fooled.
 _LINK = re.compile(
-    r"https://(?:[^/?#@\\\s]*@)?(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:[/?#][^\s\\\x00-\x1f\x7f]*)?",
-    re.IGNORECASE,
+    r"(?ai:https)://(?:[^/?#@\\\s\x00-\x1f\x7f]*@)?(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+    r"(?:[/?#][^\s\\\x00-\x1f\x7f]*)?",
 )
 _DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -95,7 +95,8 @@ def _parse_link(url: str, name: str, allowed: Sequence[str]) -> Link:
     match = _LINK.fullmatch(url)
     if match is None:
         raise JobError(ErrorCode.INVALID_JOB, f"{name}: is not a well-formed https:// URL")
-    host = match["host"].lower().rstrip(".")
+    # Globs name an IPv6 address without its brackets, which would be a set of characters in a glob.
+    host = match["host"].lower().strip("[]").rstrip(".")
     if not _matches(host, [pattern.lower() for pattern in allowed]):
         raise JobError(
             ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,

@@ -11,6 +11,8 @@ from worker.result import Usage
 # Fields of a choice's message that plain text comes with; anything else that is set is "more".
 _PLAIN_MESSAGE_FIELDS = frozenset({"role", "content", "name"})
 TOKENS_PER_PRICE = 1_000_000
+# Tokens or dollars beyond it are not believed: up to here a 64-bit float, and so a metric, is exact.
+MAX_FIGURE = 2**53
 
 
 class Price(Protocol):
@@ -67,7 +69,7 @@ def parse_answer(body: bytes, price: Price | None) -> Answer:
     """
     response = _parse_object(body)
     choice = _first_choice(response)
-    message = choice.get("message") if choice else {}
+    message = choice.get("message")
     if not isinstance(message, dict):
         raise MalformedAnswerError("the first choice has no message")
     content = message.get("content")
@@ -102,12 +104,12 @@ def _finite_float(text: str) -> float | None:
 
 
 def _first_choice(response: Mapping[str, Any]) -> dict[str, Any]:
-    """The first choice; empty where the API well-formedly gave none."""
+    """The first choice; one with an empty message where the API well-formedly gave none."""
     choices = response.get("choices")
     if not isinstance(choices, list):
         raise MalformedAnswerError("the body has no list of choices")
     if not choices:
-        return {}
+        return {"message": {}}
     if not isinstance(choices[0], dict):
         raise MalformedAnswerError("the first choice is not an object")
     return choices[0]
@@ -151,13 +153,16 @@ def _usage_of(usage: object, price: Price | None) -> Usage | None:
 def _count(value: object) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE:
+        return value
+    return None
 
 
 def _cost_of(usage: Mapping[str, Any], prompt: int, completion: int, price: Price | None) -> float | None:
     stated = usage.get("estimated_cost")
-    if isinstance(stated, (int, float)) and not isinstance(stated, bool) and stated >= 0:
+    if isinstance(stated, (int, float)) and not isinstance(stated, bool) and 0 <= stated <= MAX_FIGURE:
         return float(stated)
     if price is None:
         return None
-    return (prompt * price.prompt + completion * price.completion) / TOKENS_PER_PRICE
+    cost = (prompt * price.prompt + completion * price.completion) / TOKENS_PER_PRICE
+    return cost if math.isfinite(cost) else None

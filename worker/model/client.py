@@ -70,6 +70,7 @@ class Model:
         )
         # The SDK takes these from the environment: they are OpenAI's, and this may be somebody else's API.
         self._client.organization = self._client.project = None
+        self._client._custom_headers = dict(headers)  # noqa: SLF001 - no public way past OPENAI_CUSTOM_HEADERS
 
     async def ask(
         self, model: str, messages: list[dict[str, Any]], params: Mapping[str, Any], *, time_left_s: float
@@ -179,7 +180,7 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
             seconds = float(headers["retry-after-ms"]) / 1000
         else:
             seconds = _parse_retry_after(headers["retry-after"])
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         return None
     return min(max(seconds, 0.0), MAX_RETRY_AFTER_S) if seconds == seconds else None  # noqa: PLR0124 - NaN
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from urllib.parse import parse_qs, urlsplit
 
 import aio_pika
 import structlog
@@ -20,8 +21,8 @@ log = structlog.get_logger(__name__)
 
 DIAL_TIMEOUT_S = 15.0
 FIRST_DELAY_S = 0.25
-LONGEST_DELAY_S = 10.0
-# Two missed beats end a connection; a minute of silence is long for a queue of paid work.
+LONGEST_DELAY_S = 5.0
+# aiormq ends a connection after three times as long a silence; a minute is long for a queue of paid work.
 HEARTBEAT_S = 20
 # AMQP 0-9-1: the code for a virtual host that doesn't exist or may not be used.
 _NOT_ALLOWED = 530
@@ -29,6 +30,24 @@ _NOT_ALLOWED = 530
 
 class BrokerRefusedError(Exception):
     """The broker is there and refuses the worker; the message names the setting."""
+
+
+@contextmanager
+def losses() -> Iterator[None]:
+    """Make the loss of a connection an error wherever the library has it look like a cancellation.
+
+    It cancels what waits for the broker's answer. Let through, that would end a task in silence.
+
+    Raises:
+        ConnectionError: the connection or channel was lost before the answer came.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ConnectionError("the connection was lost before the broker answered") from None
 
 
 @dataclass(frozen=True)
@@ -56,7 +75,8 @@ class Broker:
         delay_s = FIRST_DELAY_S
         while True:
             try:
-                return await self._dial()
+                with losses():
+                    return await self._dial()
             except BrokerRefusedError as error:
                 if refusal_is_final:
                     raise
@@ -73,7 +93,7 @@ class Broker:
                 self.url,
                 ssl_context=self.ssl_context,
                 timeout=DIAL_TIMEOUT_S,
-                heartbeat=HEARTBEAT_S,
+                heartbeat=_heartbeat_s(self.url),
                 client_properties={"connection_name": self.name},
             )
         except (ProbableAuthenticationError, AuthenticationError):
@@ -92,6 +112,12 @@ class Broker:
             raise
 
 
+def _heartbeat_s(url: str) -> int:
+    """Seconds between heartbeats: `heartbeat=` in the URL's query, which the library would overwrite."""
+    asked = parse_qs(urlsplit(url).query).get("heartbeat", [""])[-1]
+    return int(asked) if asked.isdecimal() else HEARTBEAT_S
+
+
 def _explain_tls(error: ssl.SSLError) -> str:
     reason = getattr(error, "verify_message", "") or error.reason or "no agreement"
     return (
@@ -104,6 +130,7 @@ async def _close(connection: AbstractConnection) -> None:
     """Close in bounded time: a broker that has gone quiet doesn't answer to that either."""
     try:
         async with asyncio.timeout(DIAL_TIMEOUT_S):
-            await connection.close()
+            with losses():
+                await connection.close()
     except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
         log.debug("rabbitmq_close_failed", reason=type(error).__name__)

@@ -2,8 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
@@ -11,16 +13,17 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
 from worker.delivery import Delivery
 from worker.rabbit import wire
-from worker.rabbit.connection import Broker
+from worker.rabbit.connection import Broker, losses
 from worker.rabbit.topology import Topology, TopologyError, establish
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 FIRST_DELAY_S = 0.25
-LONGEST_DELAY_S = 10.0
+LONGEST_DELAY_S = 5.0
 # A session that lasted so long was a good one: the next trouble starts with a short delay again.
 GOOD_SESSION_S = 30.0
-GET_TIMEOUT_S = 10.0
 
 
 class Consumer:
@@ -37,7 +40,9 @@ class Consumer:
         self._consumer_tag: str | None = None
         self._cancelled_by_broker = asyncio.Event()
         self._held = False
+        self._was_established = False
         self._turn = asyncio.Lock()
+        self._asking: set[asyncio.Task[Any]] = set()
 
     @property
     def is_connected(self) -> bool:
@@ -49,16 +54,17 @@ class Consumer:
 
         Raises:
             BrokerRefusedError: at the first connection, the broker refuses the credentials.
-            TopologyError: at the first connection, the queues are not as they must be.
+            TopologyError: at the start, the queues are not as they must be.
         """
         delay_s, first = FIRST_DELAY_S, True
         while True:
             async with self._broker.connection("consume", refusal_is_final=first) as connection:
                 started = time.monotonic()
                 try:
-                    await self._serve(connection)
+                    with losses():
+                        await self._serve(connection)
                 except TopologyError as error:
-                    if first:
+                    if not self._was_established:
                         raise
                     log.error("topology_wrong", faults=error.faults)  # noqa: TRY400 - the faults say it all
                 except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
@@ -73,53 +79,91 @@ class Consumer:
 
     async def hold(self) -> None:
         """Stop the flow at once; deliveries that are on their way may still come."""
+        await asyncio.shield(self._ask(self._hold()))
+
+    async def resume(self) -> None:
+        """Let jobs flow again, now or with the next connection."""
+        await asyncio.shield(self._ask(self._resume()))
+
+    async def take_one(self) -> Delivery | None:
+        """One job from the queue while the flow is held; None if there is none or no connection."""
+        taking = self._ask(self._take_one())
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(self._pass_on)
+            raise
+
+    def _ask(self, question: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Ask the broker in a task of its own: callers shield it from their own cancellation.
+
+        A question that is cancelled closes the channel, and every job on it would be delivered again.
+        """
+        task = asyncio.create_task(question)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        return task
+
+    def _pass_on(self, taking: asyncio.Task[Delivery | None]) -> None:
+        """A job that came when nobody waited for it any more goes the way of every other."""
+        if not taking.cancelled() and taking.exception() is None and (delivery := taking.result()):
+            self._on_delivery(delivery)
+
+    async def _hold(self) -> None:
         async with self._turn:
             self._held = True
             queue, tag, self._consumer_tag = self._queue, self._consumer_tag, None
             if queue is not None and tag is not None:
                 await _ignoring_loss(queue.cancel(tag))
 
-    async def resume(self) -> None:
-        """Let jobs flow again, now or with the next connection."""
+    async def _resume(self) -> None:
         async with self._turn:
             self._held = False
             if self._queue is not None and self._consumer_tag is None:
                 await _ignoring_loss(self._consume(self._queue))
 
-    async def take_one(self) -> Delivery | None:
-        """One job from the queue while the flow is held; None if there is none or no connection."""
-        queue = self._queue
-        if queue is None:
-            return None
-        try:
-            message = await queue.get(fail=False, timeout=GET_TIMEOUT_S)
-        except (*CONNECTION_EXCEPTIONS, TimeoutError):
-            return None
-        return None if message is None else _to_delivery(message)
+    async def _take_one(self) -> Delivery | None:
+        async with self._turn:
+            queue = self._queue
+            if queue is None:
+                return None
+            try:
+                with losses():
+                    # No timeout of its own: that would close the channel. A dead connection ends it.
+                    message = await queue.get(fail=False, timeout=None)
+            except CONNECTION_EXCEPTIONS:
+                return None
+            return None if message is None else self._to_delivery(message, queue)
 
     async def _serve(self, connection: AbstractConnection) -> None:
         """One session: from the declared queues to the loss of the channel or of the consumer."""
         await establish(connection, self._topology)
+        self._was_established = True
         channel = await connection.channel(publisher_confirms=False)
         await channel.set_qos(prefetch_count=self._prefetch)
         queue = await channel.get_queue(self._topology.jobs, ensure=False)
         await self._watch_for_cancel(channel)
         try:
             async with self._turn:
+                self._queue = queue
                 if not self._held:
                     await self._consume(queue)
-                self._queue = queue
             log.info("rabbitmq_connected", queue=self._topology.jobs, prefetch=self._prefetch)
             await self._until_lost(channel)
         finally:
             self._queue = self._consumer_tag = None
 
     async def _consume(self, queue: AbstractQueue) -> None:
-        self._consumer_tag = await queue.consume(self._receive)
+        self._consumer_tag = await queue.consume(partial(self._receive, queue))
 
-    async def _receive(self, message: AbstractIncomingMessage) -> None:
+    async def _receive(self, queue: AbstractQueue, message: AbstractIncomingMessage) -> None:
         # The library cancels this coroutine with the channel: nothing may be awaited here.
-        self._on_delivery(_to_delivery(message))
+        self._on_delivery(self._to_delivery(message, queue))
+
+    def _to_delivery(self, message: AbstractIncomingMessage, queue: AbstractQueue) -> Delivery:
+        channel = message.channel
+        # It must not hold on to the message: this outlives the job. A session may end before its channel.
+        return _to_delivery(message, is_alive=lambda: self._queue is queue and not channel.is_closed)
 
     async def _watch_for_cancel(self, channel: AbstractChannel) -> None:
         self._cancelled_by_broker.clear()
@@ -143,22 +187,25 @@ class Consumer:
 
 async def _ignoring_loss(operation: Awaitable[object]) -> None:
     try:
-        await operation
+        with losses():
+            await operation
     except CONNECTION_EXCEPTIONS:
         # The session's own loop sees the loss too, and makes a new one.
         log.debug("rabbitmq_operation_lost")
 
 
-def _to_delivery(message: AbstractIncomingMessage) -> Delivery:
+def _to_delivery(message: AbstractIncomingMessage, *, is_alive: Callable[[], bool]) -> Delivery:
     headers = message.headers or {}
     enqueued_ms = wire.count(headers.get(wire.ENQUEUED_HEADER), 2**53) or None
     timestamp = message.timestamp if isinstance(message.timestamp, datetime) else None
     # Quorum queues count the deliveries before this one; copies that the worker gave back carry the sum.
     before = wire.count(headers.get("x-delivery-count"), wire.MAX_DELIVERIES_BELIEVED)
     carried = wire.count(headers.get(wire.DELIVERIES_HEADER), wire.MAX_DELIVERIES_BELIEVED)
+    # The publisher of a message gave it no id if the worker's copy of it goes by the copy's own.
+    message_id, copy = wire.text(message.message_id), wire.text(headers.get(wire.COPY_HEADER))
     return Delivery(
         body=message.body,
-        message_id=wire.text(message.message_id),
+        message_id=message_id if message_id != copy else None,
         correlation_id=wire.text(message.correlation_id),
         reply_to=wire.text(message.reply_to),
         content_type=wire.text(message.content_type),
@@ -169,11 +216,11 @@ def _to_delivery(message: AbstractIncomingMessage) -> Delivery:
         attempts=_attempts(headers),
         deliveries=carried + before + 1,
         redelivered=bool(message.redelivered),
-        copy=wire.text(headers.get(wire.COPY_HEADER)),
+        copy=copy,
         received=time.monotonic(),
         ack=lambda: _ignoring_loss(message.ack()),
         reject=lambda: _ignoring_loss(message.reject(requeue=False)),
-        is_alive=lambda: not _is_closed(message),
+        is_alive=is_alive,
     )
 
 
@@ -182,10 +229,3 @@ def _attempts(headers: Mapping[str, object]) -> int:
     if wire.DIED_AT_HEADER in headers:
         return 0
     return wire.count(headers.get(wire.ATTEMPTS_HEADER), wire.MAX_ATTEMPTS_BELIEVED)
-
-
-def _is_closed(message: AbstractIncomingMessage) -> bool:
-    try:
-        return message.channel.is_closed
-    except CONNECTION_EXCEPTIONS:
-        return True

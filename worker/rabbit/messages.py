@@ -96,7 +96,11 @@ def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> 
         timestamp=delivery.timestamp,
         headers={**kept, **headers},
     )
-    return copy if delivery.message_id is None else replace(copy, message_id=delivery.message_id)
+    if delivery.message_id is not None:
+        return replace(copy, message_id=delivery.message_id)
+    # The library gives every message an id. One that is also here was not the publisher's: a dead letter
+    # without any id, put back, must not become a job under a name that nobody knows.
+    return replace(copy, headers={**copy.headers, wire.COPY_HEADER: copy.message_id})
 
 
 def _short(text: str | None) -> str | None:

@@ -15,13 +15,15 @@ from pamqp.common import FieldValue
 
 from worker.errors import Dependency
 from worker.metrics import DEPENDENCY_UP
-from worker.rabbit.connection import Broker
+from worker.rabbit.connection import DIAL_TIMEOUT_S, Broker, losses
 from worker.rabbit.topology import Topology, TopologyError, establish
 
 log = structlog.get_logger(__name__)
 
 FIRST_DELAY_S = 0.25
-LONGEST_DELAY_S = 10.0
+LONGEST_DELAY_S = 5.0
+# The library waits for ever for a channel on a connection that is lost while the broker blocks it.
+RESTORE_TIMEOUT_S = 60.0
 
 
 class UnroutableError(Exception):
@@ -74,9 +76,12 @@ class Publisher:
             async with self._broker.connection("publish", refusal_is_final=first) as connection:
                 first = False
                 try:
-                    await self._serve(connection)
+                    with losses():
+                        await self._serve(connection)
                 except CONNECTION_EXCEPTIONS as error:
                     log.warning("rabbitmq_lost", purpose="publish", reason=f"{type(error).__name__}: {error}")
+            # A broker that takes connections only to drop them is not to be called in a busy loop.
+            await asyncio.sleep(FIRST_DELAY_S)
 
     async def publish(self, message: Outgoing) -> None:
         """Publish and wait for the confirm, over lost connections and refusals, until it has come.
@@ -107,7 +112,9 @@ class Publisher:
         if self._connection is None:
             return
         try:
-            await establish(self._connection, self._topology)
+            async with asyncio.timeout(RESTORE_TIMEOUT_S):
+                with losses():
+                    await establish(self._connection, self._topology)
         except TopologyError as error:
             log.error("topology_wrong", faults=error.faults)  # noqa: TRY400 - the faults say it all
         except CONNECTION_EXCEPTIONS as error:
@@ -118,7 +125,8 @@ class Publisher:
         try:
             while not connection.is_closed:
                 # A publish to a missing exchange closes the channel only: open another.
-                channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+                async with asyncio.timeout(DIAL_TIMEOUT_S):
+                    channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
                 self._channel = channel
                 self._connected.set()
                 DEPENDENCY_UP.labels(Dependency.RABBITMQ).set(1)
@@ -141,14 +149,8 @@ class Publisher:
             if message.exchange
             else channel.default_exchange
         )
-        try:
+        with losses():
             await exchange.publish(_to_amqp(message), message.routing_key, mandatory=message.mandatory)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # The connection, on closing, cancelled the confirm that this task waited for.
-            raise ConnectionError("the connection closed before the confirm") from None
 
 
 def _to_amqp(message: Outgoing) -> aio_pika.Message:

@@ -8,10 +8,7 @@ from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import ChannelClosed
 from pamqp.common import FieldValue
 
-from worker.settings import Settings, retry_queue
-
-# A backstop only: the worker's own VQA_DELIVERY_LIMIT comes first, and tells the publisher.
-BROKER_DELIVERY_LIMIT = 100
+from worker.settings import BROKER_DELIVERY_LIMIT, Settings, retry_queue
 
 _NOT_FOUND, _ACCESS_REFUSED = 404, 403
 

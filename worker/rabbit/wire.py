@@ -7,12 +7,12 @@ come out empty instead. Each kind says its own length on the wire, so that what 
 """
 
 import re
-import struct
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import pamqp.decode
+from aio_pika import DeliveryMode
 from pamqp.common import FieldValue
 
 Decoder = Callable[[bytes], tuple[int, FieldValue]]
@@ -29,21 +29,26 @@ DIED_AT_HEADER = "vqa-died-at"
 ENQUEUED_HEADER = "timestamp_in_ms"
 # W3C Trace Context, §3.2 and §3.3.
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+# Version 00 ends where its fields end; later ones may add some; ff is none.
+_TRACEPARENT = re.compile(
+    r"(?:00(?=.{53}\Z)|(?!00|ff)[0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
 MAX_TRACESTATE_CHARS = 512
 
 
 def install_tolerant_decoders() -> None:
     """Replace pamqp's decoders of the property types that a publisher can fill with anything."""
     lengths: dict[str, Callable[[bytes], int]] = {
-        "shortstr": lambda data: 1 + data[0],
+        "shortstr": lambda data: 1 + int.from_bytes(data[:1]),
         "timestamp": lambda _: 8,
-        "table": lambda data: 4 + int(struct.unpack(">I", data[:4])[0]),
+        "table": lambda data: 4 + int.from_bytes(data[:4]),
     }
     for kind, length_of in lengths.items():
         decoder = pamqp.decode.METHODS[kind]
         if not isinstance(decoder, _Tolerant):
             pamqp.decode.METHODS[kind] = _Tolerant(decoder, length_of)
+    # aio-pika itself raises on delivery modes other than 1 and 2, which RabbitMQ 4 lets pass.
+    DeliveryMode._missing_ = classmethod(lambda modes, _: modes.NOT_PERSISTENT)  # type: ignore[assignment, method-assign]
 
 
 class _Tolerant:

@@ -1,0 +1,115 @@
+"""What the tests share that break things: jobs in numbers, and a broker's user of one's own."""
+
+import asyncio
+import base64
+import json
+import urllib.request
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from deploy.local.stack import Stack
+from deploy.local.standin.calls import Call
+from tests.conftest import picture
+from tests.running import PATIENCE_S, Client, Reply, Worker, calls_with, until
+
+PICTURE = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+
+
+def job(question: str = "What is it?", image: str = PICTURE, **fields: Any) -> dict[str, Any]:
+    """A job with an id of its own."""
+    return {"id": uuid.uuid4().hex, "question": question, "images": [image], **fields}
+
+
+async def publish(client: Client, count: int, question: str, **fields: Any) -> list[str]:
+    """Publish so many jobs with the same question, each with its id behind it; returns the ids."""
+    jobs = [job(question, **fields) for _ in range(count)]
+    for it in jobs:
+        it["question"] = f"{question} {it['id']}"
+    await asyncio.gather(*(client.publish(it) for it in jobs))
+    return [it["id"] for it in jobs]
+
+
+async def results(client: Client, ids: Iterable[str], patience_s: float = PATIENCE_S) -> list[Reply]:
+    """The first result of each job."""
+    wanted = list(ids)
+    await until(
+        lambda: all(client.replies.get(it) for it in wanted),
+        f"{len(wanted)} results, of which there are "
+        f"{Counter(bool(client.replies.get(it)) for it in wanted)[True]} at the start",
+        patience_s,
+    )
+    return [client.replies[it][0] for it in wanted]
+
+
+def statuses(replies: Iterable[Reply]) -> Counter[str]:
+    """How many results there are of each kind: the status, or the error's code."""
+    return Counter((reply.body["error"] or {}).get("code", reply.body["status"]) for reply in replies)
+
+
+async def calls_begun(stack: Stack, marker: str, count: int) -> list[Call]:
+    """Wait until so many calls about these jobs have reached the model."""
+
+    def begun() -> list[Call]:
+        calls = calls_with(stack, marker)
+        return calls if len(calls) >= count else []
+
+    calls: list[Call] = await until(begun, f"{count} calls")
+    return calls
+
+
+async def model_answered(stack: Stack, marker: str) -> None:
+    """Wait until every call about these jobs has come to its end."""
+    await until(lambda: all(call.ended for call in calls_with(stack, marker)), "the model's answers")
+
+
+def events(worker: Worker, event: str) -> list[dict[str, Any]]:
+    """The worker's log lines of one kind."""
+    return [line for line in worker.log() if line.get("event") == event]
+
+
+@dataclass(frozen=True)
+class BrokerUser:
+    """A user of the broker, through which a worker's connections can be told from a test's."""
+
+    stack: Stack
+    name: str
+    password: str = "it's-a-secret"
+
+    @classmethod
+    @contextmanager
+    def of(cls, stack: Stack, *, configure: str = ".*") -> Iterator[Self]:
+        user = cls(stack, f"u{uuid.uuid4().hex[:10]}")
+        user._ask("PUT", f"/api/users/{user.name}", {"password": user.password, "tags": ""})
+        rights = {"configure": configure, "write": ".*", "read": ".*"}
+        user._ask("PUT", f"/api/permissions/%2F/{user.name}", rights)
+        yield user
+
+    @property
+    def url(self) -> str:
+        return url_as(self.stack, self.name, self.password)
+
+    def close_connections(self) -> None:
+        """Have the broker close them, with a reason."""
+        self._ask("DELETE", f"/api/connections/username/{self.name}")
+
+    def _ask(self, method: str, path: str, body: object = None) -> None:
+        credentials = base64.b64encode(b"guest:guest").decode()
+        request = urllib.request.Request(  # noqa: S310 - our own http:// URL
+            f"{self.stack.rabbitmq.management_url}{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": f"Basic {credentials}", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=10):  # noqa: S310
+            pass
+
+
+def url_as(stack: Stack, user: str, password: str, vhost: str = "") -> str:
+    """The broker's URL with other credentials."""
+    parts = urlsplit(stack.rabbitmq.url)
+    return f"amqp://{user}:{password}@{parts.hostname}:{parts.port}/{vhost}"

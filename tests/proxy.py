@@ -1,0 +1,182 @@
+"""A TCP proxy that makes the network as bad as a test wants it."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Self
+from urllib.parse import urlsplit
+
+CHUNK_BYTES = 1 << 16
+REMEMBERED_BYTES = 1 << 16
+LOCALHOST = "127.0.0.1"
+
+
+@dataclass(eq=False)
+class Link:
+    """One client's connection through the proxy."""
+
+    client: asyncio.StreamWriter
+    server: asyncio.StreamWriter
+    sent: bytearray = field(default_factory=bytearray)
+    """The first bytes that the client sent."""
+    swallows_sent: bool = False
+    """Whether what the client sends from now on is lost on the way, in silence."""
+
+    def reset(self) -> None:
+        """Break it off on both sides, without a word."""
+        for side in (self.client, self.server):
+            _reset(side)
+
+
+class Proxy:
+    """Passes bytes on, from a port of its own to `host:port`. All faults can be changed while it runs."""
+
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self._target = host, port
+        self._tls = tls
+        self._listener: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self.port = 0
+        self.accepted = 0
+        self.links: list[Link] = []
+        self.delay_s = 0.0
+        """How late each piece arrives, in both directions."""
+        self.cut_after: int | None = None
+        """Each connection made from now on breaks off after so many bytes from the server; None: never."""
+        self.cuts_politely = False
+        """Whether that looks like an orderly end, and not like a broken connection."""
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def before(
+        cls, url: str, *, tls: ssl.SSLContext | None = None, listens: bool = True
+    ) -> AsyncIterator[Self]:
+        """A proxy for the server in a URL. With `tls` its clients must speak TLS, and the server need not."""
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        proxy = cls(parts.hostname, parts.port, tls)
+        await proxy.accept()
+        if not listens:
+            await proxy.refuse()
+        try:
+            yield proxy
+        finally:
+            await proxy.refuse()
+            proxy.reset()
+            for task in proxy._tasks:
+                task.cancel()
+            await asyncio.gather(*proxy._tasks, return_exceptions=True)
+
+    def url(self, like: str) -> str:
+        """The URL `like`, but through the proxy."""
+        parts = urlsplit(like)
+        userinfo, at, _ = parts.netloc.rpartition("@")
+        return parts._replace(netloc=f"{userinfo}{at}{LOCALHOST}:{self.port}").geturl()
+
+    async def accept(self) -> None:
+        """Take connections, always on the same port."""
+        if self._listener is None:
+            self._listener = await asyncio.start_server(
+                self._on_connection, LOCALHOST, self.port, ssl=self._tls, reuse_address=True
+            )
+            self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def refuse(self) -> None:
+        """Refuse new connections, as a port that nobody listens on; those there are stay."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def freeze(self) -> None:
+        """Become a black hole: connections stay open and nothing comes through."""
+        self._flows.clear()
+
+    def thaw(self) -> None:
+        """Let bytes through again; nothing of what was on its way is lost."""
+        self._flows.set()
+
+    def reset(self) -> None:
+        """Break off every connection."""
+        for link in list(self.links):
+            link.reset()
+
+    async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self.accepted += 1
+        # A test that ends closes the proxy under its connections.
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            await self._serve(reader, writer)
+
+    async def _serve(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        try:
+            await self._flows.wait()
+            from_server, to_server = await asyncio.open_connection(*self._target)
+        except OSError:
+            _reset(to_client)
+            return
+        link = Link(to_client, to_server)
+        self.links.append(link)
+        up = asyncio.create_task(self._pump_up(link, from_client))
+        down = asyncio.create_task(self._pump_down(link, from_server, self.cut_after))
+        try:
+            await asyncio.gather(up, down)
+        finally:
+            for pump in (up, down):
+                pump.cancel()
+            self.links.remove(link)
+            for side in (to_client, to_server):
+                side.close()
+
+    async def _pump_up(self, link: Link, reader: asyncio.StreamReader) -> None:
+        while chunk := await self._next(reader):
+            link.sent += chunk[: REMEMBERED_BYTES - len(link.sent)]
+            if not link.swallows_sent:
+                await _pass_on(chunk, link.server)
+        _end(link.server)
+
+    async def _pump_down(self, link: Link, reader: asyncio.StreamReader, left: int | None) -> None:
+        while chunk := await self._next(reader):
+            if left is not None and len(chunk) >= left:
+                await _pass_on(chunk[:left], link.client)
+                if not self.cuts_politely:
+                    link.reset()
+                break
+            left = None if left is None else left - len(chunk)
+            await _pass_on(chunk, link.client)
+        _end(link.client)
+
+    async def _next(self, reader: asyncio.StreamReader) -> bytes:
+        chunk = await reader.read(CHUNK_BYTES)
+        await asyncio.sleep(self.delay_s)
+        await self._flows.wait()
+        return chunk
+
+
+async def _pass_on(chunk: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(chunk)
+    await writer.drain()
+
+
+def _end(writer: asyncio.StreamWriter) -> None:
+    if writer.can_write_eof():
+        writer.write_eof()
+    else:
+        # TLS knows no half-closed connections.
+        writer.close()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    connection = writer.get_extra_info("socket")
+    if connection is not None and connection.fileno() >= 0:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

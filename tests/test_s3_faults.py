@@ -1,0 +1,163 @@
+"""An S3 that is gone, refuses the worker, or breaks off in the middle of an image."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from deploy.local.stack import Stack
+from tests.breaking import events, publish, results, statuses
+from tests.conftest import BUCKET, MakeClient, StartWorker
+from tests.proxy import Proxy
+from tests.running import Client, Worker, calls_with, until
+
+PICTURE_BYTES = 100_000
+
+
+def put(stack: Stack) -> str:
+    """Upload a picture of noise, which does not compress; returns its URL."""
+    buffer = BytesIO()
+    Image.effect_noise((400, 400), 100).save(buffer, "PNG")
+    assert len(buffer.getvalue()) > PICTURE_BYTES
+    key = f"{uuid.uuid4().hex}.png"
+    stack.s3.client().put_object(Bucket=BUCKET, Key=key, Body=buffer.getvalue())
+    return f"s3://{BUCKET}/{key}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A worker, its publisher, and the network between the worker and S3."""
+
+    stack: Stack
+    worker: Worker
+    client: Client
+    proxy: Proxy
+
+
+@pytest.fixture(scope="module")
+async def scene(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]:
+    async with Proxy.before(own_stack.s3.endpoint_url) as proxy:
+        worker = Worker.of(
+            own_stack,
+            tmp_path_factory.mktemp("s3"),
+            VQA_S3_ENDPOINT_URL=proxy.url(own_stack.s3.endpoint_url),
+            VQA_JOB_TIMEOUT="4",
+        )
+        try:
+            await worker.start()
+            async with Client.of(own_stack, worker) as client:
+                yield Scene(own_stack, worker, client, proxy)
+        finally:
+            worker.kill()
+
+
+async def ask(scene: Scene, image: str) -> tuple[str, int]:
+    """What became of one job, and in which attempt."""
+    (reply,) = await results(scene.client, await publish(scene.client, 1, "What is it?", image=image))
+    return (reply.body["error"] or {}).get("code", reply.body["status"]), reply.body["attempts"]
+
+
+async def test_jobs_wait_for_an_s3_that_is_gone_and_lose_no_attempt(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    image, marker = put(own_stack), uuid.uuid4().hex
+    worker = await start_own_worker(VQA_MAX_ATTEMPTS="1")
+    client = await own_client_of(worker)
+    await asyncio.to_thread(own_stack.s3.stop)
+    try:
+        ids = await publish(client, 8, marker, image=image)
+        status, body = await until(
+            lambda: (lambda it: it if it[1].get("status") == "paused" else None)(worker.ready()), "a pause"
+        )
+        assert status == 200
+        assert [reason.partition(":")[0] for reason in body["reasons"]] == ["s3"]
+        assert worker.metric("vqa_dependency_up", dependency="s3") == 0
+        assert worker.metric("vqa_dependency_up", dependency="model") == 1
+        await until(lambda: client.depth(worker.jobs_queue), "jobs are given back")
+    finally:
+        await asyncio.to_thread(own_stack.s3.start)
+    replies = await results(client, ids)
+
+    assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
+    assert len(calls_with(own_stack, marker)) == 8
+    assert [event["dependency"] for event in events(worker, "paused")] == ["s3"]
+    assert worker.ready() == (200, {"status": "ready", "reasons": []})
+    assert worker.metric("vqa_dependency_up", dependency="s3") == 1
+    assert await worker.stop() == 0
+    assert await client.depth(worker.jobs_queue) == await client.depth(worker.dead_letter_queue) == 0
+
+
+async def test_wrong_credentials_pause_the_worker_until_one_comes_with_the_right_ones(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    wrong = await start_own_worker(AWS_SECRET_ACCESS_KEY="not-the-secret-key")
+    client = await own_client_of(wrong)
+    ids = await publish(client, 3, "What is it?", image=put(own_stack))
+    await until(lambda: wrong.ready()[1].get("status") == "paused", "a pause")
+    status, body = wrong.ready()
+    assert status == 200
+    assert "SignatureDoesNotMatch" in body["reasons"][0]
+    assert "AWS credentials" in body["reasons"][0]
+    assert client.replies == {}
+
+    right = await start_own_worker(wait=False, like=wrong, VQA_DELIVERY_LIMIT="1")
+    assert await wrong.stop() == 0
+    await right.start()
+    replies = await results(client, ids)
+    assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
+    assert "not-the-secret-key" not in wrong.output()
+
+
+@pytest.mark.parametrize("politely", [False, True], ids=["reset", "truncated"])
+async def test_an_image_that_breaks_off_is_read_again(scene: Scene, *, politely: bool) -> None:
+    image = put(scene.stack)
+    scene.proxy.cuts_politely, scene.proxy.cut_after = politely, PICTURE_BYTES // 2
+    # A connection that was kept from before would not be cut.
+    scene.proxy.reset()
+    retries = scene.worker.metric("vqa_retries_total", reason="connection")
+    asked = asyncio.create_task(ask(scene, image))
+    try:
+        await until(
+            lambda: scene.worker.metric("vqa_retries_total", reason="connection") > retries, "a retry"
+        )
+    finally:
+        scene.proxy.cut_after = None
+    status, attempts = await asked
+
+    assert status == "succeeded"
+    assert attempts >= 2
+    assert scene.worker.ready()[1]["status"] == "ready"
+
+
+async def test_a_slow_network_only_takes_longer(scene: Scene) -> None:
+    scene.proxy.delay_s = 0.15
+    try:
+        assert await ask(scene, put(scene.stack)) == ("succeeded", 1)
+    finally:
+        scene.proxy.delay_s = 0
+
+
+async def test_a_missing_object_is_an_answer_and_no_fault_of_s3(scene: Scene) -> None:
+    for _ in range(6):
+        assert await ask(scene, f"s3://{BUCKET}/{uuid.uuid4().hex}") == ("image_not_found", 1)
+    assert scene.worker.ready()[1]["status"] == "ready"
+
+
+async def test_an_s3_that_says_nothing_more_holds_up_neither_the_job_nor_the_end(scene: Scene) -> None:
+    """The last test of the scene: it ends the worker."""
+    image = put(scene.stack)
+    scene.proxy.freeze()
+    timeouts = scene.worker.metric("vqa_retries_total", reason="timeout")
+    ids = await publish(scene.client, 1, "What is it?", image=image)
+    await until(lambda: scene.worker.metric("vqa_retries_total", reason="timeout") > timeouts, "a retry")
+    # A thread still waits for what S3 never says.
+    assert await scene.worker.stop(patience_s=10) == 0, scene.worker.output()
+    scene.proxy.thaw()
+    await scene.worker.start()
+    (reply,) = await results(scene.client, ids)
+    assert reply.body["status"] == "succeeded"
+    assert reply.body["attempts"] >= 2

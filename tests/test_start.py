@@ -1,0 +1,273 @@
+"""The worker's start: what is wrong is said at once, in a line; what is only late is waited for."""
+
+import asyncio
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import aio_pika
+import pytest
+
+from deploy.local.stack import Stack
+from tests.breaking import BrokerUser, events, job, url_as
+from tests.conftest import MakeClient, StartWorker
+from tests.proxy import Proxy
+from tests.running import Client, Ended, Worker, until
+
+EXIT_CONFIG = 78
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A certificate authority, and a server's certificate that it signed."""
+
+    folder: Path
+
+    @property
+    def certificate(self) -> str:
+        return str(self.folder / "ca.pem")
+
+    @classmethod
+    def made_in(cls, folder: Path) -> "Authority":
+        folder.mkdir()
+        authority = cls(folder)
+        authority._openssl("-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=an authority for tests")
+        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-subj", "/CN=a broker")
+        names = ("-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE")
+        authority._openssl("-keyout", "server.key", "-out", "server.pem", *signed, *names)
+        return authority
+
+    def server_context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.folder / "server.pem", self.folder / "server.key")
+        return context
+
+    def _openssl(self, *arguments: str) -> None:
+        key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+        command = ["openssl", "req", "-x509", *key, "-days", "2", *arguments]
+        subprocess.run(command, cwd=self.folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl program to make certificates")
+    return Authority.made_in(tmp_path_factory.mktemp("tls") / "right")
+
+
+# Starts that come to nothing. They run side by side, since each takes a second.
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Workers that did not start, by what was wrong with them."""
+
+    ended: Mapping[str, Ended]
+    queues: Mapping[str, Worker]
+    """Their names, for those whose queues matter."""
+    connections_of_wrong_settings: int
+
+
+@pytest.fixture(scope="module")
+async def refusals(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Refusals]:
+    folder = tmp_path_factory.mktemp("refusals")
+    async with Proxy.before(own_stack.rabbitmq.url) as proxy:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            workers = {
+                "settings": Worker.of(
+                    own_stack,
+                    folder,
+                    VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url),
+                    VQA_ALLOWED_BUCKETS="",
+                    VQA_MAX_ATTEMPTS="none",
+                    VQA_MODEL_API_KEY="a key with blanks",
+                    VQA_RETRY_DELAYS="1.5",
+                ),
+                "password": Worker.of(
+                    own_stack, folder, VQA_RABBITMQ_URL=url_as(own_stack, "guest", "s3cr3t-but-wrong")
+                ),
+                "vhost": Worker.of(
+                    own_stack,
+                    folder,
+                    VQA_RABBITMQ_URL=url_as(own_stack, "guest", "guest", f"no-{uuid.uuid4().hex}"),
+                ),
+                "arguments": Worker.of(own_stack, folder),
+                "missing": Worker.of(own_stack, folder, VQA_DECLARE_TOPOLOGY="false"),
+                "port": Worker.of(own_stack, folder, VQA_HTTP_PORT=str(taken.getsockname()[1])),
+            }
+            await declare_others(own_stack, workers["arguments"])
+            ended = await asyncio.gather(*(worker.run_to_end() for worker in workers.values()))
+        yield Refusals(dict(zip(workers, ended, strict=True)), workers, proxy.accepted)
+
+
+async def declare_others(stack: Stack, worker: Worker) -> None:
+    """Make queues of the worker's names that are not as the worker's would be."""
+    async with await aio_pika.connect(stack.rabbitmq.url) as connection:
+        channel = await connection.channel()
+        await channel.declare_queue(worker.jobs_queue, durable=True, arguments={"x-queue-type": "quorum"})
+        await channel.declare_queue(worker.results_queue, durable=True)
+
+
+def test_wrong_settings_are_all_told_before_anything_is_connected(refusals: Refusals) -> None:
+    ended = refusals.ended["settings"]
+    assert ended.code == EXIT_CONFIG
+    assert sorted(line.partition(":")[0] for line in ended.errors) == [
+        "VQA_ALLOWED_BUCKETS",
+        "VQA_MAX_ATTEMPTS",
+        "VQA_MODEL_API_KEY",
+        "VQA_RETRY_DELAYS",
+    ]
+    assert refusals.connections_of_wrong_settings == 0
+    assert "a key with blanks" not in ended.output + "".join(ended.errors)
+
+
+@pytest.mark.parametrize(("fault", "word"), [("password", "password"), ("vhost", "virtual host")])
+def test_a_broker_that_refuses_the_worker_ends_the_start_and_no_password_is_shown(
+    refusals: Refusals, fault: str, word: str
+) -> None:
+    ended = refusals.ended[fault]
+    assert ended.code == EXIT_CONFIG
+    (line,) = ended.errors
+    assert line.startswith("VQA_RABBITMQ_URL: ")
+    assert word in line
+    assert "s3cr3t" not in ended.output + line
+    assert "guest:guest" not in ended.output + line
+
+
+def test_queues_with_other_arguments_are_all_named_with_the_difference(refusals: Refusals) -> None:
+    ended, worker = refusals.ended["arguments"], refusals.queues["arguments"]
+    assert ended.code == EXIT_CONFIG
+    results, jobs = ended.errors
+    assert worker.jobs_queue in jobs
+    assert re.search("x-dead-letter|x-overflow|x-delivery-limit", jobs), jobs
+    assert worker.results_queue in results
+    assert "x-queue-type" in results
+    assert "quorum" in results
+
+
+def test_queues_that_are_missing_and_not_to_be_declared_end_the_start(refusals: Refusals) -> None:
+    ended, worker = refusals.ended["missing"], refusals.queues["missing"]
+    assert ended.code == EXIT_CONFIG
+    names = [
+        worker.dead_letter_queue,
+        worker.results_queue,
+        worker.jobs_queue,
+        f"{worker.jobs_queue}.retry.1s",
+    ]
+    assert len(ended.errors) == len(names)
+    for name, line in zip(names, ended.errors, strict=True):
+        assert re.search(rf"\b{re.escape(name)} does not exist", line), line
+
+
+def test_a_port_that_is_taken_ends_the_start(refusals: Refusals) -> None:
+    ended = refusals.ended["port"]
+    assert ended.code == EXIT_CONFIG
+    (line,) = ended.errors
+    assert "VQA_HTTP_PORT" in line
+    assert "in use" in line
+
+
+# A worker that may do little, in somebody else's queues.
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A worker whose queues were made by somebody else, and whose broker user may not make any."""
+
+    worker: Worker
+    client: Client
+    user: BrokerUser
+
+
+@pytest.fixture(scope="module")
+async def guest(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guest]:
+    with BrokerUser.of(own_stack, configure="^$") as user:
+        worker = Worker.of(
+            own_stack,
+            tmp_path_factory.mktemp("guest"),
+            VQA_RABBITMQ_URL=user.url,
+            VQA_DECLARE_TOPOLOGY="false",
+            VQA_SHUTDOWN_GRACE="5",
+        )
+        async with await aio_pika.connect(own_stack.rabbitmq.url) as connection:
+            channel = await connection.channel()
+            for name in ("", ".dead", ".retry.1s"):
+                await channel.declare_queue(f"{worker.jobs_queue}{name}", durable=True)
+            await channel.declare_queue(worker.results_queue, durable=True)
+        try:
+            await worker.start()
+            async with Client.of(own_stack, worker) as client:
+                yield Guest(worker, client, user)
+            assert await worker.stop() == 0, worker.output()
+        finally:
+            worker.kill()
+
+
+async def test_queues_that_are_there_and_not_to_be_declared_are_used_as_they_are(guest: Guest) -> None:
+    reply = await guest.client.ask(**job())
+    assert reply.body["status"] == "succeeded"
+
+
+async def test_the_worker_s_connections_are_named_after_its_host(guest: Guest, own_stack: Stack) -> None:
+    listed = await asyncio.to_thread(own_stack.rabbitmq.ctl, "list_connections", "user", "client_properties")
+    own = [line for line in listed.splitlines() if line.startswith(guest.user.name)]
+    assert len(own) == 2
+    assert all(f'"vqa-worker@{socket.gethostname()}"' in line for line in own), own
+
+
+def test_a_grace_that_cuts_off_calls_earns_a_warning(guest: Guest) -> None:
+    (warning,) = events(guest.worker, "setting")
+    assert warning["level"] == "warning"
+    assert warning["warning"].startswith("VQA_SHUTDOWN_GRACE: ")
+
+
+# The network between the worker and the broker.
+
+
+async def test_a_broker_that_is_not_there_yet_is_waited_for(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    async with Proxy.before(own_stack.rabbitmq.url, listens=False) as proxy:
+        worker = await start_own_worker(wait=False, VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
+        starting = asyncio.create_task(worker.start())
+        await until(lambda: len(events(worker, "rabbitmq_unreachable")) > 2, "it waits for the broker")
+        assert worker.ready() == (503, {"status": "no_broker", "reasons": ["not connected to RabbitMQ"]})
+        assert worker.get("/livez")[0] == 200
+        await proxy.accept()
+        await starting
+        client = await own_client_of(worker)
+        assert (await client.ask(**job())).body["status"] == "succeeded"
+        assert await worker.stop() == 0
+
+
+async def test_the_broker_s_certificate_is_checked_against_the_authority_that_is_named(
+    own_stack: Stack,
+    start_own_worker: StartWorker,
+    own_client_of: MakeClient,
+    authority: Authority,
+    tmp_path: Path,
+) -> None:
+    other = Authority.made_in(tmp_path / "other")
+    async with Proxy.before(own_stack.rabbitmq.url, tls=authority.server_context()) as proxy:
+        url = proxy.url(own_stack.rabbitmq.url).replace("amqp:", "amqps:")
+        deceived = await start_own_worker(
+            wait=False, VQA_RABBITMQ_URL=url, VQA_RABBITMQ_CA_FILE=other.certificate
+        )
+        worker, ended = await asyncio.gather(
+            start_own_worker(VQA_RABBITMQ_URL=url, VQA_RABBITMQ_CA_FILE=authority.certificate),
+            deceived.run_to_end(),
+        )
+        client = await own_client_of(worker)
+        assert (await client.ask(**job())).body["status"] == "succeeded"
+        assert await worker.stop() == 0
+
+    assert ended.code == EXIT_CONFIG
+    (line,) = ended.errors
+    assert "VQA_RABBITMQ_CA_FILE" in line
+    assert "certificate" in line

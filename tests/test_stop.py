@@ -1,0 +1,153 @@
+"""The worker's end: what is in flight is finished, the rest given back, and nothing is lost or counted."""
+
+import asyncio
+import signal
+import uuid
+from typing import Any
+
+from deploy.local.stack import Stack
+from deploy.local.standin.behaviour import Answer, Error, Hang
+from tests.breaking import calls_begun, events, job, publish, results
+from tests.conftest import MakeClient, StartWorker
+from tests.proxy import Proxy
+from tests.running import Worker, calls_with, until
+
+
+def signal_to(worker: Worker, number: signal.Signals) -> None:
+    assert worker.process is not None
+    worker.process.send_signal(number)
+
+
+def unready(worker: Worker) -> dict[str, Any] | None:
+    status, body = worker.ready()
+    return body if status == 503 else None
+
+
+async def test_the_first_signal_finishes_what_runs_and_gives_back_what_was_not_begun(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    marker, waiting = uuid.uuid4().hex, uuid.uuid4().hex
+    own_stack.model.play(Answer(after=2), marker=marker, times=None)
+    # 32 calls at once is where the limit starts; the rest is prefetched and waits.
+    first = await start_own_worker(VQA_MAX_CONCURRENCY="40")
+    second = await start_own_worker(wait=False, like=first)
+    client = await own_client_of(first)
+    running = await publish(client, 32, marker)
+    await calls_begun(own_stack, marker, 32)
+    prefetched = await publish(client, 8, waiting)
+    await until(lambda: first.metric("vqa_jobs_in_flight") == 40, "all are prefetched")
+
+    signal_to(first, signal.SIGTERM)
+    assert (await until(lambda: unready(first), "not ready"))["status"] == "stopping"
+    assert first.get("/livez")[0] == 200
+    # What was not begun is back while the others still run, and what comes now is not for this worker.
+    late = await publish(client, 2, waiting)
+    await until(lambda: client.depth(first.jobs_queue), "jobs are given back")
+    assert client.replies == {}
+    assert await first.ended() == 0, first.output()
+    await results(client, running, patience_s=1)
+    assert await client.depth(first.jobs_queue) == 10
+    assert calls_with(own_stack, waiting) == []
+
+    await second.start()
+    replies = await results(client, [*prefetched, *late])
+    assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
+    assert await second.stop() == 0
+    assert len(calls_with(own_stack, marker)) == 32
+    assert len(calls_with(own_stack, waiting)) == 10
+    assert {len(found) for found in client.replies.values()} == {1}
+
+
+async def test_what_outlasts_the_grace_goes_back_and_counts_neither_as_attempt_nor_as_delivery(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    own_stack.model.play(Hang(), marker=marker, times=4)
+    settings = {"VQA_SHUTDOWN_GRACE": "0.5", "VQA_DELIVERY_LIMIT": "1"}
+    worker = await start_own_worker(**settings)
+    client = await own_client_of(worker)
+    fresh, tried = job(marker), job(marker)
+    await client.publish(fresh)
+    await client.publish(tried, headers={"vqa-attempts": 2})
+    for calls, number in ((2, signal.SIGTERM), (4, signal.SIGINT)):
+        await calls_begun(own_stack, marker, calls)
+        assert await worker.stop(number) == 0, worker.output()
+        assert [event["after_s"] for event in events(worker, "cut_off")] == [0.5]
+        assert await client.depth(worker.jobs_queue) == 2
+        worker = await start_own_worker(like=worker, **settings)
+
+    replies = await results(client, [fresh["id"], tried["id"]])
+    assert [reply.body["status"] for reply in replies] == ["succeeded", "succeeded"]
+    assert [reply.body["attempts"] for reply in replies] == [1, 3]
+    assert await worker.stop() == 0
+    assert {len(found) for found in client.replies.values()} == {1}
+
+
+async def test_a_second_signal_ends_it_at_once_and_the_next_worker_answers_its_jobs(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    own_stack.model.play(Hang(), marker=marker, times=4)
+    first = await start_own_worker(wait=False, VQA_MAX_CONCURRENCY="2")
+    second = await start_own_worker(wait=False, like=first, VQA_MAX_CONCURRENCY="2")
+    await asyncio.gather(first.start(), second.start())
+    client = await own_client_of(first)
+    ids = await publish(client, 4, marker)
+    await calls_begun(own_stack, marker, 4)
+    for worker in (first, second):
+        signal_to(worker, signal.SIGTERM)
+        await until(lambda worker=worker: unready(worker), "it is stopping")
+
+    assert await first.stop(signal.SIGTERM, patience_s=5) == 143
+    assert await second.stop(signal.SIGINT, patience_s=5) == 130
+    third = await start_own_worker(like=first)
+    replies = await results(client, ids)
+    assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
+    assert await third.stop() == 0
+    assert {len(found) for found in client.replies.values()} == {1}
+
+
+async def test_a_worker_without_work_a_broker_or_a_model_stops_as_well(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    own_stack.model.play(Error(status=401), marker=marker, times=None)
+    async with Proxy.before(own_stack.rabbitmq.url, listens=False) as proxy:
+        paused = await start_own_worker(wait=False)
+        lonely = await start_own_worker(wait=False, VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
+        lonely.launch()
+        await paused.start()
+        client = await own_client_of(paused)
+        (lost,) = await publish(client, 1, marker)
+        await until(lambda: paused.ready()[1].get("status") == "paused", "it is paused")
+        await until(lambda: events(lonely, "rabbitmq_unreachable"), "it waits for the broker")
+        codes = await asyncio.gather(paused.stop(patience_s=10), lonely.stop(patience_s=10))
+
+    assert codes == [0, 0], paused.output() + lonely.output()
+    message = await client.take(paused.jobs_queue)
+    assert lost in message.body.decode()
+    assert "vqa-attempts" not in message.headers
+
+
+async def test_a_broker_that_comes_back_within_the_grace_still_gets_the_results(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    own_stack.model.play(Answer(after=1), marker=marker, times=None)
+    async with Proxy.before(own_stack.rabbitmq.url) as proxy:
+        worker = await start_own_worker(VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
+        client = await own_client_of(worker)
+        ids = await publish(client, 1, marker)
+        await calls_begun(own_stack, marker, 1)
+        await proxy.refuse()
+        proxy.reset()
+        signal_to(worker, signal.SIGTERM)
+        await until(lambda: calls_with(own_stack, marker)[0].ended, "the model answers")
+        await until(lambda: len(events(worker, "rabbitmq_unreachable")) > 1, "the broker is missed")
+        assert worker.process is not None
+        assert worker.process.poll() is None
+        await proxy.accept()
+        assert await worker.ended() == 0, worker.output()
+
+    (reply,) = await results(client, ids)
+    assert reply.body["status"] == "succeeded"

@@ -1,0 +1,95 @@
+"""Deliveries made by hand, and fakes of the project's own Protocols."""
+
+import asyncio
+import json
+import time
+from typing import Any
+
+from worker.delivery import Delivery
+from worker.rabbit.publisher import Outgoing, UnroutableError
+from worker.rabbit.topology import Topology
+
+JOB: dict[str, Any] = {"id": "job-1", "question": "What is it?", "images": ["s3://photos/cat.png"]}
+
+TOPOLOGY = Topology(
+    jobs="jobs",
+    results="results",
+    dead_letters="jobs.dead",
+    retry_delays_s=[1, 5],
+    reply_exchange="",
+    declare=True,
+)
+
+
+def a_delivery(
+    body: bytes | dict[str, Any] = b"{}", *, events: list[str] | None = None, **properties: Any
+) -> Delivery:
+    """A delivery as the consumer would make it; `events` gathers "ack" and "reject"."""
+    seen: list[str] = [] if events is None else events
+
+    async def ack() -> None:
+        seen.append("ack")
+
+    async def reject() -> None:
+        seen.append("reject")
+
+    usual: dict[str, Any] = {
+        "body": body if isinstance(body, bytes) else json.dumps(body).encode(),
+        "message_id": "m-1",
+        "correlation_id": None,
+        "reply_to": None,
+        "content_type": None,
+        "timestamp": None,
+        "trace": {},
+        "enqueued_ms": None,
+        "queued_s": None,
+        "attempts": 0,
+        "deliveries": 1,
+        "redelivered": False,
+        "copy": None,
+        "received": time.monotonic(),
+        "ack": ack,
+        "reject": reject,
+        "is_alive": lambda: True,
+    }
+    return Delivery(**{**usual, **properties})
+
+
+class FakePublisher:
+    """Records what is published. With `let_go` cleared it holds every publish back, as a lost connection."""
+
+    def __init__(self, events: list[str] | None = None) -> None:
+        self.events: list[str] = [] if events is None else events
+        self.published: list[Outgoing] = []
+        self.unroutable: set[str] = set()
+        self.broken: Exception | None = None
+        self.restored = 0
+        self.let_go = asyncio.Event()
+        self.let_go.set()
+
+    async def publish(self, message: Outgoing) -> None:
+        await self.let_go.wait()
+        if self.broken is not None:
+            raise self.broken
+        if message.mandatory and message.routing_key in self.unroutable:
+            self.events.append(f"returned {message.routing_key}")
+            raise UnroutableError(message.routing_key)
+        self.published.append(message)
+        self.events.append(f"confirmed {message.routing_key}")
+
+    async def restore_topology(self) -> None:
+        self.restored += 1
+        self.unroutable.clear()
+
+    def to(self, queue: str) -> list[Outgoing]:
+        return [message for message in self.published if message.routing_key == queue]
+
+    def results(self, queue: str = "results") -> list[dict[str, Any]]:
+        """The bodies of the results in a queue."""
+        return [json.loads(message.body) for message in self.to(queue)]
+
+
+async def turns_of_the_loop(times: int = 10) -> None:
+    """Let everything run that can run without the clock."""
+    for _ in range(times):
+        await asyncio.sleep(0)

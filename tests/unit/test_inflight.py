@@ -1,0 +1,363 @@
+"""One work for a message, however often it is delivered; one settlement for a delivery, whatever happens."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from structlog.testing import CapturingLogger
+
+from tests.running import until
+from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
+from worker import metrics
+from worker.delivery import Delivery
+from worker.inflight import InFlight
+from worker.outcome import Answered, GiveBack, Outcome
+from worker.result import Result
+from worker.settlement import ReplyPolicy, Settlement
+
+
+def answered(delivery: Delivery) -> Outcome:
+    return Answered(
+        job_id="j", model="m", result=Result(id="j", status="succeeded", answer=str(delivery.body))
+    )
+
+
+class Work:
+    """A `process` whose jobs end when they are told to."""
+
+    def __init__(self) -> None:
+        self.started: list[Delivery] = []
+        self.cancelled = 0
+        self.may_end = asyncio.Event()
+        self.ends_with: Callable[[Delivery], Outcome] = answered
+
+    async def __call__(self, delivery: Delivery) -> Outcome:
+        self.started.append(delivery)
+        try:
+            await self.may_end.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return self.ends_with(delivery)
+
+
+class Connection:
+    """What a delivery came on; once lost, its acks go nowhere."""
+
+    def __init__(self) -> None:
+        self.lives = True
+
+    def delivers(self, **properties: Any) -> tuple[Delivery, list[str]]:
+        """A delivery, and what the broker hears of it."""
+        events: list[str] = []
+        return a_delivery(events=events, is_alive=lambda: self.lives, **properties), events
+
+
+class Worker:
+    """The parts together, with a publisher that only records."""
+
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self.work = Work()
+        self.publisher = FakePublisher()
+        settlement = Settlement(self.publisher, TOPOLOGY, ReplyPolicy(["results"]))
+        self.in_flight = InFlight(tasks, self.work, settlement)
+        self.connection = Connection()
+
+    async def finish(self) -> None:
+        """Let all work end, and return when everything is settled."""
+        self.work.may_end.set()
+        async with asyncio.timeout(20):
+            await self.in_flight.drained()
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[Worker]:
+    async with asyncio.TaskGroup() as tasks:
+        worker = Worker(tasks)
+        yield worker
+        await worker.finish()
+
+
+def running() -> float | None:
+    return metrics.REGISTRY.get_sample_value("vqa_jobs_in_flight")
+
+
+async def test_a_job_is_worked_on_then_published_then_acked(worker: Worker) -> None:
+    delivery, events = worker.connection.delivers()
+    worker.publisher.events = events
+    before = running() or 0
+    handler = worker.in_flight.accept(delivery)
+    await turns_of_the_loop()
+    assert running() == before + 1
+    assert not worker.in_flight.is_idle
+    assert events == []
+    worker.work.may_end.set()
+    await handler
+    assert events == ["confirmed results", "ack"]
+    assert worker.in_flight.is_idle
+    assert running() == before
+
+
+async def test_nothing_is_acked_before_the_broker_has_confirmed(worker: Worker) -> None:
+    delivery, events = worker.connection.delivers()
+    worker.publisher.let_go.clear()
+    worker.work.may_end.set()
+    handler = worker.in_flight.accept(delivery)
+    await turns_of_the_loop(30)
+    assert events == []
+    assert not handler.done()
+    worker.publisher.let_go.set()
+    await handler
+    assert events == ["ack"]
+
+
+async def test_a_delivery_that_comes_again_while_the_job_runs_is_attached_to_it(worker: Worker) -> None:
+    first, first_events = worker.connection.delivers()
+    worker.in_flight.accept(first)
+    await turns_of_the_loop()
+    worker.connection.lives = False
+    second, second_events = Connection().delivers(redelivered=True)
+    worker.in_flight.accept(second)
+    await turns_of_the_loop()
+    await worker.finish()
+    assert len(worker.work.started) == 1
+    assert len(worker.publisher.results()) == 1
+    assert second_events == ["ack"]
+    assert "reject" not in first_events
+
+
+async def test_a_delivery_that_comes_again_while_its_result_waits_for_the_broker_adds_no_second_one(
+    worker: Worker,
+) -> None:
+    worker.publisher.let_go.clear()
+    worker.work.may_end.set()
+    worker.in_flight.accept(worker.connection.delivers()[0])
+    await turns_of_the_loop()
+    worker.connection.lives = False
+    again, events = Connection().delivers(redelivered=True)
+    worker.in_flight.accept(again)
+    await turns_of_the_loop()
+    worker.publisher.let_go.set()
+    await worker.finish()
+    assert len(worker.work.started) == 1
+    assert len(worker.publisher.results()) == 1
+    assert events == ["ack"]
+
+
+async def test_a_delivery_that_comes_again_after_its_result_is_only_acked(worker: Worker) -> None:
+    worker.work.may_end.set()
+    await worker.in_flight.accept(worker.connection.delivers()[0])
+    worker.connection.lives = False
+    for _ in range(3):
+        # The ack is lost time and again.
+        connection = Connection()
+        again, events = connection.delivers(redelivered=True)
+        await worker.in_flight.accept(again)
+        assert events == ["ack"]
+        connection.lives = False
+    assert len(worker.work.started) == 1
+    assert len(worker.publisher.results()) == 1
+
+
+async def test_a_job_that_is_delivered_again_without_having_ended_here_is_worked_on(worker: Worker) -> None:
+    # Another worker had it and died.
+    delivery, events = worker.connection.delivers(redelivered=True)
+    worker.in_flight.accept(delivery)
+    await worker.finish()
+    assert len(worker.publisher.results()) == 1
+    assert events == ["ack"]
+
+
+async def test_a_message_that_the_publisher_sent_twice_is_answered_twice(worker: Worker) -> None:
+    both = [worker.connection.delivers() for _ in range(2)]
+    for delivery, _ in both:
+        worker.in_flight.accept(delivery)
+    await turns_of_the_loop()
+    await worker.finish()
+    assert len(worker.publisher.results()) == 2
+    assert [events for _, events in both] == [["ack"], ["ack"]]
+
+
+async def test_a_message_that_the_publisher_sends_again_later_is_worked_on_again(worker: Worker) -> None:
+    worker.work.may_end.set()
+    for count in (1, 2, 3):
+        await worker.in_flight.accept(worker.connection.delivers()[0])
+        assert len(worker.work.started) == count
+    assert len(worker.publisher.results()) == 3
+
+
+async def test_twins_of_which_one_is_settled_when_the_connection_is_lost_lose_no_result(
+    worker: Worker,
+) -> None:
+    """Both were delivered; the first one's ack and everything of the second are lost with the connection."""
+    worker.work.may_end.set()
+    await worker.in_flight.accept(worker.connection.delivers()[0])
+    worker.connection.lives = False
+    connection = Connection()
+    both = [connection.delivers(redelivered=True) for _ in range(2)]
+    for delivery, _ in both:
+        await worker.in_flight.accept(delivery)
+    assert len(worker.publisher.results()) == 2
+    assert [events for _, events in both] == [["ack"], ["ack"]]
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"message_id": "m-2"}, {"message_id": None}, {"correlation_id": "c"}, {"reply_to": "results.a"},
+        {"attempts": 1}, {"copy": "c"}, {"body": b"{} "},
+    ],
+    ids=str,
+)  # fmt: skip
+async def test_messages_that_differ_are_different_jobs(worker: Worker, difference: dict[str, Any]) -> None:
+    worker.in_flight.accept(worker.connection.delivers()[0])
+    worker.in_flight.accept(worker.connection.delivers(redelivered=True, **difference)[0])
+    await turns_of_the_loop()
+    assert len(worker.work.started) == 2
+
+
+async def test_how_often_it_was_delivered_makes_no_other_job_of_it(worker: Worker) -> None:
+    worker.in_flight.accept(worker.connection.delivers()[0])
+    await turns_of_the_loop()
+    worker.connection.lives = False
+    worker.in_flight.accept(Connection().delivers(redelivered=True, deliveries=2)[0])
+    await turns_of_the_loop()
+    assert len(worker.work.started) == 1
+
+
+async def test_work_that_is_cut_off_goes_back_to_the_queue(worker: Worker) -> None:
+    several = [worker.connection.delivers(message_id=f"m-{n}", attempts=n) for n in range(3)]
+    for delivery, _ in several:
+        worker.in_flight.accept(delivery)
+    await turns_of_the_loop()
+    worker.in_flight.cut_off()
+    async with asyncio.timeout(20):
+        await worker.in_flight.drained()
+    assert worker.work.cancelled == 3
+    assert [message.message_id for message in worker.publisher.to("jobs")] == ["m-0", "m-1", "m-2"]
+    assert [message.headers.get("vqa-attempts") for message in worker.publisher.published] == [None, 1, 2]
+    assert [events for _, events in several] == [["ack"]] * 3
+
+
+async def test_a_result_that_waits_for_the_broker_is_not_cut_off(worker: Worker) -> None:
+    worker.publisher.let_go.clear()
+    worker.work.may_end.set()
+    worker.in_flight.accept(worker.connection.delivers()[0])
+    await turns_of_the_loop()
+    worker.in_flight.cut_off()
+    worker.publisher.let_go.set()
+    await worker.finish()
+    assert len(worker.publisher.results()) == 1
+    assert worker.publisher.to("jobs") == []
+
+
+async def test_what_cannot_even_be_given_back_is_let_go_of_unsettled(worker: Worker) -> None:
+    delivery, events = worker.connection.delivers()
+    worker.publisher.let_go.clear()
+    handler = worker.in_flight.accept(delivery)
+    await turns_of_the_loop()
+    worker.in_flight.cut_off()
+    await turns_of_the_loop()
+    worker.in_flight.abandon()
+    async with asyncio.timeout(20):
+        await worker.in_flight.drained()
+    assert handler.cancelled()
+    assert events == []
+    assert worker.publisher.published == []
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
+    log = CapturingLogger()
+    monkeypatch.setattr("worker.inflight.log", log)
+    return log
+
+
+async def test_a_bug_in_the_settlement_hands_the_message_to_the_brokers_dead_letters(
+    worker: Worker, log: CapturingLogger
+) -> None:
+    delivery, events = worker.connection.delivers()
+    worker.publisher.broken = KeyError("the question of the job")
+    worker.work.may_end.set()
+    await worker.in_flight.accept(delivery)
+    assert events == ["reject"]
+    (call,) = log.calls
+    assert (call.method_name, call.args) == ("error", ("settlement_failed",))
+    assert "KeyError" in call.kwargs["exception"]
+    assert "question" not in str(call.kwargs)
+
+
+async def test_a_bug_in_the_work_itself_ends_that_message_only(worker: Worker, log: CapturingLogger) -> None:
+    def fails(_: Delivery) -> Outcome:
+        raise ZeroDivisionError("the question of the job")
+
+    bad, bad_events = worker.connection.delivers()
+    worker.in_flight.accept(bad)
+    await turns_of_the_loop()
+    worker.work.ends_with = fails
+    worker.work.may_end.set()
+    await until(lambda: bad_events, "the message is settled")
+    assert bad_events == ["reject"]
+    assert "question" not in str(log.calls)
+
+    worker.work.ends_with = answered
+    good, good_events = worker.connection.delivers(message_id="m-2")
+    await worker.in_flight.accept(good)
+    assert good_events == ["ack"]
+
+
+async def test_after_a_failed_settlement_the_message_can_come_again(
+    worker: Worker, log: CapturingLogger
+) -> None:
+    worker.publisher.broken = KeyError()
+    worker.work.may_end.set()
+    await worker.in_flight.accept(worker.connection.delivers()[0])
+    assert log.calls
+    worker.publisher.broken = None
+    again, events = worker.connection.delivers(redelivered=True)
+    await worker.in_flight.accept(again)
+    assert len(worker.work.started) == 2
+    assert len(worker.publisher.results()) == 1
+    assert events == ["ack"]
+
+
+async def test_drained_waits_for_what_comes_meanwhile_too(worker: Worker) -> None:
+    worker.in_flight.accept(worker.connection.delivers()[0])
+    drained = asyncio.create_task(worker.in_flight.drained())
+    await turns_of_the_loop()
+    worker.in_flight.accept(worker.connection.delivers(message_id="m-2")[0])
+    await turns_of_the_loop()
+    assert not drained.done()
+    worker.work.may_end.set()
+    async with asyncio.timeout(20):
+        await drained
+    assert len(worker.publisher.results()) == 2
+
+
+async def test_the_time_in_the_queue_is_measured_once_a_job(worker: Worker) -> None:
+    def measured() -> float:
+        return metrics.REGISTRY.get_sample_value("vqa_job_queue_seconds_count") or 0
+
+    before = measured()
+    worker.in_flight.accept(worker.connection.delivers(queued_s=1.0)[0])
+    await turns_of_the_loop()
+    worker.connection.lives = False
+    worker.in_flight.accept(Connection().delivers(queued_s=2.0, redelivered=True)[0])
+    worker.in_flight.accept(Connection().delivers(queued_s=None, message_id="m-2")[0])
+    await turns_of_the_loop()
+    assert measured() == before + 1
+
+
+async def test_given_back_or_retried_a_job_is_remembered_like_any_other(worker: Worker) -> None:
+    worker.work.ends_with = lambda _: GiveBack(job_id="j", model="m", reason="paused")
+    worker.work.may_end.set()
+    await worker.in_flight.accept(worker.connection.delivers()[0])
+    worker.connection.lives = False
+    again, events = Connection().delivers(redelivered=True)
+    await worker.in_flight.accept(again)
+    assert events == ["ack"]
+    # Its copy is another message: it is worked on.
+    (copy,) = worker.publisher.to("jobs")
+    await worker.in_flight.accept(Connection().delivers(copy=copy.headers["vqa-copy"])[0])
+    assert len(worker.work.started) == 2

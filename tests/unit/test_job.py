@@ -1,0 +1,626 @@
+"""Reading jobs: what is taken, what is refused and in which words, and what the API is asked."""
+
+import copy
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.job import (
+    MAX_ID_CHARS,
+    MAX_METADATA_BYTES,
+    RESERVED_PARAMS,
+    Conversation,
+    ImageRef,
+    InvalidJobError,
+    Job,
+    decode,
+    readable_id,
+    to_json,
+)
+
+SHORT: dict[str, Any] = {"id": "a", "question": "What is it?", "images": ["s3://b/k"]}
+LONG: dict[str, Any] = {"id": "a", "messages": [{"role": "user", "content": "Hello"}]}
+NO_LIMIT = 10**9
+FORM_BY_FIELD = {"question": SHORT, "images": SHORT, "system": SHORT, "messages": LONG}
+
+PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=20)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20)
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(st.text(max_size=8), VALUES, max_size=3)
+PARAMS = OBJECTS.filter(lambda params: not RESERVED_PARAMS & params.keys())
+# Extra fields of the long form, which the worker must not know and must not lose.
+EXTRAS = st.dictionaries(st.text(max_size=8).map(lambda name: f"x{name}"), VALUES, max_size=2)
+
+URLS = st.text(max_size=20)
+DETAILS = st.sampled_from(["auto", "low", "high"])
+IMAGE_OBJECTS = st.fixed_dictionaries({"url": URLS}, optional={"detail": st.none() | DETAILS})
+TEXT_PARTS = st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=10)})
+IMAGE_PARTS = st.fixed_dictionaries(
+    {
+        "type": st.just("image_url"),
+        "image_url": st.builds(lambda extra, image: {**extra, **image}, EXTRAS, IMAGE_OBJECTS),
+    }
+)
+PARTS = st.builds(lambda extra, part: {**extra, **part}, EXTRAS, TEXT_PARTS | IMAGE_PARTS)
+CONTENTS = st.none() | st.text(max_size=10) | st.lists(PARTS, max_size=4)
+TURNS = st.builds(
+    lambda extra, turn: {**extra, **turn},
+    EXTRAS,
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"])}, optional={"content": CONTENTS}
+    ),
+)
+FORMS = st.fixed_dictionaries(
+    {
+        "question": st.text(max_size=10).map(lambda text: f"{text}?"),
+        "images": st.lists(URLS | IMAGE_OBJECTS, min_size=1, max_size=4),
+    },
+    optional={"system": st.none() | st.text(max_size=10)},
+) | st.fixed_dictionaries({"messages": st.lists(TURNS, min_size=1, max_size=4)})
+JOBS = st.builds(
+    lambda form, rest: {**form, **rest},
+    FORMS,
+    st.fixed_dictionaries(
+        {"id": PRINTABLE},
+        optional={
+            "model": st.none() | st.text(max_size=10),
+            "params": st.none() | PARAMS,
+            "deadline": st.none() | st.datetimes(timezones=st.just(UTC)).map(lambda time: time.isoformat()),
+            "metadata": st.none() | OBJECTS,
+        },
+    ),
+)
+
+
+def read(fields: dict[str, Any], message_id: str | None = None) -> Job:
+    return decode(json.dumps(fields).encode(), message_id, NO_LIMIT)
+
+
+def fault(body: bytes | dict[str, Any], message_id: str | None = None) -> InvalidJobError:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(InvalidJobError) as caught:
+        decode(raw, message_id, NO_LIMIT)
+    return caught.value
+
+
+def words_about(body: bytes) -> str:
+    """Why a body is no job; nothing if it is one."""
+    try:
+        decode(body, None, NO_LIMIT)
+    except InvalidJobError as error:
+        return error.message
+    return ""
+
+
+def saying(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def rendered(fields: dict[str, Any], *, send_detail: bool = True) -> list[dict[str, Any]]:
+    conversation = Conversation(read(fields))
+    urls = [ref.url for ref in conversation.images()]
+    return conversation.render(urls, send_detail=send_detail)
+
+
+# Reading
+
+
+@given(fields=JOBS)
+def test_whatever_a_valid_job_says_is_read(fields: dict[str, Any]) -> None:
+    job = read(fields)
+    for name in ("id", "model", "params", "metadata", "system", "question"):
+        assert getattr(job, name) == fields.get(name)
+    deadline = fields.get("deadline")
+    assert job.deadline == (datetime.fromisoformat(deadline) if deadline else None)
+    dumped = job.model_dump(exclude_unset=True)
+    assert dumped.get("images") == fields.get("images")
+    assert dumped.get("messages") == fields.get("messages")
+
+
+@given(fields=JOBS)
+def test_a_job_that_was_read_can_be_written_and_read_again(fields: dict[str, Any]) -> None:
+    job = read(fields)
+    assert decode(job.model_dump_json(exclude_unset=True).encode(), None, NO_LIMIT) == job
+
+
+@given(body=st.binary(max_size=200))
+def test_any_bytes_are_a_job_or_an_invalid_one(body: bytes) -> None:
+    with pytest.raises(InvalidJobError):
+        decode(body, None, NO_LIMIT)
+
+
+@given(value=VALUES | st.fixed_dictionaries({}, optional=dict.fromkeys(Job.model_fields, VALUES)))
+def test_any_json_is_a_job_or_an_invalid_one(value: Any) -> None:
+    words_about(json.dumps(value).encode())
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(name)
+
+
+@given(
+    fields=JOBS,
+    where=st.floats(0, 1),
+    cut=st.integers(0, 4),
+    put=st.binary(max_size=3)
+    | st.sampled_from([b"NaN", b"-Infinity", b"\\ud800", b"\xed\xa0\x80", b"01", b"\x00"]),
+)
+def test_what_is_taken_is_strict_json_to_another_parser_too(
+    fields: dict[str, Any], where: float, cut: int, put: bytes
+) -> None:
+    body = json.dumps(fields, ensure_ascii=False).encode()
+    at = int(where * len(body))
+    damaged = body[:at] + put + body[at + cut :]
+    try:
+        job = decode(damaged, "m", NO_LIMIT)
+    except InvalidJobError:
+        return
+    again = json.loads(damaged.decode(), parse_constant=_refuse_constant)
+    assert job.id == (again.get("id") or "m")
+    to_json(job.model_dump(mode="json")).decode()
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "NaN", "-NaN", "Infinity", "-Infinity", "1e999", "-1e999", "+1", "01", "1.", ".5", "0x1", "'a'",
+        "True", "nul", '"\\ud800"', '"\\udc00"', '"\\ud800\\ud800"', '"\\x41"', '"\x01"',
+        '"\n"', "[1,]", "[1 2]",
+        "/**/1", '{"a":1,}', "{1:2}", "",
+    ],
+)  # fmt: skip
+def test_what_rfc_8259_does_not_know_is_refused(token: str) -> None:
+    body = json.dumps({**SHORT, "params": {"x": 0}}).replace(": 0}", f": {token}}}").encode()
+    fault(body)
+
+
+def test_what_only_looks_like_strict_json_is_refused() -> None:
+    body = json.dumps(SHORT).encode()
+    for damaged in (
+        b"\xef\xbb\xbf" + body,
+        body.decode().encode("utf-16"),
+        body + b"{}",
+        body + b"\x00",
+        b"",
+    ):
+        fault(damaged)
+    fault(body.replace(b"What", b"\xff\xfe"))
+    fault(body.replace(b"What", b"\xed\xa0\x80"))
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b'"job"', b"1", b"true"])
+def test_json_that_is_no_object_is_refused(body: bytes) -> None:
+    assert "must be a JSON object" in fault(body).message
+
+
+@pytest.mark.parametrize("depth", [250, 5_000, 200_000])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_a_body_that_is_nested_too_deeply_is_refused_and_harms_nothing(
+    depth: int, opening: str, closing: str
+) -> None:
+    nested = opening * depth + "1" + closing * depth
+    body = json.dumps({**SHORT, "metadata": {"a": 0}}).replace(": 0}", f": {nested}}}")
+    assert "strict JSON" in fault(body.encode()).message
+    fault((opening * depth).encode())
+
+
+def test_a_moderate_nesting_is_read_and_echoed() -> None:
+    nested: Any = 1
+    for _ in range(150):
+        nested = [nested]
+    metadata = read({**SHORT, "metadata": {"a": nested}}).metadata
+    assert json.loads(to_json(metadata)) == {"a": nested}
+
+
+# Types and fields
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", 1), ("id", True), ("id", ["a"]), ("id", ""), ("id", "a\nb"), ("id", "a\x00"),
+        ("id", "a\u200e"), ("id", "x" * (MAX_ID_CHARS + 1)),
+        ("question", 1), ("question", ""), ("question", " \n\u2003"), ("question", ["What?"]),
+        ("images", []), ("images", "s3://b/k"), ("images", {"url": "s3://b/k"}), ("images", [1]),
+        ("images", [None]), ("images", [["s3://b/k"]]), ("images", [{}]), ("images", [{"url": 1}]),
+        ("images", [{"url": None}]),
+        ("images", [{"url": "u", "detail": 1}]), ("images", [{"url": "u", "details": "low"}]),
+        ("system", 1), ("system", ["s"]),
+        ("model", 1), ("model", ["m"]),
+        ("params", []), ("params", "x"), ("params", 1),
+        ("metadata", []), ("metadata", "x"), ("metadata", 1),
+        ("messages", []), ("messages", "Hello"), ("messages", {}), ("messages", [None]),
+        ("messages", ["Hello"]), ("messages", [{"content": "x"}]), ("messages", [{"role": ""}]),
+        ("messages", [{"role": 1}]),
+        ("messages", [{"role": "user", "content": 1}]), ("messages", [{"role": "user", "content": {}}]),
+        ("messages", saying("x")),
+        ("messages", saying({"text": "x"})),
+        ("messages", saying({"type": "text"})),
+        ("messages", saying({"type": "text", "text": 1})),
+        ("messages", saying({"type": "image", "text": "x"})),
+        ("messages", saying({"type": "image_url", "image_url": "s3://b/k"})),
+        ("messages", saying({"type": "image_url", "image_url": {}})),
+        ("messages", saying({"type": "image_url", "image_url": {"url": 1}})),
+        ("messages", saying({"type": "image_url", "image_url": {"url": "", "detail": 1}})),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_and_its_field_is_named(field: str, value: Any) -> None:
+    error = fault({**FORM_BY_FIELD.get(field, SHORT), field: value})
+    assert error.message.startswith(field)
+    assert (error.job_id, error.id_in_body) == ((None, False) if field == "id" else ("a", True))
+
+
+@pytest.mark.parametrize(
+    "field", ["image", "Question", "message", "metdata", "n", "stream", "type", "", " id"]
+)
+def test_an_unknown_field_is_refused_and_named(field: str) -> None:
+    assert fault({**SHORT, field: None}).message == (f"{field}: unknown field" if field else "unknown field")
+
+
+@pytest.mark.parametrize("field", ["id", "model", "system", "params", "deadline", "metadata"])
+def test_null_is_the_same_as_a_field_left_out(field: str) -> None:
+    without = {name: value for name, value in SHORT.items() if name != field}
+    assert read({**SHORT, field: None}, "m") == read({**without, field: None}, "m")
+    assert getattr(read({**SHORT, field: None}, "m"), field) == ("m" if field == "id" else None)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id": "a"},
+        {"id": "a", "question": "What?"},
+        {"id": "a", "images": ["s3://b/k"]},
+        {"id": "a", "question": "What?", "images": None},
+        {"id": "a", "system": "s", "messages": None},
+    ],
+)
+def test_half_a_form_is_refused_in_words_that_name_both(fields: dict[str, Any]) -> None:
+    message = fault(fields).message
+    assert all(word in message for word in ("question", "images", "messages"))
+
+
+@pytest.mark.parametrize("field", ["question", "images", "system"])
+def test_the_two_forms_are_not_mixed(field: str) -> None:
+    value = ["s3://b/k"] if field == "images" else "text"
+    assert field in fault({**LONG, field: value}).message
+    read({**LONG, field: None})
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED_PARAMS))
+def test_what_the_worker_sets_itself_is_no_param(name: str) -> None:
+    message = fault({**SHORT, "params": {"temperature": 0, name: None}}).message
+    assert message.startswith("params: ")
+    assert name in message
+
+
+@given(params=PARAMS)
+def test_any_other_param_is_read_as_it_is(params: dict[str, Any]) -> None:
+    assert read({**SHORT, "params": params}).params == params
+
+
+def test_true_is_not_one_and_one_is_not_its_text() -> None:
+    params = {"a": True, "b": 1, "c": "1", "d": 1.0, "e": None}
+    taken = read({**SHORT, "params": params}).params
+    assert taken is not None
+    assert [type(value) for value in taken.values()] == [type(value) for value in params.values()]
+
+
+@pytest.mark.parametrize("filler", ["x", "ü", "猫", "😀", '"', "\x7f"])
+def test_metadata_may_have_exactly_16_kib_of_compact_json(filler: str) -> None:
+    width = len(to_json(filler)) - 2
+    count, padding = divmod(MAX_METADATA_BYTES - len(b'{"k":""}'), width)
+    metadata = {"k": filler * count + "x" * padding}
+    assert len(to_json(metadata)) == MAX_METADATA_BYTES
+    # Blanks between the tokens and escapes don't count.
+    body = json.dumps({**SHORT, "metadata": metadata}, indent=8, ensure_ascii=True).encode()
+    assert decode(body, None, NO_LIMIT).metadata == metadata
+
+    metadata["k"] += "x"
+    message = fault({**SHORT, "metadata": metadata}).message
+    assert message == f"metadata: must be at most {MAX_METADATA_BYTES} bytes of JSON"
+
+
+# Identity
+
+
+@pytest.mark.parametrize(
+    "text", ["a", " ", "é 猫 😀", "x" * MAX_ID_CHARS, "{}", "👩‍🚀".replace("\u200d", "")]
+)
+def test_an_id_is_any_printable_text_of_up_to_256_characters(text: str) -> None:
+    assert readable_id(text) == text
+    assert read({**SHORT, "id": text}).id == text
+
+
+@given(value=VALUES | st.text(st.characters()))
+def test_what_is_a_readable_id_is_short_printable_text(value: Any) -> None:
+    if readable_id(value) is not None:
+        assert value.isprintable()
+        assert 1 <= len(value) <= MAX_ID_CHARS
+        value.encode()
+
+
+def test_the_id_in_the_body_comes_before_the_message_id() -> None:
+    assert read(SHORT, "m").id == "a"
+    assert read({**SHORT, "id": None}, "m").id == "m"
+    without = {"question": "What?", "images": ["u"]}
+    assert read(without, "m").id == "m"
+    for message_id in (None, "", "a\nb", "x" * 257):
+        error = fault(without, message_id)
+        assert (error.job_id, error.id_in_body) == (None, False)
+        assert error.message.startswith("id: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "own"),
+    [
+        (b'{"id": "a"}', "a"),
+        (b'{"id": "a", "x": NaN}', "a"),
+        (b'{"id": "a", "x": "\\ud800"}', "a"),
+        (b'{"id": "a", "x": "\xed\xa0\x80\xff"}', "a"),
+        (b'{"id": "\xc3\xa4", "x": "\xff"}', "ä"),
+        (b'{"id": "\xff"}', None),
+        (b'{"id": "\\ud800"}', None),
+        (b'{"id": "a\\nb"}', None),
+        (b'{"id": 5}', None),
+        (b'{"id": "a"', None),
+        (b'["id", "a"]', None),
+        (b'{"x": {"id": "a"}}', None),
+    ],
+)
+def test_the_id_of_a_broken_job_is_read_where_it_can_be(body: bytes, own: str | None) -> None:
+    error = fault(body, "m")
+    assert (error.job_id, error.id_in_body) == (own or "m", own is not None)
+
+
+def test_a_body_over_the_limit_is_refused_whatever_it_says() -> None:
+    body = json.dumps(SHORT).encode()
+    assert decode(body, None, len(body)).id == "a"
+    with pytest.raises(InvalidJobError, match="VQA_MAX_JOB_BYTES") as caught:
+        decode(body, None, len(body) - 1)
+    assert (caught.value.job_id, caught.value.id_in_body) == ("a", True)
+
+
+@pytest.mark.parametrize(
+    ("body", "own"),
+    [
+        (b'{"id": "a", "images": ["data:image/png;base64,' + b"A" * 1000 + b'"]}', "a"),
+        (b'{"id": "a", "question": "' + "é".encode() * 500 + b'"}', "a"),
+        (b'{"question": "' + b"A" * 1000 + b'", "id": "a"}', None),
+        (b'{"id": "' + b"A" * 1000 + b'"}', None),
+        (b'{"id": "a\\n", "x": "' + b"A" * 1000 + b'"}', None),
+        (b"[" * 1000, None),
+        (b'"' + b"A" * 1000, None),
+        (b"\xff" * 1000, None),
+    ],
+)
+@pytest.mark.parametrize("limit", [101, 102])
+def test_the_id_of_too_large_a_body_is_read_within_the_limit(
+    body: bytes, own: str | None, limit: int
+) -> None:
+    with pytest.raises(InvalidJobError, match="VQA_MAX_JOB_BYTES") as caught:
+        decode(body, "m", limit)
+    assert (caught.value.job_id, caught.value.id_in_body) == (own or "m", own is not None)
+
+
+# The deadline
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2030-01-31T12:00:00Z", datetime(2030, 1, 31, 12, tzinfo=UTC)),
+        ("2030-01-31t12:00:00z", datetime(2030, 1, 31, 12, tzinfo=UTC)),
+        ("2030-01-31 12:00:00Z", datetime(2030, 1, 31, 12, tzinfo=UTC)),
+        ("2030-01-31T12:00:00+05:30", datetime(2030, 1, 31, 6, 30, tzinfo=UTC)),
+        ("2030-01-31T12:00:00-23:59", datetime(2030, 2, 1, 11, 59, tzinfo=UTC)),
+        ("2030-01-31T12:00:00-00:00", datetime(2030, 1, 31, 12, tzinfo=UTC)),
+        ("2030-01-31T12:00:00.5Z", datetime(2030, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)),
+        ("2030-01-31T12:00:00.123456Z", datetime(2030, 1, 31, 12, 0, 0, 123_456, tzinfo=UTC)),
+        ("2030-01-31T12:00:00.1234569999Z", datetime(2030, 1, 31, 12, 0, 0, 123_456, tzinfo=UTC)),
+        ("2028-02-29T00:00:00Z", datetime(2028, 2, 29, tzinfo=UTC)),
+        ("1990-12-31T23:59:60Z", datetime(1990, 12, 31, 23, 59, 59, tzinfo=UTC)),
+        ("1990-12-31T15:59:60.25-08:00", datetime(1990, 12, 31, 23, 59, 59, 250_000, tzinfo=UTC)),
+        ("0001-01-01T00:00:00Z", datetime(1, 1, 1, tzinfo=UTC)),
+        ("9999-12-31T23:59:59Z", datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)),
+        ("9999-12-31T23:59:60Z", datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)),
+    ],
+)
+def test_a_deadline_is_an_rfc_3339_time(text: str, expected: datetime) -> None:
+    assert read({**SHORT, "deadline": text}).deadline == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2030-01-31", "2030-01-31T12:00Z", "2030-01-31T12:00:00", "2030-01-31T12:00:00+0530",
+        "20300131T120000Z", "2030-01-31T12:00:00+05", "2030-01-31T12:00:00,5Z", "2030-01-31T12:00:00.Z",
+        "2030-01-31T12:00:00 Z",
+        "2030-W05-4T12:00:00Z", "2030-031T12:00:00Z", "+2030-01-31T12:00:00Z", "12030-01-31T12:00:00Z",
+        "2030-01-31T12:00:00Z\n", " 2030-01-31T12:00:00Z", "2030-01-31_12:00:00Z",
+        "\u0662030-01-31T12:00:00Z", "2030-01-31T12:00:00+00:00:30", "2030-01-31T12:00:00+00:60",
+        "tomorrow", "", "1893456000",
+        "2030-02-30T12:00:00Z", "2030-13-01T12:00:00Z", "2030-01-31T24:00:00Z", "2030-01-31T12:60:00Z",
+        "2030-01-31T12:00:61Z", "2030-01-31T12:00:00+24:00", "2029-02-29T00:00:00Z",
+    ],
+)  # fmt: skip
+def test_any_other_form_of_time_is_refused(text: str) -> None:
+    assert fault({**SHORT, "deadline": text}).message.startswith("deadline: ")
+
+
+@pytest.mark.parametrize("value", [1893456000, 1893456000.5, True, [], {}])
+def test_a_deadline_is_text(value: Any) -> None:
+    assert fault({**SHORT, "deadline": value}).message.startswith("deadline: ")
+
+
+@given(
+    moment=st.datetimes(min_value=datetime(2, 1, 1), max_value=datetime(9998, 1, 1)),  # noqa: DTZ001 - see below
+    offset=st.integers(-1439, 1439),
+    separator=st.sampled_from("Tt "),
+)
+def test_a_deadline_keeps_its_moment_in_any_offset(moment: datetime, offset: int, separator: str) -> None:
+    sign, minutes = "-" if offset < 0 else "+", abs(offset)
+    text = f"{moment.isoformat(sep=separator)}{sign}{minutes // 60:02}:{minutes % 60:02}"
+    expected = moment.replace(tzinfo=UTC) - timedelta(minutes=offset)
+    assert read({**SHORT, "deadline": text}).deadline == expected
+
+
+# What is said of a broken job
+
+CANARY, NUMBER = "CANARY", 987654321
+NAMES = [
+    *Job.model_fields, "role", "content", "type", "text", "image_url", "url", "detail", "refusal", "unknown",
+]  # fmt: skip
+SAID = st.sampled_from(
+    [
+        CANARY,
+        f"{CANARY}\n",
+        f"s3://{CANARY}",
+        f"2030-01-31T12:00:00Z{CANARY}",
+        NUMBER,
+        float(NUMBER),
+        None,
+        True,
+    ]
+)
+KINDS = st.sampled_from(["text", "image_url", "refusal", CANARY, NUMBER, None])
+ODD_PARTS = st.dictionaries(
+    st.sampled_from(NAMES), SAID | st.dictionaries(st.sampled_from(NAMES), SAID), max_size=3
+)
+ODD_TURNS = st.fixed_dictionaries(
+    {
+        "role": SAID,
+        "content": SAID | st.lists(st.builds(lambda p, t: {**p, "type": t}, ODD_PARTS, KINDS) | SAID),
+    }
+)
+ODD_VALUES = st.recursive(
+    SAID,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
+    max_leaves=6,
+)
+ODD_JOBS = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(Job.model_fields, ODD_VALUES),
+        "images": st.lists(SAID | ODD_PARTS, max_size=3),
+        "messages": st.lists(SAID | ODD_TURNS, max_size=3),
+        "question": SAID,
+        "unknown": SAID,
+    },
+)
+
+
+@given(fields=ODD_JOBS)
+def test_nothing_of_a_jobs_values_is_in_the_words_about_it(fields: dict[str, Any]) -> None:
+    words = words_about(json.dumps(fields).encode())
+    assert CANARY not in words
+    assert str(NUMBER) not in words
+
+
+@given(where=st.floats(0, 1), put=st.sampled_from(["", '"', "\\", "\x00", "\\ud800", "\\u12", "}", "NaN"]))
+def test_nothing_of_the_text_is_in_the_words_about_broken_json(where: float, put: str) -> None:
+    body = json.dumps({**SHORT, "question": CANARY * 5, "metadata": {CANARY: [CANARY]}})
+    at = int(where * len(body))
+    for damaged in (body[:at] + put + body[at:], body[:at] + put):
+        assert not re.search("CANA|NARY", words_about(damaged.encode()))
+
+
+def test_of_many_faults_the_first_few_are_named_and_the_rest_counted() -> None:
+    message = fault({**SHORT, **{f"x{n}": n for n in range(12)}}).message
+    assert message.count("unknown field") == 5
+    assert message.endswith("; and 7 more")
+
+
+def test_a_kind_of_part_that_is_not_taken_is_told_with_those_that_are() -> None:
+    message = fault({"id": "a", "messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}).message
+    assert "messages.0.content.0: type must be one of 'text', 'image_url', 'refusal'" in message
+
+
+# What the API is asked
+
+
+@given(turns=st.lists(TURNS, min_size=1, max_size=4), send_detail=st.booleans())
+def test_the_long_form_is_sent_as_it_is_but_for_its_urls(
+    turns: list[dict[str, Any]], send_detail: bool
+) -> None:
+    conversation = Conversation(read({"id": "a", "messages": turns}))
+    given_urls, expected = [], copy.deepcopy(turns)
+    for turn in expected:
+        for part in turn.get("content") or ():
+            if isinstance(part, dict) and part["type"] == "image_url":
+                given_urls.append(part["image_url"]["url"])
+                part["image_url"]["url"] = f"loaded {len(given_urls)}"
+                if not send_detail or part["image_url"].get("detail") is None:
+                    part["image_url"].pop("detail", None)
+    assert [ref.url for ref in conversation.images()] == given_urls
+    urls = [f"loaded {n + 1}" for n in range(len(given_urls))]
+    messages = conversation.render(urls, send_detail=send_detail)
+    assert messages == expected
+    # After a 429 it is asked again: what was made of the first request must not be in the second.
+    for message in messages:
+        message.clear()
+    assert conversation.render(urls, send_detail=send_detail) == expected
+
+
+@given(
+    images=st.lists(URLS | IMAGE_OBJECTS, min_size=1, max_size=4),
+    question=st.text(max_size=10).map(lambda text: f"{text}?"),
+    system=st.none() | st.text(max_size=10),
+    send_detail=st.booleans(),
+)
+def test_the_short_form_asks_the_same_as_the_long_one(
+    images: list[Any], question: str, system: str | None, send_detail: bool
+) -> None:
+    short = {"id": "a", "question": question, "images": images, "system": system}
+    parts = [
+        {"type": "image_url", "image_url": {"url": image} if isinstance(image, str) else image}
+        for image in images
+    ]
+    turns: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    assert rendered(short, send_detail=send_detail) == rendered(
+        {"id": "a", "messages": turns}, send_detail=send_detail
+    )
+
+
+def test_images_are_called_by_their_place_in_the_job() -> None:
+    short = Conversation(read({**SHORT, "system": "s", "images": ["u", {"url": "v", "detail": "low"}]}))
+    assert short.images() == [ImageRef("images[0]", "u"), ImageRef("images[1]", "v", "low")]
+    image = {"type": "image_url", "image_url": {"url": "u"}}
+    text = {"type": "text", "text": "?"}
+    turns = [{"role": "user", "content": c} for c in ("Hi", [text, image], None, [image, text, image])]
+    where = [ref.where for ref in Conversation(read({"id": "a", "messages": turns})).images()]
+    assert where == ["messages[1].content[1]", "messages[3].content[0]", "messages[3].content[2]"]
+
+
+def test_urls_and_images_have_to_be_as_many() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Conversation(read(SHORT)).render([], send_detail=True)
+
+
+@given(value=VALUES | st.text(st.characters()))
+def test_json_that_the_worker_writes_is_strict_utf_8(value: Any) -> None:
+    again = json.loads(to_json(value).decode(), parse_constant=_refuse_constant)
+    if not isinstance(value, str):
+        assert again == value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [float("-inf")]])
+def test_json_that_the_worker_writes_has_no_other_numbers_than_strict_ones(value: Any) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        to_json(value)

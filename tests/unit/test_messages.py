@@ -1,0 +1,236 @@
+"""The messages that the worker publishes: nothing of a job's headers but what is meant to go on."""
+
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+import pamqp.encode
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.amqp import delivered, short
+from tests.unit.fakes import a_delivery
+from worker.delivery import Delivery
+from worker.errors import ErrorCode
+from worker.outcome import DeadLetter
+from worker.rabbit import messages
+from worker.rabbit.publisher import Outgoing
+from worker.result import Result
+
+SENT = datetime(2030, 1, 1, tzinfo=UTC)
+TRACE = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "x=1"}
+RESULT = Result(id="job-1", status="succeeded", answer="A cat.")
+DIED = DeadLetter(
+    job_id="job-1",
+    model="m",
+    result=Result(id="job-1", status="failed"),
+    code=ErrorCode.ATTEMPTS_EXHAUSTED,
+    message="5 attempts failed",
+    attempts=5,
+)
+FULL: dict[str, Any] = {
+    "body": b"{ }",
+    "message_id": "m-1",
+    "correlation_id": "c-1",
+    "reply_to": "results.a",
+    "content_type": "application/x-job",
+    "timestamp": SENT,
+    "trace": TRACE,
+    "enqueued_ms": 1234,
+    "attempts": 2,
+    "deliveries": 4,
+    "copy": "an older copy",
+}
+
+
+def copies_of(delivery: Delivery) -> list[Outgoing]:
+    return [
+        messages.retry_copy(delivery, "q", 3),
+        messages.given_back_copy(delivery, "q"),
+        messages.dead_letter(delivery, "q", DIED),
+    ]
+
+
+def test_a_result_says_what_it_is_and_whose() -> None:
+    before = datetime.now(UTC)
+    reply = messages.reply(a_delivery(**FULL), RESULT, "results.a", exchange="replies")
+    assert reply.body == RESULT.to_body()
+    assert (reply.exchange, reply.routing_key, reply.mandatory) == ("replies", "results.a", True)
+    assert (reply.content_type, reply.type, reply.app_id) == (
+        "application/json",
+        "vqa.result.v1",
+        "vqa-worker",
+    )
+    assert reply.correlation_id == "c-1"
+    assert reply.timestamp is not None
+    assert before <= reply.timestamp <= datetime.now(UTC)
+    assert reply.headers == TRACE
+    assert reply.reply_to is None
+
+
+@pytest.mark.parametrize(
+    ("correlation_id", "job_id", "expected"),
+    [
+        ("c", "j", "c"),
+        (None, "j", "j"),
+        (None, None, None),
+        ("c", None, "c"),
+        (None, "j" * 255, "j" * 255),
+        (None, "j" * 256, None),
+        (None, "é" * 128, None),
+    ],
+)
+def test_a_correlation_id_is_echoed_and_falls_back_to_the_jobs_id_where_that_fits(
+    correlation_id: str | None, job_id: str | None, expected: str | None
+) -> None:
+    delivery = a_delivery(correlation_id=correlation_id)
+    result = Result(id=job_id, status="failed")
+    assert messages.reply(delivery, result, "results", exchange="").correlation_id == expected
+
+
+def test_every_publish_of_a_result_has_an_id_of_its_own() -> None:
+    replies = [messages.reply(a_delivery(**FULL), RESULT, "results.a", exchange="") for _ in range(2)]
+    replies.append(messages.undeliverable(replies[0], "results"))
+    ids = [reply.message_id for reply in replies]
+    assert len({*ids, "m-1"}) == 4
+    assert all(uuid.UUID(message_id) for message_id in ids)
+
+
+def test_a_result_that_nobody_reads_goes_to_the_results_and_says_for_whom_it_was() -> None:
+    reply = messages.reply(a_delivery(**FULL), RESULT, "results.a", exchange="replies")
+    undeliverable = messages.undeliverable(reply, "results")
+    assert (undeliverable.exchange, undeliverable.routing_key) == ("replies", "results")
+    assert undeliverable.headers == {**TRACE, "vqa-undeliverable-to": "results.a"}
+    assert (undeliverable.body, undeliverable.correlation_id) == (reply.body, reply.correlation_id)
+    assert reply.headers == TRACE
+
+
+def test_a_direct_reply_goes_by_the_default_exchange_and_need_not_arrive() -> None:
+    reply = messages.reply(a_delivery(**FULL), RESULT, "amq.rabbitmq.reply-to.x", exchange="replies")
+    direct = messages.to_direct_reply(reply)
+    assert (direct.exchange, direct.mandatory, direct.routing_key) == ("", False, "amq.rabbitmq.reply-to.x")
+
+
+@pytest.mark.parametrize("nth", range(3))
+def test_a_copy_of_a_job_is_the_job(nth: int) -> None:
+    copy = copies_of(a_delivery(**FULL))[nth]
+    assert (copy.exchange, copy.routing_key, copy.mandatory) == ("", "q", True)
+    for name in ("body", "message_id", "correlation_id", "reply_to", "content_type", "timestamp"):
+        assert getattr(copy, name) == FULL[name]
+    assert (copy.type, copy.app_id) == (None, None)
+    assert TRACE.items() <= copy.headers.items()
+    assert copy.headers["timestamp_in_ms"] == 1234
+
+
+def own_headers(message: Outgoing) -> dict[str, Any]:
+    return {name: value for name, value in message.headers.items() if name.startswith("vqa-")}
+
+
+def test_a_retry_carries_the_attempts_and_starts_the_count_of_deliveries_anew() -> None:
+    headers = own_headers(messages.retry_copy(a_delivery(**FULL), "q", 3))
+    assert headers.pop("vqa-copy") not in {None, "an older copy"}
+    assert headers == {"vqa-attempts": 3}
+
+
+@pytest.mark.parametrize(
+    ("attempts", "deliveries", "expected"),
+    [
+        (0, 1, {}),
+        (2, 1, {"vqa-attempts": 2}),
+        (0, 4, {"vqa-deliveries": 3}),
+        (2, 4, {"vqa-attempts": 2, "vqa-deliveries": 3}),
+    ],
+)
+def test_a_job_given_back_counts_as_before_this_delivery(
+    attempts: int, deliveries: int, expected: dict[str, int]
+) -> None:
+    delivery = a_delivery(attempts=attempts, deliveries=deliveries)
+    headers = own_headers(messages.given_back_copy(delivery, "q"))
+    assert headers.pop("vqa-copy")
+    assert headers == expected
+
+
+def test_a_dead_letter_says_why_and_when_it_died() -> None:
+    headers = own_headers(messages.dead_letter(a_delivery(**FULL), "q", DIED))
+    died_at = datetime.fromisoformat(headers.pop("vqa-died-at"))
+    assert abs((datetime.now(UTC) - died_at).total_seconds()) < 60
+    assert headers == {
+        "vqa-error-code": "attempts_exhausted",
+        "vqa-error-message": "5 attempts failed",
+        "vqa-attempts": 5,
+    }
+
+
+def wired(message: Outgoing) -> Delivery:
+    """The message as a consumer gets it."""
+    properties = {
+        name: value
+        for name in ("message_id", "correlation_id", "reply_to")
+        if (value := getattr(message, name))
+    }
+    raw = {name: short(value.encode()) for name, value in properties.items()}
+    return delivered({**raw, "headers": pamqp.encode.field_table(dict(message.headers))})
+
+
+@given(attempts=st.integers(0, 20), deliveries=st.integers(1, 50), times=st.integers(1, 5))
+def test_given_back_however_often_a_job_is_counted_as_it_was(
+    attempts: int, deliveries: int, times: int
+) -> None:
+    delivery = a_delivery(b"{}", attempts=attempts, deliveries=deliveries)
+    for _ in range(times):
+        again = wired(messages.given_back_copy(delivery, "q"))
+        assert (again.attempts, again.deliveries) == (attempts, deliveries)
+        assert again.key != delivery.key
+        delivery = again
+
+
+def test_a_retry_comes_with_its_attempts_and_as_its_first_delivery() -> None:
+    again = wired(messages.retry_copy(a_delivery(attempts=2, deliveries=4), "q", 3))
+    assert (again.attempts, again.deliveries) == (3, 1)
+
+
+def test_a_dead_letter_that_is_put_back_is_as_good_as_new() -> None:
+    again = wired(messages.dead_letter(a_delivery(attempts=4, deliveries=4, message_id="m"), "q", DIED))
+    assert (again.attempts, again.deliveries, again.message_id) == (0, 1, "m")
+
+
+@pytest.mark.parametrize("nth", range(3))
+def test_a_job_without_a_message_id_gets_none_by_being_copied(nth: int) -> None:
+    copy = copies_of(a_delivery(message_id=None))[nth]
+    assert wired(copy).message_id is None
+    assert wired(copies_of(wired(copy))[nth]).message_id is None
+
+
+DANGEROUS = [
+    "CC",
+    "BCC",
+    "x-death",
+    "x-delivery-count",
+    "x-match",
+    "user_id",
+    "expiration",
+    "vqa-undeliverable-to",
+]
+
+
+@given(
+    headers=st.dictionaries(
+        st.sampled_from(
+            [*DANGEROUS, "vqa-attempts", "vqa-deliveries", "vqa-copy", "traceparent", "tracestate"]
+        )
+        | st.text(max_size=10),
+        st.text(max_size=10) | st.integers(0, 9) | st.lists(st.text(max_size=3), max_size=2),
+        max_size=6,
+    )
+)
+def test_no_header_of_a_job_goes_on_unless_it_is_meant_to(headers: dict[str, Any]) -> None:
+    delivery = delivered({"headers": pamqp.encode.field_table(headers), "expiration": short(b"1000")})
+    reply = messages.reply(delivery, RESULT, "results", exchange="")
+    assert set(reply.headers) <= {"traceparent", "tracestate"}
+    for copy in copies_of(delivery):
+        assert set(copy.headers) <= {
+            "traceparent", "tracestate", "timestamp_in_ms", "vqa-attempts", "vqa-deliveries", "vqa-copy",
+            "vqa-error-code", "vqa-error-message", "vqa-died-at",
+        }  # fmt: skip
+        assert not {"expiration", "user_id", "priority"} & set(Outgoing.__dataclass_fields__)

@@ -1,0 +1,168 @@
+"""Results: strict JSON whatever the API said, and a schema that says what they look like."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tests.unit.fakes import a_delivery
+from worker.errors import ErrorCode
+from worker.model.answer import MalformedAnswerError, parse_answer
+from worker.outcome import Answered, Refused
+from worker.redact import Redactor
+from worker.report import Report
+from worker.result import JobFailure, Result, Timings, Usage
+
+# Every character, lone surrogates too: a model may be cut off in the middle of an emoji.
+ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=10)
+ANY_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+USAGES = st.fixed_dictionaries(
+    {},
+    optional={
+        name: ANY_VALUE | st.integers(0, 10**400) | st.sampled_from([1e308, 5.0, -1, True])
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens", "estimated_cost")
+    },
+)
+MESSAGES = st.fixed_dictionaries(
+    {"content": ANY_VALUE | ANY_TEXT},
+    optional={"refusal": ANY_VALUE, "tool_calls": ANY_VALUE, "reasoning_content": ANY_VALUE},
+)
+RESPONSES = st.fixed_dictionaries(
+    {
+        "choices": st.lists(
+            st.fixed_dictionaries(
+                {"message": MESSAGES}, optional={"finish_reason": ANY_VALUE, "logprobs": ANY_VALUE}
+            ),
+            max_size=2,
+        )
+    },
+    optional={"usage": USAGES | ANY_VALUE, "id": ANY_VALUE, "model": ANY_VALUE},
+)
+
+
+class Dear:
+    """A price that leads to infinity."""
+
+    prompt = 1e308
+    completion = 1e308
+
+
+def strictly(body: bytes) -> Any:
+    """The value of RFC 8259 JSON in UTF-8."""
+
+    def refuse(name: str) -> float:
+        raise AssertionError(name)
+
+    return json.loads(body.decode("utf-8"), parse_constant=refuse)
+
+
+@given(response=RESPONSES | ANY_VALUE, price=st.sampled_from([None, Dear()]), include_response=st.booleans())
+def test_whatever_the_api_answers_the_result_is_strict_json(
+    response: Any, price: Dear | None, include_response: bool
+) -> None:
+    report = Report(a_delivery(), Redactor([]), include_response=include_response)
+    try:
+        answer = parse_answer(json.dumps(response).encode(), price)
+    except MalformedAnswerError:
+        return
+    outcome = report.answered(answer)
+    assert isinstance(outcome, Answered | Refused)
+    body = strictly(outcome.result.to_body())
+    assert body["status"] == ("succeeded" if isinstance(outcome, Answered) else "failed")
+    assert body["answer"] is None or body["answer"].strip()
+    usage = body["usage"]
+    if usage is not None:
+        assert all(isinstance(usage[name], int) for name in usage if name != "cost_usd")
+        assert usage["cost_usd"] is None or math.isfinite(usage["cost_usd"])
+
+
+def test_a_lone_surrogate_becomes_a_question_mark_and_loses_no_answer() -> None:
+    answer = parse_answer(
+        b'{"choices":[{"message":{"content":"cut \\ud83d","x":{"\\udc00":["\\ud83d"]}}}]}', None
+    )
+    outcome = Report(a_delivery(), Redactor([]), include_response=True).answered(answer)
+    assert isinstance(outcome, Answered)
+    body = strictly(outcome.result.to_body())
+    assert body["answer"] == "cut ?"
+    assert body["response"]["choices"][0]["message"]["x"] == {"?": ["?"]}
+
+
+USAGE = st.builds(
+    Usage,
+    prompt_tokens=st.integers(0, 2**53),
+    completion_tokens=st.integers(0, 2**53),
+    total_tokens=st.integers(0, 2**54),
+    cost_usd=st.none() | st.floats(0, 1e300),
+)
+SECONDS = st.none() | st.floats(0, 1e9)
+TIMINGS = st.builds(Timings, queued_s=SECONDS, fetch_s=SECONDS, model_s=SECONDS, total_s=st.floats(0, 1e9))
+FAILURES = st.builds(JobFailure, code=st.sampled_from(ErrorCode), message=st.text(), retryable=st.booleans())
+PLAIN_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+OBJECTS = st.none() | st.dictionaries(st.text(), PLAIN_VALUE, max_size=3)
+RESULTS = st.builds(
+    Result,
+    id=st.none() | st.text(),
+    status=st.sampled_from(["succeeded", "failed"]),
+    answer=st.none() | st.text(),
+    model=st.none() | st.text(),
+    finish_reason=st.none() | st.text(),
+    usage=st.none() | USAGE,
+    timings=TIMINGS,
+    attempts=st.integers(1, 1000),
+    metadata=OBJECTS,
+    error=st.none() | FAILURES,
+    response=OBJECTS,
+)
+
+
+@given(result=RESULTS)
+def test_a_result_can_be_read_back_from_its_body(result: Result) -> None:
+    assert Result.model_validate(strictly(result.to_body())) == result
+
+
+def test_every_field_of_a_result_is_there_whatever_happened() -> None:
+    body = strictly(Result(id=None, status="failed").to_body())
+    assert set(body) == set(Result.model_fields)
+    assert set(body["timings"]) == set(Timings.model_fields)
+    assert body["id"] is None
+    assert body["attempts"] == 1
+
+
+def test_text_is_not_escaped_more_than_needed() -> None:
+    body = Result(id="é", status="succeeded", answer="猫 😀").to_body()
+    assert "猫 😀".encode() in body
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"status": "done"},
+        {"attempts": 0},
+        {"usage": {"prompt_tokens": -1}},
+        {"surprise": 1},
+        {"status": None},
+    ],
+)
+def test_what_no_result_can_say_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Result.model_validate({"id": "a", "status": "failed", **fields})
+
+
+def test_the_schema_of_results_tells_of_every_field_and_code() -> None:
+    schema = Result.model_json_schema()
+    assert set(schema["properties"]) == set(Result.model_fields)
+    assert schema["$defs"]["ErrorCode"]["enum"] == [code.value for code in ErrorCode]
+    assert set(schema["required"]) == {"id", "status"}
+    json.dumps(schema)

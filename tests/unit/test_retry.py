@@ -1,0 +1,81 @@
+"""What follows from a failed attempt."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.retry import Exhausted, RetryPolicy, TooLate, TryAgain, after_attempt
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+USUAL = RetryPolicy(max_attempts=5, delays_s=(1, 5, 30, 120))
+
+
+@pytest.mark.parametrize(("attempts", "delay_s"), [(1, 1), (2, 5), (3, 30), (4, 120)])
+def test_the_delays_grow_in_their_order(attempts: int, delay_s: int) -> None:
+    assert after_attempt(attempts, USUAL, None, NOW) == TryAgain(delay_s)
+
+
+@pytest.mark.parametrize("attempts", [5, 6, 1000])
+def test_the_last_attempt_and_any_beyond_it_are_the_end(attempts: int) -> None:
+    assert after_attempt(attempts, USUAL, None, NOW) == Exhausted()
+    # A deadline changes nothing about it: the fault is told, not the time.
+    assert after_attempt(attempts, USUAL, NOW, NOW) == Exhausted()
+
+
+def test_the_last_delay_repeats() -> None:
+    policy = RetryPolicy(max_attempts=10, delays_s=(1, 2))
+    decisions = [after_attempt(n, policy, None, NOW) for n in range(1, 10)]
+    assert decisions == [TryAgain(1)] + [TryAgain(2)] * 8
+
+
+def test_a_single_attempt_may_be_all_there_is() -> None:
+    assert after_attempt(1, RetryPolicy(1, (1,)), None, NOW) == Exhausted()
+
+
+@pytest.mark.parametrize(
+    ("left_s", "decision"),
+    [
+        (-1, TooLate()),
+        (0, TooLate()),
+        (0.999, TooLate()),
+        (1, TooLate()),
+        (1.001, TryAgain(1)),
+        (9, TryAgain(1)),
+    ],
+)
+def test_an_attempt_that_would_come_after_the_deadline_is_not_waited_for(
+    left_s: float, decision: TryAgain | TooLate
+) -> None:
+    assert after_attempt(1, USUAL, NOW + timedelta(seconds=left_s), NOW) == decision
+
+
+def test_deadlines_at_the_ends_of_time_are_compared_like_any_other() -> None:
+    late = datetime.fromisoformat("9999-12-31T23:59:59-23:59")
+    early = datetime.fromisoformat("0001-01-01T00:00:00+23:59")
+    assert after_attempt(1, USUAL, late, NOW) == TryAgain(1)
+    assert after_attempt(1, USUAL, early, NOW) == TooLate()
+
+
+@given(
+    attempts=st.integers(1, 50),
+    maximum=st.integers(1, 50),
+    delays=st.lists(st.integers(1, 86_400), min_size=1, max_size=8),
+    left_s=st.none() | st.floats(-100_000, 100_000),
+)
+def test_every_decision_keeps_to_the_policy(
+    attempts: int, maximum: int, delays: list[int], left_s: float | None
+) -> None:
+    deadline = None if left_s is None else NOW + timedelta(seconds=left_s)
+    match after_attempt(attempts, RetryPolicy(maximum, delays), deadline, NOW):
+        case TryAgain(delay_s):
+            assert attempts < maximum
+            assert delay_s == (delays[attempts - 1] if attempts <= len(delays) else delays[-1])
+            assert deadline is None or NOW + timedelta(seconds=delay_s) < deadline
+        case Exhausted():
+            assert attempts >= maximum
+        case TooLate():
+            assert attempts < maximum
+            assert deadline is not None
+            assert NOW + timedelta(seconds=max(delays)) >= deadline

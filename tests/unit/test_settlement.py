@@ -1,0 +1,309 @@
+"""What becomes of each outcome at the broker: confirmed first, then acked, then counted and logged."""
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from structlog.testing import CapturingLogger
+
+from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
+from worker import metrics, settlement
+from worker.errors import ErrorCode
+from worker.outcome import Answered, DeadLetter, GiveBack, Outcome, Refused, Retry
+from worker.rabbit.publisher import Outgoing
+from worker.rabbit.topology import Topology
+from worker.result import JobFailure, Result, Timings, Usage
+from worker.settlement import ReplyPolicy, Settlement
+
+POLICY = ReplyPolicy(["results", "results.*", "amq.rabbitmq.reply-to.*", "amq.gen-*"])
+ANSWER = "The answer that nobody else may read."
+USAGE = Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7, cost_usd=0.5)
+SUCCEEDED = Result(
+    id="j", status="succeeded", answer=ANSWER, usage=USAGE, finish_reason="stop", timings=Timings(model_s=1.5)
+)
+FAILED = Result(
+    id="j", status="failed", error=JobFailure(code=ErrorCode.INVALID_JOB, message=ANSWER, retryable=False)
+)
+ANSWERED = Answered(job_id="j", model="m", result=SUCCEEDED)
+REFUSED = Refused(job_id="j", model="m", result=FAILED, code=ErrorCode.MODEL_REJECTED)
+DEAD = DeadLetter(
+    job_id="j", model="m", result=FAILED, code=ErrorCode.ATTEMPTS_EXHAUSTED, message="why", attempts=5
+)
+UNREADABLE = replace(
+    DEAD, job_id=None, code=ErrorCode.INVALID_JOB, result=FAILED.model_copy(update={"id": None})
+)
+RETRY = Retry(job_id="j", model="m", delay_s=5, attempts=2, reason="timeout")
+GIVEN_BACK = GiveBack(job_id="j", model="m", reason="paused")
+
+
+@pytest.fixture(autouse=True)
+def log(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
+    log = CapturingLogger()
+    monkeypatch.setattr(settlement, "log", log)
+    monkeypatch.setattr(settlement, "UNROUTABLE_DELAY_S", 0)
+    return log
+
+
+async def settled(
+    outcome: Outcome,
+    *,
+    topology: Topology = TOPOLOGY,
+    publisher: FakePublisher | None = None,
+    **properties: Any,
+) -> tuple[list[Outgoing], list[str]]:
+    """Settle a delivery; what was published, and everything that happened in its order."""
+    events: list[str] = []
+    publisher = publisher or FakePublisher()
+    publisher.events = events
+    settlement = Settlement(publisher, topology, POLICY)
+    delivery = a_delivery(events=events, **properties)
+    await settlement.publish(delivery, outcome)
+    assert "ack" not in events
+    await settlement.finish(delivery, outcome)
+    return publisher.published, events
+
+
+@pytest.mark.parametrize(
+    ("outcome", "queues"),
+    [
+        (ANSWERED, ["results"]),
+        (REFUSED, ["results"]),
+        (DEAD, ["results", "jobs.dead"]),
+        (RETRY, ["jobs.retry.5s"]),
+        (GIVEN_BACK, ["jobs"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_each_outcome_goes_where_it_belongs_before_the_ack(outcome: Outcome, queues: list[str]) -> None:
+    published, events = await settled(outcome)
+    assert [message.routing_key for message in published] == queues
+    assert events == [*(f"confirmed {queue}" for queue in queues), "ack"]
+
+
+async def test_what_goes_where_is_a_result_or_the_job_itself() -> None:
+    body = {"id": "j"}
+    for outcome in (ANSWERED, REFUSED):
+        (reply,), _ = await settled(outcome, body=body)
+        assert reply.body == outcome.result.to_body()
+    for outcome in (RETRY, GIVEN_BACK):
+        (copy,), _ = await settled(outcome, body=body)
+        assert json.loads(copy.body) == body
+    (reply, letter), _ = await settled(DEAD, body=body)
+    assert reply.body == FAILED.to_body()
+    assert json.loads(letter.body) == body
+    assert (letter.headers["vqa-error-code"], letter.headers["vqa-error-message"]) == (
+        "attempts_exhausted",
+        "why",
+    )
+    assert letter.headers["vqa-attempts"] == 5
+
+
+async def test_a_retry_carries_its_attempts_and_a_job_given_back_those_it_had() -> None:
+    (retry,), _ = await settled(RETRY, attempts=1)
+    assert retry.headers["vqa-attempts"] == 2
+    (back,), _ = await settled(GIVEN_BACK, attempts=1)
+    assert back.headers["vqa-attempts"] == 1
+
+
+# Who is told
+
+
+async def test_an_unreadable_message_of_nobody_is_only_kept() -> None:
+    published, _ = await settled(UNREADABLE, message_id=None)
+    assert [message.routing_key for message in published] == ["jobs.dead"]
+
+
+@pytest.mark.parametrize(
+    ("sign", "queue"),
+    [
+        ({"message_id": "m"}, "results"),
+        ({"message_id": "not\nprintable"}, "results"),
+        ({"correlation_id": "c"}, "results"),
+        ({"reply_to": "results.a"}, "results.a"),
+        ({"reply_to": "somewhere.else"}, "results"),
+    ],
+    ids=str,
+)
+async def test_an_unreadable_message_of_somebody_is_told_of_and_kept(
+    sign: dict[str, str], queue: str
+) -> None:
+    published, _ = await settled(UNREADABLE, **{"message_id": None, **sign})
+    assert [message.routing_key for message in published] == [queue, "jobs.dead"]
+    assert json.loads(published[0].body)["id"] is None
+
+
+async def test_an_unreadable_message_with_an_id_is_told_of() -> None:
+    published, _ = await settled(replace(UNREADABLE, job_id="m"), message_id=None)
+    assert [message.routing_key for message in published] == ["results", "jobs.dead"]
+
+
+@pytest.mark.parametrize(
+    ("reply_to", "queue"),
+    [
+        (None, "results"),
+        ("results", "results"),
+        ("results.a", "results.a"),
+        ("results.", "results."),
+        ("results.a.b", "results.a.b"),
+        ("amq.gen-abc", "amq.gen-abc"),
+        ("amq.rabbitmq.reply-to.g1h2", "amq.rabbitmq.reply-to.g1h2"),
+        ("Results.a", "results"),
+        ("my.results.a", "results"),
+        ("jobs", "results"),
+        ("jobs.dead", "results"),
+        ("amq.rabbitmq.reply-to", "results"),
+        ("results\n.a", "results"),
+        ("*", "results"),
+        ("", "results"),
+    ],
+)
+async def test_only_an_allowed_reply_queue_replaces_the_results_queue(
+    reply_to: str | None, queue: str
+) -> None:
+    (reply,), _ = await settled(ANSWERED, reply_to=reply_to)
+    assert reply.routing_key == queue
+
+
+async def test_with_no_reply_queue_allowed_everything_goes_to_the_results() -> None:
+    assert ReplyPolicy([]).queue_for(a_delivery(reply_to="results.a"), "results") == "results"
+
+
+REPLY_EXCHANGE = replace(TOPOLOGY, reply_exchange="replies")
+
+
+async def test_results_go_by_the_reply_exchange_and_jobs_by_the_default_one() -> None:
+    for reply_to in (None, "results.a"):
+        (reply, letter), _ = await settled(DEAD, topology=REPLY_EXCHANGE, reply_to=reply_to)
+        assert (reply.exchange, letter.exchange) == ("replies", "")
+    for outcome in (RETRY, GIVEN_BACK):
+        (copy,), _ = await settled(outcome, topology=REPLY_EXCHANGE)
+        assert copy.exchange == ""
+
+
+async def test_a_direct_reply_always_goes_by_the_default_exchange_without_mandate() -> None:
+    publisher = FakePublisher()
+    queue = "amq.rabbitmq.reply-to.g1h2"
+    publisher.unroutable.add(queue)
+    (reply,), events = await settled(ANSWERED, topology=REPLY_EXCHANGE, publisher=publisher, reply_to=queue)
+    assert (reply.exchange, reply.routing_key, reply.mandatory) == ("", queue, False)
+    assert events == [f"confirmed {queue}", "ack"]
+
+
+# What cannot be delivered
+
+
+async def test_a_result_whose_queue_is_gone_goes_to_the_results_queue() -> None:
+    publisher = FakePublisher()
+    publisher.unroutable.add("results.a")
+    (reply,), events = await settled(ANSWERED, publisher=publisher, reply_to="results.a", correlation_id="c")
+    assert events == ["returned results.a", "confirmed results", "ack"]
+    assert reply.headers["vqa-undeliverable-to"] == "results.a"
+    assert reply.correlation_id == "c"
+    assert publisher.restored == 0
+
+
+@pytest.mark.parametrize(
+    ("outcome", "queue"),
+    [(ANSWERED, "results"), (RETRY, "jobs.retry.5s"), (GIVEN_BACK, "jobs"), (DEAD, "jobs.dead")],
+    ids=lambda value: str(value) if isinstance(value, str) else type(value).__name__,
+)
+async def test_a_queue_of_the_workers_own_that_is_gone_is_made_again_and_then_used(
+    outcome: Outcome, queue: str, log: CapturingLogger
+) -> None:
+    publisher = FakePublisher()
+    publisher.unroutable.add(queue)
+    published, events = await settled(outcome, publisher=publisher)
+    assert publisher.restored == 1
+    assert published[-1].routing_key == queue
+    assert events[-3:] == [f"returned {queue}", f"confirmed {queue}", "ack"]
+    assert log.calls[0].args == ("queue_missing",)
+    assert log.calls[0].kwargs["queue"] == queue
+
+
+async def test_a_result_that_has_no_queue_at_all_waits_for_the_results_queue() -> None:
+    publisher = FakePublisher()
+    publisher.unroutable |= {"results.a", "results"}
+    (reply,), events = await settled(ANSWERED, publisher=publisher, reply_to="results.a")
+    assert events == ["returned results.a", "returned results", "confirmed results", "ack"]
+    assert reply.headers["vqa-undeliverable-to"] == "results.a"
+
+
+async def test_the_publisher_is_told_before_the_job_is_buried() -> None:
+    """Dying in between, the worker leaves a job that is delivered again, not a publisher that waits for ever."""
+    publisher = FakePublisher()
+    publisher.let_go.clear()
+    delivery = a_delivery()
+    task = asyncio.create_task(Settlement(publisher, TOPOLOGY, POLICY).publish(delivery, DEAD))
+    await turns_of_the_loop()
+    assert publisher.published == []
+    publisher.let_go.set()
+    await task
+    assert [message.routing_key for message in publisher.published] == ["results", "jobs.dead"]
+
+
+# Figures and the log
+
+
+def value(name: str, **labels: str) -> float:
+    return metrics.REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+@pytest.mark.parametrize(
+    ("outcome", "name", "labels"),
+    [
+        (ANSWERED, "vqa_jobs_total", {"status": "succeeded", "error": "", "model": "m"}),
+        (REFUSED, "vqa_jobs_total", {"status": "failed", "error": "model_rejected", "model": "m"}),
+        (DEAD, "vqa_jobs_total", {"status": "failed", "error": "attempts_exhausted", "model": "m"}),
+        (DEAD, "vqa_dead_letters_total", {"reason": "attempts_exhausted"}),
+        (RETRY, "vqa_retries_total", {"reason": "timeout"}),
+        (ANSWERED, "vqa_job_duration_seconds_count", {"status": "succeeded", "model": "m"}),
+        (REFUSED, "vqa_job_duration_seconds_count", {"status": "failed", "model": "m"}),
+        (GIVEN_BACK, "vqa_stage_duration_seconds_count", {"stage": "publish", "model": "m"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+async def test_each_outcome_is_counted(outcome: Outcome, name: str, labels: dict[str, str]) -> None:
+    before = value(name, **labels)
+    await settled(outcome)
+    assert value(name, **labels) == before + 1
+
+
+@pytest.mark.parametrize("outcome", [RETRY, GIVEN_BACK], ids=lambda outcome: type(outcome).__name__)
+async def test_a_job_that_has_not_ended_counts_as_no_ended_job(outcome: Outcome) -> None:
+    def ended() -> float:
+        samples = [sample for metric in metrics.JOBS.collect() for sample in metric.samples]
+        return sum(sample.value for sample in samples if sample.name == "vqa_jobs_total")
+
+    before = ended()
+    await settled(outcome)
+    assert ended() == before
+
+
+@pytest.mark.parametrize(
+    ("outcome", "level", "event"),
+    [
+        (ANSWERED, "info", "job"),
+        (REFUSED, "warning", "job"),
+        (DEAD, "error", "job"),
+        (RETRY, "warning", "job_retry"),
+        (GIVEN_BACK, "info", "job_given_back"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+async def test_each_outcome_is_one_line_in_the_log_without_what_was_said(
+    outcome: Outcome, level: str, event: str, log: CapturingLogger
+) -> None:
+    await settled(outcome, body={"question": ANSWER})
+    (call,) = log.calls
+    assert (call.method_name, call.args) == (level, (event,))
+    assert call.kwargs["job_id"] == "j"
+    assert ANSWER not in str(call.kwargs)
+
+
+async def test_the_log_tells_tokens_cost_and_times(log: CapturingLogger) -> None:
+    await settled(ANSWERED)
+    told = log.calls[0].kwargs
+    assert (told["prompt_tokens"], told["completion_tokens"], told["cost_usd"]) == (3, 4, 0.5)
+    assert (told["model_s"], told["attempts"], told["finish_reason"]) == (1.5, 1, "stop")

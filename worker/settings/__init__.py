@@ -1,0 +1,31 @@
+"""The settings: one frozen object, checked as a whole before any connection is made.
+
+`model` says what there is, `values`, `urls` and `tls` check it, `sources` reads it, `faults` says what is
+wrong with it.
+"""
+
+import ssl
+
+from worker.settings.faults import SettingsError, variable
+from worker.settings.model import BROKER_DELIVERY_LIMIT, Price, Settings
+from worker.settings.sources import load_settings
+from worker.settings.tls import tls_context
+from worker.settings.values import retry_queue
+
+__all__ = [
+    "BROKER_DELIVERY_LIMIT",
+    "Price",
+    "Settings",
+    "SettingsError",
+    "broker_ssl_context",
+    "load_settings",
+    "retry_queue",
+    "variable",
+]
+
+
+def broker_ssl_context(settings: Settings) -> ssl.SSLContext | None:
+    """How to speak TLS with the broker; None where it is not spoken."""
+    if not settings.rabbitmq_address.startswith("amqps:"):
+        return None
+    return tls_context(settings.rabbitmq_ca_file, settings.rabbitmq_cert_file, settings.rabbitmq_key_file)

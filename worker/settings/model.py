@@ -1,0 +1,291 @@
+"""All settings, each with its default and its description; `docs/settings.md` is made of these.
+
+They are checked as a whole before any connection is made.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Final, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    DirectoryPath,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from worker.settings.faults import PREFIX, shown, variable
+from worker.settings.tls import CaFile, KeyFile, TlsFile
+from worker.settings.urls import AMQP_PORTS, ApiKey, BrokerUrl, HttpUrl, shows_key
+from worker.settings.values import (
+    DERIVED,
+    AnyCase,
+    Buckets,
+    CommaList,
+    Count,
+    ExchangeName,
+    Headers,
+    Hosts,
+    JsonObject,
+    Printable,
+    QueueName,
+    RetryDelays,
+    Seconds,
+    default,
+)
+
+MAX_PREFETCH: Final = 65_535  # basic.qos carries the prefetch in 16 bits
+# The `x-delivery-limit` of the jobs queue, a backstop only: the worker's own limit comes first, and tells the
+# publisher.
+BROKER_DELIVERY_LIMIT: Final = 100
+# RabbitMQ takes back what was not acked in 30 minutes (`consumer_timeout`); one minute is kept in hand.
+JOB_TIMEOUT_CEILING_S: Final = 1740
+
+# A password that every RabbitMQ is delivered with is no secret, and "guest" is a word that messages may need.
+PUBLIC_PASSWORDS: Final = frozenset({"guest"})
+
+
+def _standard_reply_queues(above: Mapping[str, Any]) -> tuple[str, ...]:
+    results = above.get("results_queue", "vqa.results")
+    return (results, "vqa.results.*", "amq.rabbitmq.reply-to.*", "amq.gen-*")
+
+
+def _model_is_allowed(models: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    model = info.data.get("model")
+    if model is not None and model not in models:
+        raise ValueError(
+            f"lacks {shown(model)}, the value of {variable('model')}: add it, or change that one"
+        )
+    return models
+
+
+def _not_supported_yet(value: str | None) -> None:
+    if value is not None:
+        raise ValueError("is not supported by this version yet: leave it unset")
+
+
+class Price(NamedTuple):
+    """What a model costs in USD per million tokens: `{"prompt": x, "completion": y}` or `[x, y]`."""
+
+    prompt: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    completion: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _SaysNone(PydanticBaseSettingsSource):
+    """Lists for which an empty value is an answer: nothing is allowed.
+
+    Everywhere else it is the same as no value at all, because compose files and charts hand empty strings on
+    for whatever nobody has filled in.
+    """
+
+    FIELDS = ("allowed_reply_to", "allowed_link_hosts")
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+        """The empty text, if that is what the environment says."""
+        is_empty = field_name in self.FIELDS and os.environ.get(variable(field_name)) == ""
+        return ("" if is_empty else None), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """Only the fields that are empty."""
+        fields = self.settings_cls.model_fields
+        values = {name: self.get_field_value(fields[name], name)[0] for name in self.FIELDS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class Settings(BaseSettings):
+    """All settings, from the environment, `.env` and files; `load_settings` puts faults into words."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        # Lists are comma lists here, not JSON.
+        enable_decoding=False,
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
+        validate_default=True,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
+
+    rabbitmq_url: BrokerUrl = SecretStr("amqp://guest:guest@localhost:5672/")
+    """The broker: `amqp://user:password@host:port/vhost`, or `amqps://` for TLS. Special characters in user
+    name, password and vhost are percent-encoded (the vhost `/` is the empty path or `%2F`). A secret."""
+    rabbitmq_ca_file: CaFile = None
+    """PEM file with the certificates that the broker's certificate is checked against, with `amqps://` only.
+    Without it the operating system's are used."""
+    rabbitmq_cert_file: TlsFile = None
+    """PEM file with the worker's own certificate, for a broker that asks for one; with `amqps://` only, and
+    together with `VQA_RABBITMQ_KEY_FILE`."""
+    rabbitmq_key_file: KeyFile = None
+    """PEM file with the unencrypted private key of `VQA_RABBITMQ_CERT_FILE`."""
+
+    jobs_queue: QueueName = "vqa.jobs"
+    """The queue that jobs are taken from. The retry queues are named after it: `<jobs>.retry.<seconds>s`."""
+    results_queue: QueueName = "vqa.results"
+    """The queue for results of jobs without a (permitted) `reply_to`."""
+    dead_letter_queue: Annotated[
+        QueueName, default(lambda above: f"{above.get('jobs_queue', 'vqa.jobs')}.dead")
+    ] = DERIVED
+    """The queue for jobs that a person must look at: attempts used up, or not readable."""
+    allowed_reply_to: Annotated[CommaList, default(_standard_reply_queues)] = DERIVED
+    """Comma list of globs on the whole name: which `reply_to` a job may ask for. The result of a job that
+    asks for another goes to the results queue. Empty: none may be asked for."""
+    reply_exchange: ExchangeName = ""
+    """The exchange that results are published to, with the reply queue's name as routing key. Set it to a
+    direct exchange of your own where the worker's user may not write to the default exchange (which reaches
+    every queue); you then bind the queues. Direct reply-to always goes by the default exchange."""
+    declare_topology: bool = True
+    """Whether the worker declares its queues at the start. `false`: it only checks that they are there."""
+    delivery_limit: Annotated[int, Field(ge=1, lt=BROKER_DELIVERY_LIMIT)] = 20
+    """How many times a job may be delivered without coming to an end (it kills its worker, say) before it
+    fails with `attempts_exhausted`. Under 100, which is the broker's own limit behind it."""
+
+    max_attempts: Count = 5
+    """How many times a job is tried when attempts fail for a passing reason of its own (time-outs, 5xx
+    answers). Rate limits and outages don't count."""
+    retry_delays: RetryDelays = (1, 5, 30, 120)
+    """Comma list of whole seconds to wait before the second, third, … attempt; the last one repeats. Each
+    value is a queue of its own. Take a value away only when its queue is empty."""
+    max_job_bytes: Count = 16_000_000
+    """Largest body of a job in bytes; a larger one is `invalid_job`. RabbitMQ 4 itself refuses messages over
+    16 MiB unless told otherwise."""
+
+    s3_endpoint_url: HttpUrl | None = None
+    """Base URL of an S3-compatible store that is not AWS, e.g. `https://minio.example:9000`. Credentials and
+    region come from the usual AWS chain (`AWS_ACCESS_KEY_ID`, a profile, a role)."""
+    s3_addressing_style: Annotated[Literal["auto", "path", "virtual"], AnyCase] = "auto"
+    """Where the bucket stands in S3 URLs: `path` (`host/bucket/key`), `virtual` (`bucket.host/key`), or
+    `auto`: path for a custom endpoint, virtual for AWS."""
+    allowed_buckets: Buckets = ()
+    """Comma list of globs: the buckets that jobs may name. `*` says any, in so many words."""
+    allowed_link_hosts: Hosts = ("*",)
+    """Comma list of globs: the hosts of `https://` images that jobs may pass on to the API. Empty: none."""
+    image_delivery: Annotated[Literal["inline", "link"], AnyCase] = "inline"
+    """How S3 images reach the API. `inline`: read by the worker and sent as base64 in the request. `link`: as
+    a presigned URL, so that the bytes never pass through the worker; the store must be reachable from the
+    provider, and providers often fail to fetch."""
+    max_image_bytes: Count = 20_000_000
+    """Largest image in bytes, before base64. Keep to what your provider accepts."""
+    max_images_per_job: Count = 16
+    """Most images in one job."""
+    send_image_detail: bool = False
+    """Whether the field `detail` of a job's `image_url` is passed on to the API. DeepInfra does not take it,
+    OpenAI does."""
+
+    model_base_url: HttpUrl = "https://api.deepinfra.com/v1/openai"
+    """Base URL of the OpenAI-compatible API; `/chat/completions` is appended to it."""
+    deepinfra_token: SecretStr = Field(default=SecretStr(""), validation_alias="DEEPINFRA_TOKEN")
+    """Used for `VQA_MODEL_API_KEY` where that is not set and the API is DeepInfra's. A secret."""
+    openai_api_key: SecretStr = Field(default=SecretStr(""), validation_alias="OPENAI_API_KEY")
+    """Used for `VQA_MODEL_API_KEY` where that is not set and the API is OpenAI's. A secret."""
+    model_api_key: ApiKey = SecretStr("")
+    """The API's key. Without it, `DEEPINFRA_TOKEN` is used for DeepInfra's host and `OPENAI_API_KEY` for
+    OpenAI's, never one for the other. Any word for a server that wants none. A secret."""
+    model: Printable = "meta-llama/Llama-3.2-90B-Vision-Instruct"
+    """The model for jobs that name none."""
+    allowed_models: Annotated[
+        CommaList,
+        AfterValidator(_model_is_allowed),
+        default(lambda above: (above["model"],) if "model" in above else ()),
+    ] = DERIVED
+    """Comma list of the models that jobs may name, `VQA_MODEL` among them."""
+    model_timeout: Seconds = 120
+    """Seconds that one call to the API may take. Raise it for long answers or slow models."""
+    job_timeout: Annotated[Seconds, Field(lt=JOB_TIMEOUT_CEILING_S)] = 600
+    """Seconds for one delivery of a job from receipt to its end: waiting, images, calls and publishing. Under
+    1740, because RabbitMQ takes back what is not acked in 30 minutes."""
+    model_headers: Headers = {}
+    """JSON object of extra headers for every call to the API, e.g. `{"X-Project": "vision"}`. The values are
+    treated as secrets."""
+    max_concurrency: Annotated[int, Field(ge=1, le=MAX_PREFETCH)] = 64
+    """Most jobs in flight in one process. The limit in force starts at 32 at most and moves by itself: down
+    when the API says it is too much, up again while it copes."""
+
+    result_store: Annotated[str | None, AfterValidator(_not_supported_yet)] = None
+    """`s3://bucket/prefix` where answers are kept, so that no worker pays twice for one job. Not supported by
+    this version yet: setting it is a fault."""
+    prices: Annotated[dict[str, Price], JsonObject] = {}
+    """JSON object: what models cost in USD per million tokens, `{"model": {"prompt": 0.35, "completion":
+    0.4}}` or `{"model": [0.35, 0.4]}`. Used for `cost_usd` where the provider gives no figure of its own."""
+    include_response: bool = False
+    """Whether every result carries the API's whole response body. Otherwise only those do whose answer is
+    more than plain text."""
+
+    http_host: Printable = "0.0.0.0"  # noqa: S104  # probes and scrapes come from outside the container
+    """The address that `/livez`, `/readyz` and `/metrics` are served on."""
+    http_port: Annotated[int, Field(ge=0, le=65_535)] = 8080
+    """The port for them; `0` takes any free one."""
+    shutdown_grace: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 150
+    """Seconds that SIGTERM leaves to the jobs in flight; what is not done by then goes back to the queue.
+    Keep it above `VQA_MODEL_TIMEOUT`, and the orchestrator's own grace period above this."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], AnyCase] = "info"
+    """`debug`, `info`, `warning` or `error`."""
+    log_format: Annotated[Literal["json", "console"] | None, AnyCase] = None
+    """`json`: one object a line; `console`: for a person."""
+    secrets_dir: DirectoryPath | None = None
+    """A folder of files named as the settings (in any case), each holding one value, e.g. a mounted secret.
+    The environment and `.env` come before it."""
+
+    _strays: list[str] = PrivateAttr(default_factory=list)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], *args: Any, **sources: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The library's own sources in its own order, and before them the lists that say none."""
+        usual = super().settings_customise_sources(settings_cls, *args, **sources)
+        return (usual[0], _SaysNone(settings_cls), *usual[1:])
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _tidy(cls, value: Any, info: ValidationInfo) -> Any:
+        """Without outer blanks (files edited on some systems bring a CR along); nothing left is no value."""
+        if not isinstance(value, str):
+            return value
+        name = info.field_name or ""
+        return value.strip() or ("" if name in _SaysNone.FIELDS else cls.model_fields[name].default)
+
+    @property
+    def strays(self) -> list[str]:
+        """Warnings about variables that look like settings and are none."""
+        return self._strays
+
+    @property
+    def rabbitmq_address(self) -> str:
+        """Where the broker is, without credentials, fit for logs."""
+        parts = urlsplit(self.rabbitmq_url.get_secret_value())
+        host = parts.hostname or ""
+        host = f"[{host}]" if ":" in host else host
+        return f"{parts.scheme}://{host}:{parts.port or AMQP_PORTS[parts.scheme]}{parts.path or '/'}"
+
+    def secret_values(self) -> tuple[str, ...]:
+        """Every value that must never be shown, as it stands in the settings and, for the broker, decoded."""
+        password = urlsplit(self.rabbitmq_url.get_secret_value()).password or ""
+        values = [self.model_api_key, *self.model_headers.values()]
+        secrets = [password, unquote(password), *(value.get_secret_value() for value in values)]
+        return tuple(secret for secret in secrets if secret and secret not in PUBLIC_PASSWORDS)
+
+    def warnings(self) -> list[str]:
+        """What is allowed and yet probably not meant, one line each, with the variable's name first."""
+        return [*self._odd_combinations(), *self._strays]
+
+    def _odd_combinations(self) -> Iterator[str]:
+        if self.shutdown_grace < self.model_timeout:
+            yield (
+                f"VQA_SHUTDOWN_GRACE: {self.shutdown_grace:g} s are less than VQA_MODEL_TIMEOUT"
+                f" ({self.model_timeout:g} s): a stop can cut off calls that are paid for"
+            )
+        if self.job_timeout < self.model_timeout:
+            yield (
+                f"VQA_JOB_TIMEOUT: {self.job_timeout:g} s are less than VQA_MODEL_TIMEOUT"
+                f" ({self.model_timeout:g} s), which can then never be reached"
+            )
+        if shows_key(self.model_base_url):
+            yield "VQA_MODEL_BASE_URL: the API key goes over the network in clear; use https://"

@@ -1,0 +1,66 @@
+"""Reading the settings: the environment, then `.env`, then a folder of files, by pydantic-settings."""
+
+import difflib
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from dotenv import dotenv_values
+from pydantic import ValidationError
+
+from worker.settings.faults import PREFIX, SettingsError, fault_lines, variable
+from worker.settings.model import Settings
+
+KNOWN_VARIABLES: Final = frozenset(variable(field) for field in Settings.model_fields)
+
+# Variables that Kubernetes sets in every pod for each Service, here for one whose name begins with "vqa".
+_SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP|SCTP)")
+
+
+def load_settings(*, env_file: Path | None = Path(".env")) -> Settings:
+    """Read the settings.
+
+    Args:
+        env_file: the file of `NAME=value` lines; it need not exist. None: not looked for.
+
+    Raises:
+        SettingsError: with every fault there is.
+    """
+    try:
+        written = dotenv_values(env_file) if env_file else {}
+    except (OSError, ValueError) as error:
+        raise SettingsError([f"{env_file}: cannot be read: {_reason(error)}"]) from None
+    named = os.environ.get(variable("secrets_dir")) or written.get(variable("secrets_dir")) or ""
+    folder = named.strip() or None
+    try:
+        with warnings.catch_warnings(record=True) as doubts:
+            warnings.simplefilter("always", UserWarning)
+            settings = Settings(_env_file=env_file, _secrets_dir=folder)
+    except ValidationError as error:
+        # The original is not chained: a traceback would show the values that it holds.
+        raise SettingsError(list(fault_lines(error))) from None
+    except (OSError, ValueError) as error:
+        raise SettingsError([f"VQA_SECRETS_DIR: {folder!r} cannot be read: {_reason(error)}"]) from None
+    if doubts:
+        # What the library only warns of, such as a folder where it looks for a file.
+        raise SettingsError([f"{variable('secrets_dir')}: {doubt.message}" for doubt in doubts])
+    settings.strays.extend([*_strays("the environment", os.environ), *_strays(str(env_file), written)])
+    return settings
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or "it is not UTF-8 text"
+
+
+def _strays(place: str, texts: Mapping[str, str | None]) -> Iterator[str]:
+    """A line for every name with the settings' prefix that is no setting."""
+    for name, text in sorted((name.upper(), text) for name, text in texts.items() if text is not None):
+        is_link = _SERVICE_LINK.search(name) or (name.endswith("_PORT") and "://" in text)
+        if not name.startswith(PREFIX) or name in KNOWN_VARIABLES or is_link:
+            continue
+        close = difflib.get_close_matches(name, KNOWN_VARIABLES, n=1, cutoff=0.75)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        yield f"{name}: in {place}, is not a setting and is ignored{hint}"

@@ -1,0 +1,110 @@
+"""The checks of URLs, and which common variable may give the key of the API at one.
+
+A check raises ValueError with the end of a sentence that the variable's name begins.
+"""
+
+import ipaddress
+import re
+from typing import Annotated, Final, TypeAlias
+from urllib.parse import SplitResult, urlsplit
+
+from pydantic import AfterValidator, SecretStr, ValidationInfo
+
+AMQP_PORTS: Final = {"amqp": 5672, "amqps": 5671}
+# Whose key the common variables hold; the settings' fields are named as these, in lower case.
+FALLBACK_KEYS: Final = {"deepinfra.com": "DEEPINFRA_TOKEN", "api.openai.com": "OPENAI_API_KEY"}
+
+
+def _split_url(url: str, *schemes: str) -> SplitResult:
+    """Take a URL apart, strictly: what two parsers might read differently is refused. Never shows the URL."""
+    if not re.fullmatch(r"[!-\[\]-~]+", url):
+        raise ValueError(
+            "must be a URL without blanks, backslashes, control or non-ASCII characters (percent-encode them)"
+        )
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ValueError(
+            "is not a URL: host or port cannot be read"
+            " (special characters in a password must be percent-encoded)"
+        ) from None
+    if parts.scheme not in schemes:
+        raise ValueError(f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+    if not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", parts.hostname or ""):
+        raise ValueError(f"must have a host, as in {schemes[0]}://host/")
+    return parts
+
+
+def _broker_url(secret: SecretStr) -> SecretStr:
+    if _split_url(secret.get_secret_value(), *AMQP_PORTS).fragment:
+        raise ValueError("has a '#' in it: special characters in a password must be percent-encoded")
+    return secret
+
+
+def _http_url(url: str) -> str:
+    parts = _split_url(url, "https", "http")
+    if "@" in parts.netloc:
+        raise ValueError("must not carry a user name or password: URLs are shown in logs")
+    if "?" in url or "#" in url:
+        raise ValueError("must not have a query or a fragment: paths are appended to it")
+    return url.rstrip("/")
+
+
+def _host_of(url: str) -> str:
+    """The host of a URL in lower case, without port; empty if it has none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def fallback_key_variable(base_url: str) -> str | None:
+    """Which common variable may stand in for `VQA_MODEL_API_KEY` at this URL.
+
+    A provider's key goes to no other provider.
+    """
+    host = f".{_host_of(base_url)}"
+    return next((name for domain, name in FALLBACK_KEYS.items() if host.endswith(f".{domain}")), None)
+
+
+def shows_key(base_url: str) -> bool:
+    """Whether a key sent there goes over a network in clear."""
+    host = _host_of(base_url)
+    if urlsplit(base_url).scheme == "https" or host == "localhost" or host.endswith(".localhost"):
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return True
+
+
+def _api_key(secret: SecretStr, info: ValidationInfo) -> SecretStr:
+    base_url = info.data.get("model_base_url", "")
+    if not secret.get_secret_value():
+        fallback_field = (fallback_key_variable(base_url) or "").lower()
+        secret = info.data.get(fallback_field, secret)
+    key = secret.get_secret_value()
+    if not key:
+        raise ValueError(_missing_key(base_url))
+    if not re.fullmatch(r"[!-~]+", key):
+        fallback = fallback_key_variable(base_url)
+        either = f"(or {fallback} in its place) " if fallback else ""
+        raise ValueError(
+            f"{either}has blanks, control or non-ASCII characters inside: it was not copied whole,"
+            " or too much was"
+        )
+    return secret
+
+
+def _missing_key(base_url: str) -> str:
+    asked = f"is not set: give the key of the API at {_host_of(base_url) or 'VQA_MODEL_BASE_URL'}"
+    if fallback := fallback_key_variable(base_url):
+        return f"{asked} (or set {fallback}, which is used for this host)"
+    others = " and ".join(FALLBACK_KEYS.values())
+    return f"{asked} (any word if it wants none; {others} are for their own hosts only)"
+
+
+BrokerUrl: TypeAlias = Annotated[SecretStr, AfterValidator(_broker_url)]
+HttpUrl: TypeAlias = Annotated[str, AfterValidator(_http_url)]
+ApiKey: TypeAlias = Annotated[SecretStr, AfterValidator(_api_key)]
