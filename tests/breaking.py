@@ -67,6 +67,17 @@ async def model_answered(stack: Stack, marker: str) -> None:
     await until(lambda: all(call.ended for call in calls_with(stack, marker)), "the model's answers")
 
 
+async def said(worker: Worker, status: str) -> tuple[int, list[str]]:
+    """Wait until `/readyz` says this status; returns the HTTP status and the reasons."""
+
+    def answer() -> tuple[int, list[str]] | None:
+        code, body = worker.ready()
+        return (code, body["reasons"]) if body.get("status") == status else None
+
+    found: tuple[int, list[str]] = await until(answer, f"the worker is {status}")
+    return found
+
+
 def events(worker: Worker, event: str) -> list[dict[str, Any]]:
     """The worker's log lines of one kind."""
     return [line for line in worker.log() if line.get("event") == event]

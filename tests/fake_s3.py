@@ -28,7 +28,7 @@ class FakeS3:
             return web.Response(body=content)
 
         fake = cls(give)
-        runner = web.ServerRunner(web.Server(fake._handle))
+        runner = web.ServerRunner(web.Server(fake._handle, handler_cancellation=True), shutdown_timeout=1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

@@ -112,11 +112,15 @@ class Worker:
 
     async def start(self) -> Self:
         """Start, and return when it takes jobs."""
+        await self.serve()
+        await until(lambda: self.ready()[0] == 200, "the worker is ready")
+        return self
+
+    async def serve(self) -> None:
+        """Start, and return when its endpoints answer, whether it takes jobs or not."""
         seen = len(self.log())
         self.launch()
         await until(lambda: self._started(seen), "the worker logs that it started")
-        await until(lambda: self.ready()[0] == 200, "the worker is ready")
-        return self
 
     def _started(self, seen: int) -> bool:
         assert self.process is not None
@@ -261,7 +265,9 @@ class Client:
 
     async def result(self, job_id: str | None, patience_s: float = PATIENCE_S) -> Reply:
         """The first result of a job."""
-        replies: list[Reply] = await until(lambda: self.replies.get(job_id), f"a result for {job_id}", patience_s)
+        replies: list[Reply] = await until(
+            lambda: self.replies.get(job_id), f"a result for {job_id}", patience_s
+        )
         return replies[0]
 
     async def ask(self, patience_s: float = PATIENCE_S, **fields: Any) -> Reply:

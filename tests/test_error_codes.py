@@ -300,6 +300,7 @@ async def test_an_embedded_image_far_too_large_is_not_even_decoded(strict: Stric
         b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>",
         b"x",
     ],
+    ids=["GIF", "BMP", "SVG", "PDF", "AVIF", "WAV", "a cut signature", "an error of S3", "a byte"],
 )
 async def test_image_unsupported_type(
     strict: Strict, stack: Stack, put_image: PutImage, content: bytes

@@ -8,10 +8,10 @@ import random
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator
-from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
+from aiohttp import web
 
 from deploy.local.stack import Stack
 from deploy.local.standin.calls import Call
@@ -126,16 +126,48 @@ async def test_a_key_is_taken_literally(client: Client, stack: Stack, put_image:
     }
 
 
-async def test_slashes_and_dots_of_a_key_are_asked_for_as_they_are(stack: Stack, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+async def faked(
+    stack: Stack, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[FakeS3, Client]]:
+    """A worker whose S3 is a fake, and its client."""
+    folder = tmp_path_factory.mktemp("faked")
     async with (
         FakeS3.serving(picture()) as s3,
-        Worker.running(stack, tmp_path, VQA_S3_ENDPOINT_URL=s3.url) as worker,
+        Worker.running(stack, folder, VQA_S3_ENDPOINT_URL=s3.url, VQA_MAX_IMAGE_BYTES="1000") as worker,
         Client.of(stack, worker) as client,
     ):
-        for key in KEYS_OF_ODD_PATHS:
-            await _look(client, stack, f"s3://{BUCKET}/{key}")
-            asked = s3.targets.pop().partition("?")[0]
-            assert asked == f"/{BUCKET}/{quote(key, safe='/~')}"
+        yield s3, client
+
+
+@pytest.mark.parametrize("key", KEYS_OF_ODD_PATHS)
+async def test_slashes_and_dots_of_a_key_are_asked_for_as_they_are(
+    stack: Stack, faked: tuple[FakeS3, Client], key: str
+) -> None:
+    s3, client = faked
+    await _look(client, stack, f"s3://{BUCKET}/{key}")
+    assert s3.targets.pop().partition("?")[0] == f"/{BUCKET}/{quote(key, safe='/~')}"
+
+
+async def test_an_image_is_known_to_be_too_large_before_its_bytes_are_read(
+    faked: tuple[FakeS3, Client],
+) -> None:
+    s3, client = faked
+
+    async def announce(request: web.BaseRequest) -> web.StreamResponse:
+        """Tell the size, and never send a byte."""
+        response = web.StreamResponse(headers={"Content-Length": str(10**12)})
+        await response.prepare(request)
+        await asyncio.Event().wait()
+        return response
+
+    usual, s3.answer = s3.answer, announce
+    reply = await client.ask(question="?", images=[f"s3://{BUCKET}/large"])
+    s3.answer = usual
+
+    assert reply.body["error"]["code"] == "image_too_large"
+    assert "has 1000000000000 bytes; VQA_MAX_IMAGE_BYTES allows 1000" in reply.body["error"]["message"]
+    assert len(s3.targets) == 1
 
 
 async def test_a_link_is_passed_on_untouched_and_not_fetched(client: Client, stack: Stack) -> None:

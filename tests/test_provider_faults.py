@@ -2,7 +2,6 @@
 
 import email.utils
 import re
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import pytest
 
 from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Error, Hang, Outcome
-from tests.breaking import calls_begun, events, publish, results, statuses
+from tests.breaking import calls_begun, events, publish, results, said, statuses
 from tests.proxy import Proxy
 from tests.running import Client, Worker, calls_with, until
 
@@ -58,20 +57,11 @@ async def scene(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> A
             worker.kill()
 
 
-def job_ids(scene: Scene, marker: str) -> list[str]:
-    """Which job each call was about, in the order of the calls."""
-    return [call.question.split()[-1] for call in calls_with(scene.stack, marker)]
-
-
 async def paused(scene: Scene) -> str:
     """Wait until the worker is paused; returns why."""
-    status, body = await until(
-        lambda: (lambda it: it if it[1].get("status") == "paused" else None)(scene.worker.ready()),
-        "it is paused",
-    )
+    status, (reason,) = await said(scene.worker, "paused")
     assert status == 200
-    (reason,) = body["reasons"]
-    return str(reason)
+    return reason
 
 
 @pytest.mark.parametrize(
@@ -129,17 +119,24 @@ async def test_an_outage_pauses_the_worker_costs_no_job_and_ends_by_itself(
 async def test_a_paused_worker_tries_seldom_and_each_time_with_another_job(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=401), marker=marker, times=None)
-    started = time.monotonic()
     ids = await publish(scene.client, 4, marker)
-    await until(lambda: scene.client.depth(scene.worker.jobs_queue), "a job is given back")
-    await calls_begun(scene.stack, marker, 5)
+
+    async def are_back() -> bool:
+        return await scene.client.depth(scene.worker.jobs_queue) == 4
+
+    await paused(scene)
+    await until(are_back, "the jobs are given back")
+    before = len(calls_with(scene.stack, marker))
+    await calls_begun(scene.stack, marker, before + 1)
     scene.stack.model.configure(rules=[])
     assert statuses(await results(scene.client, ids)) == {"succeeded": 4}
 
-    # One call a job; a trial after one second, and one after two more, which went well.
-    assert time.monotonic() - started > 2.9
-    assert len(calls_with(scene.stack, marker)) == 4 + 2 + 3
-    assert len(set(job_ids(scene, marker)[4:6])) == 2
+    # A trial that went wrong, the next one after at least twice the first second, and then the other jobs.
+    failed, tried = calls_with(scene.stack, marker)[before : before + 2]
+    assert (failed.status, tried.status) == (401, 200)
+    assert tried.started - failed.started > 1.9
+    assert tried.question != failed.question
+    assert len(calls_with(scene.stack, marker)) == before + 1 + 4
     await until(scene.is_at_peace, "all is well again")
 
 
@@ -193,7 +190,7 @@ async def test_an_api_that_takes_few_calls_at_once_gets_fewer_and_answers_every_
 
 
 async def test_a_job_that_always_fails_exhausts_its_own_attempts_and_disturbs_no_other(scene: Scene) -> None:
-    """First alone, when nothing tells its trouble from an outage but that it is a single job; then in company."""
+    """First alone, when only their number tells its trouble from an outage, then in company."""
     pauses = len(events(scene.worker, "paused"))
     for company in (0, 6):
         poison, good = uuid.uuid4().hex, uuid.uuid4().hex

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from deploy.local.stack import Stack
-from tests.breaking import events, publish, results, statuses
+from tests.breaking import events, publish, results, said
 from tests.conftest import BUCKET, MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Client, Worker, calls_with, until
@@ -45,7 +45,7 @@ async def scene(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> A
             own_stack,
             tmp_path_factory.mktemp("s3"),
             VQA_S3_ENDPOINT_URL=proxy.url(own_stack.s3.endpoint_url),
-            VQA_JOB_TIMEOUT="4",
+            VQA_JOB_TIMEOUT="2.5",
         )
         try:
             await worker.start()
@@ -61,25 +61,24 @@ async def ask(scene: Scene, image: str) -> tuple[str, int]:
     return (reply.body["error"] or {}).get("code", reply.body["status"]), reply.body["attempts"]
 
 
-async def test_jobs_wait_for_an_s3_that_is_gone_and_lose_no_attempt(
-    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
-) -> None:
+async def test_jobs_wait_for_an_s3_that_is_gone_and_lose_no_attempt(own_stack: Stack, scene: Scene) -> None:
     image, marker = put(own_stack), uuid.uuid4().hex
-    worker = await start_own_worker(VQA_MAX_ATTEMPTS="1")
-    client = await own_client_of(worker)
+    worker, client = scene.worker, scene.client
+    # Behind the proxy, S3's port would still be open.
+    await scene.proxy.refuse()
     await asyncio.to_thread(own_stack.s3.stop)
+    scene.proxy.reset()
     try:
         ids = await publish(client, 8, marker, image=image)
-        status, body = await until(
-            lambda: (lambda it: it if it[1].get("status") == "paused" else None)(worker.ready()), "a pause"
-        )
+        status, reasons = await said(worker, "paused")
         assert status == 200
-        assert [reason.partition(":")[0] for reason in body["reasons"]] == ["s3"]
+        assert [reason.partition(":")[0] for reason in reasons] == ["s3"]
         assert worker.metric("vqa_dependency_up", dependency="s3") == 0
         assert worker.metric("vqa_dependency_up", dependency="model") == 1
         await until(lambda: client.depth(worker.jobs_queue), "jobs are given back")
     finally:
         await asyncio.to_thread(own_stack.s3.start)
+        await scene.proxy.accept()
     replies = await results(client, ids)
 
     assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
@@ -87,7 +86,6 @@ async def test_jobs_wait_for_an_s3_that_is_gone_and_lose_no_attempt(
     assert [event["dependency"] for event in events(worker, "paused")] == ["s3"]
     assert worker.ready() == (200, {"status": "ready", "reasons": []})
     assert worker.metric("vqa_dependency_up", dependency="s3") == 1
-    assert await worker.stop() == 0
     assert await client.depth(worker.jobs_queue) == await client.depth(worker.dead_letter_queue) == 0
 
 
@@ -97,11 +95,10 @@ async def test_wrong_credentials_pause_the_worker_until_one_comes_with_the_right
     wrong = await start_own_worker(AWS_SECRET_ACCESS_KEY="not-the-secret-key")
     client = await own_client_of(wrong)
     ids = await publish(client, 3, "What is it?", image=put(own_stack))
-    await until(lambda: wrong.ready()[1].get("status") == "paused", "a pause")
-    status, body = wrong.ready()
+    status, (reason,) = await said(wrong, "paused")
     assert status == 200
-    assert "SignatureDoesNotMatch" in body["reasons"][0]
-    assert "AWS credentials" in body["reasons"][0]
+    assert "SignatureDoesNotMatch" in reason
+    assert "AWS credentials" in reason
     assert client.replies == {}
 
     right = await start_own_worker(wait=False, like=wrong, VQA_DELIVERY_LIMIT="1")
@@ -134,7 +131,7 @@ async def test_an_image_that_breaks_off_is_read_again(scene: Scene, *, politely:
 
 
 async def test_a_slow_network_only_takes_longer(scene: Scene) -> None:
-    scene.proxy.delay_s = 0.15
+    scene.proxy.delay_s = 0.1
     try:
         assert await ask(scene, put(scene.stack)) == ("succeeded", 1)
     finally:

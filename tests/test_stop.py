@@ -3,24 +3,21 @@
 import asyncio
 import signal
 import uuid
-from typing import Any
 
 from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Answer, Error, Hang
-from tests.breaking import calls_begun, events, job, publish, results
+from tests.breaking import calls_begun, events, job, publish, results, said
 from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Worker, calls_with, until
+
+BASIC_GET = b"\x00\x3c\x00\x46"
+"""AMQP 0-9-1: the class and method by which a single message is asked for."""
 
 
 def signal_to(worker: Worker, number: signal.Signals) -> None:
     assert worker.process is not None
     worker.process.send_signal(number)
-
-
-def unready(worker: Worker) -> dict[str, Any] | None:
-    status, body = worker.ready()
-    return body if status == 503 else None
 
 
 async def test_the_first_signal_finishes_what_runs_and_gives_back_what_was_not_begun(
@@ -38,7 +35,7 @@ async def test_the_first_signal_finishes_what_runs_and_gives_back_what_was_not_b
     await until(lambda: first.metric("vqa_jobs_in_flight") == 40, "all are prefetched")
 
     signal_to(first, signal.SIGTERM)
-    assert (await until(lambda: unready(first), "not ready"))["status"] == "stopping"
+    assert (await said(first, "stopping"))[0] == 503
     assert first.get("/livez")[0] == 200
     # What was not begun is back while the others still run, and what comes now is not for this worker.
     late = await publish(client, 2, waiting)
@@ -96,7 +93,7 @@ async def test_a_second_signal_ends_it_at_once_and_the_next_worker_answers_its_j
     await calls_begun(own_stack, marker, 4)
     for worker in (first, second):
         signal_to(worker, signal.SIGTERM)
-        await until(lambda worker=worker: unready(worker), "it is stopping")
+        await said(worker, "stopping")
 
     assert await first.stop(signal.SIGTERM, patience_s=5) == 143
     assert await second.stop(signal.SIGINT, patience_s=5) == 130
@@ -119,14 +116,43 @@ async def test_a_worker_without_work_a_broker_or_a_model_stops_as_well(
         await paused.start()
         client = await own_client_of(paused)
         (lost,) = await publish(client, 1, marker)
-        await until(lambda: paused.ready()[1].get("status") == "paused", "it is paused")
+        await said(paused, "paused")
         await until(lambda: events(lonely, "rabbitmq_unreachable"), "it waits for the broker")
         codes = await asyncio.gather(paused.stop(patience_s=10), lonely.stop(patience_s=10))
 
-    assert codes == [0, 0], paused.output() + lonely.output()
+    assert list(codes) == [0, 0], paused.output() + lonely.output()
     message = await client.take(paused.jobs_queue)
     assert lost in message.body.decode()
     assert "vqa-attempts" not in message.headers
+
+
+async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor_disturbs_another(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    running, barred = uuid.uuid4().hex, uuid.uuid4().hex
+    own_stack.model.play(Answer(after=2.5), marker=running, times=None)
+    own_stack.model.play(Error(status=401), marker=barred, times=None)
+    async with Proxy.before(own_stack.rabbitmq.url) as proxy:
+        worker = await start_own_worker(VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
+        client = await own_client_of(worker)
+        ids = await publish(client, 1, running)
+        await calls_begun(own_stack, running, 1)
+        await publish(client, 1, barred)
+        await said(worker, "paused")
+        await until(lambda: client.depth(worker.jobs_queue), "the job is given back")
+        # The worker asks for a job to try with, and is told to stop before it has an answer.
+        proxy.delay_s = 0.5
+        await until(lambda: any(BASIC_GET in link.sent for link in proxy.links), "it asks")
+        assert await worker.stop() == 0, worker.output()
+
+    (reply,) = await results(client, ids, patience_s=1)
+    assert reply.body["status"] == "succeeded"
+    assert len(calls_with(own_stack, barred)) == 1
+    # A channel that was closed early would have brought back the job that ran, too.
+    assert await client.depth(worker.jobs_queue) == 1
+    message = await client.take(worker.jobs_queue)
+    assert barred in message.body.decode()
+    assert {name: value for name, value in message.headers.items() if value}.keys() == {"vqa-copy"}
 
 
 async def test_a_broker_that_comes_back_within_the_grace_still_gets_the_results(

@@ -32,6 +32,9 @@ from worker.retry import Exhausted, RetryPolicy, TooLate, TryAgain, after_attemp
 
 log = structlog.get_logger(__name__)
 
+# Event loops fire timers some milliseconds early: waiting for a moment, wait a little longer.
+TIMER_SLACK_S = 0.02
+
 _TOO_OFTEN = (
     "the job was delivered {} times without coming to an end (VQA_DELIVERY_LIMIT): "
     "it may be what stops the workers that take it"
@@ -153,7 +156,7 @@ class Processor:
         """
         left_s = self._time_left_s(report)
         if job.deadline is not None:
-            left_s = min(left_s, (job.deadline - datetime.now(UTC)).total_seconds())
+            left_s = min(left_s, (job.deadline - datetime.now(UTC)).total_seconds() + TIMER_SLACK_S)
         try:
             async with asyncio.timeout(left_s):
                 await stack.enter_async_context(self._gate.slot())

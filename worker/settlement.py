@@ -21,7 +21,7 @@ from worker.result import Result
 log = structlog.get_logger(__name__)
 
 DIRECT_REPLY_TO = "amq.rabbitmq.reply-to."
-# How long to wait before a message that no queue took is tried again.
+# How long to wait before a message is tried again that no queue took, though the queues were made anew.
 UNROUTABLE_DELAY_S = 5.0
 
 
@@ -120,13 +120,15 @@ class Settlement:
 
     async def _deliver(self, message: Outgoing) -> None:
         """Publish to a queue of the worker's own; one that has gone is made again."""
+        delay_s = 0.0
         while True:
             try:
                 return await self._publisher.publish(message)
             except UnroutableError:
-                log.error("queue_missing", queue=message.routing_key, next_try_s=UNROUTABLE_DELAY_S)  # noqa: TRY400
+                log.error("queue_missing", queue=message.routing_key, next_try_s=delay_s)  # noqa: TRY400
             await self._publisher.restore_topology()
-            await asyncio.sleep(UNROUTABLE_DELAY_S)
+            await asyncio.sleep(delay_s)
+            delay_s = UNROUTABLE_DELAY_S
 
 
 def _has_somebody_to_tell(delivery: Delivery, outcome: DeadLetter) -> bool:

@@ -187,6 +187,17 @@ async def test_a_message_that_the_publisher_sends_again_later_is_worked_on_again
     assert len(worker.publisher.results()) == 3
 
 
+async def test_a_message_that_is_sent_again_after_a_lost_connection_is_no_redelivery(worker: Worker) -> None:
+    worker.work.may_end.set()
+    await worker.in_flight.accept(worker.connection.delivers()[0])
+    worker.connection.lives = False
+    again, events = Connection().delivers()
+    await worker.in_flight.accept(again)
+    assert len(worker.work.started) == 2
+    assert len(worker.publisher.results()) == 2
+    assert events == ["ack"]
+
+
 async def test_twins_of_which_one_is_settled_when_the_connection_is_lost_lose_no_result(
     worker: Worker,
 ) -> None:

@@ -346,7 +346,7 @@ def test_an_id_is_any_printable_text_of_up_to_256_characters(text: str) -> None:
     assert read({**SHORT, "id": text}).id == text
 
 
-@given(value=VALUES | st.text(st.characters()))
+@given(value=VALUES | st.text(st.characters(exclude_categories=[])))
 def test_what_is_a_readable_id_is_short_printable_text(value: Any) -> None:
     if readable_id(value) is not None:
         assert value.isprintable()
@@ -598,6 +598,21 @@ def test_the_short_form_asks_the_same_as_the_long_one(
     )
 
 
+@pytest.mark.parametrize(
+    ("detail", "send_detail", "sent"),
+    [("low", True, {"detail": "low"}), ("low", False, {}), (None, True, {}), (None, False, {})],
+)
+def test_detail_is_sent_on_demand_and_only_where_there_is_some(
+    detail: str | None, send_detail: bool, sent: dict[str, str]
+) -> None:
+    image = {"url": "u", "detail": detail}
+    short = {**SHORT, "images": [image]}
+    long = {"id": "a", "messages": saying({"type": "image_url", "image_url": image})}
+    for fields in (short, long):
+        part = rendered(fields, send_detail=send_detail)[0]["content"][0]
+        assert part == {"type": "image_url", "image_url": {"url": "u", **sent}}
+
+
 def test_images_are_called_by_their_place_in_the_job() -> None:
     short = Conversation(read({**SHORT, "system": "s", "images": ["u", {"url": "v", "detail": "low"}]}))
     assert short.images() == [ImageRef("images[0]", "u"), ImageRef("images[1]", "v", "low")]
@@ -613,11 +628,15 @@ def test_urls_and_images_have_to_be_as_many() -> None:
         Conversation(read(SHORT)).render([], send_detail=True)
 
 
-@given(value=VALUES | st.text(st.characters()))
+@given(value=VALUES | st.text(st.characters(exclude_categories=[])))
 def test_json_that_the_worker_writes_is_strict_utf_8(value: Any) -> None:
     again = json.loads(to_json(value).decode(), parse_constant=_refuse_constant)
     if not isinstance(value, str):
         assert again == value
+
+
+def test_a_lone_surrogate_that_is_written_becomes_a_question_mark() -> None:
+    assert to_json({"\ud800": ["a\udc00b"]}) == b'{"?":["a?b"]}'
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [float("-inf")]])

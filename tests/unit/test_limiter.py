@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.running import until
@@ -412,7 +411,6 @@ OPERATIONS = st.lists(
 )
 
 
-@hypothesis_settings(deadline=None)
 @given(maximum=st.integers(1, 4), operations=OPERATIONS)
 async def test_no_place_is_lost_or_made_up_whatever_happens_in_which_order(
     maximum: int, operations: list[tuple[str, int, int]]

@@ -87,8 +87,8 @@ async def test_what_goes_where_is_a_result_or_the_job_itself() -> None:
     for outcome in (ANSWERED, REFUSED):
         (reply,), _ = await settled(outcome, body=body)
         assert reply.body == outcome.result.to_body()
-    for outcome in (RETRY, GIVEN_BACK):
-        (copy,), _ = await settled(outcome, body=body)
+    for unsettled in (RETRY, GIVEN_BACK):
+        (copy,), _ = await settled(unsettled, body=body)
         assert json.loads(copy.body) == body
     (reply, letter), _ = await settled(DEAD, body=body)
     assert reply.body == FAILED.to_body()
@@ -127,9 +127,10 @@ async def test_an_unreadable_message_of_nobody_is_only_kept() -> None:
     ids=str,
 )
 async def test_an_unreadable_message_of_somebody_is_told_of_and_kept(
-    sign: dict[str, str], queue: str
+    sign: dict[str, Any], queue: str
 ) -> None:
-    published, _ = await settled(UNREADABLE, **{"message_id": None, **sign})
+    properties: dict[str, Any] = {"message_id": None, **sign}
+    published, _ = await settled(UNREADABLE, **properties)
     assert [message.routing_key for message in published] == [queue, "jobs.dead"]
     assert json.loads(published[0].body)["id"] is None
 
@@ -231,7 +232,7 @@ async def test_a_result_that_has_no_queue_at_all_waits_for_the_results_queue() -
 
 
 async def test_the_publisher_is_told_before_the_job_is_buried() -> None:
-    """Dying in between, the worker leaves a job that is delivered again, not a publisher that waits for ever."""
+    """A worker that dies in between leaves a job that comes again, not a publisher that waits for ever."""
     publisher = FakePublisher()
     publisher.let_go.clear()
     delivery = a_delivery()
@@ -288,7 +289,7 @@ async def test_a_job_that_has_not_ended_counts_as_no_ended_job(outcome: Outcome)
         (REFUSED, "warning", "job"),
         (DEAD, "error", "job"),
         (RETRY, "warning", "job_retry"),
-        (GIVEN_BACK, "info", "job_given_back"),
+        (GIVEN_BACK, "debug", "job_given_back"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

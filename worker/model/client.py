@@ -6,6 +6,7 @@ The openai SDK carries the call; its retries are off, since retrying is decided 
 import asyncio
 import email.utils
 import json
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -61,7 +62,8 @@ class Model:
             api_key=api_key,
             default_headers=dict(headers),
             max_retries=0,
-            timeout=openai.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
+            # Half the time at most: a connection that nobody answers must be told from a slow answer.
+            timeout=openai.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s / 2)),
             # A redirected POST would come out as a GET: a wrong base URL is better said than followed.
             http_client=openai.DefaultAsyncHttpxClient(
                 follow_redirects=False,
@@ -175,18 +177,23 @@ def _api_message(error: openai.APIStatusError) -> str:
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     """`Retry-After` in seconds (a number or an HTTP date, RFC 9110 §10.2.3), or `retry-after-ms`."""
-    try:
-        if "retry-after-ms" in headers:
-            seconds = float(headers["retry-after-ms"]) / 1000
-        else:
-            seconds = _parse_retry_after(headers["retry-after"])
-    except (KeyError, ValueError, TypeError, OverflowError):
-        return None
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S) if seconds == seconds else None  # noqa: PLR0124 - NaN
+    milliseconds, value = _number(headers.get("retry-after-ms", "")), headers.get("retry-after", "")
+    seconds = _number(value) if milliseconds is None else milliseconds / 1000
+    if seconds is None:
+        seconds = _seconds_until(value)
+    return None if seconds is None else min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
 
 
-def _parse_retry_after(value: str) -> float:
+def _number(value: str) -> float | None:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        return None
+    return None if math.isnan(number) else number
+
+
+def _seconds_until(date: str) -> float | None:
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import parse_qs, urlsplit
 
 import aio_pika
+import pamqp.commands
 import structlog
 from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import (
@@ -21,11 +22,14 @@ log = structlog.get_logger(__name__)
 
 DIAL_TIMEOUT_S = 15.0
 FIRST_DELAY_S = 0.25
-LONGEST_DELAY_S = 5.0
+LONGEST_DELAY_S = 3.0
 # aiormq ends a connection after three times as long a silence; a minute is long for a queue of paid work.
 HEARTBEAT_S = 20
-# AMQP 0-9-1: the code for a virtual host that doesn't exist or may not be used.
+# AMQP 0-9-1: the code for a virtual host that doesn't exist or may not be used. RabbitMQ has it for too many
+# connections, too, which pass.
 _NOT_ALLOWED = 530
+# Without this, aiormq takes the refusal of a virtual host for a broken frame, and its reason is lost.
+pamqp.commands.Connection.Open.valid_responses = ["Connection.OpenOk", "Connection.Close"]
 
 
 class BrokerRefusedError(Exception):
@@ -100,7 +104,8 @@ class Broker:
             text = "VQA_RABBITMQ_URL: the broker refuses this user name and password"
             raise BrokerRefusedError(text) from None
         except ConnectionClosed as error:
-            if error.args and error.args[0] == _NOT_ALLOWED:
+            code, reason = (*error.args, "", "")[:2]
+            if code == _NOT_ALLOWED and "limit" not in str(reason):
                 text = "VQA_RABBITMQ_URL: the virtual host does not exist, or this user may not use it"
                 raise BrokerRefusedError(text) from None
             raise

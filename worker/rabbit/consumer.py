@@ -21,9 +21,9 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 FIRST_DELAY_S = 0.25
-LONGEST_DELAY_S = 5.0
+LONGEST_DELAY_S = 3.0
 # A session that lasted so long was a good one: the next trouble starts with a short delay again.
-GOOD_SESSION_S = 30.0
+GOOD_SESSION_S = 2.0
 
 
 class Consumer:

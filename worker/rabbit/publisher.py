@@ -21,7 +21,7 @@ from worker.rabbit.topology import Topology, TopologyError, establish
 log = structlog.get_logger(__name__)
 
 FIRST_DELAY_S = 0.25
-LONGEST_DELAY_S = 5.0
+LONGEST_DELAY_S = 3.0
 # The library waits for ever for a channel on a connection that is lost while the broker blocks it.
 RESTORE_TIMEOUT_S = 60.0
 

@@ -3,14 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import aio_pika
 from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import ChannelClosed
 from pamqp.common import FieldValue
 
 from worker.settings import BROKER_DELIVERY_LIMIT, Settings, retry_queue
-
-_NOT_FOUND, _ACCESS_REFUSED = 404, 403
 
 
 class TopologyError(Exception):
@@ -130,11 +127,22 @@ async def _fault_of_exchange(connection: AbstractConnection, topology: Topology)
     return None
 
 
-def _explain(error: aio_pika.exceptions.ChannelClosed, what: str, *, declared: bool) -> str:
-    code, reason = (*error.args, "")[:2] if error.args else (0, "")
-    if code == _NOT_FOUND:
-        return f"{what} does not exist: create it, or let the worker do so with VQA_DECLARE_TOPOLOGY=true"
-    if code == _ACCESS_REFUSED:
-        hint = "; or create it and set VQA_DECLARE_TOPOLOGY=false" if declared else ""
-        return f"{what}: the user of VQA_RABBITMQ_URL lacks a permission: {reason}{hint}"
-    return f"{what} exists with other arguments: {reason}; delete it, change it by a policy, or name another"
+def _explain(error: ChannelClosed, what: str, *, declared: bool) -> str:
+    """What is wrong, by the reply text: the library keeps the code only where it has no class for it.
+
+    Raises:
+        ChannelClosed: `error`, if it is the broker that is in trouble and not the queue.
+    """
+    reason = str(error.args[-1]) if error.args else ""
+    match reason.split(" - ")[0]:
+        case "NOT_FOUND":
+            return f"{what} does not exist: create it, or let the worker do so with VQA_DECLARE_TOPOLOGY=true"
+        case "ACCESS_REFUSED":
+            hint = "; or create it and set VQA_DECLARE_TOPOLOGY=false" if declared else ""
+            return f"{what}: the user of VQA_RABBITMQ_URL lacks a permission: {reason}{hint}"
+        case "RESOURCE_LOCKED":
+            return f"{what} is another connection's own: {reason}; name another"
+        case "PRECONDITION_FAILED":
+            advice = "delete it, change it by a policy, or name another"
+            return f"{what} exists with other arguments: {reason}; {advice}"
+    raise error

@@ -1,0 +1,158 @@
+"""The endpoints of a worker in each of its states, from before there is a broker until its end."""
+
+import asyncio
+import http.client
+import socket
+import uuid
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.local.stack import Stack
+from deploy.local.standin.behaviour import Answer
+from tests.conftest import BUCKET, MakeClient, StartWorker
+from tests.proxy import Proxy
+from tests.running import Worker, calls_with, until
+
+LINK = "https://example.com/x.png"
+
+
+async def test_it_is_unready_until_there_is_a_broker_and_while_there_is_none(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    async with Proxy.before(stack.rabbitmq.url, listens=False) as broker:
+        worker = await start_worker(wait=False, VQA_RABBITMQ_URL=broker.url(stack.rabbitmq.url))
+        await worker.serve()
+        _has_no_broker(worker)
+
+        await broker.accept()
+        await until(lambda: worker.ready() == (200, {"status": "ready", "reasons": []}), "it is ready")
+        assert worker.metric("vqa_dependency_up", dependency="rabbitmq") == 1
+        client = await client_of(worker)
+        assert (await client.ask(question="?", images=[LINK])).body["status"] == "succeeded"
+
+        await broker.refuse()
+        broker.reset()
+        await until(lambda: worker.ready()[0] == 503, "it is not ready")
+        _has_no_broker(worker)
+        assert await worker.stop() == 0
+
+
+def _has_no_broker(worker: Worker) -> None:
+    assert worker.ready() == (503, {"status": "no_broker", "reasons": ["not connected to RabbitMQ"]})
+    assert worker.get("/livez")[0] == 200
+    assert worker.metric("vqa_dependency_up", dependency="rabbitmq") == 0
+
+
+async def test_it_is_unready_from_the_signal_on_and_alive_to_the_end(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    worker = await start_worker()
+    client = await client_of(worker)
+    job_id, marker = uuid.uuid4().hex, uuid.uuid4().hex
+    stack.model.play(Answer(after=1.0), marker=marker)
+    await client.publish({"id": job_id, "question": marker, "images": [LINK]})
+    await until(lambda: calls_with(stack, marker), "the call")
+    assert worker.metric("vqa_jobs_in_flight") == 1
+
+    stopping = asyncio.create_task(worker.stop())
+    await until(lambda: worker.ready()[0] == 503, "it is not ready")
+    assert worker.ready() == (503, {"status": "stopping", "reasons": ["the worker was told to stop"]})
+    assert worker.get("/livez")[0] == 200
+    assert worker.metric("vqa_jobs_in_flight") == 1
+
+    assert (await client.result(job_id)).body["status"] == "succeeded"
+    assert await stopping == 0
+    assert worker.get("/livez") == (0, "")
+
+
+async def test_it_stays_ready_while_it_pauses_on_purpose_and_says_why(
+    start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        worker = await start_worker(VQA_S3_ENDPOINT_URL=nowhere)
+        client = await client_of(worker)
+        job_id = uuid.uuid4().hex
+        await client.publish({"id": job_id, "question": "?", "images": [f"s3://{BUCKET}/x"]})
+        await until(lambda: worker.ready()[1]["status"] == "paused", "it pauses")
+
+        status, body = worker.ready()
+        assert status == 200
+        assert [reason.partition(": ")[0] for reason in body["reasons"]] == ["s3"]
+        assert "cannot be reached" in body["reasons"][0]
+        assert worker.get("/livez")[0] == 200
+        up = {
+            kind: worker.metric("vqa_dependency_up", dependency=kind) for kind in ("model", "s3", "rabbitmq")
+        }
+        assert up == {"model": 1, "s3": 0, "rabbitmq": 1}
+        assert await worker.stop() == 0
+    assert job_id not in client.replies
+    await until(lambda: client.depth(worker.jobs_queue), "the job is back")
+
+
+async def test_livez_tells_when_the_event_loop_last_turned(worker: Worker) -> None:
+    status, body, content_type = _request(worker, "GET", "/livez")
+    assert status == 200
+    assert content_type.startswith("application/json")
+    assert body.startswith(b'{"status": "alive", "heartbeat_age_s": ')
+
+
+async def test_readyz_is_json(worker: Worker) -> None:
+    status, body, content_type = _request(worker, "GET", "/readyz")
+    assert (status, body) == (200, b'{"status": "ready", "reasons": []}')
+    assert content_type.startswith("application/json")
+
+
+async def test_metrics_are_in_prometheus_s_text_format(worker: Worker) -> None:
+    status, body, content_type = _request(worker, "GET", "/metrics")
+    assert status == 200
+    assert content_type == "text/plain; version=0.0.4; charset=utf-8"
+    names = {family.name for family in text_string_to_metric_families(body.decode())}
+    assert {"vqa_jobs", "process_cpu_seconds", "python_gc_objects_collected"} <= names
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/healthz", "/livez/", "/metrics/x", "//livez", "/%2e%2e/metrics", "/x?livez"]
+)
+async def test_there_is_nothing_else(worker: Worker, path: str) -> None:
+    assert _request(worker, "GET", path)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
+async def test_probes_may_ask_for_the_head_and_change_nothing(worker: Worker, path: str) -> None:
+    status, body, _ = _request(worker, "HEAD", f"{path}?from=a-probe")
+    assert (status, body) == (200, b"")
+    for method in ("POST", "PUT", "DELETE"):
+        assert _request(worker, method, path)[0] == 405
+
+
+async def test_a_hundred_connections_that_say_nothing_keep_no_probe_out(worker: Worker) -> None:
+    idle = [socket.create_connection(("127.0.0.1", worker.port), timeout=5) for _ in range(100)]
+    try:
+        idle[0].sendall(b"GET /livez HT")
+        idle[1].sendall(b"\x16\x03\x01 no HTTP at all\r\n\r\n")
+        assert worker.get("/livez")[0] == 200
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+async def test_a_port_that_is_taken_ends_the_start(start_worker: StartWorker, worker: Worker) -> None:
+    taken = await start_worker(wait=False, VQA_HTTP_PORT=str(worker.port))
+    ended = await taken.run_to_end()
+    assert ended.code == 78
+    (line,) = ended.errors
+    assert line.startswith(f"VQA_HTTP_HOST, VQA_HTTP_PORT: cannot listen on 127.0.0.1:{worker.port}")
+
+
+def _request(worker: Worker, method: str, path: str) -> tuple[int, bytes, str]:
+    """Status, body and content type, with the path sent as it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", worker.port, timeout=10)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read(), response.headers["Content-Type"]
+    finally:
+        connection.close()

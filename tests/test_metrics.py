@@ -1,0 +1,312 @@
+"""The metrics of a fresh worker after jobs of every kind: each figure is what happened."""
+
+import asyncio
+import platform
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.local.stack import Stack
+from deploy.local.standin.behaviour import Answer, Error, Hang, Malformed, Outcome, Reset
+from tests.conftest import BUCKET, PutImage, picture
+from tests.running import Client, Reply, Worker, until
+from worker import __version__
+
+LINK = "https://images.example.com/a-name-for-nobody.png?sig=a-signature-for-nobody"
+SECRETS = ("a-question-for-nobody", "a-name-for-nobody", "a-signature-for-nobody", "a-note-for-nobody")
+MAX_CONCURRENCY = 16
+
+Labels = frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a worker tells after its jobs, and the results that it gave."""
+
+    exposition: str
+    log: str
+    before: Mapping[str, Mapping[Labels, float]]
+    after: Mapping[str, Mapping[Labels, float]]
+    results: Mapping[str, dict[str, Any]]
+    models: tuple[str, ...]
+    images: tuple[bytes, ...]
+    api_key: str
+
+    def values(self, name: str) -> dict[tuple[str, ...], float]:
+        """The samples of a metric by their labels' values, in the alphabetical order of the labels."""
+        return {
+            tuple(value for _, value in sorted(labels)): value for labels, value in self.after[name].items()
+        }
+
+    def sum_of(self, field: str, names: Iterable[str]) -> float:
+        """The sum of a figure of the results' usage."""
+        return sum(self.results[name]["usage"][field] or 0 for name in names)
+
+
+ANSWERED = ("two images", "after a 500", "after a reset", "after nonsense", "after a 429")
+
+
+@pytest.fixture(scope="module")
+async def told(stack: Stack, put_image: PutImage, tmp_path_factory: pytest.TempPathFactory) -> Told:
+    images = picture(), picture("JPEG", (100, 100))
+    async with (
+        Worker.running(
+            stack,
+            tmp_path_factory.mktemp("metrics"),
+            VQA_MAX_ATTEMPTS="2",
+            VQA_MODEL_TIMEOUT="3",
+            VQA_MAX_CONCURRENCY=str(MAX_CONCURRENCY),
+            VQA_LOG_LEVEL="debug",
+        ) as worker,
+        Client.of(stack, worker) as client,
+    ):
+        before = _samples(worker.get("/metrics")[1])
+        jobs: dict[str, dict[str, Any]] = {
+            "two images": {"images": [put_image(images[0]), put_image(images[1])]},
+            "other model": {"model": stack.model.models[1]},
+            "unknown model": {"model": 'evil"} 1\nvqa_jobs_total{x="'},
+            "missing image": {"images": [f"s3://{BUCKET}/a-name-for-nobody"]},
+            "rejected": {},
+            "empty": {},
+            "exhausted": {},
+            "after a 500": {},
+            "after a reset": {},
+            "after nonsense": {},
+            "after a 429": {},
+        }
+        outcomes: dict[str, Outcome] = {
+            "other model": Answer(usage="no_cost"),
+            "rejected": Error(status=422, message="a-note-for-nobody"),
+            "empty": Answer(text="", reasoning_content="a-note-for-nobody"),
+            "exhausted": Hang(),
+            "after a 500": Error(status=500, message="a-note-for-nobody"),
+            "after a reset": Reset(),
+            "after nonsense": Malformed(how="not_json"),
+            "after a 429": Error(status=429, headers={"Retry-After": "0.1"}),
+        }
+        replies = await asyncio.gather(
+            *(_result_of(client, stack, name, job, outcomes.get(name)) for name, job in jobs.items())
+        )
+        await client.publish(b"a-note-for-nobody", message_id="unreadable", timestamp=int(time.time()))
+        await client.result("unreadable")
+        await until(lambda: worker.metric("vqa_jobs_total") == len(jobs) + 1, "all jobs are counted")
+        exposition = worker.get("/metrics")[1]
+        return Told(
+            exposition=exposition,
+            log=worker.output(),
+            before=before,
+            after=_samples(exposition),
+            results={name: reply.body for name, reply in zip(jobs, replies, strict=True)},
+            models=stack.model.models,
+            images=images,
+            api_key=stack.model.api_key,
+        )
+
+
+async def _result_of(
+    client: Client, stack: Stack, name: str, job: dict[str, Any], outcome: Outcome | None
+) -> Reply:
+    """The result of a job, which meets this outcome at its first call; its last attempt, if it is to be."""
+    job_id = uuid.uuid4().hex
+    question = f"a-question-for-nobody {job_id}"
+    if outcome is not None:
+        stack.model.play(outcome, marker=question)
+    fields = {"id": job_id, "question": question, "images": [LINK], "metadata": {"x": "a-note-for-nobody"}}
+    attempts: dict[str, Any] = {"vqa-attempts": 1} if name == "exhausted" else {}
+    # Two have a timestamp: this one, and the one that is no job.
+    timed = {"timestamp": int(time.time())} if name == "two images" else {}
+    await client.publish({**fields, **job}, headers=attempts, **timed)
+    return await client.result(job_id)
+
+
+def _samples(exposition: str) -> dict[str, dict[Labels, float]]:
+    """Every sample: its name, labels and value."""
+    samples: dict[str, dict[Labels, float]] = {}
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            samples.setdefault(sample.name, {})[frozenset(sample.labels.items())] = sample.value
+    return samples
+
+
+def test_the_jobs_came_to_the_ends_that_the_figures_are_about(told: Told) -> None:
+    codes = {name: body["error"] and body["error"]["code"] for name, body in told.results.items()}
+    assert codes == {
+        **dict.fromkeys((*ANSWERED, "other model")),
+        "unknown model": "invalid_job",
+        "missing image": "image_not_found",
+        "rejected": "model_rejected",
+        "empty": "empty_answer",
+        "exhausted": "attempts_exhausted",
+    }
+
+
+def test_jobs_are_counted_by_status_error_and_model(told: Told) -> None:
+    first, second = told.models
+    assert told.values("vqa_jobs_total") == {
+        # error, model, status
+        ("", first, "succeeded"): 5,
+        ("", second, "succeeded"): 1,
+        ("invalid_job", "unknown", "failed"): 2,
+        ("image_not_found", first, "failed"): 1,
+        ("model_rejected", first, "failed"): 1,
+        ("empty_answer", first, "failed"): 1,
+        ("attempts_exhausted", first, "failed"): 1,
+    }
+
+
+def test_retries_and_dead_letters_are_counted_by_reason(told: Told) -> None:
+    assert told.values("vqa_retries_total") == {("5xx",): 1, ("connection",): 1, ("malformed",): 1}
+    assert told.values("vqa_dead_letters_total") == {("attempts_exhausted",): 1, ("invalid_job",): 1}
+
+
+def test_durations_are_observed_once_for_each_job(told: Told) -> None:
+    first, second = told.models
+    assert told.values("vqa_job_duration_seconds_count") == {
+        # model, status
+        (first, "succeeded"): 5,
+        (second, "succeeded"): 1,
+        (first, "failed"): 4,
+        ("unknown", "failed"): 2,
+    }
+    assert told.values("vqa_job_duration_seconds_sum")[(first, "failed")] >= 3
+    assert told.values("vqa_job_queue_seconds_count") == {(): 2}
+    assert 0 <= told.values("vqa_job_queue_seconds_sum")[()] < 120
+
+
+def test_stages_are_observed_once_for_each_time_a_job_came_to_them(told: Told) -> None:
+    first, second = told.models
+    # Ten jobs, three of them twice (their retries), and one that went back to the start after a 429.
+    assert told.values("vqa_stage_duration_seconds_count") == {
+        # model, stage
+        (first, "wait"): 13,
+        (second, "wait"): 1,
+        (first, "fetch"): 13,
+        (second, "fetch"): 1,
+        (first, "model"): 12,
+        (second, "model"): 1,
+        (first, "publish"): 12,
+        (second, "publish"): 1,
+        ("unknown", "publish"): 2,
+    }
+
+
+def test_tokens_and_costs_are_those_of_the_results(told: Told) -> None:
+    first, second = told.models
+    paid = (*ANSWERED, "empty")
+    assert told.values("vqa_tokens_total") == {
+        (first, "prompt"): told.sum_of("prompt_tokens", paid),
+        (first, "completion"): told.sum_of("completion_tokens", paid),
+        (second, "prompt"): told.sum_of("prompt_tokens", ["other model"]),
+        (second, "completion"): told.sum_of("completion_tokens", ["other model"]),
+    }
+    assert told.sum_of("cost_usd", paid) > 0
+    assert told.values("vqa_cost_usd_total") == {
+        (first,): pytest.approx(told.sum_of("cost_usd", paid)),
+        (second,): 0,
+    }
+
+
+CALLS = {"200": 6, "422": 1, "429": 1, "500": 1, "timeout": 1, "connection": 1, "malformed": 1}
+
+
+def test_calls_are_counted_by_their_outcome(told: Told) -> None:
+    first, second = told.models
+    assert told.values("vqa_model_requests_total") == {
+        **{(code, first): count for code, count in CALLS.items()},
+        ("200", second): 1,
+    }
+    assert told.values("vqa_ambiguous_calls_total") == {(first,): 2}
+
+
+def test_calls_have_the_names_and_labels_of_opentelemetry(told: Told) -> None:
+    first, second = told.models
+    duration = told.after["gen_ai_client_operation_duration_seconds_count"]
+    assert duration == {
+        **{_call(first, error_type="" if code == "200" else code): count for code, count in CALLS.items()},
+        _call(second, error_type=""): 1,
+    }
+    assert told.after["gen_ai_client_token_usage_count"] == {
+        _call(model, gen_ai_token_type=kind): count
+        for model, count in ((first, 6), (second, 1))
+        for kind in ("input", "output")
+    }
+    assert told.after["gen_ai_client_token_usage_sum"] == {
+        _call(model, gen_ai_token_type=theirs): told.values("vqa_tokens_total")[model, ours]
+        for model in (first, second)
+        for ours, theirs in (("prompt", "input"), ("completion", "output"))
+    }
+
+
+def _call(model: str, **labels: str) -> Labels:
+    common = {
+        "gen_ai_operation_name": "chat",
+        "gen_ai_provider_name": "127.0.0.1",
+        "gen_ai_request_model": model,
+    }
+    return frozenset({**common, **labels}.items())
+
+
+def test_the_buckets_of_opentelemetry_s_names_are_its_own(told: Told) -> None:
+    assert _buckets(told, "gen_ai_client_token_usage") == [*(4.0**n for n in range(14)), float("inf")]
+    recommended = [0.01 * 2**n for n in range(14)]
+    assert _buckets(told, "gen_ai_client_operation_duration_seconds")[:14] == pytest.approx(recommended)
+
+
+def test_the_buckets_of_a_job_reach_its_longest_time(told: Told) -> None:
+    for name in ("vqa_job_duration_seconds", "vqa_stage_duration_seconds"):
+        assert _buckets(told, name)[-2] >= 600
+
+
+def _buckets(told: Told, name: str) -> list[float]:
+    limits = {float(dict(labels)["le"]) for labels in told.after[f"{name}_bucket"]}
+    return sorted(limits)
+
+
+def test_only_bytes_that_were_loaded_are_counted(told: Told) -> None:
+    assert told.values("vqa_image_bytes_total") == {("inline",): sum(map(len, told.images))}
+
+
+def test_gauges_tell_the_present(told: Told) -> None:
+    assert told.before["vqa_concurrency_limit"] == {frozenset(): MAX_CONCURRENCY}
+    assert 1 <= told.values("vqa_concurrency_limit")[()] < MAX_CONCURRENCY
+    assert told.values("vqa_jobs_in_flight") == {(): 0}
+    for samples in (told.before, told.after):
+        assert samples["vqa_dependency_up"] == {
+            frozenset({("dependency", dependency)}): 1 for dependency in ("model", "s3", "rabbitmq")
+        }
+
+
+def test_the_build_is_told(told: Told) -> None:
+    assert told.values("vqa_build_info") == {(platform.python_version(), __version__): 1}
+
+
+def test_a_fresh_worker_counts_nothing(told: Told) -> None:
+    counts = {
+        name: samples
+        for name, samples in told.before.items()
+        if name.startswith(("vqa_", "gen_ai_")) and name.endswith(("_total", "_count", "_sum"))
+    }
+    assert sum(value for samples in counts.values() for value in samples.values()) == 0
+
+
+def test_no_series_tells_when_it_was_made(told: Told) -> None:
+    assert [name for name in told.after if name.endswith("_created")] == []
+
+
+def test_the_exposition_is_what_prometheus_reads(told: Told) -> None:
+    for family in text_string_to_metric_families(told.exposition):
+        assert family.documentation, family.name
+        assert family.type in ("counter", "gauge", "histogram"), family.name
+
+
+def test_neither_metrics_nor_log_tell_what_was_asked_or_what_is_secret(told: Told, stack: Stack) -> None:
+    """At the level debug, which is when libraries talk."""
+    assert "botocore" in told.log
+    for text in (told.exposition, told.log):
+        for secret in (*SECRETS, told.api_key, stack.s3.secret_key, "evil", "data:image", "[stand-in"):
+            assert secret not in text

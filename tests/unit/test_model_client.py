@@ -1,0 +1,625 @@
+"""One call to the API over real HTTP: each way in which it can end, and whose fault that is."""
+
+import asyncio
+import email.utils
+import gzip
+import json
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tests.running import until
+from worker import metrics
+from worker.errors import (
+    Dependency,
+    DependencyDownError,
+    ErrorCode,
+    JobError,
+    RateLimitedError,
+    TransientError,
+)
+from worker.model.client import MAX_API_MESSAGE_CHARS, MAX_RETRY_AFTER_S, Model
+from worker.redact import Redactor
+
+KEY = "sk-secret-of-the-worker"
+MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "What is it? 猫"}]
+COMPLETION: dict[str, Any] = {
+    "choices": [{"message": {"role": "assistant", "content": "A cat."}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+}
+
+
+@dataclass
+class Request:
+    """What the client sent."""
+
+    line: str
+    headers: dict[str, str]
+    body: bytes
+
+
+def response(
+    status: int = 200, body: Any = COMPLETION, *, length: int | None = None, **headers: Any
+) -> bytes:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [
+        f"HTTP/1.1 {status} Reason",
+        f"Content-Length: {len(raw) if length is None else length}",
+        *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items()),
+    ]
+    if "Content_Type" not in headers:
+        lines.append("Content-Type: application/json")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + raw
+
+
+Answering = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+@dataclass
+class Api:
+    """A server that says what it is told to say: bytes of HTTP, or whatever a function does."""
+
+    port: int = 0
+    says: bytes | Answering = b""
+    requests: list[Request] = field(default_factory=list)
+    end: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1/openai"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                self.requests.append(await _read(reader))
+                says = self.says
+                if callable(says):
+                    await says(writer)
+                    return
+                writer.write(says)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        finally:
+            writer.close()
+
+
+async def _read(reader: asyncio.StreamReader) -> Request:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    line, *lines = head.strip().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    return Request(line, headers, await reader.readexactly(int(headers["content-length"])))
+
+
+@pytest.fixture(scope="module")
+async def running_api() -> AsyncIterator[Api]:
+    api = Api()
+    server = await asyncio.start_server(api.serve, "127.0.0.1", 0)
+    api.port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield api
+        api.end.set()
+
+
+@pytest.fixture
+def api(running_api: Api) -> Api:
+    running_api.requests.clear()
+    running_api.says = response()
+    return running_api
+
+
+@asynccontextmanager
+async def a_model(base_url: str, *, timeout_s: float = 30.0, **fields: Any) -> AsyncIterator[Model]:
+    usual: dict[str, Any] = {
+        "base_url": base_url,
+        "api_key": KEY,
+        "headers": {},
+        "timeout_s": timeout_s,
+        "prices": {},
+        "redact": Redactor([KEY]),
+    }
+    model = Model(**{**usual, **fields})
+    try:
+        yield model
+    finally:
+        await model.close()
+
+
+@pytest.fixture(scope="module")
+async def model(running_api: Api) -> AsyncIterator[Model]:
+    async with a_model(running_api.url) as model:
+        yield model
+
+
+async def ask(model: Model, *, time_left_s: float = 60.0, **params: Any) -> Any:
+    return await model.ask("m", MESSAGES, params, time_left_s=time_left_s)
+
+
+async def fault(model: Model, **params: Any) -> Exception:
+    """The exception that a call ends with."""
+    with pytest.raises((JobError, TransientError, RateLimitedError, DependencyDownError)) as caught:
+        await ask(model, **params)
+    # The SDK's own exceptions hold headers and bodies; none is chained where a log could show it.
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    return caught.value
+
+
+def value(name: str, **labels: str) -> float:
+    return metrics.REGISTRY.get_sample_value(name, {"model": "m", **labels}) or 0.0
+
+
+def calls(code: str) -> float:
+    return value("vqa_model_requests_total", code=code)
+
+
+def ambiguous() -> float:
+    return value("vqa_ambiguous_calls_total")
+
+
+# What is asked
+
+
+async def test_a_call_is_one_post_with_key_model_and_messages(api: Api, model: Model) -> None:
+    answer = await ask(model, temperature=0.5)
+    assert answer.text == "A cat."
+    (request,) = api.requests
+    assert request.line == "POST /v1/openai/chat/completions HTTP/1.1"
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert request.headers["content-type"] == "application/json"
+    assert json.loads(request.body) == {"model": "m", "messages": MESSAGES, "temperature": 0.5}
+
+
+async def test_params_are_passed_on_as_they_are(api: Api, model: Model) -> None:
+    params: dict[str, Any] = {
+        "seed": 10**30,
+        "x": [None, {"y": None}, -0.0, 1e-7, True, "1", 1, 1.0],
+        "stop": None,
+        "response_format": {"type": "json_schema", "json_schema": {"schema": {"é": "猫 😀"}}},
+        "extra_body": {"z": 1},
+        "timeout": 1,
+    }
+    await ask(model, **params)
+    assert json.loads(api.requests[0].body) == {**params, "model": "m", "messages": MESSAGES}
+    # True is not 1, and 1.0 not 1, to an API that looks closely.
+    assert [type(it) for it in json.loads(api.requests[0].body)["x"]] == [type(it) for it in params["x"]]
+
+
+async def test_params_replace_neither_model_nor_messages(api: Api, model: Model) -> None:
+    await model.ask("m", MESSAGES, {"model": "dear", "messages": []}, time_left_s=60)
+    assert json.loads(api.requests[0].body) == {"model": "m", "messages": MESSAGES}
+
+
+async def test_extra_headers_are_sent_and_may_replace_the_key(api: Api) -> None:
+    async with a_model(api.url, headers={"X-Team": "vision", "authorization": "Basic abc"}) as model:
+        await ask(model)
+    assert api.requests[0].headers["x-team"] == "vision"
+    assert api.requests[0].headers["authorization"] == "Basic abc"
+
+
+async def test_openais_own_variables_have_no_say(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = "canary-of-the-environment"
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "WEBHOOK_SECRET", "API_VERSION"):
+        monkeypatch.setenv(f"OPENAI_{name}", canary)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:9/{canary}")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {canary}\nX-Canary: {canary}")
+    async with a_model(api.url, headers={"X-Team": "vision"}) as model:
+        await ask(model)
+    (request,) = api.requests
+    assert canary not in f"{request.line} {request.headers} {request.body!r}"
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert request.headers["x-team"] == "vision"
+    assert not {name for name in request.headers if name.startswith("openai-")}
+
+
+@pytest.mark.parametrize("ending", ["", "/"])
+async def test_a_base_url_may_end_with_a_slash(api: Api, ending: str) -> None:
+    async with a_model(f"{api.url}{ending}") as model:
+        await ask(model)
+    assert api.requests[0].line.startswith("POST /v1/openai/chat/completions ")
+
+
+# What is answered
+
+
+async def test_an_answer_is_read_and_counted(api: Api) -> None:
+    class Price:
+        prompt, completion = 1_000_000.0, 0.0
+
+    def figures() -> dict[str, float]:
+        return {
+            "calls": calls("200"),
+            "prompt": value("vqa_tokens_total", type="prompt"),
+            "completion": value("vqa_tokens_total", type="completion"),
+            "cost": value("vqa_cost_usd_total"),
+        }
+
+    before, before_ambiguous = figures(), ambiguous()
+    async with a_model(api.url, prices={"m": Price(), "other": None}) as model:
+        answer = await ask(model)
+    assert answer.usage.cost_usd == 3.0
+    grown = {name: figure - before[name] for name, figure in figures().items()}
+    assert grown == {"calls": 1, "prompt": 3, "completion": 4, "cost": 3.0}
+    assert ambiguous() == before_ambiguous
+
+
+async def test_an_answer_may_be_compressed_or_chunked(api: Api, model: Model) -> None:
+    body = json.dumps(COMPLETION).encode()
+    api.says = response(body=gzip.compress(body), Content_Encoding="gzip")
+    assert (await ask(model)).text == "A cat."
+    head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    api.says = f"{head}{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    assert (await ask(model)).text == "A cat."
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/html", "text/plain; charset=latin-1", "application/octet-stream"]
+)
+async def test_an_answer_is_json_whatever_its_content_type_says(
+    api: Api, model: Model, content_type: str
+) -> None:
+    body = json.dumps({"choices": [{"message": {"content": "猫"}}]}, ensure_ascii=False).encode()
+    api.says = response(body=body, Content_Type=content_type)
+    assert (await ask(model)).text == "猫"
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(200, b""), (200, b"<html>"), (200, {"error": {"message": "x"}}), (200, []), (204, b"")],
+)
+async def test_a_200_that_is_no_completion_is_malformed_and_may_pass(
+    api: Api, model: Model, status: int, body: Any
+) -> None:
+    api.says = response(status, body)
+    before = calls("malformed")
+    error = await fault(model)
+    assert isinstance(error, TransientError)
+    assert (error.dependency, error.reason, error.forbidden) == (Dependency.MODEL, "malformed", False)
+    assert calls("malformed") == before + 1
+
+
+# Each status
+
+
+@pytest.mark.parametrize("status", [400, 405, 406, 410, 411, 413, 414, 415, 418, 421, 422, 424, 431, 451])
+async def test_a_request_that_is_refused_for_good_is_the_jobs_fault(
+    api: Api, model: Model, status: int
+) -> None:
+    api.says = response(status, {"error": {"message": "no such luck", "code": "x"}})
+    before, before_ambiguous = calls(str(status)), ambiguous()
+    error = await fault(model)
+    assert isinstance(error, JobError)
+    assert error.code is ErrorCode.MODEL_REJECTED
+    assert error.message == f"the API answered {status}: no such luck"
+    assert calls(str(status)) == before + 1
+    assert ambiguous() == before_ambiguous
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"), [(401, "VQA_MODEL_API_KEY"), (402, "credit"), (404, "VQA_MODEL_BASE_URL")]
+)
+async def test_what_everybody_is_refused_for_is_an_outage(
+    api: Api, model: Model, status: int, hint: str
+) -> None:
+    api.says = response(status, {"error": {"message": f"wrong key {KEY}"}})
+    error = await fault(model)
+    assert isinstance(error, DependencyDownError)
+    assert error.dependency is Dependency.MODEL
+    assert str(status) in error.message
+    assert hint in error.message
+    assert KEY not in error.message
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "forbidden"),
+    [
+        (403, "403", True), (408, "408", False), (409, "409", False), (500, "5xx", False),
+        (501, "5xx", False),
+        (502, "5xx", False), (503, "5xx", False), (504, "5xx", False), (507, "5xx", False),
+        (529, "5xx", False),
+    ],
+)  # fmt: skip
+async def test_what_may_pass_is_to_be_tried_again(
+    api: Api, model: Model, status: int, reason: str, forbidden: bool
+) -> None:
+    api.says = response(status, {"error": {"message": "busy"}}, Retry_After="7")
+    error = await fault(model)
+    assert isinstance(error, TransientError)
+    assert (error.reason, error.forbidden) == (reason, forbidden)
+    assert error.message == f"the API answered {status}: busy"
+    # The SDK would try again by itself; here nobody else does.
+    assert len(api.requests) == 1
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
+async def test_a_redirect_is_told_and_not_followed(api: Api, model: Model, status: int) -> None:
+    api.says = response(status, b"", Location=f"{api.url}/elsewhere")
+    error = await fault(model)
+    assert isinstance(error, DependencyDownError)
+    assert f"redirect ({status})" in error.message
+    assert "VQA_MODEL_BASE_URL" in error.message
+    assert len(api.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"error": {"message": "too long", "type": "t", "code": None}}, "too long"),
+        ({"error": "too long"}, "too long"),
+        ({"detail": "too long"}, "too long"),
+        ({"message": "too long"}, "too long"),
+        (
+            {"detail": [{"loc": ["body"], "msg": "too long"}]},
+            '{"detail": [{"loc": ["body"], "msg": "too long"}]}',
+        ),
+        ({"error": {"code": 5}}, '{"code": 5}'),
+        (["too long"], "['too long']"),
+        (b"too long", "too long"),
+        (b"<html>too long</html>", "<html>too long</html>"),
+        (b"", "Reason"),
+        (b"null", "Reason"),
+        (b"\xff\xfe", "\ufffd\ufffd"),
+    ],
+)
+async def test_the_apis_own_words_are_told_in_whatever_form_they_come(
+    api: Api, model: Model, body: Any, said: str
+) -> None:
+    api.says = response(400, body)
+    error = await fault(model)
+    assert isinstance(error, JobError)
+    assert error.message == f"the API answered 400: {said}"
+
+
+async def test_what_the_api_echoes_of_secrets_and_images_is_blanked(api: Api, model: Model) -> None:
+    said = f"key {KEY} url https://h/p?X-Amz-Signature=abc image data:image/png;base64,{'A' * 5000} end"
+    api.says = response(400, {"error": {"message": said}})
+    error = await fault(model)
+    assert isinstance(error, JobError)
+    for secret in (KEY, "abc", "AAAA"):
+        assert secret not in error.message
+    assert error.message.endswith(" end")
+
+
+async def test_the_apis_words_are_cut_where_they_are_too_many(api: Api, model: Model) -> None:
+    api.says = response(400, {"error": {"message": "x" * 1_000_000}})
+    error = await fault(model)
+    assert isinstance(error, JobError)
+    assert len(error.message) < MAX_API_MESSAGE_CHARS + 100
+
+
+# 429
+
+
+async def retry_after(api: Api, model: Model, body: Any = None, **headers: Any) -> float | None:
+    api.says = response(429, body or {"error": {"message": "Model busy, retry later"}}, **headers)
+    error = await fault(model)
+    assert isinstance(error, RateLimitedError)
+    return error.retry_after_s
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("7", 7.0), ("0", 0.0), ("0.25", 0.25), (" 7 ", 7.0), ("1e1", 10.0), ("-7", 0.0),
+        ("86400", MAX_RETRY_AFTER_S),
+        ("9" * 400, MAX_RETRY_AFTER_S), ("inf", MAX_RETRY_AFTER_S), ("-inf", 0.0), ("nan", None),
+        ("", None),
+        ("soon", None), ("7 seconds", None), ("0x7", None), ("2099-01-01T00:00:00Z", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("Wed, 21 Oct 2099 07:28:00 GMT", MAX_RETRY_AFTER_S),
+        ("Wed, 21 Oct 99999999999999999999 07:28:00 GMT", None), ("Thu, 99 Jan 2099 00:00:00 GMT", None),
+    ],
+)  # fmt: skip
+async def test_a_429_says_when_to_come_back_in_many_ways(
+    api: Api, model: Model, said: str, seconds: float | None
+) -> None:
+    assert await retry_after(api, model, Retry_After=said) == seconds
+
+
+async def test_a_429_may_say_a_date(api: Api, model: Model) -> None:
+    seconds = await retry_after(
+        api, model, Retry_After=email.utils.formatdate(time.time() + 100, usegmt=True)
+    )
+    assert seconds == pytest.approx(100, abs=30)
+
+
+async def test_a_429_may_say_milliseconds_or_nothing(api: Api, model: Model) -> None:
+    assert await retry_after(api, model, retry_after_ms="1500") == 1.5
+    assert await retry_after(api, model, retry_after_ms="1500", Retry_After="7") == 1.5
+    assert await retry_after(api, model, retry_after_ms="soon", Retry_After="7") == 7.0
+    assert await retry_after(api, model) is None
+
+
+@hypothesis_settings(max_examples=60)
+@given(
+    said=st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40),
+    name=st.sampled_from(["Retry_After", "retry_after_ms"]),
+)
+async def test_whatever_a_429_says_it_is_a_429(running_api: Api, model: Model, said: str, name: str) -> None:
+    seconds = await retry_after(running_api, model, **{name: said})
+    assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER_S
+
+
+async def test_a_used_up_quota_is_an_outage_and_no_matter_of_waiting(api: Api, model: Model) -> None:
+    body = {"error": {"message": "You exceeded", "type": "insufficient_quota", "code": "insufficient_quota"}}
+    api.says = response(429, body, Retry_After="1")
+    error = await fault(model)
+    assert isinstance(error, DependencyDownError)
+    assert "quota" in error.message
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"null", b"slow down", {"error": "x"}, {"error": {"code": 429}}]
+)
+async def test_a_429_needs_no_body_of_a_certain_form(api: Api, model: Model, body: Any) -> None:
+    assert await retry_after(api, model, body, Retry_After="7") == 7.0
+
+
+# No answer, or half of one
+
+
+async def broken_off(model: Model) -> TransientError:
+    """The fault of a call that may have been paid for, and is counted as such."""
+    before = ambiguous()
+    error = await fault(model)
+    assert isinstance(error, TransientError)
+    assert error.dependency is Dependency.MODEL
+    assert ambiguous() == before + 1
+    return error
+
+
+@pytest.mark.parametrize("part", ["nothing", "half a head", "half a body"])
+async def test_a_reset_is_a_fault_that_may_pass(api: Api, model: Model, part: str) -> None:
+    sent = {
+        "nothing": b"",
+        "half a head": b"HTTP/1.1 200 OK\r\nConte",
+        "half a body": response(length=10_000),
+    }[part]
+
+    async def reset(writer: asyncio.StreamWriter) -> None:
+        writer.write(sent)
+        await writer.drain()
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    api.says = reset
+    assert (await broken_off(model)).reason == "connection"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\n",
+        response(length=10_000),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n{",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n{}",
+    ],
+    ids=["nothing", "a head", "a body", "a chunk", "an odd chunk", "another protocol", "no length"],
+)
+async def test_half_an_answer_is_a_fault_that_may_pass(api: Api, model: Model, sent: bytes) -> None:
+    async def half(writer: asyncio.StreamWriter) -> None:
+        writer.write(sent)
+        await writer.drain()
+
+    api.says = half
+    assert (await broken_off(model)).reason == "connection"
+
+
+async def test_a_body_longer_than_its_length_says_is_malformed(api: Api) -> None:
+    api.says = response(length=20)
+    async with a_model(api.url) as model:
+        error = await fault(model)
+    assert isinstance(error, TransientError)
+    assert error.reason == "malformed"
+
+
+async def test_what_cannot_be_decompressed_is_a_fault_that_may_pass(api: Api, model: Model) -> None:
+    api.says = response(body=b"this is not gzip", Content_Encoding="gzip")
+    assert (await broken_off(model)).reason == "connection"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", response(length=10_000)], ids=["before the answer", "within the answer"]
+)
+@pytest.mark.parametrize("bound", ["call", "delivery"])
+async def test_an_answer_that_takes_too_long_may_have_been_paid_for(
+    api: Api, sent: bytes, bound: str
+) -> None:
+    async def hang(writer: asyncio.StreamWriter) -> None:
+        writer.write(sent)
+        await api.end.wait()
+
+    api.says = hang
+    before = calls("timeout")
+    async with a_model(api.url, timeout_s=0.3 if bound == "call" else 30.0) as model:
+        begun = ambiguous()
+        error = await fault(model, time_left_s=60.0 if bound == "call" else 0.3)
+    assert isinstance(error, TransientError)
+    assert error.reason == "timeout"
+    assert (calls("timeout"), ambiguous()) == (before + 1, begun + 1)
+
+
+async def test_an_answer_that_trickles_in_is_bounded_as_a_whole(api: Api) -> None:
+    """Each byte comes in time; a limit on the time between two of them would wait for ever."""
+
+    async def trickle(writer: asyncio.StreamWriter) -> None:
+        writer.write(response(length=1_000_000))
+        while not writer.is_closing() and not api.end.is_set():
+            writer.write(b" ")
+            await writer.drain()
+            await asyncio.sleep(0.02)
+
+    api.says = trickle
+    async with asyncio.timeout(20), a_model(api.url, timeout_s=0.4) as model:
+        error = await fault(model)
+    assert isinstance(error, TransientError)
+    assert error.reason == "timeout"
+
+
+async def test_an_api_that_nobody_serves_is_down_and_nothing_was_paid() -> None:
+    with closing(socket.socket()) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        before = ambiguous()
+        async with a_model(f"http://127.0.0.1:{nobody.getsockname()[1]}/v1") as model:
+            error = await fault(model)
+    assert isinstance(error, DependencyDownError)
+    assert error.dependency is Dependency.MODEL
+    assert "cannot be reached" in error.message
+    assert ambiguous() == before
+
+
+async def plain(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(response(400))
+    await writer.drain()
+    writer.close()
+
+
+async def test_an_api_that_speaks_no_tls_is_down() -> None:
+    async with await asyncio.start_server(plain, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with a_model(f"https://127.0.0.1:{port}/v1") as model:
+            error = await fault(model)
+    assert isinstance(error, DependencyDownError)
+    assert KEY not in error.message
+
+
+async def test_a_call_that_is_cut_off_is_cut_off_and_counted(api: Api, model: Model) -> None:
+    async def hang(_: asyncio.StreamWriter) -> None:
+        await api.end.wait()
+
+    api.says = hang
+    before = ambiguous()
+    task = asyncio.create_task(ask(model))
+    await until(lambda: api.requests, "the call is made")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ambiguous() == before + 1
+
+
+async def test_many_calls_go_at_once(api: Api, model: Model) -> None:
+    together = asyncio.Event()
+
+    async def wait_for_all(writer: asyncio.StreamWriter) -> None:
+        if len(api.requests) == 110:
+            together.set()
+        await together.wait()
+        writer.write(response())
+        await writer.drain()
+
+    api.says = wait_for_all
+    async with asyncio.timeout(60):
+        answers = await asyncio.gather(*(ask(model) for _ in range(110)))
+    assert {answer.text for answer in answers} == {"A cat."}

@@ -1,0 +1,657 @@
+"""From a delivery to what became of the job, with images and a model that do as they are told."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import CapturingLogger
+
+from tests.unit.fakes import JOB, a_delivery, turns_of_the_loop
+from worker.errors import (
+    Dependency,
+    DependencyDownError,
+    ErrorCode,
+    JobError,
+    RateLimitedError,
+    TransientError,
+)
+from worker.health import Health
+from worker.images.source import Embedded, Link, S3Object, Source
+from worker.job import ImageRef
+from worker.limiter import AdaptiveLimit, Gate
+from worker.model.answer import Answer
+from worker.outcome import Answered, DeadLetter, GiveBack, Outcome, Refused, Retry
+from worker.processor import Processor, Rules
+from worker.redact import Redactor
+from worker.result import Usage
+from worker.retry import RetryPolicy
+
+MODEL, S3 = Dependency.MODEL, Dependency.S3
+CANARY = "the words of the question"
+ANSWER = Answer(
+    text="A cat.",
+    calls_tools=False,
+    finish_reason="stop",
+    usage=Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7),
+    refusal=None,
+    is_plain=True,
+    response={"id": "r-1"},
+)
+RULES = Rules(
+    default_model="usual",
+    allowed_models=["usual", "other"],
+    max_job_bytes=10_000,
+    delivery_limit=20,
+    job_timeout_s=60.0,
+    send_image_detail=False,
+    include_response=False,
+    retry=RetryPolicy(max_attempts=3, delays_s=(1, 5)),
+)
+
+# What a fake does when it is called: answer, raise, or wait for something and then answer.
+Deed = Exception | Answer | Callable[[], Awaitable[None]]
+
+
+class Images:
+    """Says where images are, and loads each as its URL with "loaded" before it."""
+
+    def __init__(self) -> None:
+        self.fault: JobError | None = None
+        self.deeds: list[Deed] = []
+        self.source: Source = S3Object("photos", "cat.png")
+        self.checked = 0
+        self.loaded = 0
+
+    def check(self, refs: Sequence[ImageRef]) -> list[Source]:
+        self.checked += 1
+        if self.fault is not None:
+            raise self.fault
+        return [self.source for _ in refs]
+
+    async def load(self, refs: Sequence[ImageRef], sources: Sequence[Source]) -> list[str]:
+        assert len(refs) == len(sources)
+        self.loaded += 1
+        await _do(self.deeds)
+        return [f"loaded {ref.url}" for ref in refs]
+
+
+class Model:
+    """Answers, or does what is next in the list; the last deed repeats."""
+
+    def __init__(self) -> None:
+        self.deeds: list[Deed] = []
+        self.asked: list[tuple[str, list[dict[str, Any]], Mapping[str, Any], float]] = []
+
+    async def ask(
+        self, model: str, messages: list[dict[str, Any]], params: Mapping[str, Any], *, time_left_s: float
+    ) -> Answer:
+        self.asked.append((model, messages, params, time_left_s))
+        return await _do(self.deeds) or ANSWER
+
+
+async def _do(deeds: list[Deed]) -> Answer | None:
+    deed = (deeds.pop(0) if len(deeds) > 1 else deeds[0]) if deeds else None
+    if isinstance(deed, Exception):
+        raise deed
+    if callable(deed):
+        await deed()
+        return None
+    return deed
+
+
+class Scene:
+    """A processor among fakes."""
+
+    def __init__(self, *, limit: int = 5, **rules: Any) -> None:
+        self.images = Images()
+        self.model = Model()
+        self.health = Health()
+        self.gate = Gate(AdaptiveLimit(limit))
+        self.processor = Processor(
+            self.images,
+            self.model,
+            gate=self.gate,
+            health=self.health,
+            rules=replace(RULES, **rules),
+            redact=Redactor(["s3cr3t-key"]),
+        )
+
+    async def process(
+        self, job: dict[str, Any] | bytes = JOB, *, delivery: dict[str, Any] | None = None, **fields: Any
+    ) -> Outcome:
+        body = job if isinstance(job, bytes) else {**job, **fields}
+        async with asyncio.timeout(30):
+            return await self.processor.process(a_delivery(body, **(delivery or {})))
+
+    async def is_free(self) -> bool:
+        """Whether no slot is taken: one job alone can have it."""
+        try:
+            async with asyncio.timeout(5), self.gate.slot():
+                return True
+        except TimeoutError:
+            return False
+
+
+@pytest.fixture
+def scene() -> Scene:
+    return Scene()
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
+    log = CapturingLogger()
+    monkeypatch.setattr("worker.processor.log", log)
+    return log
+
+
+async def for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+def in_(seconds: float) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+
+
+def refusal(outcome: Outcome) -> tuple[ErrorCode, str]:
+    """The code and the message of a refused job, which its result says too."""
+    assert isinstance(outcome, Refused)
+    error = outcome.result.error
+    assert error is not None
+    assert (outcome.result.status, outcome.result.answer, error.code) == ("failed", None, outcome.code)
+    assert not error.retryable
+    return outcome.code, error.message
+
+
+def transient(
+    reason: str = "5xx", *, dependency: Dependency = MODEL, forbidden: bool = False
+) -> TransientError:
+    return TransientError(dependency, reason, f"it said {reason}", forbidden=forbidden)
+
+
+# The way of a job
+
+
+async def test_a_job_is_fetched_asked_and_answered(scene: Scene) -> None:
+    outcome = await scene.process(
+        system="Be brief.",
+        params={"seed": 7},
+        metadata={"order": 9},
+        delivery={"queued_s": 1.5, "attempts": 1},
+    )
+    assert isinstance(outcome, Answered)
+    assert (outcome.job_id, outcome.model) == ("job-1", "usual")
+    ((model, messages, params, time_left_s),) = scene.model.asked
+    assert (model, params) == ("usual", {"seed": 7})
+    assert messages[0] == {"role": "system", "content": "Be brief."}
+    assert messages[1]["content"][0]["image_url"] == {"url": "loaded s3://photos/cat.png"}
+    assert 0 < time_left_s <= RULES.job_timeout_s
+    result = json.loads(outcome.result.to_body())
+    assert (result["id"], result["status"], result["answer"]) == ("job-1", "succeeded", "A cat.")
+    assert (result["model"], result["finish_reason"], result["attempts"]) == ("usual", "stop", 2)
+    assert (result["usage"]["total_tokens"], result["metadata"]) == (7, {"order": 9})
+    assert (result["error"], result["response"]) == (None, None)
+    timings = result["timings"]
+    assert timings["queued_s"] == 1.5
+    assert 0 <= timings["fetch_s"] <= timings["total_s"]
+    assert 0 <= timings["model_s"] <= timings["total_s"]
+
+
+async def test_a_job_may_ask_any_allowed_model(scene: Scene) -> None:
+    outcome = await scene.process(model="other")
+    assert outcome.model == "other"
+    assert scene.model.asked[0][0] == "other"
+
+
+@pytest.mark.parametrize("model", ["unheard-of", "", "Usual", "unknown"])
+async def test_a_model_that_is_not_allowed_makes_the_job_invalid(scene: Scene, model: str) -> None:
+    outcome = await scene.process(model=model)
+    code, message = refusal(outcome)
+    assert code is ErrorCode.INVALID_JOB
+    assert message.startswith("model: ")
+    # No label of a metric takes a value that a job can choose.
+    assert outcome.model == "unknown"
+    assert (scene.images.checked, scene.model.asked) == (0, [])
+
+
+async def test_the_responses_body_comes_with_more_than_plain_text_or_on_demand() -> None:
+    for is_plain, include, expected in (
+        (True, False, None),
+        (True, True, {"id": "r-1"}),
+        (False, False, {"id": "r-1"}),
+    ):
+        scene = Scene(include_response=include)
+        scene.model.deeds = [replace(ANSWER, is_plain=is_plain)]
+        outcome = await scene.process()
+        assert isinstance(outcome, Answered)
+        assert outcome.result.response == expected
+
+
+async def test_a_tool_call_is_an_answer_without_text(scene: Scene) -> None:
+    scene.model.deeds = [replace(ANSWER, text=None, calls_tools=True, is_plain=False)]
+    outcome = await scene.process()
+    assert isinstance(outcome, Answered)
+    assert (outcome.result.answer, outcome.result.response) == (None, {"id": "r-1"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"finish_reason": "length"}, "max_tokens"),
+        ({"finish_reason": "content_filter"}, "content filter"),
+        ({"finish_reason": "stop", "refusal": "I can't with s3cr3t-key."}, "I can't with [redacted]."),
+        ({"finish_reason": None}, "neither text nor a tool call"),
+    ],
+)
+async def test_an_empty_answer_was_paid_for_and_is_not_tried_again(
+    scene: Scene, answer: dict[str, Any], words: str
+) -> None:
+    scene.model.deeds = [replace(ANSWER, text=None, **answer)]
+    outcome = await scene.process()
+    code, message = refusal(outcome)
+    assert code is ErrorCode.EMPTY_ANSWER
+    assert words in message
+    assert isinstance(outcome, Refused)
+    assert outcome.result.usage == ANSWER.usage
+    assert outcome.result.finish_reason == answer["finish_reason"]
+    assert len(scene.model.asked) == 1
+
+
+# What is no job, or not to be done
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"id":"\\n"}', b'{"question":"?"}'])
+async def test_what_has_no_readable_id_is_kept(scene: Scene, body: bytes) -> None:
+    outcome = await scene.process(body, delivery={"message_id": "m-9", "attempts": 2})
+    assert isinstance(outcome, DeadLetter)
+    assert (outcome.code, outcome.job_id, outcome.attempts) == (ErrorCode.INVALID_JOB, "m-9", 2)
+    assert outcome.result.id == "m-9"
+    assert outcome.result.error is not None
+    assert not outcome.result.error.retryable
+    assert scene.images.checked == 0
+
+
+async def test_an_invalid_job_with_an_id_is_refused(scene: Scene) -> None:
+    code, message = refusal(await scene.process(imagse=[]))
+    assert (code, message) == (ErrorCode.INVALID_JOB, "imagse: unknown field")
+
+
+async def test_a_body_over_the_limit_is_refused() -> None:
+    scene = Scene(max_job_bytes=100)
+    code, message = refusal(await scene.process(question="?" * 100))
+    assert code is ErrorCode.INVALID_JOB
+    assert "VQA_MAX_JOB_BYTES" in message
+
+
+async def test_images_that_are_not_allowed_cost_nothing(scene: Scene) -> None:
+    scene.images.fault = JobError(ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, "images[0]: no, s3cr3t-key")
+    assert refusal(await scene.process()) == (
+        ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
+        "images[0]: no, [redacted]",
+    )
+    assert (scene.images.loaded, scene.model.asked) == (0, [])
+
+
+async def test_an_image_that_cannot_be_had_costs_nothing(scene: Scene) -> None:
+    scene.images.deeds = [JobError(ErrorCode.IMAGE_CORRUPT, "images[0]: broken")]
+    assert refusal(await scene.process())[0] is ErrorCode.IMAGE_CORRUPT
+    assert scene.model.asked == []
+    assert await scene.is_free()
+
+
+async def test_a_job_that_is_delivered_too_often_is_buried_unasked() -> None:
+    scene = Scene(delivery_limit=3)
+    assert isinstance(await scene.process(delivery={"deliveries": 3}), Answered)
+    outcome = await scene.process(delivery={"deliveries": 4})
+    assert isinstance(outcome, DeadLetter)
+    assert outcome.code is ErrorCode.ATTEMPTS_EXHAUSTED
+    assert outcome.result.error is not None
+    assert outcome.result.error.retryable
+    assert "VQA_DELIVERY_LIMIT" in outcome.message
+    assert len(scene.model.asked) == 1
+
+
+# The deadline
+
+
+@pytest.mark.parametrize("deadline", ["0001-01-01T00:00:00+23:59", "1990-12-31T23:59:60Z"])
+async def test_past_its_deadline_a_job_costs_nothing(scene: Scene, deadline: str) -> None:
+    code, message = refusal(await scene.process(deadline=deadline))
+    assert code is ErrorCode.DEADLINE_EXCEEDED
+    assert "deadline" in message
+    assert (scene.images.checked, scene.model.asked) == (0, [])
+
+
+@pytest.mark.parametrize("deadline", ["9999-12-31T23:59:59-23:59", "2999-01-01T00:00:00Z"])
+async def test_before_its_deadline_a_job_is_asked(scene: Scene, deadline: str) -> None:
+    assert isinstance(await scene.process(deadline=deadline), Answered)
+
+
+async def test_a_deadline_that_passes_while_waiting_for_a_slot_is_the_end() -> None:
+    scene = Scene(limit=1)
+    async with scene.gate.slot():
+        code, _ = refusal(await scene.process(deadline=in_(0.2)))
+    assert code is ErrorCode.DEADLINE_EXCEEDED
+    assert (scene.images.loaded, scene.model.asked) == (0, [])
+    assert await scene.is_free()
+
+
+async def test_a_deadline_that_passes_while_the_images_are_fetched_is_the_end(scene: Scene) -> None:
+    """Past it, the job is not paid for: it counts when the API is called, not when the work began."""
+    deadline = datetime.now(UTC) + timedelta(seconds=0.5)
+
+    async def slowly() -> None:
+        while datetime.now(UTC) <= deadline:  # noqa: ASYNC110 - it is the clock that is waited for
+            await asyncio.sleep(0.01)
+
+    scene.images.deeds = [slowly]
+    code, _ = refusal(await scene.process(deadline=deadline.isoformat()))
+    assert code is ErrorCode.DEADLINE_EXCEEDED
+    assert (scene.images.loaded, scene.model.asked) == (1, [])
+
+
+async def test_a_deadline_that_passes_in_a_pause_after_a_429_is_the_end(scene: Scene) -> None:
+    scene.model.deeds = [RateLimitedError(60.0)]
+    code, _ = refusal(await scene.process(deadline=in_(0.5)))
+    assert code is ErrorCode.DEADLINE_EXCEEDED
+    assert len(scene.model.asked) == 1
+
+
+async def test_a_retry_that_would_come_after_the_deadline_is_not_waited_for() -> None:
+    scene = Scene(retry=RetryPolicy(max_attempts=3, delays_s=(200,)))
+    scene.model.deeds = [transient("timeout")]
+    code, message = refusal(await scene.process(deadline=in_(100)))
+    assert code is ErrorCode.DEADLINE_EXCEEDED
+    assert "it said timeout" in message
+
+
+# Faults that may pass
+
+
+@pytest.mark.parametrize(("attempts", "delay_s"), [(0, 1), (1, 5)])
+@pytest.mark.parametrize("part", ["images", "model"])
+async def test_a_fault_that_may_pass_is_counted_and_tried_again(
+    scene: Scene, attempts: int, delay_s: int, part: str
+) -> None:
+    dependency = S3 if part == "images" else MODEL
+    getattr(scene, part).deeds = [transient("timeout", dependency=dependency)]
+    outcome = await scene.process(delivery={"attempts": attempts})
+    assert outcome == Retry(
+        job_id="job-1", model="usual", delay_s=delay_s, attempts=attempts + 1, reason="timeout"
+    )
+    assert await scene.is_free()
+
+
+async def test_the_last_attempt_is_the_end_and_says_why(scene: Scene) -> None:
+    scene.model.deeds = [TransientError(MODEL, "5xx", "the API answered 500: s3cr3t-key")]
+    outcome = await scene.process(delivery={"attempts": 2})
+    assert isinstance(outcome, DeadLetter)
+    assert (outcome.code, outcome.attempts) == (ErrorCode.ATTEMPTS_EXHAUSTED, 3)
+    assert outcome.message == "3 attempts failed, the last one because the API answered 500: [redacted]"
+    error = outcome.result.error
+    assert error is not None
+    assert (error.code, error.retryable, error.message) == (
+        ErrorCode.ATTEMPTS_EXHAUSTED,
+        True,
+        outcome.message,
+    )
+    assert outcome.result.attempts == 3
+
+
+async def test_images_that_take_longer_than_a_delivery_may_are_a_fault_that_may_pass() -> None:
+    scene = Scene(job_timeout_s=0.5)
+    scene.images.deeds = [for_ever]
+    outcome = await scene.process()
+    assert isinstance(outcome, Retry)
+    assert outcome.reason == "timeout"
+    assert scene.model.asked == []
+
+
+async def test_the_time_for_a_delivery_runs_from_its_receipt(scene: Scene) -> None:
+    await scene.process(delivery={"received": time.monotonic() - 50})
+    assert 0 < scene.model.asked[0][3] <= 10
+
+
+async def test_a_lone_job_that_fails_again_and_again_stops_nobody(scene: Scene) -> None:
+    scene.model.deeds = [transient()]
+    for attempts in (0, 1, 2, 0, 1, 2):
+        assert not isinstance(await scene.process(delivery={"attempts": attempts}), GiveBack)
+    assert scene.health.outages == {}
+
+
+async def test_five_different_jobs_that_fail_in_a_row_are_an_outage_and_the_rest_goes_back(
+    scene: Scene,
+) -> None:
+    scene.model.deeds = [transient()]
+    outcomes = [await scene.process(id=f"job-{n}") for n in range(7)]
+    assert [type(outcome) for outcome in outcomes] == [Retry] * 4 + [GiveBack] * 3
+    assert set(scene.health.outages) == {MODEL}
+
+
+@pytest.mark.parametrize(
+    "sign",
+    [ANSWER, JobError(ErrorCode.MODEL_REJECTED, "no"), replace(ANSWER, text=None)],
+    ids=["answer", "rejection", "empty"],
+)
+async def test_any_answer_of_the_api_is_a_sign_of_life(scene: Scene, sign: Deed) -> None:
+    scene.health.down(MODEL, "gone", time.monotonic())
+    scene.model.deeds = [sign]
+    await scene.process()
+    assert scene.health.outages == {}
+
+
+async def test_a_429_is_a_sign_of_life_too(scene: Scene) -> None:
+    scene.health.down(MODEL, "gone", time.monotonic())
+    scene.model.deeds = [RateLimitedError(0.01), for_ever]
+    task = asyncio.create_task(scene.process())
+    while len(scene.model.asked) < 2:  # noqa: ASYNC110 - the fake has no event for it
+        await asyncio.sleep(0.01)
+    assert scene.health.outages == {}
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "deeds", "is_sign"),
+    [
+        (S3Object("b", "k"), [], True),
+        (S3Object("b", "k"), [JobError(ErrorCode.IMAGE_NOT_FOUND, "none")], True),
+        (S3Object("b", "k"), [JobError(ErrorCode.IMAGE_FORBIDDEN, "denied")], False),
+        (Link("https://h/"), [], False),
+        (Embedded("data:;base64,", 13), [], False),
+    ],
+    ids=str,
+)
+async def test_only_what_s3_has_said_is_a_sign_of_its_life(
+    scene: Scene, source: Source, deeds: list[Deed], is_sign: bool
+) -> None:
+    scene.health.down(S3, "gone", time.monotonic())
+    scene.images.source, scene.images.deeds = source, deeds
+    await scene.process()
+    assert (scene.health.outages == {}) is is_sign
+
+
+async def test_a_403_is_the_jobs_own_once_others_have_succeeded(scene: Scene) -> None:
+    scene.model.deeds = [transient("403", forbidden=True)]
+    assert isinstance(await scene.process(), Retry)
+    assert isinstance(await scene.process(delivery={"attempts": 1}), Retry)
+    scene.model.deeds = [ANSWER]
+    await scene.process(id="another")
+    scene.model.deeds = [transient("403", forbidden=True)]
+    assert refusal(await scene.process(delivery={"attempts": 1})) == (ErrorCode.MODEL_REJECTED, "it said 403")
+
+
+async def test_a_403_for_everyone_is_an_outage(scene: Scene) -> None:
+    scene.model.deeds = [transient("403", forbidden=True)]
+    outcomes = [await scene.process(id=f"job-{n}") for n in range(5)]
+    assert isinstance(outcomes[-1], GiveBack)
+    assert set(scene.health.outages) == {MODEL}
+
+
+@pytest.mark.parametrize("part", ["images", "model"])
+async def test_what_is_down_for_everybody_gives_the_job_back_uncounted(scene: Scene, part: str) -> None:
+    dependency = S3 if part == "images" else MODEL
+    getattr(scene, part).deeds = [DependencyDownError(dependency, "check the key")]
+    outcome = await scene.process(delivery={"attempts": 2})
+    assert outcome == GiveBack(job_id="job-1", model="usual", reason="check the key")
+    assert scene.health.outages[dependency].reason == "check the key"
+    assert await scene.is_free()
+
+
+# 429
+
+
+async def test_a_429_is_waited_out_and_not_counted(scene: Scene) -> None:
+    scene.model.deeds = [RateLimitedError(0.1), RateLimitedError(0.1), ANSWER]
+    started = time.monotonic()
+    outcome = await scene.process()
+    assert isinstance(outcome, Answered)
+    assert outcome.result.attempts == 1
+    assert time.monotonic() - started >= 0.2
+    assert len(scene.model.asked) == 3
+    # What was fetched is not held in memory through the pause.
+    assert scene.images.loaded == 3
+
+
+async def test_a_429_makes_room_for_fewer(scene: Scene) -> None:
+    scene.model.deeds = [RateLimitedError(0.01), ANSWER]
+    await scene.process()
+    async with scene.gate.slot(), scene.gate.slot(), scene.gate.slot():
+        task = asyncio.create_task(scene.is_free())
+        await turns_of_the_loop()
+        assert not task.done()
+    assert await task
+
+
+async def test_429s_without_end_give_the_job_back_when_its_time_is_over() -> None:
+    scene = Scene(job_timeout_s=0.8)
+    scene.model.deeds = [RateLimitedError(0.05)]
+    outcome = await scene.process(delivery={"attempts": 2})
+    assert isinstance(outcome, GiveBack)
+    assert "VQA_JOB_TIMEOUT" in outcome.reason
+    assert len(scene.model.asked) > 1
+    assert scene.health.outages == {}
+
+
+async def test_a_long_pause_gives_the_job_back_when_its_time_is_over() -> None:
+    scene = Scene(job_timeout_s=0.5)
+    scene.model.deeds = [RateLimitedError(3600.0)]
+    assert isinstance(await scene.process(), GiveBack)
+    assert len(scene.model.asked) == 1
+
+
+# Pause and stop
+
+
+async def test_while_the_worker_is_paused_a_job_goes_back(scene: Scene) -> None:
+    scene.gate.close("the worker is paused")
+    assert await scene.process() == GiveBack(job_id="job-1", model="usual", reason="the worker is paused")
+    assert (scene.images.loaded, scene.model.asked) == (0, [])
+
+
+async def test_a_paused_worker_still_tells_what_needs_no_call(scene: Scene) -> None:
+    scene.gate.close("the worker is paused")
+    assert refusal(await scene.process(deadline="2020-01-01T00:00:00Z"))[0] is ErrorCode.DEADLINE_EXCEEDED
+    assert refusal(await scene.process(model="unheard-of"))[0] is ErrorCode.INVALID_JOB
+
+
+@pytest.mark.parametrize("part", ["images", "model"])
+async def test_work_that_is_cancelled_ends_at_once_and_leaves_its_slot(part: str) -> None:
+    scene = Scene(limit=1)
+    getattr(scene, part).deeds = [for_ever]
+    task = asyncio.create_task(scene.process())
+    await turns_of_the_loop()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await scene.is_free()
+
+
+# Bugs
+
+
+@pytest.mark.parametrize("part", ["images", "model"])
+async def test_a_bug_is_a_counted_attempt_and_its_words_stay_inside(
+    scene: Scene, part: str, log: CapturingLogger
+) -> None:
+    getattr(scene, part).deeds = [KeyError(CANARY)]
+    outcome = await scene.process(question=CANARY)
+    assert outcome == Retry(job_id="job-1", model="usual", delay_s=1, attempts=1, reason="bug")
+    (call,) = log.calls
+    assert (call.method_name, call.args, call.kwargs["job_id"]) == ("error", ("bug",), "job-1")
+    assert "KeyError" in call.kwargs["exception"]
+    assert "test_processor.py" in call.kwargs["exception"]
+    assert CANARY not in str(log.calls)
+    # It says nothing about the dependencies.
+    assert scene.health.outages == {}
+
+
+async def test_a_bug_that_stays_buries_the_job(scene: Scene, log: CapturingLogger) -> None:
+    scene.model.deeds = [KeyError(CANARY)]
+    outcome = await scene.process(question=CANARY, delivery={"attempts": 2})
+    assert isinstance(outcome, DeadLetter)
+    assert outcome.code is ErrorCode.ATTEMPTS_EXHAUSTED
+    assert "KeyError" in outcome.message
+    assert CANARY not in outcome.message
+    assert CANARY not in outcome.result.to_body().decode()
+    assert CANARY not in str(log.calls)
+
+
+async def test_bugs_of_many_jobs_are_no_outage(scene: Scene, log: CapturingLogger) -> None:
+    scene.model.deeds = [KeyError(CANARY)]
+    outcomes = [await scene.process(id=f"job-{n}") for n in range(10)]
+    assert {type(outcome) for outcome in outcomes} == {Retry}
+    assert len(log.calls) == 10
+
+
+DEEDS: st.SearchStrategy[Deed] = st.sampled_from(
+    [
+        ANSWER,
+        replace(ANSWER, text=None),
+        transient("timeout"),
+        transient("403", forbidden=True),
+        transient("timeout", dependency=S3),
+        DependencyDownError(MODEL, "gone"),
+        DependencyDownError(S3, "gone"),
+        RateLimitedError(1e-3),
+        JobError(ErrorCode.MODEL_REJECTED, "no"),
+        JobError(ErrorCode.IMAGE_NOT_FOUND, "none"),
+        KeyError("bug"),
+        TimeoutError(),
+        OSError("bug"),
+    ]
+)
+
+
+@given(
+    images=st.lists(DEEDS, max_size=3),
+    model=st.lists(DEEDS, max_size=3),
+    jobs=st.lists(st.integers(0, 6), min_size=1, max_size=12),
+    attempts=st.integers(0, 4),
+)
+async def test_whatever_happens_a_job_has_an_outcome_and_leaves_no_slot_behind(
+    images: list[Deed], model: list[Deed], jobs: list[int], attempts: int
+) -> None:
+    scene = Scene(limit=1)
+    # The fakes end with an answer, or 429s would go on for ever.
+    scene.images.deeds, scene.model.deeds = [*images, for_no_time], [*model, ANSWER]
+    for number in jobs:
+        outcome = await scene.process(id=f"job-{number}", delivery={"attempts": attempts})
+        assert outcome.job_id == f"job-{number}"
+        if isinstance(outcome, GiveBack):
+            assert scene.health.outages
+        if isinstance(outcome, Retry):
+            assert outcome.attempts == attempts + 1 < RULES.retry.max_attempts
+        if isinstance(outcome, Answered | Refused | DeadLetter):
+            outcome.result.to_body()
+    assert await scene.is_free()
+
+
+async def for_no_time() -> None:
+    pass
