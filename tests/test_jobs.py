@@ -255,7 +255,7 @@ async def test_null_is_the_same_as_a_missing_field(client: Client, stack: Stack,
 
     for reply in (short, long):
         assert reply.body["status"] == "succeeded", reply.body
-        assert reply.body["metadata"] is None
+        assert reply.body["metadata"] == {}
     assert call.params == {}
 
 

@@ -121,7 +121,7 @@ class Report:
             id=self.job_id,
             model=self._model,
             attempts=self.attempts,
-            metadata=self._job.metadata if self._job else None,
+            metadata=(self._job.metadata if self._job else None) or {},
             timings=Timings(
                 queued_s=self._delivery.queued_s,
                 fetch_s=self._seconds("fetch"),

@@ -61,7 +61,9 @@ class Result(_Part):
     )
     timings: Timings = Timings()
     attempts: int = Field(default=1, ge=1, description="This one included.")
-    metadata: dict[str, Any] | None = Field(default=None, description="The job's own, unchanged.")
+    metadata: dict[str, Any] = Field(
+        default={}, description="The job's own, unchanged; empty where it has none."
+    )
     error: JobFailure | None = None
     response: dict[str, Any] | None = Field(
         default=None,

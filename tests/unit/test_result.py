@@ -110,7 +110,7 @@ PLAIN_VALUE = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
-OBJECTS = st.none() | st.dictionaries(st.text(), PLAIN_VALUE, max_size=3)
+OBJECTS = st.dictionaries(st.text(), PLAIN_VALUE, max_size=3)
 RESULTS = st.builds(
     Result,
     id=st.none() | st.text(),
@@ -123,7 +123,7 @@ RESULTS = st.builds(
     attempts=st.integers(1, 1000),
     metadata=OBJECTS,
     error=st.none() | FAILURES,
-    response=OBJECTS,
+    response=st.none() | OBJECTS,
 )
 
 
