@@ -5,7 +5,7 @@ import contextlib
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
@@ -45,6 +45,10 @@ class Proxy:
         self.port = 0
         self.accepted = 0
         self.links: list[Link] = []
+        self.held = 0
+        """How many connections have something to say and cannot, since the proxy is frozen."""
+        self.freezes_on: bytes | None = None
+        """It freezes, once, before it passes on what a client says with these bytes in it."""
         self.delay_s = 0.0
         """How late each piece arrives, in both directions."""
         self.cut_after: int | None = None
@@ -119,7 +123,7 @@ class Proxy:
 
     async def _serve(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         try:
-            await self._flows.wait()
+            await self._passage()
             from_server, to_server = await asyncio.open_connection(*self._target)
         except OSError:
             _reset(to_client)
@@ -138,7 +142,7 @@ class Proxy:
                 side.close()
 
     async def _pump_up(self, link: Link, reader: asyncio.StreamReader) -> None:
-        while chunk := await self._next(reader):
+        while chunk := await self._next(reader, self._watch_out):
             link.sent += chunk[: REMEMBERED_BYTES - len(link.sent)]
             if not link.swallows_sent:
                 await _pass_on(chunk, link.server)
@@ -155,11 +159,27 @@ class Proxy:
             await _pass_on(chunk, link.client)
         _end(link.client)
 
-    async def _next(self, reader: asyncio.StreamReader) -> bytes:
+    async def _next(
+        self, reader: asyncio.StreamReader, look_at: Callable[[bytes], None] = lambda _: None
+    ) -> bytes:
         chunk = await reader.read(CHUNK_BYTES)
+        look_at(chunk)
         await asyncio.sleep(self.delay_s)
-        await self._flows.wait()
+        # An end that waits is not something said.
+        await (self._passage() if chunk else self._flows.wait())
         return chunk
+
+    def _watch_out(self, chunk: bytes) -> None:
+        if self.freezes_on is not None and self.freezes_on in chunk:
+            self.freezes_on = None
+            self.freeze()
+
+    async def _passage(self) -> None:
+        self.held += 1
+        try:
+            await self._flows.wait()
+        finally:
+            self.held -= 1
 
 
 async def _pass_on(chunk: bytes, writer: asyncio.StreamWriter) -> None:

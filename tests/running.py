@@ -227,6 +227,7 @@ class Client:
         self._channel = channel
         self._worker = worker
         self.replies: dict[str | None, list[Reply]] = {}
+        self._arrival = asyncio.Condition()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -254,6 +255,8 @@ class Client:
         await message.ack()
         body = json.loads(message.body)
         self.replies.setdefault(body["id"], []).append(Reply(body, message))
+        async with self._arrival:
+            self._arrival.notify_all()
 
     async def publish(
         self, body: bytes | Mapping[str, Any], *, headers: HeadersType | None = None, **properties: Any
@@ -265,10 +268,12 @@ class Client:
 
     async def result(self, job_id: str | None, patience_s: float = PATIENCE_S) -> Reply:
         """The first result of a job."""
-        replies: list[Reply] = await until(
-            lambda: self.replies.get(job_id), f"a result for {job_id}", patience_s
-        )
-        return replies[0]
+        try:
+            async with asyncio.timeout(patience_s), self._arrival:
+                await self._arrival.wait_for(lambda: self.replies.get(job_id))
+        except TimeoutError:
+            raise AssertionError(f"waited {patience_s} s in vain: a result for {job_id}") from None
+        return self.replies[job_id][0]
 
     async def ask(self, patience_s: float = PATIENCE_S, **fields: Any) -> Reply:
         """Publish a job (with a fresh id unless given) and wait for its result."""

@@ -5,6 +5,7 @@ import os
 import signal
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import pytest
 
@@ -19,19 +20,38 @@ ALARM = ("set_vm_memory_high_watermark", "0.00001")
 NO_ALARM = ("set_vm_memory_high_watermark", "0.4")
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A worker for three jobs at once, and the network between it and the model."""
+
+    stack: Stack
+    worker: Worker
+    model: Proxy
+
+    def times_connected(self) -> int:
+        return len(events(self.worker, "rabbitmq_connected"))
+
+    async def connected_again(self, before: int) -> None:
+        await until(lambda: self.times_connected() > before, "it is connected again")
+
+    async def publish_and_hold(self, client: Client, count: int, marker: str) -> list[str]:
+        """Publish so many jobs; they have begun, and don't end until the network to the model thaws."""
+        self.model.freeze()
+        ids = await publish(client, count, marker)
+        await until(lambda: self.model.held == count, "the jobs have begun")
+        return ids
+
+
 @pytest.fixture(scope="module")
-async def worker(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worker]:
+async def scene(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]:
     folder = tmp_path_factory.mktemp("broker")
-    async with Worker.running(own_stack, folder, VQA_MAX_CONCURRENCY="3") as worker:
-        yield worker
-
-
-def times_connected(worker: Worker) -> int:
-    return len(events(worker, "rabbitmq_connected"))
-
-
-async def connected_again(worker: Worker, before: int) -> None:
-    await until(lambda: times_connected(worker) > before, "it is connected again")
+    async with Proxy.before(own_stack.model.base_url) as model:
+        settings = {
+            "VQA_MODEL_BASE_URL": model.url(own_stack.model.base_url),
+            "VQA_MAX_CONCURRENCY": "3",
+        }
+        async with Worker.running(own_stack, folder, **settings) as worker:
+            yield Scene(own_stack, worker, model)
 
 
 async def delete(client: Client, *names: str) -> None:
@@ -40,60 +60,59 @@ async def delete(client: Client, *names: str) -> None:
 
 
 async def test_a_jobs_queue_that_is_deleted_under_the_worker_is_made_again(
-    own_stack: Stack, worker: Worker, own_client_of: MakeClient
+    scene: Scene, own_client_of: MakeClient
 ) -> None:
-    marker, before = uuid.uuid4().hex, times_connected(worker)
-    own_stack.model.play(Answer(after=1), marker=marker, times=None)
-    client = await own_client_of(worker)
-    ids = await publish(client, 1, marker)
-    await calls_begun(own_stack, marker, 1)
-    await delete(client, worker.jobs_queue)
-    await connected_again(worker, before)
+    before = scene.times_connected()
+    client = await own_client_of(scene.worker)
+    ids = await scene.publish_and_hold(client, 1, "while the queue is deleted")
+    await delete(client, scene.worker.jobs_queue)
+    await scene.connected_again(before)
+    scene.model.thaw()
     # The job that ran has lost its message, not its result.
     ids += await publish(client, 1, "the next one")
     assert statuses(await results(client, ids)) == {"succeeded": 2}
 
 
 async def test_a_retry_queue_and_a_results_queue_that_are_gone_when_they_are_needed_are_made_again(
-    own_stack: Stack, worker: Worker
+    scene: Scene,
 ) -> None:
-    marker, retries = uuid.uuid4().hex, worker.metric("vqa_retries_total")
-    own_stack.model.play(Error(status=500), marker=marker)
-    async with Client.of(own_stack, worker) as client:
-        await delete(client, f"{worker.jobs_queue}.retry.1s")
-        ids = await publish(client, 1, marker)
-        await until(lambda: worker.metric("vqa_retries_total") > retries, "the job is held back")
-        await delete(client, worker.results_queue)
+    marker, retry_queue = uuid.uuid4().hex, f"{scene.worker.jobs_queue}.retry.1s"
+    scene.stack.model.play(Error(status=500), marker=marker)
+    async with Client.of(scene.stack, scene.worker) as client:
+        await delete(client, retry_queue)
+        (reply,) = await results(client, await publish(client, 1, marker))
+        assert (reply.body["status"], reply.body["attempts"]) == ("succeeded", 2)
+
+        (job_id,) = await scene.publish_and_hold(client, 1, "while the queue is deleted")
+        await delete(client, scene.worker.results_queue)
+        scene.model.thaw()
         await until(
-            lambda: [line for line in events(worker, "job") if line["job_id"] == ids[0]], "it is answered"
+            lambda: [line for line in events(scene.worker, "job") if line["job_id"] == job_id], "its end"
         )
-    async with Client.of(own_stack, worker) as client:
-        (reply,) = await results(client, ids)
-    assert (reply.body["status"], reply.body["attempts"]) == ("succeeded", 2)
-    assert [line["queue"] for line in events(worker, "queue_missing")] == [
-        f"{worker.jobs_queue}.retry.1s",
-        worker.results_queue,
+    async with Client.of(scene.stack, scene.worker) as client:
+        assert statuses(await results(client, [job_id])) == {"succeeded": 1}
+    assert [line["queue"] for line in events(scene.worker, "queue_missing")] == [
+        retry_queue,
+        scene.worker.results_queue,
     ]
 
 
-async def test_results_wait_for_a_blocked_broker(
-    own_stack: Stack, worker: Worker, own_client_of: MakeClient
-) -> None:
+async def test_results_wait_for_a_blocked_broker(scene: Scene, own_client_of: MakeClient) -> None:
     marker = uuid.uuid4().hex
-    own_stack.model.play(Answer(after=1), marker=marker, times=None)
-    client = await own_client_of(worker)
-    ids = await publish(client, 3, marker)
-    await calls_begun(own_stack, marker, 3)
-    await asyncio.to_thread(own_stack.rabbitmq.ctl, *ALARM)
+    client = await own_client_of(scene.worker)
+    ids = await scene.publish_and_hold(client, 3, marker)
+    await asyncio.to_thread(scene.stack.rabbitmq.ctl, *ALARM)
     try:
-        await model_answered(own_stack, marker)
-        await until(lambda: worker.output().count("was blocked by"), "the connection is blocked")
+        scene.model.thaw()
+        await until(lambda: "was blocked by" in scene.worker.output(), "the connection is blocked")
+        await calls_begun(scene.stack, marker, 3)
+        await model_answered(scene.stack, marker)
         assert client.replies == {}
-        assert worker.ready()[0] == 200
+        assert scene.worker.ready()[0] == 200
     finally:
-        await asyncio.to_thread(own_stack.rabbitmq.ctl, *NO_ALARM)
+        await asyncio.to_thread(scene.stack.rabbitmq.ctl, *NO_ALARM)
     assert statuses(await results(client, ids)) == {"succeeded": 3}
-    assert len(calls_with(own_stack, marker)) == 3
+    assert len(calls_with(scene.stack, marker)) == 3
     assert {len(found) for found in client.replies.values()} == {1}
 
 
@@ -116,7 +135,6 @@ async def test_a_network_that_swallows_everything_for_longer_than_the_heartbeat_
         proxy.freeze()
         for worker in workers:
             await said(worker, "no_broker")
-        assert clients[0].replies == {}
         own_stack.model.configure(rules=[])
         proxy.reset()
         proxy.thaw()
@@ -130,34 +148,35 @@ async def test_a_network_that_swallows_everything_for_longer_than_the_heartbeat_
 
 
 async def test_jobs_in_flight_and_jobs_queued_outlive_a_broker_that_dies_and_one_that_is_stopped(
-    own_stack: Stack, worker: Worker
+    scene: Scene,
 ) -> None:
     """The broker is away for longer than the jobs in flight take: their answers are kept meanwhile."""
+    worker, broker = scene.worker, scene.stack.rabbitmq
     for number in (signal.SIGKILL, signal.SIGTERM):
-        before = times_connected(worker)
+        before = scene.times_connected()
         running, queued = uuid.uuid4().hex, uuid.uuid4().hex
-        own_stack.model.play(Answer(after=1), marker=running, times=None)
-        async with Client.of(own_stack, worker) as client:
-            ids = await publish(client, 3, running)
-            await calls_begun(own_stack, running, 3)
+        async with Client.of(scene.stack, worker) as client:
+            ids = await scene.publish_and_hold(client, 3, running)
             ids += await publish(client, 4, queued)
-        os.kill(own_stack.rabbitmq.pids[0], number)
+        os.kill(broker.pids[0], number)
         assert (await said(worker, "no_broker"))[0] == 503
-        await model_answered(own_stack, running)
+        scene.model.thaw()
+        await calls_begun(scene.stack, running, 3)
+        await model_answered(scene.stack, running)
         assert worker.metric("vqa_dependency_up", dependency="rabbitmq") == 0
         # What it does after it has closed its connections takes seconds and is no matter here.
-        await asyncio.to_thread(own_stack.rabbitmq.kill)
-        own_stack.rabbitmq.launch()
-        await connected_again(worker, before)
-        async with Client.of(own_stack, worker) as client:
+        await asyncio.to_thread(broker.kill)
+        broker.launch()
+        await scene.connected_again(before)
+        async with Client.of(scene.stack, worker) as client:
             replies = await results(client, ids)
             assert {len(found) for found in client.replies.values()} == {1}
             assert await client.depth(worker.dead_letter_queue) == 0
 
         assert statuses(replies) == {"succeeded": 7}
         assert {reply.body["attempts"] for reply in replies} == {1}
-        assert len(calls_with(own_stack, running)) == 3
-        assert len(calls_with(own_stack, queued)) == 4
+        assert len(calls_with(scene.stack, running)) == 3
+        assert len(calls_with(scene.stack, queued)) == 4
         assert worker.ready() == (200, {"status": "ready", "reasons": []})
         assert worker.metric("vqa_dependency_up", dependency="rabbitmq") == 1
-    await asyncio.to_thread(own_stack.rabbitmq.wait_until_ready)
+    await asyncio.to_thread(broker.wait_until_ready)

@@ -50,7 +50,7 @@ async def test_it_is_unready_from_the_signal_on_and_alive_to_the_end(
     worker = await start_worker()
     client = await client_of(worker)
     job_id, marker = uuid.uuid4().hex, uuid.uuid4().hex
-    stack.model.play(Answer(after=1.0), marker=marker)
+    stack.model.play(Answer(after=2.0), marker=marker)
     await client.publish({"id": job_id, "question": marker, "images": [LINK]})
     await until(lambda: calls_with(stack, marker), "the call")
     assert worker.metric("vqa_jobs_in_flight") == 1

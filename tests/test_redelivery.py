@@ -2,13 +2,13 @@
 
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import pytest
 
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer
-from tests.breaking import BrokerUser, calls_begun, events, job, publish, results
+from tests.breaking import BrokerUser, events, job, publish, results
 from tests.proxy import Proxy
 from tests.running import Client, Worker, calls_with, until
 
@@ -18,13 +18,14 @@ BASIC_CONSUME = b"\x00\x3c\x00\x14"
 
 @dataclass(frozen=True)
 class Scene:
-    """A worker, its publisher, its user at the broker, and the network between the worker and the broker."""
+    """A worker, its publisher, its user at the broker, and the networks to the broker and the model."""
 
     stack: Stack
     worker: Worker
     client: Client
     user: BrokerUser
     proxy: Proxy
+    model: Proxy
 
     def connections_made(self) -> int:
         """How often the worker's consumer has connected so far."""
@@ -33,6 +34,10 @@ class Scene:
     async def connected_again(self, before: int) -> None:
         """Wait until it has connected once more than `before` times."""
         await until(lambda: self.connections_made() > before, "it is connected again")
+
+    async def held(self, count: int) -> None:
+        """Wait until so many jobs have begun, of which none ends until the network to the model thaws."""
+        await until(lambda: self.model.held == count, f"{count} jobs have begun")
 
     def answers(self, ids: list[str]) -> list[int]:
         """How many results there are for each job."""
@@ -46,21 +51,25 @@ class Scene:
 
 @pytest.fixture(scope="module")
 async def scene(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]:
-    with BrokerUser.of(own_stack) as user:
-        async with Proxy.before(own_stack.rabbitmq.url) as proxy:
-            folder = tmp_path_factory.mktemp("redelivery")
-            settings = {"VQA_RABBITMQ_URL": proxy.url(user.url), "VQA_DELIVERY_LIMIT": "2"}
-            worker = Worker.of(own_stack, folder, **settings)
-            try:
-                await worker.start()
-                async with Client.of(own_stack, worker) as client:
-                    yield Scene(own_stack, worker, client, user, proxy)
-                    assert await worker.stop() == 0, worker.output()
-                    # What the worker had not acked would be ready again.
-                    assert await client.depth(worker.jobs_queue) == 0
-                    assert await client.depth(worker.dead_letter_queue) == 0
-            finally:
-                worker.kill()
+    async with AsyncExitStack() as resources:
+        user = resources.enter_context(BrokerUser.of(own_stack))
+        proxy = await resources.enter_async_context(Proxy.before(own_stack.rabbitmq.url))
+        model = await resources.enter_async_context(Proxy.before(own_stack.model.base_url))
+        worker = Worker.of(
+            own_stack,
+            tmp_path_factory.mktemp("redelivery"),
+            VQA_RABBITMQ_URL=proxy.url(user.url),
+            VQA_MODEL_BASE_URL=model.url(own_stack.model.base_url),
+            VQA_DELIVERY_LIMIT="2",
+        )
+        resources.callback(worker.kill)
+        await worker.start()
+        client = await resources.enter_async_context(Client.of(own_stack, worker))
+        yield Scene(own_stack, worker, client, user, proxy, model)
+        assert await worker.stop() == 0, worker.output()
+        # What the worker had not acked would be ready again.
+        assert await client.depth(worker.jobs_queue) == 0
+        assert await client.depth(worker.dead_letter_queue) == 0
 
 
 async def test_jobs_whose_connections_are_lost_while_they_run_are_paid_once_and_answered_once(
@@ -68,13 +77,14 @@ async def test_jobs_whose_connections_are_lost_while_they_run_are_paid_once_and_
 ) -> None:
     """First the broker closes them, with a reason, then they break off: that makes three deliveries."""
     marker = uuid.uuid4().hex
-    scene.stack.model.play(Answer(after=2), marker=marker, times=None)
+    scene.model.freeze()
     ids = await publish(scene.client, 3, marker)
-    await calls_begun(scene.stack, marker, 3)
+    await scene.held(3)
     for lose in (scene.user.close_connections, scene.proxy.reset):
         before = scene.connections_made()
         lose()
         await scene.connected_again(before)
+    scene.model.thaw()
     replies = await results(scene.client, ids)
     await scene.all_is_settled()
 
@@ -83,35 +93,34 @@ async def test_jobs_whose_connections_are_lost_while_they_run_are_paid_once_and_
     assert scene.answers(ids) == [1, 1, 1]
 
 
-async def test_a_job_that_waits_for_a_slot_outlives_its_connection_and_is_paid_once(scene: Scene) -> None:
+async def test_jobs_that_wait_for_a_slot_outlive_their_connection_and_are_paid_once(scene: Scene) -> None:
     marker = uuid.uuid4().hex
-    scene.stack.model.play(Answer(after=0.5), marker=marker, times=None)
-    scene.stack.model.configure(max_concurrent=1, retry_after="0.3")
-    try:
-        ids = await publish(scene.client, 3, marker)
-        await calls_begun(scene.stack, marker, 1)
-        await until(lambda: scene.worker.metric("vqa_jobs_in_flight") == 3, "all jobs are prefetched")
-        before = scene.connections_made()
-        scene.proxy.reset()
-        await scene.connected_again(before)
-        await results(scene.client, ids)
-        await scene.all_is_settled()
-    finally:
-        scene.stack.model.configure(max_concurrent=None, retry_after=None)
+    scene.model.freeze()
+    ids = await publish(scene.client, 40, marker)
+    # 32 at once is where the limit starts.
+    await scene.held(32)
+    await until(lambda: scene.worker.metric("vqa_jobs_in_flight") == 40, "all jobs are prefetched")
+    before = scene.connections_made()
+    scene.proxy.reset()
+    await scene.connected_again(before)
+    scene.model.thaw()
+    await results(scene.client, ids)
+    await scene.all_is_settled()
 
-    paid = [call for call in calls_with(scene.stack, marker) if call.status == 200]
-    assert len(paid) == 3
-    assert scene.answers(ids) == [1, 1, 1]
+    assert len(calls_with(scene.stack, marker)) == 40
+    assert set(scene.answers(ids)) == {1}
 
 
 async def test_a_job_whose_ack_is_lost_on_the_way_is_neither_paid_nor_answered_again(scene: Scene) -> None:
     marker = uuid.uuid4().hex
-    scene.stack.model.play(Answer(after=0.5), marker=marker, times=None)
+    scene.model.freeze()
     ids = await publish(scene.client, 2, marker)
-    await calls_begun(scene.stack, marker, 2)
+    await scene.held(2)
     (consuming,) = [link for link in scene.proxy.links if BASIC_CONSUME in link.sent]
     consuming.swallows_sent = True
+    scene.model.thaw()
     await results(scene.client, ids)
+    await until(lambda: scene.worker.metric("vqa_jobs_in_flight") == 0, "they are acked, in vain")
     before = scene.connections_made()
     consuming.reset()
     await scene.connected_again(before)
@@ -124,13 +133,16 @@ async def test_a_job_whose_ack_is_lost_on_the_way_is_neither_paid_nor_answered_a
 @pytest.mark.parametrize("is_lost", [False, True], ids=["in peace", "with a lost connection"])
 async def test_a_message_that_was_published_twice_gets_a_result_each(scene: Scene, *, is_lost: bool) -> None:
     marker = uuid.uuid4().hex
-    scene.stack.model.play(Answer(after=0.7), marker=marker, times=None)
     twin = job(marker)
+    scene.model.freeze()
     for _ in range(2):
         await scene.client.publish(twin, message_id="the same")
-    await calls_begun(scene.stack, marker, 1)
+    await until(lambda: scene.model.held, "the job has begun")
     if is_lost:
+        before = scene.connections_made()
         scene.proxy.reset()
+        await scene.connected_again(before)
+    scene.model.thaw()
     await until(lambda: scene.answers([twin["id"]]) == [2], "two results")
     await scene.all_is_settled()
 

@@ -24,29 +24,36 @@ async def test_the_first_signal_finishes_what_runs_and_gives_back_what_was_not_b
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     marker, waiting = uuid.uuid4().hex, uuid.uuid4().hex
-    own_stack.model.play(Answer(after=2), marker=marker, times=None)
-    # 32 calls at once is where the limit starts; the rest is prefetched and waits.
-    first = await start_own_worker(VQA_MAX_CONCURRENCY="40")
-    second = await start_own_worker(wait=False, like=first)
-    client = await own_client_of(first)
-    running = await publish(client, 32, marker)
-    await calls_begun(own_stack, marker, 32)
-    prefetched = await publish(client, 8, waiting)
-    await until(lambda: first.metric("vqa_jobs_in_flight") == 40, "all are prefetched")
+    async with Proxy.before(own_stack.model.base_url) as model:
+        model.freeze()
+        first = await start_own_worker(
+            VQA_MODEL_BASE_URL=model.url(own_stack.model.base_url), VQA_MAX_CONCURRENCY="40"
+        )
+        client = await own_client_of(first)
+        # 32 calls at once is where the limit starts; the rest is prefetched and waits.
+        running = await publish(client, 32, marker)
+        await until(lambda: model.held == 32, "they have begun")
+        prefetched = await publish(client, 8, waiting)
+        await until(lambda: first.metric("vqa_jobs_in_flight") == 40, "all are prefetched")
 
-    signal_to(first, signal.SIGTERM)
-    assert (await said(first, "stopping"))[0] == 503
-    assert first.get("/livez")[0] == 200
-    # What was not begun is back while the others still run, and what comes now is not for this worker.
-    late = await publish(client, 2, waiting)
-    await until(lambda: client.depth(first.jobs_queue), "jobs are given back")
-    assert client.replies == {}
-    assert await first.ended() == 0, first.output()
-    await results(client, running, patience_s=1)
+        signal_to(first, signal.SIGTERM)
+        assert (await said(first, "stopping"))[0] == 503
+        assert first.get("/livez")[0] == 200
+        # What was not begun is back while the others still run, and what comes now is not for this worker.
+        late = await publish(client, 2, waiting)
+
+        async def are_back() -> bool:
+            return await client.depth(first.jobs_queue) == 10
+
+        await until(are_back, "jobs are given back")
+        assert client.replies == {}
+        model.thaw()
+        assert await first.ended() == 0, first.output()
+    await results(client, running)
     assert await client.depth(first.jobs_queue) == 10
     assert calls_with(own_stack, waiting) == []
 
-    await second.start()
+    second = await start_own_worker(like=first)
     replies = await results(client, [*prefetched, *late])
     assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
     assert await second.stop() == 0
@@ -130,49 +137,55 @@ async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     running, barred = uuid.uuid4().hex, uuid.uuid4().hex
-    own_stack.model.play(Answer(after=2.5), marker=running, times=None)
+    own_stack.model.play(Answer(after=3), marker=running, times=None)
     own_stack.model.play(Error(status=401), marker=barred, times=None)
     async with Proxy.before(own_stack.rabbitmq.url) as proxy:
         worker = await start_own_worker(VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
         client = await own_client_of(worker)
+        # The worker asks for a job to try with, and is told to stop before it has an answer.
+        proxy.freezes_on = BASIC_GET
         ids = await publish(client, 1, running)
         await calls_begun(own_stack, running, 1)
         await publish(client, 1, barred)
-        await said(worker, "paused")
-        await until(lambda: client.depth(worker.jobs_queue), "the job is given back")
-        # The worker asks for a job to try with, and is told to stop before it has an answer.
-        proxy.delay_s = 0.5
-        await until(lambda: any(BASIC_GET in link.sent for link in proxy.links), "it asks")
-        assert await worker.stop() == 0, worker.output()
+        await until(lambda: proxy.freezes_on is None, "it asks")
+        signal_to(worker, signal.SIGTERM)
+        await said(worker, "stopping")
+        proxy.thaw()
+        assert await worker.ended() == 0, worker.output()
 
-    (reply,) = await results(client, ids, patience_s=1)
+    (reply,) = await results(client, ids)
     assert reply.body["status"] == "succeeded"
     assert len(calls_with(own_stack, barred)) == 1
     # A channel that was closed early would have brought back the job that ran, too.
     assert await client.depth(worker.jobs_queue) == 1
     message = await client.take(worker.jobs_queue)
     assert barred in message.body.decode()
-    assert {name: value for name, value in message.headers.items() if value}.keys() == {"vqa-copy"}
+    assert {name for name, value in message.headers.items() if value} == {"vqa-copy"}
 
 
 async def test_a_broker_that_comes_back_within_the_grace_still_gets_the_results(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
-    marker = uuid.uuid4().hex
-    own_stack.model.play(Answer(after=1), marker=marker, times=None)
-    async with Proxy.before(own_stack.rabbitmq.url) as proxy:
-        worker = await start_own_worker(VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
+    async with (
+        Proxy.before(own_stack.rabbitmq.url) as broker,
+        Proxy.before(own_stack.model.base_url) as model,
+    ):
+        worker = await start_own_worker(
+            VQA_RABBITMQ_URL=broker.url(own_stack.rabbitmq.url),
+            VQA_MODEL_BASE_URL=model.url(own_stack.model.base_url),
+        )
         client = await own_client_of(worker)
-        ids = await publish(client, 1, marker)
-        await calls_begun(own_stack, marker, 1)
-        await proxy.refuse()
-        proxy.reset()
+        model.freeze()
+        ids = await publish(client, 1, "What is it?")
+        await until(lambda: model.held == 1, "the job has begun")
+        await broker.refuse()
+        broker.reset()
+        await until(lambda: events(worker, "rabbitmq_unreachable"), "the broker is missed")
         signal_to(worker, signal.SIGTERM)
-        await until(lambda: calls_with(own_stack, marker)[0].ended, "the model answers")
-        await until(lambda: len(events(worker, "rabbitmq_unreachable")) > 1, "the broker is missed")
-        assert worker.process is not None
-        assert worker.process.poll() is None
-        await proxy.accept()
+        model.thaw()
+        await until(lambda: worker.metric("vqa_model_requests_total", code="200") == 1, "the model answers")
+        assert (await said(worker, "stopping"))[0] == 503
+        await broker.accept()
         assert await worker.ended() == 0, worker.output()
 
     (reply,) = await results(client, ids)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -186,6 +187,7 @@ async def _serve_http(stack: AsyncExitStack, app: web.Application, settings: Set
 
 async def _drain(parts: _Parts, grace_s: float) -> bool:
     """Stop taking jobs, give the unstarted back, finish the rest in `grace_s` seconds or cut it off."""
+    ends = time.monotonic() + grace_s
     log.info("stopping", grace_s=grace_s)
     parts.gate.close("the worker stops")
     try:
@@ -193,7 +195,7 @@ async def _drain(parts: _Parts, grace_s: float) -> bool:
             await parts.consumer.hold()
     except TimeoutError:
         log.warning("rabbitmq_silent", what="did not answer to the end of consuming")
-    if await _in_time(parts.in_flight.drained(), grace_s):
+    if await _in_time(parts.in_flight.drained(), max(0.0, ends - time.monotonic())):
         return True
     log.warning("cut_off", after_s=grace_s)
     parts.in_flight.cut_off()

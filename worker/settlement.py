@@ -99,13 +99,11 @@ class Settlement:
     async def _reply(self, delivery: Delivery, result: Result) -> None:
         queue = self._replies.queue_for(delivery, self._topology.results)
         reply = messages.reply(delivery, result, queue, exchange=self._topology.reply_exchange)
-        if queue.startswith(DIRECT_REPLY_TO):
-            # At most once by its nature, and only the default exchange knows it.
-            await self._publisher.publish(messages.to_direct_reply(reply))
-            return
         if queue != self._topology.results:
+            is_direct = queue.startswith(DIRECT_REPLY_TO)
             try:
-                await self._publisher.publish(reply)
+                # Direct replies are at most once by nature, and only the default exchange knows them.
+                await self._publisher.publish(messages.to_direct_reply(reply) if is_direct else reply)
             except UnroutableError:
                 reply = messages.undeliverable(reply, self._topology.results)
             else:

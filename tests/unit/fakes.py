@@ -62,6 +62,7 @@ class FakePublisher:
         self.events: list[str] = [] if events is None else events
         self.published: list[Outgoing] = []
         self.unroutable: set[str] = set()
+        self.fatal: set[str] = set()
         self.broken: Exception | None = None
         self.restored = 0
         self.let_go = asyncio.Event()
@@ -71,7 +72,9 @@ class FakePublisher:
         await self.let_go.wait()
         if self.broken is not None:
             raise self.broken
-        if message.mandatory and message.routing_key in self.unroutable:
+        # A name that costs the connection, each time; with tries, there is an end to that.
+        is_given_up = message.tries is not None and message.routing_key in self.fatal
+        if is_given_up or (message.mandatory and message.routing_key in self.unroutable):
             self.events.append(f"returned {message.routing_key}")
             raise UnroutableError(message.routing_key)
         self.published.append(message)

@@ -266,7 +266,7 @@ def test_a_wrong_value_is_refused_and_its_field_is_named(field: str, value: Any)
 
 
 @pytest.mark.parametrize(
-    "field", ["image", "Question", "message", "metdata", "n", "stream", "type", "", " id"]
+    "field", ["image", "Question", "message", "meta-data", "n", "stream", "type", "", " id"]
 )
 def test_an_unknown_field_is_refused_and_named(field: str) -> None:
     assert fault({**SHORT, field: None}).message == (f"{field}: unknown field" if field else "unknown field")

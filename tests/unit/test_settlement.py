@@ -192,6 +192,17 @@ async def test_a_direct_reply_always_goes_by_the_default_exchange_without_mandat
     assert events == [f"confirmed {queue}", "ack"]
 
 
+async def test_a_direct_reply_that_costs_the_connection_each_time_goes_to_the_results_queue() -> None:
+    """RabbitMQ closes it over some made-up names: tried for ever, one job would stop the worker."""
+    publisher = FakePublisher()
+    queue = "amq.rabbitmq.reply-to.made.up"
+    publisher.fatal.add(queue)
+    (reply,), events = await settled(ANSWERED, topology=REPLY_EXCHANGE, publisher=publisher, reply_to=queue)
+    assert events == [f"returned {queue}", "confirmed results", "ack"]
+    assert (reply.exchange, reply.mandatory, reply.tries) == ("replies", True, None)
+    assert reply.headers["vqa-undeliverable-to"] == queue
+
+
 # What cannot be delivered
 
 

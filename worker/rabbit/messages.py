@@ -23,6 +23,8 @@ CONTENT_TYPE = "application/json"
 UNDELIVERABLE_HEADER = "vqa-undeliverable-to"
 ERROR_CODE_HEADER = "vqa-error-code"
 ERROR_MESSAGE_HEADER = "vqa-error-message"
+# To some made-up names of direct reply-to RabbitMQ answers by closing the connection (3.10: 541), each time.
+DIRECT_REPLY_TRIES = 3
 
 
 def reply(delivery: Delivery, result: Result, queue: str, *, exchange: str) -> Outgoing:
@@ -42,7 +44,7 @@ def reply(delivery: Delivery, result: Result, queue: str, *, exchange: str) -> O
 
 def to_direct_reply(message: Outgoing) -> Outgoing:
     """The same for direct reply-to, whose pseudo-queue is not routed to in the usual way."""
-    return replace(message, exchange="", mandatory=False)
+    return replace(message, exchange="", mandatory=False, tries=DIRECT_REPLY_TRIES)
 
 
 def undeliverable(message: Outgoing, results_queue: str) -> Outgoing:

@@ -36,6 +36,7 @@ class Outgoing:
 
     Attributes:
         mandatory: whether the broker must say if no queue takes it.
+        tries: after how many lost connections it counts as unroutable; None: it is tried without end.
         message_id: of the message; each publish gets a new one unless it is given.
     """
 
@@ -43,6 +44,7 @@ class Outgoing:
     routing_key: str
     exchange: str = ""
     mandatory: bool = True
+    tries: int | None = None
     content_type: str | None = None
     type: str | None = None
     app_id: str | None = None
@@ -87,9 +89,9 @@ class Publisher:
         """Publish and wait for the confirm, over lost connections and refusals, until it has come.
 
         Raises:
-            UnroutableError: `message` is mandatory and no queue takes it.
+            UnroutableError: `message` is mandatory and no queue takes it, or its `tries` are used up.
         """
-        delay_s = FIRST_DELAY_S
+        delay_s, tried = FIRST_DELAY_S, 0
         async with self._turns.setdefault(message.message_id, asyncio.Lock()):
             while True:
                 await self._connected.wait()
@@ -104,6 +106,9 @@ class Publisher:
                         reason=type(error).__name__,
                         next_try_s=delay_s,
                     )
+                tried += 1
+                if tried == message.tries:
+                    raise UnroutableError(message.routing_key)
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 

@@ -1,0 +1,196 @@
+"""The worker's end: what is in flight is finished, the rest given back, and nothing is lost or counted."""
+
+import asyncio
+import signal
+import uuid
+
+from deploy.local.stack import Stack
+from deploy.local.standin.behaviour import Answer, Error, Hang
+from tests.breaking import calls_begun, events, job, publish, results, said
+from tests.conftest import MakeClient, StartWorker
+from tests.proxy import Proxy
+from tests.running import Worker, calls_with, until
+
+BASIC_GET = b"\x00\x3c\x00\x46"
+"""AMQP 0-9-1: the class and method by which a single message is asked for."""
+
+
+def signal_to(worker: Worker, number: signal.Signals) -> None:
+    assert worker.process is not None
+    worker.process.send_signal(number)
+
+
+async def test_the_first_signal_finishes_what_runs_and_gives_back_what_was_not_begun(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    marker, waiting = uuid.uuid4().hex, uuid.uuid4().hex
+    async with Proxy.before(own_stack.model.base_url) as model:
+        model.freeze()
+        first = await start_own_worker(
+            VQA_MODEL_BASE_URL=model.url(own_stack.model.base_url), VQA_MAX_CONCURRENCY="40"
+        )
+        client = await own_client_of(first)
+        # 32 calls at once is where the limit starts; the rest is prefetched and waits.
+        running = await publish(client, 32, marker)
+        await until(lambda: model.held == 32, "they have begun")
+        prefetched = await publish(client, 8, waiting)
+        await until(lambda: first.metric("vqa_jobs_in_flight") == 40, "all are prefetched")
+
+        signal_to(first, signal.SIGTERM)
+        assert (await said(first, "stopping"))[0] == 503
+        assert first.get("/livez")[0] == 200
+        # What was not begun is back while the others still run, and what comes now is not for this worker.
+        late = await publish(client, 2, waiting)
+
+        async def are_back() -> bool:
+            return await client.depth(first.jobs_queue) == 10
+
+        await until(are_back, "jobs are given back")
+        assert client.replies == {}
+        model.thaw()
+        assert await first.ended() == 0, first.output()
+    await results(client, running)
+    assert await client.depth(first.jobs_queue) == 10
+    assert calls_with(own_stack, waiting) == []
+
+    second = await start_own_worker(like=first)
+    replies = await results(client, [*prefetched, *late])
+    assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
+    assert await second.stop() == 0
+    assert len(calls_with(own_stack, marker)) == 32
+    assert len(calls_with(own_stack, waiting)) == 10
+    assert {len(found) for found in client.replies.values()} == {1}
+
+
+async def test_what_outlasts_the_grace_goes_back_and_counts_neither_as_attempt_nor_as_delivery(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    own_stack.model.play(Hang(), marker=marker, times=4)
+    settings = {"VQA_SHUTDOWN_GRACE": "0.5", "VQA_DELIVERY_LIMIT": "1"}
+    worker = await start_own_worker(**settings)
+    client = await own_client_of(worker)
+    fresh, tried = job(marker), job(marker)
+    await client.publish(fresh)
+    await client.publish(tried, headers={"vqa-attempts": 2})
+    for calls, number in ((2, signal.SIGTERM), (4, signal.SIGINT)):
+        await calls_begun(own_stack, marker, calls)
+        assert await worker.stop(number) == 0, worker.output()
+        assert [event["after_s"] for event in events(worker, "cut_off")] == [0.5]
+        assert await client.depth(worker.jobs_queue) == 2
+        worker = await start_own_worker(like=worker, **settings)
+
+    replies = await results(client, [fresh["id"], tried["id"]])
+    assert [reply.body["status"] for reply in replies] == ["succeeded", "succeeded"]
+    assert [reply.body["attempts"] for reply in replies] == [1, 3]
+    assert await worker.stop() == 0
+    assert {len(found) for found in client.replies.values()} == {1}
+
+
+async def test_a_second_signal_ends_it_at_once_and_the_next_worker_answers_its_jobs(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    own_stack.model.play(Hang(), marker=marker, times=4)
+    first = await start_own_worker(wait=False, VQA_MAX_CONCURRENCY="2")
+    second = await start_own_worker(wait=False, like=first, VQA_MAX_CONCURRENCY="2")
+    await asyncio.gather(first.start(), second.start())
+    client = await own_client_of(first)
+    ids = await publish(client, 4, marker)
+    await calls_begun(own_stack, marker, 4)
+    for worker in (first, second):
+        signal_to(worker, signal.SIGTERM)
+        await said(worker, "stopping")
+
+    assert await first.stop(signal.SIGTERM, patience_s=5) == 143
+    assert await second.stop(signal.SIGINT, patience_s=5) == 130
+    third = await start_own_worker(like=first)
+    replies = await results(client, ids)
+    assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
+    assert await third.stop() == 0
+    assert {len(found) for found in client.replies.values()} == {1}
+
+
+async def test_a_worker_without_work_a_broker_or_a_model_stops_as_well(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    own_stack.model.play(Error(status=401), marker=marker, times=None)
+    async with Proxy.before(own_stack.rabbitmq.url, listens=False) as proxy:
+        paused = await start_own_worker(wait=False)
+        lonely = await start_own_worker(wait=False, VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
+        lonely.launch()
+        await paused.start()
+        client = await own_client_of(paused)
+        (lost,) = await publish(client, 1, marker)
+        await said(paused, "paused")
+        await until(lambda: events(lonely, "rabbitmq_unreachable"), "it waits for the broker")
+        codes = await asyncio.gather(paused.stop(patience_s=10), lonely.stop(patience_s=10))
+
+    assert list(codes) == [0, 0], paused.output() + lonely.output()
+    message = await client.take(paused.jobs_queue)
+    assert lost in message.body.decode()
+    assert "vqa-attempts" not in message.headers
+
+
+async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor_disturbs_another(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    running, barred = uuid.uuid4().hex, uuid.uuid4().hex
+    own_stack.model.play(Answer(after=3), marker=running, times=None)
+    own_stack.model.play(Error(status=401), marker=barred, times=None)
+    async with Proxy.before(own_stack.rabbitmq.url) as proxy:
+        worker = await start_own_worker(VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
+        client = await own_client_of(worker)
+        # The worker asks for a job to try with, and is told to stop before it has an answer.
+        proxy.freezes_on = BASIC_GET
+        ids = await publish(client, 1, running)
+        await calls_begun(own_stack, running, 1)
+        await publish(client, 1, barred)
+        await until(lambda: proxy.freezes_on is None, "it asks")
+        signal_to(worker, signal.SIGTERM)
+        await said(worker, "stopping")
+        proxy.thaw()
+        assert await worker.ended() == 0, worker.output()
+
+    (reply,) = await results(client, ids)
+    assert reply.body["status"] == "succeeded"
+    assert len(calls_with(own_stack, barred)) == 1
+    # A channel that was closed early would have brought back the job that ran, too.
+    assert await client.depth(worker.jobs_queue) == 1
+    message = await client.take(worker.jobs_queue)
+    assert barred in message.body.decode()
+    assert {name for name, value in message.headers.items() if value} == {"vqa-copy"}
+
+
+async def test_a_broker_that_comes_back_within_the_grace_still_gets_the_results(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    async with (
+        Proxy.before(own_stack.rabbitmq.url) as broker,
+        Proxy.before(own_stack.model.base_url) as model,
+    ):
+        worker = await start_own_worker(
+            VQA_RABBITMQ_URL=broker.url(own_stack.rabbitmq.url),
+            VQA_MODEL_BASE_URL=model.url(own_stack.model.base_url), VQA_LOG_LEVEL='debug',
+        )
+        client = await own_client_of(worker)
+        model.freeze()
+        ids = await publish(client, 1, "What is it?")
+        await until(lambda: model.held == 1, "the job has begun")
+        await broker.refuse()
+        broker.reset()
+        await until(lambda: events(worker, "rabbitmq_unreachable"), "the broker is missed")
+        signal_to(worker, signal.SIGTERM)
+        model.thaw()
+        await until(lambda: worker.metric("vqa_model_requests_total", code="200") == 1, "the model answers")
+        assert (await said(worker, "stopping"))[0] == 503
+        await broker.accept()
+        try:
+            assert await worker.ended() == 0, worker.output()
+        except AssertionError:
+            print(worker.output(), worker.get('/metrics')[1][-100:], broker.links, broker.held)
+            raise
+
+    (reply,) = await results(client, ids)
+    assert reply.body["status"] == "succeeded"
