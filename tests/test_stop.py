@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import uuid
+from contextlib import AsyncExitStack
 
 from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Answer, Error, Hang
@@ -11,8 +12,10 @@ from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Worker, calls_with, until
 
+# AMQP 0-9-1: class and method of what the worker says to the broker.
 BASIC_GET = b"\x00\x3c\x00\x46"
-"""AMQP 0-9-1: the class and method by which a single message is asked for."""
+QUEUE_DECLARE = b"\x00\x32\x00\x0a"
+CHANNEL_CLOSE = b"\x00\x14\x00\x28"
 
 
 def signal_to(worker: Worker, number: signal.Signals) -> None:
@@ -131,6 +134,26 @@ async def test_a_worker_without_work_a_broker_or_a_model_stops_as_well(
     message = await client.take(paused.jobs_queue)
     assert lost in message.body.decode()
     assert "vqa-attempts" not in message.headers
+
+
+async def test_a_worker_that_is_just_talking_to_the_broker_stops_as_well(
+    own_stack: Stack, start_own_worker: StartWorker
+) -> None:
+    async with AsyncExitStack() as proxies:
+
+        async def stop_at(word: bytes) -> int:
+            proxy = await proxies.enter_async_context(Proxy.before(own_stack.rabbitmq.url))
+            proxy.freezes_on = word
+            url = proxy.url(own_stack.rabbitmq.url)
+            worker = await start_own_worker(wait=False, VQA_RABBITMQ_URL=url)
+            worker.launch()
+            await until(lambda: proxy.freezes_on is None, "it says so")
+            signal_to(worker, signal.SIGTERM)
+            await until(lambda: events(worker, "stopping"), "it is stopping")
+            proxy.thaw()
+            return await worker.ended(patience_s=20)
+
+        assert await asyncio.gather(*map(stop_at, (QUEUE_DECLARE, CHANNEL_CLOSE))) == [0, 0]
 
 
 async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor_disturbs_another(

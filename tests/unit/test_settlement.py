@@ -230,6 +230,8 @@ async def test_a_queue_of_the_workers_own_that_is_gone_is_made_again_and_then_us
     assert publisher.restored == 1
     assert published[-1].routing_key == queue
     assert events[-3:] == [f"returned {queue}", f"confirmed {queue}", "ack"]
+    assert events.count(f"returned {queue}") == 1
+    assert "vqa-undeliverable-to" not in published[-1].headers
     assert log.calls[0].args == ("queue_missing",)
     assert log.calls[0].kwargs["queue"] == queue
 

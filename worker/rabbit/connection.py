@@ -38,20 +38,35 @@ class BrokerRefusedError(Exception):
 
 @contextmanager
 def losses() -> Iterator[None]:
-    """Make the loss of a connection an error wherever the library has it look like a cancellation.
+    """Tell losses of the connection from cancellations, which the library takes for one another.
 
-    It cancels what waits for the broker's answer. Let through, that would end a task in silence.
+    It cancels what waits for the broker's answer when the connection is lost: let through, that would end a
+    task in silence. And what is cancelled fails with the error of the channel that it closes thereby: let
+    through, the task would try again and never end.
 
     Raises:
         ConnectionError: the connection or channel was lost before the answer came.
+        CancelledError: this task was told to end.
     """
     try:
         yield
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
+        heed_cancellation()
         raise ConnectionError("the connection was lost before the broker answered") from None
+    except Exception:
+        heed_cancellation()
+        raise
+
+
+def heed_cancellation() -> None:
+    """End this task if it was told to end: the library can swallow that without a trace.
+
+    Raises:
+        CancelledError: it was.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
 from worker.delivery import Delivery
 from worker.rabbit import wire
-from worker.rabbit.connection import Broker, losses
+from worker.rabbit.connection import Broker, heed_cancellation, losses
 from worker.rabbit.topology import Topology, TopologyError, establish
 
 log = structlog.get_logger(__name__)
@@ -149,6 +149,7 @@ class Consumer:
                 if not self._held:
                     await self._consume(queue)
             log.info("rabbitmq_connected", queue=self._topology.jobs, prefetch=self._prefetch)
+            heed_cancellation()
             await self._until_lost(channel)
         finally:
             self._queue = self._consumer_tag = None

@@ -15,7 +15,7 @@ from pamqp.common import FieldValue
 
 from worker.errors import Dependency
 from worker.metrics import DEPENDENCY_UP
-from worker.rabbit.connection import DIAL_TIMEOUT_S, Broker, losses
+from worker.rabbit.connection import DIAL_TIMEOUT_S, Broker, heed_cancellation, losses
 from worker.rabbit.topology import Topology, TopologyError, establish
 
 log = structlog.get_logger(__name__)
@@ -135,6 +135,7 @@ class Publisher:
                 self._channel = channel
                 self._connected.set()
                 DEPENDENCY_UP.labels(Dependency.RABBITMQ).set(1)
+                heed_cancellation()
                 await channel.closed()
                 self._connected.clear()
                 if connection.transport is None or connection.transport.connection.is_closed:
