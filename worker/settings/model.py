@@ -116,7 +116,9 @@ class Settings(BaseSettings):
 
     rabbitmq_url: BrokerUrl = SecretStr("amqp://guest:guest@localhost:5672/")
     """The broker: `amqp://user:password@host:port/vhost`, or `amqps://` for TLS. Special characters in user
-    name, password and vhost are percent-encoded (the vhost `/` is the empty path or `%2F`). A secret."""
+    name, password and vhost are percent-encoded (the vhost `/` is the empty path or `%2F`). `?heartbeat=N`
+    sets the seconds between heartbeats (20); a connection that is silent for three times as long is given up.
+    A secret."""
     rabbitmq_ca_file: CaFile = None
     """PEM file with the certificates that the broker's certificate is checked against, with `amqps://` only.
     Without it the operating system's are used."""
