@@ -22,8 +22,9 @@ if [ ! -x .venv/bin/pip ]; then
     # Debian and Ubuntu keep venv in a package of its own.
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     sudo=$([ "$(id -u)" = 0 ] || echo "sudo -n")
+    install_venv() { $sudo apt-get install -y --no-install-recommends "python$version-venv" >/dev/null; }
     if ! command -v apt-get >/dev/null ||
-      ! $sudo apt-get install -y --no-install-recommends "python$version-venv" >/dev/null; then
+      ! { install_venv || { $sudo apt-get update >/dev/null && install_venv; }; }; then
       echo "$python cannot make virtual environments; install its venv module (Debian: python3-venv)" >&2
       exit 1
     fi
