@@ -16,7 +16,7 @@ from worker import __version__, http
 from worker.health import Health
 from worker.http import Heartbeat, Readiness
 from worker.images.load import Images
-from worker.images.s3 import S3
+from worker.images.s3 import S3, S3ConfigurationError
 from worker.images.source import SourcePolicy
 from worker.inflight import InFlight
 from worker.limiter import AdaptiveLimit, Gate
@@ -129,11 +129,14 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, stack: AsyncExitStack) 
 
 
 def _images(settings: Settings, stack: AsyncExitStack) -> Images:
-    s3 = S3(
-        endpoint_url=settings.s3_endpoint_url,
-        addressing_style=settings.s3_addressing_style,
-        max_connections=settings.max_concurrency,
-    )
+    try:
+        s3 = S3(
+            endpoint_url=settings.s3_endpoint_url,
+            addressing_style=settings.s3_addressing_style,
+            max_connections=settings.max_concurrency,
+        )
+    except S3ConfigurationError as error:
+        raise StartError(str(error)) from None
     # A presigned link has to outlive the job and the last call made for it.
     outlives_job_s = int(settings.job_timeout + settings.model_timeout)
     images = Images(

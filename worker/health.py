@@ -2,7 +2,7 @@
 
 A dependency that cannot be reached or refuses everybody is down at once. One that fails in other ways is
 down when several different jobs in a row met failures and none a success. A single job that fails
-again and again is that job's own trouble. Pure: times are seconds of a monotonic clock, passed in.
+again and again is that job's own trouble. Times are seconds of a monotonic clock, passed in.
 """
 
 import asyncio
@@ -16,6 +16,8 @@ from worker.errors import Dependency
 DISTINCT_JOBS = 5
 # How many failing jobs' first failures are remembered: far more than fail at once, at little cost.
 REMEMBERED_JOBS = 1000
+# How old a success may be to say that others succeed.
+RECENT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Health:
         self._first_failed: OrderedDict[tuple[Dependency, str], float] = OrderedDict()
         self._succeeded_at: dict[Dependency, float] = {}
         self._outages: dict[Dependency, Outage] = {}
+        # Failures at dependencies that were known to be down: how a trial is told to have met one.
+        self.hits = 0
         self.changed = asyncio.Event()
         for dependency in self._failing:
             metrics.DEPENDENCY_UP.labels(dependency).set(1)
@@ -56,13 +60,28 @@ class Health:
 
     def failed(self, dependency: Dependency, job: str, reason: str, now: float) -> bool:
         """A call failed in a way that may be the job's; returns whether the dependency is down."""
+        self.hits += dependency in self._outages
         self._failing[dependency].add(job)
         self._first_failed.setdefault((dependency, job), now)
-        if len(self._first_failed) > REMEMBERED_JOBS:
-            self._first_failed.popitem(last=False)
+        self._forget_the_oldest()
         if len(self._failing[dependency]) >= DISTINCT_JOBS:
             self.down(dependency, f"{DISTINCT_JOBS} different jobs in a row failed: {reason}", now)
         return dependency in self._outages
+
+    def refused_everybody(self, dependency: Dependency, job: str, reason: str, now: float) -> bool:
+        """A call failed as anybody's would; returns whether the dependency is down.
+
+        It is not if others have succeeded since this very job met the same: then the job is in trouble of
+        its own after all (a bucket that only looks like an outage, say), and must not stop the others again.
+        """
+        self.hits += dependency in self._outages
+        failed_at = self._first_failed.get((dependency, job), float("inf"))
+        is_its_own = dependency not in self._outages and self._last_success(dependency) > failed_at
+        self._first_failed[dependency, job] = now
+        self._forget_the_oldest()
+        if not is_its_own:
+            self.down(dependency, reason, now)
+        return not is_its_own
 
     def down(self, dependency: Dependency, reason: str, now: float) -> None:
         """The dependency is out of reach or refuses everybody."""
@@ -71,10 +90,19 @@ class Health:
             self._publish(dependency, up=False)
 
     def succeeds_for_others(self, dependency: Dependency, job: str) -> bool:
-        """Whether calls have gone well since this job first failed, and no other job is failing."""
+        """Whether calls went well since shortly before this job first failed, and no other job is failing.
+
+        False for a first failure: the others get the time of a retry to show whether they fail as well.
+        """
         failed_at = self._first_failed.get((dependency, job), float("inf"))
-        succeeded_at = self._succeeded_at.get(dependency, float("-inf"))
-        return succeeded_at > failed_at and self._failing[dependency] <= {job}
+        return self._last_success(dependency) > failed_at - RECENT_S and self._failing[dependency] <= {job}
+
+    def _last_success(self, dependency: Dependency) -> float:
+        return self._succeeded_at.get(dependency, float("-inf"))
+
+    def _forget_the_oldest(self) -> None:
+        if len(self._first_failed) > REMEMBERED_JOBS:
+            self._first_failed.popitem(last=False)
 
     def _publish(self, dependency: Dependency, *, up: bool) -> None:
         metrics.DEPENDENCY_UP.labels(dependency).set(up)

@@ -14,6 +14,7 @@ log = structlog.get_logger(__name__)
 
 FIRST_TRIAL_S = 1.0
 LONGEST_TRIAL_S = 30.0
+NEXT_TRIAL_S = 0.05
 
 
 class Flow(Protocol):
@@ -58,13 +59,19 @@ class PauseKeeper:
 
     async def _until_up(self) -> None:
         """Try with a different single job at growing intervals, until one succeeds."""
-        delay_s = FIRST_TRIAL_S
+        delay_s = wait_s = FIRST_TRIAL_S
         while self._health.outages:
-            await asyncio.sleep(delay_s)
+            await asyncio.sleep(wait_s)
+            wait_s = delay_s
             delivery = await self._flow.take_one()
             if delivery is None:
                 continue
+            hits = self._health.hits
             self._gate.allow_trial()
             # Given back, a job goes to the end of the queue: the next trial takes another.
             await asyncio.wait({self._in_flight.accept(delivery)})
-            delay_s = min(delay_s * 2, LONGEST_TRIAL_S)
+            if self._health.hits > hits:
+                delay_s = wait_s = min(delay_s * 2, LONGEST_TRIAL_S)
+            else:
+                # The job came to its end without meeting what is down: it proves nothing, the next one may.
+                wait_s = NEXT_TRIAL_S

@@ -35,6 +35,7 @@ log = structlog.get_logger(__name__)
 # Event loops fire timers some milliseconds early: waiting for a moment, wait a little longer.
 TIMER_SLACK_S = 0.02
 
+_NO_SLOT = "half of VQA_JOB_TIMEOUT has passed without a free slot"
 _TOO_OFTEN = (
     "the job was delivered {} times without coming to an end (VQA_DELIVERY_LIMIT): "
     "it may be what stops the workers that take it"
@@ -116,8 +117,7 @@ class Processor:
         except TransientError as error:
             return self._after_failure(report, error)
         except DependencyDownError as error:
-            self._health.down(error.dependency, error.message, time.monotonic())
-            return report.given_back(error.message)
+            return self._after_refusal(report, error)
         except GateClosedError as error:
             return report.given_back(str(error))
         except Exception as error:  # noqa: BLE001 - a bug must not lose the job, nor loop for ever
@@ -148,13 +148,17 @@ class Processor:
                     return answer
 
     async def _take_slot(self, stack: AsyncExitStack, job: Job, report: Report) -> None:
-        """Wait for a slot, no longer than the job may take.
+        """Wait for a slot, for half of the delivery's time at most: the other half is for the work.
+
+        A call that is begun with less could be cut off when it is already paid for.
 
         Raises:
-            GateClosedError: the gate is closed, or the time for one delivery is over.
+            GateClosedError: the gate is closed, or there was no slot in time.
             JobError: the job's deadline passed while waiting.
         """
-        left_s = self._time_left_s(report)
+        left_s = self._time_left_s(report) - self._rules.job_timeout_s / 2
+        if left_s <= 0:
+            raise GateClosedError(_NO_SLOT)
         if job.deadline is not None:
             left_s = min(left_s, (job.deadline - datetime.now(UTC)).total_seconds() + TIMER_SLACK_S)
         try:
@@ -162,7 +166,7 @@ class Processor:
                 await stack.enter_async_context(self._gate.slot())
         except TimeoutError:
             self._check_deadline(job)
-            raise GateClosedError("waited for VQA_JOB_TIMEOUT without a free slot") from None
+            raise GateClosedError(_NO_SLOT) from None
 
     async def _fetch(self, refs: Sequence[ImageRef], sources: Sequence[Source], report: Report) -> list[str]:
         started = time.monotonic()
@@ -205,6 +209,15 @@ class Processor:
         if self._health.failed(error.dependency, job_id, error.reason, time.monotonic()):
             return report.given_back(f"{error.dependency} is down")
         return self._try_again(report, error.reason, error.message)
+
+    def _after_refusal(self, report: Report, error: DependencyDownError) -> Outcome:
+        """Give the job back while the dependency is down; count it if it is down for this job only."""
+        down = self._health.refused_everybody(
+            error.dependency, report.job_id or "", error.message, time.monotonic()
+        )
+        if down:
+            return report.given_back(error.message)
+        return self._try_again(report, f"{error.dependency}_refused", error.message)
 
     def _try_again(self, report: Report, reason: str, message: str) -> Outcome:
         match after_attempt(report.attempts, self._rules.retry, report.deadline, datetime.now(UTC)):

@@ -103,7 +103,9 @@ class Settlement:
             is_direct = queue.startswith(DIRECT_REPLY_TO)
             try:
                 # Direct replies are at most once by nature, and only the default exchange knows them.
-                await self._publisher.publish(messages.to_direct_reply(reply) if is_direct else reply)
+                await self._publisher.publish(
+                    messages.to_direct_reply(reply) if is_direct else messages.to_private_queue(reply)
+                )
             except UnroutableError:
                 reply = messages.undeliverable(reply, self._topology.results)
             else:

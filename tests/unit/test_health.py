@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from worker import metrics
 from worker.errors import Dependency
-from worker.health import DISTINCT_JOBS, REMEMBERED_JOBS, Health, Outage
+from worker.health import DISTINCT_JOBS, RECENT_S, REMEMBERED_JOBS, Health, Outage
 
 MODEL, S3 = Dependency.MODEL, Dependency.S3
 BOTH = pytest.mark.parametrize("dependency", [MODEL, S3])
@@ -127,12 +127,36 @@ def test_a_job_that_never_failed_is_not_compared_with_others() -> None:
     assert not health.succeeds_for_others(MODEL, "job")
 
 
+def test_a_success_shortly_before_the_first_failure_says_that_others_succeed() -> None:
+    health = Health()
+    health.succeeded(MODEL, 0.0, 100.0)
+    health.failed(MODEL, "job", "403", 100.0 + RECENT_S - 1)
+    assert health.succeeds_for_others(MODEL, "job")
+
+
+def test_an_outage_of_one_job_only_is_its_own_trouble_the_second_time() -> None:
+    health = Health()
+    assert health.refused_everybody(S3, "job", "broken bucket", 1.0)
+    health.succeeded(S3, 2.0, 3.0)
+    assert not health.refused_everybody(S3, "job", "broken bucket", 4.0)
+    assert health.outages == {}
+    assert health.refused_everybody(S3, "job", "no success since", 5.0)
+
+
+def test_a_job_that_meets_an_outage_again_while_it_lasts_is_not_to_blame() -> None:
+    health = Health()
+    health.succeeded(S3, 0.0, 0.5)
+    for n in range(3):
+        assert health.refused_everybody(S3, "job", "down", float(n + 1))
+    assert health.hits == 2
+
+
 def test_others_succeed_if_a_call_went_well_since_the_job_first_failed() -> None:
     health = Health()
     health.succeeded(MODEL, 0.0, 1.0)
-    health.failed(MODEL, "job", "403", 2.0)
+    health.failed(MODEL, "job", "403", 2.0 + RECENT_S)
     assert not health.succeeds_for_others(MODEL, "job")
-    health.succeeded(MODEL, 2.5, 3.0)
+    health.succeeded(MODEL, 2.5, 3.0 + RECENT_S)
     assert health.succeeds_for_others(MODEL, "job")
     health.failed(MODEL, "job", "403", 4.0)
     assert health.succeeds_for_others(MODEL, "job")

@@ -414,8 +414,14 @@ async def test_images_that_take_longer_than_a_delivery_may_are_a_fault_that_may_
 
 
 async def test_the_time_for_a_delivery_runs_from_its_receipt(scene: Scene) -> None:
-    await scene.process(delivery={"received": time.monotonic() - 50})
-    assert 0 < scene.model.asked[0][3] <= 10
+    await scene.process(delivery={"received": time.monotonic() - 20})
+    assert 30 < scene.model.asked[0][3] <= 40
+
+
+async def test_a_call_is_not_begun_in_the_second_half_of_a_delivery_s_time(scene: Scene) -> None:
+    outcome = await scene.process(delivery={"received": time.monotonic() - 31})
+    assert isinstance(outcome, GiveBack)
+    assert scene.model.asked == []
 
 
 async def test_a_lone_job_that_fails_again_and_again_stops_nobody(scene: Scene) -> None:

@@ -1,5 +1,6 @@
 """Reading objects from S3; what S3 answers is sorted by whose fault it is."""
 
+import os
 from typing import Literal
 
 import boto3
@@ -53,8 +54,22 @@ _SERVER_ERROR = 500
 _BUSY_CODES = frozenset({"SlowDown", "RequestTimeout", "Throttling", "ServiceUnavailable", "InternalError"})
 
 
+class S3ConfigurationError(Exception):
+    """There can be no client with this endpoint or this AWS configuration; the message says why."""
+
+
+def _ca_bundle() -> str | None:
+    """The file of trusted authorities: botocore knows the first two variables, and not the usual third."""
+    names = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+    return next((path for name in names if (path := os.environ.get(name))), None)
+
+
 class S3:
-    """Objects of one S3 endpoint, read by blocking calls that are safe from several threads."""
+    """Objects of one S3 endpoint, read by blocking calls that are safe from several threads.
+
+    Raises:
+        S3ConfigurationError: the endpoint or the AWS configuration makes no sense.
+    """
 
     def __init__(
         self, *, endpoint_url: str | None, addressing_style: AddressingStyle, max_connections: int
@@ -69,7 +84,10 @@ class S3:
             max_pool_connections=max_connections,
             user_agent_extra="vqa-worker",
         )
-        self._client = boto3.client("s3", endpoint_url=endpoint_url, config=config)
+        try:
+            self._client = boto3.client("s3", endpoint_url=endpoint_url, config=config, verify=_ca_bundle())
+        except (BotoCoreError, ValueError) as error:
+            raise S3ConfigurationError(f"VQA_S3_ENDPOINT_URL or the AWS configuration: {error}") from None
 
     def read(self, source: S3Object, name: str, max_bytes: int) -> bytes:
         """The object's bytes; `name` is how messages call it.

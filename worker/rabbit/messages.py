@@ -25,6 +25,8 @@ ERROR_CODE_HEADER = "vqa-error-code"
 ERROR_MESSAGE_HEADER = "vqa-error-message"
 # To some made-up names of direct reply-to RabbitMQ answers by closing the connection (3.10: 541), each time.
 DIRECT_REPLY_TRIES = 3
+# About ten seconds with the publisher's growing delays: longer than a broker's restart cuts connections.
+PRIVATE_QUEUE_TRIES = 7
 
 
 def reply(delivery: Delivery, result: Result, queue: str, *, exchange: str) -> Outgoing:
@@ -45,6 +47,11 @@ def reply(delivery: Delivery, result: Result, queue: str, *, exchange: str) -> O
 def to_direct_reply(message: Outgoing) -> Outgoing:
     """The same for direct reply-to, whose pseudo-queue is not routed to in the usual way."""
     return replace(message, exchange="", mandatory=False, tries=DIRECT_REPLY_TRIES)
+
+
+def to_private_queue(message: Outgoing) -> Outgoing:
+    """The same for a queue that is not the worker's own: one that is full must not hold up all others."""
+    return replace(message, tries=PRIVATE_QUEUE_TRIES)
 
 
 def undeliverable(message: Outgoing, results_queue: str) -> Outgoing:

@@ -61,6 +61,7 @@ class Publisher:
     def __init__(self, broker: Broker, topology: Topology) -> None:
         self._broker = broker
         self._topology = topology
+        DEPENDENCY_UP.labels(Dependency.RABBITMQ).set(0)
         self._connection: AbstractConnection | None = None
         self._channel: AbstractChannel | None = None
         self._connected = asyncio.Event()
