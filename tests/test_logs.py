@@ -102,11 +102,6 @@ def test_the_timestamp_is_now(lines: Lines) -> None:
     assert abs((datetime.now(UTC) - moment).total_seconds()) < 10
 
 
-def test_what_the_broker_s_libraries_warn_of_is_left_to_our_own_lines(lines: Lines) -> None:
-    logging.getLogger("aiormq.connection").error("error when creating transport")
-    assert lines() == []
-
-
 def test_records_of_libraries_have_the_same_form(lines: Lines) -> None:
     logging.getLogger("aiohttp.server").warning("lost %s", "the broker")
     (line,) = lines()

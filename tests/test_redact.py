@@ -82,14 +82,41 @@ def test_urls_lose_their_credentials_and_queries(text: str, expected: str) -> No
     "name",
     [
         "X-Amz-Signature", "x-amz-credential", "X-AMZ-SECURITY-TOKEN", "Signature", "AWSAccessKeyId", "sig",
-        "token", "access_token", "api_key", "api-key", "apikey", "password",
+        "token", "access_token", "api_key", "api-key", "apikey", "password", "X-Goog-Signature",
+        "X-Goog-Credential", "GoogleAccessId", "Policy", "Key-Pair-Id",
     ],
 )  # fmt: skip
 def test_a_signature_or_token_is_blanked_outside_of_urls_too(name: str) -> None:
     assert redact(f"expires=1&{name}=Zm9v%2B&x=1 {name}=b") == f"expires=1&{name}={MARK}&x=1 {name}={MARK}"
 
 
-@pytest.mark.parametrize("text", ["max_tokens=5", "design=1", "key=photos/cat.jpg", "prompt_token=3"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://h/k%3FX-Amz-Signature%3Dab%26X-Amz-Credential%3Dcd no", f"X-Amz-Signature%3D{MARK} no"),
+        ("https%3A%2F%2Fh%2Fk%3fa%3d1%26x-goog-signature%3dab, no", f"x-goog-signature%3d{MARK} no"),
+        ("k%253Fa%253D1%2526Signature%253Dab no", f"Signature%253D{MARK} no"),
+        ("h/k?a=1\\u0026X-Amz-Signature=ab' no", f"X-Amz-Signature={MARK}' no"),
+        ("h/k?a\\u003d1\\u0026sig\\u003dab no", f"sig\\u003d{MARK} no"),
+        ("storage.googleapis.com/k?X-Goog-Signature=ab no", f"X-Goog-Signature={MARK} no"),
+        ("d1.cloudfront.net/k?Policy=ab&Key-Pair-Id=cd&Signature=ef no",
+         f"?Policy={MARK}&Key-Pair-Id={MARK}&Signature={MARK} no"),
+    ],
+)  # fmt: skip
+def test_a_signature_is_blanked_in_every_form_of_a_url(text: str, expected: str) -> None:
+    shown = redact(text)
+    assert shown.endswith(expected)
+    assert not re.search(r"(=|%3d|%253d|u003d)(ab|cd|ef)", shown, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_tokens=5", "design=1", "key=photos/cat.jpg", "prompt_token=3", "cache-policy=a", "100%=token",
+        "refused by the content policy: a signature = bad token, 50%3D", "the x-amz-date header = missing",
+        "max_tokens%3D5", "key%3Dphotos", "a policy%20of = ours",
+    ],
+)  # fmt: skip
 def test_other_parameters_stay(text: str) -> None:
     assert redact(text) == text
 
@@ -152,7 +179,8 @@ def test_a_secret_far_behind_the_limit_takes_no_part_of_itself_along() -> None:
         "://", "a://", "https://a@", "x://a?", "s3://?", "https://", "@", "?", "data:", "data:,",
         "data:a;base64,", "data:image/png;base64", "bearer ", "bearer aaaaaaaa", "authorization:",
         "authorization: a", "token=", "x-amz-", "a", "=", "%", " ", "\x00", "\ud800",
-        "sk-abcdefghijklmno", "'", '"',
+        "sk-abcdefghijklmno", "'", '"', "x-amz-a", "x-goog-%3d", "%3fx-amz-", "%253Fx-amz-a", "token%3",
+        "%25", "\\u0026sig", "x-amz-a=",
     ],
 )  # fmt: skip
 def test_a_megabyte_made_to_be_slow_takes_no_time(unit: str) -> None:

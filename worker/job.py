@@ -30,6 +30,8 @@ MAX_METADATA_BYTES = 16 * 1024
 RESERVED_PARAMS = frozenset({"model", "messages", "stream", "n"})
 MAX_FAULTS_NAMED = 5
 
+_Location = tuple[int | str, ...]
+
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:[0-5]\d)", re.ASCII)
 
 
@@ -251,7 +253,8 @@ def _id_of_beginning(body: bytes) -> str | None:
 
 def _explain(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        faults = [_explain_fault(fault) for fault in error.errors(include_input=False, include_url=False)]
+        found = error.errors(include_input=False, include_url=False)
+        faults = [_explain_fault(fault) for fault in _without_other_members(found)]
         more = len(faults) - MAX_FAULTS_NAMED
         return "; ".join(faults[:MAX_FAULTS_NAMED]) + (f"; and {more} more" if more > 0 else "")
     if isinstance(error, RecursionError):
@@ -259,14 +262,52 @@ def _explain(error: Exception) -> str:
     return f"the body is not strict JSON (RFC 8259): {error}"
 
 
+def _without_other_members(faults: Sequence[Any]) -> list[Any]:
+    """The faults, but not that an image is no string where it was given as an object, and the like.
+
+    A value that is of no member's type has a fault for each member. One that has faults further inside is of
+    that member's type, and what the others say of it is noise.
+    """
+    values = [_split(fault["loc"]) for fault in faults]
+    looked_into = {value for value, inside in values if len(inside) > 1}
+    return [
+        fault
+        for fault, (value, inside) in zip(faults, values, strict=True)
+        if len(inside) != 1 or value not in looked_into
+    ]
+
+
+def _split(location: _Location) -> tuple[_Location, _Location]:
+    """Where a value of a union type stands, and the rest: the union's member and what is within the value.
+
+    Told by position, not by the member's name: a job may have a field of that name. The rest is empty where
+    there is no union.
+    """
+    match location:
+        case ("images", int(), _, *_):
+            at = 2
+        case ("messages", int(), "content", _, *_):
+            at = 3
+        case _:
+            at = len(location)
+    return location[:at], location[at:]
+
+
+def _place(location: _Location) -> str:
+    """The location in a publisher's terms: without the union's members ("str", "ImageObject", …)."""
+    value, inside = _split(location)
+    # In a message's content, the part's number is followed by its kind: a member again.
+    members = (0, 2) if value[:1] == ("messages",) else (0,)
+    return ".".join(map(str, [*value, *(part for n, part in enumerate(inside) if n not in members)]))
+
+
 def _explain_fault(fault: Any) -> str:
-    # Names of union members in the location ("str", "list[…]") say nothing to a publisher.
-    place = ".".join(
-        str(part) for part in fault["loc"] if not re.match(r"(str|list\[.*|function-.*)$", str(part))
-    )
+    place = _place(fault["loc"])
     match fault["type"]:
         case "extra_forbidden":
             text = "unknown field"
+        case "model_type" | "model_attributes_type":  # pydantic's own words name the class
+            text = "Input should be a valid object"
         case "union_tag_invalid":  # pydantic's own words repeat the job's
             text = f"type must be one of {fault['ctx']['expected_tags']}"
         case _:

@@ -27,8 +27,6 @@ Redact: TypeAlias = Callable[[str], str]
 DISCREET_LIBRARIES: Final = frozenset(
     ["aio_pika", "aiormq", "boto3", "botocore", "httpcore2", "httpx2", "openai", "s3transfer", "urllib3"]
 )
-# What these warn of, `worker.rabbit` says in a line of its own; errors are told once.
-REPORTED_LIBRARIES: Final = ("aio_pika", "aiormq")
 FIRST_KEYS: Final = ("timestamp", "level", "event", "logger")
 MAX_FRAMES: Final = 12  # of one exception, the innermost ones
 MAX_CAUSES: Final = 5
@@ -74,8 +72,6 @@ def configure_logging(
     others = number if number <= logging.DEBUG else max(number, logging.WARNING)
     logging.basicConfig(level=others, handlers=[handler], force=True)
     logging.getLogger("worker").setLevel(number)
-    for name in REPORTED_LIBRARIES:
-        logging.getLogger(name).setLevel(logging.NOTSET if number <= logging.DEBUG else logging.CRITICAL)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -26,13 +26,17 @@ _DATA_URL: Final = re.compile(r"""(data:[^\s,:"']*+),([A-Za-z0-9+/=_%-]++)""", r
 _AUTHORITY: Final = re.compile(r"""://([^\s/?#"<>]*+)""")
 # The key in an s3:// URL is taken literally: a question mark in it begins no query.
 _URL: Final = re.compile(r"""(?<!s3)://[^\s"'<>]*+""")
+# An API may echo a URL percent-encoded (even twice) or with JSON's escapes, and without its scheme. A value
+# runs on over an encoded separator, which cannot be told for sure from a part of the value.
 _PARAMETER: Final = re.compile(
-    r"""(?<![\w-])
-    (x-amz-(?:signature|credential|security-token)|signature|awsaccesskeyid|sig
-     |token|access_token|api[_-]?key|password)
-    =[^\s&"'<>]++""",
+    r"""(?:(?<![\w-])|(?<=%[0-9a-f]{2})|(?<=%25[0-9a-f]{2})|(?<=\\u[0-9a-f]{4}))
+    ((?:x-(?:amz|goog)-[\w-]++|signature|awsaccesskeyid|googleaccessid|policy|key-pair-id|sig
+      |token|access_token|api[_-]?key|password)
+     (?:=|%(?:25)?3d|\\u003d))
+    [^\s&"'<>]++""",
     re.IGNORECASE | re.VERBOSE,
 )
+_EQUALS: Final = ("=", "%3d", "%253d", "\\u003d")
 _AUTHORIZATION: Final = re.compile(
     r"""(authorization["']?\s{0,2}[:=]\s{0,2}["']?)(?:[a-z]{1,10}\s)?[^\s"',;]++""", re.IGNORECASE
 )
@@ -79,8 +83,8 @@ def _without_patterns(text: str) -> str:
     if "://" in text:
         text = _AUTHORITY.sub(_blank_userinfo, text)
         text = _URL.sub(_blank_query, text)
-    if "=" in text:
-        text = _PARAMETER.sub(rf"\1={MARK}", text)
+    if any(sign in lowered for sign in _EQUALS):
+        text = _PARAMETER.sub(rf"\1{MARK}", text)
     return text
 
 

@@ -28,15 +28,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from deploy.local.given import IncompleteError
 from deploy.local.install import RabbitMQMissingError
 from deploy.local.pictures import Picture, make_pictures
 from deploy.local.processes import DidNotStartError
 from deploy.local.stack import Stack
+from worker.settings import retry_queue
 
 START_TIMEOUT_S = 30.0
 ANSWERS_TIMEOUT_S = 180.0
 STAND_IN_LATENCY_S = 0.8
 FOLDER_IN_BUCKET = "vqa-demo"
+
+_ROOT = Path(__file__).parents[2]
+# What the worker needs to know of servers and APIs that the environment names, by what names them.
+_FILES_OF_GIVEN_BROKER = ("VQA_RABBITMQ_CA_FILE", "VQA_RABBITMQ_CERT_FILE", "VQA_RABBITMQ_KEY_FILE")
+_OF_GIVEN_S3 = ("VQA_S3_ADDRESSING_STYLE",)
+_OF_ANY_MODEL = ("VQA_MODEL_HEADERS", "VQA_PRICES")
 
 console = Console()
 
@@ -54,8 +62,8 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("Interrupted; everything that was started here is stopped.")
         return 130
-    except (DemoError, DidNotStartError, RabbitMQMissingError) as error:
-        console.print(f"[red]{error}[/red]", highlight=False)
+    except (DemoError, DidNotStartError, IncompleteError, RabbitMQMissingError) as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
         return 1
     return 0
 
@@ -124,8 +132,13 @@ class _Worker:
         self.environment = environment
         self.log = log
         with log.open("wb") as output:
+            # In a folder without a `.env`: that of the user's own worker is not meant for this one.
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "worker", "run"], env=dict(environment), stdout=output, stderr=output
+                [sys.executable, "-m", "worker", "run"],
+                env={**environment, "PYTHONPATH": str(_ROOT)},
+                cwd=log.parent,
+                stdout=output,
+                stderr=output,
             )
         self.port = 0
 
@@ -141,16 +154,7 @@ class _Worker:
 @contextmanager
 def _worker(stack: Stack, folder: Path) -> Iterator[_Worker]:
     """A worker with queues of its own, which are deleted afterwards: the broker may be somebody's."""
-    name = f"vqa.demo.{uuid.uuid4().hex[:8]}"
-    environment = {
-        **os.environ,
-        **stack.environment(),
-        "VQA_JOBS_QUEUE": name,
-        "VQA_RESULTS_QUEUE": f"{name}.results",
-        "VQA_HTTP_HOST": "127.0.0.1",
-        "VQA_HTTP_PORT": "0",
-        "VQA_LOG_FORMAT": "json",
-    }
+    environment = _worker_environment(stack)
     worker = _Worker(environment, folder / "worker.log")
     try:
         worker.wait_until_started()
@@ -158,17 +162,63 @@ def _worker(stack: Stack, folder: Path) -> Iterator[_Worker]:
     finally:
         worker.process.terminate()
         worker.process.wait()
-        asyncio.run(_delete_queues(stack.rabbitmq.url, name))
+        asyncio.run(_delete_queues(stack.rabbitmq.url, _queues(environment)))
 
 
-async def _delete_queues(url: str, name: str) -> None:
+def _worker_environment(stack: Stack) -> dict[str, str]:
+    """What the demo's worker is told: nothing that the user's own worker is told, but for the servers."""
+    name = f"vqa.demo.{uuid.uuid4().hex[:8]}"
+    return {
+        **{variable: value for variable, value in os.environ.items() if not variable.startswith("VQA_")},
+        **_of_given(os.environ),
+        **stack.environment(),
+        "VQA_JOBS_QUEUE": name,
+        "VQA_RESULTS_QUEUE": f"{name}.results",
+        "VQA_DEAD_LETTER_QUEUE": f"{name}.dead",
+        "VQA_RETRY_DELAYS": "1,5,30,120",
+        "VQA_ALLOWED_REPLY_TO": "amq.gen-*",
+        "VQA_REPLY_EXCHANGE": "",
+        "VQA_DECLARE_TOPOLOGY": "true",
+        "VQA_ALLOWED_BUCKETS": stack.s3.bucket,
+        "VQA_IMAGE_DELIVERY": "inline",
+        "VQA_HTTP_HOST": "127.0.0.1",
+        "VQA_HTTP_PORT": "0",
+        "VQA_LOG_FORMAT": "json",
+        # The port is read from an entry of this level.
+        "VQA_LOG_LEVEL": "info",
+    }
+
+
+def _of_given(environment: Mapping[str, str]) -> dict[str, str]:
+    """How to speak with the servers and the API that the environment names."""
+    wanted = _OF_ANY_MODEL + (_OF_GIVEN_S3 if environment.get("VQA_S3_ENDPOINT_URL") else ())
+    files = _FILES_OF_GIVEN_BROKER if environment.get("VQA_RABBITMQ_URL") else ()
+    return {
+        **{variable: environment[variable] for variable in wanted if environment.get(variable)},
+        # The worker runs in another folder.
+        **{
+            variable: str(Path(environment[variable]).absolute())
+            for variable in files
+            if environment.get(variable)
+        },
+    }
+
+
+def _queues(environment: Mapping[str, str]) -> list[str]:
+    """The queues that a worker with these settings declares."""
+    jobs = environment["VQA_JOBS_QUEUE"]
+    delays = environment["VQA_RETRY_DELAYS"].split(",")
+    return [
+        jobs,
+        environment["VQA_RESULTS_QUEUE"],
+        environment["VQA_DEAD_LETTER_QUEUE"],
+        *(retry_queue(jobs, int(delay)) for delay in delays),
+    ]
+
+
+async def _delete_queues(url: str, queues: Sequence[str]) -> None:
     async with await aio_pika.connect(url) as connection:
-        for queue in (
-            name,
-            f"{name}.results",
-            f"{name}.dead",
-            *(f"{name}.retry.{s}s" for s in (1, 5, 30, 120)),
-        ):
+        for queue in queues:
             channel = await connection.channel()
             await channel.queue_delete(queue, if_unused=False, if_empty=False)
 

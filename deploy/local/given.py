@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import boto3
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError
+
+from worker.settings.urls import fallback_key_variable
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -16,6 +19,10 @@ _OPENAI = "https://api.openai.com/v1"
 
 class NotOursError(RuntimeError):
     """This part belongs to somebody else, so it is neither stopped nor restarted nor configured from here."""
+
+
+class IncompleteError(RuntimeError):
+    """The environment names a server or an API without all that it takes to use it; the message says what."""
 
 
 class _Given:
@@ -113,19 +120,22 @@ def given_s3(environment: Mapping[str, str]) -> GivenS3 | None:
     """Return the S3 server that the environment names, if any.
 
     Raises:
-        RuntimeError: There are no credentials for it.
+        IncompleteError: There are no credentials for it.
     """
     endpoint = environment.get("VQA_S3_ENDPOINT_URL")
     if not endpoint:
         return None
-    session = boto3.Session()
-    credentials = session.get_credentials()
-    if credentials is None:
-        raise RuntimeError(
+    try:
+        session = boto3.Session()
+        credentials = session.get_credentials()
+        frozen = credentials.get_frozen_credentials() if credentials else None
+    except BotoCoreError as error:
+        raise IncompleteError(f"VQA_S3_ENDPOINT_URL is set, but its credentials fail: {error}") from error
+    if frozen is None:
+        raise IncompleteError(
             "VQA_S3_ENDPOINT_URL is set without credentials: set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or unset it to have an S3 server started here."
         )
-    frozen = credentials.get_frozen_credentials()
     return GivenS3(
         endpoint_url=endpoint,
         access_key=frozen.access_key or "",
@@ -139,22 +149,34 @@ def given_s3(environment: Mapping[str, str]) -> GivenS3 | None:
 def given_model(environment: Mapping[str, str]) -> GivenModel | None:
     """Return the model API that the environment names by URL or by key, if any.
 
-    A key of one provider is never sent to another.
+    The common variables stand in for a missing `VQA_MODEL_API_KEY` as they do for the worker: a key of one
+    provider is never sent to another.
 
     Raises:
-        RuntimeError: There is a URL but no key for it.
+        IncompleteError: There is a URL but no key for it.
     """
     deepinfra, openai = environment.get("DEEPINFRA_TOKEN"), environment.get("OPENAI_API_KEY")
     own_url, own_key = environment.get("VQA_MODEL_BASE_URL"), environment.get("VQA_MODEL_API_KEY")
     own_model = environment.get("VQA_MODEL")
-    llama = own_model or "meta-llama/Llama-3.2-90B-Vision-Instruct"
     if own_url:
-        if not own_key:
-            raise RuntimeError("VQA_MODEL_BASE_URL is set without VQA_MODEL_API_KEY: set both or none.")
-        return GivenModel(own_url, own_key, (llama,))
+        common = fallback_key_variable(own_url)
+        key = own_key or (common and environment.get(common))
+        if not key:
+            wanted = f"{common} or VQA_MODEL_API_KEY" if common else "VQA_MODEL_API_KEY"
+            raise IncompleteError(
+                f"VQA_MODEL_BASE_URL is set without a key for it: set {wanted}, "
+                "or unset it to have a stand-in for the model started here."
+            )
+        return GivenModel(own_url, key, (own_model or _default_model(own_url),))
     if own_key or deepinfra:
-        return GivenModel(_DEEPINFRA, own_key or deepinfra or "", (llama,))
+        return GivenModel(_DEEPINFRA, own_key or deepinfra or "", (own_model or _default_model(_DEEPINFRA),))
     if openai:
-        # The worker's default model is none of OpenAI's.
-        return GivenModel(_OPENAI, openai, (own_model or "gpt-4o-mini",))
+        return GivenModel(_OPENAI, openai, (own_model or _default_model(_OPENAI),))
     return None
+
+
+def _default_model(base_url: str) -> str:
+    """The worker's default model, but at OpenAI, which does not have it."""
+    if fallback_key_variable(base_url) == "OPENAI_API_KEY":
+        return "gpt-4o-mini"
+    return "meta-llama/Llama-3.2-90B-Vision-Instruct"

@@ -100,14 +100,15 @@ class Stack:
         Args:
             use_environment: Use the servers and the model API that the environment names instead of own
                 ones (`VQA_RABBITMQ_URL`, `VQA_S3_ENDPOINT_URL`, `VQA_MODEL_BASE_URL` with
-                `VQA_MODEL_API_KEY`, or just a key: `VQA_MODEL_API_KEY`, `DEEPINFRA_TOKEN`,
-                `OPENAI_API_KEY`). A real model costs money.
+                a key, or just a key: `VQA_MODEL_API_KEY`, `DEEPINFRA_TOKEN`, `OPENAI_API_KEY`). A real
+                model costs money.
             standin_options: How the stand-in model starts.
             folder: Where data and logs go and stay; by default a temporary folder that is removed.
             tell: Called with a line for a person when something takes long.
 
         Raises:
             DidNotStartError: A service is not up; nothing of the others is left either.
+            IncompleteError: The environment names a server or an API without what is needed to use it.
             RabbitMQMissingError: There is no RabbitMQ here and no way to get it.
         """
         given = os.environ if use_environment else {}
@@ -116,12 +117,13 @@ class Stack:
             ports = PortBlock()
             resources.callback(ports.close)
             temporary = folder is None
-            rabbitmq = given_rabbitmq(given) or _own_broker(
-                root / "rabbitmq", ports, tell, temporary=temporary
-            )
             s3 = given_s3(given) or S3(root / "s3", ports, temporary=temporary)
             model = given_model(given) or StandInModel(
                 root / "model", ports, standin_options, temporary=temporary
+            )
+            # Last, because it may install RabbitMQ: in vain, if what is given is incomplete.
+            rabbitmq = given_rabbitmq(given) or _own_broker(
+                root / "rabbitmq", ports, tell, temporary=temporary
             )
             parts: tuple[Part, ...] = (rabbitmq, s3, model)
             for part in parts:

@@ -163,7 +163,11 @@ def test_of_several_choices_the_first_is_the_answer_and_none_is_lost() -> None:
         ({"prompt_tokens": 10**400, "completion_tokens": 4}, (0, 4, 4, None)),
         ({"prompt_tokens": 1e300, "completion_tokens": 4}, (0, 4, 4, None)),
         ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, (0, 0, 0, None)),
-        ({"total_tokens": 7}, None),
+        ({"total_tokens": 7}, (0, 0, 7, None)),
+        ({"total_tokens": 5, "estimated_cost": 0.1}, (0, 0, 5, 0.1)),
+        ({"estimated_cost": 0.1}, (0, 0, 0, 0.1)),
+        ({"estimated_cost": 0}, (0, 0, 0, 0.0)),
+        ({"total_tokens": "7", "estimated_cost": "0.1"}, None),
         ({"prompt_tokens": "3"}, None),
         ({}, None),
     ],
@@ -198,6 +202,12 @@ def test_without_a_price_the_cost_is_not_known() -> None:
     assert usage_of(**TOKENS) == (2_000_000, 500_000, 2_500_000, None)
     assert usage_of(PerMillion(0, 0), **TOKENS) == (2_000_000, 500_000, 2_500_000, 0.0)
     assert usage_of(PerMillion(1e308, 1e308), **TOKENS) == (2_000_000, 500_000, 2_500_000, None)
+
+
+def test_without_the_counts_that_have_a_price_only_a_stated_cost_is_known() -> None:
+    assert usage_of(PerMillion(1, 4), total_tokens=5) == (0, 0, 5, None)
+    assert usage_of(PerMillion(1, 4), total_tokens=5, estimated_cost=0.1) == (0, 0, 5, 0.1)
+    assert usage_of(PerMillion(1, 4), completion_tokens=500_000) == (0, 500_000, 500_000, 2.0)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])

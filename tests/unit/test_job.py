@@ -550,6 +550,55 @@ def test_a_kind_of_part_that_is_not_taken_is_told_with_those_that_are() -> None:
     assert "messages.0.content.0: type must be one of 'text', 'image_url', 'refusal'" in message
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([{"url": "u", "detial": 1}], "images.0.detial: unknown field"),
+        (["u", {}], "images.1.url: Field required"),
+        ([{"url": 5, "str": 1}], "images.0.url: Input should be a valid string; images.0.str: unknown field"),
+        ([5], "images.0: Input should be a valid string; images.0: Input should be a valid object"),
+        (
+            [5, {}],
+            (
+                "images.0: Input should be a valid string; images.0: Input should be a valid object; "
+                "images.1.url: Field required"
+            ),
+        ),
+    ],
+)
+def test_of_an_image_only_that_is_told_which_its_form_calls_for(images: list[Any], message: str) -> None:
+    assert fault({**SHORT, "images": images}).message == message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "text"}], "messages.0.content.0.text: Field required"),
+        ([{"type": "image_url", "image_url": {}}], "messages.0.content.0.image_url.url: Field required"),
+        (
+            [{"type": "image_url", "image_url": "u"}],
+            "messages.0.content.0.image_url: Input should be a valid object",
+        ),
+        (["text"], "messages.0.content.0: Input should be a valid object"),
+        (
+            5,
+            (
+                "messages.0.content: Input should be a valid string; "
+                "messages.0.content: Input should be a valid list"
+            ),
+        ),
+    ],
+)
+def test_of_a_messages_content_only_that_is_told_which_its_form_calls_for(content: Any, message: str) -> None:
+    assert fault({"id": "a", "messages": [{"role": "user", "content": content}]}).message == message
+
+
+@pytest.mark.parametrize("field", ["str", "ImageObject", "TextPart", "list[x]"])
+def test_a_field_that_is_called_like_a_type_is_named_too(field: str) -> None:
+    assert fault({**SHORT, field: 1}).message == f"{field}: unknown field"
+    assert fault({**SHORT, "images": [{"url": "u", field: 1}]}).message == f"images.0.{field}: unknown field"
+
+
 # What the API is asked
 
 

@@ -136,17 +136,22 @@ def _is_plain(response: Mapping[str, Any], choice: Mapping[str, Any], message: M
 
 
 def _usage_of(usage: object, price: Price | None) -> Usage | None:
+    """What was told of the usage, however little it is; None if that is nothing."""
     if not isinstance(usage, dict):
         return None
     prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
-    if prompt is None and completion is None:
+    total, cost = _count(usage.get("total_tokens")), _stated_cost(usage)
+    if all(figure is None for figure in (prompt, completion, total, cost)):
         return None
+    # Without either count the price list would make the answer free, which nobody said.
+    if cost is None and (prompt is not None or completion is not None):
+        cost = _listed_cost(prompt or 0, completion or 0, price)
     prompt, completion = prompt or 0, completion or 0
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=completion,
-        total_tokens=_count(usage.get("total_tokens")) or prompt + completion,
-        cost_usd=_cost_of(usage, prompt, completion, price),
+        total_tokens=total or prompt + completion,
+        cost_usd=cost,
     )
 
 
@@ -158,10 +163,14 @@ def _count(value: object) -> int | None:
     return None
 
 
-def _cost_of(usage: Mapping[str, Any], prompt: int, completion: int, price: Price | None) -> float | None:
+def _stated_cost(usage: Mapping[str, Any]) -> float | None:
     stated = usage.get("estimated_cost")
     if isinstance(stated, (int, float)) and not isinstance(stated, bool) and 0 <= stated <= MAX_FIGURE:
         return float(stated)
+    return None
+
+
+def _listed_cost(prompt: int, completion: int, price: Price | None) -> float | None:
     if price is None:
         return None
     cost = (prompt * price.prompt + completion * price.completion) / TOKENS_PER_PRICE
