@@ -553,7 +553,7 @@ def test_a_kind_of_part_that_is_not_taken_is_told_with_those_that_are() -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([{"url": "u", "detaill": 1}], "images.0.detaill: unknown field"),
+        ([{"url": "u", "sharpness": 1}], "images.0.sharpness: unknown field"),
         (["u", {}], "images.1.url: Field required"),
         ([{"url": 5, "str": 1}], "images.0.url: Input should be a valid string; images.0.str: unknown field"),
         ([5], "images.0: Input should be a valid string; images.0: Input should be a valid object"),
