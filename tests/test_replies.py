@@ -260,6 +260,20 @@ async def test_a_result_that_cannot_be_routed_goes_to_the_results_queue(
     assert reply.message.correlation_id == "still this"
 
 
+async def test_a_reply_queue_that_is_full_holds_up_nobody_and_its_results_go_to_the_results_queue(
+    client: Client, worker: Worker, channel: AbstractChannel
+) -> None:
+    full = f"vqa.results.{uuid.uuid4().hex}"
+    await channel.declare_queue(
+        full, auto_delete=True, arguments={"x-max-length": 1, "x-overflow": "reject-publish"}
+    )
+    await channel.default_exchange.publish(aio_pika.Message(b"nobody reads this"), full)
+    reply = await _send(client, reply_to=full)
+    assert reply.body["status"] == "succeeded"
+    assert reply.message.routing_key == worker.results_queue
+    assert reply.message.headers["vqa-undeliverable-to"] == full
+
+
 async def test_direct_reply_to_answers_a_remote_procedure_call(stack: Stack, worker: Worker) -> None:
     async with await aio_pika.connect(stack.rabbitmq.url) as connection:
         caller = await connection.channel()
