@@ -21,6 +21,7 @@ from worker.images.source import SourcePolicy
 from worker.inflight import InFlight
 from worker.limiter import AdaptiveLimit, Gate
 from worker.model.client import Model
+from worker.outcome import Outcome
 from worker.pause import PauseKeeper
 from worker.processor import Processor, Rules
 from worker.rabbit.connection import Broker
@@ -255,7 +256,7 @@ def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
     stop.set()
 
 
-def _ignore(_: asyncio.Task[None]) -> None:
+def _ignore(_: asyncio.Task[Outcome | None]) -> None:
     """The task group watches the task."""
 
 

@@ -36,8 +36,6 @@ class Health:
         self._first_failed: OrderedDict[tuple[Dependency, str], float] = OrderedDict()
         self._succeeded_at: dict[Dependency, float] = {}
         self._outages: dict[Dependency, Outage] = {}
-        # Failures at dependencies that were known to be down: how a trial is told to have met one.
-        self.hits = 0
         self.changed = asyncio.Event()
         for dependency in self._failing:
             metrics.DEPENDENCY_UP.labels(dependency).set(1)
@@ -60,7 +58,6 @@ class Health:
 
     def failed(self, dependency: Dependency, job: str, reason: str, now: float) -> bool:
         """A call failed in a way that may be the job's; returns whether the dependency is down."""
-        self.hits += dependency in self._outages
         self._failing[dependency].add(job)
         self._first_failed.setdefault((dependency, job), now)
         self._forget_the_oldest()
@@ -74,7 +71,6 @@ class Health:
         It is not if others have succeeded since this very job met the same: then the job is in trouble of
         its own after all (a bucket that only looks like an outage, say), and must not stop the others again.
         """
-        self.hits += dependency in self._outages
         failed_at = self._first_failed.get((dependency, job), float("inf"))
         is_its_own = dependency not in self._outages and self._last_success(dependency) > failed_at
         self._first_failed[dependency, job] = now

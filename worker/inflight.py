@@ -60,15 +60,15 @@ class InFlight:
         self._running: dict[bytes, _Work] = {}
         # Messages whose outcome is out, and whether the connection that their ack went over still lives.
         self._acked: OrderedDict[bytes, deque[Callable[[], bool]]] = OrderedDict()
-        self._handlers: set[asyncio.Task[None]] = set()
+        self._handlers: set[asyncio.Task[Outcome | None]] = set()
 
     @property
     def is_idle(self) -> bool:
         """Whether every delivery has been settled."""
         return not self._handlers
 
-    def accept(self, delivery: Delivery) -> asyncio.Task[None]:
-        """Take a delivery; the task returned ends when it is settled."""
+    def accept(self, delivery: Delivery) -> asyncio.Task[Outcome | None]:
+        """Take a delivery; the task ends when it is settled, with the outcome that was published for it."""
         task = self._tasks.create_task(self._handle(delivery), name="delivery")
         self._handlers.add(task)
         task.add_done_callback(self._handlers.discard)
@@ -89,17 +89,18 @@ class InFlight:
         for task in self._handlers:
             task.cancel()
 
-    async def _handle(self, delivery: Delivery) -> None:
+    async def _handle(self, delivery: Delivery) -> Outcome | None:
         if self._lost_its_ack(delivery):
             await delivery.ack()
-            return
+            return None
         work = self._running.get(delivery.key) or self._start(delivery)
         try:
-            await self._settle(work, delivery)
+            return await self._settle(work, delivery)
         except Exception as error:  # noqa: BLE001 - whatever a message does, the worker goes on
             log.error("settlement_failed", exception=describe_bug(error))  # noqa: TRY400
             # The broker itself moves it to the dead-letter queue: nothing is lost.
             await delivery.reject()
+            return None
         finally:
             if self._running.get(delivery.key) is work:
                 del self._running[delivery.key]
@@ -113,18 +114,19 @@ class InFlight:
         work = self._running[delivery.key] = _Work(task)
         return work
 
-    async def _settle(self, work: _Work, delivery: Delivery) -> None:
+    async def _settle(self, work: _Work, delivery: Delivery) -> Outcome | None:
         outcome = await _outcome_of(work.task)
         async with work.turn:
             # A delivery whose connection is gone adds nothing to an outcome that is out: it comes again.
             # A message that the publisher sent twice gets its own.
             if self._lost_its_ack(delivery) or (work.is_published and not delivery.is_alive()):
                 await delivery.ack()
-                return
+                return None
             await self._settlement.publish(delivery, outcome)
             work.is_published = True
             self._remember(delivery)
         await self._settlement.finish(delivery, outcome)
+        return outcome
 
     def _lost_its_ack(self, delivery: Delivery) -> bool:
         """Whether this message's outcome is out and only the ack was lost, with the connection.

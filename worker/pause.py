@@ -9,6 +9,7 @@ from worker.delivery import Delivery
 from worker.health import Health
 from worker.inflight import InFlight
 from worker.limiter import Gate
+from worker.outcome import GiveBack
 
 log = structlog.get_logger(__name__)
 
@@ -66,12 +67,16 @@ class PauseKeeper:
             delivery = await self._flow.take_one()
             if delivery is None:
                 continue
-            hits = self._health.hits
-            self._gate.allow_trial()
-            # Given back, a job goes to the end of the queue: the next trial takes another.
-            await asyncio.wait({self._in_flight.accept(delivery)})
-            if self._health.hits > hits:
-                delay_s = wait_s = min(delay_s * 2, LONGEST_TRIAL_S)
-            else:
-                # The job came to its end without meeting what is down: it proves nothing, the next one may.
+            if await self._comes_to_an_end(delivery):
+                # Either the outage is over, or the job never met what is down: then the next one may.
                 wait_s = NEXT_TRIAL_S
+            else:
+                # Given back, it went to the end of the queue: the next trial takes another.
+                delay_s = wait_s = min(delay_s * 2, LONGEST_TRIAL_S)
+
+    async def _comes_to_an_end(self, delivery: Delivery) -> bool:
+        """Try one job; returns whether it was not given back."""
+        self._gate.allow_trial()
+        trial = self._in_flight.accept(delivery)
+        await asyncio.wait({trial})
+        return not trial.cancelled() and not isinstance(trial.result(), GiveBack)

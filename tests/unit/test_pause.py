@@ -17,7 +17,7 @@ from worker.errors import Dependency
 from worker.health import Health
 from worker.inflight import InFlight
 from worker.limiter import AdaptiveLimit, Gate, GateClosedError
-from worker.outcome import GiveBack, Outcome
+from worker.outcome import GiveBack, Outcome, Retry
 from worker.pause import PauseKeeper
 
 MODEL, S3 = Dependency.MODEL, Dependency.S3
@@ -54,6 +54,7 @@ class Worker:
         self.tried: list[str | None] = []
         self.given_back: list[str | None] = []
         self.succeeds = False
+        self.outcome: Outcome | None = None
         self.may_end = asyncio.Event()
         self.may_end.set()
         keeper = PauseKeeper(self.health, self.gate, self.queue, self.in_flight)
@@ -71,14 +72,14 @@ class Worker:
             if self.succeeds:
                 for dependency in self.health.outages:
                     self.health.succeeded(dependency, started, time.monotonic())
-        return GiveBack(job_id=delivery.message_id, model="m", reason="down")
+        return self.outcome or GiveBack(job_id=delivery.message_id, model="m", reason="down")
 
     async def publish(self, delivery: Delivery, outcome: Outcome) -> None:
-        assert isinstance(outcome, GiveBack)
-        self.queue.jobs.append(delivery.message_id or "")
+        if isinstance(outcome, GiveBack):
+            self.queue.jobs.append(delivery.message_id or "")
 
     async def finish(self, delivery: Delivery, outcome: Outcome) -> None:
-        assert isinstance(outcome, GiveBack)
+        assert isinstance(outcome, GiveBack | Retry)
         await delivery.ack()
 
     def down(self, dependency: Dependency = MODEL) -> None:
@@ -147,6 +148,17 @@ async def test_trials_are_made_with_one_job_after_the_other_at_growing_intervals
     waited = [later - earlier for earlier, later in pairwise(moments)]
     for seconds, least in zip(waited, (0.01, 0.02, 0.04, 0.04, 0.04), strict=True):
         assert seconds >= 0.95 * least
+
+
+async def test_a_job_that_ends_without_meeting_what_is_down_lets_the_next_try_at_once(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pause, "LONGEST_TRIAL_S", 1000.0)
+    worker.queue.jobs.extend(f"more-{n}" for n in range(10))
+    worker.outcome = Retry(job_id="j", model="m", delay_s=1, attempts=1, reason="5xx")
+    worker.down()
+    # With growing intervals the thirteenth would come after a minute and a half.
+    await until(lambda: len(worker.tried) == 13, "thirteen trials")
 
 
 async def test_the_intervals_have_an_upper_end(worker: Worker) -> None:
