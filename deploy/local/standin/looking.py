@@ -179,7 +179,7 @@ _ocr_lock = threading.Lock()
 @functools.cache
 def _ocr() -> Any:
     try:
-        from rapidocr_onnxruntime import RapidOCR  # type: ignore[import-not-found, unused-ignore] # noqa: PLC0415
+        from rapidocr_onnxruntime import RapidOCR  # noqa: PLC0415
     except ImportError:
         # Not installed, or a system library of its dependencies is missing: the stand-in works without.
         return None
@@ -193,7 +193,7 @@ def can_read_text() -> bool:
 
 
 def _read(image: Image.Image) -> list[str]:
-    import numpy as np  # type: ignore[import-not-found, unused-ignore] # noqa: PLC0415 - comes with the OCR
+    import numpy as np  # noqa: PLC0415 - comes with the OCR
 
     # OCR engines expect the channels in OpenCV's order.
     pixels = np.asarray(image)[:, :, ::-1]
