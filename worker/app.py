@@ -15,8 +15,9 @@ from aiohttp import web
 from worker import __version__, http
 from worker.health import Health
 from worker.http import Heartbeat, Readiness
-from worker.images.load import Images
-from worker.images.s3 import S3, S3ConfigurationError
+from worker.images.aws import S3ConfigurationError
+from worker.images.load import Images, LinkPolicy
+from worker.images.s3 import S3
 from worker.images.source import SourcePolicy
 from worker.inflight import InFlight
 from worker.limiter import AdaptiveLimit, Gate
@@ -131,26 +132,21 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, stack: AsyncExitStack) 
 
 def _images(settings: Settings, stack: AsyncExitStack) -> Images:
     try:
-        s3 = S3(
-            endpoint_url=settings.s3_endpoint_url,
-            addressing_style=settings.s3_addressing_style,
-            max_connections=settings.max_concurrency,
-        )
+        s3 = S3(endpoint_url=settings.s3_endpoint_url, addressing_style=settings.s3_addressing_style)
     except S3ConfigurationError as error:
         raise StartError(str(error)) from None
+    stack.push_async_callback(s3.close)
     # A presigned link has to outlive the job and the last call made for it.
     outlives_job_s = int(settings.job_timeout + settings.model_timeout)
-    images = Images(
+    by_link = settings.image_delivery == "link"
+    return Images(
         s3,
         SourcePolicy(settings.allowed_buckets, settings.allowed_link_hosts),
         max_bytes=settings.max_image_bytes,
         max_per_job=settings.max_images_per_job,
-        threads=settings.max_concurrency,
-        link_expires_s=outlives_job_s if settings.image_delivery == "link" else None,
+        buffer_bytes=settings.image_buffer_bytes,
+        links=LinkPolicy(outlives_job_s, look=settings.check_linked_images) if by_link else None,
     )
-    stack.callback(s3.close)
-    stack.callback(images.close)
-    return images
 
 
 def _model(settings: Settings, redact: Redactor, stack: AsyncExitStack) -> Model:

@@ -338,10 +338,10 @@ class Conversation:
             for nth, (m, p, part) in enumerate(self._image_parts())
         ]
 
-    def render(self, urls: Sequence[str], *, send_detail: bool) -> list[dict[str, Any]]:
-        """The `messages` of the request, with `urls` in the places of the images, in their order."""
+    def render(self, url: str, *, send_detail: bool) -> list[dict[str, Any]]:
+        """The `messages` of the request, with `url` in the place of each image's."""
         messages = [message.model_dump(exclude_unset=True) for message in self._messages]
-        for (m, p, _), url in zip(self._image_parts(), urls, strict=True):
+        for m, p, _ in self._image_parts():
             image_url = messages[m]["content"][p]["image_url"]
             image_url["url"] = url
             if not send_detail or image_url.get("detail") is None:
@@ -375,3 +375,8 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
         errors="replace"
     )
+
+
+def json_text(text: str) -> bytes:
+    """`text` as it stands between the quotes of a JSON string."""
+    return to_json(text)[1:-1]

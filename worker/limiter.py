@@ -1,7 +1,10 @@
 """How many jobs may call the API at once: a limit that moves with what the API answers.
 
 Additive increase, multiplicative decrease (Chiu and Jain, 1989): each success at a full house adds a
-little, a 429 takes a share away. The decisions are pure; `Gate` makes jobs wait for them.
+little, a 429 takes a share away. Until the first 429 each success adds a whole one, which doubles the limit
+with each round of calls (slow start, RFC 5681 §3.1): nothing is known of the provider's limit yet, and calls
+that take a quarter of a minute would keep a worker small for an hour. The decisions are pure; `Gate` makes
+jobs wait for them.
 """
 
 import asyncio
@@ -27,6 +30,7 @@ class AdaptiveLimit:
         self._limit = float(min(STARTING_LIMIT, maximum))
         self._decreased_at = float("-inf")
         self._pause_s = FIRST_PAUSE_S
+        self._was_refused = False
         self.closed_until = float("-inf")
 
     @property
@@ -38,7 +42,8 @@ class AdaptiveLimit:
         """A call was answered while `in_flight` calls ran; a limit that isn't reached says nothing."""
         self._pause_s = FIRST_PAUSE_S
         if in_flight >= self.value:
-            self._limit = min(self._limit + 1 / self._limit, float(self._maximum))
+            step = 1 / self._limit if self._was_refused else 1.0
+            self._limit = min(self._limit + step, float(self._maximum))
 
     def refused(self, started: float, now: float, retry_after_s: float | None) -> None:
         """A call begun at `started` met a 429. Calls begun before the last decrease say nothing new."""
@@ -48,6 +53,7 @@ class AdaptiveLimit:
         self.closed_until = max(self.closed_until, now + (retry_after_s or own_pause_s))
         if not is_news:
             return
+        self._was_refused = True
         self._decreased_at = now
         self._limit = max(1.0, self._limit * DECREASE)
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)

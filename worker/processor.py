@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
 
@@ -20,11 +20,13 @@ from worker.errors import (
     TransientError,
 )
 from worker.health import Health
-from worker.images.source import S3Object, Source
+from worker.images.load import Located
+from worker.images.source import S3Object
 from worker.job import Conversation, ImageRef, InvalidJobError, Job, decode
 from worker.limiter import Gate, GateClosedError
 from worker.logs import describe_bug
 from worker.model.answer import Answer
+from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, frame
 from worker.outcome import Outcome
 from worker.redact import Redactor
 from worker.report import Report
@@ -42,23 +44,45 @@ _TOO_OFTEN = (
 )
 
 
+class _TooOftenError(Exception):
+    """The job was delivered too often without coming to an end."""
+
+
+class OpenImages(Protocol):
+    """The images of one call, ready to be sent."""
+
+    @property
+    def urls(self) -> Sequence[ImageUrl]:
+        """What stands in the places of their URLs, in order."""
+
+    def sent(self) -> None:
+        """All of them were handed to the API."""
+
+
 class ImageLoader(Protocol):
     """Where images come from."""
 
-    def check(self, refs: Sequence[ImageRef]) -> list[Source]:
+    def check(self, refs: Sequence[ImageRef], body: bytes) -> list[Located]:
         """Tell where each image is, or raise JobError."""
 
-    async def load(self, refs: Sequence[ImageRef], sources: Sequence[Source]) -> list[str]:
-        """Make the URLs that the request names."""
+    def open(self, images: Sequence[Located]) -> AbstractAsyncContextManager[OpenImages]:
+        """Begin to read them."""
 
 
 class ModelApi(Protocol):
     """Who answers."""
 
-    async def ask(
-        self, model: str, messages: list[dict[str, Any]], params: Mapping[str, Any], *, time_left_s: float
-    ) -> Answer:
+    async def ask(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
         """Make one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is left of a job when it has been read: nothing that is as large as its images."""
+
+    deadline: datetime | None
+    frame: Sequence[bytes]
+    images: Sequence[Located]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +123,12 @@ class Processor:
         """Decode, check, fetch, ask, report. Every error becomes an outcome, a bug too."""
         report = Report(delivery, self._redact, include_response=self._rules.include_response)
         try:
-            job = decode(delivery.body, delivery.message_id, self._rules.max_job_bytes)
-            report.job_is(job)
-            report.model_is(self._model_of(job))
-            if delivery.deliveries > self._rules.delivery_limit:
-                return report.dead_letter(
-                    ErrorCode.ATTEMPTS_EXHAUSTED, _TOO_OFTEN.format(delivery.deliveries)
-                )
-            self._check_deadline(job)
-            conversation = Conversation(job)
-            sources = self._images.check(conversation.images())
-            answer = await self._ask(job, conversation, sources, report)
+            question = self._read(delivery, report)
+            answer = await self._ask(question, report)
         except InvalidJobError as error:
             return report.unreadable(error)
+        except _TooOftenError as error:
+            return report.dead_letter(ErrorCode.ATTEMPTS_EXHAUSTED, str(error))
         except JobError as error:
             return report.refused(error.code, error.message)
         except TransientError as error:
@@ -125,29 +142,42 @@ class Processor:
             return self._try_again(report, "bug", f"the worker failed: {type(error).__name__}")
         return report.answered(answer)
 
-    async def _ask(
-        self, job: Job, conversation: Conversation, sources: Sequence[Source], report: Report
-    ) -> Answer:
+    def _read(self, delivery: Delivery, report: Report) -> _Question:
+        """Decode and check."""
+        job = decode(delivery.body, delivery.message_id, self._rules.max_job_bytes)
+        report.job_is(job)
+        report.model_is(self._model_of(job))
+        if delivery.deliveries > self._rules.delivery_limit:
+            raise _TooOftenError(_TOO_OFTEN.format(delivery.deliveries))
+        _check_deadline(job.deadline)
+        conversation = Conversation(job)
+        images = self._images.check(conversation.images(), delivery.body)
+        messages = conversation.render(PLACEHOLDER, send_detail=self._rules.send_image_detail)
+        return _Question(job.deadline, frame(report.model, messages, job.params or {}), images)
+
+    async def _ask(self, question: _Question, report: Report) -> Answer:
         """Fetch and ask until there is an answer or an error other than 429."""
         while True:
-            async with AsyncExitStack() as stack:
-                with report.stage("wait"):
-                    await self._take_slot(stack, job, report)
-                self._check_deadline(job)
-                started = time.monotonic()
-                try:
-                    urls = await self._fetch(conversation.images(), sources, report)
-                    self._check_deadline(job)
-                    answer = await self._call(job, conversation, urls, report)
-                except RateLimitedError as error:
-                    # The API is there and knows us: an outage, if there was one, is over.
-                    self._health.succeeded(Dependency.MODEL, started, time.monotonic())
-                    self._gate.refused(started, error.retry_after_s)
-                else:
+            started = time.monotonic()
+            try:
+                async with AsyncExitStack() as stack:
+                    stack.callback(report.end_of_try)
+                    with report.stage("wait"):
+                        await self._take_slot(stack, question, report)
+                    _check_deadline(question.deadline)
+                    started = time.monotonic()
+                    with report.stage("fetch"):
+                        images = await self._open(stack, question, report)
+                    _check_deadline(question.deadline)
+                    answer = await self._call(question, images, report)
                     self._gate.succeeded()
                     return answer
+            except RateLimitedError as error:
+                # The API is there and knows us: an outage, if there was one, is over.
+                self._health.succeeded(Dependency.MODEL, started, time.monotonic())
+                self._gate.refused(started, error.retry_after_s)
 
-    async def _take_slot(self, stack: AsyncExitStack, job: Job, report: Report) -> None:
+    async def _take_slot(self, stack: AsyncExitStack, question: _Question, report: Report) -> None:
         """Wait for a slot, for half of the delivery's time at most: the other half is for the work.
 
         A call that is begun with less could be cut off when it is already paid for.
@@ -159,45 +189,41 @@ class Processor:
         left_s = self._time_left_s(report) - self._rules.job_timeout_s / 2
         if left_s <= 0:
             raise GateClosedError(_NO_SLOT)
-        if job.deadline is not None:
-            left_s = min(left_s, (job.deadline - datetime.now(UTC)).total_seconds() + TIMER_SLACK_S)
+        if question.deadline is not None:
+            left_s = min(left_s, (question.deadline - datetime.now(UTC)).total_seconds() + TIMER_SLACK_S)
         try:
             async with asyncio.timeout(left_s):
                 await stack.enter_async_context(self._gate.slot())
         except TimeoutError:
-            self._check_deadline(job)
+            _check_deadline(question.deadline)
             raise GateClosedError(_NO_SLOT) from None
 
-    async def _fetch(self, refs: Sequence[ImageRef], sources: Sequence[Source], report: Report) -> list[str]:
+    async def _open(self, stack: AsyncExitStack, question: _Question, report: Report) -> OpenImages:
         started = time.monotonic()
         try:
-            with report.stage("fetch"):
-                async with asyncio.timeout(self._time_left_s(report)):
-                    urls = await self._images.load(refs, sources)
+            async with asyncio.timeout(self._time_left_s(report)):
+                return await stack.enter_async_context(self._images.open(question.images))
         except TimeoutError:
             raise TransientError(Dependency.S3, "timeout", "the images could not be read in time") from None
         except JobError as error:
             if error.code is ErrorCode.IMAGE_NOT_FOUND:
                 self._health.succeeded(Dependency.S3, started, time.monotonic())
             raise
-        if any(isinstance(source, S3Object) for source in sources):
-            self._health.succeeded(Dependency.S3, started, time.monotonic())
-        return urls
 
-    async def _call(
-        self, job: Job, conversation: Conversation, urls: Sequence[str], report: Report
-    ) -> Answer:
-        messages = conversation.render(urls, send_detail=self._rules.send_image_detail)
+    async def _call(self, question: _Question, images: OpenImages, report: Report) -> Answer:
+        body = RequestBody(question.frame, images.urls, on_sent=images.sent)
         started = time.monotonic()
         try:
             with report.stage("model"):
-                answer = await self._model.ask(
-                    report.model, messages, job.params or {}, time_left_s=self._time_left_s(report)
-                )
+                answer = await self._model.ask(report.model, body, time_left_s=self._time_left_s(report))
         except JobError:
             # Refusing one request is a sign of life like any answer.
             self._health.succeeded(Dependency.MODEL, started, time.monotonic())
             raise
+        finally:
+            report.move("model", "fetch", body.waited_s)
+            if body.is_sent and any(isinstance(image.source, S3Object) for image in question.images):
+                self._health.succeeded(Dependency.S3, started, time.monotonic())
         self._health.succeeded(Dependency.MODEL, started, time.monotonic())
         return answer
 
@@ -236,10 +262,11 @@ class Processor:
             raise JobError(ErrorCode.INVALID_JOB, "model: is not among VQA_ALLOWED_MODELS")
         return model
 
-    def _check_deadline(self, job: Job) -> None:
-        if job.deadline is not None and datetime.now(UTC) >= job.deadline:
-            raise JobError(ErrorCode.DEADLINE_EXCEEDED, f"the deadline {job.deadline.isoformat()} has passed")
-
     def _time_left_s(self, report: Report) -> float:
         """Seconds until this delivery has to have come to its end."""
         return max(0.0, report.received + self._rules.job_timeout_s - time.monotonic())
+
+
+def _check_deadline(deadline: datetime | None) -> None:
+    if deadline is not None and datetime.now(UTC) >= deadline:
+        raise JobError(ErrorCode.DEADLINE_EXCEEDED, f"the deadline {deadline.isoformat()} has passed")

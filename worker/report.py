@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from worker import metrics
 from worker.delivery import Delivery
@@ -17,6 +17,8 @@ from worker.result import JobFailure, Result, Timings
 
 _DIGITS = 6
 
+Stage: TypeAlias = Literal["wait", "fetch", "model"]
+
 
 class Report:
     """One attempt at one job: its id, model and times so far."""
@@ -25,10 +27,13 @@ class Report:
         self._delivery = delivery
         self._redact = redact
         self._include_response = include_response
-        self._job: Job | None = None
+        self._metadata: dict[str, Any] = {}
         self._model: str | None = None
-        self._stages: dict[str, float] = {}
+        # Seconds by stage: of the try that runs, and of all tries of this delivery.
+        self._now: dict[Stage, float] = {}
+        self._stages: dict[Stage, float] = {}
         self.job_id: str | None = None
+        self.deadline: datetime | None = None
         self.attempts = delivery.attempts + 1
 
     @property
@@ -37,34 +42,40 @@ class Report:
         return self._delivery.received
 
     @property
-    def deadline(self) -> datetime | None:
-        """The job's deadline."""
-        return self._job.deadline if self._job else None
-
-    @property
     def model(self) -> str:
         """The model to ask, or `unknown`: fit for a metric's label."""
         return self._model or metrics.UNKNOWN_MODEL
 
     def job_is(self, job: Job) -> None:
-        """The message could be read."""
-        self._job = job
+        """The message could be read. The job itself is not kept: it can hold images."""
         self.job_id = job.id
+        self.deadline = job.deadline
+        self._metadata = job.metadata or {}
 
     def model_is(self, model: str) -> None:
         """The model is an allowed one."""
         self._model = model
 
     @contextmanager
-    def stage(self, name: Literal["wait", "fetch", "model"]) -> Iterator[None]:
-        """Measure a stage; a stage that comes again (after a 429) adds up."""
+    def stage(self, name: Stage) -> Iterator[None]:
+        """Measure a stage."""
         started = time.monotonic()
         try:
-            with metrics.stage(name, self.model):
-                yield
+            yield
         finally:
-            took = time.monotonic() - started
-            self._stages[name] = self._stages.get(name, 0.0) + took
+            self._now[name] = self._now.get(name, 0.0) + time.monotonic() - started
+
+    def move(self, source: Stage, target: Stage, seconds: float) -> None:
+        """Some of the time measured as one stage was spent on another."""
+        self._now[source] = max(0.0, self._now.get(source, 0.0) - seconds)
+        self._now[target] = self._now.get(target, 0.0) + seconds
+
+    def end_of_try(self) -> None:
+        """The stages measured so far are over; those of another try (after a 429) add up."""
+        for name, seconds in self._now.items():
+            metrics.STAGE_DURATION.labels(name, self.model).observe(seconds)
+            self._stages[name] = self._stages.get(name, 0.0) + seconds
+        self._now.clear()
 
     def answered(self, answer: Answer) -> Outcome:
         """The model's answer, or that it was empty: paid for, so never asked again."""
@@ -121,7 +132,7 @@ class Report:
             id=self.job_id,
             model=self._model,
             attempts=self.attempts,
-            metadata=(self._job.metadata if self._job else None) or {},
+            metadata=self._metadata,
             timings=Timings(
                 queued_s=self._delivery.queued_s,
                 fetch_s=self._seconds("fetch"),
@@ -131,7 +142,7 @@ class Report:
             **fields,
         )
 
-    def _seconds(self, stage: str) -> float | None:
+    def _seconds(self, stage: Stage) -> float | None:
         seconds = self._stages.get(stage)
         return None if seconds is None else round(seconds, _DIGITS)
 

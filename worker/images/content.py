@@ -4,6 +4,8 @@
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _RIFF, _WEBP = b"RIFF", b"WEBP"
+# So many tell any of them.
+SIGNATURE_BYTES = 12
 
 
 def media_type(content: bytes) -> str | None:

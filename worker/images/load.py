@@ -1,25 +1,92 @@
 """From the images of a job to what the API is given for them."""
 
 import asyncio
-import base64
-import binascii
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import assert_never
 
 from worker import metrics
-from worker.errors import ErrorCode, JobError
-from worker.images.content import media_type
-from worker.images.s3 import S3
+from worker.errors import ErrorCode, JobError, TransientError
+from worker.images.budget import Budget, Share
+from worker.images.content import SIGNATURE_BYTES, media_type
+from worker.images.encoding import decode_slices, encode, encode_stream, encoded_length, later
+from worker.images.s3 import S3, Reading
+from worker.images.shared import SharedReads
 from worker.images.source import Embedded, Link, S3Object, Source, SourcePolicy, parse_source
-from worker.job import ImageRef
+from worker.job import ImageRef, json_text
 from worker.redact import display_url
 
-_WHITE_SPACE = bytes(range(9, 14)) + b" "
+# An image up to this size is read before the call is made and goes out in one write; larger ones are read
+# while they are sent.
+SMALL_BYTES = 256 * 1024
+# What an image takes while it is on its way: what was received and not yet read, a piece of a quarter of a
+# megabyte, and its base64, some of it not yet sent.
+STREAM_BYTES = 768 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """An image of a job: how messages call it, and where it is."""
+
+    name: str
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPolicy:
+    """How S3 images are given as links: for how many seconds, and whether the worker looks at them first."""
+
+    expires_s: int
+    look: bool
+
+
+class UrlText:
+    """An image's URL as it stands between the quotes of the request, all of it at hand."""
+
+    def __init__(self, text: bytes) -> None:
+        self.length = len(text)
+        self._text = text
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        """The text, in one piece."""
+        return later((self._text,))
+
+
+class UrlStream:
+    """A data URL that is made while it is sent."""
+
+    def __init__(self, prefix: bytes, size: int, content: AsyncIterable[bytes]) -> None:
+        self.length = len(prefix) + encoded_length(size)
+        self._prefix = prefix
+        self._content = content
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The text, piece by piece; once."""
+        yield self._prefix
+        async for piece in encode_stream(self._content):
+            yield piece
+
+
+class OpenImages:
+    """The images of one call, ready to be sent."""
+
+    def __init__(self, share: Share) -> None:
+        self.urls: list[UrlText | UrlStream] = []
+        self.readings: list[Reading] = []
+        self.inline_bytes = 0
+        self._share = share
+
+    def sent(self) -> None:
+        """All of them have been handed to the API, and nothing of them is held any more."""
+        for reading in self.readings:
+            reading.close()
+        self._share.release()
+        metrics.IMAGE_BYTES.labels("inline").inc(self.inline_bytes)
 
 
 class Images:
-    """Checks and loads images; the blocking work is done in threads of its own."""
+    """Checks and opens images."""
 
     def __init__(
         self,
@@ -28,20 +95,22 @@ class Images:
         *,
         max_bytes: int,
         max_per_job: int,
-        threads: int,
-        link_expires_s: int | None,
+        buffer_bytes: int,
+        links: LinkPolicy | None,
     ) -> None:
-        """`link_expires_s`: with a number, S3 objects go to the API as presigned URLs good for so long."""
+        """`buffer_bytes`: of images on their way; `links`: if given, S3 objects go to the API as links."""
         self._s3 = s3
-        self._link_expires_s = link_expires_s
+        self._links = links
         self._policy = policy
         self._max_bytes = max_bytes
         self._max_per_job = max_per_job
-        # asyncio's default pool has a handful of threads, which would be the bottleneck.
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
+        self._budget = Budget(buffer_bytes)
+        self._reads = SharedReads(s3.open, self._budget, own_bytes=STREAM_BYTES)
 
-    def check(self, refs: Sequence[ImageRef]) -> list[Source]:
+    def check(self, refs: Sequence[ImageRef], body: bytes) -> list[Located]:
         """Tell where each image is, before anything is fetched or paid for.
+
+        What is returned refers to the message's `body` and holds no copy of a data URL in it.
 
         Raises:
             JobError: there are too many, or one is malformed or not allowed.
@@ -51,77 +120,145 @@ class Images:
                 ErrorCode.TOO_MANY_IMAGES,
                 f"the job has {len(refs)} images; VQA_MAX_IMAGES_PER_JOB allows {self._max_per_job}",
             )
-        return [parse_source(ref.url, name_of(ref), self._policy) for ref in refs]
+        located = []
+        for ref in refs:
+            name = name_of(ref)
+            located.append(Located(name, parse_source(ref.url, name, self._policy, body)))
+        return located
 
-    async def load(self, refs: Sequence[ImageRef], sources: Sequence[Source]) -> list[str]:
-        """The URLs that the request names, in order: links as they are, all else as data URLs.
+    @asynccontextmanager
+    async def open(self, images: Sequence[Located]) -> AsyncIterator[OpenImages]:
+        """Open all images of a job, in order; waits while too much is on its way already.
 
         Raises:
             JobError: an image is missing, forbidden, too large, or not one that the API takes.
-            TransientError: reading from S3 failed in a way that may pass.
+            TransientError: reading from S3 failed in a way that may pass; sending a large image raises it too.
             DependencyDownError: S3 is out of reach or refuses the worker.
         """
-        loop = asyncio.get_running_loop()
-        tasks = [
-            loop.run_in_executor(self._pool, self._load_one, source, name_of(ref))
-            for ref, source in zip(refs, sources, strict=True)
-        ]
-        urls = await asyncio.gather(*tasks, return_exceptions=True)
+        inline = sum(not self._is_link(image.source) for image in images)
+        async with self._budget.share(inline * STREAM_BYTES) as share:
+            opened = OpenImages(share)
+            try:
+                opened.urls.extend(await self._open_all(images, opened))
+                if not any(isinstance(url, UrlStream) for url in opened.urls):
+                    share.shrink_to(sum(url.length for url in opened.urls))
+                yield opened
+            finally:
+                for reading in opened.readings:
+                    reading.close()
+
+    def _is_link(self, source: Source) -> bool:
+        return isinstance(source, Link) or (self._links is not None and isinstance(source, S3Object))
+
+    async def _open_all(self, images: Sequence[Located], opened: OpenImages) -> list[UrlText | UrlStream]:
+        if len(images) == 1:
+            return [await self._open_one(images[0], opened)]
+        opening = [self._open_one(image, opened) for image in images]
+        urls = await asyncio.gather(*opening, return_exceptions=True)
         # Of several faults the first image's is told, whichever came first in time.
         for url in urls:
             if isinstance(url, BaseException):
                 raise url
-        return [url for url in urls if isinstance(url, str)]
+        return [url for url in urls if not isinstance(url, BaseException)]
 
-    def close(self) -> None:
-        """Let go of the threads, without waiting for reads that nobody needs any more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    async def _open_one(self, image: Located, opened: OpenImages) -> UrlText | UrlStream:
+        with named(image.name):
+            match image.source:
+                case Link(url):
+                    return UrlText(json_text(url))
+                case S3Object() as source if self._links is not None:
+                    return UrlText(json_text(await self._link(source, self._links)))
+                case S3Object() as source:
+                    reading = await self._reads.open(source)
+                    opened.readings.append(reading)
+                    return await self._read(reading, image.name, opened)
+                case Embedded(text):
+                    return self._decode(text, image.name, opened)
+                case _ as never:
+                    assert_never(never)
 
-    def _load_one(self, source: Source, name: str) -> str:
-        match source:
-            case Link(url):
-                return url
-            case S3Object() if self._link_expires_s is not None:
-                return self._s3.link(source, self._link_expires_s)
-            case S3Object():
-                content = self._s3.read(source, name, self._max_bytes)
-            case Embedded():
-                content = self._decode(source, name)
-            case _:
-                assert_never(source)
-        return self._data_url(content, name)
+    async def _link(self, source: S3Object, policy: LinkPolicy) -> str:
+        if policy.look:
+            size, beginning = await self._s3.look(source, SIGNATURE_BYTES)
+            self._check_size(size)
+            _prefix(beginning)
+        return await self._s3.link(source, policy.expires_s)
 
-    def _decode(self, source: Embedded, name: str) -> bytes:
-        """The bytes of a data URL; as browsers do, white space and missing padding are forgiven."""
-        if len(source.url) - source.start > 2 * self._max_bytes + 1024:
-            raise self._too_large(name, (len(source.url) - source.start) * 3 // 4)
+    async def _read(self, reading: Reading, name: str, opened: OpenImages) -> UrlText | UrlStream:
+        """Begin to read; what is small is read to its end."""
+        self._check_size(reading.size)
+        opened.inline_bytes += reading.size
+        is_small = reading.size <= SMALL_BYTES
+        pieces, begun = aiter(reading), b""
+        async for piece in pieces:
+            begun = begun + piece if begun else piece
+            if not is_small and len(begun) >= SIGNATURE_BYTES:
+                break
+        prefix = _prefix(begun)
+        if is_small:
+            return UrlText(prefix + encode(begun))
+        return UrlStream(prefix, reading.size, _named_stream(name, begun, pieces))
+
+    def _decode(self, text: memoryview, name: str, opened: OpenImages) -> UrlText | UrlStream:
+        """Look through the base64 that a job carries; a large one is decoded again when it is sent."""
+        if len(text) > 2 * self._max_bytes + 1024:
+            raise self._too_large(len(text) * 3 // 4)
         try:
-            encoded = source.url[source.start :].encode("ascii").translate(None, _WHITE_SPACE)
-            return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
-        except (binascii.Error, ValueError):
-            raise JobError(ErrorCode.IMAGE_CORRUPT, f"{name}: its base64 cannot be decoded") from None
+            size, beginning = 0, b""
+            for piece in decode_slices(text):
+                beginning = beginning or piece
+                size += len(piece)
+        except ValueError:
+            raise JobError(ErrorCode.IMAGE_CORRUPT, "its base64 cannot be decoded") from None
+        self._check_size(size)
+        opened.inline_bytes += size
+        prefix = _prefix(beginning)
+        if size <= SMALL_BYTES:
+            return UrlText(prefix + encode(b"".join(decode_slices(text))))
+        return UrlStream(prefix, size, later(decode_slices(text)))
 
-    def _data_url(self, content: bytes, name: str) -> str:
-        if len(content) > self._max_bytes:
-            raise self._too_large(name, len(content))
-        if not content:
-            raise JobError(ErrorCode.IMAGE_CORRUPT, f"{name}: is empty")
-        kind = media_type(content)
-        if kind is None:
-            raise JobError(
-                ErrorCode.IMAGE_UNSUPPORTED_TYPE,
-                f"{name}: its content is not JPEG, PNG or WebP; convert it to one of them",
-            )
-        metrics.IMAGE_BYTES.labels("inline").inc(len(content))
-        return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise self._too_large(size)
+        if not size:
+            raise JobError(ErrorCode.IMAGE_CORRUPT, "is empty")
 
-    def _too_large(self, name: str, size: int) -> JobError:
+    def _too_large(self, size: int) -> JobError:
         return JobError(
             ErrorCode.IMAGE_TOO_LARGE,
-            f"{name}: has {size} bytes; VQA_MAX_IMAGE_BYTES allows {self._max_bytes}",
+            f"has {size} bytes; VQA_MAX_IMAGE_BYTES allows {self._max_bytes}",
         )
 
 
 def name_of(ref: ImageRef) -> str:
     """How messages call an image: its place in the job and its URL, without what is secret in it."""
     return f"{ref.where} ({display_url(ref.url)})"
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the image's name before what went wrong with it."""
+    try:
+        yield
+    except JobError as error:
+        raise JobError(error.code, f"{name}: {error.message}") from None
+    except TransientError as error:
+        raise TransientError(error.dependency, error.reason, f"{name}: {error.message}") from None
+
+
+async def _named_stream(name: str, begun: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield begun
+    with named(name):
+        async for piece in rest:
+            yield piece
+
+
+def _prefix(beginning: bytes) -> bytes:
+    """What stands before the base64 in a data URL."""
+    kind = media_type(beginning)
+    if kind is None:
+        raise JobError(
+            ErrorCode.IMAGE_UNSUPPORTED_TYPE,
+            "its content is not JPEG, PNG or WebP; convert it to one of them",
+        )
+    return b"data:%s;base64," % kind.encode()

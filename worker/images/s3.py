@@ -1,167 +1,220 @@
-"""Reading objects from S3; what S3 answers is sorted by whose fault it is."""
+"""Reading objects from S3 as streams, by signed requests of the event loop's own client."""
 
-import os
-from typing import Literal
+import asyncio
+import random
+import re
+import ssl
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import Protocol
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionClosedError,
-    ConnectTimeoutError,
-    CredentialRetrievalError,
-    EndpointConnectionError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProxyConnectionError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-    SSLError,
-)
+import aiohttp
+from yarl import URL
 
-from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
+from worker.errors import Dependency, TransientError
+from worker.http_client import open_session, proxy_options
+from worker.images.aws import AddressingStyle, Aws, ca_bundle
+from worker.images.refusals import S3Refusal, translated
+from worker.images.sdk import Sdk
 from worker.images.source import S3Object
 
-AddressingStyle = Literal["auto", "path", "virtual"]
-
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 30
-# The SDK's own quick retries; beyond them the worker decides.
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 30.0
+# Quick retries until an answer has begun; beyond them the worker decides.
 ATTEMPTS = 3
+LONGEST_RETRY_DELAY_S = 1.0
+# Of an error's body; its code stands in the first few hundred bytes.
+MAX_ERROR_BYTES = 16 * 1024
+# "Directory buckets" want a session before anything else.
+_DIRECTORY_BUCKET = "--x-s3"
+REMEMBERED_BUCKETS = 1000
 
-_NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "404"})
-# S3 answers these to everybody with these credentials or this clock, whatever the object
-# (Amazon S3 API reference, "List of error codes").
-_REFUSES_EVERYBODY = {
-    "InvalidAccessKeyId": "the access key does not exist: check the AWS credentials",
-    "SignatureDoesNotMatch": "the secret key is wrong: check the AWS credentials",
-    "ExpiredToken": "the credentials have expired",
-    "InvalidToken": "the session token is malformed",
-    "TokenRefreshRequired": "the session token must be renewed",
-    "InvalidSecurity": "the credentials are not valid",
-    "AccountProblem": "the AWS account has a problem",
-    "AllAccessDisabled": "access to this S3 has been disabled",
-    "NotSignedUp": "the account is not signed up for S3",
-    "RequestTimeTooSkewed": "this machine's clock is wrong",
-    "AuthorizationHeaderMalformed": "the signature's region is wrong: set AWS_REGION",
-    "PermanentRedirect": "the bucket is in another region: set AWS_REGION or VQA_S3_ENDPOINT_URL",
-}
-_SERVER_ERROR = 500
-_BUSY_CODES = frozenset({"SlowDown", "RequestTimeout", "Throttling", "ServiceUnavailable", "InternalError"})
+_OK, _PARTIAL, _NO_SUCH_RANGE = 200, 206, 416
+_CODE = re.compile(rb"<Code>\s*([A-Za-z0-9.]{1,100})\s*</Code>")
+_TOTAL = re.compile(r"bytes (?:\d+-\d+|\*)/(\d+)")
 
 
-class S3ConfigurationError(Exception):
-    """There can be no client with this endpoint or this AWS configuration; the message says why."""
+class Reading(Protocol):
+    """An object that is being read; iterated over once.
 
+    Attributes:
+        size: of the object in bytes, known before they are read.
+    """
 
-def _ca_bundle() -> str | None:
-    """The file of trusted authorities: botocore knows the first two variables, and not the usual third."""
-    names = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
-    return next((path for name in names if (path := os.environ.get(name))), None)
+    size: int
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Its bytes, in pieces. Raises TransientError unless they are `size` in the end."""
+
+    def close(self) -> None:
+        """End the read; what is left of it is not fetched."""
 
 
 class S3:
-    """Objects of one S3 endpoint, read by blocking calls that are safe from several threads.
+    """Objects of one S3 endpoint. Must be made in an event loop.
 
     Raises:
         S3ConfigurationError: the endpoint or the AWS configuration makes no sense.
     """
 
-    def __init__(
-        self, *, endpoint_url: str | None, addressing_style: AddressingStyle, max_connections: int
-    ) -> None:
-        style: AddressingStyle = "path" if endpoint_url and addressing_style == "auto" else addressing_style
-        config = Config(
-            signature_version="s3v4",
-            s3={"addressing_style": style},
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
-            max_pool_connections=max_connections,
-            user_agent_extra="vqa-worker",
+    def __init__(self, *, endpoint_url: str | None, addressing_style: AddressingStyle) -> None:
+        self._aws = Aws(endpoint_url=endpoint_url, addressing_style=addressing_style)
+        self._sdk = Sdk(
+            endpoint_url=endpoint_url,
+            addressing_style=addressing_style,
+            connect_timeout_s=CONNECT_TIMEOUT_S,
+            read_timeout_s=READ_TIMEOUT_S,
         )
-        try:
-            self._client = boto3.client("s3", endpoint_url=endpoint_url, config=config, verify=_ca_bundle())
-        except (BotoCoreError, ValueError) as error:
-            raise S3ConfigurationError(f"VQA_S3_ENDPOINT_URL or the AWS configuration: {error}") from None
+        self._session = open_session(
+            connect_timeout_s=CONNECT_TIMEOUT_S,
+            read_timeout_s=READ_TIMEOUT_S,
+            ssl_context=ssl.create_default_context(cafile=ca_bundle()),
+        )
+        self._elsewhere: set[str] = set()
 
-    def read(self, source: S3Object, name: str, max_bytes: int) -> bytes:
-        """The object's bytes; `name` is how messages call it.
+    async def open(self, source: S3Object) -> Reading:
+        """Begin to read an object.
 
         Raises:
-            JobError: there is no such object, it may not be read, or it is over `max_bytes`,
-                which is known before its bytes are read.
+            JobError: there is no such object, or it may not be read. Messages don't name the image.
             TransientError: the read broke off or took too long.
             DependencyDownError: S3 is out of reach, failing, or refuses these credentials.
         """
-        try:
-            response = self._client.get_object(Bucket=source.bucket, Key=source.key)
-            size, body = response["ContentLength"], response["Body"]
-            with body:
-                if size > max_bytes:
-                    message = f"{name}: has {size} bytes; VQA_MAX_IMAGE_BYTES allows {max_bytes}"
-                    raise JobError(ErrorCode.IMAGE_TOO_LARGE, message)
-                return body.read()
-        except ClientError as error:
-            raise _translate_refusal(error, name) from None
-        except (BotoCoreError, OSError) as error:
-            raise _translate_failure(error, name) from None
+        with translated():
+            if not self._is_elsewhere(source.bucket):
+                try:
+                    return _Checked(await self._get(source))
+                except S3Refusal as error:
+                    if not error.is_elsewhere:
+                        raise
+                    self._remember_elsewhere(source.bucket)
+            return _Checked(await self._sdk.open(source))
 
-    def link(self, source: S3Object, expires_s: int) -> str:
+    async def look(self, source: S3Object, length: int) -> tuple[int, bytes]:
+        """The size of an object and its first `length` bytes, without reading more of it.
+
+        Raises:
+            JobError, TransientError, DependencyDownError: as `open`.
+        """
+        if not self._is_elsewhere(source.bucket):
+            with translated():
+                try:
+                    return await self._get_beginning(source, length)
+                except S3Refusal as error:
+                    if not error.is_elsewhere:
+                        raise
+                    self._remember_elsewhere(source.bucket)
+        reading = await self.open(source)
+        try:
+            return reading.size, await _beginning(reading, length)
+        finally:
+            reading.close()
+
+    async def link(self, source: S3Object, expires_s: int) -> str:
         """A presigned URL of the object, good for `expires_s` seconds; S3 is not asked for it.
 
         Raises:
             DependencyDownError: there are no credentials to sign with.
         """
-        params = {"Bucket": source.bucket, "Key": source.key}
-        try:
-            return self._client.generate_presigned_url("get_object", Params=params, ExpiresIn=expires_s)
-        except BotoCoreError as error:
-            raise _translate_failure(error, source.bucket) from None
+        with translated():
+            return await self._aws.link(source, expires_s)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        self._sdk.close()
+        await self._session.close()
+
+    async def _get(self, source: S3Object) -> "_Response":
+        response = await self._request(source, {})
+        if response.content_length is None:
+            response.close()
+            raise aiohttp.ClientPayloadError("S3 did not tell the object's size")
+        return _Response(response, response.content_length)
+
+    async def _get_beginning(self, source: S3Object, length: int) -> tuple[int, bytes]:
+        async with await self._request(source, {"Range": f"bytes=0-{length - 1}"}) as response:
+            if response.status == _NO_SUCH_RANGE:
+                return 0, b""
+            total = _TOTAL.fullmatch(response.headers.get("Content-Range", ""))
+            size = int(total[1]) if total else response.content_length or 0
+            return size, await _beginning(response.content.iter_any(), length)
+
+    async def _request(self, source: S3Object, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        """Ask until there is an answer, a few times if need be; an error page is never an object."""
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return await self._request_once(source, headers)
+            except (S3Refusal, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                is_passing = error.is_busy if isinstance(error, S3Refusal) else True
+                if attempt == ATTEMPTS or not is_passing:
+                    raise
+            await asyncio.sleep(random.uniform(0, LONGEST_RETRY_DELAY_S))  # noqa: S311 - no secret
+
+    async def _request_once(self, source: S3Object, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        signed = await self._aws.sign(source)
+        url = URL(signed.url, encoded=True)
+        response = await self._session.get(
+            url,
+            headers={**signed.headers, **headers},
+            allow_redirects=False,
+            **proxy_options(f"{url.scheme}://{url.authority}"),
+        )
+        if response.status in (_OK, _PARTIAL) or (headers and response.status == _NO_SUCH_RANGE):
+            return response
+        async with response:
+            code = _CODE.search(await _beginning(response.content.iter_any(), MAX_ERROR_BYTES))
+        raise S3Refusal(response.status, code[1].decode() if code else "")
+
+    def _is_elsewhere(self, bucket: str) -> bool:
+        return bucket.endswith(_DIRECTORY_BUCKET) or bucket in self._elsewhere
+
+    def _remember_elsewhere(self, bucket: str) -> None:
+        if len(self._elsewhere) >= REMEMBERED_BUCKETS:
+            self._elsewhere.clear()
+        self._elsewhere.add(bucket)
+
+
+class _Response:
+    """An object that the event loop's client reads."""
+
+    def __init__(self, response: aiohttp.ClientResponse, size: int) -> None:
+        self._response = response
+        self.size = size
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._response.content.iter_any()
 
     def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+        # Read to its end, the connection has gone back to the pool already.
+        self._response.close()
 
 
-def _translate_refusal(error: ClientError, name: str) -> Exception:
-    """What follows from an error that S3 answered with."""
-    code = error.response.get("Error", {}).get("Code", "")
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code in _NOT_FOUND:
-        return JobError(ErrorCode.IMAGE_NOT_FOUND, f"{name}: S3 has no such object ({code})")
-    if code in _REFUSES_EVERYBODY:
-        return DependencyDownError(Dependency.S3, f"S3 answered {code}: {_REFUSES_EVERYBODY[code]}")
-    if status >= _SERVER_ERROR or code in _BUSY_CODES:
-        return DependencyDownError(Dependency.S3, f"S3 answered {status} {code}")
-    return JobError(
-        ErrorCode.IMAGE_FORBIDDEN,
-        f"{name}: S3 does not give this object out ({code}); check the worker's right to s3:GetObject on it",
-    )
+class _Checked:
+    """A reading that ends with an error unless it gave what was announced."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self.size = reading.size
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        got = 0
+        with translated():
+            async for piece in self._reading:
+                got += len(piece)
+                yield piece
+        if got != self.size:
+            text = f"S3 announced {self.size} bytes and sent {got}"
+            raise TransientError(Dependency.S3, "connection", text)
+
+    def close(self) -> None:
+        self._reading.close()
 
 
-def _translate_failure(error: Exception, name: str) -> Exception:
-    """What follows from a request that S3 did not answer, or not to its end."""
-    kind = type(error).__name__
-    match error:
-        case ParamValidationError():
-            return JobError(ErrorCode.INVALID_JOB, f"{name}: is not a bucket and key that S3 can have")
-        case NoCredentialsError() | PartialCredentialsError() | CredentialRetrievalError():
-            text = "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
-            return DependencyDownError(Dependency.S3, text)
-        case EndpointConnectionError() | ConnectTimeoutError() | ProxyConnectionError() | SSLError():
-            return DependencyDownError(Dependency.S3, f"S3 cannot be reached ({kind})")
-        case ReadTimeoutError():
-            return TransientError(Dependency.S3, "timeout", f"{name}: S3 took too long ({kind})")
-        case IncompleteReadError() | ResponseStreamingError() | ConnectionClosedError() | HTTPClientError():
-            return TransientError(Dependency.S3, "connection", f"{name}: reading from S3 broke off ({kind})")
-        case OSError():
-            return TransientError(Dependency.S3, "connection", f"{name}: reading from S3 failed ({kind})")
-        case _:
-            return DependencyDownError(
-                Dependency.S3, f"S3 cannot be asked ({kind}): check the AWS configuration"
-            )
+async def _beginning(pieces: AsyncIterable[bytes], length: int) -> bytes:
+    begun = b""
+    async for piece in pieces:
+        begun += piece
+        if len(begun) >= length:
+            break
+    return begun[:length]

@@ -9,6 +9,8 @@ from worker.errors import ErrorCode, JobError
 
 # S3: object keys are at most 1,024 bytes of UTF-8 (Amazon S3 user guide, "Naming objects").
 MAX_KEY_BYTES = 1024
+# Of a data URL, to find it in the message: a kilobyte of an image is hardly ever there twice.
+SEARCHED_BYTES = 1024
 
 _S3 = re.compile(r"s3://(?P<bucket>[^/]*)/?(?P<key>.*)", re.IGNORECASE | re.DOTALL)
 # Strict on purpose: where readers of URLs disagree (backslashes, blanks), an allow-list can be fooled.
@@ -38,10 +40,9 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Base64 that the job itself carries: `url[start:]`."""
+    """Base64 that the job itself carries: a part of the message's body, wherever that can be."""
 
-    url: str
-    start: int
+    text: memoryview
 
 
 Source = S3Object | Link | Embedded
@@ -55,8 +56,8 @@ class SourcePolicy:
     allowed_link_hosts: Sequence[str]
 
 
-def parse_source(url: str, name: str, policy: SourcePolicy) -> Source:
-    """Tell where the image is; `name` is how messages call it.
+def parse_source(url: str, name: str, policy: SourcePolicy, body: bytes) -> Source:
+    """Tell where the image is; `name` is how messages call it, `body` the message that has the URL in it.
 
     Raises:
         JobError: the URL is malformed, or the policy does not allow it.
@@ -67,7 +68,7 @@ def parse_source(url: str, name: str, policy: SourcePolicy) -> Source:
     if scheme.startswith("https://"):
         return _parse_link(url, name, policy.allowed_link_hosts)
     if scheme.startswith("data:"):
-        return _parse_data(url, name)
+        return _parse_data(url, name, body)
     raise JobError(
         ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
         f"{name}: only s3://bucket/key, https:// links and data: URLs are taken",
@@ -105,11 +106,23 @@ def _parse_link(url: str, name: str, allowed: Sequence[str]) -> Link:
     return Link(url)
 
 
-def _parse_data(url: str, name: str) -> Embedded:
-    match = _DATA.match(url)
-    if match is None:
+def _parse_data(url: str, name: str, body: bytes) -> Embedded:
+    if _DATA.match(url) is None:
         raise JobError(ErrorCode.INVALID_JOB, f"{name}: a data: URL must read data:image/…;base64,…")
-    return Embedded(url, match.end())
+    encoded = url.encode()
+    start = encoded.index(b",") + 1
+    if (at := _find(encoded, body)) is not None:
+        return Embedded(memoryview(body)[at + start : at + len(encoded)])
+    # JSON can say it in other characters, as PHP does: backslash and slash for a slash.
+    return Embedded(memoryview(encoded)[start:])
+
+
+def _find(text: bytes, body: bytes) -> int | None:
+    """Where a long text stands in the body: by its beginning first, as a search for all of it is slow."""
+    at = body.find(text[:SEARCHED_BYTES])
+    while at >= 0 and not body.startswith(text, at):
+        at = body.find(text[:SEARCHED_BYTES], at + 1)
+    return at if at >= 0 else None
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

@@ -7,10 +7,11 @@ import asyncio
 import email.utils
 import json
 import math
+import ssl
 import time
 from collections.abc import Mapping
-from typing import Any
 
+import aiohttp
 import httpx2
 import openai
 
@@ -23,7 +24,10 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
+from worker.http_client import open_session
 from worker.model.answer import Answer, MalformedAnswerError, Price, parse_answer
+from worker.model.request import RequestBody
+from worker.model.transport import AiohttpClient
 from worker.redact import Redactor
 
 CONNECT_TIMEOUT_S = 10.0
@@ -62,37 +66,38 @@ class Model:
             api_key=api_key,
             default_headers=dict(headers),
             max_retries=0,
-            # Half the time at most: a connection that nobody answers must be told from a slow answer.
-            timeout=openai.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s / 2)),
-            # A redirected POST would come out as a GET: a wrong base URL is better said than followed.
-            http_client=openai.DefaultAsyncHttpxClient(
-                follow_redirects=False,
-                limits=openai.DEFAULT_CONNECTION_LIMITS,
-            ),
+            # Told to the API in a header; what is kept to is the session's timeout and the call's own.
+            timeout=timeout_s,
+            http_client=AiohttpClient(_open_session(timeout_s)),
         )
         # The SDK takes these from the environment: they are OpenAI's, and this may be somebody else's API.
         self._client.organization = self._client.project = None
         self._client._custom_headers = dict(headers)  # noqa: SLF001 - no public way past OPENAI_CUSTOM_HEADERS
 
-    async def ask(
-        self, model: str, messages: list[dict[str, Any]], params: Mapping[str, Any], *, time_left_s: float
-    ) -> Answer:
+    async def ask(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
         """Make one call, bounded by `VQA_MODEL_TIMEOUT` and by `time_left_s`.
 
         Raises:
             JobError: the API refuses this request for good.
             RateLimitedError: the API answered 429.
-            TransientError: the call failed in a way that may pass.
-            DependencyDownError: the API is out of reach or refuses everybody.
+            TransientError: the call failed in a way that may pass, or an image broke off while it was sent.
+            DependencyDownError: the API, or an image's source, is out of reach or refuses everybody.
         """
-        body = {**params, "model": model, "messages": messages}
         started = time.monotonic()
         with metrics.model_call(model, self._provider) as call:
             try:
                 async with asyncio.timeout(min(self._timeout_s, time_left_s)):
-                    raw = await self._client.post("/chat/completions", cast_to=bytes, body=body)
-                answer = parse_answer(raw, self._prices.get(model))
+                    response = await self._client.post(
+                        "/chat/completions",
+                        cast_to=httpx2.Response,
+                        content=body,
+                        options={"headers": {"Content-Length": str(body.length)}},
+                    )
+                answer = parse_answer(response.content, self._prices.get(model))
             except (openai.APIError, httpx2.HTTPError, TimeoutError, MalformedAnswerError) as error:
+                if body.failure is not None:
+                    # The API never had the whole request: there is nothing to count, and nothing was paid.
+                    raise body.failure from None
                 raise self._translate(error, call, time.monotonic() - started) from None
             call.answered(answer.usage)
             return answer
@@ -148,6 +153,15 @@ class Model:
         if status >= httpx2.codes.INTERNAL_SERVER_ERROR:
             return TransientError(Dependency.MODEL, "5xx", message)
         return JobError(ErrorCode.MODEL_REJECTED, message)
+
+
+def _open_session(timeout_s: float) -> aiohttp.ClientSession:
+    return open_session(
+        # Half the time at most: a connection that nobody answers must be told from a slow answer.
+        connect_timeout_s=min(CONNECT_TIMEOUT_S, timeout_s / 2),
+        read_timeout_s=None,
+        ssl_context=ssl.create_default_context(),
+    )
 
 
 def _provider_name(base_url: str) -> str:

@@ -47,6 +47,9 @@ BROKER_DELIVERY_LIMIT: Final = 100
 # RabbitMQ takes back what was not acked in 30 minutes (`consumer_timeout`); one minute is kept in hand.
 JOB_TIMEOUT_CEILING_S: Final = 1740
 
+# Room for one image while it is sent.
+MIN_IMAGE_BUFFER_BYTES: Final = 1024 * 1024
+
 # A password that every RabbitMQ is delivered with is no secret, and "guest" is a word that messages may need.
 PUBLIC_PASSWORDS: Final = frozenset({"guest"})
 
@@ -173,8 +176,15 @@ class Settings(BaseSettings):
     """How S3 images reach the API. `inline`: read by the worker and sent as base64 in the request. `link`: as
     a presigned URL, so that the bytes never pass through the worker; the store must be reachable from the
     provider, and providers often fail to fetch."""
+    check_linked_images: bool = False
+    """Whether the worker looks at the size and the first bytes of S3 images before it hands on a link to them.
+    With `VQA_IMAGE_DELIVERY=link` only; costs one small request to S3 for each image."""
     max_image_bytes: Count = 20_000_000
     """Largest image in bytes, before base64. Keep to what your provider accepts."""
+    image_buffer_bytes: Annotated[int, Field(ge=MIN_IMAGE_BUFFER_BYTES)] = 64 * 1024 * 1024
+    """Bytes of images that one process may hold at a time while they are on their way from S3 to the API; jobs
+    wait for their turn. An image takes 768 KiB of it while it is sent, whatever its size. Memory: see
+    [performance](performance.md)."""
     max_images_per_job: Count = 16
     """Most images in one job."""
     send_image_detail: bool = False

@@ -1,0 +1,137 @@
+"""Requests to S3, addressed and signed as Amazon's own SDK does it, without its blocking client.
+
+The SDK's parts do the work: its rules tell where a bucket is, its chain finds the credentials, its signer
+signs. Only the bytes go another way.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
+
+import botocore.session
+from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
+from botocore.awsrequest import AWSRequest
+from botocore.config import Config
+from botocore.credentials import Credentials, ReadOnlyCredentials, RefreshableCredentials
+from botocore.exceptions import BotoCoreError, NoCredentialsError
+from botocore.utils import percent_encode
+
+from worker.images.source import S3Object
+
+AddressingStyle = Literal["auto", "path", "virtual"]
+
+# Jobs choose bucket names, as far as VQA_ALLOWED_BUCKETS lets them.
+REMEMBERED_BUCKETS = 1000
+# What the signer itself leaves alone in a path; anything else it would sign differently than it is sent.
+_SAFE_IN_KEYS = "/-._~"
+
+
+class S3ConfigurationError(Exception):
+    """There can be no client with this endpoint or this AWS configuration; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a bucket's objects are: what stands before a key in their URLs, and the region to sign for."""
+
+    prefix: str
+    region: str
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRequest:
+    """A GET that S3 believes; the headers are good for some minutes."""
+
+    url: str
+    headers: Mapping[str, str]
+
+
+class Aws:
+    """Signs requests for the objects of one S3.
+
+    Raises:
+        S3ConfigurationError: the endpoint or the AWS configuration makes no sense.
+    """
+
+    def __init__(self, *, endpoint_url: str | None, addressing_style: AddressingStyle) -> None:
+        self._session = botocore.session.get_session()
+        try:
+            self._client: Any = self._session.create_client(
+                "s3", endpoint_url=endpoint_url, config=client_config(endpoint_url, addressing_style)
+            )
+        except (BotoCoreError, ValueError) as error:
+            raise S3ConfigurationError(f"VQA_S3_ENDPOINT_URL or the AWS configuration: {error}") from None
+        self._credentials: Credentials | None = None
+        self._addresses: dict[str, Address] = {}
+        self._lookup = asyncio.Lock()
+
+    async def sign(self, source: S3Object) -> SignedRequest:
+        """A GET of the object; further headers may be added to it unsigned.
+
+        Raises:
+            BotoCoreError: there are no credentials, they cannot be renewed, or the names make no URL.
+        """
+        credentials, address = await self._current(), await self._address(source.bucket)
+        request = AWSRequest("GET", address.prefix + percent_encode(source.key, safe=_SAFE_IN_KEYS))
+        S3SigV4Auth(credentials, "s3", address.region).add_auth(request)
+        return SignedRequest(str(request.url), dict(request.headers.items()))
+
+    async def link(self, source: S3Object, expires_s: int) -> str:
+        """A presigned URL of the object, good for `expires_s` seconds; S3 is not asked for it.
+
+        Raises:
+            BotoCoreError: as `sign`.
+        """
+        credentials, address = await self._current(), await self._address(source.bucket)
+        request = AWSRequest("GET", address.prefix + percent_encode(source.key, safe=_SAFE_IN_KEYS))
+        S3SigV4QueryAuth(credentials, "s3", address.region, expires=expires_s).add_auth(request)
+        return str(request.url)
+
+    async def _current(self) -> ReadOnlyCredentials:
+        """The credentials as of now. Finding and renewing them can take a request: off the event loop."""
+        found = self._credentials
+        if found is None or (isinstance(found, RefreshableCredentials) and found.refresh_needed()):
+            async with self._lookup:
+                found = await asyncio.to_thread(self._find_credentials)
+        return found.get_frozen_credentials()
+
+    def _find_credentials(self) -> Credentials:
+        credentials = self._session.get_credentials()
+        if credentials is None:
+            raise NoCredentialsError
+        credentials.get_frozen_credentials()
+        self._credentials = credentials
+        return credentials
+
+    async def _address(self, bucket: str) -> Address:
+        if (address := self._addresses.get(bucket)) is None:
+            if len(self._addresses) >= REMEMBERED_BUCKETS:
+                self._addresses.clear()
+            address = self._addresses[bucket] = await asyncio.to_thread(self._find_address, bucket)
+        return address
+
+    def _find_address(self, bucket: str) -> Address:
+        """Ask the SDK, whose rules for hosts, styles and regions are long: it shows them in a presigned URL."""
+        url = urlsplit(self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"}))
+        region = parse_qs(url.query)["X-Amz-Credential"][0].split("/")[2]
+        return Address(f"{url.scheme}://{url.netloc}{url.path.removesuffix('k')}", region)
+
+
+def client_config(endpoint_url: str | None, style: AddressingStyle, **more: Any) -> Config:
+    """How a client of the SDK is set up: signatures of version 4, and `auto` is path for custom endpoints."""
+    addressing = "path" if endpoint_url and style == "auto" else style
+    return Config(
+        signature_version="s3v4",
+        s3={"addressing_style": addressing},
+        user_agent_extra="vqa-worker",
+        **more,
+    )
+
+
+def ca_bundle() -> str | None:
+    """The file of trusted authorities: botocore knows the first two variables, and not the usual third."""
+    names = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+    return next((path for name in names if (path := os.environ.get(name))), None)

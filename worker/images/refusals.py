@@ -1,0 +1,146 @@
+"""What S3 and the way to it can answer instead of an object, sorted by whose fault it is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import aiohttp
+from botocore.exceptions import (
+    BotoCoreError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProxyConnectionError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+    SSLError,
+)
+
+from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
+
+_NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "404"})
+# S3 answers these to everybody with these credentials or this clock, whatever the object
+# (Amazon S3 API reference, "List of error codes").
+_REFUSES_EVERYBODY = {
+    "InvalidAccessKeyId": "the access key does not exist: check the AWS credentials",
+    "SignatureDoesNotMatch": "the secret key is wrong: check the AWS credentials",
+    "ExpiredToken": "the credentials have expired",
+    "InvalidToken": "the session token is malformed",
+    "TokenRefreshRequired": "the session token must be renewed",
+    "InvalidSecurity": "the credentials are not valid",
+    "AccountProblem": "the AWS account has a problem",
+    "AllAccessDisabled": "access to this S3 has been disabled",
+    "NotSignedUp": "the account is not signed up for S3",
+    "RequestTimeTooSkewed": "this machine's clock is wrong",
+    "AuthorizationHeaderMalformed": "the signature's region is wrong: set AWS_REGION",
+    "PermanentRedirect": "the bucket is in another region: set AWS_REGION or VQA_S3_ENDPOINT_URL",
+}
+_BUSY_CODES = frozenset({"SlowDown", "RequestTimeout", "Throttling", "ServiceUnavailable", "InternalError"})
+# The bucket is not where the request went.
+_ELSEWHERE = frozenset(
+    {
+        "PermanentRedirect",
+        "TemporaryRedirect",
+        "AuthorizationHeaderMalformed",
+        "IllegalLocationConstraintException",
+    }
+)
+_REDIRECTS = range(300, 400)
+_SERVER_ERROR = 500
+
+_UNREACHABLE = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.ClientHttpProxyError,
+    EndpointConnectionError,
+    ConnectTimeoutError,
+    ProxyConnectionError,
+    SSLError,
+)
+_BROKE_OFF = (
+    aiohttp.ClientError,
+    OSError,
+    IncompleteReadError,
+    ResponseStreamingError,
+    HTTPClientError,
+)
+
+
+class S3Refusal(Exception):  # noqa: N818 - an answer of S3's, which `translated` makes an error of
+    """S3 answered with an error.
+
+    Attributes:
+        status: HTTP status.
+        code: S3's own word for it; empty where it gave none.
+    """
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(f"{status} {code}")
+        self.status = status
+        self.code = code
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether S3 is failing or asks for less, which may pass at once."""
+        return self.status >= _SERVER_ERROR or self.code in _BUSY_CODES
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the bucket has to be asked for at another address or for another region."""
+        return self.status in _REDIRECTS or self.code in _ELSEWHERE
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn what goes wrong with S3 into the worker's own errors; messages don't name the image.
+
+    Raises:
+        JobError: there is no such object, or it may not be read.
+        TransientError: the read broke off or took too long.
+        DependencyDownError: S3 is out of reach, failing, or refuses these credentials.
+    """
+    try:
+        yield
+    except S3Refusal as error:
+        raise _from_answer(error) from None
+    except (aiohttp.ClientError, BotoCoreError, OSError) as error:
+        raise _from_failure(error) from None
+
+
+def _from_answer(error: S3Refusal) -> Exception:
+    code = error.code
+    if code in _NOT_FOUND:
+        return JobError(ErrorCode.IMAGE_NOT_FOUND, f"S3 has no such object ({code})")
+    if code in _REFUSES_EVERYBODY:
+        return DependencyDownError(Dependency.S3, f"S3 answered {code}: {_REFUSES_EVERYBODY[code]}")
+    if error.is_busy or error.status in _REDIRECTS:
+        return DependencyDownError(Dependency.S3, f"S3 answered {error.status} {code}".rstrip())
+    return JobError(
+        ErrorCode.IMAGE_FORBIDDEN,
+        f"S3 does not give this object out ({code or error.status}); "
+        "check the worker's right to s3:GetObject on it",
+    )
+
+
+def _from_failure(error: Exception) -> Exception:
+    kind = type(error).__name__
+    match error:
+        case ParamValidationError():
+            return JobError(ErrorCode.INVALID_JOB, "is not a bucket and key that S3 can have")
+        case NoCredentialsError() | PartialCredentialsError() | CredentialRetrievalError():
+            text = "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
+            return DependencyDownError(Dependency.S3, text)
+        case _ if isinstance(error, _UNREACHABLE):
+            return DependencyDownError(Dependency.S3, f"S3 cannot be reached ({kind})")
+        case TimeoutError() | ReadTimeoutError():
+            return TransientError(Dependency.S3, "timeout", f"S3 took too long ({kind})")
+        case _ if isinstance(error, _BROKE_OFF):
+            return TransientError(Dependency.S3, "connection", f"reading from S3 broke off ({kind})")
+        case _:
+            return DependencyDownError(
+                Dependency.S3, f"S3 cannot be asked ({kind}): check the AWS configuration"
+            )
