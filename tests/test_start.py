@@ -2,10 +2,7 @@
 
 import asyncio
 import re
-import shutil
 import socket
-import ssl
-import subprocess
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +12,7 @@ import aio_pika
 import pytest
 
 from deploy.local.stack import Stack
+from tests.authority import Authority
 from tests.breaking import BrokerUser, events, job, url_as
 from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy
@@ -23,42 +21,8 @@ from tests.running import Client, Ended, Worker, until
 EXIT_CONFIG = 78
 
 
-@dataclass(frozen=True)
-class Authority:
-    """A certificate authority, and a server's certificate that it signed."""
-
-    folder: Path
-
-    @property
-    def certificate(self) -> str:
-        return str(self.folder / "ca.pem")
-
-    @classmethod
-    def made_in(cls, folder: Path) -> "Authority":
-        folder.mkdir()
-        authority = cls(folder)
-        authority._openssl("-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=an authority for tests")
-        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-subj", "/CN=a broker")
-        names = ("-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE")
-        authority._openssl("-keyout", "server.key", "-out", "server.pem", *signed, *names)
-        return authority
-
-    def server_context(self) -> ssl.SSLContext:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(self.folder / "server.pem", self.folder / "server.key")
-        return context
-
-    def _openssl(self, *arguments: str) -> None:
-        key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        # Found on PATH, and given nothing that comes from outside.
-        command = ["openssl", "req", "-x509", *key, "-days", "2", *arguments]
-        subprocess.run(command, cwd=self.folder, check=True, capture_output=True)  # noqa: S603
-
-
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl program to make certificates")
     return Authority.made_in(tmp_path_factory.mktemp("tls") / "right")
 
 
@@ -238,6 +202,7 @@ async def test_a_broker_that_is_not_there_yet_is_waited_for(
         worker = await start_own_worker(wait=False, VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
         starting = asyncio.create_task(worker.start())
         await until(lambda: len(events(worker, "rabbitmq_unreachable")) > 2, "it waits for the broker")
+        await until(lambda: worker.get("/livez")[0], "it has loaded the rest meanwhile")
         assert worker.ready() == (503, {"status": "no_broker", "reasons": ["not connected to RabbitMQ"]})
         assert worker.get("/livez")[0] == 200
         await proxy.accept()

@@ -1,6 +1,8 @@
 """The composition root: builds everything, runs it, stops it in two phases."""
 
 import asyncio
+import gc
+import importlib
 import os
 import signal
 import socket
@@ -8,32 +10,29 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import structlog
-from aiohttp import web
 
 from worker import __version__, http
 from worker.health import Health
 from worker.http import Heartbeat, Readiness
-from worker.images.aws import S3ConfigurationError
-from worker.images.load import Images, LinkPolicy
-from worker.images.s3 import S3
-from worker.images.source import SourcePolicy
 from worker.inflight import InFlight
 from worker.limiter import AdaptiveLimit, Gate
-from worker.model.client import Model
-from worker.outcome import Outcome
 from worker.pause import PauseKeeper
-from worker.processor import Processor, Rules
 from worker.rabbit.connection import Broker
 from worker.rabbit.consumer import Consumer
 from worker.rabbit.publisher import Publisher
 from worker.rabbit.topology import Topology
 from worker.rabbit.wire import install_tolerant_decoders
-from worker.redact import Redactor
-from worker.retry import RetryPolicy
 from worker.settings import Settings, broker_ssl_context
 from worker.settlement import ReplyPolicy, Settlement
+
+if TYPE_CHECKING:
+    from aiohttp.web import Application
+
+    from worker.outcome import Outcome
+    from worker.processor import Processor
 
 log = structlog.get_logger(__name__)
 
@@ -65,7 +64,7 @@ async def run(settings: Settings) -> bool:
         Whether everything came to its end; False if something had to be cut off.
 
     Raises:
-        StartError: the HTTP address cannot be bound.
+        StartError: the HTTP address cannot be bound, or the AWS configuration makes no sense.
         BrokerRefusedError, TopologyError: see `Consumer.run`; in an ExceptionGroup.
     """
     stop = asyncio.Event()
@@ -74,32 +73,41 @@ async def run(settings: Settings) -> bool:
         log.warning("setting", warning=warning)
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        parts = _build(settings, tasks, stack)
+        processor: asyncio.Future[Processor] = asyncio.Future()
+        parts = _build(settings, tasks, processor)
+        background = _Background(tasks)
+        background.start("publisher", parts.publisher.run)
+        background.start("consumer", parts.consumer.run)
+        # Takes longer than to connect, so it is done at the same time.
+        await asyncio.to_thread(_load_slow_modules)
+        processor.set_result(await _processor(settings, parts, stack))
         heartbeat = Heartbeat()
+        background.start("heartbeat", heartbeat.run)
         app = http.application(heartbeat, lambda: _readiness(parts, stopping=stop.is_set()))
         port = await _serve_http(stack, app, settings)
-        background = {
-            name: tasks.create_task(_without_end(name, run), name=name)
-            for name, run in {
-                "heartbeat": heartbeat.run,
-                "publisher": parts.publisher.run,
-                "consumer": parts.consumer.run,
-                "pause": parts.pause.run,
-            }.items()
-        }
         log.info("started", version=__version__, rabbitmq=settings.rabbitmq_address, http_port=port)
+        background.start("pause", parts.pause.run)
+        await parts.consumer.resume()
         await stop.wait()
-        background.pop("pause").cancel()
+        background.stop("pause")
         all_done = await _drain(parts, settings.shutdown_grace)
-        for task in background.values():
-            task.cancel()
+        background.stop_all()
     log.info("stopped", everything_finished=all_done)
     return all_done
 
 
-def _build(settings: Settings, tasks: asyncio.TaskGroup, stack: AsyncExitStack) -> _Parts:
+def _load_slow_modules() -> None:
+    """Import the SDKs and the HTTP server: half a second's work, which is not needed to connect."""
+    for module in ("aiohttp.web", "worker.assembly"):
+        importlib.import_module(module)
+    # What is loaded stays: no collection has to look at it again. (They are off since the start.)
+    gc.freeze()
+    gc.enable()
+
+
+def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Future[Processor]") -> _Parts:
+    """All but the processor, which is there when the consumer is let loose."""
     install_tolerant_decoders()
-    redact = Redactor(settings.secret_values())
     topology = Topology.from_settings(settings)
     broker = Broker(
         url=settings.rabbitmq_url.get_secret_value(),
@@ -109,73 +117,28 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, stack: AsyncExitStack) 
     health = Health()
     gate = Gate(AdaptiveLimit(settings.max_concurrency))
     publisher = Publisher(broker, topology)
-    processor = Processor(
-        _images(settings, stack),
-        _model(settings, redact, stack),
-        gate=gate,
-        health=health,
-        rules=_rules(settings),
-        redact=redact,
-    )
     settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to))
-    in_flight = InFlight(tasks, processor.process, settlement)
+    in_flight = InFlight(tasks, lambda delivery: processor.result().process(delivery), settlement)
     consumer = Consumer(
         broker,
         topology,
         prefetch=settings.max_concurrency,
-        on_delivery=lambda it: _ignore(in_flight.accept(it)),
+        on_delivery=lambda delivery: _ignore(in_flight.accept(delivery)),
     )
-    return _Parts(
-        publisher, consumer, in_flight, PauseKeeper(health, gate, consumer, in_flight), health, gate
-    )
+    pause = PauseKeeper(health, gate, consumer, in_flight)
+    return _Parts(publisher, consumer, in_flight, pause, health, gate)
 
 
-def _images(settings: Settings, stack: AsyncExitStack) -> Images:
+async def _processor(settings: Settings, parts: _Parts, stack: AsyncExitStack) -> "Processor":
+    from worker.assembly import AssemblyError, assemble
+
     try:
-        s3 = S3(endpoint_url=settings.s3_endpoint_url, addressing_style=settings.s3_addressing_style)
-    except S3ConfigurationError as error:
+        return await assemble(settings, gate=parts.gate, health=parts.health, stack=stack)
+    except AssemblyError as error:
         raise StartError(str(error)) from None
-    stack.push_async_callback(s3.close)
-    # A presigned link has to outlive the job and the last call made for it.
-    outlives_job_s = int(settings.job_timeout + settings.model_timeout)
-    by_link = settings.image_delivery == "link"
-    return Images(
-        s3,
-        SourcePolicy(settings.allowed_buckets, settings.allowed_link_hosts),
-        max_bytes=settings.max_image_bytes,
-        max_per_job=settings.max_images_per_job,
-        buffer_bytes=settings.image_buffer_bytes,
-        links=LinkPolicy(outlives_job_s, look=settings.check_linked_images) if by_link else None,
-    )
 
 
-def _model(settings: Settings, redact: Redactor, stack: AsyncExitStack) -> Model:
-    model = Model(
-        base_url=settings.model_base_url,
-        api_key=settings.model_api_key.get_secret_value(),
-        headers={name: value.get_secret_value() for name, value in settings.model_headers.items()},
-        timeout_s=settings.model_timeout,
-        prices=settings.prices,
-        redact=redact,
-    )
-    stack.push_async_callback(model.close)
-    return model
-
-
-def _rules(settings: Settings) -> Rules:
-    return Rules(
-        default_model=settings.model,
-        allowed_models=frozenset(settings.allowed_models),
-        max_job_bytes=settings.max_job_bytes,
-        delivery_limit=settings.delivery_limit,
-        job_timeout_s=settings.job_timeout,
-        send_image_detail=settings.send_image_detail,
-        include_response=settings.include_response,
-        retry=RetryPolicy(settings.max_attempts, settings.retry_delays),
-    )
-
-
-async def _serve_http(stack: AsyncExitStack, app: web.Application, settings: Settings) -> int:
+async def _serve_http(stack: AsyncExitStack, app: "Application", settings: Settings) -> int:
     try:
         return await stack.enter_async_context(http.serve(app, settings.http_host, settings.http_port))
     except OSError as error:
@@ -202,6 +165,27 @@ async def _drain(parts: _Parts, grace_s: float) -> bool:
     if not await _in_time(parts.in_flight.drained(), GIVE_BACK_S):
         parts.in_flight.abandon()
     return False
+
+
+class _Background:
+    """The tasks that run as long as the worker does."""
+
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self._group = tasks
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
+        """Start one; if it ever ends by itself, so does the worker."""
+        self._tasks[name] = self._group.create_task(_without_end(name, run), name=name)
+
+    def stop(self, name: str) -> None:
+        """End one of them."""
+        self._tasks.pop(name).cancel()
+
+    def stop_all(self) -> None:
+        """End those that still run."""
+        for name in list(self._tasks):
+            self.stop(name)
 
 
 async def _without_end(name: str, run: Callable[[], Awaitable[None]]) -> None:
@@ -252,7 +236,7 @@ def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
     stop.set()
 
 
-def _ignore(_: asyncio.Task[Outcome | None]) -> None:
+def _ignore(_: "asyncio.Task[Outcome | None]") -> None:
     """The task group watches the task."""
 
 

@@ -5,10 +5,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-
-from aiohttp import web
+from typing import TYPE_CHECKING
 
 from worker import metrics
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 HEARTBEAT_S = 1.0
 # A loop that misses its beat for so long does not do its work either.
@@ -41,8 +43,9 @@ class Heartbeat:
         return time.monotonic() - self._beat
 
 
-def application(heartbeat: Heartbeat, readiness: Callable[[], Readiness]) -> web.Application:
+def application(heartbeat: Heartbeat, readiness: Callable[[], Readiness]) -> "web.Application":
     """The three endpoints."""
+    from aiohttp import web
 
     async def livez(_: web.Request) -> web.Response:
         age_s = heartbeat.age_s()
@@ -67,12 +70,14 @@ def application(heartbeat: Heartbeat, readiness: Callable[[], Readiness]) -> web
 
 
 @asynccontextmanager
-async def serve(app: web.Application, host: str, port: int) -> AsyncIterator[int]:
+async def serve(app: "web.Application", host: str, port: int) -> AsyncIterator[int]:
     """Serve until the context ends; yields the port, which the system chooses for 0.
 
     Raises:
         OSError: the address cannot be bound.
     """
+    from aiohttp import web
+
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:

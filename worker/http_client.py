@@ -55,4 +55,5 @@ def proxy_options(origin: str) -> ProxyOptions:
     if url.user is None:
         return {"proxy": str(url)}
     credentials = aiohttp.encode_basic_auth(unquote(url.raw_user or ""), unquote(url.raw_password or ""))
-    return {"proxy": str(url.with_user(None)), "proxy_headers": {"Proxy-Authorization": credentials}}
+    # Under this name the client itself makes it the proxy's: for a tunnel, and for a plain request too.
+    return {"proxy": str(url.with_user(None)), "proxy_headers": {"Authorization": credentials}}

@@ -3,8 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from worker import metrics
 from worker.delivery import Delivery
@@ -14,6 +13,9 @@ from worker.model.answer import Answer
 from worker.outcome import Answered, DeadLetter, GiveBack, Outcome, Refused, Retry
 from worker.redact import Redactor
 from worker.result import JobFailure, Result, Timings
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 _DIGITS = 6
 

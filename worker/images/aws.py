@@ -17,7 +17,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials, ReadOnlyCredentials, RefreshableCredentials
 from botocore.exceptions import BotoCoreError, NoCredentialsError
-from botocore.utils import percent_encode
+from botocore.utils import is_valid_endpoint_url, percent_encode
 
 from worker.images.source import S3Object
 
@@ -25,6 +25,8 @@ AddressingStyle = Literal["auto", "path", "virtual"]
 
 # Jobs choose bucket names, as far as VQA_ALLOWED_BUCKETS lets them.
 REMEMBERED_BUCKETS = 1000
+# What S3 takes a request without a region to be signed for.
+DEFAULT_REGION = "us-east-1"
 # What the signer itself leaves alone in a path; anything else it would sign differently than it is sent.
 _SAFE_IN_KEYS = "/-._~"
 
@@ -49,6 +51,29 @@ class SignedRequest:
     headers: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Which S3 is meant, as the settings say it: no URL means Amazon's own."""
+
+    url: str | None
+    addressing_style: AddressingStyle
+
+    @property
+    def is_path_of_url(self) -> bool:
+        """Whether a bucket's address is simply the URL with the bucket behind it: no rules are needed."""
+        return self.url is not None and self.addressing_style in ("auto", "path")
+
+    def client_config(self, **more: Any) -> Config:
+        """How a client of the SDK is set up for it: signatures of version 4, and `auto` is path for a URL."""
+        style = "path" if self.is_path_of_url else self.addressing_style
+        return Config(
+            signature_version="s3v4",
+            s3={"addressing_style": style},
+            user_agent_extra="vqa-worker",
+            **more,
+        )
+
+
 class Aws:
     """Signs requests for the objects of one S3.
 
@@ -56,17 +81,18 @@ class Aws:
         S3ConfigurationError: the endpoint or the AWS configuration makes no sense.
     """
 
-    def __init__(self, *, endpoint_url: str | None, addressing_style: AddressingStyle) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
         self._session = botocore.session.get_session()
-        try:
-            self._client: Any = self._session.create_client(
-                "s3", endpoint_url=endpoint_url, config=client_config(endpoint_url, addressing_style)
-            )
-        except (BotoCoreError, ValueError) as error:
-            raise S3ConfigurationError(f"VQA_S3_ENDPOINT_URL or the AWS configuration: {error}") from None
         self._credentials: Credentials | None = None
         self._addresses: dict[str, Address] = {}
         self._lookup = asyncio.Lock()
+        try:
+            # Amazon's other SDKs and its platforms have the second name, which this one does not know.
+            self.region = self._session.get_config_variable("region") or os.environ.get("AWS_REGION")
+            self._client = self._client_with_rules()
+        except (BotoCoreError, ValueError) as error:
+            raise S3ConfigurationError(f"VQA_S3_ENDPOINT_URL or the AWS configuration: {error}") from None
 
     async def sign(self, source: S3Object) -> SignedRequest:
         """A GET of the object; further headers may be added to it unsigned.
@@ -95,16 +121,16 @@ class Aws:
         found = self._credentials
         if found is None or (isinstance(found, RefreshableCredentials) and found.refresh_needed()):
             async with self._lookup:
-                found = await asyncio.to_thread(self._find_credentials)
+                return await asyncio.to_thread(self._find_credentials)
         return found.get_frozen_credentials()
 
-    def _find_credentials(self) -> Credentials:
+    def _find_credentials(self) -> ReadOnlyCredentials:
         credentials = self._session.get_credentials()
         if credentials is None:
             raise NoCredentialsError
-        credentials.get_frozen_credentials()
+        frozen = credentials.get_frozen_credentials()
         self._credentials = credentials
-        return credentials
+        return frozen
 
     async def _address(self, bucket: str) -> Address:
         if (address := self._addresses.get(bucket)) is None:
@@ -114,21 +140,24 @@ class Aws:
         return address
 
     def _find_address(self, bucket: str) -> Address:
-        """Ask the SDK, whose rules for hosts, styles and regions are long: it shows them in a presigned URL."""
-        url = urlsplit(self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"}))
+        """The SDK's rules for hosts, styles and regions are long: a presigned URL shows what follows."""
+        if self._client is None:
+            return Address(f"{(self.endpoint.url or '').rstrip('/')}/{bucket}/", self.region or DEFAULT_REGION)
+        url = urlsplit(
+            self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
+        )
         region = parse_qs(url.query)["X-Amz-Credential"][0].split("/")[2]
         return Address(f"{url.scheme}://{url.netloc}{url.path.removesuffix('k')}", region)
 
-
-def client_config(endpoint_url: str | None, style: AddressingStyle, **more: Any) -> Config:
-    """How a client of the SDK is set up: signatures of version 4, and `auto` is path for custom endpoints."""
-    addressing = "path" if endpoint_url and style == "auto" else style
-    return Config(
-        signature_version="s3v4",
-        s3={"addressing_style": addressing},
-        user_agent_extra="vqa-worker",
-        **more,
-    )
+    def _client_with_rules(self) -> Any:
+        """A client of the SDK, a tenth of a second's work; None where nothing needs its rules."""
+        url = self.endpoint.url
+        if url is None or not self.endpoint.is_path_of_url:
+            config = self.endpoint.client_config(region_name=self.region)
+            return self._session.create_client("s3", endpoint_url=url, config=config)
+        if not is_valid_endpoint_url(url):
+            raise ValueError(f"Invalid endpoint: {url}")
+        return None
 
 
 def ca_bundle() -> str | None:

@@ -49,7 +49,7 @@ class Budget:
         return Share(self, wanted)
 
     async def _take(self, wanted: int) -> int:
-        if self._waiting or wanted > self._free:
+        if wanted and (self._waiting or wanted > self._free):
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append((wanted, turn))
             try:

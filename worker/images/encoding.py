@@ -20,7 +20,7 @@ def encode(content: bytes) -> bytes:
 
 
 async def encode_stream(pieces: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    """The base64 of all pieces together. Three bytes make four characters: what is over waits for the next."""
+    """The base64 of all pieces together. Three bytes make four characters: what is over waits."""
     over = b""
     async for piece in pieces:
         if over:

@@ -132,7 +132,7 @@ class Images:
 
         Raises:
             JobError: an image is missing, forbidden, too large, or not one that the API takes.
-            TransientError: reading from S3 failed in a way that may pass; sending a large image raises it too.
+            TransientError: reading failed in a way that may pass; sending a large image raises it too.
             DependencyDownError: S3 is out of reach or refuses the worker.
         """
         inline = sum(not self._is_link(image.source) for image in images)
@@ -173,7 +173,7 @@ class Images:
                     opened.readings.append(reading)
                     return await self._read(reading, image.name, opened)
                 case Embedded(text):
-                    return self._decode(text, image.name, opened)
+                    return self._decode(text, opened)
                 case _ as never:
                     assert_never(never)
 
@@ -199,7 +199,7 @@ class Images:
             return UrlText(prefix + encode(begun))
         return UrlStream(prefix, reading.size, _named_stream(name, begun, pieces))
 
-    def _decode(self, text: memoryview, name: str, opened: OpenImages) -> UrlText | UrlStream:
+    def _decode(self, text: memoryview, opened: OpenImages) -> UrlText | UrlStream:
         """Look through the base64 that a job carries; a large one is decoded again when it is sent."""
         if len(text) > 2 * self._max_bytes + 1024:
             raise self._too_large(len(text) * 3 // 4)

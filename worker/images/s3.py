@@ -12,7 +12,7 @@ from yarl import URL
 
 from worker.errors import Dependency, TransientError
 from worker.http_client import open_session, proxy_options
-from worker.images.aws import AddressingStyle, Aws, ca_bundle
+from worker.images.aws import Aws, S3ConfigurationError, ca_bundle
 from worker.images.refusals import S3Refusal, translated
 from worker.images.sdk import Sdk
 from worker.images.source import S3Object
@@ -53,21 +53,18 @@ class S3:
     """Objects of one S3 endpoint. Must be made in an event loop.
 
     Raises:
-        S3ConfigurationError: the endpoint or the AWS configuration makes no sense.
+        S3ConfigurationError: the authorities that S3 is to be checked against cannot be read.
     """
 
-    def __init__(self, *, endpoint_url: str | None, addressing_style: AddressingStyle) -> None:
-        self._aws = Aws(endpoint_url=endpoint_url, addressing_style=addressing_style)
+    def __init__(self, aws: Aws) -> None:
+        self._aws = aws
         self._sdk = Sdk(
-            endpoint_url=endpoint_url,
-            addressing_style=addressing_style,
-            connect_timeout_s=CONNECT_TIMEOUT_S,
-            read_timeout_s=READ_TIMEOUT_S,
+            aws.endpoint, aws.region, connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S
         )
         self._session = open_session(
             connect_timeout_s=CONNECT_TIMEOUT_S,
             read_timeout_s=READ_TIMEOUT_S,
-            ssl_context=ssl.create_default_context(cafile=ca_bundle()),
+            ssl_context=_tls_context(),
         )
         self._elsewhere: set[str] = set()
 
@@ -127,7 +124,7 @@ class S3:
         response = await self._request(source, {})
         if response.content_length is None:
             response.close()
-            raise aiohttp.ClientPayloadError("S3 did not tell the object's size")
+            raise TransientError(Dependency.S3, "connection", "S3 did not tell the object's size")
         return _Response(response, response.content_length)
 
     async def _get_beginning(self, source: S3Object, length: int) -> tuple[int, bytes]:
@@ -160,7 +157,7 @@ class S3:
             allow_redirects=False,
             **proxy_options(f"{url.scheme}://{url.authority}"),
         )
-        if response.status in (_OK, _PARTIAL) or (headers and response.status == _NO_SUCH_RANGE):
+        if response.status == _OK or (headers and response.status in (_PARTIAL, _NO_SUCH_RANGE)):
             return response
         async with response:
             code = _CODE.search(await _beginning(response.content.iter_any(), MAX_ERROR_BYTES))
@@ -173,6 +170,15 @@ class S3:
         if len(self._elsewhere) >= REMEMBERED_BUCKETS:
             self._elsewhere.clear()
         self._elsewhere.add(bucket)
+
+
+def _tls_context() -> ssl.SSLContext:
+    bundle = ca_bundle()
+    try:
+        return ssl.create_default_context(cafile=bundle)
+    except OSError as error:
+        text = f"AWS_CA_BUNDLE, REQUESTS_CA_BUNDLE or SSL_CERT_FILE: {bundle}: {error.strerror or error}"
+        raise S3ConfigurationError(text) from None
 
 
 class _Response:

@@ -11,7 +11,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from worker.images.aws import AddressingStyle, ca_bundle, client_config
+from worker.images.aws import Endpoint, ca_bundle
 from worker.images.refusals import S3Refusal
 from worker.images.source import S3Object
 
@@ -23,17 +23,11 @@ class Sdk:
     """boto3's client for one S3 endpoint; made, and its library loaded, when it is first needed."""
 
     def __init__(
-        self,
-        *,
-        endpoint_url: str | None,
-        addressing_style: AddressingStyle,
-        connect_timeout_s: float,
-        read_timeout_s: float,
+        self, endpoint: Endpoint, region: str | None, *, connect_timeout_s: float, read_timeout_s: float
     ) -> None:
-        self._endpoint_url = endpoint_url
-        self._config = client_config(
-            endpoint_url,
-            addressing_style,
+        self._endpoint_url = endpoint.url
+        self._config = endpoint.client_config(
+            region_name=region,
             retries={"mode": "standard", "total_max_attempts": 3},
             connect_timeout=connect_timeout_s,
             read_timeout=read_timeout_s,

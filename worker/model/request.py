@@ -10,7 +10,7 @@ from worker.job import to_json
 
 # Stands in the place of an image's URL while the JSON is made. Nobody who writes jobs can know it.
 PLACEHOLDER = uuid.uuid4().hex
-# Smaller pieces are put together, larger ones written as they are: one more write costs less than one more copy.
+# Smaller pieces are put together; of larger ones a copy would cost more than one more write.
 JOINED_BYTES = 400 * 1024
 
 

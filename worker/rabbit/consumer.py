@@ -27,7 +27,7 @@ GOOD_SESSION_S = 2.0
 
 
 class Consumer:
-    """Hands deliveries to `on_delivery`, which must not block; `hold` stops the flow, `resume` starts it."""
+    """Hands deliveries to `on_delivery`, which must not block; `resume` starts the flow, `hold` stops it."""
 
     def __init__(
         self, broker: Broker, topology: Topology, *, prefetch: int, on_delivery: Callable[[Delivery], None]
@@ -39,7 +39,7 @@ class Consumer:
         self._queue: AbstractQueue | None = None
         self._consumer_tag: str | None = None
         self._cancelled_by_broker = asyncio.Event()
-        self._held = False
+        self._held = True
         self._was_established = False
         self._turn = asyncio.Lock()
         self._asking: set[asyncio.Task[Any]] = set()

@@ -177,14 +177,14 @@ class Settings(BaseSettings):
     a presigned URL, so that the bytes never pass through the worker; the store must be reachable from the
     provider, and providers often fail to fetch."""
     check_linked_images: bool = False
-    """Whether the worker looks at the size and the first bytes of S3 images before it hands on a link to them.
+    """Whether the worker looks at size and first bytes of an S3 image before it hands on a link to it.
     With `VQA_IMAGE_DELIVERY=link` only; costs one small request to S3 for each image."""
     max_image_bytes: Count = 20_000_000
     """Largest image in bytes, before base64. Keep to what your provider accepts."""
     image_buffer_bytes: Annotated[int, Field(ge=MIN_IMAGE_BUFFER_BYTES)] = 64 * 1024 * 1024
-    """Bytes of images that one process may hold at a time while they are on their way from S3 to the API; jobs
-    wait for their turn. An image takes 768 KiB of it while it is sent, whatever its size. Memory: see
-    [performance](performance.md)."""
+    """Bytes of images that one process may hold at a time while they are on their way from S3 to the API;
+    jobs wait for their turn. An image takes 768 KiB of it while it is sent, whatever its size. What memory a
+    pod needs is told in [performance](performance.md)."""
     max_images_per_job: Count = 16
     """Most images in one job."""
     send_image_detail: bool = False

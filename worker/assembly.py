@@ -1,0 +1,85 @@
+"""Puts together what answers jobs. Importing it loads the SDKs, half a second's work: see `app.run`."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+from worker.health import Health
+from worker.images.aws import Aws, Endpoint, S3ConfigurationError
+from worker.images.load import Images, LinkPolicy
+from worker.images.s3 import S3
+from worker.images.source import SourcePolicy
+from worker.limiter import Gate
+from worker.model.client import Model
+from worker.processor import Processor, Rules
+from worker.redact import Redactor
+from worker.retry import RetryPolicy
+from worker.settings import Settings
+
+
+class AssemblyError(Exception):
+    """The settings make no worker after all; the message names the one that is wrong."""
+
+
+async def assemble(settings: Settings, *, gate: Gate, health: Health, stack: AsyncExitStack) -> Processor:
+    """The processor with its clients, which `stack` closes.
+
+    Raises:
+        AssemblyError: the AWS configuration makes no sense.
+    """
+    redact = Redactor(settings.secret_values())
+    return Processor(
+        await _images(settings, stack),
+        _model(settings, redact, stack),
+        gate=gate,
+        health=health,
+        rules=_rules(settings),
+        redact=redact,
+    )
+
+
+async def _images(settings: Settings, stack: AsyncExitStack) -> Images:
+    endpoint = Endpoint(settings.s3_endpoint_url, settings.s3_addressing_style)
+    try:
+        # In a thread: it reads the AWS configuration, and the SDK's rules where they are needed.
+        aws = await asyncio.to_thread(Aws, endpoint)
+        s3 = S3(aws)
+    except S3ConfigurationError as error:
+        raise AssemblyError(str(error)) from None
+    stack.push_async_callback(s3.close)
+    # A presigned link has to outlive the job and the last call made for it.
+    outlives_job_s = int(settings.job_timeout + settings.model_timeout)
+    by_link = settings.image_delivery == "link"
+    return Images(
+        s3,
+        SourcePolicy(settings.allowed_buckets, settings.allowed_link_hosts),
+        max_bytes=settings.max_image_bytes,
+        max_per_job=settings.max_images_per_job,
+        buffer_bytes=settings.image_buffer_bytes,
+        links=LinkPolicy(outlives_job_s, look=settings.check_linked_images) if by_link else None,
+    )
+
+
+def _model(settings: Settings, redact: Redactor, stack: AsyncExitStack) -> Model:
+    model = Model(
+        base_url=settings.model_base_url,
+        api_key=settings.model_api_key.get_secret_value(),
+        headers={name: value.get_secret_value() for name, value in settings.model_headers.items()},
+        timeout_s=settings.model_timeout,
+        prices=settings.prices,
+        redact=redact,
+    )
+    stack.push_async_callback(model.close)
+    return model
+
+
+def _rules(settings: Settings) -> Rules:
+    return Rules(
+        default_model=settings.model,
+        allowed_models=frozenset(settings.allowed_models),
+        max_job_bytes=settings.max_job_bytes,
+        delivery_limit=settings.delivery_limit,
+        job_timeout_s=settings.job_timeout,
+        send_image_detail=settings.send_image_detail,
+        include_response=settings.include_response,
+        retry=RetryPolicy(settings.max_attempts, settings.retry_delays),
+    )
