@@ -65,7 +65,9 @@ class Endpoint:
 
     def client_config(self, **more: Any) -> Config:
         """How a client of the SDK is set up for it: signatures of version 4, and `auto` is path for a URL."""
-        style = "path" if self.is_path_of_url else self.addressing_style
+        # With its own `auto` the SDK signs for the worldwide address, which redirects for hours where a bucket
+        # is new; names that no host can have are in the path with `virtual` too.
+        style = "path" if self.is_path_of_url or self.addressing_style == "path" else "virtual"
         return Config(
             signature_version="s3v4",
             s3={"addressing_style": style},
@@ -142,7 +144,9 @@ class Aws:
     def _find_address(self, bucket: str) -> Address:
         """The SDK's rules for hosts, styles and regions are long: a presigned URL shows what follows."""
         if self._client is None:
-            return Address(f"{(self.endpoint.url or '').rstrip('/')}/{bucket}/", self.region or DEFAULT_REGION)
+            return Address(
+                f"{(self.endpoint.url or '').rstrip('/')}/{bucket}/", self.region or DEFAULT_REGION
+            )
         url = urlsplit(
             self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
         )

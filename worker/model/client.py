@@ -15,7 +15,7 @@ import aiohttp
 import httpx2
 import openai
 
-from worker import metrics
+from worker import __version__, metrics
 from worker.errors import (
     Dependency,
     DependencyDownError,
@@ -36,12 +36,37 @@ MAX_RETRY_AFTER_S = 3600.0
 MAX_API_MESSAGE_CHARS = 1000
 
 _BEFORE_SENDING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+_OMITTED = dict.fromkeys(("x-stainless-retry-count", "x-stainless-read-timeout"), openai.Omit())
 _TRANSIENT_STATUS = frozenset({408, 409})
 _REFUSES_EVERYBODY = {
     401: "check the key in VQA_MODEL_API_KEY",
     402: "the account has no credit left",
     404: "check VQA_MODEL_BASE_URL and that the model still exists",
 }
+
+
+class _Client(openai.AsyncOpenAI):
+    """The SDK with headers of the worker's own.
+
+    Its own tell every API what machine this is, and some come from the environment: they are OpenAI's, and
+    this may be somebody else's API.
+    """
+
+    def __init__(
+        self, headers: Mapping[str, str], base_url: str, api_key: str, http_client: httpx2.AsyncClient
+    ) -> None:
+        super().__init__(base_url=base_url, api_key=api_key, max_retries=0, http_client=http_client)
+        self._headers = {
+            "Accept": "application/json",
+            "Content-Type": "application/json",
+            "User-Agent": f"vqa-worker/{__version__}",
+            **headers,
+        }
+
+    @property
+    def default_headers(self) -> dict[str, str | openai.Omit]:
+        """What every request says, beside the key."""
+        return {**self._headers}
 
 
 class Model:
@@ -61,18 +86,9 @@ class Model:
         self._prices = prices
         self._redact = redact
         self._provider = _provider_name(base_url)
-        self._client = openai.AsyncOpenAI(
-            base_url=base_url,
-            api_key=api_key,
-            default_headers=dict(headers),
-            max_retries=0,
-            # Told to the API in a header; what is kept to is the session's timeout and the call's own.
-            timeout=timeout_s,
-            http_client=AiohttpClient(_open_session(timeout_s)),
-        )
-        # The SDK takes these from the environment: they are OpenAI's, and this may be somebody else's API.
-        self._client.organization = self._client.project = None
-        self._client._custom_headers = dict(headers)  # noqa: SLF001 - no public way past OPENAI_CUSTOM_HEADERS
+        # The whole of it, which the SDK takes as it is; a path would be put together with the base each time.
+        self._url = f"{base_url.rstrip('/')}/chat/completions"
+        self._client = _Client(headers, base_url, api_key, AiohttpClient(_open_session(timeout_s)))
 
     async def ask(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
         """Make one call, bounded by `VQA_MODEL_TIMEOUT` and by `time_left_s`.
@@ -88,10 +104,10 @@ class Model:
             try:
                 async with asyncio.timeout(min(self._timeout_s, time_left_s)):
                     response = await self._client.post(
-                        "/chat/completions",
+                        self._url,
                         cast_to=httpx2.Response,
                         content=body,
-                        options={"headers": {"Content-Length": str(body.length)}},
+                        options={"headers": {**_OMITTED, "Content-Length": str(body.length)}},
                     )
                 answer = parse_answer(response.content, self._prices.get(model))
             except (openai.APIError, httpx2.HTTPError, TimeoutError, MalformedAnswerError) as error:
