@@ -211,7 +211,8 @@ class Processor:
             raise
 
     async def _call(self, question: _Question, images: OpenImages, report: Report) -> Answer:
-        body = RequestBody(question.frame, images.urls, on_sent=images.sent)
+        names = [image.name for image in question.images]
+        body = RequestBody(question.frame, images.urls, names=names, on_sent=images.sent)
         started = time.monotonic()
         try:
             with report.stage("model"):

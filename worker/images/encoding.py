@@ -1,6 +1,7 @@
 """Images as data URLs, made piece by piece: nothing here ever holds a whole large image."""
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Self
 
 import pybase64
 
@@ -19,18 +20,31 @@ def encode(content: bytes) -> bytes:
     return pybase64.b64encode(content)
 
 
-async def encode_stream(pieces: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    """The base64 of all pieces together. Three bytes make four characters: what is over waits."""
-    over = b""
-    async for piece in pieces:
-        if over:
-            piece = over + piece  # noqa: PLW2901 - the piece with what was over
-        whole = len(piece) - len(piece) % 3
-        over = piece[whole:]
-        if whole:
-            yield pybase64.b64encode(memoryview(piece)[:whole] if over else piece)
-    if over:
-        yield pybase64.b64encode(over)
+class EncodedStream:
+    """The base64 of all pieces together. Three bytes make four characters: what is over waits.
+
+    No generator, which would hold on to a piece while its base64 is sent.
+    """
+
+    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
+        self._pieces = pieces
+        self._over = b""
+        self._is_over = False
+
+    def __aiter__(self) -> Self:
+        """It iterates once."""
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The base64 of the next piece."""
+        while not self._is_over:
+            piece = self._over + await anext(self._pieces, b"")
+            self._is_over = len(piece) == len(self._over)
+            whole = len(piece) if self._is_over else len(piece) - len(piece) % 3
+            self._over = piece[whole:]
+            if whole:
+                return pybase64.b64encode(memoryview(piece)[:whole])
+        raise StopAsyncIteration
 
 
 def decode_slices(text: memoryview) -> Iterator[bytes]:

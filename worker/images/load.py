@@ -1,16 +1,16 @@
 """From the images of a job to what the API is given for them."""
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Self, assert_never
 
 from worker import metrics
 from worker.errors import ErrorCode, JobError, TransientError
 from worker.images.budget import Budget, Share
 from worker.images.content import SIGNATURE_BYTES, media_type
-from worker.images.encoding import decode_slices, encode, encode_stream, encoded_length, later
+from worker.images.encoding import EncodedStream, decode_slices, encode, encoded_length, later
 from worker.images.s3 import S3, Reading
 from worker.images.shared import SharedReads
 from worker.images.source import Embedded, Link, S3Object, Source, SourcePolicy, parse_source
@@ -56,7 +56,7 @@ class UrlText:
 class UrlStream:
     """A data URL that is made while it is sent."""
 
-    def __init__(self, prefix: bytes, size: int, content: AsyncIterable[bytes]) -> None:
+    def __init__(self, prefix: bytes, size: int, content: AsyncIterator[bytes]) -> None:
         self.length = len(prefix) + encoded_length(size)
         self._prefix = prefix
         self._content = content
@@ -64,8 +64,11 @@ class UrlStream:
     async def pieces(self) -> AsyncIterator[bytes]:
         """The text, piece by piece; once."""
         yield self._prefix
-        async for piece in encode_stream(self._content):
-            yield piece
+        encoded = EncodedStream(self._content)
+        with suppress(StopAsyncIteration):
+            while True:
+                # Held in no variable: the next piece would be made while this one is still there.
+                yield await anext(encoded)
 
 
 class OpenImages:
@@ -190,14 +193,15 @@ class Images:
         opened.inline_bytes += reading.size
         is_small = reading.size <= SMALL_BYTES
         pieces, begun = aiter(reading), b""
-        async for piece in pieces:
-            begun = begun + piece if begun else piece
-            if not is_small and len(begun) >= SIGNATURE_BYTES:
+        while is_small or len(begun) < SIGNATURE_BYTES:
+            piece = await anext(pieces, b"")
+            if not piece:
                 break
+            begun = begun + piece if begun else piece
         prefix = _prefix(begun)
         if is_small:
             return UrlText(prefix + encode(begun))
-        return UrlStream(prefix, reading.size, _named_stream(name, begun, pieces))
+        return UrlStream(prefix, reading.size, _Named(name, begun, pieces))
 
     def _decode(self, text: memoryview, opened: OpenImages) -> UrlText | UrlStream:
         """Look through the base64 that a job carries; a large one is decoded again when it is sent."""
@@ -246,11 +250,23 @@ def named(name: str) -> Iterator[None]:
         raise TransientError(error.dependency, error.reason, f"{name}: {error.message}") from None
 
 
-async def _named_stream(name: str, begun: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield begun
-    with named(name):
-        async for piece in rest:
-            yield piece
+class _Named:
+    """The pieces of an image, of which one was read already; its name stands in what goes wrong with it."""
+
+    def __init__(self, name: str, begun: bytes, rest: AsyncIterator[bytes]) -> None:
+        self._name = name
+        self._begun = begun
+        self._rest = rest
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._begun:
+            begun, self._begun = self._begun, b""
+            return begun
+        with named(self._name):
+            return await anext(self._rest)
 
 
 def _prefix(beginning: bytes) -> bytes:

@@ -5,7 +5,7 @@ import random
 import re
 import ssl
 from collections.abc import AsyncIterable, AsyncIterator
-from typing import Protocol
+from typing import Protocol, Self
 
 import aiohttp
 from yarl import URL
@@ -201,17 +201,23 @@ class _Checked:
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
+        self._pieces = aiter(reading)
+        self._got = 0
         self.size = reading.size
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        got = 0
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
         with translated():
-            async for piece in self._reading:
-                got += len(piece)
-                yield piece
-        if got != self.size:
-            text = f"S3 announced {self.size} bytes and sent {got}"
+            piece = await anext(self._pieces, b"")
+        self._got += len(piece)
+        if piece:
+            return piece
+        if self._got != self.size:
+            text = f"S3 announced {self.size} bytes and sent {self._got}"
             raise TransientError(Dependency.S3, "connection", text)
+        raise StopAsyncIteration
 
     def close(self) -> None:
         self._reading.close()

@@ -111,9 +111,10 @@ class Model:
                     )
                 answer = parse_answer(response.content, self._prices.get(model))
             except (openai.APIError, httpx2.HTTPError, TimeoutError, MalformedAnswerError) as error:
-                if body.failure is not None:
+                failure = body.failure or (body.lateness if isinstance(error, TimeoutError) else None)
+                if failure is not None:
                     # The API never had the whole request: there is nothing to count, and nothing was paid.
-                    raise body.failure from None
+                    raise failure from None
                 raise self._translate(error, call, time.monotonic() - started) from None
             call.answered(answer.usage)
             return answer

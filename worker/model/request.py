@@ -5,13 +5,15 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from worker.errors import DependencyDownError, TransientError
+import httpx2
+
+from worker.errors import Dependency, DependencyDownError, TransientError
 from worker.job import to_json
 
 # Stands in the place of an image's URL while the JSON is made. Nobody who writes jobs can know it.
 PLACEHOLDER = uuid.uuid4().hex
-# Smaller pieces are put together; of larger ones a copy would cost more than one more write.
-JOINED_BYTES = 400 * 1024
+# A body up to this size goes out in one piece: an image that was small enough to be read at once, mostly.
+SMALL_BYTES = 400 * 1024
 
 
 class ImageUrl(Protocol):
@@ -32,36 +34,61 @@ def frame(model: str, messages: Sequence[Mapping[str, Any]], params: Mapping[str
     return to_json({**params, "model": model, "messages": messages}).split(PLACEHOLDER.encode())
 
 
-class RequestBody:
+class RequestBody(httpx2.AsyncByteStream):
     """A body that is made while it is sent, once.
 
     Attributes:
         length: in bytes, exact.
         failure: why it could not be made to its end; the images' own errors.
-        waited_s: seconds spent waiting for the images.
         is_sent: whether all of it was handed to the connection.
     """
 
     def __init__(
-        self, frame: Sequence[bytes], urls: Sequence[ImageUrl], *, on_sent: Callable[[], None] = lambda: None
+        self,
+        frame: Sequence[bytes],
+        urls: Sequence[ImageUrl],
+        *,
+        names: Sequence[str] = (),
+        on_sent: Callable[[], None] = lambda: None,
     ) -> None:
+        """`names`: how messages call the images."""
         self._frame = frame
         self._urls = [*urls]
+        self._names = [*names, *(f"images[{n}]" for n in range(len(names), len(urls)))]
         self._on_sent = on_sent
         self.length = sum(map(len, frame)) + sum(url.length for url in urls)
         self.failure: TransientError | DependencyDownError | None = None
-        self.waited_s = 0.0
         self.is_sent = False
+        self._waited_s = 0.0
+        # The image that is waited for at the moment, and since when.
+        self._awaits: tuple[int, float] | None = None
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for the images."""
+        return self._waited_s + (time.monotonic() - self._awaits[1] if self._awaits else 0.0)
+
+    @property
+    def lateness(self) -> TransientError | None:
+        """What to say if time is up now: that an image is late, if one is waited for."""
+        if self._awaits is None:
+            return None
+        text = f"{self._names[self._awaits[0]]}: S3 was still sending it when the time was up"
+        return TransientError(Dependency.S3, "timeout", text)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """The body in pieces.
+        """The body in pieces; a small one in one piece, so that it goes out in one write.
 
         Raises:
             TransientError, DependencyDownError: an image could not be read to its end; `failure` has it too.
         """
         try:
-            async for piece in self._joined():
-                yield piece
+            if self.length <= SMALL_BYTES:
+                yield b"".join([piece async for piece in self._pieces()])
+            else:
+                async for piece in self._pieces():
+                    yield piece
+                    del piece  # or it would be there while the next one is made
         except (TransientError, DependencyDownError) as error:
             self.failure = error
             raise
@@ -69,26 +96,18 @@ class RequestBody:
         self.is_sent = True
         self._on_sent()
 
-    async def _joined(self) -> AsyncIterator[bytes]:
-        gathered: list[bytes] = []
-        size = 0
-        async for piece in self._pieces():
-            if size + len(piece) > JOINED_BYTES and gathered:
-                yield b"".join(gathered)
-                gathered, size = [], 0
-            gathered.append(piece)
-            size += len(piece)
-        yield b"".join(gathered)
-
     async def _pieces(self) -> AsyncIterator[bytes]:
         yield self._frame[0]
-        for url, rest in zip(self._urls, self._frame[1:], strict=True):
+        for n, (url, rest) in enumerate(zip(self._urls, self._frame[1:], strict=True)):
             pieces = url.pieces()
             while True:
                 began = time.monotonic()
+                self._awaits = n, began
                 piece = await anext(pieces, None)
-                self.waited_s += time.monotonic() - began
+                self._awaits = None
+                self._waited_s += time.monotonic() - began
                 if piece is None:
                     break
                 yield piece
+                del piece
             yield rest

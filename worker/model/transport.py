@@ -38,8 +38,8 @@ class AiohttpClient(httpx2.AsyncClient):
         self._session = session
 
     def build_request(self, method: str, url: httpx2.URL | str, **parts: Any) -> httpx2.Request:
-        """A request with what the SDK has put together, and nothing else."""
-        return httpx2.Request(method, _parsed(url), headers=parts["headers"], content=parts.get("content"))
+        """A request with what the SDK has put together, and nothing else; its content must be a stream."""
+        return httpx2.Request(method, _parsed(url), headers=parts["headers"], stream=parts["content"])
 
     async def send(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
         """Send a request, streaming its body, and read the whole answer. Redirects are not followed.
