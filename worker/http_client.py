@@ -3,7 +3,7 @@
 import ssl
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TypedDict
+from typing import Literal, TypedDict
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -25,16 +25,15 @@ class ProxyOptions(TypedDict, total=False):
 
 
 def open_session(
-    *, connect_timeout_s: float, read_timeout_s: float | None, ssl_context: ssl.SSLContext
+    *, connect_timeout_s: float, read_timeout_s: float | None, tls: ssl.SSLContext | Literal[True] = True
 ) -> aiohttp.ClientSession:
     """A session without cookies, redirects' memory, decompression or headers of its own.
 
-    The number of connections is not bounded here: the number of jobs is. Must be called in an event loop.
+    The number of connections is not bounded here: the number of jobs is. `tls`: True is the library's own
+    context, which trusts what the operating system trusts, or `SSL_CERT_FILE`. To be called in an event loop.
     """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=0, ssl=ssl_context, keepalive_timeout=KEEP_ALIVE_S, ttl_dns_cache=60
-        ),
+        connector=aiohttp.TCPConnector(limit=0, ssl=tls, keepalive_timeout=KEEP_ALIVE_S, ttl_dns_cache=60),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,

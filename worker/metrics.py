@@ -5,7 +5,7 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import (
@@ -157,14 +157,14 @@ class ModelCall:
 
 
 @contextmanager
-def model_call(model: str, provider: str) -> Iterator[ModelCall]:
-    """Measure one API call; one that is cancelled counts as ambiguous, for it may be paid for."""
+def model_call(model: str, provider: str, is_sent: Callable[[], bool]) -> Iterator[ModelCall]:
+    """Measure one API call; one that is cancelled when it was sent counts as ambiguous: it may be paid for."""
     call = ModelCall(model, provider)
     try:
         yield call
     except BaseException as error:
         if not isinstance(error, Exception):
-            call.failed("connection", ambiguous=True)
+            call.failed("connection", ambiguous=is_sent())
         raise
 
 

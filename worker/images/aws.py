@@ -67,7 +67,8 @@ class Endpoint:
         """How a client of the SDK is set up for it: signatures of version 4, and `auto` is path for a URL."""
         # With its own `auto` the SDK signs for the worldwide address, which redirects for hours where a bucket
         # is new; names that no host can have are in the path with `virtual` too.
-        style = "path" if self.is_path_of_url or self.addressing_style == "path" else "virtual"
+        by_path = self.is_path_of_url or self.addressing_style == "path"
+        style: Literal["path", "virtual"] = "path" if by_path else "virtual"
         return Config(
             signature_version="s3v4",
             s3={"addressing_style": style},

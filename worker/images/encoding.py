@@ -38,8 +38,10 @@ class EncodedStream:
     async def __anext__(self) -> bytes:
         """The base64 of the next piece."""
         while not self._is_over:
-            piece = self._over + await anext(self._pieces, b"")
-            self._is_over = len(piece) == len(self._over)
+            # A piece may be empty (blanks in a data URL): only the source's end is the end.
+            given = await anext(self._pieces, None)
+            self._is_over = given is None
+            piece = self._over + (given or b"")
             whole = len(piece) if self._is_over else len(piece) - len(piece) % 3
             self._over = piece[whole:]
             if whole:

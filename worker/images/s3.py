@@ -5,7 +5,7 @@ import random
 import re
 import ssl
 from collections.abc import AsyncIterable, AsyncIterator
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import aiohttp
 from yarl import URL
@@ -64,7 +64,7 @@ class S3:
         self._session = open_session(
             connect_timeout_s=CONNECT_TIMEOUT_S,
             read_timeout_s=READ_TIMEOUT_S,
-            ssl_context=_tls_context(),
+            tls=_tls(),
         )
         self._elsewhere: set[str] = set()
 
@@ -172,8 +172,10 @@ class S3:
         self._elsewhere.add(bucket)
 
 
-def _tls_context() -> ssl.SSLContext:
+def _tls() -> ssl.SSLContext | Literal[True]:
     bundle = ca_bundle()
+    if bundle is None:
+        return True
     try:
         return ssl.create_default_context(cafile=bundle)
     except OSError as error:

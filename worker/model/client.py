@@ -7,7 +7,6 @@ import asyncio
 import email.utils
 import json
 import math
-import ssl
 import time
 from collections.abc import Mapping
 
@@ -100,7 +99,7 @@ class Model:
             DependencyDownError: the API, or an image's source, is out of reach or refuses everybody.
         """
         started = time.monotonic()
-        with metrics.model_call(model, self._provider) as call:
+        with metrics.model_call(model, self._provider, lambda: body.is_sent) as call:
             try:
                 async with asyncio.timeout(min(self._timeout_s, time_left_s)):
                     response = await self._client.post(
@@ -112,10 +111,10 @@ class Model:
                 answer = parse_answer(response.content, self._prices.get(model))
             except (openai.APIError, httpx2.HTTPError, TimeoutError, MalformedAnswerError) as error:
                 failure = body.failure or (body.lateness if isinstance(error, TimeoutError) else None)
-                if failure is not None:
+                if failure is not None and not isinstance(error, openai.APIStatusError):
                     # The API never had the whole request: there is nothing to count, and nothing was paid.
                     raise failure from None
-                raise self._translate(error, call, time.monotonic() - started) from None
+                raise self._translate(error, call, time.monotonic() - started, is_sent=body.is_sent) from None
             call.answered(answer.usage)
             return answer
 
@@ -123,7 +122,9 @@ class Model:
         """Close the connections."""
         await self._client.close()
 
-    def _translate(self, error: Exception, call: metrics.ModelCall, took_s: float) -> Exception:
+    def _translate(
+        self, error: Exception, call: metrics.ModelCall, took_s: float, *, is_sent: bool
+    ) -> Exception:
         match error:
             case openai.APIStatusError():
                 call.failed(str(error.status_code))
@@ -137,12 +138,12 @@ class Model:
                     Dependency.MODEL, f"the model API cannot be reached: {_name_of(error)}"
                 )
             case TimeoutError() | openai.APITimeoutError() | httpx2.TimeoutException():
-                call.failed("timeout", ambiguous=True)
+                call.failed("timeout", ambiguous=is_sent)
                 return TransientError(
                     Dependency.MODEL, "timeout", f"the API did not answer within {took_s:.0f} s"
                 )
             case _:
-                call.failed("connection", ambiguous=True)
+                call.failed("connection", ambiguous=is_sent)
                 return TransientError(
                     Dependency.MODEL, "connection", f"the connection to the API broke off: {_name_of(error)}"
                 )
@@ -177,7 +178,6 @@ def _open_session(timeout_s: float) -> aiohttp.ClientSession:
         # Half the time at most: a connection that nobody answers must be told from a slow answer.
         connect_timeout_s=min(CONNECT_TIMEOUT_S, timeout_s / 2),
         read_timeout_s=None,
-        ssl_context=ssl.create_default_context(),
     )
 
 
