@@ -158,7 +158,7 @@ class ModelCall:
 
 @contextmanager
 def model_call(model: str, provider: str, is_sent: Callable[[], bool]) -> Iterator[ModelCall]:
-    """Measure one API call; one that is cancelled when it was sent counts as ambiguous: it may be paid for."""
+    """Measure one API call; one that is cancelled after it was sent is ambiguous: it may be paid for."""
     call = ModelCall(model, provider)
     try:
         yield call
