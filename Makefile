@@ -1,15 +1,16 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test lint format docs lock ci
+.PHONY: help setup demo stack test bench bench-quick lint format docs lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 OCR := .venv/.ocr-installed
+BENCH := .venv/.bench-installed
 SOURCES := worker deploy docs tests
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv with everything in it, from the hashed lock
 
@@ -34,6 +35,17 @@ test: $(INSTALLED) ## run the tests, on real services
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=
 	$(BIN)/coverage report
 
+$(BENCH): requirements-bench.lock $(INSTALLED)
+	@echo "Installing what the benchmark compares with"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.lock
+	@touch $@
+
+bench: $(BENCH) ## measure the worker beside others (half an hour; Linux), write docs/performance.md
+	@$(BIN)/python -m tests.bench --write docs
+
+bench-quick: $(BENCH) ## the same in short, under two minutes, told only
+	@$(BIN)/python -m tests.bench --quick
+
 lint: $(INSTALLED) ## run the static checks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -55,6 +67,8 @@ lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml -o requirements.lock
 	uv pip compile $(LOCK) pyproject.toml --group local --group dev -o requirements-dev.lock
 	uv pip compile $(LOCK) pyproject.toml --group ocr -c requirements-dev.lock -o requirements-ocr.lock
+	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -c requirements-ocr.lock \
+	  -o requirements-bench.lock
 LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
 ci: lint test ## what CI runs: the checks and the tests

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,14 @@ _PORTS = (
 )
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """PEM files of a server's certificate, with its chain, and of the key that goes with it."""
+
+    certificate: Path
+    key: Path
+
+
 class S3:
     """SeaweedFS on free ports; `stop`, `kill` and `restart` keep its ports and its data."""
 
@@ -42,11 +51,25 @@ class S3:
     bucket = "vqa-images"
     """Exists from the start."""
 
-    def __init__(self, folder: Path, ports: PortBlock, *, temporary: bool = True) -> None:
+    https_endpoint_url: str | None = None
+    """The same server over TLS, if it was given a certificate."""
+
+    def __init__(
+        self,
+        folder: Path,
+        ports: PortBlock,
+        *,
+        temporary: bool = True,
+        certificate: Certificate | None = None,
+    ) -> None:
         self.access_key = "local"
         self.secret_key = secrets.token_hex(16)
         arguments, used_ports = _arguments(folder, ports)
         self.endpoint_url = f"http://127.0.0.1:{used_ports['s3.port']}"
+        if certificate is not None:
+            https_port = ports.take()
+            self.https_endpoint_url = f"https://127.0.0.1:{https_port}"
+            arguments += _tls_arguments(https_port, certificate)
         self._sockets = _socket_files(used_ports)
         (folder / "data").mkdir(parents=True)
         (folder / _IDENTITIES).write_text(json.dumps(self._identities()))
@@ -191,6 +214,14 @@ def _arguments(folder: Path, ports: PortBlock) -> tuple[list[str], dict[str, int
         "-volume.max=200",
     ]
     return arguments, used
+
+
+def _tls_arguments(port: int, certificate: Certificate) -> list[str]:
+    return [
+        f"-s3.port.https={port}",
+        f"-s3.cert.file={certificate.certificate}",
+        f"-s3.key.file={certificate.key}",
+    ]
 
 
 def _socket_files(used_ports: dict[str, int]) -> list[Path]:

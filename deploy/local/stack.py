@@ -15,7 +15,7 @@ from deploy.local.install import UseContainer, ensure_rabbitmq
 from deploy.local.model import StandInModel, StandInOptions
 from deploy.local.ports import PortBlock
 from deploy.local.rabbitmq import RabbitMQ
-from deploy.local.s3 import S3
+from deploy.local.s3 import S3, Certificate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -92,6 +92,7 @@ class Stack:
         *,
         use_environment: bool = False,
         standin_options: StandInOptions | None = None,
+        s3_certificate: Certificate | None = None,
         folder: Path | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> Self:
@@ -103,6 +104,7 @@ class Stack:
                 a key, or just a key: `VQA_MODEL_API_KEY`, `DEEPINFRA_TOKEN`, `OPENAI_API_KEY`). A real
                 model costs money.
             standin_options: How the stand-in model starts.
+            s3_certificate: With it, an own S3 server speaks TLS as well, on a second port.
             folder: Where data and logs go and stay; by default a temporary folder that is removed.
             tell: Called with a line for a person when something takes long.
 
@@ -117,7 +119,7 @@ class Stack:
             ports = PortBlock()
             resources.callback(ports.close)
             temporary = folder is None
-            s3 = given_s3(given) or S3(root / "s3", ports, temporary=temporary)
+            s3 = given_s3(given) or S3(root / "s3", ports, temporary=temporary, certificate=s3_certificate)
             model = given_model(given) or StandInModel(
                 root / "model", ports, standin_options, temporary=temporary
             )
