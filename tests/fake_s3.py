@@ -1,13 +1,30 @@
 """A small stand-in for S3, for what a real server cannot be brought to do."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
 from aiohttp import web
 
 Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request: its target, byte for byte as it came, and its headers by their names in lower case."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+
+    @property
+    def signed_by(self) -> tuple[str, str]:
+        """The access key and the region in the signature."""
+        scope = self.headers["authorization"].split("Credential=")[1].split(",")[0].split("/")
+        return scope[0], scope[2]
 
 
 @dataclass
@@ -18,21 +35,21 @@ class FakeS3:
     url: str = ""
     targets: list[str] = field(default_factory=list)
     """The request targets, byte for byte as they came."""
+    asked: list[Asked] = field(default_factory=list)
+    at_once: int = 0
+    """How many requests are being answered."""
+    most_at_once: int = 0
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def serving(cls, content: bytes) -> AsyncIterator[Self]:
+    async def serving(cls, content: bytes, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Self]:
         """One that gives `content` for every key, until told otherwise."""
-
-        async def give(_: web.BaseRequest) -> web.Response:
-            return web.Response(body=content)
-
-        fake = cls(give)
+        fake = cls(give(content))
         runner = web.ServerRunner(web.Server(fake._handle, handler_cancellation=True), shutdown_timeout=1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
-        fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        fake.url = f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
         try:
             yield fake
         finally:
@@ -40,4 +57,50 @@ class FakeS3:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.targets.append(request.raw_path)
-        return await self.answer(request)
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.asked.append(Asked(request.method, request.raw_path, headers))
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            return await self.answer(request)
+        finally:
+            self.at_once -= 1
+
+
+def give(content: bytes, status: int = 200, **headers: str) -> Answer:
+    """These bytes, all of them."""
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        usual = {name.replace("_", "-"): value for name, value in headers.items()}
+        return web.Response(body=content, status=status, headers=usual)
+
+    return answer
+
+
+def refuse(status: int, code: str, more: str = "", **headers: str) -> Answer:
+    """An error as S3 words it."""
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message>{more}</Error>"
+    return give(body.encode(), status, Content_Type="application/xml", **headers)
+
+
+def say(*pieces: bytes, pause_s: float = 0.0, closes: bool = True) -> Answer:
+    """These bytes of HTTP as they are, with pauses between them; then the connection's end, or silence."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        for piece in pieces:
+            assert request.transport is not None
+            request.transport.write(piece)
+            await asyncio.sleep(pause_s)
+        if closes and request.transport is not None:
+            request.transport.close()
+        # Ends by cancellation, with the connection.
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    return answer
+
+
+def head(length: int | None, *more: str) -> bytes:
+    """The beginning of an answer that says it has so many bytes."""
+    lines = ["HTTP/1.1 200 OK", *more, *([] if length is None else [f"Content-Length: {length}"]), "", ""]
+    return "\r\n".join(lines).encode()

@@ -64,6 +64,7 @@ class Worker:
     def __init__(self, environment: Mapping[str, str], log_file: Path) -> None:
         self._environment = {**environment, "PYTHONUNBUFFERED": "1"}
         self._log_file = log_file
+        self.command = [sys.executable, "-m", "worker", "run"]
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -102,8 +103,8 @@ class Worker:
         """Start without waiting."""
         # A folder without a `.env`, whatever a developer keeps in the project's own.
         with self._log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "worker", "run"],
+            self.process = subprocess.Popen(  # noqa: S603 - a test's own
+                self.command,
                 env={**self._environment, "PYTHONPATH": str(ROOT)},
                 cwd=self._log_file.parent,
                 stdout=log,
@@ -160,7 +161,7 @@ class Worker:
         """Run a worker that ends by itself."""
         done = await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-m", "worker", "run"],
+            self.command,
             env={**self._environment, "PYTHONPATH": str(ROOT)},
             cwd=self._log_file.parent,
             capture_output=True,

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from worker.delivery import Delivery
+from worker.images.budget import Budget
 from worker.rabbit.publisher import Outgoing, UnroutableError
 from worker.rabbit.topology import Topology
 
@@ -96,3 +97,17 @@ async def turns_of_the_loop(times: int = 10) -> None:
     """Let everything run that can run without the clock."""
     for _ in range(times):
         await asyncio.sleep(0)
+
+
+def free(budget: Budget) -> int:
+    """How many bytes nobody has; nobody may be waiting."""
+    low, high = 0, 1 << 40
+    while low < high:
+        middle = (low + high + 1) // 2
+        share = budget.share_at_once(middle)
+        if share is None:
+            high = middle - 1
+        else:
+            share.release()
+            low = middle
+    return low

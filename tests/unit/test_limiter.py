@@ -34,11 +34,20 @@ def test_the_limit_starts_at_32_at_most(maximum: int, start: int) -> None:
     assert AdaptiveLimit(maximum).value == start
 
 
-def test_a_full_house_of_successes_adds_about_one() -> None:
-    limit = AdaptiveLimit(64)
-    for _ in range(STARTING_LIMIT + 1):
+def test_until_the_first_429_a_full_house_of_successes_doubles_the_limit() -> None:
+    limit = AdaptiveLimit(1000)
+    for n in range(STARTING_LIMIT):
         limit.succeeded(in_flight=limit.value)
-    assert limit.value == STARTING_LIMIT + 1
+        assert limit.value == STARTING_LIMIT + n + 1
+
+
+def test_after_a_429_a_full_house_of_successes_adds_about_one() -> None:
+    limit = AdaptiveLimit(64)
+    limit.refused(started=0.0, now=1.0, retry_after_s=None)
+    lowered = limit.value
+    for _ in range(lowered + 1):
+        limit.succeeded(in_flight=limit.value)
+    assert limit.value == lowered + 1
 
 
 def test_successes_in_a_half_empty_house_say_nothing() -> None:
@@ -50,6 +59,11 @@ def test_successes_in_a_half_empty_house_say_nothing() -> None:
 
 def test_the_limit_grows_up_to_the_maximum_and_no_further() -> None:
     limit = AdaptiveLimit(64)
+    for _ in range(64 - STARTING_LIMIT + 1):
+        limit.succeeded(in_flight=limit.value)
+    assert limit.value == 64
+    limit.refused(started=0.0, now=1.0, retry_after_s=None)
+    assert limit.value < 64
     for _ in range(10_000):
         limit.succeeded(in_flight=limit.value)
     assert limit.value == 64

@@ -1,13 +1,14 @@
 """One call to the API over real HTTP: each way in which it can end, and whose fault that is."""
 
 import asyncio
+import base64
 import email.utils
 import gzip
 import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,9 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
+from worker.http_client import proxy_options
 from worker.model.client import MAX_API_MESSAGE_CHARS, MAX_RETRY_AFTER_S, Model
+from worker.model.request import RequestBody, frame
 from worker.redact import Redactor
 
 KEY = "sk-secret-of-the-worker"
@@ -141,7 +144,11 @@ async def model(running_api: Api) -> AsyncIterator[Model]:
 
 
 async def ask(model: Model, *, time_left_s: float = 60.0, **params: Any) -> Any:
-    return await model.ask("m", MESSAGES, params, time_left_s=time_left_s)
+    return await model.ask("m", a_body(params), time_left_s=time_left_s)
+
+
+def a_body(params: Mapping[str, Any]) -> RequestBody:
+    return RequestBody(frame("m", MESSAGES, params), [])
 
 
 async def fault(model: Model, **params: Any) -> Exception:
@@ -195,7 +202,7 @@ async def test_params_are_passed_on_as_they_are(api: Api, model: Model) -> None:
 
 
 async def test_params_replace_neither_model_nor_messages(api: Api, model: Model) -> None:
-    await model.ask("m", MESSAGES, {"model": "dear", "messages": []}, time_left_s=60)
+    await model.ask("m", a_body({"model": "dear", "messages": []}), time_left_s=60)
     assert json.loads(api.requests[0].body) == {"model": "m", "messages": MESSAGES}
 
 
@@ -226,6 +233,35 @@ async def test_a_base_url_may_end_with_a_slash(api: Api, ending: str) -> None:
     async with a_model(f"{api.url}{ending}") as model:
         await ask(model)
     assert api.requests[0].line.startswith("POST /v1/openai/chat/completions ")
+
+
+@pytest.mark.parametrize("user", ["", "user:p%40ss@"])
+async def test_a_proxy_is_asked_for_hosts_that_only_it_can_find(
+    api: Api, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://{user}127.0.0.1:{api.port}")
+    proxy_options.cache_clear()
+    try:
+        async with a_model("http://api.invalid/v1") as model:
+            await ask(model)
+    finally:
+        proxy_options.cache_clear()
+    (request,) = api.requests
+    assert request.line == "POST http://api.invalid/v1/chat/completions HTTP/1.1"
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    expected = f"Basic {base64.b64encode(b'user:p@ss').decode()}" if user else None
+    assert request.headers.get("proxy-authorization") == expected
+
+
+async def test_an_api_that_needs_no_proxy_is_asked_itself(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    proxy_options.cache_clear()
+    try:
+        async with a_model(api.url) as model:
+            assert (await ask(model)).text == "A cat."
+    finally:
+        proxy_options.cache_clear()
 
 
 # What is answered
@@ -517,12 +553,10 @@ async def test_half_an_answer_is_a_fault_that_may_pass(api: Api, model: Model, s
     assert (await broken_off(model)).reason == "connection"
 
 
-async def test_a_body_longer_than_its_length_says_is_malformed(api: Api) -> None:
+async def test_a_body_longer_than_its_length_says_is_no_http_and_may_have_been_paid_for(api: Api) -> None:
     api.says = response(length=20)
     async with a_model(api.url) as model:
-        error = await fault(model)
-    assert isinstance(error, TransientError)
-    assert error.reason == "malformed"
+        assert (await broken_off(model)).reason == "connection"
 
 
 async def test_what_cannot_be_decompressed_is_a_fault_that_may_pass(api: Api, model: Model) -> None:

@@ -3,8 +3,9 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,10 +24,13 @@ from worker.errors import (
     TransientError,
 )
 from worker.health import Health
+from worker.images.encoding import later
+from worker.images.load import Located
 from worker.images.source import Embedded, Link, S3Object, Source
 from worker.job import ImageRef
 from worker.limiter import AdaptiveLimit, Gate
 from worker.model.answer import Answer
+from worker.model.request import RequestBody
 from worker.outcome import Answered, DeadLetter, GiveBack, Outcome, Refused, Retry
 from worker.processor import Processor, Rules
 from worker.redact import Redactor
@@ -59,40 +63,78 @@ RULES = Rules(
 Deed = Exception | Answer | Callable[[], Awaitable[None]]
 
 
+class Url:
+    """What stands in an image's place in the request; or what goes wrong while it is read."""
+
+    def __init__(self, name: str, fault: Exception | None = None) -> None:
+        self._text = f"loaded {name}".encode()
+        self._fault = fault
+        self.length = len(self._text)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        async for piece in later((self._text[:3], self._text[3:])):
+            yield piece
+            if self._fault is not None:
+                raise self._fault
+
+
+@dataclass
+class Opened:
+    """The images of one call."""
+
+    urls: Sequence[Url]
+    was_sent: bool = False
+    was_closed: bool = False
+
+    def sent(self) -> None:
+        assert not self.was_closed
+        self.was_sent = True
+
+
 class Images:
-    """Says where images are, and loads each as its URL with "loaded" before it."""
+    """Says where images are, and opens each as its URL with "loaded" before it."""
 
     def __init__(self) -> None:
         self.fault: JobError | None = None
         self.deeds: list[Deed] = []
         self.source: Source = S3Object("photos", "cat.png")
         self.checked = 0
+        self.breaks_off: Exception | None = None
+        self.opened: list[Opened] = []
         self.loaded = 0
 
-    def check(self, refs: Sequence[ImageRef]) -> list[Source]:
+    def check(self, refs: Sequence[ImageRef], body: bytes) -> list[Located]:
+        assert body
         self.checked += 1
         if self.fault is not None:
             raise self.fault
-        return [self.source for _ in refs]
+        return [Located(ref.url, self.source) for ref in refs]
 
-    async def load(self, refs: Sequence[ImageRef], sources: Sequence[Source]) -> list[str]:
-        assert len(refs) == len(sources)
+    @asynccontextmanager
+    async def open(self, images: Sequence[Located]) -> AsyncIterator[Opened]:
         self.loaded += 1
         await _do(self.deeds)
-        return [f"loaded {ref.url}" for ref in refs]
+        opened = Opened([Url(image.name, self.breaks_off) for image in images])
+        self.opened.append(opened)
+        try:
+            yield opened
+        finally:
+            opened.was_closed = True
 
 
 class Model:
-    """Answers, or does what is next in the list; the last deed repeats."""
+    """Reads the request, then answers or does what is next in the list; the last deed repeats."""
 
     def __init__(self) -> None:
         self.deeds: list[Deed] = []
         self.asked: list[tuple[str, list[dict[str, Any]], Mapping[str, Any], float]] = []
 
-    async def ask(
-        self, model: str, messages: list[dict[str, Any]], params: Mapping[str, Any], *, time_left_s: float
-    ) -> Answer:
-        self.asked.append((model, messages, params, time_left_s))
+    async def ask(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
+        raw = b"".join([piece async for piece in body])
+        assert len(raw) == body.length
+        params = json.loads(raw)
+        assert params.pop("model") == model
+        self.asked.append((model, params.pop("messages"), params, time_left_s))
         return await _do(self.deeds) or ANSWER
 
 
@@ -388,6 +430,25 @@ async def test_a_fault_that_may_pass_is_counted_and_tried_again(
     assert await scene.is_free()
 
 
+async def test_an_image_that_breaks_off_while_it_is_sent_is_a_fault_of_its_source(scene: Scene) -> None:
+    scene.images.breaks_off = transient("connection", dependency=S3)
+    outcome = await scene.process()
+    assert isinstance(outcome, Retry)
+    assert outcome.reason == "connection"
+    (opened,) = scene.images.opened
+    assert (opened.was_sent, opened.was_closed) == (False, True)
+    assert await scene.is_free()
+    scene.images.breaks_off = None
+    assert isinstance(await scene.process(), Answered)
+    assert scene.images.opened[-1].was_sent
+
+
+async def test_a_source_that_is_gone_while_an_image_is_sent_stops_the_worker(scene: Scene) -> None:
+    scene.images.breaks_off = DependencyDownError(S3, "it is gone")
+    assert isinstance(await scene.process(), GiveBack)
+    assert set(scene.health.outages) == {S3}
+
+
 async def test_the_last_attempt_is_the_end_and_says_why(scene: Scene) -> None:
     scene.model.deeds = [TransientError(MODEL, "5xx", "the API answered 500: s3cr3t-key")]
     outcome = await scene.process(delivery={"attempts": 2})
@@ -470,9 +531,9 @@ async def test_a_429_is_a_sign_of_life_too(scene: Scene) -> None:
         (S3Object("b", "k"), [JobError(ErrorCode.IMAGE_NOT_FOUND, "none")], True),
         (S3Object("b", "k"), [JobError(ErrorCode.IMAGE_FORBIDDEN, "denied")], False),
         (Link("https://h/"), [], False),
-        (Embedded("data:;base64,", 13), [], False),
+        (Embedded(memoryview(b"")), [], False),
     ],
-    ids=str,
+    ids=["an image", "a missing one", "a forbidden one", "a link", "an embedded one"],
 )
 async def test_only_what_s3_has_said_is_a_sign_of_its_life(
     scene: Scene, source: Source, deeds: list[Deed], is_sign: bool

@@ -1,21 +1,486 @@
+"""What S3 is asked, and what becomes of its answers: real requests to a fake server."""
+
+import asyncio
+import base64
+import gzip
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
 import pytest
+from aiohttp import web
 
-from worker.images.s3 import S3, S3ConfigurationError, _ca_bundle
+from tests.authority import Authority
+from tests.fake_s3 import FakeS3, give, head, refuse, say
+from tests.running import until
+from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
+from worker.http_client import proxy_options
+from worker.images.aws import AddressingStyle, Aws, Endpoint, S3ConfigurationError, ca_bundle
+from worker.images.s3 import S3
+from worker.images.source import S3Object
+
+CONTENT = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 100
+IMAGE = S3Object("photos", "cats/cat.png")
+HOME = "eu-central-1"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "AKIDUSUAL", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": HOME}
 
 
-def test_an_endpoint_that_cannot_be_one_is_told_with_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Credentials from the environment, and nothing of the machine's own."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    proxy_options.cache_clear()
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FakeS3]:
+    async with FakeS3.serving(CONTENT) as fake:
+        yield fake
+
+
+@asynccontextmanager
+async def an_s3(url: str | None, style: AddressingStyle = "auto") -> AsyncIterator[S3]:
+    s3 = S3(Aws(Endpoint(url, style)))
+    try:
+        yield s3
+    finally:
+        await s3.close()
+
+
+async def read(s3: S3, source: S3Object = IMAGE) -> bytes:
+    async with asyncio.timeout(30):
+        reading = await s3.open(source)
+        try:
+            content = b"".join([bytes(piece) async for piece in reading])
+        finally:
+            reading.close()
+    assert len(content) == reading.size
+    return content
+
+
+async def fault(url: str) -> Exception:
+    async with an_s3(url) as s3:
+        with pytest.raises((JobError, TransientError, DependencyDownError)) as caught:
+            await read(s3)
+    return caught.value
+
+
+# The setting
+
+
+def test_an_endpoint_that_cannot_be_one_is_told_with_its_setting() -> None:
     with pytest.raises(S3ConfigurationError, match=r"VQA_S3_ENDPOINT_URL.*my_s3"):
-        S3(endpoint_url="http://my_s3:9000", addressing_style="auto", max_connections=1)
+        Aws(Endpoint("http://my_s3:9000", "auto"))
 
 
 def test_the_usual_variable_names_the_authorities_that_s3_is_checked_against(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    assert _ca_bundle() is None
+    assert ca_bundle() is None
     monkeypatch.setenv("SSL_CERT_FILE", "/ca.pem")
-    assert _ca_bundle() == "/ca.pem"
+    assert ca_bundle() == "/ca.pem"
     monkeypatch.setenv("AWS_CA_BUNDLE", "/aws.pem")
-    assert _ca_bundle() == "/aws.pem"
+    assert ca_bundle() == "/aws.pem"
+
+
+@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
+async def test_authorities_that_cannot_be_read_are_told_with_their_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    nonsense = tmp_path / "nonsense.pem"
+    nonsense.write_text("no certificate")
+    for path in (tmp_path / "missing.pem", nonsense, tmp_path):
+        monkeypatch.setenv(name, str(path))
+        with pytest.raises(S3ConfigurationError, match=rf"{name}.*{path.name}"):
+            S3(Aws(Endpoint("https://127.0.0.1:9", "auto")))
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "style", "bucket", "url"),
+    [
+        ("http://s3.example:9000", "auto", "photos", "http://s3.example:9000/photos/cat.png"),
+        ("http://s3.example:9000", "path", "photos", "http://s3.example:9000/photos/cat.png"),
+        ("http://s3.example:9000", "virtual", "photos", "http://photos.s3.example:9000/cat.png"),
+        ("https://s3.example/base", "auto", "photos", "https://s3.example/base/photos/cat.png"),
+        (None, "auto", "photos", f"https://photos.s3.{HOME}.amazonaws.com/cat.png"),
+        (None, "virtual", "photos", f"https://photos.s3.{HOME}.amazonaws.com/cat.png"),
+        (None, "path", "photos", f"https://s3.{HOME}.amazonaws.com/photos/cat.png"),
+        # A certificate for *.s3… holds for no name with another dot in it.
+        (None, "auto", "my.photos", f"https://s3.{HOME}.amazonaws.com/my.photos/cat.png"),
+    ],
+)
+async def test_a_bucket_is_where_its_style_says(
+    endpoint: str | None, style: AddressingStyle, bucket: str, url: str
+) -> None:
+    aws = Aws(Endpoint(endpoint, style))
+    signed = await aws.sign(S3Object(bucket, "cat.png"))
+    assert signed.url == url
+    link = await aws.link(S3Object(bucket, "cat.png"), 60)
+    assert link.partition("?")[0] == url
+
+
+# What is asked
+
+
+async def test_a_read_is_one_signed_get_that_asks_for_nothing_to_be_changed(fake: FakeS3) -> None:
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT
+    (asked,) = fake.asked
+    assert (asked.method, asked.target) == ("GET", "/photos/cats/cat.png")
+    assert asked.signed_by == ("AKIDUSUAL", HOME)
+    assert "x-amz-security-token" not in asked.headers
+    assert asked.headers.get("accept-encoding", "identity") == "identity"
+    assert "range" not in asked.headers
+
+
+async def test_a_session_token_is_sent(fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "the-session's-token")
+    async with an_s3(fake.url) as s3:
+        await read(s3)
+        assert "X-Amz-Security-Token=the-session" in await s3.link(IMAGE, 60)
+    assert fake.asked[0].headers["x-amz-security-token"] == "the-session's-token"
+    assert "x-amz-security-token" in fake.asked[0].headers["authorization"]
+
+
+async def test_connections_are_used_again(fake: FakeS3) -> None:
+    peers = set()
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        assert request.transport is not None
+        peers.add(request.transport.get_extra_info("peername"))
+        return await give(CONTENT)(request)
+
+    fake.answer = answer
+    async with an_s3(fake.url) as s3:
+        for _ in range(5):
+            await read(s3)
+    assert len(peers) == 1
+
+
+@pytest.mark.parametrize("length", [1, 12])
+async def test_a_look_asks_for_the_beginning_only(fake: FakeS3, length: int) -> None:
+    fake.answer = give(CONTENT[:length], 206, Content_Range=f"bytes 0-{length - 1}/{len(CONTENT)}")
+    async with an_s3(fake.url) as s3:
+        assert await s3.look(IMAGE, length) == (len(CONTENT), CONTENT[:length])
+    assert fake.asked[0].headers["range"] == f"bytes=0-{length - 1}"
+
+
+async def test_a_look_copes_with_a_store_that_knows_no_ranges_and_with_nothing_to_see(fake: FakeS3) -> None:
+    async with an_s3(fake.url) as s3:
+        assert await s3.look(IMAGE, 12) == (len(CONTENT), CONTENT[:12])
+        fake.answer = give(CONTENT[:5], 206, Content_Range="bytes 0-4/5")
+        assert await s3.look(IMAGE, 12) == (5, CONTENT[:5])
+        fake.answer = refuse(416, "InvalidRange", Content_Range="bytes */0")
+        assert await s3.look(IMAGE, 12) == (0, b"")
+        fake.answer = refuse(404, "NoSuchKey")
+        with pytest.raises(JobError) as caught:
+            await s3.look(IMAGE, 12)
+    assert caught.value.code is ErrorCode.IMAGE_NOT_FOUND
+
+
+# Credentials that change
+
+
+SCRIPT = """
+import datetime, json, os, pathlib, sys, time, uuid
+folder = pathlib.Path(sys.argv[1])
+name = uuid.uuid4().hex
+(folder / f"asked-{name}").touch()
+ends = time.monotonic() + 10
+while not (folder / f"go-{name}").exists():
+    if time.monotonic() > ends:
+        sys.exit("nobody let it go on")
+    time.sleep(0.01)
+until = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=60)
+print(json.dumps({"Version": 1, "AccessKeyId": name, "SecretAccessKey": "s", "SessionToken": f"t-{name}",
+    "Expiration": until.isoformat()}))
+"""
+
+
+@pytest.fixture
+def granted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Credentials of a program that gives new ones each time, for a minute, and is held up until let go."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "grant.py").write_text(SCRIPT)
+    (tmp_path / "config").write_text(
+        f"[default]\ncredential_process = {sys.executable} {tmp_path}/grant.py {tmp_path}\n"
+    )
+    return tmp_path
+
+
+async def test_credentials_that_expire_are_renewed_without_holding_up_the_event_loop(
+    fake: FakeS3, granted: Path
+) -> None:
+    async def let_go() -> None:
+        """As long as the event loop runs, and only then."""
+        while True:
+            for name in os.listdir(granted):  # noqa: PTH208 - quick enough for an event loop
+                if name.startswith("asked-"):
+                    (granted / name.replace("asked", "go")).touch()
+            await asyncio.sleep(0.01)
+
+    letting_go = asyncio.create_task(let_go())
+    try:
+        async with an_s3(fake.url) as s3:
+            for _ in range(2):
+                await asyncio.gather(read(s3), read(s3))
+    finally:
+        letting_go.cancel()
+    keys = [asked.signed_by[0] for asked in fake.asked]
+    assert [asked.headers["x-amz-security-token"] for asked in fake.asked] == [f"t-{key}" for key in keys]
+    assert not set(keys[:2]) & set(keys[2:])
+
+
+async def test_credentials_that_cannot_be_had_are_everybodys_trouble(fake: FakeS3, granted: Path) -> None:
+    (granted / "grant.py").write_text("import sys; sys.exit('no')")
+    error = await fault(fake.url)
+    assert isinstance(error, DependencyDownError)
+    assert error.dependency is Dependency.S3
+    assert "credentials" in error.message
+    assert fake.asked == []
+
+
+# Buckets elsewhere
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(301, "PermanentRedirect"), (400, "AuthorizationHeaderMalformed")]
+)
+async def test_a_bucket_of_another_region_is_read_all_the_same(fake: FakeS3, status: int, code: str) -> None:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        region = fake.asked[-1].signed_by[1]
+        if region == "eu-west-3":
+            return await give(CONTENT)(request)
+        return await refuse(status, code, "<Region>eu-west-3</Region>", x_amz_bucket_region="eu-west-3")(
+            request
+        )
+
+    fake.answer = answer
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT
+        so_far = len(fake.asked)
+        # It is remembered where the bucket is.
+        assert await asyncio.gather(*[read(s3) for _ in range(3)]) == [CONTENT] * 3
+        assert len(fake.asked) == so_far + 3
+        assert await s3.look(IMAGE, 12) == (len(CONTENT), CONTENT[:12])
+
+
+async def test_a_missing_object_in_another_region_is_missing(fake: FakeS3) -> None:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if fake.asked[-1].signed_by[1] == "eu-west-3":
+            return await refuse(404, "NoSuchKey")(request)
+        return await refuse(301, "PermanentRedirect", x_amz_bucket_region="eu-west-3")(request)
+
+    fake.answer = answer
+    error = await fault(fake.url)
+    assert isinstance(error, JobError)
+    assert error.code is ErrorCode.IMAGE_NOT_FOUND
+
+
+# What is answered
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "aws-chunked", "identity"])
+async def test_an_object_is_given_as_it_is_stored_whatever_its_encoding(fake: FakeS3, encoding: str) -> None:
+    stored = gzip.compress(CONTENT)
+    fake.answer = give(stored, Content_Encoding=encoding)
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == stored
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (403, "RequestTimeTooSkewed", "clock"),
+        (403, "ExpiredToken", "expired"),
+        (400, "ExpiredToken", "expired"),
+        (403, "SignatureDoesNotMatch", "credentials"),
+        (403, "InvalidAccessKeyId", "credentials"),
+    ],
+)
+async def test_what_s3_says_to_everybody_is_no_fault_of_the_image(
+    fake: FakeS3, status: int, code: str, expected: str
+) -> None:
+    fake.answer = refuse(status, code)
+    error = await fault(fake.url)
+    assert isinstance(error, DependencyDownError)
+    assert error.dependency is Dependency.S3
+    assert expected in error.message
+    assert len(fake.asked) == 1
+
+
+@pytest.mark.parametrize("status", [500, 502, 503])
+@pytest.mark.parametrize("code", ["SlowDown", "InternalError", ""])
+async def test_an_s3_that_is_busy_for_a_moment_is_asked_again(fake: FakeS3, status: int, code: str) -> None:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        # A page that begins like an image is still no image.
+        if len(fake.asked) == 1:
+            return await (refuse(status, code) if code else give(CONTENT, status))(request)
+        return await give(CONTENT)(request)
+
+    fake.answer = answer
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT
+    assert len(fake.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (201, JobError), (203, JobError), (204, JobError), (206, JobError), (400, JobError), (403, JobError),
+        (404, JobError), (410, JobError), (418, JobError), (304, DependencyDownError),
+    ],
+)  # fmt: skip
+async def test_no_other_status_than_200_is_an_object_even_if_it_comes_with_an_image(
+    fake: FakeS3, status: int, kind: type[Exception]
+) -> None:
+    fake.answer = give(b"" if status in (204, 304) else CONTENT, status)
+    assert isinstance(await fault(fake.url), kind)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (say(head(len(CONTENT)), CONTENT[:-1]), "broke off"),
+        (say(head(len(CONTENT))), "broke off"),
+        (say(head(None, "Connection: close"), CONTENT), "size"),
+        (say(head(None, "Transfer-Encoding: chunked"), b"4\r\nabcd\r\n0\r\n\r\n"), "size"),
+        (say(b"SSH-2.0-OpenSSH\r\n"), ""),
+        (say(), ""),
+    ],
+    ids=["short", "nothing", "no length", "chunked", "another protocol", "closed"],
+)
+async def test_what_is_not_all_of_the_object_is_a_fault_that_may_pass(
+    fake: FakeS3, answer: Any, words: str
+) -> None:
+    fake.answer = answer
+    error = await fault(fake.url)
+    assert isinstance(error, TransientError)
+    assert (error.dependency, error.reason) == (Dependency.S3, "connection")
+    assert words in error.message
+
+
+async def test_what_comes_after_the_object_is_no_part_of_it(fake: FakeS3) -> None:
+    fake.answer = say(head(len(CONTENT)), CONTENT, b"more", closes=False, pause_s=0.01)
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT
+        await until(lambda: fake.at_once == 0, "the connection is given up")
+        fake.answer = give(CONTENT)
+        assert await read(s3) == CONTENT
+
+
+async def test_a_few_bytes_at_a_time_are_the_same_bytes(fake: FakeS3) -> None:
+    pieces = [CONTENT[start : start + 7] for start in range(0, 2100, 7)]
+    fake.answer = say(head(2100), *pieces, pause_s=0.0005)
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT[:2100]
+
+
+async def test_a_read_that_is_given_up_lets_go_of_its_connection(fake: FakeS3) -> None:
+    fake.answer = say(head(10**12), CONTENT, closes=False)
+    async with an_s3(fake.url) as s3:
+        reading = await s3.open(IMAGE)
+        async for piece in reading:
+            assert CONTENT.startswith(piece)
+            break
+        assert fake.at_once == 1
+        reading.close()
+        await until(lambda: fake.at_once == 0, "the connection is closed")
+
+
+# Proxies and authorities
+
+
+async def test_a_proxy_is_asked_for_hosts_that_only_it_can_find(
+    fake: FakeS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", fake.url.replace("://", "://user:p%40ss@"))
+    async with an_s3("http://s3.invalid", "virtual") as s3:
+        assert await read(s3) == CONTENT
+    (asked,) = fake.asked
+    assert asked.target == "http://photos.s3.invalid/cats/cat.png"
+    assert asked.headers["host"] == "photos.s3.invalid"
+    assert asked.headers["proxy-authorization"] == f"Basic {base64.b64encode(b'user:p@ss').decode()}"
+
+
+@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
+async def test_hosts_without_a_proxy_are_asked_themselves(
+    fake: FakeS3, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    error = await fault(fake.url)
+    assert isinstance(error, DependencyDownError)
+    assert "cannot be reached" in error.message
+    proxy_options.cache_clear()
+    monkeypatch.setenv(name, "elsewhere.example,127.0.0.1")
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority.made_in(tmp_path_factory.mktemp("tls") / "right")
+
+
+@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
+async def test_an_s3_with_tls_is_checked_against_the_authorities_named(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    async with FakeS3.serving(CONTENT, tls=authority.server_context()) as fake:
+        error = await fault(fake.url)
+        assert isinstance(error, DependencyDownError)
+        assert "cannot be reached" in error.message
+        monkeypatch.setenv(name, authority.certificate)
+        async with an_s3(fake.url) as s3:
+            assert await read(s3) == CONTENT
+
+
+async def test_tls_goes_through_a_proxy_as_a_tunnel(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await reader.readuntil(b"\r\n\r\n")).decode().partition("\r\n")[0])
+        host, _, port = asked[-1].split()[1].partition(":")
+        server, to_server = await asyncio.open_connection(host, int(port))
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        await asyncio.gather(pass_on(reader, to_server), pass_on(server, writer))
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while piece := await reader.read(1 << 16):
+                writer.write(piece)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    monkeypatch.setenv("SSL_CERT_FILE", authority.certificate)
+    async with (
+        FakeS3.serving(CONTENT, tls=authority.server_context()) as fake,
+        await asyncio.start_server(tunnel, "127.0.0.1", 0) as proxy,
+    ):
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}")
+        async with an_s3(fake.url) as s3:
+            assert await read(s3) == CONTENT
+        assert asked == [f"CONNECT {fake.url.removeprefix('https://')} HTTP/1.1"]

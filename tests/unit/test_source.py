@@ -1,5 +1,6 @@
 """Where an image is: nothing gets past the allow-lists, whoever reads the URL afterwards."""
 
+import json
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
@@ -21,8 +22,9 @@ GOOD = SourcePolicy(
 )
 
 
-def where(url: str, policy: SourcePolicy = GOOD) -> Source:
-    return parse_source(url, NAME, policy)
+def where(url: str, policy: SourcePolicy = GOOD, body: bytes | None = None) -> Source:
+    """Where a job says the image is; its message says nothing but the URL, unless given."""
+    return parse_source(url, NAME, policy, json.dumps(url).encode() if body is None else body)
 
 
 def refusal(url: str, policy: SourcePolicy = GOOD) -> ErrorCode:
@@ -251,7 +253,7 @@ def test_host_globs_do_not_care_about_case(glob: str) -> None:
 def test_embedded_data_begins_after_its_head(head: str) -> None:
     source = where(f"{head}AA,A=", NOWHERE)
     assert isinstance(source, Embedded)
-    assert source.url[source.start :] == "AA,A="
+    assert bytes(source.text) == b"AA,A="
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,661 @@
+"""Large images on their way through a real worker: byte for byte, or not at all, and never a hang."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import random
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from deploy.local.stack import Stack
+from deploy.local.standin.behaviour import Error
+from deploy.local.standin.calls import Call
+from tests.authority import Authority
+from tests.conftest import BUCKET, PutImage, picture
+from tests.fake_s3 import Answer, FakeS3, give, head, refuse, say
+from tests.running import Client, Reply, Worker, calls_with, until
+
+MIB = 1024 * 1024
+SMALL_BYTES = 256 * 1024
+"""Up to here, an image is read before the API is called; above, while it is."""
+NOISE = random.Random(1).randbytes(9 * MIB)  # noqa: S311 - image bytes, not secrets
+
+
+def an_image(size: int) -> bytes:
+    """A picture of so many bytes, as far as its signature tells, unlike any other."""
+    start = picture()
+    return (start + NOISE)[:size]
+
+
+LARGE = an_image(MIB + 1)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+async def look(client: Client, stack: Stack, *images: object) -> Call:
+    """The call that was made for a job with these images."""
+    question = f"What is {uuid.uuid4().hex}?"
+    reply = await client.ask(question=question, images=images)
+    assert reply.body["status"] == "succeeded", reply.body
+    (call,) = calls_with(stack, question)
+    return call
+
+
+# Byte for byte
+
+
+async def test_images_of_all_kinds_and_sizes_in_one_request_arrive_as_they_were(
+    client: Client, stack: Stack, put_image: PutImage
+) -> None:
+    small, large = an_image(999), an_image(2 * MIB + 1)
+    embedded, large_embedded = an_image(1000), an_image(MIB + 2)
+    link = "https://images.example/cat.png?x=%2F"
+    call = await look(
+        client,
+        stack,
+        put_image(large),
+        link,
+        data_url(embedded),
+        put_image(small),
+        data_url(large_embedded),
+        put_image(large),
+    )
+    contents = [large, embedded, small, large_embedded, large]
+    assert [image.sha256 for image in call.images] == [sha256(content) for content in contents]
+    assert call.links == [link]
+
+
+@pytest.mark.parametrize("way", ["s3", "data"])
+async def test_sizes_around_the_boundaries_arrive_as_they_were(
+    client: Client, stack: Stack, put_image: PutImage, way: str
+) -> None:
+    # JSON, base64 and the pieces that the connection takes all have boundaries of their own.
+    bounds = [SMALL_BYTES * 3 // 4, SMALL_BYTES, 400 * 1024 * 3 // 4]
+    sizes = [bound + more for bound in bounds for more in (-1, 0, 1, 2)]
+    contents = [an_image(size) for size in sizes]
+    call = await look(client, stack, *[(put_image if way == "s3" else data_url)(it) for it in contents])
+    assert [image.bytes for image in call.images] == sizes
+    assert [image.sha256 for image in call.images] == [sha256(content) for content in contents]
+
+
+async def test_json_may_say_a_data_url_in_other_characters(client: Client, stack: Stack) -> None:
+    # As PHP writes it: a backslash before each slash. All bits set is nothing but slashes in base64.
+    contents = [an_image(MIB) + b"\xff" * SMALL_BYTES, picture() + b"\xff" * 3000]
+    marker = uuid.uuid4().hex
+    job = {"id": marker, "question": marker, "images": [data_url(it) for it in contents]}
+    await client.publish(json.dumps(job).replace("/", "\\/").encode())
+    reply = await client.result(marker)
+    assert reply.body["status"] == "succeeded"
+    (call,) = calls_with(stack, marker)
+    assert [image.sha256 for image in call.images] == [sha256(content) for content in contents]
+
+
+async def test_blanks_in_a_data_url_however_many_cut_no_image_short(client: Client, stack: Stack) -> None:
+    content = an_image(MIB)
+    encoded = base64.b64encode(content).decode()
+    blanks = " " * 600_000
+    urls = [
+        f"data:image/png;base64,{encoded[:at]}{blanks}{encoded[at:]}" for at in (0, 500_000, len(encoded))
+    ]
+    call = await look(client, stack, *urls)
+    assert [image.sha256 for image in call.images] == [sha256(content)] * 3
+
+
+async def test_a_429_sends_the_whole_image_again(client: Client, stack: Stack, put_image: PutImage) -> None:
+    question, content = f"What is {uuid.uuid4().hex}?", an_image(3 * MIB)
+    stack.model.play(Error(status=429, headers={"Retry-After": "0.1"}), marker=question, times=2)
+    reply = await client.ask(question=question, images=[put_image(content), data_url(content)])
+    assert reply.body["status"] == "succeeded"
+    calls = calls_with(stack, question)
+    assert [[image.sha256 for image in call.images] for call in calls] == [[sha256(content)] * 2] * 3
+
+
+# An S3 that is not as it should be
+
+
+@dataclass
+class Scene:
+    """A worker, its client and its S3, which is a fake."""
+
+    stack: Stack
+    s3: FakeS3
+    worker: Worker
+    client: Client
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.worker.metric(name, **labels)
+
+
+@pytest.fixture(scope="module")
+async def scene(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]:
+    folder = tmp_path_factory.mktemp("fake-s3")
+    async with (
+        FakeS3.serving(LARGE) as s3,
+        Worker.running(stack, folder, VQA_S3_ENDPOINT_URL=s3.url, VQA_MAX_ATTEMPTS="2") as worker,
+        Client.of(stack, worker) as client,
+    ):
+        yield Scene(stack, s3, worker, client)
+
+
+@asynccontextmanager
+async def answering(scene: Scene, answer: Answer) -> AsyncIterator[None]:
+    scene.s3.asked.clear()
+    scene.s3.answer = answer
+    try:
+        yield
+    finally:
+        scene.s3.answer = give(LARGE)
+
+
+async def ask(scene: Scene, answer: Answer, question: str, key: str = "large.png") -> Reply:
+    async with answering(scene, answer):
+        return await scene.client.ask(question=question, images=[f"s3://{BUCKET}/{key}"])
+
+
+def begun(content: bytes, size: int) -> bytes:
+    """The head of an answer, and the beginning of its body."""
+    return head(len(content)) + content[:size]
+
+
+async def reset(request: web.BaseRequest) -> web.StreamResponse:
+    """Half of the image, then a reset."""
+    response = web.StreamResponse(headers={"Content-Length": str(len(LARGE))})
+    await response.prepare(request)
+    await response.write(LARGE[: len(LARGE) // 2])
+    # The half should arrive before the reset, which drops what is still on its way.
+    await asyncio.sleep(0.1)
+    assert request.transport is not None
+    request.transport.abort()
+    return response
+
+
+BROKEN: dict[str, Callable[[], Answer]] = {
+    "a reset": lambda: reset,
+    "an early end": lambda: say(begun(LARGE, len(LARGE) // 2)),
+    "one byte too few": lambda: say(begun(LARGE, len(LARGE) - 1)),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+async def test_a_large_image_that_breaks_off_is_told_as_such_and_the_call_was_none(
+    scene: Scene, broken: str
+) -> None:
+    calls, ambiguous = scene.metric("vqa_model_requests_total"), scene.metric("vqa_ambiguous_calls_total")
+    retries = scene.metric("vqa_retries_total", reason="connection")
+    images = scene.metric("vqa_image_bytes_total")
+    question = f"What is {uuid.uuid4().hex}?"
+    reply = await ask(scene, BROKEN[broken](), question)
+
+    assert reply.body["error"]["code"] == "attempts_exhausted"
+    assert f"images[0] (s3://{BUCKET}/large.png): " in reply.body["error"]["message"]
+    assert "S3" in reply.body["error"]["message"]
+    assert reply.body["attempts"] == 2
+    assert scene.metric("vqa_retries_total", reason="connection") == retries + 1
+    # The API had half a request at most, and never an image.
+    assert calls_with(scene.stack, question) == []
+    assert scene.metric("vqa_model_requests_total") == calls
+    assert scene.metric("vqa_ambiguous_calls_total") == ambiguous
+    assert scene.metric("vqa_image_bytes_total") == images
+    letter = await scene.client.take(scene.worker.dead_letter_queue)
+    assert "large.png" in str(letter.headers["vqa-error-message"])
+
+
+async def test_the_call_that_was_begun_is_broken_off_at_once(scene: Scene) -> None:
+    """While S3 is silent, the API has the beginning; when S3 breaks off, so does the call."""
+    model, proceed = scene.stack.model, asyncio.Event()
+
+    async def wait(request: web.BaseRequest) -> web.StreamResponse:
+        if len(scene.s3.asked) > 1:
+            return await give(LARGE)(request)
+        assert request.transport is not None
+        request.transport.write(begun(LARGE, len(LARGE) // 2))
+        await proceed.wait()
+        request.transport.abort()
+        return web.Response()
+
+    at_first = model.state().in_progress
+    question = f"What is {uuid.uuid4().hex}?"
+    asking = asyncio.create_task(ask(scene, wait, question))
+    try:
+        await until(lambda: model.state().in_progress > at_first, "the call is begun")
+    finally:
+        proceed.set()
+    reply = await asking
+    assert reply.body["status"] == "succeeded"
+    assert reply.body["attempts"] == 2
+    (call,) = calls_with(scene.stack, question)
+    assert [image.sha256 for image in call.images] == [sha256(LARGE)]
+    broken_off = [call for call in model.calls() if call.disconnected and not call.question]
+    assert broken_off
+
+
+@pytest.mark.parametrize("closes", [True, False])
+async def test_what_s3_sends_beyond_what_it_announced_reaches_nobody(scene: Scene, closes: bool) -> None:
+    question = f"What is {uuid.uuid4().hex}?"
+    answer = say(head(len(LARGE)), LARGE, b"\x00 and more", pause_s=0.05, closes=closes)
+    reply = await ask(scene, answer, question)
+    assert reply.body["status"] == "succeeded"
+    (call,) = calls_with(scene.stack, question)
+    assert [image.sha256 for image in call.images] == [sha256(LARGE)]
+
+
+@pytest.mark.parametrize("size", [1000, SMALL_BYTES + 1])
+async def test_an_image_that_dribbles_in_is_the_same_image(scene: Scene, size: int) -> None:
+    content = an_image(size)
+    pieces = [content[start : start + 5] for start in range(0, 500, 5)]
+    question = f"What is {uuid.uuid4().hex}?"
+    answer = say(head(size), *pieces, content[500:], pause_s=0.001)
+    reply = await ask(scene, answer, question)
+    assert reply.body["status"] == "succeeded", reply.body
+    (call,) = calls_with(scene.stack, question)
+    assert [image.sha256 for image in call.images] == [sha256(content)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        say(head(None, "Connection: close"), LARGE),
+        say(head(None, "Transfer-Encoding: chunked"), b"8\r\n\x89PNG\r\n\x1a\n\r\n0\r\n\r\n"),
+    ],
+    ids=["up to the end", "chunked"],
+)
+async def test_without_a_length_nothing_is_sent_that_could_be_half_an_image(
+    scene: Scene, answer: Answer
+) -> None:
+    question = f"What is {uuid.uuid4().hex}?"
+    reply = await ask(scene, answer, question)
+    assert reply.body["error"]["code"] == "attempts_exhausted"
+    assert "size" in reply.body["error"]["message"]
+    assert calls_with(scene.stack, question) == []
+
+
+async def test_an_s3_that_asks_for_less_once_costs_no_attempt(scene: Scene) -> None:
+    async def slow_down(request: web.BaseRequest) -> web.StreamResponse:
+        is_first = len(scene.s3.asked) == 1
+        return await (refuse(503, "SlowDown") if is_first else give(LARGE))(request)
+
+    reply = await ask(scene, slow_down, "What is it?")
+    assert (reply.body["status"], reply.body["attempts"]) == ("succeeded", 1)
+    assert len(scene.s3.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (refuse(200, "SlowDown"), "image_unsupported_type"),
+        (give(b"<html>" + b"Log in to this network! " * 40_000, Content_Type="image/png"),
+         "image_unsupported_type"),
+        (give(b"", Content_Type="image/png"), "image_corrupt"),
+        (give(LARGE, 206, Content_Range=f"bytes 0-{len(LARGE) - 1}/99999999"), "image_forbidden"),
+        (give(LARGE, 403), "image_forbidden"),
+    ],
+    ids=["an error with 200", "a page with 200", "nothing", "a part", "a refusal that looks like an image"],
+)  # fmt: skip
+async def test_what_is_no_image_is_never_sent_as_one(scene: Scene, answer: Answer, code: str) -> None:
+    question = f"What is {uuid.uuid4().hex}?"
+    reply = await ask(scene, answer, question)
+    assert reply.body["error"]["code"] == code, reply.body
+    assert "images[0]" in reply.body["error"]["message"]
+    assert calls_with(scene.stack, question) == []
+
+
+async def test_after_all_that_images_arrive_as_before(scene: Scene) -> None:
+    """Whatever broke off left no connection behind that the next job would find half a request on."""
+    calls = await asyncio.gather(*[look(scene.client, scene.stack, f"s3://{BUCKET}/it") for _ in range(10)])
+    assert {image.sha256 for call in calls for image in call.images} == {sha256(LARGE)}
+    assert scene.worker.ready() == (200, {"status": "ready", "reasons": []})
+
+
+# The times in the result
+
+
+async def test_waiting_for_s3_is_time_of_s3_even_when_the_call_has_begun(scene: Scene) -> None:
+    async def slowly(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(len(LARGE))})
+        await response.prepare(request)
+        for start in range(0, len(LARGE), len(LARGE) // 4 + 1):
+            await response.write(LARGE[start : start + len(LARGE) // 4 + 1])
+            await asyncio.sleep(0.25)
+        return response
+
+    slow = await ask(scene, slowly, "What is it?")
+    fast = await ask(scene, give(LARGE), "What is it?")
+    assert slow.body["status"] == fast.body["status"] == "succeeded"
+    slow_s, fast_s = slow.body["timings"], fast.body["timings"]
+    # Three of the four pauses come before the last bytes.
+    assert slow_s["fetch_s"] >= 0.7
+    assert slow_s["fetch_s"] > slow_s["model_s"]
+    assert slow_s["fetch_s"] + slow_s["model_s"] <= slow_s["total_s"]
+    assert fast_s["fetch_s"] < 0.7
+
+
+async def test_an_s3_that_is_too_slow_for_the_call_is_what_is_blamed(
+    stack: Stack, tmp_path_factory: pytest.TempPathFactory, scene: Scene
+) -> None:
+    """The API waited, not the worker: it must be neither counted nor suspected."""
+    folder = tmp_path_factory.mktemp("slow-s3")
+    async with (
+        Worker.running(
+            stack, folder, VQA_S3_ENDPOINT_URL=scene.s3.url, VQA_MODEL_TIMEOUT="1", VQA_MAX_ATTEMPTS="1"
+        ) as worker,
+        Client.of(stack, worker) as client,
+        answering(scene, say(begun(LARGE, len(LARGE) // 2), closes=False)),
+    ):
+        reply = await client.ask(question="What is it?", images=[f"s3://{BUCKET}/slow.png"])
+        assert reply.body["error"]["code"] == "attempts_exhausted"
+        assert f"images[0] (s3://{BUCKET}/slow.png): S3" in reply.body["error"]["message"]
+        assert worker.metric("vqa_model_requests_total") == 0
+        assert worker.metric("vqa_ambiguous_calls_total") == 0
+
+
+# The same image for many
+
+
+async def test_many_jobs_about_one_image_read_it_together(scene: Scene) -> None:
+    """Questions about one page: S3 gives it once while all of them wait for it."""
+    jobs, question = 20, uuid.uuid4().hex
+
+    async def when_all_are_there(request: web.BaseRequest) -> web.StreamResponse:
+        await until(lambda: scene.metric("vqa_jobs_in_flight") >= jobs, "all jobs are in flight")
+        return await give(LARGE)(request)
+
+    async with answering(scene, when_all_are_there):
+        asking = [
+            scene.client.ask(question=f"{question} {n}", images=[f"s3://{BUCKET}/page.png"])
+            for n in range(jobs)
+        ]
+        replies = await asyncio.gather(*asking)
+        assert len(scene.s3.asked) < jobs / 2
+    assert {reply.body["status"] for reply in replies} == {"succeeded"}
+    calls = calls_with(scene.stack, question)
+    assert [[image.sha256 for image in call.images] for call in calls] == [[sha256(LARGE)]] * jobs
+
+
+async def test_a_shared_image_that_breaks_off_is_told_by_each_job_in_its_own_words(scene: Scene) -> None:
+    jobs = 4
+
+    async def when_all_are_there(request: web.BaseRequest) -> web.StreamResponse:
+        await until(lambda: scene.metric("vqa_jobs_in_flight") >= jobs, "all jobs are in flight")
+        return await say(begun(LARGE, len(LARGE) // 2))(request)
+
+    url = f"s3://{BUCKET}/torn.png"
+    link = "https://images.example/a.png"
+    async with answering(scene, when_all_are_there):
+        replies = await asyncio.gather(
+            *[scene.client.ask(question="?", images=[link] * n + [url]) for n in range(jobs)]
+        )
+    for n, reply in enumerate(replies):
+        assert reply.body["error"]["code"] == "attempts_exhausted"
+        assert f"images[{n}] ({url}): " in reply.body["error"]["message"]
+
+
+async def test_no_more_images_are_on_their_way_than_the_buffer_has_room_for(
+    stack: Stack, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of different images, each 1 MiB of the buffer; all jobs are answered in the end."""
+    jobs, question = 8, uuid.uuid4().hex
+
+    async def slowly(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(len(LARGE))})
+        await response.prepare(request)
+        await response.write(LARGE[:MIB])
+        await asyncio.sleep(0.1)
+        await response.write(LARGE[MIB:])
+        return response
+
+    folder = tmp_path_factory.mktemp("buffer")
+    async with (
+        FakeS3.serving(LARGE) as s3,
+        Worker.running(
+            stack, folder, VQA_S3_ENDPOINT_URL=s3.url, VQA_IMAGE_BUFFER_BYTES=str(2 * MIB)
+        ) as worker,
+        Client.of(stack, worker) as client,
+    ):
+        s3.answer = slowly
+        replies = await asyncio.gather(
+            *[client.ask(question=question, images=[f"s3://{BUCKET}/{n}.png"]) for n in range(jobs)]
+        )
+        assert {reply.body["status"] for reply in replies} == {"succeeded"}
+        assert 1 <= s3.most_at_once <= 3
+        # A job with more images than there is room for gets all the room.
+        call = await look(client, stack, *[f"s3://{BUCKET}/x{n}.png" for n in range(5)])
+        assert [image.sha256 for image in call.images] == [sha256(LARGE)] * 5
+
+
+# Links that are looked at
+
+
+@dataclass
+class Linked:
+    s3: FakeS3
+    looking: Client
+    not_looking: Client
+
+
+@pytest.fixture(scope="module")
+async def linked(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Linked]:
+    """Two workers with `VQA_IMAGE_DELIVERY=link`, one of which looks; their S3 speaks TLS."""
+    folder = tmp_path_factory.mktemp("linked")
+    authority = Authority.made_in(folder / "tls")
+    async with FakeS3.serving(LARGE, tls=authority.server_context()) as s3:
+        settings = {
+            "VQA_S3_ENDPOINT_URL": s3.url,
+            "VQA_IMAGE_DELIVERY": "link",
+            "VQA_MAX_IMAGE_BYTES": "1000",
+            "AWS_CA_BUNDLE": authority.certificate,
+        }
+        async with (
+            Worker.running(stack, folder, **settings, VQA_CHECK_LINKED_IMAGES="true") as looking,
+            Worker.running(stack, folder, **settings) as not_looking,
+            Client.of(stack, looking) as client,
+            Client.of(stack, not_looking) as other,
+        ):
+            yield Linked(s3, client, other)
+
+
+def part(content: bytes) -> Answer:
+    """What S3 answers to a request for the first bytes."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if "Range" not in request.headers:
+            return await give(content)(request)
+        if not content:
+            return await refuse(416, "InvalidRange", Content_Range="bytes */0")(request)
+        span = f"bytes 0-{min(12, len(content)) - 1}/{len(content)}"
+        return await give(content[:12], 206, Content_Range=span)(request)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "words"),
+    [
+        (part(an_image(1001)), "image_too_large", "has 1001 bytes; VQA_MAX_IMAGE_BYTES allows 1000"),
+        (part(b"GIF89a and so on"), "image_unsupported_type", "JPEG, PNG or WebP"),
+        (part(b""), "image_corrupt", "empty"),
+        (refuse(404, "NoSuchKey"), "image_not_found", "NoSuchKey"),
+        (refuse(403, "AccessDenied"), "image_forbidden", "AccessDenied"),
+    ],
+    ids=["too large", "no image", "empty", "missing", "forbidden"],
+)
+async def test_a_look_at_a_linked_image_tells_what_is_wrong_before_the_api_is_asked(
+    stack: Stack,
+    linked: Linked,
+    answer: Answer,
+    code: str,
+    words: str,
+) -> None:
+    s3, client = linked.s3, linked.looking
+    s3.answer, question = answer, f"What is {uuid.uuid4().hex}?"
+    s3.asked.clear()
+    reply = await client.ask(question=question, images=[f"s3://{BUCKET}/it"])
+    assert reply.body["error"]["code"] == code, reply.body
+    assert f"images[0] (s3://{BUCKET}/it): " in reply.body["error"]["message"]
+    assert words in reply.body["error"]["message"]
+    assert calls_with(stack, question) == []
+    (asked,) = s3.asked
+    assert asked.headers["range"] == "bytes=0-11"
+    # Without the setting, all this is left to the API, and S3 is not asked at all.
+    s3.asked.clear()
+    assert (await look(linked.not_looking, stack, f"s3://{BUCKET}/it")).links
+    assert s3.asked == []
+
+
+async def test_a_linked_image_that_is_well_is_asked_for_once_and_passed_on_as_a_link(
+    stack: Stack, linked: Linked
+) -> None:
+    s3, client = linked.s3, linked.looking
+    s3.answer = part(an_image(1000))
+    s3.asked.clear()
+    call = await look(client, stack, f"s3://{BUCKET}/well.png")
+    assert call.images == []
+    (link,) = call.links
+    assert link.startswith(f"{s3.url}/{BUCKET}/well.png?")
+    (asked,) = s3.asked
+    assert (asked.method, asked.headers["range"]) == ("GET", "bytes=0-11")
+
+
+# An API that answers before it was asked
+
+
+@dataclass
+class HastyApi:
+    """Reads so much of a request, then says what it is told to; whole requests it answers as an API does."""
+
+    url: str = ""
+    says: bytes | None = None
+    closes: bool = False
+    heads: list[bytes] = field(default_factory=list)
+    """Of the requests, as they came."""
+    bodies: list[bytes] = field(default_factory=list)
+    """Of those that came whole."""
+    connections: int = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                await self._serve_one(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        start = await reader.readuntil(b"\r\n\r\n")
+        self.heads.append(start)
+        length = int(start.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        says, self.says = self.says, None
+        if says is None:
+            self.bodies.append(await reader.readexactly(length))
+            writer.write(answered(200, COMPLETION))
+            return
+        await reader.readexactly(1000)
+        writer.write(says)
+        await writer.drain()
+        if self.closes and writer.can_write_eof():
+            writer.write_eof()
+        # Half a request is no reason to hang up on the answer: servers go on reading for a while.
+        while await reader.read(1 << 16):
+            pass
+        raise ConnectionResetError
+
+
+COMPLETION = {"choices": [{"message": {"content": "A cat."}, "finish_reason": "stop"}]}
+
+
+def answered(status: int, body: object, *more: str) -> bytes:
+    raw = json.dumps(body).encode()
+    lines = [f"HTTP/1.1 {status} Reason", "Content-Type: application/json", *more]
+    return "\r\n".join([*lines, f"Content-Length: {len(raw)}", "", ""]).encode() + raw
+
+
+@dataclass
+class HastyScene:
+    api: HastyApi
+    s3: FakeS3
+    worker: Worker
+    client: Client
+
+
+@pytest.fixture(scope="module")
+async def hasty(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[HastyScene]:
+    folder, api = tmp_path_factory.mktemp("hasty"), HastyApi()
+    async with await asyncio.start_server(api.serve, "127.0.0.1", 0) as server:
+        api.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        async with (
+            FakeS3.serving(LARGE) as s3,
+            Worker.running(
+                stack, folder, VQA_S3_ENDPOINT_URL=s3.url, VQA_MODEL_BASE_URL=api.url, VQA_MAX_ATTEMPTS="2"
+            ) as worker,
+            Client.of(stack, worker) as client,
+        ):
+            yield HastyScene(api, s3, worker, client)
+
+
+@asynccontextmanager
+async def half_an_image(scene: HastyScene) -> AsyncIterator[None]:
+    """An S3 that gives half of the image and then waits, the first time."""
+    first = True
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        nonlocal first
+        if not first:
+            return await give(LARGE)(request)
+        first = False
+        return await say(begun(LARGE, len(LARGE) // 2), closes=False)(request)
+
+    scene.s3.answer = answer
+    try:
+        yield
+    finally:
+        scene.s3.answer = give(LARGE)
+
+
+EARLY: dict[int, dict[str, Any]] = {
+    413: {"code": "model_rejected", "attempts": 1, "words": "the API answered 413: too much"},
+    422: {"code": "model_rejected", "attempts": 1, "words": "the API answered 422: too much"},
+    401: {"code": None, "attempts": 1},
+    429: {"code": None, "attempts": 1},
+    500: {"code": None, "attempts": 2},
+}
+
+
+@pytest.mark.parametrize("closes", [True, False], ids=["closing", "staying"])
+@pytest.mark.parametrize("status", EARLY)
+async def test_an_api_that_answers_before_the_end_is_understood_as_if_it_had_read_all(
+    hasty: HastyScene, status: int, closes: bool
+) -> None:
+    api, expected = hasty.api, EARLY[status]
+    counted = hasty.worker.metric("vqa_model_requests_total", code=str(status))
+    ambiguous = hasty.worker.metric("vqa_ambiguous_calls_total")
+    more = ["Retry-After: 0.1", *(["Connection: close"] if closes else [])]
+    api.says, api.closes = answered(status, {"error": {"message": "too much"}}, *more), closes
+    api.bodies.clear()
+    async with half_an_image(hasty):
+        reply = await hasty.client.ask(question="What is it?", images=[f"s3://{BUCKET}/it.png"])
+    assert (reply.body["error"] or {}).get("code") == expected["code"], reply.body
+    assert reply.body["attempts"] == expected["attempts"]
+    assert expected.get("words", "") in (reply.body["error"] or {}).get("message", "")
+    assert hasty.worker.metric("vqa_model_requests_total", code=str(status)) == counted + 1
+    assert hasty.worker.metric("vqa_ambiguous_calls_total") == ambiguous
+    # Nobody waits for the other half of the image any more.
+    await until(lambda: hasty.s3.at_once == 0, "the read is given up")
+    # The next job finds no connection with half a request on it.
+    reply = await hasty.client.ask(question="What is it?", images=[f"s3://{BUCKET}/it.png"])
+    assert reply.body["answer"] == "A cat."
+    sent = json.loads(api.bodies[-1])["messages"][0]["content"][0]["image_url"]["url"]
+    assert sent == data_url(LARGE)

@@ -1,0 +1,179 @@
+"""The bytes that may be held at once: first come, first served, and none is lost."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.unit.fakes import free, turns_of_the_loop
+from worker.images.budget import Budget, Share
+
+
+class Holders:
+    """Tasks that hold a share each until told to leave."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self.holding: list[int] = []
+        self.shares: dict[int, Share] = {}
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self._leave: dict[int, asyncio.Event] = {}
+
+    def come(self, name: int, wanted: int) -> None:
+        self._leave[name] = asyncio.Event()
+        self.tasks[name] = asyncio.create_task(self._hold(name, wanted))
+
+    async def _hold(self, name: int, wanted: int) -> None:
+        async with self._budget.share(wanted) as self.shares[name]:
+            self.holding.append(name)
+            try:
+                await self._leave[name].wait()
+            finally:
+                self.holding.remove(name)
+
+    def leave(self, *names: int) -> None:
+        for name in names:
+            self._leave[name].set()
+
+    def cancel(self, *names: int) -> None:
+        for name in names:
+            self.tasks[name].cancel()
+
+
+@asynccontextmanager
+async def holders(budget: Budget) -> AsyncIterator[Holders]:
+    them = Holders(budget)
+    try:
+        yield them
+    finally:
+        for task in them.tasks.values():
+            task.cancel()
+        await asyncio.gather(*them.tasks.values(), return_exceptions=True)
+
+
+async def test_who_fits_in_passes_and_the_others_wait_in_their_order() -> None:
+    async with holders(Budget(10)) as them:
+        for name, wanted in enumerate([6, 4, 5, 1, 1]):
+            them.come(name, wanted)
+        await turns_of_the_loop()
+        assert them.holding == [0, 1]
+        # One byte would be free soon, but the large one came first: or it would wait for ever.
+        them.leave(1)
+        await turns_of_the_loop()
+        assert them.holding == [0]
+        them.leave(0)
+        await turns_of_the_loop()
+        assert them.holding == [2, 3, 4]
+
+
+async def test_more_than_there_can_ever_be_is_all_there_is() -> None:
+    budget = Budget(10)
+    async with holders(budget) as them:
+        them.come(0, 1000)
+        them.come(1, 1)
+        await turns_of_the_loop()
+        assert them.holding == [0]
+        them.leave(0)
+        await turns_of_the_loop()
+        assert them.holding == [1]
+        them.leave(1)
+    assert free(budget) == 10
+
+
+async def test_who_needs_nothing_waits_for_nobody() -> None:
+    async with holders(Budget(10)) as them:
+        them.come(0, 10)
+        them.come(1, 5)
+        them.come(2, 0)
+        await turns_of_the_loop()
+        assert them.holding == [0, 2]
+
+
+async def test_what_is_given_back_early_is_the_next_one_s() -> None:
+    budget = Budget(10)
+    async with holders(budget) as them:
+        them.come(0, 10)
+        them.come(1, 7)
+        await turns_of_the_loop()
+        them.shares[0].shrink_to(4)
+        await turns_of_the_loop()
+        assert them.holding == [0]
+        them.shares[0].shrink_to(3)
+        await turns_of_the_loop()
+        assert them.holding == [0, 1]
+        # It can only give back.
+        them.shares[0].shrink_to(9)
+        assert budget.share_at_once(1) is None
+        them.shares[0].release()
+        them.shares[0].release()
+        assert free(budget) == 3
+    assert free(budget) == 10
+
+
+@pytest.mark.parametrize("gone", [[1], [2], [1, 2], [3]])
+async def test_who_stops_waiting_leaves_no_gap_and_blocks_nobody(gone: list[int]) -> None:
+    budget = Budget(10)
+    async with holders(budget) as them:
+        them.come(0, 6)
+        for name, wanted in ((1, 9), (2, 8), (3, 2)):
+            them.come(name, wanted)
+        await turns_of_the_loop()
+        assert them.holding == [0]
+        them.cancel(*gone)
+        await turns_of_the_loop()
+        # Only when both large ones are gone is the small one the next, and fits in at once.
+        assert them.holding == ([0, 3] if gone == [1, 2] else [0])
+        them.leave(0, 1, 2, 3)
+        await asyncio.gather(*them.tasks.values(), return_exceptions=True)
+    assert free(budget) == 10
+
+
+async def test_who_is_cancelled_when_its_turn_has_just_come_passes_it_on() -> None:
+    budget = Budget(10)
+    async with holders(budget) as them:
+        them.come(0, 10)
+        them.come(1, 10)
+        them.come(2, 10)
+        await turns_of_the_loop()
+        # All in one turn of the loop: 1 has been given its share and cannot know.
+        them.shares[0].release()
+        them.cancel(1)
+        await turns_of_the_loop()
+        assert them.holding == [0, 2]
+        them.leave(2)
+    assert free(budget) == 10
+
+
+async def test_at_once_means_without_overtaking_and_without_waiting() -> None:
+    budget = Budget(10)
+    share = budget.share_at_once(8)
+    assert share is not None
+    assert budget.share_at_once(3) is None
+    async with holders(budget) as them:
+        them.come(0, 5)
+        await turns_of_the_loop()
+        assert budget.share_at_once(1) is None
+        share.release()
+        await turns_of_the_loop()
+        assert them.holding == [0]
+        assert budget.share_at_once(6) is None
+        them.leave(0)
+    assert free(budget) == 10
+
+
+async def test_whatever_happens_the_limit_holds_and_nothing_leaks() -> None:
+    chance = random.Random(2)  # noqa: S311 - no secret
+    for _ in range(100):
+        budget, sizes = Budget(20), [chance.randint(0, 25) for _ in range(30)]
+        async with holders(budget) as them:
+            for name, wanted in enumerate(sizes):
+                them.come(name, wanted)
+                for it in chance.sample(range(name + 1), min(name + 1, 3)):
+                    chance.choice([them.leave, them.cancel, lambda _: None])(it)
+                await turns_of_the_loop(chance.randint(0, 3))
+                assert sum(min(sizes[it], 20) for it in them.holding) <= 20
+            them.leave(*range(len(sizes)))
+            await asyncio.gather(*them.tasks.values(), return_exceptions=True)
+        assert free(budget) == 20

@@ -1,0 +1,284 @@
+"""Streaming changes no byte: base64 made of pieces, and the body that it is put into."""
+
+import asyncio
+import base64
+import json
+import random
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.errors import Dependency, DependencyDownError, TransientError
+from worker.images.encoding import EncodedStream, decode_slices, encode, encoded_length, later
+from worker.images.load import SMALL_BYTES, UrlStream, UrlText
+from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, frame
+from worker.model.request import SMALL_BYTES as SMALL_BODY_BYTES
+
+PREFIX = b"data:image/png;base64,"
+CONTENT = random.Random(3).randbytes(3 * SMALL_BYTES + 3 * SMALL_BODY_BYTES)  # noqa: S311 - no secret
+BOUNDARIES = [
+    0,
+    3,
+    1024,
+    SMALL_BYTES,
+    SMALL_BYTES * 3 // 4,
+    SMALL_BODY_BYTES,
+    SMALL_BODY_BYTES * 3 // 4,
+    2 * SMALL_BYTES,
+]
+SIZES = sorted({max(0, size + more) for size in BOUNDARIES for more in range(-3, 4)})
+# What is read of S3 in one go, and sizes that leave something over in every way.
+CUTS = [1, 2, 3, 4, 5, 7, 1000, 16_384, 65_535, 65_536, 65_537, 262_144]
+
+
+def cut(content: bytes, chance: random.Random) -> Iterator[bytes]:
+    """The content in pieces of random sizes, empty ones among them."""
+    most = max(chance.choice(CUTS), len(content) // 50)
+    start = 0
+    while start < len(content):
+        size = chance.choice([0, 1, most, chance.randint(0, most)]) if most > 100 else chance.randint(0, most)
+        yield content[start : start + size]
+        start += size
+
+
+async def joined(pieces: AsyncIterator[bytes]) -> bytes:
+    return b"".join([bytes(piece) async for piece in pieces])
+
+
+async def gather(pieces: AsyncIterable[bytes], got: list[bytes]) -> None:
+    """What comes before a fault counts too."""
+    async for piece in pieces:
+        got.append(bytes(piece))  # noqa: PERF401
+
+
+def body_of(urls: Sequence[ImageUrl], **params: Any) -> RequestBody:
+    """A body with text before, between and after the images."""
+    parts: list[dict[str, Any]] = [{"type": "text", "text": "before, 猫"}]
+    for n, _ in enumerate(urls):
+        parts.append({"type": "image_url", "image_url": {"url": PLACEHOLDER}})
+        parts.append({"type": "text", "text": f'after {n} "\\'})
+    return RequestBody(frame("m", [{"role": "user", "content": parts}], params), urls)
+
+
+def urls_in(raw: bytes) -> list[str]:
+    parts = json.loads(raw)["messages"][0]["content"]
+    return [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+
+
+def url_of(content: bytes) -> str:
+    return (PREFIX + base64.b64encode(content)).decode()
+
+
+# Encoding
+
+
+async def test_thousands_of_sizes_cut_at_random_give_the_base64_of_the_whole() -> None:
+    chance = random.Random(11)  # noqa: S311 - no secret
+    for size in chain(range(200), (chance.randint(0, 3000) for _ in range(3000))):
+        content = CONTENT[:size]
+        encoded = await joined(EncodedStream(later(cut(content, chance))))
+        assert encoded == base64.b64encode(content) == encode(content)
+        assert encoded_length(size) == len(encoded)
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_sizes_around_every_boundary_give_the_base64_of_the_whole(size: int) -> None:
+    chance = random.Random(size)  # noqa: S311 - no secret
+    content = CONTENT[:size]
+    for _ in range(3):
+        assert await joined(EncodedStream(later(cut(content, chance)))) == base64.b64encode(content)
+
+
+@given(pieces=st.lists(st.binary(max_size=8), max_size=20))
+async def test_however_it_is_cut_only_the_end_is_padded(pieces: list[bytes]) -> None:
+    encoded = [piece async for piece in EncodedStream(later(pieces))]
+    assert b"".join(encoded) == base64.b64encode(b"".join(pieces))
+    assert not any(piece.endswith(b"=") for piece in encoded[:-1])
+
+
+async def test_a_fault_of_the_source_comes_through_as_it_is() -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"12345"
+        raise TransientError(Dependency.S3, "connection", "it broke off")
+
+    got: list[bytes] = []
+    with pytest.raises(TransientError, match="it broke off"):
+        await gather(EncodedStream(broken()), got)
+    # What is over is not padded to an image that looks whole.
+    assert b"".join(got) == base64.b64encode(b"123")
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_a_job_carries_is_decoded_to_the_same_bytes(size: int) -> None:
+    content = CONTENT[:size]
+    encoded = base64.b64encode(content)
+    assert b"".join(decode_slices(memoryview(encoded))) == content
+    assert b"".join(decode_slices(memoryview(encoded.rstrip(b"=")))) == content
+    lines = b"\r\n".join(encoded[start : start + 76] for start in range(0, len(encoded), 76))
+    assert b"".join(decode_slices(memoryview(b" " + lines + b"\n"))) == content
+
+
+def test_what_a_job_carries_is_decoded_in_slices_and_not_at_once() -> None:
+    encoded = base64.b64encode(CONTENT)
+    pieces = [len(piece) for piece in decode_slices(memoryview(encoded))]
+    assert max(pieces) < len(CONTENT) / 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"A", b"AAAAA", b"AA=A", b"AAAA=", b"====", b"AA==AA==", b"A===", b"AAA==", b"AA-_", b"AA*A",
+        b"\xc3\xa9AA", b"AAAA\x00AAA", b"AA==AA", b"AA== A",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("blanks", [b"", b"  "], ids=["whole groups", "shifted"])
+@pytest.mark.parametrize("before", [0, 256 * 1024 - 4, 256 * 1024])
+def test_what_is_not_base64_is_refused_wherever_it_stands(text: bytes, before: int, blanks: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        b"".join(decode_slices(memoryview(blanks + b"A" * before + text)))
+
+
+@given(text=st.text(alphabet="AB/+= \n-", max_size=30).map(str.encode))
+def test_slices_are_as_strict_as_the_whole(text: bytes) -> None:
+    bare = bytes(byte for byte in text if byte not in b" \n")
+    try:
+        expected = base64.b64decode(bare + b"=" * (-len(bare) % 4), validate=True)
+    except ValueError:
+        expected = None
+    try:
+        found = b"".join(decode_slices(memoryview(text)))
+    except ValueError:
+        found = None
+    assert found == expected
+
+
+# The body
+
+
+async def test_a_thousand_bodies_are_whole_and_as_long_as_they_say() -> None:
+    chance = random.Random(5)  # noqa: S311 - no secret
+    for _ in range(1000):
+        contents = [CONTENT[: chance.randint(0, 3000)] for _ in range(chance.randint(0, 4))]
+        urls: list[ImageUrl] = [
+            UrlText(url_of(content).encode())
+            if chance.random() < 0.3
+            else UrlStream(PREFIX, len(content), later(cut(content, chance)))
+            for content in contents
+        ]
+        body = body_of(urls, seed=1)
+        raw = await joined(aiter(body))
+        assert len(raw) == body.length
+        assert urls_in(raw) == [url_of(content) for content in contents]
+        assert json.loads(raw)["seed"] == 1
+        assert body.is_sent
+
+
+@pytest.mark.parametrize(("one", "other"), [*pairwise(SIZES)])
+async def test_bodies_with_images_around_every_boundary_are_whole(one: int, other: int) -> None:
+    chance = random.Random(one)  # noqa: S311 - no secret
+    contents = [CONTENT[:one], CONTENT[:other], CONTENT[:one]]
+    link = "https://images.example/a.png?x=1&y=%2F"
+    urls: list[ImageUrl] = [
+        UrlStream(PREFIX, one, later(cut(contents[0], chance))),
+        UrlText(link.encode()),
+        UrlText(url_of(contents[1]).encode()),
+        UrlStream(PREFIX, one, later(cut(contents[2], chance))),
+    ]
+    body = body_of(urls)
+    raw = await joined(aiter(body))
+    assert len(raw) == body.length
+    assert urls_in(raw) == [url_of(contents[0]), link, url_of(contents[1]), url_of(contents[2])]
+
+
+async def test_small_bodies_go_out_in_one_piece_and_large_ones_in_pieces_that_are_not_whole_images() -> None:
+    small = body_of([UrlText(url_of(CONTENT[:1000]).encode())])
+    assert len([piece async for piece in small]) == 1
+    large = body_of([UrlStream(PREFIX, len(CONTENT), later(cut(CONTENT, random.Random(0))))])  # noqa: S311
+    pieces = [len(piece) async for piece in large]
+    assert sum(pieces) == large.length
+    assert max(pieces) < large.length / 4
+
+
+async def test_a_body_tells_when_it_is_handed_over_and_not_before() -> None:
+    told: list[int] = []
+    got = 0
+    text = UrlText(b"x" * 2 * SMALL_BODY_BYTES)
+    body = RequestBody([b"<", b">"], [text], on_sent=lambda: told.append(got))
+    async for piece in body:
+        assert not told
+        assert not body.is_sent
+        got += len(piece)
+    assert told == [body.length]
+    assert body.is_sent
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        TransientError(Dependency.S3, "connection", "it broke off"),
+        DependencyDownError(Dependency.S3, "it is gone"),
+    ],
+)
+async def test_a_body_that_breaks_off_says_why_and_is_never_called_sent(fault: Exception) -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield CONTENT[:1000]
+        raise fault
+
+    told: list[bool] = []
+    url = UrlStream(PREFIX, 2000, broken())
+    body = RequestBody([b'"', b'"'], [url], on_sent=lambda: told.append(True))
+    got: list[bytes] = []
+    with pytest.raises(type(fault)) as caught:
+        await gather(body, got)
+    assert caught.value is fault
+    assert body.failure is fault
+    assert sum(map(len, got)) < body.length
+    assert (told, body.is_sent) == ([], False)
+
+
+async def test_who_is_late_when_the_time_is_up_can_be_told() -> None:
+    waits, arrived = asyncio.Event(), asyncio.Event()
+
+    async def late() -> AsyncIterator[bytes]:
+        waits.set()
+        await arrived.wait()
+        yield CONTENT[:1000]
+
+    link = UrlText(b"https://images.example/a.png")
+    url = UrlStream(PREFIX, 1000, late())
+    names = ["images[0] (https://…)", "images[1] (s3://…)"]
+    body = RequestBody([b"<", b",", b">"], [link, url], names=names)
+    assert body.lateness is None
+    reading = asyncio.create_task(joined(aiter(body)))
+    await waits.wait()
+    late_image = body.lateness
+    assert late_image is not None
+    assert (late_image.dependency, late_image.reason) == (Dependency.S3, "timeout")
+    assert late_image.message.startswith("images[1] (s3://…): ")
+    arrived.set()
+    assert len(await reading) == body.length
+    # From here on it is the API that takes its time.
+    assert body.lateness is None
+
+
+async def test_the_time_that_images_take_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("worker.model.request.time.monotonic", lambda: now)
+
+    async def slow() -> AsyncIterator[bytes]:
+        nonlocal now
+        for _ in range(4):
+            now += 2.0  # S3
+            yield CONTENT[:SMALL_BODY_BYTES]
+
+    body = RequestBody([b"<", b">"], [UrlStream(PREFIX, 4 * SMALL_BODY_BYTES, slow())])
+    async for _ in body:
+        now += 100.0  # the API
+    assert body.waited_s == pytest.approx(8.0)

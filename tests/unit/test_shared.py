@@ -1,0 +1,296 @@
+"""One read for all who want the same image at the same time, whoever of them leaves and when."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.unit.fakes import free, turns_of_the_loop
+from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
+from worker.images.budget import Budget
+from worker.images.s3 import Reading
+from worker.images.shared import SharedReads
+from worker.images.source import S3Object
+
+IMAGE = S3Object("photos", "cat.png")
+PIECES = [b"one", b"two", b"three"]
+SIZE = len(b"".join(PIECES))
+
+
+class FakeReading:
+    """Gives a piece for each `go`, and fails in the end if told to."""
+
+    def __init__(self) -> None:
+        self.size = SIZE
+        self.go = asyncio.Semaphore(0)
+        self.failure: Exception | None = None
+        self.given = 0
+        self.was_closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in PIECES:
+            await self.go.acquire()
+            assert not self.was_closed
+            self.given += 1
+            yield piece
+        if self.failure is not None:
+            raise self.failure
+
+    def close(self) -> None:
+        self.was_closed = True
+
+    def finish(self) -> None:
+        for _ in PIECES:
+            self.go.release()
+
+
+class FakeS3:
+    """Opens readings when told to."""
+
+    def __init__(self) -> None:
+        self.opened: list[FakeReading] = []
+        self.asked = 0
+        self.given_up = 0
+        self.failure: Exception | None = None
+        self.may_open = asyncio.Event()
+
+    async def open(self, source: S3Object) -> Reading:
+        self.asked += 1
+        try:
+            await self.may_open.wait()
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+        if self.failure is not None:
+            raise self.failure
+        assert source.bucket == "photos"
+        self.opened.append(FakeReading())
+        return self.opened[-1]
+
+
+class Scene:
+    def __init__(self, budget: int = 1000) -> None:
+        self.s3 = FakeS3()
+        self.budget = Budget(budget)
+        self.limit = budget
+        self.reads = SharedReads(self.s3.open, self.budget, own_bytes=0)
+
+    def readers(self, count: int, source: S3Object = IMAGE) -> "list[asyncio.Task[bytes]]":
+        return [asyncio.create_task(self._read(source)) for _ in range(count)]
+
+    async def _read(self, source: S3Object) -> bytes:
+        reading = await self.reads.open(source)
+        try:
+            assert reading.size == SIZE
+            return b"".join([piece async for piece in reading])
+        finally:
+            reading.close()
+
+    def nothing_is_left(self) -> bool:
+        """Every read that was begun has ended, and the budget has all its bytes."""
+        return all(it.was_closed for it in self.s3.opened) and free(self.budget) == self.limit
+
+
+async def ended(tasks: "list[asyncio.Task[bytes]]") -> list[bytes | BaseException]:
+    async with asyncio.timeout(20):
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_many_at_once_are_one_read_and_each_gets_every_byte() -> None:
+    scene = Scene()
+    tasks = scene.readers(20)
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    await turns_of_the_loop()
+    assert free(scene.budget) == scene.limit - SIZE
+    scene.s3.opened[0].finish()
+    assert await ended(tasks) == [b"onetwothree"] * 20
+    assert scene.s3.asked == 1
+    assert scene.nothing_is_left()
+
+
+async def test_another_image_or_a_later_time_is_another_read() -> None:
+    scene = Scene()
+    tasks = [*scene.readers(2), *scene.readers(1, S3Object("photos", "dog.png"))]
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    await turns_of_the_loop()
+    late = scene.readers(1)
+    await turns_of_the_loop()
+    for reading in scene.s3.opened:
+        reading.finish()
+    assert await ended([*tasks, *late]) == [b"onetwothree"] * 4
+    assert scene.s3.asked == 3
+    assert scene.nothing_is_left()
+
+
+async def test_a_sole_reader_reads_itself_and_nothing_is_kept_for_it() -> None:
+    scene = Scene()
+    tasks = scene.readers(1)
+    scene.s3.may_open.set()
+    await turns_of_the_loop()
+    assert free(scene.budget) == scene.limit
+    # It is read as fast as it is used.
+    assert scene.s3.opened[0].given == 0
+    scene.s3.opened[0].finish()
+    assert await ended(tasks) == [b"onetwothree"]
+    assert scene.nothing_is_left()
+
+
+async def test_without_room_to_keep_it_each_reads_for_itself() -> None:
+    scene = Scene(budget=SIZE - 1)
+    tasks = scene.readers(3)
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    await turns_of_the_loop()
+    assert len(scene.s3.opened) == scene.s3.asked == 3
+    for reading in scene.s3.opened:
+        reading.finish()
+    assert await ended(tasks) == [b"onetwothree"] * 3
+    assert scene.nothing_is_left()
+
+
+async def test_the_slow_do_not_hold_up_the_fast_nor_the_read() -> None:
+    scene = Scene()
+    slow, fast = asyncio.create_task(scene.reads.open(IMAGE)), scene.readers(1)
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    await turns_of_the_loop()
+    scene.s3.opened[0].finish()
+    assert await ended(fast) == [b"onetwothree"]
+    reading = await slow
+    assert b"".join([piece async for piece in reading]) == b"onetwothree"
+    reading.close()
+    reading.close()
+    assert scene.nothing_is_left()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("moment", range(14))
+async def test_readers_may_leave_at_any_moment(count: int, kept: bool, moment: int) -> None:
+    """The first leaves, then the others, one turn of the loop after the other."""
+    for leavers in range(1, count + 1):
+        scene = Scene(budget=1000 if kept else SIZE - 1)
+        tasks = scene.readers(count)
+
+        def step(n: int, scene: Scene = scene) -> None:
+            if n == 4:
+                scene.s3.may_open.set()
+            if n >= 8:
+                for reading in scene.s3.opened:
+                    reading.go.release()
+
+        for n in range(moment):
+            step(n)
+            await turns_of_the_loop(1)
+        for task in tasks[:leavers]:
+            task.cancel()
+            await turns_of_the_loop(1)
+        scene.s3.may_open.set()
+        await turns_of_the_loop()
+        for reading in scene.s3.opened:
+            reading.finish()
+        found = await ended(tasks)
+        assert set(found[leavers:]) <= {b"onetwothree"}
+        assert all(isinstance(it, asyncio.CancelledError) or it == b"onetwothree" for it in found[:leavers])
+        await turns_of_the_loop()
+        assert scene.nothing_is_left()
+        # Whoever comes later finds nothing that was left half done.
+        again = scene.readers(2)
+        await turns_of_the_loop()
+        for reading in scene.s3.opened:
+            reading.finish()
+        assert await ended(again) == [b"onetwothree"] * 2
+        assert scene.nothing_is_left()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_when_nobody_waits_any_more_s3_is_not_asked_on(count: int) -> None:
+    scene = Scene()
+    tasks = scene.readers(count)
+    await turns_of_the_loop()
+    for task in tasks:
+        task.cancel()
+    await ended(tasks)
+    await turns_of_the_loop()
+    assert scene.s3.given_up == scene.s3.asked
+    assert scene.nothing_is_left()
+
+
+async def test_who_opens_for_all_and_is_cut_off_leaves_the_others_to_themselves() -> None:
+    scene = Scene()
+    tasks = scene.readers(3)
+    await turns_of_the_loop()
+    tasks[0].cancel()
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    await turns_of_the_loop()
+    for reading in scene.s3.opened:
+        reading.finish()
+    assert (await ended(tasks))[1:] == [b"onetwothree"] * 2
+    assert scene.nothing_is_left()
+
+
+async def test_who_comes_when_the_last_one_has_just_left_is_served_all_the_same() -> None:
+    scene = Scene()
+    gone = scene.readers(1)
+    await turns_of_the_loop()
+    gone[0].cancel()
+    # In the same turn of the loop in which the one that left ends its read.
+    await turns_of_the_loop(1)
+    late = scene.readers(1)
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    await turns_of_the_loop()
+    scene.s3.opened[-1].finish()
+    assert await ended(late) == [b"onetwothree"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        JobError(ErrorCode.IMAGE_NOT_FOUND, "none"),
+        TransientError(Dependency.S3, "timeout", "slow"),
+        DependencyDownError(Dependency.S3, "gone"),
+    ],
+    ids=lambda it: type(it).__name__,
+)
+@pytest.mark.parametrize("count", [1, 3])
+async def test_what_cannot_be_opened_is_told_to_every_reader(fault: Exception, count: int) -> None:
+    scene = Scene()
+    scene.s3.failure = fault
+    tasks = scene.readers(count)
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    assert [type(it) for it in await ended(tasks)] == [type(fault)] * count
+    assert scene.s3.asked == 1
+    assert scene.nothing_is_left()
+    # The next one asks anew.
+    scene.s3.failure = None
+    again = scene.readers(1)
+    await turns_of_the_loop()
+    scene.s3.opened[0].finish()
+    assert await ended(again) == [b"onetwothree"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_a_read_that_breaks_off_breaks_off_for_every_reader(kept: bool) -> None:
+    scene = Scene(budget=1000 if kept else SIZE - 1)
+    tasks = scene.readers(3)
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    await turns_of_the_loop()
+    for reading in scene.s3.opened:
+        reading.failure = TransientError(Dependency.S3, "connection", "it broke off")
+        reading.finish()
+    found = await ended(tasks)
+    assert [type(it) for it in found] == [TransientError] * 3
+    assert scene.nothing_is_left()
+
+
+async def test_a_bug_in_the_read_reaches_its_readers() -> None:
+    scene = Scene()
+    scene.s3.failure = KeyError("bug")
+    scene.s3.may_open.set()
+    assert [type(it) for it in await ended(scene.readers(2))] == [KeyError] * 2
