@@ -7,6 +7,8 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,6 +28,8 @@ from worker import __version__
 from worker.result import Usage
 
 UNKNOWN_MODEL = "unknown"
+
+Metric = TypeVar("Metric", Counter, Histogram)
 
 # The `_created` series double the number of time series and nobody looks at them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -122,6 +126,12 @@ GEN_AI_OPERATION_DURATION = Histogram(
 )
 
 
+@lru_cache(maxsize=4096)
+def series(metric: Metric, *labels: str) -> Metric:
+    """One of the metric's time series; the library's own look-up is dear, and a job needs a dozen of them."""
+    return metric.labels(*labels)
+
+
 class ModelCall:
     """The figures of one API call; one of `answered` and `failed` is called, once."""
 
@@ -139,9 +149,9 @@ class ModelCall:
             ("prompt", "input", usage.prompt_tokens),
             ("completion", "output", usage.completion_tokens),
         ):
-            TOKENS.labels(self._model, ours).inc(count)
-            GEN_AI_TOKEN_USAGE.labels("chat", self._provider, self._model, theirs).observe(count)
-        COST.labels(self._model).inc(usage.cost_usd or 0.0)
+            series(TOKENS, self._model, ours).inc(count)
+            series(GEN_AI_TOKEN_USAGE, "chat", self._provider, self._model, theirs).observe(count)
+        series(COST, self._model).inc(usage.cost_usd or 0.0)
 
     def failed(self, code: str, *, ambiguous: bool = False) -> None:
         """The call ended with an HTTP status, or as `timeout`, `connection` or `malformed`."""
@@ -150,8 +160,8 @@ class ModelCall:
             AMBIGUOUS_CALLS.labels(self._model).inc()
 
     def _ended(self, code: str, error_type: str) -> None:
-        MODEL_REQUESTS.labels(self._model, code).inc()
-        GEN_AI_OPERATION_DURATION.labels("chat", self._provider, self._model, error_type).observe(
+        series(MODEL_REQUESTS, self._model, code).inc()
+        series(GEN_AI_OPERATION_DURATION, "chat", self._provider, self._model, error_type).observe(
             time.monotonic() - self._started
         )
 
@@ -175,7 +185,7 @@ def stage(name: str, model: str) -> Iterator[None]:
     try:
         yield
     finally:
-        STAGE_DURATION.labels(name, model).observe(time.monotonic() - started)
+        series(STAGE_DURATION, name, model).observe(time.monotonic() - started)
 
 
 def exposition() -> tuple[bytes, str]:

@@ -75,7 +75,7 @@ class Report:
     def end_of_try(self) -> None:
         """The stages measured so far are over; those of another try (after a 429) add up."""
         for name, seconds in self._now.items():
-            metrics.STAGE_DURATION.labels(name, self.model).observe(seconds)
+            metrics.series(metrics.STAGE_DURATION, name, self.model).observe(seconds)
             self._stages[name] = self._stages.get(name, 0.0) + seconds
         self._now.clear()
 

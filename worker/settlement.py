@@ -136,8 +136,8 @@ def _has_somebody_to_tell(delivery: Delivery, outcome: DeadLetter) -> bool:
 
 
 def _count_job(status: str, error: str, model: str, took_s: float) -> None:
-    metrics.JOBS.labels(status, error, model).inc()
-    metrics.JOB_DURATION.labels(status, model).observe(took_s)
+    metrics.series(metrics.JOBS, status, error, model).inc()
+    metrics.series(metrics.JOB_DURATION, status, model).observe(took_s)
 
 
 def _facts(outcome: Outcome) -> Mapping[str, Any]:

@@ -65,7 +65,7 @@ class Endpoint:
 
     def client_config(self, **more: Any) -> Config:
         """How a client of the SDK is set up for it: signatures of version 4, and `auto` is path for a URL."""
-        # With its own `auto` the SDK signs for the worldwide address, which redirects for hours where a bucket
+        """How the SDK's client is set up for it: signatures of version 4, and `auto` is path for a URL."""
         # is new; names that no host can have are in the path with `virtual` too.
         by_path = self.is_path_of_url or self.addressing_style == "path"
         style: Literal["path", "virtual"] = "path" if by_path else "virtual"

@@ -85,7 +85,7 @@ class OpenImages:
         for reading in self.readings:
             reading.close()
         self._share.release()
-        metrics.IMAGE_BYTES.labels("inline").inc(self.inline_bytes)
+        metrics.series(metrics.IMAGE_BYTES, "inline").inc(self.inline_bytes)
 
 
 class Images:

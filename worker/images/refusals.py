@@ -1,8 +1,5 @@
 """What S3 and the way to it can answer instead of an object, sorted by whose fault it is."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import aiohttp
 from botocore.exceptions import (
     BotoCoreError,
@@ -70,7 +67,7 @@ _BROKE_OFF = (
 )
 
 
-class S3Refusal(Exception):  # noqa: N818 - an answer of S3's, which `translated` makes an error of
+class S3Refusal(Exception):  # noqa: N818 - an answer of S3's, which `translate` makes an error of
     """S3 answered with an error.
 
     Attributes:
@@ -94,21 +91,19 @@ class S3Refusal(Exception):  # noqa: N818 - an answer of S3's, which `translated
         return self.status in _REDIRECTS or self.code in _ELSEWHERE
 
 
-@contextmanager
-def translated() -> Iterator[None]:
-    """Turn what goes wrong with S3 into the worker's own errors; messages don't name the image.
+# What `translate` knows.
+FAILURES = (S3Refusal, aiohttp.ClientError, BotoCoreError, OSError)
 
-    Raises:
+
+def translate(error: Exception) -> Exception:
+    """The worker's own error for what went wrong with S3 (one of FAILURES); messages don't name the image.
+
+    Returns:
         JobError: there is no such object, or it may not be read.
         TransientError: the read broke off or took too long.
         DependencyDownError: S3 is out of reach, failing, or refuses these credentials.
     """
-    try:
-        yield
-    except S3Refusal as error:
-        raise _from_answer(error) from None
-    except (aiohttp.ClientError, BotoCoreError, OSError) as error:
-        raise _from_failure(error) from None
+    return _from_answer(error) if isinstance(error, S3Refusal) else _from_failure(error)
 
 
 def _from_answer(error: S3Refusal) -> Exception:

@@ -13,7 +13,7 @@ from yarl import URL
 from worker.errors import Dependency, TransientError
 from worker.http_client import open_session, proxy_options
 from worker.images.aws import Aws, S3ConfigurationError, ca_bundle
-from worker.images.refusals import S3Refusal, translated
+from worker.images.refusals import FAILURES, S3Refusal, translate
 from worker.images.sdk import Sdk
 from worker.images.source import S3Object
 
@@ -76,15 +76,15 @@ class S3:
             TransientError: the read broke off or took too long.
             DependencyDownError: S3 is out of reach, failing, or refuses these credentials.
         """
-        with translated():
+        try:
             if not self._is_elsewhere(source.bucket):
                 try:
                     return _Checked(await self._get(source))
                 except S3Refusal as error:
-                    if not error.is_elsewhere:
-                        raise
-                    self._remember_elsewhere(source.bucket)
+                    self._only_if_elsewhere(source.bucket, error)
             return _Checked(await self._sdk.open(source))
+        except FAILURES as error:
+            raise translate(error) from None
 
     async def look(self, source: S3Object, length: int) -> tuple[int, bytes]:
         """The size of an object and its first `length` bytes, without reading more of it.
@@ -92,14 +92,15 @@ class S3:
         Raises:
             JobError, TransientError, DependencyDownError: as `open`.
         """
-        if not self._is_elsewhere(source.bucket):
-            with translated():
-                try:
-                    return await self._get_beginning(source, length)
-                except S3Refusal as error:
-                    if not error.is_elsewhere:
-                        raise
-                    self._remember_elsewhere(source.bucket)
+        try:
+            if not self._is_elsewhere(source.bucket):
+                return await self._get_beginning(source, length)
+        except S3Refusal as error:
+            if not error.is_elsewhere:
+                raise translate(error) from None
+            # `open` will find out.
+        except FAILURES as error:
+            raise translate(error) from None
         reading = await self.open(source)
         try:
             return reading.size, await _beginning(reading, length)
@@ -112,8 +113,10 @@ class S3:
         Raises:
             DependencyDownError: there are no credentials to sign with.
         """
-        with translated():
+        try:
             return await self._aws.link(source, expires_s)
+        except FAILURES as error:
+            raise translate(error) from None
 
     async def close(self) -> None:
         """Close the connections."""
@@ -166,7 +169,10 @@ class S3:
     def _is_elsewhere(self, bucket: str) -> bool:
         return bucket.endswith(_DIRECTORY_BUCKET) or bucket in self._elsewhere
 
-    def _remember_elsewhere(self, bucket: str) -> None:
+    def _only_if_elsewhere(self, bucket: str, error: S3Refusal) -> None:
+        """Remember that the bucket is elsewhere, if that is what S3 says; else raise its answer again."""
+        if not error.is_elsewhere:
+            raise error
         if len(self._elsewhere) >= REMEMBERED_BUCKETS:
             self._elsewhere.clear()
         self._elsewhere.add(bucket)
@@ -211,8 +217,10 @@ class _Checked:
         return self
 
     async def __anext__(self) -> bytes:
-        with translated():
+        try:
             piece = await anext(self._pieces, b"")
+        except FAILURES as error:
+            raise translate(error) from None
         self._got += len(piece)
         if piece:
             return piece

@@ -39,7 +39,7 @@ class AiohttpClient(httpx2.AsyncClient):
 
     def build_request(self, method: str, url: httpx2.URL | str, **parts: Any) -> httpx2.Request:
         """A request with what the SDK has put together, and nothing else; its content must be a stream."""
-        return httpx2.Request(method, _parsed(url), headers=parts["headers"], stream=parts["content"])
+        return httpx2.Request(method, parsed(url), headers=parts["headers"], stream=parts["content"])
 
     async def send(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
         """Send a request, streaming its body, and read the whole answer. Redirects are not followed.
@@ -79,8 +79,8 @@ class AiohttpClient(httpx2.AsyncClient):
 
 
 @lru_cache(maxsize=16)
-def _parsed(url: httpx2.URL | str) -> httpx2.URL:
-    """The library takes a URL apart at every step of a call; the worker has but one."""
+def parsed(url: httpx2.URL | str) -> httpx2.URL:
+    """A URL; the worker has but one, and the library takes it apart at every step of a call."""
     return httpx2.URL(url)
 
 
