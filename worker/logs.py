@@ -12,6 +12,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, TextIO, TypeAlias
@@ -28,6 +29,7 @@ DISCREET_LIBRARIES: Final = frozenset(
     ["aio_pika", "aiormq", "boto3", "botocore", "httpcore2", "httpx2", "openai", "s3transfer", "urllib3"]
 )
 FIRST_KEYS: Final = ("timestamp", "level", "event", "logger")
+SHORT_CHARS: Final = 64
 MAX_FRAMES: Final = 12  # of one exception, the innermost ones
 MAX_CAUSES: Final = 5
 MAX_GROUP_MEMBERS: Final = 5
@@ -72,6 +74,8 @@ def configure_logging(
     others = number if number <= logging.DEBUG else max(number, logging.WARNING)
     logging.basicConfig(level=others, handlers=[handler], force=True)
     logging.getLogger("worker").setLevel(number)
+    # What no line here shows need not be found out for each ("Optimization" in the Logging HOWTO).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -122,10 +126,16 @@ def _only_first_line_of_asyncio(_: object, __: str, entry: EventDict) -> EventDi
 
 
 def _plain_entry(redact: Redact) -> Processor:
+    # Most texts of a log line are the same in the next: its level, its event, the model.
+    short = lru_cache(maxsize=1024)(redact)
+
+    def shown(text: str) -> str:
+        return short(text) if len(text) <= SHORT_CHARS else redact(text)
+
     def process(_: object, __: str, entry: EventDict) -> EventDict:
         """Put the keys that every line has first, and make all values fit for strict JSON."""
         keys = dict.fromkeys((*FIRST_KEYS, *entry))
-        return {key: _shown(entry.get(key), redact) for key in keys}
+        return {key: _shown(entry.get(key), shown) for key in keys}
 
     return process
 
