@@ -89,7 +89,8 @@ async def run(settings: Settings) -> bool:
         port = await _serve_http(stack, app, settings)
         log.info("started", version=__version__, rabbitmq=settings.rabbitmq_address, http_port=port)
         background.start("pause", parts.pause.run)
-        await parts.consumer.resume()
+        if not stop.is_set():
+            await parts.consumer.resume()
         await stop.wait()
         background.stop("pause")
         all_done = await _drain(parts, settings.shutdown_grace)

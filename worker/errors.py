@@ -84,14 +84,28 @@ class TransientError(Exception):
         reason: a short name out of a closed set, fit for a metric's label.
         message: what happened, for a person.
         forbidden: the API answered 403, which can be about this job or about everybody.
+        is_echo: another job has met the very same fault, so that it is no further sign of an outage.
     """
 
-    def __init__(self, dependency: Dependency, reason: str, message: str, *, forbidden: bool = False) -> None:
+    def __init__(
+        self,
+        dependency: Dependency,
+        reason: str,
+        message: str,
+        *,
+        forbidden: bool = False,
+        is_echo: bool = False,
+    ) -> None:
         super().__init__(message)
         self.dependency = dependency
         self.reason = reason
         self.message = message
         self.forbidden = forbidden
+        self.is_echo = is_echo
+
+    def echo(self) -> "TransientError":
+        """The same for another job."""
+        return TransientError(self.dependency, self.reason, self.message, is_echo=True)
 
 
 class RateLimitedError(Exception):

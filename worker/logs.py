@@ -26,7 +26,7 @@ Redact: TypeAlias = Callable[[str], str]
 
 # Below INFO these show headers, bodies, frames or signed URLs, and so questions, images and keys.
 DISCREET_LIBRARIES: Final = frozenset(
-    ["aio_pika", "aiormq", "boto3", "botocore", "httpcore2", "httpx2", "openai", "s3transfer", "urllib3"]
+    ["aio_pika", "aiohttp", "aiormq", "boto3", "botocore", "httpx2", "openai", "s3transfer", "urllib3"]
 )
 FIRST_KEYS: Final = ("timestamp", "level", "event", "logger")
 SHORT_CHARS: Final = 64

@@ -133,7 +133,10 @@ def series(metric: Metric, *labels: str) -> Metric:
 
 
 class ModelCall:
-    """The figures of one API call; one of `answered` and `failed` is called, once."""
+    """The figures of one API call; one of `answered` and `failed` is called, once.
+
+    Neither is, if an image broke off while it was sent: the API never had the request.
+    """
 
     def __init__(self, model: str, provider: str) -> None:
         self._model = model

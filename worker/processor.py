@@ -20,6 +20,7 @@ from worker.errors import (
     TransientError,
 )
 from worker.health import Health
+from worker.images.budget import Share
 from worker.images.load import Located
 from worker.images.source import S3Object
 from worker.job import Conversation, ImageRef, InvalidJobError, Job, decode
@@ -37,7 +38,7 @@ log = structlog.get_logger(__name__)
 # Event loops fire timers some milliseconds early: waiting for a moment, wait a little longer.
 TIMER_SLACK_S = 0.02
 
-_NO_SLOT = "half of VQA_JOB_TIMEOUT has passed without a free slot"
+_NO_SLOT = "half of VQA_JOB_TIMEOUT has passed without a free slot, or room for the images"
 _TOO_OFTEN = (
     "the job was delivered {} times without coming to an end (VQA_DELIVERY_LIMIT): "
     "it may be what stops the workers that take it"
@@ -65,7 +66,10 @@ class ImageLoader(Protocol):
     def check(self, refs: Sequence[ImageRef], body: bytes) -> list[Located]:
         """Tell where each image is, or raise JobError."""
 
-    def open(self, images: Sequence[Located]) -> AbstractAsyncContextManager[OpenImages]:
+    def room(self, images: Sequence[Located]) -> AbstractAsyncContextManager[Share]:
+        """Wait until they may be held, and hold their place."""
+
+    def open(self, images: Sequence[Located], room: Share) -> AbstractAsyncContextManager[OpenImages]:
         """Begin to read them."""
 
 
@@ -163,13 +167,13 @@ class Processor:
                 async with AsyncExitStack() as stack:
                     stack.callback(report.end_of_try)
                     with report.stage("wait"):
-                        await self._take_slot(stack, question, report)
+                        room = await self._take_slot(stack, question, report)
                     _check_deadline(question.deadline)
                     started = time.monotonic()
                     with report.stage("fetch"):
-                        images = await self._open(stack, question, report)
+                        images = await self._open(stack, question, room, report)
                     _check_deadline(question.deadline)
-                    answer = await self._call(question, images, report)
+                    answer = await self._call(question, images, report, started)
                     self._gate.succeeded()
                     return answer
             except RateLimitedError as error:
@@ -177,13 +181,13 @@ class Processor:
                 self._health.succeeded(Dependency.MODEL, started, time.monotonic())
                 self._gate.refused(started, error.retry_after_s)
 
-    async def _take_slot(self, stack: AsyncExitStack, question: _Question, report: Report) -> None:
-        """Wait for a slot, for half of the delivery's time at most: the other half is for the work.
+    async def _take_slot(self, stack: AsyncExitStack, question: _Question, report: Report) -> Share:
+        """Wait for a slot and for room for the images, for half of the delivery's time at most.
 
-        A call that is begun with less could be cut off when it is already paid for.
+        The other half is for the work: a call begun with less could be cut off when it is already paid for.
 
         Raises:
-            GateClosedError: the gate is closed, or there was no slot in time.
+            GateClosedError: the gate is closed, or there was no slot, or no room, in time.
             JobError: the job's deadline passed while waiting.
         """
         left_s = self._time_left_s(report) - self._rules.job_timeout_s / 2
@@ -194,15 +198,18 @@ class Processor:
         try:
             async with asyncio.timeout(left_s):
                 await stack.enter_async_context(self._gate.slot())
+                return await stack.enter_async_context(self._images.room(question.images))
         except TimeoutError:
             _check_deadline(question.deadline)
             raise GateClosedError(_NO_SLOT) from None
 
-    async def _open(self, stack: AsyncExitStack, question: _Question, report: Report) -> OpenImages:
+    async def _open(
+        self, stack: AsyncExitStack, question: _Question, room: Share, report: Report
+    ) -> OpenImages:
         started = time.monotonic()
         try:
             async with asyncio.timeout(self._time_left_s(report)):
-                return await stack.enter_async_context(self._images.open(question.images))
+                return await stack.enter_async_context(self._images.open(question.images, room))
         except TimeoutError:
             raise TransientError(Dependency.S3, "timeout", "the images could not be read in time") from None
         except JobError as error:
@@ -210,7 +217,9 @@ class Processor:
                 self._health.succeeded(Dependency.S3, started, time.monotonic())
             raise
 
-    async def _call(self, question: _Question, images: OpenImages, report: Report) -> Answer:
+    async def _call(
+        self, question: _Question, images: OpenImages, report: Report, fetch_started: float
+    ) -> Answer:
         names = [image.name for image in question.images]
         body = RequestBody(question.frame, images.urls, names=names, on_sent=images.sent)
         started = time.monotonic()
@@ -224,7 +233,7 @@ class Processor:
         finally:
             report.move("model", "fetch", body.waited_s)
             if body.is_sent and any(isinstance(image.source, S3Object) for image in question.images):
-                self._health.succeeded(Dependency.S3, started, time.monotonic())
+                self._health.succeeded(Dependency.S3, fetch_started, time.monotonic())
         self._health.succeeded(Dependency.MODEL, started, time.monotonic())
         return answer
 
@@ -233,7 +242,11 @@ class Processor:
         job_id = report.job_id or ""
         if error.forbidden and self._health.succeeds_for_others(error.dependency, job_id):
             return report.refused(ErrorCode.MODEL_REJECTED, error.message)
-        if self._health.failed(error.dependency, job_id, error.reason, time.monotonic()):
+        if error.is_echo:
+            is_down = error.dependency in self._health.outages
+        else:
+            is_down = self._health.failed(error.dependency, job_id, error.reason, time.monotonic())
+        if is_down:
             return report.given_back(f"{error.dependency} is down")
         return self._try_again(report, error.reason, error.message)
 

@@ -7,7 +7,7 @@ signs. Only the bytes go another way.
 import asyncio
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
@@ -15,10 +15,11 @@ import botocore.session
 from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
-from botocore.credentials import Credentials, ReadOnlyCredentials, RefreshableCredentials
-from botocore.exceptions import BotoCoreError, NoCredentialsError
+from botocore.configprovider import ConfiguredEndpointProvider
+from botocore.exceptions import BotoCoreError
 from botocore.utils import is_valid_endpoint_url, percent_encode
 
+from worker.images.credentials import CredentialsKeeper
 from worker.images.source import S3Object
 
 AddressingStyle = Literal["auto", "path", "virtual"]
@@ -64,9 +65,9 @@ class Endpoint:
         return self.url is not None and self.addressing_style in ("auto", "path")
 
     def client_config(self, **more: Any) -> Config:
-        """How a client of the SDK is set up for it: signatures of version 4, and `auto` is path for a URL."""
-        """How the SDK's client is set up for it: signatures of version 4, and `auto` is path for a URL."""
-        # is new; names that no host can have are in the path with `virtual` too.
+        """How the SDK's client is set up: signatures of version 4, and `auto` is path for a URL."""
+        # With its own `auto` the SDK signs for the worldwide address, which redirects for hours where a
+        # bucket is new; names that no host can have are in the path with `virtual` too.
         by_path = self.is_path_of_url or self.addressing_style == "path"
         style: Literal["path", "virtual"] = "path" if by_path else "virtual"
         return Config(
@@ -85,12 +86,11 @@ class Aws:
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
         self._session = botocore.session.get_session()
-        self._credentials: Credentials | None = None
+        self._credentials = CredentialsKeeper(self._session)
         self._addresses: dict[str, Address] = {}
-        self._lookup = asyncio.Lock()
         try:
+            self.endpoint = replace(endpoint, url=endpoint.url or self._configured_url())
             # Amazon's other SDKs and its platforms have the second name, which this one does not know.
             self.region = self._session.get_config_variable("region") or os.environ.get("AWS_REGION")
             self._client = self._client_with_rules()
@@ -103,7 +103,7 @@ class Aws:
         Raises:
             BotoCoreError: there are no credentials, they cannot be renewed, or the names make no URL.
         """
-        credentials, address = await self._current(), await self._address(source.bucket)
+        credentials, address = await self._credentials.current(), await self._address(source.bucket)
         request = AWSRequest("GET", address.prefix + percent_encode(source.key, safe=_SAFE_IN_KEYS))
         S3SigV4Auth(credentials, "s3", address.region).add_auth(request)
         return SignedRequest(str(request.url), dict(request.headers.items()))
@@ -114,26 +114,10 @@ class Aws:
         Raises:
             BotoCoreError: as `sign`.
         """
-        credentials, address = await self._current(), await self._address(source.bucket)
+        credentials, address = await self._credentials.current(), await self._address(source.bucket)
         request = AWSRequest("GET", address.prefix + percent_encode(source.key, safe=_SAFE_IN_KEYS))
         S3SigV4QueryAuth(credentials, "s3", address.region, expires=expires_s).add_auth(request)
         return str(request.url)
-
-    async def _current(self) -> ReadOnlyCredentials:
-        """The credentials as of now. Finding and renewing them can take a request: off the event loop."""
-        found = self._credentials
-        if found is None or (isinstance(found, RefreshableCredentials) and found.refresh_needed()):
-            async with self._lookup:
-                return await asyncio.to_thread(self._find_credentials)
-        return found.get_frozen_credentials()
-
-    def _find_credentials(self) -> ReadOnlyCredentials:
-        credentials = self._session.get_credentials()
-        if credentials is None:
-            raise NoCredentialsError
-        frozen = credentials.get_frozen_credentials()
-        self._credentials = credentials
-        return frozen
 
     async def _address(self, bucket: str) -> Address:
         if (address := self._addresses.get(bucket)) is None:
@@ -154,12 +138,31 @@ class Aws:
         region = parse_qs(url.query)["X-Amz-Credential"][0].split("/")[2]
         return Address(f"{url.scheme}://{url.netloc}{url.path.removesuffix('k')}", region)
 
+    def _configured_url(self) -> str | None:
+        """The S3 that `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL` or the profile name."""
+        if self._session.get_config_variable("ignore_configured_endpoint_urls"):
+            return None
+        provider = ConfiguredEndpointProvider(
+            full_config=self._session.full_config,
+            scoped_config=self._session.get_scoped_config(),
+            client_name="s3",
+        )
+        url: str | None = provider.provide()
+        return url
+
     def _client_with_rules(self) -> Any:
         """A client of the SDK, a tenth of a second's work; None where nothing needs its rules."""
         url = self.endpoint.url
         if url is None or not self.endpoint.is_path_of_url:
             config = self.endpoint.client_config(region_name=self.region)
-            return self._session.create_client("s3", endpoint_url=url, config=config)
+            # It is only asked for addresses: who signs must not decide what it knows.
+            return self._session.create_client(
+                "s3",
+                endpoint_url=url,
+                config=config,
+                aws_access_key_id="nobody",
+                aws_secret_access_key="nobody",  # noqa: S106 - it signs nothing that is sent
+            )
         if not is_valid_endpoint_url(url):
             raise ValueError(f"Invalid endpoint: {url}")
         return None

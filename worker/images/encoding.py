@@ -64,7 +64,7 @@ def decode_slices(text: memoryview) -> Iterator[bytes]:
             raise ValueError("there is more after the padding")
         whole = len(part) - len(part) % 4
         part, over = part[:whole], part[whole:]
-        padded = part.endswith(b"=")
+        padded = padded or part.endswith(b"=")
         yield pybase64.b64decode(part, validate=True)
     if over:
         if padded:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Self, assert_never
 
@@ -16,13 +16,11 @@ from worker.images.shared import SharedReads
 from worker.images.source import Embedded, Link, S3Object, Source, SourcePolicy, parse_source
 from worker.job import ImageRef, json_text
 from worker.redact import display_url
+from worker.settings.model import IMAGE_ON_ITS_WAY_BYTES
 
 # An image up to this size is read before the call is made and goes out in one write; larger ones are read
 # while they are sent.
 SMALL_BYTES = 256 * 1024
-# What an image takes while it is on its way: what was received and not yet read, a piece of a quarter of a
-# megabyte, and its base64, some of it not yet sent.
-STREAM_BYTES = 768 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +79,12 @@ class OpenImages:
         self._share = share
 
     def sent(self) -> None:
-        """All of them have been handed to the API, and nothing of them is held any more."""
-        for reading in self.readings:
-            reading.close()
+        """All of them have been handed to the API: nothing of them is held any more."""
+        self.urls.clear()
         self._share.release()
         metrics.series(metrics.IMAGE_BYTES, "inline").inc(self.inline_bytes)
+        for reading in self.readings:
+            reading.close()
 
 
 class Images:
@@ -108,7 +107,7 @@ class Images:
         self._max_bytes = max_bytes
         self._max_per_job = max_per_job
         self._budget = Budget(buffer_bytes)
-        self._reads = SharedReads(s3.open, self._budget, own_bytes=STREAM_BYTES)
+        self._reads = SharedReads(s3.open, self._budget, own_bytes=IMAGE_ON_ITS_WAY_BYTES)
 
     def check(self, refs: Sequence[ImageRef], body: bytes) -> list[Located]:
         """Tell where each image is, before anything is fetched or paid for.
@@ -129,26 +128,29 @@ class Images:
             located.append(Located(name, parse_source(ref.url, name, self._policy, body)))
         return located
 
+    def room(self, images: Sequence[Located]) -> AbstractAsyncContextManager[Share]:
+        """Wait for room in the buffer for a job's images, and hold it."""
+        inline = sum(not self._is_link(image.source) for image in images)
+        return self._budget.share(inline * IMAGE_ON_ITS_WAY_BYTES)
+
     @asynccontextmanager
-    async def open(self, images: Sequence[Located]) -> AsyncIterator[OpenImages]:
-        """Open all images of a job, in order; waits while too much is on its way already.
+    async def open(self, images: Sequence[Located], room: Share) -> AsyncIterator[OpenImages]:
+        """Open all images of a job, in order; what they don't need of their room is given back.
 
         Raises:
             JobError: an image is missing, forbidden, too large, or not one that the API takes.
             TransientError: reading failed in a way that may pass; sending a large image raises it too.
             DependencyDownError: S3 is out of reach or refuses the worker.
         """
-        inline = sum(not self._is_link(image.source) for image in images)
-        async with self._budget.share(inline * STREAM_BYTES) as share:
-            opened = OpenImages(share)
-            try:
-                opened.urls.extend(await self._open_all(images, opened))
-                if not any(isinstance(url, UrlStream) for url in opened.urls):
-                    share.shrink_to(sum(url.length for url in opened.urls))
-                yield opened
-            finally:
-                for reading in opened.readings:
-                    reading.close()
+        opened = OpenImages(room)
+        try:
+            opened.urls.extend(await self._open_all(images, opened))
+            if not any(isinstance(url, UrlStream) for url in opened.urls):
+                room.shrink_to(sum(url.length for url in opened.urls))
+            yield opened
+        finally:
+            for reading in opened.readings:
+                reading.close()
 
     def _is_link(self, source: Source) -> bool:
         return isinstance(source, Link) or (self._links is not None and isinstance(source, S3Object))
@@ -247,7 +249,8 @@ def named(name: str) -> Iterator[None]:
     except JobError as error:
         raise JobError(error.code, f"{name}: {error.message}") from None
     except TransientError as error:
-        raise TransientError(error.dependency, error.reason, f"{name}: {error.message}") from None
+        text = f"{name}: {error.message}"
+        raise TransientError(error.dependency, error.reason, text, is_echo=error.is_echo) from None
 
 
 class _Named:

@@ -47,6 +47,7 @@ _ELSEWHERE = frozenset(
     }
 )
 _REDIRECTS = range(300, 400)
+_TEMPORARY_REDIRECT = 307
 _SERVER_ERROR = 500
 
 _UNREACHABLE = (
@@ -90,6 +91,11 @@ class S3Refusal(Exception):  # noqa: N818 - an answer of S3's, which `translate`
         """Whether the bucket has to be asked for at another address or for another region."""
         return self.status in _REDIRECTS or self.code in _ELSEWHERE
 
+    @property
+    def is_passing(self) -> bool:
+        """Whether that is so for the time being: the bucket is new, and not known everywhere yet."""
+        return self.status == _TEMPORARY_REDIRECT
+
 
 # What `translate` knows.
 FAILURES = (S3Refusal, aiohttp.ClientError, BotoCoreError, OSError)
@@ -126,7 +132,11 @@ def _from_failure(error: Exception) -> Exception:
     match error:
         case ParamValidationError():
             return JobError(ErrorCode.INVALID_JOB, "is not a bucket and key that S3 can have")
-        case NoCredentialsError() | PartialCredentialsError() | CredentialRetrievalError():
+        case CredentialRetrievalError():
+            from_sts = error.kwargs.get("provider") == "STS"
+            said = error.kwargs.get("error_msg") if from_sts else "check the AWS configuration"
+            return DependencyDownError(Dependency.S3, f"the AWS credentials cannot be had ({said})")
+        case NoCredentialsError() | PartialCredentialsError():
             text = "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
             return DependencyDownError(Dependency.S3, text)
         case _ if isinstance(error, _UNREACHABLE):

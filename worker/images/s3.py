@@ -114,7 +114,8 @@ class S3:
             DependencyDownError: there are no credentials to sign with.
         """
         try:
-            return await self._aws.link(source, expires_s)
+            by = self._sdk if self._is_elsewhere(source.bucket) else self._aws
+            return await by.link(source, expires_s)
         except FAILURES as error:
             raise translate(error) from None
 
@@ -170,9 +171,11 @@ class S3:
         return bucket.endswith(_DIRECTORY_BUCKET) or bucket in self._elsewhere
 
     def _only_if_elsewhere(self, bucket: str, error: S3Refusal) -> None:
-        """Remember that the bucket is elsewhere, if that is what S3 says; else raise its answer again."""
+        """Remember where the bucket is not, if S3 says so for good; raise any other answer again."""
         if not error.is_elsewhere:
             raise error
+        if error.is_passing:
+            return
         if len(self._elsewhere) >= REMEMBERED_BUCKETS:
             self._elsewhere.clear()
         self._elsewhere.add(bucket)

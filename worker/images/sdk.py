@@ -5,13 +5,16 @@ itself, and directory buckets (`--x-s3`), which want a session first.
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, NoCredentialsError
 
 from worker.images.aws import Endpoint, ca_bundle
+from worker.images.credentials import credentials_refused
 from worker.images.refusals import S3Refusal
 from worker.images.source import S3Object
 
@@ -34,6 +37,7 @@ class Sdk:
             max_pool_connections=THREADS,
         )
         self._client: Any = None
+        self._making = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="s3-sdk")
 
     async def open(self, source: S3Object) -> "SdkReading":
@@ -46,6 +50,19 @@ class Sdk:
         response = await self._in_thread(self._get, source)
         return SdkReading(self, response["Body"], response["ContentLength"])
 
+    async def link(self, source: S3Object, expires_s: int) -> str:
+        """A presigned URL of the object, good for `expires_s` seconds.
+
+        Raises:
+            BotoCoreError: there are no credentials, or no session for the bucket.
+        """
+        return str(await self._in_thread(self._presign, source, expires_s))
+
+    def close_later(self, body: Any) -> None:
+        """Close a response in a thread: it waits for a read that is under way."""
+        with suppress(RuntimeError):  # the threads are let go of, and the connections with them
+            self._pool.submit(body.close)
+
     def close(self) -> None:
         """Let go of the threads, without waiting for reads that nobody needs any more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -54,18 +71,33 @@ class Sdk:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     def _get(self, source: S3Object) -> Any:
-        if self._client is None:
-            # Loaded late: most workers never need it.
-            import boto3  # noqa: PLC0415
-
-            self._client = boto3.client(
-                "s3", endpoint_url=self._endpoint_url, config=self._config, verify=ca_bundle()
-            )
         try:
-            return self._client.get_object(Bucket=source.bucket, Key=source.key)
+            return self._made().get_object(Bucket=source.bucket, Key=source.key)
         except ClientError as error:
+            if error.operation_name != "GetObject":
+                # STS, asked for credentials on the way, refuses the role.
+                raise credentials_refused(error) from None
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             raise S3Refusal(status, error.response.get("Error", {}).get("Code", "")) from None
+
+    def _presign(self, source: S3Object, expires_s: int) -> str:
+        params = {"Bucket": source.bucket, "Key": source.key}
+        return str(self._made().generate_presigned_url("get_object", Params=params, ExpiresIn=expires_s))
+
+    def _made(self) -> Any:
+        """The client. One that is made without credentials would never have any."""
+        with self._making:
+            if self._client is None:
+                # Loaded late: most workers never need it.
+                import boto3  # noqa: PLC0415
+
+                session = boto3.Session()
+                if session.get_credentials() is None:
+                    raise NoCredentialsError
+                self._client = session.client(
+                    "s3", endpoint_url=self._endpoint_url, config=self._config, verify=ca_bundle()
+                )
+        return self._client
 
 
 class SdkReading:
@@ -82,4 +114,4 @@ class SdkReading:
 
     def close(self) -> None:
         """End the read; what is left of it is not fetched."""
-        self._body.close()
+        self._sdk.close_later(self._body)

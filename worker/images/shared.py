@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+from worker.errors import TransientError
 from worker.images.budget import Budget, Share
 from worker.images.s3 import Reading
 from worker.images.source import S3Object
@@ -68,6 +69,7 @@ class _Joint:
         self.failure: Exception | None = None
         # Set if there are several readers, and room to keep what the slowest has not read.
         self.share: Share | None = None
+        self._was_told = False
         self._is_handed_out = False
         self._pieces: list[bytes] = []
         self._is_over = False
@@ -81,7 +83,7 @@ class _Joint:
             JobError, TransientError, DependencyDownError: it could not be begun.
         """
         if self.failure is not None:
-            raise self.failure
+            raise self._told(self.failure)
         if self.reading is None or self._is_handed_out:
             return None
         if self.share is not None:
@@ -96,6 +98,8 @@ class _Joint:
             return
         if self.pump is not None:
             self.pump.cancel()
+            # Nobody should be waiting for it any more; if somebody is, it must not be for ever.
+            self._end(ConnectionError("the read was ended"))
         if self.reading is not None and not self._is_handed_out:
             self.reading.close()
         if self.share is not None:
@@ -109,9 +113,9 @@ class _Joint:
                 self._pieces.append(piece)
                 self._tell()
         except Exception as error:  # noqa: BLE001 - each reader raises it
-            self._broke_off = error
-        self._is_over = True
-        self._tell()
+            self._end(error)
+        else:
+            self._end(None)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """All pieces from the first, as they come."""
@@ -124,7 +128,17 @@ class _Joint:
                 break
             await self._news.wait()
         if self._broke_off is not None:
-            raise self._broke_off
+            raise self._told(self._broke_off)
+
+    def _end(self, broke_off: Exception | None) -> None:
+        self._is_over = True
+        self._broke_off = broke_off
+        self._tell()
+
+    def _told(self, error: Exception) -> Exception:
+        """The fault for one reader; for all but the first it is only an echo."""
+        is_echo, self._was_told = self._was_told, True
+        return error.echo() if is_echo and isinstance(error, TransientError) else error
 
     def _tell(self) -> None:
         self._news.set()

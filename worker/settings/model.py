@@ -47,7 +47,10 @@ BROKER_DELIVERY_LIMIT: Final = 100
 # RabbitMQ takes back what was not acked in 30 minutes (`consumer_timeout`); one minute is kept in hand.
 JOB_TIMEOUT_CEILING_S: Final = 1740
 
-# Room for one image while it is sent.
+# What an image takes while it is on its way: what was received and not yet read, a piece of a quarter of a
+# megabyte, and its base64, some of it not yet sent.
+IMAGE_ON_ITS_WAY_BYTES: Final = 768 * 1024
+# Room for one.
 MIN_IMAGE_BUFFER_BYTES: Final = 1024 * 1024
 
 # A password that every RabbitMQ is delivered with is no secret, and "guest" is a word that messages may need.
@@ -298,6 +301,14 @@ class Settings(BaseSettings):
             yield (
                 f"VQA_JOB_TIMEOUT: {self.job_timeout:g} s are less than VQA_MODEL_TIMEOUT"
                 f" ({self.model_timeout:g} s), which can then never be reached"
+            )
+        if self.check_linked_images and self.image_delivery == "inline":
+            yield "VQA_CHECK_LINKED_IMAGES: means nothing without VQA_IMAGE_DELIVERY=link; all are looked at"
+        needed = self.max_images_per_job * IMAGE_ON_ITS_WAY_BYTES
+        if self.image_delivery == "inline" and self.image_buffer_bytes < needed:
+            yield (
+                f"VQA_IMAGE_BUFFER_BYTES: a job of VQA_MAX_IMAGES_PER_JOB ({self.max_images_per_job}) images"
+                f" takes up to {needed} bytes, whatever this says"
             )
         if shows_key(self.model_base_url):
             yield "VQA_MODEL_BASE_URL: the API key goes over the network in clear; use https://"
