@@ -735,6 +735,23 @@ def test_a_job_timeout_shorter_than_a_call_earns_a_warning() -> None:
     assert the_warning(load(job_timeout="60")).startswith("VQA_JOB_TIMEOUT: 60 s")
 
 
+def test_a_look_at_links_that_are_never_made_earns_a_warning() -> None:
+    assert the_warning(load(check_linked_images="true")).startswith("VQA_CHECK_LINKED_IMAGES: ")
+    assert "VQA_IMAGE_DELIVERY=link" in the_warning(load(check_linked_images="true"))
+    assert load(check_linked_images="true", image_delivery="link").warnings() == []
+
+
+def test_a_buffer_that_is_too_small_for_one_job_earns_a_warning() -> None:
+    enough = 16 * 768 * 1024
+    assert load(image_buffer_bytes=str(enough)).warnings() == []
+    line = the_warning(load(image_buffer_bytes=str(enough - 1)))
+    assert line.startswith("VQA_IMAGE_BUFFER_BYTES: ")
+    assert "VQA_MAX_IMAGES_PER_JOB" in line
+    assert str(enough) in line
+    assert load(image_buffer_bytes=str(enough - 1), max_images_per_job="15").warnings() == []
+    assert the_warning(load(max_images_per_job="1000")).startswith("VQA_IMAGE_BUFFER_BYTES: ")
+
+
 @pytest.mark.parametrize("host", ["models.example", "10.0.0.1", "localhost.evil.org", "[2001:db8::1]:80"])
 def test_a_key_in_clear_over_the_network_earns_a_warning(host: str) -> None:
     assert the_warning(load(model_base_url=f"HTTP://{host}/v1")).startswith("VQA_MODEL_BASE_URL: ")

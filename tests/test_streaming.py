@@ -18,6 +18,7 @@ from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Error
 from deploy.local.standin.calls import Call
 from tests.authority import Authority
+from tests.breaking import events
 from tests.conftest import BUCKET, PutImage, picture
 from tests.fake_s3 import Answer, FakeS3, give, head, refuse, say
 from tests.running import Client, Reply, Worker, calls_with, until
@@ -385,7 +386,9 @@ async def test_many_jobs_about_one_image_read_it_together(scene: Scene) -> None:
 
 
 async def test_a_shared_image_that_breaks_off_is_told_by_each_job_in_its_own_words(scene: Scene) -> None:
-    jobs = 4
+    # As many in a row that fail for reasons of their own would be an outage.
+    jobs = 8
+    pauses = len(events(scene.worker, "paused"))
 
     async def when_all_are_there(request: web.BaseRequest) -> web.StreamResponse:
         await until(lambda: scene.metric("vqa_jobs_in_flight") >= jobs, "all jobs are in flight")
@@ -400,12 +403,16 @@ async def test_a_shared_image_that_breaks_off_is_told_by_each_job_in_its_own_wor
     for n, reply in enumerate(replies):
         assert reply.body["error"]["code"] == "attempts_exhausted"
         assert f"images[{n}] ({url}): " in reply.body["error"]["message"]
+        assert reply.body["attempts"] == 2
+    # It is one fault of S3's, however many jobs it meets.
+    assert scene.metric("vqa_dependency_up", dependency="s3") == 1
+    assert len(events(scene.worker, "paused")) == pauses
 
 
 async def test_no_more_images_are_on_their_way_than_the_buffer_has_room_for(
     stack: Stack, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Of different images, each 1 MiB of the buffer; all jobs are answered in the end."""
+    """Of different images, each 768 KiB of the buffer; all jobs are answered in the end."""
     jobs, question = 8, uuid.uuid4().hex
 
     async def slowly(request: web.BaseRequest) -> web.StreamResponse:

@@ -24,6 +24,7 @@ from worker.errors import (
     TransientError,
 )
 from worker.health import Health
+from worker.images.budget import Budget, Share
 from worker.images.encoding import later
 from worker.images.load import Located
 from worker.images.source import Embedded, Link, S3Object, Source
@@ -97,6 +98,8 @@ class Images:
     def __init__(self) -> None:
         self.fault: JobError | None = None
         self.deeds: list[Deed] = []
+        self.room_deeds: list[Deed] = []
+        self.rooms = 0
         self.source: Source = S3Object("photos", "cat.png")
         self.checked = 0
         self.breaks_off: Exception | None = None
@@ -111,7 +114,19 @@ class Images:
         return [Located(ref.url, self.source) for ref in refs]
 
     @asynccontextmanager
-    async def open(self, images: Sequence[Located]) -> AsyncIterator[Opened]:
+    async def room(self, images: Sequence[Located]) -> AsyncIterator[Share]:
+        await _do(self.room_deeds)
+        async with Budget(1000).share(len(images)) as room:
+            self.rooms += 1
+            try:
+                yield room
+            finally:
+                self.rooms -= 1
+
+    @asynccontextmanager
+    async def open(self, images: Sequence[Located], room: Share) -> AsyncIterator[Opened]:
+        assert isinstance(room, Share)
+        assert self.rooms
         self.loaded += 1
         await _do(self.deeds)
         opened = Opened([Url(image.name, self.breaks_off) for image in images])
@@ -173,7 +188,9 @@ class Scene:
             return await self.processor.process(a_delivery(body, **(delivery or {})))
 
     async def is_free(self) -> bool:
-        """Whether no slot is taken: one job alone can have it."""
+        """Whether no slot is taken, and no room: one job alone can have it."""
+        if self.images.rooms:
+            return False
         try:
             async with asyncio.timeout(5), self.gate.slot():
                 return True
@@ -474,6 +491,56 @@ async def test_images_that_take_longer_than_a_delivery_may_are_a_fault_that_may_
     assert scene.model.asked == []
 
 
+async def test_without_room_for_its_images_in_time_a_job_goes_back_uncounted() -> None:
+    """The buffer is the worker's own affair: S3 has done nothing."""
+    scene = Scene(job_timeout_s=0.6, limit=1)
+    scene.images.room_deeds = [for_ever]
+    for n in range(6):
+        outcome = await scene.process(id=f"job-{n}", delivery={"attempts": 2})
+        assert isinstance(outcome, GiveBack)
+        assert "VQA_JOB_TIMEOUT" in outcome.reason
+    assert scene.health.outages == {}
+    assert (scene.images.loaded, scene.model.asked) == (0, [])
+    assert await scene.is_free()
+
+
+async def test_room_that_comes_late_leaves_the_other_half_of_the_time_for_the_work() -> None:
+    scene = Scene(job_timeout_s=20.0)
+    waited = asyncio.Event()
+
+    async def a_while() -> None:
+        await asyncio.sleep(0.3)
+        waited.set()
+
+    scene.images.room_deeds = [a_while]
+    outcome = await scene.process()
+    assert waited.is_set()
+    assert isinstance(outcome, Answered)
+    assert scene.images.rooms == 0
+    # It is time spent waiting, not fetching.
+    timings = json.loads(outcome.result.to_body())["timings"]
+    assert timings["fetch_s"] < 0.3 <= timings["total_s"]
+
+
+async def test_a_deadline_that_passes_while_waiting_for_room_is_the_end(scene: Scene) -> None:
+    scene.images.room_deeds = [for_ever]
+    code, _ = refusal(await scene.process(deadline=in_(0.2)))
+    assert code is ErrorCode.DEADLINE_EXCEEDED
+    assert (scene.images.loaded, scene.model.asked) == (0, [])
+    assert await scene.is_free()
+
+
+async def test_a_429_gives_the_room_back_before_the_pause(scene: Scene) -> None:
+    scene.model.deeds = [RateLimitedError(3600.0)]
+    task = asyncio.create_task(scene.process())
+    while not scene.model.asked:  # noqa: ASYNC110 - the fake has no event for it
+        await asyncio.sleep(0.01)
+    await turns_of_the_loop()
+    assert (scene.images.rooms, task.done()) == (0, False)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_the_time_for_a_delivery_runs_from_its_receipt(scene: Scene) -> None:
     await scene.process(delivery={"received": time.monotonic() - 20})
     assert 30 < scene.model.asked[0][3] <= 40
@@ -499,6 +566,36 @@ async def test_five_different_jobs_that_fail_in_a_row_are_an_outage_and_the_rest
     outcomes = [await scene.process(id=f"job-{n}") for n in range(7)]
     assert [type(outcome) for outcome in outcomes] == [Retry] * 4 + [GiveBack] * 3
     assert set(scene.health.outages) == {MODEL}
+
+
+@pytest.mark.parametrize("attempts", [0, 2])
+async def test_echoes_of_one_fault_are_no_outage_and_fail_each_job_all_the_same(
+    scene: Scene, attempts: int
+) -> None:
+    """Jobs that read one image together fail together, by one fault of S3's."""
+    for n in range(10):
+        scene.images.deeds = [TransientError(S3, "connection", "it broke off", is_echo=n > 0)]
+        outcome = await scene.process(id=f"job-{n}", delivery={"attempts": attempts})
+        if attempts:
+            assert isinstance(outcome, DeadLetter)
+            assert "it broke off" in outcome.message
+        else:
+            assert isinstance(outcome, Retry)
+            assert (outcome.reason, outcome.attempts) == ("connection", 1)
+    assert scene.health.outages == {}
+
+
+async def test_an_echo_in_an_outage_gives_the_job_back(scene: Scene) -> None:
+    scene.health.down(S3, "gone", time.monotonic())
+    scene.images.breaks_off = TransientError(S3, "connection", "it broke off", is_echo=True)
+    assert isinstance(await scene.process(delivery={"attempts": 2}), GiveBack)
+
+
+async def test_an_image_that_breaks_off_for_many_while_it_is_sent_is_no_outage(scene: Scene) -> None:
+    for n in range(10):
+        scene.images.breaks_off = TransientError(S3, "connection", "it broke off", is_echo=n > 0)
+        assert isinstance(await scene.process(id=f"job-{n}"), Retry)
+    assert scene.health.outages == {}
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,18 @@ import base64
 import gzip
 import os
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from botocore.exceptions import NoCredentialsError
 
 from tests.authority import Authority
-from tests.fake_s3 import FakeS3, give, head, refuse, say
+from tests.fake_s3 import Answer, Asked, FakeS3, give, head, refuse, say
 from tests.running import until
 from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
 from worker.http_client import proxy_options
@@ -25,14 +27,18 @@ from worker.images.source import S3Object
 CONTENT = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 100
 IMAGE = S3Object("photos", "cats/cat.png")
 HOME = "eu-central-1"
+FAR = "eu-west-3"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "AKIDUSUAL", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": HOME}
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Credentials from the environment, and nothing of the machine's own."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("", "_S3", "_STS"):
+        monkeypatch.delenv(f"AWS_ENDPOINT_URL{name}", raising=False)
+    monkeypatch.delenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", raising=False)
     for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
@@ -70,6 +76,12 @@ async def read(s3: S3, source: S3Object = IMAGE) -> bytes:
             reading.close()
     assert len(content) == reading.size
     return content
+
+
+def moved(status: int) -> Answer:
+    """A redirect to the other region."""
+    code = "PermanentRedirect" if status == 301 else "TemporaryRedirect"
+    return refuse(status, code, f"<Region>{FAR}</Region>", x_amz_bucket_region=FAR)
 
 
 async def fault(url: str) -> Exception:
@@ -134,6 +146,62 @@ async def test_a_bucket_is_where_its_style_says(
     assert signed.url == url
     link = await aws.link(S3Object(bucket, "cat.png"), 60)
     assert link.partition("?")[0] == url
+
+
+@pytest.mark.parametrize(
+    ("variables", "own", "prefix"),
+    [
+        ({"_S3": "http://s3.example:9000"}, None, "http://s3.example:9000/photos"),
+        ({"": "http://all.example:9000/base"}, None, "http://all.example:9000/base/photos"),
+        ({"_S3": "http://s3.example", "": "http://all.example"}, None, "http://s3.example/photos"),
+        ({"_S3": "http://s3.example"}, "http://own.example", "http://own.example/photos"),
+        ({"_STS": "http://sts.example"}, None, f"https://photos.s3.{HOME}.amazonaws.com"),
+    ],
+)
+async def test_the_sdks_own_variables_name_the_store_where_the_setting_does_not(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], own: str | None, prefix: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"AWS_ENDPOINT_URL{name}", value)
+    aws = Aws(Endpoint(own, "auto"))
+    assert (await aws.sign(S3Object("photos", "cat.png"))).url == f"{prefix}/cat.png"
+    assert (await aws.link(S3Object("photos", "cat.png"), 60)).startswith(f"{prefix}/cat.png?")
+
+
+async def test_the_sdks_own_variables_can_be_told_to_be_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3.example:9000")
+    monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
+    signed = await Aws(Endpoint(None, "auto")).sign(S3Object("photos", "cat.png"))
+    assert signed.url == f"https://photos.s3.{HOME}.amazonaws.com/cat.png"
+
+
+def test_a_variable_of_the_sdks_that_cannot_be_an_endpoint_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://my_s3:9000")
+    with pytest.raises(S3ConfigurationError, match="my_s3"):
+        Aws(Endpoint(None, "auto"))
+
+
+@pytest.mark.parametrize("endpoint", ["environment", "setting"])
+async def test_a_store_named_by_the_sdks_own_variable_is_read(
+    fake: FakeS3, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    """And buckets of another region as well, which the SDK's own client reads."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if "/far/" in request.raw_path and fake.asked[-1].signed_by[1] != FAR:
+            return await moved(301)(request)
+        return await give(CONTENT)(request)
+
+    fake.answer = answer
+    if endpoint == "environment":
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", fake.url)
+    async with an_s3(fake.url if endpoint == "setting" else None) as s3:
+        assert await read(s3) == CONTENT
+        assert await read(s3, S3Object("far", "cat.png")) == CONTENT
+    assert fake.targets[0] == "/photos/cats/cat.png"
+    assert set(fake.targets[1:]) == {"/far/cat.png"}
 
 
 # What is asked
@@ -258,7 +326,213 @@ async def test_credentials_that_cannot_be_had_are_everybodys_trouble(fake: FakeS
     assert fake.asked == []
 
 
+async def test_credentials_that_come_after_the_start_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    async with an_s3(None) as s3:
+        with pytest.raises(DependencyDownError, match="credentials"):
+            await s3.link(IMAGE, 60)
+        aws = Aws(Endpoint(None, "auto"))
+        with pytest.raises(NoCredentialsError):
+            await aws.sign(IMAGE)
+        for name, value in CREDENTIALS.items():
+            monkeypatch.setenv(name, value)
+        signed = await aws.sign(IMAGE)
+        assert signed.url == f"https://photos.s3.{HOME}.amazonaws.com/cats/cat.png"
+        assert "Credential=AKIDUSUAL/" in signed.headers["Authorization"]
+        assert "X-Amz-Credential=AKIDUSUAL" in await s3.link(IMAGE, 60)
+
+
+async def test_credentials_that_come_after_the_start_read_buckets_elsewhere_too(
+    fake: FakeS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    directory = S3Object("photos--use1-az4--x-s3", "cat.png")
+    async with an_s3(fake.url) as s3:
+        with pytest.raises(DependencyDownError, match="credentials"):
+            await read(s3, directory)
+        assert fake.asked == []
+        for name, value in CREDENTIALS.items():
+            monkeypatch.setenv(name, value)
+        fake.answer = directory_bucket(fake)
+        assert await read(s3, directory) == CONTENT
+
+
+ROLE = "arn:aws:iam::123456789012:role/reader"
+
+
+@pytest.fixture
+async def sts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[FakeS3]:
+    """A service that is asked for the credentials of a role."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "config").write_text(
+        f"[default]\nrole_arn = {ROLE}\nsource_profile = base\n"
+        "[profile base]\naws_access_key_id = AKIDBASE\naws_secret_access_key = secret\n"
+    )
+    monkeypatch.setenv("AWS_DEFAULT_REGION", HOME)
+    async with FakeS3.serving(b"") as sts:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts.url)
+        yield sts
+
+
+def refuse_role(status: int, code: str) -> Answer:
+    words = f"User AKIDBASE may not assume {ROLE}"
+    body = f"<ErrorResponse><Error><Code>{code}</Code><Message>{words}</Message></Error></ErrorResponse>"
+    return give(body.encode(), status, Content_Type="text/xml")
+
+
+@pytest.mark.parametrize("way", ["open", "look", "link", "open elsewhere", "link elsewhere"])
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (403, "ExpiredToken")])
+async def test_a_role_that_is_refused_is_everybodys_trouble_and_told_by_its_code_alone(
+    fake: FakeS3, sts: FakeS3, way: str, status: int, code: str
+) -> None:
+    sts.answer = refuse_role(status, code)
+    source = S3Object("photos--use1-az4--x-s3", "cat.png") if "elsewhere" in way else IMAGE
+    async with an_s3(fake.url) as s3:
+        ways: dict[str, Callable[[], Awaitable[Any]]] = {
+            "open": lambda: s3.open(source),
+            "look": lambda: s3.look(source, 12),
+            "link": lambda: s3.link(source, 60),
+        }
+        with pytest.raises(DependencyDownError) as caught:
+            await ways[way.split(maxsplit=1)[0]]()
+    assert sts.asked
+    assert fake.asked == []
+    assert caught.value.dependency is Dependency.S3
+    assert code in caught.value.message
+    assert "AKIDBASE" not in caught.value.message
+    assert "arn:" not in caught.value.message
+
+
+ROLE_GRANTED = (
+    "<AssumeRoleResponse><AssumeRoleResult><Credentials><AccessKeyId>AKIDROLE</AccessKeyId>"
+    "<SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken>"
+    "<Expiration>2999-01-01T00:00:00Z</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>"
+)
+
+
+@pytest.mark.parametrize("name", ["AWS_DEFAULT_REGION", "AWS_REGION"])
+async def test_a_role_is_asked_for_in_the_region_that_either_variable_names(
+    fake: FakeS3, sts: FakeS3, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for other in ("AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, FAR)
+    sts.answer = give(ROLE_GRANTED.encode(), Content_Type="text/xml")
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT
+    assert [asked.signed_by for asked in sts.asked] == [("AKIDBASE", FAR)]
+    assert [asked.signed_by for asked in fake.asked] == [("AKIDROLE", FAR)]
+
+
 # Buckets elsewhere
+
+
+SESSION = (
+    '<?xml version="1.0"?><CreateSessionResult><Credentials><SessionToken>the-session</SessionToken>'
+    "<SecretAccessKey>s</SecretAccessKey><AccessKeyId>AKIDSESSION</AccessKeyId>"
+    "<Expiration>2999-01-01T00:00:00Z</Expiration></Credentials></CreateSessionResult>"
+)
+
+
+def directory_bucket(fake: FakeS3) -> Answer:
+    """A store that wants a session before anything else."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if "session" in request.query:
+            return await give(SESSION.encode(), Content_Type="application/xml")(request)
+        if fake.asked[-1].headers.get("x-amz-s3session-token") != "the-session":
+            return await refuse(400, "InvalidRequest")(request)
+        return await give(CONTENT)(request)
+
+    return answer
+
+
+async def test_a_directory_bucket_is_read_and_linked_to_with_a_session(fake: FakeS3) -> None:
+    fake.answer = directory_bucket(fake)
+    source = S3Object("photos--use1-az4--x-s3", "cat.png")
+    async with an_s3(fake.url) as s3:
+        link = await s3.link(source, 60)
+        assert "X-Amz-S3session-Token=the-session" in link
+        assert "X-Amz-Expires=60" in link
+        assert await read(s3, source) == CONTENT
+
+
+async def test_a_link_into_another_region_is_signed_for_it_once_it_is_known(fake: FakeS3) -> None:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        return await (give(CONTENT) if fake.asked[-1].signed_by[1] == FAR else moved(301))(request)
+
+    fake.answer = answer
+    async with an_s3(fake.url) as s3:
+        assert f"%2F{HOME}%2Fs3%2F" in await s3.link(IMAGE, 60)
+        await read(s3)
+        link = await s3.link(IMAGE, 60)
+    assert link.startswith(f"{fake.url}/photos/cats/cat.png?")
+    assert f"%2F{FAR}%2Fs3%2F" in link
+    assert "X-Amz-Expires=60" in link
+
+
+def is_sdk(asked: Asked) -> bool:
+    return "boto3" in asked.headers.get("user-agent", "").lower()
+
+
+@pytest.mark.parametrize("status", [301, 307])
+async def test_only_a_redirect_for_good_is_remembered(fake: FakeS3, status: int) -> None:
+    """A bucket is new for an hour or two; the SDK's blocking client should not read it for ever."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        return await (give(CONTENT) if fake.asked[-1].signed_by[1] == FAR else moved(status))(request)
+
+    fake.answer = answer
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT
+        assert not is_sdk(fake.asked[0])
+        assert is_sdk(fake.asked[-1])
+        fake.asked.clear()
+        assert await read(s3) == CONTENT
+        assert is_sdk(fake.asked[0]) is (status == 301)
+        fake.answer = give(CONTENT)
+        fake.asked.clear()
+        assert await read(s3) == CONTENT
+        (asked,) = fake.asked
+        assert is_sdk(asked) is (status == 301)
+
+
+@pytest.mark.parametrize("s3_is_closed", [False, True], ids=["while it is used", "when it is over"])
+async def test_a_read_of_the_sdks_that_stalls_can_be_given_up_without_holding_up_anybody(
+    fake: FakeS3, s3_is_closed: bool
+) -> None:
+    """A thread waits for the body then, and whoever closes a body waits for its reads: not the event loop."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if fake.asked[-1].signed_by[1] != FAR:
+            return await moved(301)(request)
+        return await say(head(10**6), CONTENT, closes=False)(request)
+
+    fake.answer = answer
+    async with an_s3(fake.url) as s3:
+        reading = await s3.open(IMAGE)
+
+        async def read_on() -> None:
+            await anext(aiter(reading))
+
+        reader = asyncio.create_task(read_on())
+        # Nothing tells when the thread has come to wait.
+        await asyncio.sleep(0.2)
+        assert not reader.done()
+        if s3_is_closed:
+            reader.cancel()
+            await s3.close()
+        started = time.monotonic()
+        reading.close()
+        reading.close()
+        # The SDK itself would give the read up after half a minute.
+        assert time.monotonic() - started < 5
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(

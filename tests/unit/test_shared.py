@@ -289,6 +289,66 @@ async def test_a_read_that_breaks_off_breaks_off_for_every_reader(kept: bool) ->
     assert scene.nothing_is_left()
 
 
+@pytest.mark.parametrize("moment", ["opening", "reading"])
+@pytest.mark.parametrize("count", [1, 6])
+async def test_a_fault_that_readers_share_is_one_sign_of_an_outage_and_not_many(
+    count: int, moment: str
+) -> None:
+    scene, fault = Scene(), TransientError(Dependency.S3, "connection", "it broke off")
+    scene.s3.failure = fault if moment == "opening" else None
+    tasks = scene.readers(count)
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    await turns_of_the_loop()
+    for reading in scene.s3.opened:
+        reading.failure = fault
+        reading.finish()
+    found = await ended(tasks)
+    told = [it for it in found if isinstance(it, TransientError)]
+    assert len(told) == count
+    assert sum(not it.is_echo for it in told) == 1
+    assert {(it.dependency, it.reason, it.message) for it in told} == {
+        (Dependency.S3, "connection", "it broke off")
+    }
+    # One object that several tasks raise would gather the traceback of each.
+    assert len({id(it) for it in told}) == count
+
+
+async def test_faults_of_reads_of_ones_own_are_no_echoes() -> None:
+    scene = Scene(budget=SIZE - 1)
+    tasks = scene.readers(3)
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    await turns_of_the_loop()
+    for reading in scene.s3.opened:
+        reading.failure = TransientError(Dependency.S3, "connection", "it broke off")
+        reading.finish()
+    found = await ended(tasks)
+    assert [it.is_echo for it in found if isinstance(it, TransientError)] == [False] * 3
+
+
+async def test_whoever_still_waits_for_a_piece_when_the_last_reader_leaves_is_told() -> None:
+    """That would be a bug of a reader's; it must not become a task that waits for ever."""
+    scene = Scene()
+    opening = [asyncio.create_task(scene.reads.open(IMAGE)) for _ in range(2)]
+    await turns_of_the_loop()
+    scene.s3.may_open.set()
+    readings = await asyncio.gather(*opening)
+
+    async def read_on() -> bytes:
+        return b"".join([piece async for piece in readings[0]])
+
+    waiting = asyncio.create_task(read_on())
+    scene.s3.opened[0].go.release()
+    await turns_of_the_loop()
+    assert not waiting.done()
+    for reading in readings:
+        reading.close()
+    (found,) = await ended([waiting])
+    assert isinstance(found, Exception)
+    assert scene.nothing_is_left()
+
+
 async def test_a_bug_in_the_read_reaches_its_readers() -> None:
     scene = Scene()
     scene.s3.failure = KeyError("bug")

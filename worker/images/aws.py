@@ -65,13 +65,12 @@ class Endpoint:
         return self.url is not None and self.addressing_style in ("auto", "path")
 
     def client_config(self, **more: Any) -> Config:
-        """How the SDK's client is set up: signatures of version 4, and `auto` is path for a URL."""
+        """How the SDK's client is set up: `auto` is path for a URL."""
         # With its own `auto` the SDK signs for the worldwide address, which redirects for hours where a
         # bucket is new; names that no host can have are in the path with `virtual` too.
         by_path = self.is_path_of_url or self.addressing_style == "path"
         style: Literal["path", "virtual"] = "path" if by_path else "virtual"
         return Config(
-            signature_version="s3v4",
             s3={"addressing_style": style},
             user_agent_extra="vqa-worker",
             **more,
@@ -93,6 +92,8 @@ class Aws:
             self.endpoint = replace(endpoint, url=endpoint.url or self._configured_url())
             # Amazon's other SDKs and its platforms have the second name, which this one does not know.
             self.region = self._session.get_config_variable("region") or os.environ.get("AWS_REGION")
+            if self.region:
+                self._session.set_config_variable("region", self.region)
             self._client = self._client_with_rules()
         except (BotoCoreError, ValueError) as error:
             raise S3ConfigurationError(f"VQA_S3_ENDPOINT_URL or the AWS configuration: {error}") from None
@@ -154,7 +155,7 @@ class Aws:
         """A client of the SDK, a tenth of a second's work; None where nothing needs its rules."""
         url = self.endpoint.url
         if url is None or not self.endpoint.is_path_of_url:
-            config = self.endpoint.client_config(region_name=self.region)
+            config = self.endpoint.client_config(region_name=self.region, signature_version="s3v4")
             # It is only asked for addresses: who signs must not decide what it knows.
             return self._session.create_client(
                 "s3",

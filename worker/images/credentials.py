@@ -4,7 +4,12 @@ import asyncio
 import time
 
 from botocore.credentials import ReadOnlyCredentials, RefreshableCredentials
-from botocore.exceptions import ClientError, CredentialRetrievalError, NoCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+)
 from botocore.session import Session
 
 # Credentials that end sooner than this are renewed before they are used again; before that, in the
@@ -48,7 +53,7 @@ class CredentialsKeeper:
         """Renew in good time. A failure is no matter yet: the SDK logs it, and there is another try."""
         try:
             self._frozen = await asyncio.to_thread(self._find)
-        except (CredentialRetrievalError, NoCredentialsError):
+        except BotoCoreError:
             return
 
     def _find(self) -> ReadOnlyCredentials:
@@ -59,6 +64,9 @@ class CredentialsKeeper:
             frozen = credentials.get_frozen_credentials()
         except ClientError as error:
             raise credentials_refused(error) from None
+        except RuntimeError:
+            # The SDK's word for credentials that are still the old ones after they were renewed.
+            raise CredentialRetrievalError(provider="STS", error_msg="those it gives have expired") from None
         if isinstance(credentials, RefreshableCredentials):
             self._renewable = credentials
         return frozen

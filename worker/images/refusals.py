@@ -74,12 +74,14 @@ class S3Refusal(Exception):  # noqa: N818 - an answer of S3's, which `translate`
     Attributes:
         status: HTTP status.
         code: S3's own word for it; empty where it gave none.
+        region: where the bucket is, if S3 says so.
     """
 
-    def __init__(self, status: int, code: str) -> None:
+    def __init__(self, status: int, code: str, region: str | None = None) -> None:
         super().__init__(f"{status} {code}")
         self.status = status
         self.code = code
+        self.region = region
 
     @property
     def is_busy(self) -> bool:

@@ -14,7 +14,7 @@ from worker.errors import Dependency, TransientError
 from worker.http_client import open_session, proxy_options
 from worker.images.aws import Aws, S3ConfigurationError, ca_bundle
 from worker.images.refusals import FAILURES, S3Refusal, translate
-from worker.images.sdk import Sdk
+from worker.images.sdk import Sdk, is_directory_bucket
 from worker.images.source import S3Object
 
 CONNECT_TIMEOUT_S = 5.0
@@ -24,12 +24,11 @@ ATTEMPTS = 3
 LONGEST_RETRY_DELAY_S = 1.0
 # Of an error's body; its code stands in the first few hundred bytes.
 MAX_ERROR_BYTES = 16 * 1024
-# "Directory buckets" want a session before anything else.
-_DIRECTORY_BUCKET = "--x-s3"
 REMEMBERED_BUCKETS = 1000
 
 _OK, _PARTIAL, _NO_SUCH_RANGE = 200, 206, 416
 _CODE = re.compile(rb"<Code>\s*([A-Za-z0-9.]{1,100})\s*</Code>")
+_REGION = re.compile(rb"<Region>\s*([a-z0-9-]{1,50})\s*</Region>")
 _TOTAL = re.compile(r"bytes (?:\d+-\d+|\*)/(\d+)")
 
 
@@ -66,7 +65,8 @@ class S3:
             read_timeout_s=READ_TIMEOUT_S,
             tls=_tls(),
         )
-        self._elsewhere: set[str] = set()
+        # Buckets that are not where plain requests go, and the region that they are in, as far as is known.
+        self._elsewhere: dict[str, str | None] = {}
 
     async def open(self, source: S3Object) -> Reading:
         """Begin to read an object.
@@ -114,8 +114,9 @@ class S3:
             DependencyDownError: there are no credentials to sign with.
         """
         try:
-            by = self._sdk if self._is_elsewhere(source.bucket) else self._aws
-            return await by.link(source, expires_s)
+            if self._is_elsewhere(source.bucket):
+                return await self._sdk.link(source, expires_s, self._elsewhere.get(source.bucket))
+            return await self._aws.link(source, expires_s)
         except FAILURES as error:
             raise translate(error) from None
 
@@ -164,11 +165,12 @@ class S3:
         if response.status == _OK or (headers and response.status in (_PARTIAL, _NO_SUCH_RANGE)):
             return response
         async with response:
-            code = _CODE.search(await _beginning(response.content.iter_any(), MAX_ERROR_BYTES))
-        raise S3Refusal(response.status, code[1].decode() if code else "")
+            page = await _beginning(response.content.iter_any(), MAX_ERROR_BYTES)
+        region = response.headers.get("x-amz-bucket-region") or _word(_REGION, page)
+        raise S3Refusal(response.status, _word(_CODE, page), region or None)
 
     def _is_elsewhere(self, bucket: str) -> bool:
-        return bucket.endswith(_DIRECTORY_BUCKET) or bucket in self._elsewhere
+        return is_directory_bucket(bucket) or bucket in self._elsewhere
 
     def _only_if_elsewhere(self, bucket: str, error: S3Refusal) -> None:
         """Remember where the bucket is not, if S3 says so for good; raise any other answer again."""
@@ -178,7 +180,7 @@ class S3:
             return
         if len(self._elsewhere) >= REMEMBERED_BUCKETS:
             self._elsewhere.clear()
-        self._elsewhere.add(bucket)
+        self._elsewhere[bucket] = error.region
 
 
 def _tls() -> ssl.SSLContext | Literal[True]:
@@ -243,3 +245,8 @@ async def _beginning(pieces: AsyncIterable[bytes], length: int) -> bytes:
         if len(begun) >= length:
             break
     return begun[:length]
+
+
+def _word(pattern: re.Pattern[bytes], page: bytes) -> str:
+    found = pattern.search(page)
+    return found[1].decode() if found else ""

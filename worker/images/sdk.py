@@ -6,9 +6,9 @@ itself, and directory buckets (`--x-s3`), which want a session first.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from botocore.exceptions import ClientError, NoCredentialsError
@@ -23,20 +23,22 @@ CHUNK_BYTES = 256 * 1024
 
 
 class Sdk:
-    """boto3's client for one S3 endpoint; made, and its library loaded, when it is first needed."""
+    """boto3's clients for one S3; made, and the library loaded, when they are first needed."""
 
     def __init__(
         self, endpoint: Endpoint, region: str | None, *, connect_timeout_s: float, read_timeout_s: float
     ) -> None:
-        self._endpoint_url = endpoint.url
-        self._config = endpoint.client_config(
-            region_name=region,
-            retries={"mode": "standard", "total_max_attempts": 3},
-            connect_timeout=connect_timeout_s,
-            read_timeout=read_timeout_s,
-            max_pool_connections=THREADS,
-        )
-        self._client: Any = None
+        self._endpoint = endpoint
+        self._region = region
+        self._options = {
+            "retries": {"mode": "standard", "total_max_attempts": 3},
+            "connect_timeout": connect_timeout_s,
+            "read_timeout": read_timeout_s,
+            "max_pool_connections": THREADS,
+        }
+        self._session: Any = None
+        # By region, and by whether they are for directory buckets.
+        self._clients: dict[tuple[str | None, bool], Any] = {}
         self._making = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="s3-sdk")
 
@@ -50,13 +52,13 @@ class Sdk:
         response = await self._in_thread(self._get, source)
         return SdkReading(self, response["Body"], response["ContentLength"])
 
-    async def link(self, source: S3Object, expires_s: int) -> str:
-        """A presigned URL of the object, good for `expires_s` seconds.
+    async def link(self, source: S3Object, expires_s: int, region: str | None) -> str:
+        """A presigned URL of the object, good for `expires_s` seconds; `region`: where its bucket is.
 
         Raises:
-            BotoCoreError: there are no credentials, or no session for the bucket.
+            S3Refusal, BotoCoreError: there are no credentials, or no session for the bucket.
         """
-        return str(await self._in_thread(self._presign, source, expires_s))
+        return str(await self._in_thread(self._presign, source, expires_s, region))
 
     def close_later(self, body: Any) -> None:
         """Close a response in a thread: it waits for a read that is under way."""
@@ -71,33 +73,55 @@ class Sdk:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     def _get(self, source: S3Object) -> Any:
-        try:
-            return self._made().get_object(Bucket=source.bucket, Key=source.key)
-        except ClientError as error:
-            if error.operation_name != "GetObject":
-                # STS, asked for credentials on the way, refuses the role.
-                raise credentials_refused(error) from None
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            raise S3Refusal(status, error.response.get("Error", {}).get("Code", "")) from None
+        client = self._client(self._region, source)
+        with _refusals():
+            return client.get_object(Bucket=source.bucket, Key=source.key)
 
-    def _presign(self, source: S3Object, expires_s: int) -> str:
+    def _presign(self, source: S3Object, expires_s: int, region: str | None) -> str:
+        client = self._client(region or self._region, source)
         params = {"Bucket": source.bucket, "Key": source.key}
-        return str(self._made().generate_presigned_url("get_object", Params=params, ExpiresIn=expires_s))
+        with _refusals():
+            return str(client.generate_presigned_url("get_object", Params=params, ExpiresIn=expires_s))
 
-    def _made(self) -> Any:
-        """The client. One that is made without credentials would never have any."""
+    def _client(self, region: str | None, source: S3Object) -> Any:
+        kind = region, is_directory_bucket(source.bucket)
         with self._making:
-            if self._client is None:
-                # Loaded late: most workers never need it.
-                import boto3  # noqa: PLC0415
+            if kind not in self._clients:
+                self._clients[kind] = self._make(*kind)
+            return self._clients[kind]
 
-                session = boto3.Session()
-                if session.get_credentials() is None:
-                    raise NoCredentialsError
-                self._client = session.client(
-                    "s3", endpoint_url=self._endpoint_url, config=self._config, verify=ca_bundle()
-                )
-        return self._client
+    def _make(self, region: str | None, is_for_directories: bool) -> Any:
+        """A client. One that is made without credentials would never have any."""
+        if self._session is None:
+            # Loaded late: most workers never need it.
+            import boto3  # noqa: PLC0415
+
+            session = boto3.Session(region_name=self._region)
+            if session.get_credentials() is None:
+                raise NoCredentialsError
+            self._session = session
+        # Named, it would keep the SDK from asking for the sessions that directory buckets want; not named,
+        # the SDK makes links with signatures of version 2.
+        version = {} if is_for_directories else {"signature_version": "s3v4"}
+        config = self._endpoint.client_config(region_name=region, **version, **self._options)
+        return self._session.client("s3", endpoint_url=self._endpoint.url, config=config, verify=ca_bundle())
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Tell what S3 says of an object from what STS says, asked for credentials on the way."""
+    try:
+        yield
+    except ClientError as error:
+        if error.operation_name not in ("GetObject", "CreateSession"):
+            raise credentials_refused(error) from None
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        raise S3Refusal(status, error.response.get("Error", {}).get("Code", "")) from None
+
+
+def is_directory_bucket(bucket: str) -> bool:
+    """Whether a bucket is one of those that want a session before anything else, as its name tells."""
+    return bucket.endswith("--x-s3")
 
 
 class SdkReading:

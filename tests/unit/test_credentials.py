@@ -1,0 +1,196 @@
+"""AWS credentials that end: who waits for new ones, and who goes on with those that still hold."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from botocore.credentials import CredentialProvider, RefreshableCredentials
+from botocore.exceptions import ClientError, CredentialRetrievalError, NoCredentialsError
+from botocore.session import Session, get_session
+
+from tests.running import until
+from worker.images import credentials
+from worker.images.credentials import CredentialsKeeper
+
+MINUTE_S = 60
+# Between the time when renewal may begin, and the one when it must have come.
+SOON_S = 12 * MINUTE_S
+NOW_S = 9 * MINUTE_S
+# A job that waits for a renewal which is held up waits longer than this; one that does not, far less.
+AT_ONCE_S = 10
+
+
+class Chain(CredentialProvider):
+    """Gives credentials that end after `first_s` seconds; renewed, they are good for an hour."""
+
+    METHOD = "test"
+
+    def __init__(self, first_s: float) -> None:
+        super().__init__()
+        self.renewals = 0
+        self.failure: Exception | None = None
+        self.may_end = threading.Event()
+        self.may_end.set()
+        self._first = self._said("first", first_s)
+
+    def load(self) -> Any:
+        """As the SDK asks for it, once."""
+        return RefreshableCredentials.create_from_metadata(self._first, self._renew, self.METHOD)
+
+    def _renew(self) -> dict[str, str]:
+        self.renewals += 1
+        number = self.renewals
+        assert self.may_end.wait(60), "nobody let the renewal go on"
+        if self.failure is not None:
+            raise self.failure
+        return self._said(f"renewed-{number}", 60 * MINUTE_S)
+
+    def _said(self, key: str, seconds: float) -> dict[str, str]:
+        ends = datetime.now(UTC) + timedelta(seconds=seconds)
+        return {"access_key": key, "secret_key": "s", "token": "t", "expiry_time": ends.isoformat()}
+
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """Renewals take as long as this."""
+        self.may_end.clear()
+        try:
+            yield
+        finally:
+            self.may_end.set()
+
+
+def refused(code: str) -> ClientError:
+    answer: Any = {"Error": {"Code": code, "Message": "User: arn:aws:iam::123456789012:user/secret"}}
+    return ClientError(answer, "AssumeRole")
+
+
+def keeper_of(chain: CredentialProvider) -> CredentialsKeeper:
+    session: Session = get_session()
+    session.get_component("credential_provider").insert_before("env", chain)
+    return CredentialsKeeper(session)
+
+
+async def keys(keeper: CredentialsKeeper, times: int = 1) -> list[str | None]:
+    """The access keys that so many jobs get which ask at the same time."""
+    async with asyncio.timeout(AT_ONCE_S):
+        return [got.access_key for got in await asyncio.gather(*[keeper.current() for _ in range(times)])]
+
+
+async def test_credentials_that_hold_for_long_are_not_renewed() -> None:
+    chain = Chain(60 * MINUTE_S)
+    assert await keys(keeper_of(chain), 5) == ["first"] * 5
+    assert chain.renewals == 0
+
+
+async def found(chain: Chain) -> CredentialsKeeper:
+    """A keeper that has the first credentials: while they are found they are not renewed yet."""
+    keeper = keeper_of(chain)
+    chain.failure, kept = refused("Throttling"), chain.failure
+    assert await keys(keeper) == ["first"]
+    chain.failure, chain.renewals = kept, 0
+    return keeper
+
+
+@pytest.mark.parametrize("failure", [None, refused("ExpiredToken")], ids=["slow", "slow, then refused"])
+async def test_a_renewal_that_is_slow_holds_nobody_up_while_the_credentials_hold(
+    failure: Exception | None,
+) -> None:
+    chain = Chain(SOON_S)
+    keeper = await found(chain)
+    chain.failure = failure
+    with chain.held_up():
+        for _ in range(3):
+            assert await keys(keeper, 10) == ["first"] * 10
+        await until(lambda: chain.renewals, "the renewal is begun")
+        assert await keys(keeper, 10) == ["first"] * 10
+        assert chain.renewals == 1
+    if failure is None:
+
+        async def is_renewed() -> bool:
+            return await keys(keeper) == ["renewed-1"]
+
+        await until(is_renewed, "the new credentials are used")
+    assert chain.renewals == 1
+
+
+async def test_after_a_renewal_that_failed_there_is_none_for_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chain = Chain(SOON_S)
+    keeper = await found(chain)
+    chain.failure = refused("AccessDenied")
+    clock = [time.monotonic()]
+    monkeypatch.setattr(credentials, "time", type("Clock", (), {"monotonic": lambda: clock[0]}))
+    assert await keys(keeper) == ["first"]
+    await until(lambda: chain.renewals == 1, "the renewal is tried")
+    clock[0] += 58
+    for _ in range(20):
+        assert await keys(keeper, 5) == ["first"] * 5
+        await asyncio.sleep(0.005)
+    assert chain.renewals == 1
+    clock[0] += 5
+    assert await keys(keeper, 5) == ["first"] * 5
+    await until(lambda: chain.renewals == 2, "the renewal is tried again")
+
+
+async def test_credentials_that_end_too_soon_are_waited_for_and_renewed_once_for_all() -> None:
+    chain = Chain(NOW_S)
+    keeper = keeper_of(chain)
+    with chain.held_up():
+        waiting = asyncio.create_task(keys(keeper, 20))
+        await until(lambda: chain.renewals, "the renewal is begun")
+        assert not waiting.done()
+    assert await waiting == ["renewed-1"] * 20
+    assert chain.renewals == 1
+
+
+async def test_credentials_that_end_too_soon_and_cannot_be_renewed_are_a_failure_that_tells_the_code() -> (
+    None
+):
+    chain = Chain(NOW_S)
+    chain.failure = refused("AccessDenied")
+    with pytest.raises(CredentialRetrievalError) as caught:
+        await keys(keeper_of(chain))
+    assert "AccessDenied" in str(caught.value)
+    assert "arn:" not in str(caught.value)
+
+
+async def test_a_renewal_in_the_background_that_comes_too_late_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever asks when the time is up gets what the renewal under way brings, not the old ones."""
+    chain = Chain(SOON_S)
+    keeper = await found(chain)
+    with chain.held_up():
+        assert await keys(keeper) == ["first"]
+        await until(lambda: chain.renewals, "the renewal is begun")
+        monkeypatch.setattr(credentials, "MUST_RENEW_S", SOON_S + MINUTE_S)
+        monkeypatch.setattr(RefreshableCredentials, "_mandatory_refresh_timeout", SOON_S + MINUTE_S)
+        waiting = asyncio.create_task(keys(keeper, 5))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+    assert await waiting == ["renewed-1"] * 5
+    assert chain.renewals == 1
+
+
+async def test_a_chain_without_credentials_is_asked_again() -> None:
+    class Empty(CredentialProvider):
+        METHOD = "test"
+        given: Any = None
+
+        def load(self) -> Any:
+            return self.given
+
+    chain = Empty()
+    session = get_session()
+    session.get_component("credential_provider").providers[:] = [chain]
+    keeper = CredentialsKeeper(session)
+    with pytest.raises(NoCredentialsError):
+        await keys(keeper)
+    chain.given = Chain(60 * MINUTE_S).load()
+    assert await keys(keeper) == ["first"]

@@ -1,0 +1,179 @@
+"""What is held of a job's images, and for how long; and in whose words a fault is told."""
+
+import asyncio
+import base64
+import random
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests.fake_s3 import Answer, FakeS3, give, head, say
+from tests.unit.fakes import turns_of_the_loop
+from worker.errors import TransientError
+from worker.http_client import proxy_options
+from worker.images.aws import Aws, Endpoint
+from worker.images.load import Images, LinkPolicy, Located, OpenImages, UrlStream, UrlText, name_of
+from worker.images.s3 import S3
+from worker.images.source import SourcePolicy
+from worker.job import ImageRef
+from worker.model.request import PLACEHOLDER, RequestBody, frame
+
+KIB = 1024
+PNG = b"\x89PNG\r\n\x1a\n"
+NOISE = random.Random(2).randbytes(900 * KIB)  # noqa: S311 - no secret
+SMALL, LARGE = PNG + NOISE[: 100 * KIB], PNG + NOISE
+PATIENCE_S = 20
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials, and no proxy."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    for name, value in (("ACCESS_KEY_ID", "AKID"), ("SECRET_ACCESS_KEY", "secret"), ("REGION", "eu-west-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    proxy_options.cache_clear()
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FakeS3]:
+    async with FakeS3.serving(SMALL) as fake:
+        yield fake
+
+
+@asynccontextmanager
+async def loader(
+    fake: FakeS3, *, buffer_bytes: int = 1024 * KIB, links: LinkPolicy | None = None
+) -> AsyncIterator[Images]:
+    s3 = S3(Aws(Endpoint(fake.url, "auto")))
+    policy = SourcePolicy(allowed_buckets=["*"], allowed_link_hosts=["*"])
+    try:
+        yield Images(s3, policy, max_bytes=10_000_000, max_per_job=16, buffer_bytes=buffer_bytes, links=links)
+    finally:
+        await s3.close()
+
+
+def located(images: Images, *urls: str) -> list[Located]:
+    refs = [ImageRef(f"images[{n}]", url) for n, url in enumerate(urls)]
+    return images.check(refs, " ".join(urls).encode())
+
+
+@asynccontextmanager
+async def opened(images: Images, *urls: str) -> AsyncIterator[OpenImages]:
+    wanted = located(images, *urls)
+    async with (
+        asyncio.timeout(PATIENCE_S),
+        images.room(wanted) as room,
+        images.open(wanted, room) as opened,
+    ):
+        yield opened
+
+
+def data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def body_of(opened: OpenImages) -> RequestBody:
+    parts: Sequence[Any] = [
+        {"type": "image_url", "image_url": {"url": PLACEHOLDER}} for _ in range(len(opened.urls))
+    ]
+    return RequestBody(frame("m", [{"role": "user", "content": parts}], {}), opened.urls, on_sent=opened.sent)
+
+
+async def send(body: RequestBody) -> int:
+    return sum([len(piece) async for piece in body])
+
+
+IMAGES = {
+    "small from S3": (give(SMALL), "s3://b/small"),
+    "large from S3": (give(LARGE), "s3://b/large"),
+    "small in the job": (give(b""), data_url(SMALL)),
+    "large in the job": (give(b""), data_url(LARGE)),
+    "a link": (give(b""), "https://images.example/a.png"),
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", IMAGES)
+async def test_what_was_sent_is_held_no_longer(fake: FakeS3, kind: str, count: int) -> None:
+    """The API takes a quarter of a minute to answer; the next images must not wait for that."""
+    fake.answer, url = IMAGES[kind]
+    async with loader(fake) as images, opened(images, *[url] * count) as open_images:
+        assert len(open_images.urls) == count
+        held = [weakref.ref(it) for it in open_images.urls]
+        body = body_of(open_images)
+        expected = sum(it.length for it in open_images.urls)
+        assert await send(body) == body.length > expected
+        # Whoever has just been woken up still has what woke it.
+        await turns_of_the_loop()
+        assert list(open_images.urls) == []
+        assert [it() for it in held] == [None] * count
+        # All the room there is, for somebody else.
+        async with opened(images, data_url(LARGE)) as others:
+            assert isinstance(others.urls[0], UrlStream)
+
+
+async def test_room_is_waited_for_and_given_back_in_the_end(fake: FakeS3) -> None:
+    async with loader(fake, buffer_bytes=1024 * KIB) as images:
+        (first,) = located(images, data_url(LARGE))
+        async with images.room([first]) as room:
+            waiting = asyncio.create_task(images.room([first]).__aenter__())
+            async with images.open([first], room):
+                await asyncio.sleep(0.05)
+                assert not waiting.done()
+        async with asyncio.timeout(PATIENCE_S):
+            (await waiting).release()
+            async with images.room([first]):
+                pass
+
+
+async def test_small_images_need_no_more_room_than_they_have_bytes(fake: FakeS3) -> None:
+    async with (
+        loader(fake, buffer_bytes=1024 * KIB) as images,
+        opened(images, "s3://b/1") as one,
+        opened(images, "s3://b/2") as other,
+    ):
+        assert [type(it) for it in (*one.urls, *other.urls)] == [UrlText] * 2
+
+
+@pytest.mark.parametrize("look", [True, False])
+async def test_links_need_no_room(fake: FakeS3, look: bool) -> None:
+    fake.answer = give(SMALL[:12], 206, Content_Range=f"bytes 0-11/{len(SMALL)}")
+    async with (
+        loader(fake, links=LinkPolicy(expires_s=60, look=look)) as images,
+        opened(images, data_url(LARGE)),
+        opened(images, "s3://b/k", "https://h/") as links,
+    ):
+        assert [type(it) for it in links.urls] == [UrlText] * 2
+
+
+def torn(content: bytes) -> Answer:
+    """The announcement of all, and half of it."""
+    return say(head(len(content)), content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("content", [SMALL, LARGE], ids=["small", "large"])
+async def test_an_image_that_breaks_off_for_many_is_told_by_each_in_its_own_words_and_counts_once(
+    fake: FakeS3, content: bytes
+) -> None:
+    """Small ones break off before the call is made, large ones while they are sent."""
+    jobs = 8
+    fake.answer = torn(content)
+
+    async def one(images: Images, number: int) -> TransientError:
+        url = "s3://b/torn"
+        with pytest.raises(TransientError) as caught:
+            async with opened(images, *["https://h/"] * number, url) as open_images:
+                await send(body_of(open_images))
+        assert caught.value.message.startswith(f"{name_of(ImageRef(f'images[{number}]', url))}: ")
+        return caught.value
+
+    async with loader(fake, buffer_bytes=100 * 1024 * KIB) as images:
+        faults = await asyncio.gather(*[one(images, number) for number in range(jobs)])
+    assert len(fake.asked) == 1
+    assert [it.reason for it in faults] == ["connection"] * jobs
+    assert sum(not it.is_echo for it in faults) == 1
