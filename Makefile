@@ -40,7 +40,7 @@ $(BENCH): requirements-bench.lock $(INSTALLED)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	@touch $@
 
-bench: $(BENCH) ## measure the worker beside others (half an hour; Linux), write docs/performance.md
+bench: $(BENCH) ## measure the worker beside others (40 minutes or more; Linux), write docs/performance.md
 	@$(BIN)/python -m tests.bench --write docs
 
 bench-quick: $(BENCH) ## the same in short, under two minutes, told only

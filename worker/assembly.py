@@ -4,7 +4,7 @@ import asyncio
 from contextlib import AsyncExitStack
 
 from worker.health import Health
-from worker.images.aws import Aws, Endpoint, S3ConfigurationError
+from worker.images.aws import Aws, Endpoint
 from worker.images.load import Images, LinkPolicy
 from worker.images.s3 import S3
 from worker.images.source import SourcePolicy
@@ -16,15 +16,11 @@ from worker.retry import RetryPolicy
 from worker.settings import Settings
 
 
-class AssemblyError(Exception):
-    """The settings make no worker after all; the message names the one that is wrong."""
-
-
 async def assemble(settings: Settings, *, gate: Gate, health: Health, stack: AsyncExitStack) -> Processor:
     """The processor with its clients, which `stack` closes.
 
     Raises:
-        AssemblyError: the AWS configuration makes no sense.
+        S3ConfigurationError: the AWS configuration makes no sense; the message names what is wrong.
     """
     redact = Redactor(settings.secret_values())
     return Processor(
@@ -39,12 +35,8 @@ async def assemble(settings: Settings, *, gate: Gate, health: Health, stack: Asy
 
 async def _images(settings: Settings, stack: AsyncExitStack) -> Images:
     endpoint = Endpoint(settings.s3_endpoint_url, settings.s3_addressing_style)
-    try:
-        # In a thread: it reads the AWS configuration, and the SDK's rules where they are needed.
-        aws = await asyncio.to_thread(Aws, endpoint)
-        s3 = S3(aws)
-    except S3ConfigurationError as error:
-        raise AssemblyError(str(error)) from None
+    # In a thread: it reads the AWS configuration, and the SDK's rules where they are needed.
+    s3 = S3(await asyncio.to_thread(Aws, endpoint))
     stack.push_async_callback(s3.close)
     # A presigned link has to outlive the job and the last call made for it.
     outlives_job_s = int(settings.job_timeout + settings.model_timeout)

@@ -6,11 +6,11 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from deploy.local.install import RabbitMQMissingError
 from deploy.local.processes import DidNotStartError
 from deploy.local.stack import Stack
+from deploy.local.terminal import interrupt, tell
 
 _CHECK_SECONDS = 0.5
 
@@ -29,27 +29,27 @@ def main() -> int:
     up.add_argument("--folder", type=Path, help="keep data and logs in this new folder")
     arguments = parser.parse_args()
     # Also when they were ignored before, as in the background of a script.
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         return _up(use_environment=not arguments.own, folder=arguments.folder)
     except KeyboardInterrupt:
         return 0
     except (DidNotStartError, RabbitMQMissingError, RuntimeError) as error:
-        _tell(str(error))
+        tell(str(error))
         return 1
 
 
 def _up(*, use_environment: bool, folder: Path | None) -> int:
-    _tell("Starting the local stack …")
-    with Stack.start(use_environment=use_environment, folder=folder, tell=_tell) as stack:
+    tell("Starting the local stack …")
+    with Stack.start(use_environment=use_environment, folder=folder, tell=tell) as stack:
         for name, value in stack.environment().items():
             print(f"export {name}={shlex.quote(value)}")
         sys.stdout.flush()
-        _tell(_summary(stack))
+        tell(_summary(stack))
         while not (dead := stack.dead_parts()):
             time.sleep(_CHECK_SECONDS)
-        _tell(f"Ended unexpectedly: {', '.join(dead)}. Stopping the rest.")
+        tell(f"Ended unexpectedly: {', '.join(dead)}. Stopping the rest.")
         return 1
 
 
@@ -60,15 +60,6 @@ def _summary(stack: Stack) -> str:
         f"RabbitMQ management: {stack.rabbitmq.management_url or 'unknown'}\n"
         "Paste the lines above into another shell to use it. Ctrl-C stops it and leaves nothing behind."
     )
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import uvloop
 
 from deploy.local.install import RabbitMQMissingError
 from deploy.local.processes import DidNotStartError
+from deploy.local.terminal import interrupt, tell
 from tests.bench import charts, contenders, machine, report
 from tests.bench.contenders import Contender
 from tests.bench.figures import Notebook
@@ -33,19 +33,19 @@ def main() -> int:
         _write(Notebook.load(arguments.redraw / "performance" / FIGURES), arguments.redraw)
         return 0
     if not machine.is_supported():
-        _tell("The benchmark reads CPU and memory from /proc, so it runs on Linux only.")
+        tell("The benchmark reads CPU and memory from /proc, so it runs on Linux only.")
         return 1
     # Connections to a broker that goes away with the benchmark are nothing to tell about.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Also when they were ignored before, as in the background of a script.
-        signal.signal(number, _interrupt)
-    notebook = Notebook(tell=_tell)
+        signal.signal(number, interrupt)
+    notebook = Notebook(tell=tell)
     try:
         _measure(arguments, notebook)
     except (WrongError, DidNotStartError, RabbitMQMissingError) as error:
-        _tell(f"\nThe benchmark broke off, and its figures mean nothing:\n{error}")
+        tell(f"\nThe benchmark broke off, and its figures mean nothing:\n{error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -102,12 +102,12 @@ def _measure(arguments: argparse.Namespace, notebook: Notebook) -> None:
     scenarios = asked or [it for it in SCENARIOS if not arguments.quick or it in QUICK_SCENARIOS]
     if cores.are_shared:
         notebook.remark("This machine has one core, which all share: read the figures with that in mind.")
-    with Bench.start(cores, _tell) as bench:
+    with Bench.start(cores, tell) as bench:
         notebook.about |= report.about(bench, cores)
         if arguments.worker:
             notebook.about["worker command"] = arguments.worker
         for name in scenarios:
-            _tell(f"\n{name}: {(SCENARIOS[name].__doc__ or '').strip()}")
+            tell(f"\n{name}: {(SCENARIOS[name].__doc__ or '').strip()}")
             uvloop.run(SCENARIOS[name](bench, plan, notebook))
     notebook.about["took"] = f"{(time.monotonic() - began) / 60:.0f} minutes"
 
@@ -143,16 +143,7 @@ def _write(notebook: Notebook, folder: Path) -> None:
     notebook.save(pictures / FIGURES)
     drawn = charts.draw(notebook, pictures)
     (folder / "performance.md").write_text(report.page(notebook, drawn))
-    _tell(f"Written: {folder / 'performance.md'}, {', '.join(f'performance/{name}' for name in drawn)}")
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    tell(f"Written: {folder / 'performance.md'}, {', '.join(f'performance/{name}' for name in drawn)}")
 
 
 if __name__ == "__main__":

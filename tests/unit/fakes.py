@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from worker.delivery import Delivery
@@ -97,6 +98,14 @@ async def turns_of_the_loop(times: int = 10) -> None:
     """Let everything run that can run without the clock."""
     for _ in range(times):
         await asyncio.sleep(0)
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """End tasks, whatever becomes of them, and wait until they have ended."""
+    tasks = [*tasks]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def free(budget: Budget) -> int:

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.unit.fakes import free, turns_of_the_loop
+from tests.unit.fakes import cancel_all, free, turns_of_the_loop
 from worker.images.budget import Budget, Share
 
 
@@ -48,9 +48,7 @@ async def holders(budget: Budget) -> AsyncIterator[Holders]:
     try:
         yield them
     finally:
-        for task in them.tasks.values():
-            task.cancel()
-        await asyncio.gather(*them.tasks.values(), return_exceptions=True)
+        await cancel_all(them.tasks.values())
 
 
 async def test_who_fits_in_passes_and_the_others_wait_in_their_order() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.running import until
-from tests.unit.fakes import turns_of_the_loop
+from tests.unit.fakes import cancel_all, turns_of_the_loop
 from worker import metrics
 from worker.limiter import (
     FIRST_PAUSE_S,
@@ -198,9 +198,7 @@ async def visitors(gate: Gate) -> AsyncIterator[Visitors]:
     try:
         yield them
     finally:
-        for task in them.tasks.values():
-            task.cancel()
-        await asyncio.gather(*them.tasks.values(), return_exceptions=True)
+        await cancel_all(them.tasks.values())
 
 
 async def test_as_many_pass_as_the_limit_allows_and_the_others_in_their_order() -> None:

@@ -83,6 +83,10 @@ class OpenImages:
         self.urls.clear()
         self._share.release()
         metrics.series(metrics.IMAGE_BYTES, "inline").inc(self.inline_bytes)
+        self.close()
+
+    def close(self) -> None:
+        """End what is still being read; may be called again."""
         for reading in self.readings:
             reading.close()
 
@@ -149,8 +153,7 @@ class Images:
                 room.shrink_to(sum(url.length for url in opened.urls))
             yield opened
         finally:
-            for reading in opened.readings:
-                reading.close()
+            opened.close()
 
     def _is_link(self, source: Source) -> bool:
         return isinstance(source, Link) or (self._links is not None and isinstance(source, S3Object))

@@ -12,7 +12,7 @@ from yarl import URL
 
 from worker.errors import Dependency, TransientError
 from worker.http_client import open_session, proxy_options
-from worker.images.aws import Aws, S3ConfigurationError, ca_bundle
+from worker.images.aws import REMEMBERED_BUCKETS, Aws, S3ConfigurationError, ca_bundle
 from worker.images.refusals import FAILURES, S3Refusal, translate
 from worker.images.sdk import Sdk, is_directory_bucket
 from worker.images.source import S3Object
@@ -24,7 +24,6 @@ ATTEMPTS = 3
 LONGEST_RETRY_DELAY_S = 1.0
 # Of an error's body; its code stands in the first few hundred bytes.
 MAX_ERROR_BYTES = 16 * 1024
-REMEMBERED_BUCKETS = 1000
 
 _OK, _PARTIAL, _NO_SUCH_RANGE = 200, 206, 416
 _CODE = re.compile(rb"<Code>\s*([A-Za-z0-9.]{1,100})\s*</Code>")
