@@ -136,7 +136,7 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
 
 async def _processor(settings: Settings, parts: _Parts, stack: AsyncExitStack) -> "Processor":
     from worker.assembly import assemble
-    from worker.images.aws import S3ConfigurationError
+    from worker.s3.aws import S3ConfigurationError
 
     try:
         return await assemble(settings, gate=parts.gate, health=parts.health, stack=stack)

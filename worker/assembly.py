@@ -4,15 +4,15 @@ import asyncio
 from contextlib import AsyncExitStack
 
 from worker.health import Health
-from worker.images.aws import Aws, Endpoint
 from worker.images.load import Images, LinkPolicy
-from worker.images.s3 import S3
 from worker.images.source import SourcePolicy
 from worker.limiter import Gate
 from worker.model.client import Model
 from worker.processor import Processor, Rules
 from worker.redact import Redactor
 from worker.retry import RetryPolicy
+from worker.s3.aws import Aws, Endpoint
+from worker.s3.client import S3
 from worker.settings import Settings
 
 

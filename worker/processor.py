@@ -22,7 +22,6 @@ from worker.errors import (
 from worker.health import Health
 from worker.images.budget import Share
 from worker.images.load import Located
-from worker.images.source import S3Object
 from worker.job import Conversation, ImageRef, InvalidJobError, Job, decode
 from worker.limiter import Gate, GateClosedError
 from worker.logs import describe_bug
@@ -32,6 +31,7 @@ from worker.outcome import Outcome
 from worker.redact import Redactor
 from worker.report import Report
 from worker.retry import Exhausted, RetryPolicy, TooLate, TryAgain, after_attempt
+from worker.s3.aws import S3Object
 
 log = structlog.get_logger(__name__)
 

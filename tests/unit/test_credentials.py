@@ -14,8 +14,8 @@ from botocore.exceptions import ClientError, CredentialRetrievalError, NoCredent
 from botocore.session import Session, get_session
 
 from tests.running import until
-from worker.images import credentials
-from worker.images.credentials import CredentialsKeeper
+from worker.s3 import credentials
+from worker.s3.credentials import CredentialsKeeper
 
 MINUTE_S = 60
 # Between the time when renewal may begin, and the one when it must have come.

@@ -14,12 +14,12 @@ from tests.fake_s3 import Answer, FakeS3, give, head, say
 from tests.unit.fakes import turns_of_the_loop
 from worker.errors import TransientError
 from worker.http_client import proxy_options
-from worker.images.aws import Aws, Endpoint
 from worker.images.load import Images, LinkPolicy, Located, OpenImages, UrlStream, UrlText, name_of
-from worker.images.s3 import S3
 from worker.images.source import SourcePolicy
 from worker.job import ImageRef
 from worker.model.request import PLACEHOLDER, RequestBody, frame
+from worker.s3.aws import Aws, Endpoint
+from worker.s3.client import S3
 
 KIB = 1024
 PNG = b"\x89PNG\r\n\x1a\n"

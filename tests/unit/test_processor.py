@@ -27,7 +27,7 @@ from worker.health import Health
 from worker.images.budget import Budget, Share
 from worker.images.encoding import later
 from worker.images.load import Located
-from worker.images.source import Embedded, Link, S3Object, Source
+from worker.images.source import Embedded, Link, Source
 from worker.job import ImageRef
 from worker.limiter import AdaptiveLimit, Gate
 from worker.model.answer import Answer
@@ -37,6 +37,7 @@ from worker.processor import Processor, Rules
 from worker.redact import Redactor
 from worker.result import Usage
 from worker.retry import RetryPolicy
+from worker.s3.aws import S3Object
 
 MODEL, S3 = Dependency.MODEL, Dependency.S3
 CANARY = "the words of the question"

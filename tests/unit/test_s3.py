@@ -20,9 +20,8 @@ from tests.fake_s3 import Answer, Asked, FakeS3, give, head, refuse, say
 from tests.running import until
 from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
 from worker.http_client import proxy_options
-from worker.images.aws import AddressingStyle, Aws, Endpoint, S3ConfigurationError, ca_bundle
-from worker.images.s3 import S3
-from worker.images.source import S3Object
+from worker.s3.aws import AddressingStyle, Aws, Endpoint, S3ConfigurationError, S3Object, ca_bundle
+from worker.s3.client import S3
 
 CONTENT = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 100
 IMAGE = S3Object("photos", "cats/cat.png")

@@ -8,9 +8,9 @@ import pytest
 from tests.unit.fakes import free, turns_of_the_loop
 from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
 from worker.images.budget import Budget
-from worker.images.s3 import Reading
 from worker.images.shared import SharedReads
-from worker.images.source import S3Object
+from worker.s3.aws import S3Object
+from worker.s3.client import Reading
 
 IMAGE = S3Object("photos", "cat.png")
 PIECES = [b"one", b"two", b"three"]

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from worker.errors import ErrorCode, JobError
-from worker.images.source import MAX_KEY_BYTES, Embedded, Link, S3Object, Source, SourcePolicy, parse_source
+from worker.images.source import MAX_KEY_BYTES, Embedded, Link, Source, SourcePolicy, parse_source
+from worker.s3.aws import S3Object
 
 NAME = "images[0] (…)"
 ANYWHERE = SourcePolicy(allowed_buckets=["*"], allowed_link_hosts=["*"])

@@ -11,11 +11,12 @@ from worker.errors import ErrorCode, JobError, TransientError
 from worker.images.budget import Budget, Share
 from worker.images.content import SIGNATURE_BYTES, media_type
 from worker.images.encoding import EncodedStream, decode_slices, encode, encoded_length, later
-from worker.images.s3 import S3, Reading
 from worker.images.shared import SharedReads
-from worker.images.source import Embedded, Link, S3Object, Source, SourcePolicy, parse_source
+from worker.images.source import Embedded, Link, Source, SourcePolicy, parse_source
 from worker.job import ImageRef, json_text
 from worker.redact import display_url
+from worker.s3.aws import S3Object
+from worker.s3.client import S3, Reading
 from worker.settings.model import IMAGE_ON_ITS_WAY_BYTES
 
 # An image up to this size is read before the call is made and goes out in one write; larger ones are read

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from worker.errors import TransientError
 from worker.images.budget import Budget, Share
-from worker.images.s3 import Reading
-from worker.images.source import S3Object
+from worker.s3.aws import S3Object
+from worker.s3.client import Reading
 
 Open = Callable[[S3Object], Awaitable[Reading]]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from worker.errors import ErrorCode, JobError
+from worker.s3.aws import S3Object
 
 # S3: object keys are at most 1,024 bytes of UTF-8 (Amazon S3 user guide, "Naming objects").
 MAX_KEY_BYTES = 1024
@@ -21,14 +22,6 @@ _LINK = re.compile(
 _DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
-
-
-@dataclass(frozen=True, slots=True)
-class S3Object:
-    """An object in S3; the key is literal, never percent-decoded."""
-
-    bucket: str
-    key: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,7 @@ from botocore.configprovider import ConfiguredEndpointProvider
 from botocore.exceptions import BotoCoreError
 from botocore.utils import is_valid_endpoint_url, percent_encode
 
-from worker.images.credentials import CredentialsKeeper
-from worker.images.source import S3Object
+from worker.s3.credentials import CredentialsKeeper
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 
@@ -30,6 +29,14 @@ REMEMBERED_BUCKETS = 1000
 DEFAULT_REGION = "us-east-1"
 # What the signer itself leaves alone in a path; anything else it would sign differently than it is sent.
 _SAFE_IN_KEYS = "/-._~"
+
+
+@dataclass(frozen=True, slots=True)
+class S3Object:
+    """An object in S3; the key is literal, never percent-decoded."""
+
+    bucket: str
+    key: str
 
 
 class S3ConfigurationError(Exception):

@@ -12,10 +12,9 @@ from yarl import URL
 
 from worker.errors import Dependency, TransientError
 from worker.http_client import open_session, proxy_options
-from worker.images.aws import REMEMBERED_BUCKETS, Aws, S3ConfigurationError, ca_bundle
-from worker.images.refusals import FAILURES, S3Refusal, translate
-from worker.images.sdk import Sdk, is_directory_bucket
-from worker.images.source import S3Object
+from worker.s3.aws import REMEMBERED_BUCKETS, Aws, S3ConfigurationError, S3Object, ca_bundle
+from worker.s3.refusals import FAILURES, S3Refusal, translate
+from worker.s3.sdk import Sdk, is_directory_bucket
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 30.0

@@ -13,10 +13,9 @@ from typing import Any
 
 from botocore.exceptions import ClientError, NoCredentialsError
 
-from worker.images.aws import Endpoint, ca_bundle
-from worker.images.credentials import credentials_refused
-from worker.images.refusals import S3Refusal
-from worker.images.source import S3Object
+from worker.s3.aws import Endpoint, S3Object, ca_bundle
+from worker.s3.credentials import credentials_refused
+from worker.s3.refusals import S3Refusal
 
 THREADS = 16
 CHUNK_BYTES = 256 * 1024
