@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 from pydantic import BaseModel, SecretStr
 
+from worker.cancellation import REMEMBERED
 from worker.errors import MEANING, ErrorCode
 from worker.job import Job
 from worker.rabbit import messages, wire
@@ -166,6 +167,9 @@ def messages_page() -> str:
         failure=_example(Result, FAILURE),
         error_codes=_table(("Code", "When"), ((f"`{code}`", MEANING[code]) for code in ErrorCode)),
         queues=_queues_table(Topology.from_settings(settings)),
+        control_exchange=Topology.from_settings(settings).control,
+        cancellation=json.dumps({"cancel": SHORT_JOB["id"]}),
+        remembered=f"{REMEMBERED:,}",
         content_type=messages.CONTENT_TYPE,
         result_type=messages.RESULT_TYPE,
         app_id=messages.APP_ID,

@@ -1,8 +1,12 @@
 """Puts together what answers jobs. Importing it loads the SDKs, half a second's work: see `app.run`."""
 
 import asyncio
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
 
+from worker.cancellation import Cancellations
+from worker.errors import DependencyDownError
 from worker.health import Health
 from worker.images.load import Images, LinkPolicy
 from worker.images.source import SourcePolicy
@@ -13,31 +17,72 @@ from worker.redact import Redactor
 from worker.retry import RetryPolicy
 from worker.s3.aws import Aws, Endpoint
 from worker.s3.client import S3
+from worker.s3.documents import Documents
 from worker.settings import Settings
+from worker.store import AnswerStore
+from worker.tombstones import Tombstones
 
 
-async def assemble(settings: Settings, *, gate: Gate, health: Health, stack: AsyncExitStack) -> Processor:
+@dataclass(frozen=True)
+class Assembled:
+    """What answers jobs, and what has to run beside it, by name."""
+
+    processor: Processor
+    background: Mapping[str, Callable[[], Awaitable[None]]]
+
+
+async def assemble(
+    settings: Settings, *, gate: Gate, health: Health, cancellations: Cancellations, stack: AsyncExitStack
+) -> Assembled:
     """The processor with its clients, which `stack` closes.
 
     Raises:
         S3ConfigurationError: the AWS configuration makes no sense; the message names what is wrong.
     """
     redact = Redactor(settings.secret_values())
-    return Processor(
-        await _images(settings, stack),
+    s3 = await _s3(settings, stack)
+    store, background = None, {}
+    if settings.result_store is not None:
+        documents = _documents(settings.result_store, s3)
+        store = AnswerStore(documents, claims_last_s=settings.job_timeout)
+        stack.push_async_callback(store.close)
+        tombstones = Tombstones(documents, cancellations)
+        await _catch_up(tombstones)
+        cancellations.keeper = tombstones
+        background = {"result-store": store.run, "tombstones": tombstones.run}
+    processor = Processor(
+        _images(settings, s3),
         _model(settings, redact, stack),
         gate=gate,
         health=health,
         rules=_rules(settings),
         redact=redact,
+        cancellations=cancellations,
+        store=store,
     )
+    return Assembled(processor, background)
 
 
-async def _images(settings: Settings, stack: AsyncExitStack) -> Images:
+async def _s3(settings: Settings, stack: AsyncExitStack) -> S3:
     endpoint = Endpoint(settings.s3_endpoint_url, settings.s3_addressing_style)
     # In a thread: it reads the AWS configuration, and the SDK's rules where they are needed.
     s3 = S3(await asyncio.to_thread(Aws, endpoint))
     stack.push_async_callback(s3.close)
+    return s3
+
+
+def _documents(url: str, s3: S3) -> Documents:
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    return Documents(s3, bucket, f"{prefix}/" if prefix else "", named="VQA_RESULT_STORE")
+
+
+async def _catch_up(tombstones: Tombstones) -> None:
+    """Before the first job: it may be one that was cancelled. An S3 in trouble is not waited for."""
+    with suppress(DependencyDownError):
+        await tombstones.catch_up()
+
+
+def _images(settings: Settings, s3: S3) -> Images:
     # A presigned link has to outlive the job and the last call made for it.
     outlives_job_s = int(settings.job_timeout + settings.model_timeout)
     by_link = settings.image_delivery == "link"

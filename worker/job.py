@@ -370,11 +370,12 @@ def _from_short_form(job: Job) -> list[ChatMessage]:
     return [asked] if job.system is None else [ChatMessage(role="system", content=job.system), asked]
 
 
-def to_json(value: Any) -> bytes:
+def to_json(value: Any, *, sort_keys: bool = False) -> bytes:
     """Compact JSON in UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
-        errors="replace"
+    text = json.dumps(
+        value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys
     )
+    return text.encode(errors="replace")
 
 
 def json_text(text: str) -> bytes:

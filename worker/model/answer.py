@@ -4,7 +4,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
+
+from pydantic import TypeAdapter, ValidationError
 
 from worker.result import Usage
 
@@ -57,6 +60,24 @@ class Answer:
     def is_empty(self) -> bool:
         """Whether nothing was answered: no text and no tool call."""
         return self.text is None and not self.calls_tools
+
+
+def to_kept(answer: Answer) -> bytes:
+    """An answer as the result store keeps it."""
+    return _kept().dump_json(answer)
+
+
+def from_kept(kept: bytes) -> Answer | None:
+    """An answer that was kept; None if it is not one."""
+    try:
+        return _kept().validate_json(kept)
+    except ValidationError:
+        return None
+
+
+@cache
+def _kept() -> TypeAdapter[Answer]:
+    return TypeAdapter(Answer)
 
 
 def parse_answer(body: bytes, price: Price | None) -> Answer:

@@ -163,7 +163,10 @@ class Model:
             return RateLimitedError(_retry_after_s(error.response.headers))
         if status in _REFUSES_EVERYBODY:
             return DependencyDownError(
-                Dependency.MODEL, f"the API answered {status}: {_REFUSES_EVERYBODY[status]}"
+                Dependency.MODEL,
+                f"the API answered {status}: {_REFUSES_EVERYBODY[status]}",
+                # Of several models, one may be gone.
+                may_be_partial=status == httpx2.codes.NOT_FOUND,
             )
         if status < httpx2.codes.BAD_REQUEST:
             text = f"the API answered with a redirect ({status}): check VQA_MODEL_BASE_URL"

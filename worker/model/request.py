@@ -1,5 +1,6 @@
 """The body of a call: the JSON around the images made once, the images streamed into it."""
 
+import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -32,6 +33,25 @@ class ImageUrl(Protocol):
 def frame(model: str, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bytes]:
     """The JSON of a request, cut where images belong: `messages` has PLACEHOLDER for each of their URLs."""
     return to_json({**params, "model": model, "messages": messages}).split(PLACEHOLDER.encode())
+
+
+def fingerprint(
+    job_id: str,
+    model: str,
+    messages: Sequence[Mapping[str, Any]],
+    params: Mapping[str, Any],
+    urls: Sequence[str],
+) -> str:
+    """What tells a job from every other: SHA-256 in hexadecimal of its id and all that it asks.
+
+    `messages` as for `frame`, with any text in the places of the URLs, which come by themselves. However a
+    publisher orders and spaces its JSON, it is the same.
+    """
+    digest = hashlib.sha256(to_json([job_id, model, messages, params], sort_keys=True))
+    for url in urls:
+        digest.update(b"%d " % len(url))
+        digest.update(url.encode())
+    return digest.hexdigest()
 
 
 class RequestBody(httpx2.AsyncByteStream):

@@ -17,7 +17,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.configprovider import ConfiguredEndpointProvider
 from botocore.exceptions import BotoCoreError
-from botocore.utils import is_valid_endpoint_url, percent_encode
+from botocore.utils import is_valid_endpoint_url, percent_encode, percent_encode_sequence
 
 from worker.s3.credentials import CredentialsKeeper
 
@@ -53,7 +53,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class SignedRequest:
-    """A GET that S3 believes; the headers are good for some minutes."""
+    """A request that S3 believes; the headers are good for some minutes."""
 
     url: str
     headers: Mapping[str, str]
@@ -105,14 +105,26 @@ class Aws:
         except (BotoCoreError, ValueError) as error:
             raise S3ConfigurationError(f"VQA_S3_ENDPOINT_URL or the AWS configuration: {error}") from None
 
-    async def sign(self, source: S3Object) -> SignedRequest:
-        """A GET of the object; further headers may be added to it unsigned.
+    async def sign(
+        self,
+        source: S3Object,
+        method: str = "GET",
+        *,
+        query: Mapping[str, str] | None = None,
+        body: bytes = b"",
+    ) -> SignedRequest:
+        """A request for the object, or with an empty key and a `query` one to the bucket.
+
+        Further headers may be added to it unsigned.
 
         Raises:
             BotoCoreError: there are no credentials, they cannot be renewed, or the names make no URL.
         """
         credentials, address = await self._credentials.current(), await self._address(source.bucket)
-        request = AWSRequest("GET", address.prefix + percent_encode(source.key, safe=_SAFE_IN_KEYS))
+        url = address.prefix + percent_encode(source.key, safe=_SAFE_IN_KEYS)
+        if query:
+            url = f"{url}?{percent_encode_sequence(query)}"
+        request = AWSRequest(method, url, data=body)
         S3SigV4Auth(credentials, "s3", address.region).add_auth(request)
         return SignedRequest(str(request.url), dict(request.headers.items()))
 

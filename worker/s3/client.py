@@ -4,7 +4,8 @@ import asyncio
 import random
 import re
 import ssl
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self
 
 import aiohttp
@@ -24,10 +25,26 @@ LONGEST_RETRY_DELAY_S = 1.0
 # Of an error's body; its code stands in the first few hundred bytes.
 MAX_ERROR_BYTES = 16 * 1024
 
-_OK, _PARTIAL, _NO_SUCH_RANGE = 200, 206, 416
+_OK, _NO_CONTENT, _PARTIAL, _NO_SUCH_RANGE = 200, 204, 206, 416
 _CODE = re.compile(rb"<Code>\s*([A-Za-z0-9.]{1,100})\s*</Code>")
 _REGION = re.compile(rb"<Region>\s*([a-z0-9-]{1,50})\s*</Region>")
 _TOTAL = re.compile(r"bytes (?:\d+-\d+|\*)/(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request for an object; one to its bucket, if the key is empty and there is a `query`."""
+
+    method: str
+    source: S3Object
+    headers: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    @property
+    def welcome(self) -> Collection[int]:
+        """The statuses that are no errors."""
+        return (_OK, _PARTIAL, _NO_SUCH_RANGE) if "Range" in self.headers else (_OK, _NO_CONTENT)
 
 
 class Reading(Protocol):
@@ -118,49 +135,61 @@ class S3:
         except FAILURES as error:
             raise translate(error) from None
 
+    async def exchange(self, request: Request) -> tuple[Mapping[str, str], bytes]:
+        """Send a small request and read all of its answer: the headers and the body.
+
+        Raises:
+            S3Refusal, ClientError, BotoCoreError, OSError: those of FAILURES, for `translate`.
+        """
+        async with await self._request(request) as response:
+            return response.headers, await response.read()
+
     async def close(self) -> None:
         """Close the connections."""
         self._sdk.close()
         await self._session.close()
 
     async def _get(self, source: S3Object) -> "_Response":
-        response = await self._request(source, {})
+        response = await self._request(Request("GET", source))
         if response.content_length is None:
             response.close()
             raise TransientError(Dependency.S3, "connection", "S3 did not tell the object's size")
         return _Response(response, response.content_length)
 
     async def _get_beginning(self, source: S3Object, length: int) -> tuple[int, bytes]:
-        async with await self._request(source, {"Range": f"bytes=0-{length - 1}"}) as response:
+        headers = {"Range": f"bytes=0-{length - 1}"}
+        async with await self._request(Request("GET", source, headers)) as response:
             if response.status == _NO_SUCH_RANGE:
                 return 0, b""
             total = _TOTAL.fullmatch(response.headers.get("Content-Range", ""))
             size = int(total[1]) if total else response.content_length or 0
             return size, await _beginning(response.content.iter_any(), length)
 
-    async def _request(self, source: S3Object, headers: dict[str, str]) -> aiohttp.ClientResponse:
+    async def _request(self, request: Request) -> aiohttp.ClientResponse:
         """Ask until there is an answer, a few times if need be; an error page is never an object."""
         attempt = 0
         while True:
             attempt += 1
             try:
-                return await self._request_once(source, headers)
+                return await self._request_once(request)
             except (S3Refusal, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 is_passing = error.is_busy if isinstance(error, S3Refusal) else True
                 if attempt == ATTEMPTS or not is_passing:
                     raise
             await asyncio.sleep(random.uniform(0, LONGEST_RETRY_DELAY_S))  # noqa: S311 - no secret
 
-    async def _request_once(self, source: S3Object, headers: dict[str, str]) -> aiohttp.ClientResponse:
-        signed = await self._aws.sign(source)
+    async def _request_once(self, request: Request) -> aiohttp.ClientResponse:
+        signed = await self._aws.sign(request.source, request.method, query=request.query, body=request.body)
         url = URL(signed.url, encoded=True)
-        response = await self._session.get(
+        response = await self._session.request(
+            request.method,
             url,
-            headers={**signed.headers, **headers},
+            headers={**signed.headers, **request.headers},
+            data=request.body or None,
             allow_redirects=False,
             **proxy_options(f"{url.scheme}://{url.authority}"),
         )
-        if response.status == _OK or (headers and response.status in (_PARTIAL, _NO_SUCH_RANGE)):
+        if response.status in request.welcome:
             return response
         async with response:
             page = await _beginning(response.content.iter_any(), MAX_ERROR_BYTES)

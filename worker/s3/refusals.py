@@ -119,9 +119,12 @@ def _from_answer(error: S3Refusal) -> Exception:
     if code in _NOT_FOUND:
         return JobError(ErrorCode.IMAGE_NOT_FOUND, f"S3 has no such object ({code})")
     if code in _REFUSES_EVERYBODY:
-        return DependencyDownError(Dependency.S3, f"S3 answered {code}: {_REFUSES_EVERYBODY[code]}")
+        text = f"S3 answered {code}: {_REFUSES_EVERYBODY[code]}"
+        return DependencyDownError(Dependency.S3, text, may_be_partial=error.is_elsewhere)
     if error.is_busy or error.status in _REDIRECTS:
-        return DependencyDownError(Dependency.S3, f"S3 answered {error.status} {code}".rstrip())
+        # A bucket, or a part of one, can be asked for too often while the others are well.
+        text = f"S3 answered {error.status} {code}".rstrip()
+        return DependencyDownError(Dependency.S3, text, may_be_partial=True)
     return JobError(
         ErrorCode.IMAGE_FORBIDDEN,
         f"S3 does not give this object out ({code or error.status}); "

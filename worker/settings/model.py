@@ -22,7 +22,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from worker.settings.faults import PREFIX, shown, variable
 from worker.settings.tls import CaFile, KeyFile, TlsFile
-from worker.settings.urls import AMQP_PORTS, ApiKey, BrokerUrl, HttpUrl, shows_key
+from worker.settings.urls import AMQP_PORTS, ApiKey, BrokerUrl, HttpUrl, StoreUrl, shows_key
 from worker.settings.values import (
     DERIVED,
     AnyCase,
@@ -69,11 +69,6 @@ def _model_is_allowed(models: tuple[str, ...], info: ValidationInfo) -> tuple[st
             f"lacks {shown(model)}, the value of {variable('model')}: add it, or change that one"
         )
     return models
-
-
-def _not_supported_yet(value: str | None) -> None:
-    if value is not None:
-        raise ValueError("is not supported by this version yet: leave it unset")
 
 
 class Price(NamedTuple):
@@ -223,9 +218,10 @@ class Settings(BaseSettings):
     """Most jobs in flight in one process. The limit in force starts at 32 at most and moves by itself: down
     when the API says it is too much, up again while it copes."""
 
-    result_store: Annotated[str | None, AfterValidator(_not_supported_yet)] = None
-    """`s3://bucket/prefix` where answers are kept, so that no worker pays twice for one job. Not supported by
-    this version yet: setting it is a fault."""
+    result_store: StoreUrl | None = None
+    """`s3://bucket/prefix` where answers are kept, in the S3 that images come from, so that no worker pays
+    twice for one job: see [reliability](reliability.md). The worker must be allowed to get, put and delete
+    objects there, and to list them. Let the bucket expire old objects."""
     prices: Annotated[dict[str, Price], JsonObject] = {}
     """JSON object: what models cost in USD per million tokens, `{"model": {"prompt": 0.35, "completion":
     0.4}}` or `{"model": [0.35, 0.4]}`. Used for `cost_usd` where the provider gives no figure of its own."""

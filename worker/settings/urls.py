@@ -105,6 +105,13 @@ def _missing_key(base_url: str) -> str:
     return f"{asked} (any word if it wants none; {others} are for their own hosts only)"
 
 
+def _store_url(url: str) -> str:
+    if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9](/[!-~]*)?", url):
+        raise ValueError("must be s3://bucket/prefix, without blanks")
+    return url.rstrip("/")
+
+
 BrokerUrl: TypeAlias = Annotated[SecretStr, AfterValidator(_broker_url)]
+StoreUrl: TypeAlias = Annotated[str, AfterValidator(_store_url)]
 HttpUrl: TypeAlias = Annotated[str, AfterValidator(_http_url)]
 ApiKey: TypeAlias = Annotated[SecretStr, AfterValidator(_api_key)]

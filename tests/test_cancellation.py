@@ -1,0 +1,194 @@
+"""Jobs that their publisher takes back: running, queued, in a retry, done, or known to nobody."""
+
+import json
+import uuid
+from typing import Any
+
+import aio_pika
+from aio_pika.exceptions import ChannelNotFoundEntity
+
+from deploy.local.stack import Stack
+from deploy.local.standin.behaviour import Error, Hang
+from tests.breaking import BrokerUser, calls_begun, events, job, publish, results, statuses
+from tests.conftest import BUCKET, MakeClient, StartWorker
+from tests.running import Client, Worker, calls_with, until
+
+
+async def tell(stack: Stack, worker: Worker, body: bytes) -> None:
+    """Say something on the worker's control exchange."""
+    connection = await aio_pika.connect(stack.rabbitmq.url)
+    async with connection:
+        channel = await connection.channel()
+        exchange = await channel.get_exchange(f"{worker.jobs_queue}.control")
+        await exchange.publish(aio_pika.Message(body), "")
+
+
+async def cancel(stack: Stack, worker: Worker, job_id: str) -> None:
+    await tell(stack, worker, json.dumps({"cancel": job_id}).encode())
+
+
+async def nothing_is_left(client: Client, worker: Worker) -> bool:
+    names = (worker.jobs_queue, f"{worker.jobs_queue}.retry.1s", worker.dead_letter_queue)
+    return not any([await client.depth(name) for name in names])
+
+
+async def test_a_running_call_is_aborted_and_its_job_gets_one_result(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    stack.model.play(Hang(), marker=marker, times=None)
+    first = await start_worker()
+    second = await start_worker(like=first)
+    client = await client_of(first)
+    taken, other = job(marker, metadata={"mine": 1}), job("another one")
+    await client.publish(taken, correlation_id="its sender's")
+    await calls_begun(stack, marker, 1)
+    await cancel(stack, first, taken["id"])
+
+    reply = await client.result(taken["id"])
+    assert (reply.body["status"], reply.body["answer"]) == ("failed", None)
+    assert reply.body["error"]["code"] == "cancelled"
+    assert reply.body["error"]["retryable"] is False
+    assert reply.body["metadata"] == {"mine": 1}
+    assert reply.message.correlation_id == "its sender's"
+    # The API was called and left before it answered: it may have been paid.
+    await until(lambda: [call.ended for call in calls_with(stack, marker)] != [None], "the call is given up")
+    assert len(calls_with(stack, marker)) == 1
+    workers = (first, second)
+    assert sum(worker.metric("vqa_ambiguous_calls_total") for worker in workers) == 1
+    assert sum(worker.metric("vqa_jobs_total", error="cancelled") for worker in workers) == 1
+    await until(lambda: all(events(worker, "cancelled") for worker in workers), "both hear of it")
+    # Whatever comes after it is worked on as ever.
+    await client.publish(other)
+    assert (await client.result(other["id"])).body["status"] == "succeeded"
+    assert len(client.replies[taken["id"]]) == 1
+    assert await nothing_is_left(client, first)
+
+
+async def test_a_job_that_waits_in_the_queue_is_dropped_when_its_turn_comes(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    stack.model.play(Hang(), marker=marker)
+    worker = await start_worker(VQA_MAX_CONCURRENCY="1")
+    client = await client_of(worker)
+    (running,) = await publish(client, 1, marker)
+    await calls_begun(stack, marker, 1)
+    waiting = await publish(client, 3, marker)
+    for job_id in (*waiting[:2], running):
+        await cancel(stack, worker, job_id)
+
+    assert statuses(await results(client, [running, *waiting])) == {"cancelled": 3, "succeeded": 1}
+    assert client.replies[waiting[2]][0].body["status"] == "succeeded"
+    # The first one's, and that of the one which nobody took back.
+    assert len(calls_with(stack, marker)) == 2
+    assert await nothing_is_left(client, worker)
+
+
+async def test_a_job_that_waits_for_its_next_attempt_is_dropped(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    stack.model.play(Error(status=500), marker=marker, times=None)
+    worker = await start_worker(VQA_MAX_ATTEMPTS="1000")
+    client = await client_of(worker)
+    (job_id,) = await publish(client, 1, marker)
+    await until(lambda: worker.metric("vqa_retries_total") >= 1, "a retry")
+    await cancel(stack, worker, job_id)
+    (reply,) = await results(client, [job_id])
+    assert reply.body["error"]["code"] == "cancelled"
+    assert await nothing_is_left(client, worker)
+
+
+async def test_what_is_done_or_unknown_or_makes_no_sense_disturbs_nobody(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    worker = await start_worker()
+    client = await client_of(worker)
+    (done,) = await publish(client, 1, "What is it?")
+    await results(client, [done])
+    nonsense: list[Any] = [
+        {},
+        [],
+        "x",
+        {"cancel": 7},
+        {"cancel": ""},
+        {"cancel": "a\nb"},
+        {"cancel": "a", "b": 1},
+    ]
+    bodies = [b"", b"\xff", b"[" * 100_000, *(json.dumps(it).encode() for it in nonsense)]
+    for body in bodies:
+        await tell(stack, worker, body)
+    await cancel(stack, worker, done)
+    await cancel(stack, worker, "nobody's")
+    await until(lambda: len(events(worker, "cancelled")) == 2, "what makes sense is heard")
+
+    assert len(events(worker, "control_message_ignored")) == len(bodies)
+    assert statuses(await results(client, await publish(client, 2, "What is it?"))) == {"succeeded": 2}
+    assert len(client.replies[done]) == 1
+
+
+async def test_a_worker_started_later_knows_from_the_result_store_what_was_cancelled(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    settings = {"VQA_RESULT_STORE": f"s3://{BUCKET}/{marker}"}
+    early = await start_worker(**settings)
+    client = await client_of(early)
+    gone, kept = job(marker), job(marker)
+    await cancel(stack, early, gone["id"])
+
+    def tombstones() -> int:
+        found = stack.s3.client().list_objects_v2(Bucket=BUCKET, Prefix=f"{marker}/cancelled/")
+        return found["KeyCount"]
+
+    await until(tombstones, "the tombstone")
+    assert await early.stop() == 0
+    for it in (gone, kept):
+        await client.publish(it)
+    late = await start_worker(like=early, **settings)
+
+    assert (await client.result(gone["id"])).body["error"]["code"] == "cancelled"
+    assert (await client.result(kept["id"])).body["status"] == "succeeded"
+    assert len(calls_with(stack, marker)) == 1
+    # Ids are nobody's business who may list the bucket.
+    listed = stack.s3.client().list_objects_v2(Bucket=BUCKET, Prefix=marker)["Contents"]
+    assert not [it["Key"] for it in listed if gone["id"] in it["Key"] or kept["id"] in it["Key"]]
+    assert await late.stop() == 0
+
+
+async def test_a_worker_that_may_not_listen_says_so_and_works_all_the_same(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    """It needs no more than `^amq\\.gen-.*$` beside its own queues' names, which this user lacks."""
+    maker = await start_worker()
+    assert await maker.stop() == 0
+    with BrokerUser.of(stack, configure="^t[0-9a-f]+\\.") as user:
+        worker = await start_worker(like=maker, VQA_RABBITMQ_URL=user.url)
+        client = await client_of(worker)
+        assert statuses(await results(client, await publish(client, 1, "What is it?"))) == {"succeeded": 1}
+        (line,) = events(worker, "cancellations_not_heard")
+        assert "ACCESS_REFUSED" in line["reason"]
+        assert worker.ready() == (200, {"status": "ready", "reasons": []})
+
+    with BrokerUser.of(stack, configure="^(t[0-9a-f]+\\..*|amq\\.gen-.*)$") as user:
+        worker = await start_worker(like=maker, VQA_RABBITMQ_URL=user.url)
+        await cancel(stack, worker, "some job's")
+        await until(lambda: events(worker, "cancelled"), "it hears")
+
+
+async def test_without_the_right_to_declare_an_exchange_that_is_missing_is_no_fault(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    maker = await start_worker()
+    assert await maker.stop() == 0
+    connection = await aio_pika.connect(stack.rabbitmq.url)
+    async with connection:
+        channel = await connection.channel()
+        await channel.exchange_delete(f"{maker.jobs_queue}.control")
+    worker = await start_worker(like=maker, VQA_DECLARE_TOPOLOGY="false")
+    client = await client_of(worker)
+    assert statuses(await results(client, await publish(client, 1, "What is it?"))) == {"succeeded": 1}
+    (line,) = events(worker, "cancellations_not_heard")
+    assert line["exchange"] == f"{worker.jobs_queue}.control"
+    assert ChannelNotFoundEntity.__name__ not in line["reason"]

@@ -1,0 +1,116 @@
+"""Which jobs were cancelled, and how what runs of them ends."""
+
+import asyncio
+
+import pytest
+
+from worker import cancellation
+from worker.cancellation import Cancellations, name_of
+from worker.errors import ErrorCode, JobError
+
+
+class Keeper:
+    """Remembers what it was to keep."""
+
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+        self.looks = 0
+
+    def add(self, name: str) -> None:
+        self.kept.append(name)
+
+    def look_again(self) -> None:
+        self.looks += 1
+
+
+async def work(cancellations: Cancellations, job_id: str) -> str:
+    """A job that would take for ever; returns the code it ends with."""
+    try:
+        with cancellations.heeded(job_id):
+            await asyncio.Event().wait()
+    except JobError as error:
+        return error.code
+    return "done"
+
+
+async def running(cancellations: Cancellations, *job_ids: str) -> list[asyncio.Task[str]]:
+    tasks = [asyncio.create_task(work(cancellations, job_id)) for job_id in job_ids]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_what_runs_of_a_cancelled_job_ends_and_the_rest_goes_on() -> None:
+    cancellations = Cancellations()
+    mine, mine_too, other = await running(cancellations, "a", "a", "b")
+    cancellations.heard("a")
+    assert {await mine, await mine_too} == {ErrorCode.CANCELLED}
+    assert not mine.cancelled()
+    assert not other.done()
+    other.cancel()
+
+
+async def test_a_job_that_comes_after_its_cancellation_is_not_begun() -> None:
+    cancellations = Cancellations()
+    cancellations.heard("a")
+    begun = False
+    with pytest.raises(JobError) as caught, cancellations.heeded("a"):
+        begun = True
+    assert (caught.value.code, begun) == (ErrorCode.CANCELLED, False)
+    with cancellations.heeded("b"):
+        begun = True
+    assert begun
+
+
+@pytest.mark.parametrize("stop_comes_first", [True, False])
+async def test_a_worker_that_stops_gives_a_job_back_though_it_was_cancelled(
+    *, stop_comes_first: bool
+) -> None:
+    """Whoever gets it next tells its publisher: both at once must not end as neither."""
+    cancellations = Cancellations()
+    (task,) = await running(cancellations, "a")
+    if stop_comes_first:
+        task.cancel()
+    cancellations.heard("a")
+    if not stop_comes_first:
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_job_that_is_done_is_not_reached_any_more() -> None:
+    cancellations = Cancellations()
+    with cancellations.heeded("a"):
+        pass
+    cancellations.heard("a")
+    await asyncio.sleep(0)
+
+
+async def test_a_cancelled_task_of_a_job_that_nobody_took_back_stays_cancelled() -> None:
+    cancellations = Cancellations()
+    (task,) = await running(cancellations, "a")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_only_the_youngest_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cancellation, "REMEMBERED", 2)
+    cancellations = Cancellations()
+    for job_id in ("a", "b", "a", "c"):
+        cancellations.heard(job_id)
+    with cancellations.heeded("b"):
+        pass
+    for job_id in ("a", "c"):
+        with pytest.raises(JobError), cancellations.heeded(job_id):
+            pass
+
+
+async def test_what_is_heard_is_kept_under_a_name_that_does_not_tell_the_id() -> None:
+    cancellations, keeper = Cancellations(), Keeper()
+    cancellations.listening()
+    cancellations.keeper = keeper
+    cancellations.heard("invoice-4711")
+    cancellations.listening()
+    assert (keeper.kept, keeper.looks) == ([name_of("invoice-4711")], 1)
+    assert "4711" not in keeper.kept[0]
+    assert name_of("invoice-4711") != name_of("invoice-4712")

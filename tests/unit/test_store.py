@@ -1,0 +1,254 @@
+"""The result store's bookkeeping: claims, their holders' lives and deaths, and answers that meet."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable  # noqa: TC003 - an attribute's
+
+import pytest
+
+from worker import store as rooms
+from worker.errors import Dependency, DependencyDownError
+from worker.s3.documents import Document, Documents
+from worker.store import AnswerStore
+
+PATIENCE_S = 10
+
+
+class Memory(Documents):
+    """Objects in memory, with conditions as S3 has them."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, tuple[bytes, float]] = {}
+        self.asked: list[str] = []
+        self.fails: Callable[[str, str], bool] = lambda _method, _name: False
+        """Whether a request is lost before S3 has it."""
+        self.forgets: Callable[[str, str], bool] = lambda _method, _name: False
+        """Whether S3 heeds a request and its answer is lost."""
+
+    async def create(self, name: str, body: bytes) -> str | None:
+        return self._written("create", name, body, may=name not in self.objects)
+
+    async def replace(self, name: str, body: bytes, etag: str) -> str | None:
+        found = self.objects.get(name)
+        return self._written("replace", name, body, may=found is not None and etag_of(found[0]) == etag)
+
+    async def write(self, name: str, body: bytes) -> None:
+        self._written("write", name, body, may=True)
+
+    async def read(self, name: str) -> Document | None:
+        self._asked("read", name)
+        found = self.objects.get(name)
+        return Document(found[0], etag_of(found[0]), time.monotonic() - found[1]) if found else None
+
+    async def delete(self, name: str, etag: str | None = None) -> None:
+        self._asked("delete", name)
+        if name in self.objects and etag in (None, etag_of(self.objects[name][0])):
+            del self.objects[name]
+
+    def _written(self, method: str, name: str, body: bytes, *, may: bool) -> str | None:
+        self._asked(method, name)
+        if may:
+            self.objects[name] = body, time.monotonic()
+        if self.forgets(method, name):
+            raise down()
+        return etag_of(body) if may else None
+
+    def _asked(self, method: str, name: str) -> None:
+        self.asked.append(f"{method} {name.partition('/')[0]}")
+        if self.fails(method, name):
+            raise down()
+
+    async def is_asked(self, what: str, times: int) -> None:
+        """Wait until it has been asked this so many times more."""
+        wanted = self.asked.count(what) + times
+        async with asyncio.timeout(PATIENCE_S):
+            while self.asked.count(what) < wanted:  # noqa: ASYNC110 - polling is what tests do
+                await asyncio.sleep(0.01)
+
+
+def etag_of(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+def down() -> DependencyDownError:
+    return DependencyDownError(Dependency.S3, "gone")
+
+
+@pytest.fixture
+def documents(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    monkeypatch.setattr(rooms, "FIRST_LOOK_S", 0.01)
+    monkeypatch.setattr(rooms, "LONGEST_LOOK_S", 0.02)
+    monkeypatch.setattr(rooms, "KEEP_PAUSE_S", 0.01)
+    monkeypatch.setattr(rooms, "KEEP_FOR_S", 0.1)
+    monkeypatch.setattr(rooms, "BEAT_S", 0.05)
+    return Memory()
+
+
+def a_worker(documents: Memory, *, claims_last_s: float = 600.0) -> AnswerStore:
+    return AnswerStore(documents, claims_last_s=claims_last_s)
+
+
+async def ask(store: AnswerStore, answer: bytes, name: str = "job") -> tuple[bytes | None, bytes | None]:
+    """What was there already, and what is there after this worker came with its answer."""
+    async with asyncio.timeout(PATIENCE_S), store.claimed(name) as claim:
+        if claim.answer is not None:
+            return claim.answer, None
+        return None, await claim.keep(answer)
+
+
+async def test_the_first_one_asks_and_the_second_gets_the_answer(documents: Memory) -> None:
+    assert await ask(a_worker(documents), b"cat") == (None, b"cat")
+    assert await ask(a_worker(documents), b"dog") == (b"cat", None)
+    assert await ask(a_worker(documents), b"dog", "another job") == (None, b"dog")
+
+
+async def test_a_worker_that_lives_is_waited_for(documents: Memory) -> None:
+    first, second = a_worker(documents), a_worker(documents)
+    life = asyncio.create_task(first.run())
+    async with first.claimed("job") as claim:
+        waiting = asyncio.create_task(ask(second, b"dog"))
+        await documents.is_asked("read jobs", 10)
+        assert not waiting.done()
+        await claim.keep(b"cat")
+    assert await waiting == (b"cat", None)
+    life.cancel()
+
+
+async def test_within_one_worker_the_second_waits_without_asking_the_store(documents: Memory) -> None:
+    store = a_worker(documents)
+    async with store.claimed("job") as claim:
+        waiting = asyncio.create_task(ask(store, b"dog"))
+        await asyncio.sleep(0)
+        asked = len(documents.asked)
+        await asyncio.sleep(0.1)
+        assert len(documents.asked) == asked
+        await claim.keep(b"cat")
+    assert await waiting == (b"cat", None)
+
+
+@pytest.mark.parametrize("how", ["silent for long", "its life was taken away", "far too old a claim"])
+async def test_a_dead_worker_s_claim_is_taken_over(
+    documents: Memory, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    dead = a_worker(documents)
+    await dead.claimed("job").__aenter__()
+    heir = a_worker(documents, claims_last_s=0.1 if how == "far too old a claim" else 600)
+    monkeypatch.setattr(rooms, "DEAD_AFTER_S", 0.1 if how == "silent for long" else 20)
+    if how == "its life was taken away":
+        await dead.close()
+    if how == "far too old a claim":
+        monkeypatch.setattr(heir, "_claims_last_s", 0.1)
+    assert await ask(heir, b"dog") == (None, b"dog")
+
+
+async def test_of_two_heirs_only_one_asks(documents: Memory) -> None:
+    dead = a_worker(documents)
+    await dead.claimed("job").__aenter__()
+    await dead.close()
+    ends = await asyncio.gather(*(ask(a_worker(documents), b"%d" % n) for n in range(5)))
+    assert sorted(there is None for there, _ in ends) == [False] * 4 + [True]
+    assert len({there or kept for there, kept in ends}) == 1
+
+
+async def test_a_worker_taken_for_dead_gets_the_answer_of_its_heir(documents: Memory) -> None:
+    slow, heir = a_worker(documents), a_worker(documents)
+    async with slow.claimed("job") as claim:
+        await slow.close()
+        assert await ask(heir, b"dog") == (None, b"dog")
+        assert await claim.keep(b"cat") == b"dog"
+
+
+async def test_an_heir_that_is_slower_gets_the_answer_of_the_worker_taken_for_dead(documents: Memory) -> None:
+    slow, heir = a_worker(documents), a_worker(documents)
+    async with slow.claimed("job") as claim:
+        await slow.close()
+        async with heir.claimed("job") as heirs:
+            assert heirs.answer is None
+            assert await claim.keep(b"cat") == b"cat"
+            assert await heirs.keep(b"dog") == b"cat"
+
+
+async def test_a_job_without_an_answer_leaves_no_claim(documents: Memory) -> None:
+    first, second = a_worker(documents), a_worker(documents)
+    with pytest.raises(ValueError, match="no such image"):
+        async with first.claimed("job"):
+            raise ValueError("no such image")
+    assert await ask(second, b"cat") == (None, b"cat")
+
+
+async def test_a_claim_that_could_not_be_given_up_is_given_up_later(documents: Memory) -> None:
+    first, second = a_worker(documents), a_worker(documents)
+    documents.fails = lambda method, _: method == "delete"
+    async with first.claimed("job"):
+        pass
+    documents.fails = lambda _method, _name: False
+    life = asyncio.create_task(first.run())
+    async with first.claimed("another job, so that it is seen to live"):
+        assert await ask(second, b"cat") == (None, b"cat")
+    life.cancel()
+
+
+async def test_a_claim_whose_answer_was_lost_is_this_worker_s_own(documents: Memory) -> None:
+    store = a_worker(documents)
+    documents.forgets = lambda method, name: method == "create" and name.startswith("jobs/")
+    with pytest.raises(DependencyDownError):
+        await ask(store, b"cat")
+    documents.forgets = lambda _method, _name: False
+    assert await ask(store, b"cat") == (None, b"cat")
+
+
+async def test_an_answer_whose_receipt_was_lost_is_kept_once(documents: Memory) -> None:
+    store, lost = a_worker(documents), [True]
+    documents.forgets = lambda method, name: name == "jobs/job" and method == "replace" and lost.pop(0)
+    async with store.claimed("job") as claim:
+        lost.append(False)
+        assert await claim.keep(b"cat") == b"cat"
+    assert documents.objects["jobs/job"][0] == b"cat"
+
+
+async def test_an_answer_that_cannot_be_kept_is_handed_on_and_its_claim_given_up(documents: Memory) -> None:
+    store = a_worker(documents)
+    documents.fails = lambda method, name: method == "replace" and name == "jobs/job"
+    assert await ask(store, b"cat") == (None, b"cat")
+    assert "jobs/job" not in documents.objects
+
+
+async def test_a_store_that_heeds_no_condition_is_refused(documents: Memory) -> None:
+    async def create(name: str, body: bytes) -> str:
+        await documents.write(name, body)
+        return "etag"
+
+    documents.create = create  # type: ignore[method-assign]
+    with pytest.raises(DependencyDownError, match="If-None-Match"):
+        await ask(a_worker(documents), b"cat")
+    assert "jobs/job" not in documents.objects
+
+
+async def test_a_fresh_job_costs_one_small_request_and_one_that_keeps_its_answer(documents: Memory) -> None:
+    store = a_worker(documents)
+    await ask(store, b"cat", "the first")
+    documents.asked.clear()
+    await ask(store, b"cat", "the second")
+    assert documents.asked == ["create jobs", "replace jobs"]
+
+
+async def test_a_life_is_shown_while_there_are_claims_and_not_otherwise(documents: Memory) -> None:
+    store = a_worker(documents)
+    life = asyncio.create_task(store.run())
+    await asyncio.sleep(0.2)
+    assert documents.asked == []
+    async with store.claimed("job"):
+        await documents.is_asked("write workers", 2)
+    life.cancel()
+
+
+async def test_a_store_out_of_reach_does_not_end_the_worker(documents: Memory) -> None:
+    store = a_worker(documents)
+    life = asyncio.create_task(store.run())
+    async with store.claimed("job"):
+        documents.fails = lambda _method, _name: True
+        await documents.is_asked("write workers", 2)
+    assert not life.done()
+    life.cancel()
+    await store.close()

@@ -1,0 +1,87 @@
+"""Jobs that somebody has cancelled: those that run are aborted, those that come are not begun."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from worker.errors import ErrorCode, JobError
+
+# Far more than anybody takes back at once; about a hundred bytes each.
+REMEMBERED = 100_000
+
+
+class Keeper(Protocol):
+    """Where cancellations are kept for workers that were not there to hear them."""
+
+    def add(self, name: str) -> None:
+        """Keep one."""
+
+    def look_again(self) -> None:
+        """There may be some that this worker did not hear."""
+
+
+class Cancellations:
+    """Which jobs were cancelled, as far as this worker has heard, and which of them it is at."""
+
+    def __init__(self) -> None:
+        self.keeper: Keeper | None = None
+        self._names: OrderedDict[str, None] = OrderedDict()
+        self._running: dict[str, list[asyncio.Task[object]]] = {}
+
+    def heard(self, job_id: str) -> None:
+        """Somebody has cancelled a job; what runs of it ends."""
+        name = name_of(job_id)
+        self.remember([name])
+        for task in self._running.get(name, ()):
+            task.cancel()
+        if self.keeper is not None:
+            self.keeper.add(name)
+
+    def listening(self) -> None:
+        """From now on this worker hears of cancellations; what came before, it may have missed."""
+        if self.keeper is not None:
+            self.keeper.look_again()
+
+    def remember(self, names: Iterable[str]) -> None:
+        """These were cancelled before."""
+        for name in names:
+            self._names[name] = None
+            self._names.move_to_end(name)
+            if len(self._names) > REMEMBERED:
+                self._names.popitem(last=False)
+
+    @contextmanager
+    def heeded(self, job_id: str) -> Iterator[None]:
+        """Work on a job that may be cancelled, in the task that does it.
+
+        Raises:
+            JobError: it has been.
+        """
+        name, task = name_of(job_id), asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checker: a context of asyncio's
+        if name in self._names:
+            raise _cancelled()
+        self._running.setdefault(name, []).append(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            # Only if nobody else has told the task to end, too: a worker that stops gives the job back.
+            if name in self._names and task.uncancel() == 0:
+                raise _cancelled() from None
+            raise
+        finally:
+            self._running[name].remove(task)
+            if not self._running[name]:
+                del self._running[name]
+
+
+def name_of(job_id: str) -> str:
+    """What a job goes by here and in the result store: whoever lists the store learns no ids."""
+    return hashlib.sha256(job_id.encode(errors="replace")).hexdigest()
+
+
+def _cancelled() -> JobError:
+    return JobError(ErrorCode.CANCELLED, "the job was cancelled")

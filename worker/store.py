@@ -1,0 +1,235 @@
+"""The result store: answers that were paid for, kept in S3 so that no worker asks a second time.
+
+Each job has one object, named by a hash of its id and its whole request. Before the call the worker writes a
+claim there, on the condition that nothing is there yet; the answer then takes the claim's place, on the
+condition that it is still this claim. Who finds a claim waits for its holder, as long as that one lives:
+every worker that holds claims rewrites an object of its own every few seconds.
+"""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+
+from worker import metrics
+from worker.errors import Dependency, DependencyDownError
+from worker.s3.documents import Document, Documents
+
+log = structlog.get_logger(__name__)
+
+BEAT_S = 5.0
+# A holder that missed so many seconds' beats is dead, or cut off from S3 and unable to keep its answer.
+DEAD_AFTER_S = 20.0
+# How often a worker looks whether another one's answer has come.
+FIRST_LOOK_S, LONGEST_LOOK_S = 0.25, 2.0
+# How long to try to keep an answer before it is published all the same.
+KEEP_FOR_S = 10.0
+KEEP_PAUSE_S = 1.0
+
+_HEEDLESS = (
+    "VQA_RESULT_STORE: this S3 does not heed If-None-Match and If-Match, without which two workers would pay"
+    " for one job: name another store, or none"
+)
+_CLAIM = re.compile(rb'\{"claimed_by": ?"([0-9a-f-]{36})"\}')
+
+
+class Claim:
+    """A job's place in the store.
+
+    Attributes:
+        answer: what is kept there already; None: the job is the holder's to ask, and `keep` is to be called.
+        is_settled: whether an answer is there now.
+    """
+
+    def __init__(self, store: "AnswerStore", name: str, etag: str, answer: bytes | None) -> None:
+        self._store = store
+        self.name = name
+        self.etag = etag
+        self.answer = answer
+        self.is_settled = answer is not None
+
+    async def keep(self, answer: bytes) -> bytes:
+        """Keep an answer; returns it, or the one that another worker has kept meanwhile.
+
+        It never fails: an answer that cannot be kept is still paid for and wanted.
+        """
+        ends = time.monotonic() + KEEP_FOR_S
+        while True:
+            try:
+                kept = await self._store.keep_once(self, answer)
+            except DependencyDownError as error:
+                if time.monotonic() > ends:
+                    _count("not_kept")
+                    log.error("answer_not_kept", reason=error.message)  # noqa: TRY400 - the reason says it all
+                    return answer
+            else:
+                self.is_settled = True
+                return kept
+            await asyncio.sleep(KEEP_PAUSE_S)
+
+
+class AnswerStore:
+    """The answers in `VQA_RESULT_STORE`."""
+
+    def __init__(self, documents: Documents, *, claims_last_s: float) -> None:
+        """`claims_last_s`: the longest that a worker can be at one job, `VQA_JOB_TIMEOUT`."""
+        self._documents = documents
+        self._claims_last_s = claims_last_s + DEAD_AFTER_S
+        self._id = str(uuid.uuid4())
+        # The jobs that this worker holds, and who waits here for their end.
+        self._held: dict[str, asyncio.Event] = {}
+        # Jobs that ended here and whose claims may still stand there.
+        self._leftovers: set[str] = set()
+        self._beaten_at = float("-inf")
+        self._beating = asyncio.Lock()
+        self._is_tried = False
+
+    @property
+    def _mark(self) -> bytes:
+        return b'{"claimed_by": "%s"}' % self._id.encode()
+
+    @asynccontextmanager
+    async def claimed(self, name: str) -> AsyncIterator[Claim]:
+        """The place of the job that `name` stands for; waits while anybody else is at the same job.
+
+        Raises:
+            DependencyDownError: the store is out of reach, or refuses the worker.
+        """
+        while (held := self._held.get(name)) is not None:
+            await held.wait()
+        ended = self._held[name] = asyncio.Event()
+        try:
+            # Until it has been released, it may stand there, whatever comes between.
+            self._leftovers.add(name)
+            claim = await self._claim(name)
+            try:
+                yield claim
+            finally:
+                await self._release(claim)
+        finally:
+            del self._held[name]
+            ended.set()
+
+    async def run(self) -> None:
+        """Show that this worker lives while it holds claims, and give up leftovers; until cancelled."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            try:
+                if self._held:
+                    await self._beat()
+                for name in self._leftovers - self._held.keys():
+                    await self._give_up(name)
+            except DependencyDownError as error:
+                log.warning("result_store_unreachable", reason=error.message)
+
+    async def close(self) -> None:
+        """Let others have at once what this worker still claims, if anything."""
+        if self._beaten_at > float("-inf"):
+            with suppress(DependencyDownError):
+                await self._documents.delete(_life(self._id))
+
+    async def _claim(self, name: str) -> Claim:
+        """Claim a job, or find its answer; waits while another worker that lives has it."""
+        await self._be_alive()
+        look_s = FIRST_LOOK_S
+        while True:
+            if (etag := await self._documents.create(_job(name), self._mark)) is not None:
+                return self._taken(name, etag, "claimed")
+            found = await self._documents.read(_job(name))
+            if found is not None:
+                holder = _CLAIM.fullmatch(found.body)
+                if holder is None:
+                    return self._taken(name, found.etag, "reused", answer=found.body)
+                if not await self._is_at_it(holder[1].decode(), found):
+                    etag = await self._documents.replace(_job(name), self._mark, found.etag)
+                    if etag is not None:
+                        return self._taken(name, etag, "taken_over")
+            if look_s == FIRST_LOOK_S:
+                _count("waited")
+            await asyncio.sleep(look_s)
+            look_s = min(look_s * 2, LONGEST_LOOK_S)
+
+    def _taken(self, name: str, etag: str, how: str, *, answer: bytes | None = None) -> Claim:
+        _count(how)
+        return Claim(self, name, etag, answer)
+
+    async def _is_at_it(self, holder: str, claim: Document) -> bool:
+        """Whether the holder of a claim can still be at the job."""
+        if holder == self._id or claim.age_s > self._claims_last_s:
+            return False
+        life = await self._documents.read(_life(holder))
+        return life is not None and life.age_s <= DEAD_AFTER_S
+
+    async def keep_once(self, claim: Claim, answer: bytes) -> bytes:
+        """Put the answer in the place of the claim, or of the claim of who has taken the job over.
+
+        Raises:
+            DependencyDownError: it cannot be told whether it was.
+        """
+        name, etag = _job(claim.name), claim.etag
+        while await self._documents.replace(name, answer, etag) is None:
+            found = await self._documents.read(name)
+            if found is None:
+                if await self._documents.create(name, answer) is not None:
+                    break
+            elif _CLAIM.fullmatch(found.body):
+                etag = found.etag
+            else:
+                # An earlier try of this worker's own, or another one's answer: who comes first is right.
+                _count("kept" if found.body == answer else "kept_by_another")
+                return found.body
+        _count("kept")
+        return answer
+
+    async def _release(self, claim: Claim) -> None:
+        """Leave a job to others, if it has no answer."""
+        if claim.is_settled:
+            self._leftovers.discard(claim.name)
+            return
+        with suppress(DependencyDownError):
+            await self._documents.delete(_job(claim.name), claim.etag)
+            self._leftovers.discard(claim.name)
+
+    async def _give_up(self, name: str) -> None:
+        """Take away a claim that was left behind, if it is this worker's, and the job is not back."""
+        found = await self._documents.read(_job(name))
+        if found is not None and found.body == self._mark and name not in self._held:
+            await self._documents.delete(_job(name), found.etag)
+        self._leftovers.discard(name)
+
+    async def _be_alive(self) -> None:
+        """Others must not take a claim for a dead worker's."""
+        async with self._beating:
+            if not self._is_tried:
+                await self._try_out()
+            if time.monotonic() - self._beaten_at >= BEAT_S:
+                await self._beat()
+
+    async def _beat(self) -> None:
+        began = time.monotonic()
+        await self._documents.write(_life(self._id), b"")
+        self._beaten_at = began
+
+    async def _try_out(self) -> None:
+        """See that the store heeds conditions, for else every job would look new."""
+        await self._beat()
+        name = _life(self._id)
+        if await self._documents.create(name, b"") or await self._documents.replace(name, b"", '"none"'):
+            raise DependencyDownError(Dependency.S3, _HEEDLESS)
+        self._is_tried = True
+
+
+def _job(name: str) -> str:
+    return f"jobs/{name}"
+
+
+def _life(worker: str) -> str:
+    return f"workers/{worker}"
+
+
+def _count(event: str) -> None:
+    metrics.RESULT_STORE.labels(event).inc()

@@ -1,0 +1,65 @@
+"""Cancellations in the result store, for workers that were not there to hear of them."""
+
+import asyncio
+
+import structlog
+
+from worker.cancellation import Cancellations
+from worker.errors import DependencyDownError
+from worker.s3.documents import Documents
+
+log = structlog.get_logger(__name__)
+
+FOLDER = "cancelled/"
+NEXT_TRY_S = 5.0
+
+
+class Tombstones:
+    """Keeps what is cancelled, and tells what was: an empty object for each, named by the id's hash."""
+
+    def __init__(self, documents: Documents, cancellations: Cancellations) -> None:
+        self._documents = documents
+        self._cancellations = cancellations
+        self._new: list[str] = []
+        self._is_behind = True
+        self._news = asyncio.Event()
+        self._news.set()
+
+    def add(self, name: str) -> None:
+        """Keep one. Every worker that hears of it does; it is the same object."""
+        self._new.append(name)
+        self._news.set()
+
+    def look_again(self) -> None:
+        """There may be some that this worker did not hear."""
+        self._is_behind = True
+        self._news.set()
+
+    async def run(self) -> None:
+        """Read and write until cancelled; what S3 does not take now is tried again."""
+        while True:
+            await self._news.wait()
+            try:
+                await self.catch_up()
+            except DependencyDownError as error:
+                log.warning("tombstones_out_of_reach", reason=error.message, next_try_s=NEXT_TRY_S)
+                await asyncio.sleep(NEXT_TRY_S)
+
+    async def catch_up(self) -> None:
+        """Read what may have been missed, and write what is new.
+
+        Raises:
+            DependencyDownError: S3 is out of reach, or refuses it.
+        """
+        self._news.clear()
+        try:
+            if self._is_behind:
+                self._is_behind = False
+                self._cancellations.remember(await self._documents.names(FOLDER))
+            while self._new:
+                await self._documents.create(f"{FOLDER}{self._new[-1]}", b"")
+                self._new.pop()
+        except DependencyDownError:
+            self._is_behind = True
+            self._news.set()
+            raise
