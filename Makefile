@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test bench bench-quick lint format docs lock ci
+.PHONY: help setup demo stack test bench bench-quick chaos soak lint format docs lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -45,6 +45,16 @@ bench: $(BENCH) ## measure the worker beside others (40 minutes or more; Linux),
 
 bench-quick: $(BENCH) ## the same in short, under two minutes, told only
 	@$(BIN)/python -m tests.bench --quick
+
+# SEED, SECONDS or MINUTES, WORKERS, RATE, EVERY (so many seconds a fault) and STORE=no may be given.
+CHAOS = $(foreach it,SEED SECONDS MINUTES WORKERS RATE EVERY,$(if $($(it)),--$(shell echo $(it) | tr A-Z a-z)=$($(it)))) \
+  $(if $(filter no,$(STORE)),--no-store)
+
+chaos: $(INSTALLED) ## let everything around the worker go wrong for five minutes (SEED=… SECONDS=… to repeat)
+	@$(BIN)/python -m tests.chaos $(CHAOS)
+
+soak: $(INSTALLED) ## one worker for half an hour of milder faults: does it grow? (Linux; MINUTES=…)
+	@$(BIN)/python -m tests.chaos --soak $(CHAOS)
 
 lint: $(INSTALLED) ## run the static checks
 	$(BIN)/ruff check

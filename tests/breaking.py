@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import sys
 import urllib.request
 import uuid
 from collections import Counter
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from deploy.local.stack import Stack
 from deploy.local.standin.calls import Call
@@ -78,6 +79,16 @@ async def said(worker: Worker, status: str) -> tuple[int, list[str]]:
     return found
 
 
+def hasty(worker: Worker) -> Worker:
+    """Let a worker that is yet to start make its trials within fractions of a second."""
+    code = (
+        "import sys, worker.pause as pause; from worker.__main__ import main;"
+        "pause.FIRST_TRIAL_S, pause.LONGEST_TRIAL_S = 0.05, 0.1; sys.exit(main())"
+    )
+    worker.command = [sys.executable, "-c", code, "run"]
+    return worker
+
+
 def events(worker: Worker, event: str) -> list[dict[str, Any]]:
     """The worker's log lines of one kind."""
     return [line for line in worker.log() if line.get("event") == event]
@@ -90,34 +101,52 @@ class BrokerUser:
     stack: Stack
     name: str
     password: str = "it's-a-secret"
+    vhost: str = "/"
 
     @classmethod
     @contextmanager
-    def of(cls, stack: Stack, *, configure: str = ".*") -> Iterator[Self]:
-        user = cls(stack, f"u{uuid.uuid4().hex[:10]}")
-        user._ask("PUT", f"/api/users/{user.name}", {"password": user.password, "tags": ""})
-        rights = {"configure": configure, "write": ".*", "read": ".*"}
-        user._ask("PUT", f"/api/permissions/%2F/{user.name}", rights)
+    def of(cls, stack: Stack, *, configure: str = ".*", vhost: str = "/") -> Iterator[Self]:
+        user = cls(stack, f"u{uuid.uuid4().hex[:10]}", vhost=vhost)
+        user.set_password(user.password)
+        user.permit(configure=configure)
         yield user
 
     @property
     def url(self) -> str:
-        return url_as(self.stack, self.name, self.password)
+        return url_as(self.stack, self.name, self.password, "" if self.vhost == "/" else self.vhost)
+
+    def set_password(self, password: str) -> None:
+        """What the broker takes from now on."""
+        administer(self.stack, "PUT", f"/api/users/{self.name}", {"password": password, "tags": ""})
+
+    def permit(self, *, configure: str = ".*", write: str = ".*", read: str = ".*") -> None:
+        """What the user may do on channels and connections made from now on."""
+        rights = {"configure": configure, "write": write, "read": read}
+        administer(self.stack, "PUT", f"/api/permissions/{quote(self.vhost, safe='')}/{self.name}", rights)
 
     def close_connections(self) -> None:
         """Have the broker close them, with a reason."""
-        self._ask("DELETE", f"/api/connections/username/{self.name}")
+        administer(self.stack, "DELETE", f"/api/connections/username/{self.name}")
 
-    def _ask(self, method: str, path: str, body: object = None) -> None:
-        credentials = base64.b64encode(b"guest:guest").decode()
-        request = urllib.request.Request(  # noqa: S310 - our own http:// URL
-            f"{self.stack.rabbitmq.management_url}{path}",
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Basic {credentials}", "Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=10):  # noqa: S310
-            pass
+
+async def held_by_broker(stack: Stack, queue: str) -> tuple[int, int]:
+    """How many messages a queue has, and how many of them are ready; the broker's own word, a second late."""
+    listed = await asyncio.to_thread(stack.rabbitmq.ctl, "list_queues", "name", "messages", "messages_ready")
+    (line,) = [line.split() for line in listed.splitlines() if line.split()[:1] == [queue]]
+    return int(line[1]), int(line[2])
+
+
+def administer(stack: Stack, method: str, path: str, body: object = None) -> None:
+    """Ask the broker's management interface."""
+    credentials = base64.b64encode(b"guest:guest").decode()
+    request = urllib.request.Request(  # noqa: S310 - our own http:// URL
+        f"{stack.rabbitmq.management_url}{path}",
+        method=method,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Authorization": f"Basic {credentials}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=10):  # noqa: S310
+        pass
 
 
 def url_as(stack: Stack, user: str, password: str, vhost: str = "") -> str:

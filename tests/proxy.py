@@ -25,6 +25,11 @@ class Link:
     """The first bytes that the client sent."""
     swallows_sent: bool = False
     """Whether what the client sends from now on is lost on the way, in silence."""
+    flows: asyncio.Event = field(default_factory=asyncio.Event)
+    """Not set while what the client says is held up."""
+
+    def __post_init__(self) -> None:
+        self.flows.set()
 
     def reset(self) -> None:
         """Break it off on both sides, without a word."""
@@ -49,6 +54,8 @@ class Proxy:
         """How many connections have something to say and cannot, since the proxy is frozen."""
         self.freezes_on: bytes | None = None
         """It freezes, once, before it passes on what a client says with these bytes in it."""
+        self.holds_up: bytes | None = None
+        """Before these bytes, once, only that client's connection is held up, and only what it says."""
         self.delay_s = 0.0
         """How late each piece arrives, in both directions."""
         self.cut_after: int | None = None
@@ -105,6 +112,8 @@ class Proxy:
     def thaw(self) -> None:
         """Let bytes through again; nothing of what was on its way is lost."""
         self._flows.set()
+        for link in self.links:
+            link.flows.set()
 
     def reset(self) -> None:
         """Break off every connection."""
@@ -125,7 +134,7 @@ class Proxy:
         try:
             await self._passage()
             from_server, to_server = await asyncio.open_connection(*self._target)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             _reset(to_client)
             return
         link = Link(to_client, to_server)
@@ -144,6 +153,10 @@ class Proxy:
     async def _pump_up(self, link: Link, reader: asyncio.StreamReader) -> None:
         while chunk := await self._next(reader, self._watch_out):
             link.sent += chunk[: REMEMBERED_BYTES - len(link.sent)]
+            if self.holds_up is not None and self.holds_up in chunk:
+                self.holds_up = None
+                link.flows.clear()
+            await link.flows.wait()
             if not link.swallows_sent:
                 await _pass_on(chunk, link.server)
         _end(link.server)

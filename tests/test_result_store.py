@@ -158,6 +158,27 @@ async def test_of_two_workers_with_the_same_job_at_once_one_asks_and_the_other_w
     ] == ["jobs"]
 
 
+async def test_a_hundred_jobs_that_all_come_twice_at_once_are_paid_for_once(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient, kept_at: str
+) -> None:
+    """The race that could remain between two workers, tried a hundred times."""
+    marker = uuid.uuid4().hex
+    workers: list[Worker] = [await start_worker(VQA_RESULT_STORE=kept_at)]
+    workers.append(await start_worker(like=workers[0], VQA_RESULT_STORE=kept_at))
+    client = await client_of(workers[0])
+    jobs = [job(f"{marker} {n}") for n in range(100)]
+    for it in jobs:
+        await asyncio.gather(*(client.publish(it, message_id=f"{it['id']} {n}") for n in range(2)))
+    for it in jobs:
+        first, second = await two_results(client, it["id"])
+        assert first.body["answer"] == second.body["answer"]
+    assert len(calls_with(stack, marker)) == 100
+    assert sum(worker.metric("vqa_result_store_total", event="kept_by_another") for worker in workers) == 0
+    done = [worker.metric("vqa_jobs_total", status="succeeded") for worker in workers]
+    assert sum(done) == 200
+    assert min(done) > 20
+
+
 async def test_a_job_that_is_given_back_leaves_nothing_that_others_would_wait_for(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, kept_at: str
 ) -> None:

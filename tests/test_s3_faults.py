@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import pytest
+from aiohttp import web
 from PIL import Image
 
 from deploy.local.stack import Stack
-from tests.breaking import events, publish, results, said
-from tests.conftest import BUCKET, MakeClient, StartWorker
+from deploy.local.standin.behaviour import Error
+from tests.breaking import events, hasty, publish, results, said
+from tests.conftest import BUCKET, MakeClient, StartWorker, picture
+from tests.fake_s3 import FakeS3, refuse
 from tests.proxy import Proxy
 from tests.running import Client, Worker, calls_with, until
 
@@ -145,6 +148,21 @@ async def test_a_missing_object_is_an_answer_and_no_fault_of_s3(scene: Scene) ->
     assert scene.worker.ready()[1]["status"] == "ready"
 
 
+async def test_an_s3_that_is_silent_for_everybody_costs_no_attempt(scene: Scene) -> None:
+    images = [put(scene.stack) for _ in range(5)]
+    pauses = len(events(scene.worker, "paused"))
+    scene.proxy.freeze()
+    try:
+        ids = [(await publish(scene.client, 1, "What is it?", image=image))[0] for image in images]
+        _, (reason,) = await said(scene.worker, "paused")
+        assert "different jobs in a row failed: timeout" in reason
+    finally:
+        scene.proxy.thaw()
+    replies = await results(scene.client, ids)
+    assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
+    assert len(events(scene.worker, "paused")) == pauses + 1
+
+
 async def test_an_s3_that_says_nothing_more_holds_up_neither_the_job_nor_the_end(scene: Scene) -> None:
     """The last test of the scene: it ends the worker."""
     image = put(scene.stack)
@@ -159,3 +177,132 @@ async def test_an_s3_that_says_nothing_more_holds_up_neither_the_job_nor_the_end
     (reply,) = await results(scene.client, ids)
     assert reply.body["status"] == "succeeded"
     assert reply.body["attempts"] >= 2
+
+
+# What a real S3 cannot be brought to do
+
+
+@dataclass(frozen=True)
+class Fiction:
+    """A worker whose S3 is a fake, and its publisher."""
+
+    stack: Stack
+    worker: Worker
+    client: Client
+    s3: FakeS3
+
+    async def publish(self, count: int, question: str, key: str = "") -> list[str]:
+        """So many jobs, each about an image of its own, or about the one with this key."""
+        keys = [key or f"{uuid.uuid4().hex}.png" for _ in range(count)]
+        return [(await publish(self.client, 1, question, image=f"s3://{BUCKET}/{each}"))[0] for each in keys]
+
+    async def succeed(self, ids: list[str]) -> None:
+        """All of these are answered, and nothing was counted."""
+        replies = await results(self.client, ids)
+        assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
+        await said(self.worker, "ready")
+
+    def pauses(self) -> list[str]:
+        return [event["dependency"] for event in events(self.worker, "paused")]
+
+
+@pytest.fixture(scope="module")
+async def fiction(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fiction]:
+    async with FakeS3.serving(picture()) as s3:
+        worker = hasty(Worker.of(own_stack, tmp_path_factory.mktemp("fiction"), VQA_S3_ENDPOINT_URL=s3.url))
+        try:
+            await worker.start()
+            async with Client.of(own_stack, worker) as client:
+                yield Fiction(own_stack, worker, client, s3)
+            assert await worker.stop() == 0, worker.output()
+        finally:
+            worker.kill()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        (400, "ExpiredToken", "the credentials have expired"),
+        (403, "InvalidAccessKeyId", "check the AWS credentials"),
+        (403, "RequestTimeTooSkewed", "clock is wrong"),
+        (503, "SlowDown", "S3 answered 503 SlowDown"),
+        (500, "InternalError", "S3 answered 500 InternalError"),
+    ],
+)
+async def test_an_s3_that_refuses_everybody_pauses_the_worker_and_costs_no_attempt(
+    fiction: Fiction, status: int, code: str, says: str
+) -> None:
+    well, pauses = fiction.s3.answer, len(fiction.pauses())
+    fiction.s3.answer = refuse(status, code)
+    try:
+        ids = await fiction.publish(6, "What is it?")
+        http_status, (reason,) = await said(fiction.worker, "paused")
+        assert http_status == 200
+        assert reason.startswith("s3: ")
+        assert says in reason
+        assert fiction.worker.metric("vqa_dependency_up", dependency="s3") == 0
+        assert fiction.client.replies.keys().isdisjoint(ids)
+    finally:
+        fiction.s3.answer = well
+    await fiction.succeed(ids)
+    assert fiction.pauses()[pauses:] == ["s3"]
+
+
+async def test_one_object_that_is_asked_for_too_often_stops_nobody_and_costs_no_attempt(
+    fiction: Fiction,
+) -> None:
+    well, pauses, hot = fiction.s3.answer, len(fiction.pauses()), f"{uuid.uuid4().hex}.png"
+    refused: list[str] = []
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        # As many as make a read fail, and one more.
+        if hot in request.raw_path and len(refused) < 4:
+            refused.append(request.raw_path)
+            return await refuse(503, "SlowDown")(request)
+        return await well(request)
+
+    await fiction.succeed(await fiction.publish(1, "What is it?"))
+    fiction.s3.answer = answer
+    try:
+        # The hot one is wanted by several, who read it together.
+        ids = await fiction.publish(4, "What is it?", hot) + await fiction.publish(6, "What is it?")
+        await fiction.succeed(ids)
+    finally:
+        fiction.s3.answer = well
+    assert len(refused) == 4
+    assert fiction.pauses()[pauses:] == []
+
+
+async def test_denied_objects_are_answers_however_many_there_are(fiction: Fiction) -> None:
+    well, pauses = fiction.s3.answer, len(fiction.pauses())
+    fiction.s3.answer = refuse(403, "AccessDenied")
+    try:
+        replies = await results(fiction.client, await fiction.publish(6, "What is it?"))
+    finally:
+        fiction.s3.answer = well
+    assert {(reply.body["error"]["code"], reply.body["attempts"]) for reply in replies} == {
+        ("image_forbidden", 1)
+    }
+    assert fiction.pauses()[pauses:] == []
+
+
+async def test_two_outages_at_once_are_both_told_and_both_waited_for(fiction: Fiction) -> None:
+    well, pauses, marker = fiction.s3.answer, len(fiction.pauses()), uuid.uuid4().hex
+    fiction.s3.answer = refuse(403, "ExpiredToken")
+    fiction.stack.model.play(Error(status=401), marker=marker, times=None)
+    try:
+        ids = await fiction.publish(2, marker)
+        await said(fiction.worker, "paused")
+        ids += await publish(fiction.client, 2, marker)
+
+        def reasons() -> set[str]:
+            return {reason.partition(":")[0] for reason in fiction.worker.ready()[1]["reasons"]}
+
+        await until(lambda: reasons() == {"s3", "model"}, "both are told")
+        fiction.s3.answer = well
+        await until(lambda: reasons() == {"model"}, "one is over")
+    finally:
+        fiction.s3.answer = well
+        fiction.stack.model.configure(rules=[])
+    await fiction.succeed(ids)
+    assert fiction.pauses()[pauses:] == ["s3", "model"]

@@ -5,6 +5,8 @@ import signal
 import uuid
 from contextlib import AsyncExitStack
 
+import pytest
+
 from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Answer, Error, Hang
 from tests.breaking import calls_begun, events, job, publish, results, said
@@ -14,6 +16,7 @@ from tests.running import Worker, calls_with, until
 
 # AMQP 0-9-1: class and method of what the worker says to the broker.
 BASIC_GET = b"\x00\x3c\x00\x46"
+BASIC_CANCEL = b"\x00\x3c\x00\x1e"
 QUEUE_DECLARE = b"\x00\x32\x00\x0a"
 CHANNEL_CLOSE = b"\x00\x14\x00\x28"
 
@@ -184,6 +187,50 @@ async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor
     message = await client.take(worker.jobs_queue)
     assert barred in message.body.decode()
     assert {name for name, value in message.headers.items() if value} == {"vqa-copy"}
+
+
+@pytest.mark.parametrize("why", ["it is paused", "it is told to stop"])
+async def test_jobs_go_back_only_when_the_broker_has_ended_the_flow_so_that_it_counts_no_delivery(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient, *, why: str
+) -> None:
+    """What RabbitMQ was just about to hand to a consumer that ends, it counts as delivered."""
+    barred = uuid.uuid4().hex
+    own_stack.model.play(Error(status=401), marker=barred, times=None)
+    async with (
+        Proxy.before(own_stack.rabbitmq.url) as broker,
+        Proxy.before(own_stack.model.base_url) as model,
+    ):
+        worker = await start_own_worker(
+            VQA_RABBITMQ_URL=broker.url(own_stack.rabbitmq.url),
+            VQA_MODEL_BASE_URL=model.url(own_stack.model.base_url),
+            VQA_LOG_LEVEL="debug",
+        )
+        client = await own_client_of(worker)
+        model.freeze()
+        # 32 calls at once is where the limit starts; the others wait.
+        await publish(client, 40, barred)
+        await until(lambda: model.held == 32, "jobs have begun")
+        await until(lambda: worker.metric("vqa_jobs_in_flight") == 40, "the others are here")
+        broker.holds_up = BASIC_CANCEL
+        if why == "it is paused":
+            model.thaw()
+            await said(worker, "paused")
+        else:
+            signal_to(worker, signal.SIGTERM)
+            await said(worker, "stopping")
+        await until(lambda: broker.holds_up is None, "it asks for the end of the flow")
+        # The flow has not ended for the broker: this one still comes, and waits to go back like the rest.
+        await publish(client, 1, barred)
+        await until(lambda: worker.metric("vqa_stage_duration_seconds_count", stage="wait") >= 9, "it comes")
+        assert events(worker, "job_given_back") == []
+        assert await client.depth(worker.jobs_queue) == 0
+        signal_to(worker, signal.SIGTERM) if why == "it is paused" else model.thaw()
+        broker.thaw()
+        assert await worker.ended() == 0, worker.output()
+
+    assert len(events(worker, "job_given_back")) == 41
+    messages = [await client.take(worker.jobs_queue) for _ in range(41)]
+    assert {name for message in messages for name, value in message.headers.items() if value} == {"vqa-copy"}
 
 
 async def test_a_broker_that_comes_back_within_the_grace_still_gets_the_results(

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING
 import structlog
 
 from worker import __version__, http
+from worker.cancellation import Cancellations
+from worker.flow import FlowKeeper
 from worker.health import Health
 from worker.http import Heartbeat, Readiness
 from worker.inflight import InFlight
-from worker.limiter import AdaptiveLimit, Gate
+from worker.limiter import Gate
 from worker.pause import PauseKeeper
 from worker.rabbit.connection import Broker
 from worker.rabbit.consumer import Consumer
+from worker.rabbit.control import Control
 from worker.rabbit.publisher import Publisher
 from worker.rabbit.topology import Topology
 from worker.rabbit.wire import install_tolerant_decoders
@@ -31,6 +34,7 @@ from worker.settlement import ReplyPolicy, Settlement
 if TYPE_CHECKING:
     from aiohttp.web import Application
 
+    from worker.assembly import Assembled
     from worker.outcome import Outcome
     from worker.processor import Processor
 
@@ -55,8 +59,10 @@ class _Parts:
     consumer: Consumer
     in_flight: InFlight
     pause: PauseKeeper
+    flow: FlowKeeper
     health: Health
     gate: Gate
+    cancellations: Cancellations
 
 
 async def run(settings: Settings) -> bool:
@@ -82,13 +88,17 @@ async def run(settings: Settings) -> bool:
         background.start("consumer", parts.consumer.run)
         # Takes longer than to connect, so it is done at the same time.
         await asyncio.to_thread(_load_slow_modules)
-        processor.set_result(await _processor(settings, parts, stack))
+        assembled = await _assembled(settings, parts, stack)
+        processor.set_result(assembled.processor)
+        for name, keep_going in assembled.background.items():
+            background.start(name, keep_going)
         heartbeat = Heartbeat()
         background.start("heartbeat", heartbeat.run)
         app = http.application(heartbeat, lambda: _readiness(parts, stopping=stop.is_set()))
         port = await _serve_http(stack, app, settings)
         log.info("started", version=__version__, rabbitmq=settings.rabbitmq_address, http_port=port)
         background.start("pause", parts.pause.run)
+        background.start("flow", parts.flow.run)
         if not stop.is_set():
             await parts.consumer.resume()
         await stop.wait()
@@ -120,26 +130,35 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         name=f"vqa-worker@{socket.gethostname()}",
     )
     health = Health()
-    gate = Gate(AdaptiveLimit(settings.max_concurrency))
+    gate = Gate(settings.max_concurrency, len(settings.allowed_models))
     publisher = Publisher(broker, topology)
     settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to))
     in_flight = InFlight(tasks, lambda delivery: processor.result().process(delivery), settlement)
+    cancellations = Cancellations()
     consumer = Consumer(
         broker,
         topology,
+        Control(topology, on_cancel=cancellations.heard, on_listening=cancellations.listening),
         prefetch=settings.max_concurrency,
         on_delivery=lambda delivery: _ignore(in_flight.accept(delivery)),
     )
     pause = PauseKeeper(health, gate, consumer, in_flight)
-    return _Parts(publisher, consumer, in_flight, pause, health, gate)
+    flow = FlowKeeper(gate, consumer, in_flight, settings.max_concurrency)
+    return _Parts(publisher, consumer, in_flight, pause, flow, health, gate, cancellations)
 
 
-async def _processor(settings: Settings, parts: _Parts, stack: AsyncExitStack) -> "Processor":
+async def _assembled(settings: Settings, parts: _Parts, stack: AsyncExitStack) -> "Assembled":
     from worker.assembly import assemble
     from worker.s3.aws import S3ConfigurationError
 
     try:
-        return await assemble(settings, gate=parts.gate, health=parts.health, stack=stack)
+        return await assemble(
+            settings,
+            gate=parts.gate,
+            health=parts.health,
+            cancellations=parts.cancellations,
+            stack=stack,
+        )
     except S3ConfigurationError as error:
         raise StartError(str(error)) from None
 
@@ -159,6 +178,7 @@ async def _drain(parts: _Parts, grace_s: float) -> bool:
     ends = time.monotonic() + grace_s
     log.info("stopping", grace_s=grace_s)
     parts.gate.close("the worker stops")
+    parts.health.end_verdicts()
     try:
         async with asyncio.timeout(HOLD_TIMEOUT_S):
             await parts.consumer.hold()
@@ -226,7 +246,10 @@ def _readiness(parts: _Parts, *, stopping: bool) -> Readiness:
     if outages := parts.health.outages:
         reasons = tuple(f"{dependency}: {outage.reason}" for dependency, outage in outages.items())
         return Readiness(is_ready=True, status="paused", reasons=reasons)
-    return Readiness(is_ready=True, status="ready")
+    # Obeying the API's word is no outage; it is said why nothing is taken.
+    waits = parts.gate.pauses().items()
+    reasons = tuple(f"model: {model} may not be called for {seconds:.0f} s" for model, seconds in waits)
+    return Readiness(is_ready=True, status="ready", reasons=reasons)
 
 
 def _handle_signals(stop: asyncio.Event) -> None:

@@ -24,7 +24,9 @@ class Delivery:
         received: when it came, in seconds of `time.monotonic`.
         ack: settles it with the broker; a lost connection is no error, since the broker delivers again.
         reject: hands it to the broker's own dead-lettering; the last resort.
+        requeue: puts it back where it was, counted as a delivery by RabbitMQ before 4.3; another last resort.
         is_alive: whether the broker still waits for the ack of this very delivery.
+        may_go_back: returns when a copy of it may go to the queue that it came from without being counted.
     """
 
     body: bytes
@@ -43,7 +45,9 @@ class Delivery:
     received: float
     ack: Callable[[], Awaitable[None]]
     reject: Callable[[], Awaitable[None]]
+    requeue: Callable[[], Awaitable[None]]
     is_alive: Callable[[], bool]
+    may_go_back: Callable[[], Awaitable[None]]
 
     @cached_property
     def key(self) -> bytes:

@@ -23,6 +23,8 @@ class ErrorCode(StrEnum):
     EMPTY_ANSWER = "empty_answer"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"
+    CANCELLED = "cancelled"
+    RESULT_TOO_LARGE = "result_too_large"
 
 
 # For docs/messages.md: when a code occurs, and what follows beside a failed result.
@@ -51,6 +53,9 @@ MEANING: Final[Mapping[ErrorCode, str]] = {
     ErrorCode.ATTEMPTS_EXHAUSTED: "A fault that could have passed (a time-out, a broken connection, a 5xx"
     " answer) outlived `VQA_MAX_ATTEMPTS`, or the job was delivered more than `VQA_DELIVERY_LIMIT` times"
     " without coming to an end. The job goes to the dead-letter queue too.",
+    ErrorCode.RESULT_TOO_LARGE: "The result is larger than the broker takes a message (its"
+    " `max_message_size`). The answer was paid for, and is lost: `usage` says what it cost.",
+    ErrorCode.CANCELLED: "Somebody cancelled the job. A call that was running may have been paid for.",
 }
 
 
@@ -126,9 +131,21 @@ class DependencyDownError(Exception):
     Attributes:
         dependency: which one.
         message: what happened and what to do, for the person on call.
+        may_be_partial: it can be that of one bucket, or one model, alone.
+        is_echo: another job has met the very same fault, so that it is no further sign of an outage.
     """
 
-    def __init__(self, dependency: Dependency, message: str) -> None:
+    def __init__(
+        self, dependency: Dependency, message: str, *, may_be_partial: bool = False, is_echo: bool = False
+    ) -> None:
         super().__init__(message)
         self.dependency = dependency
         self.message = message
+        self.may_be_partial = may_be_partial
+        self.is_echo = is_echo
+
+    def echo(self) -> "DependencyDownError":
+        """The same for another job."""
+        return DependencyDownError(
+            self.dependency, self.message, may_be_partial=self.may_be_partial, is_echo=True
+        )

@@ -5,10 +5,11 @@ ended) here is then used for the new delivery too, and not paid for again.
 """
 
 import asyncio
+import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import structlog
 
@@ -24,13 +25,17 @@ log = structlog.get_logger(__name__)
 REMEMBERED = 10_000
 # Of messages that the publisher sent several times: how many of them.
 REMEMBERED_TWINS = 100
+EXIT_FAILURE = 1
 
 
 class Settlement(Protocol):
     """Who publishes and acks."""
 
-    async def publish(self, delivery: Delivery, outcome: Outcome) -> None:
-        """Publish what the outcome calls for, confirmed."""
+    async def publish(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
+        """Publish what the outcome calls for, confirmed, or something in its place, which is returned.
+
+        None: the broker has the job itself back.
+        """
 
     async def finish(self, delivery: Delivery, outcome: Outcome) -> None:
         """Ack, count and log."""
@@ -67,6 +72,11 @@ class InFlight:
         """Whether every delivery has been settled."""
         return not self._handlers
 
+    @property
+    def unsettled(self) -> int:
+        """How many deliveries there are of which the broker does not yet know what became."""
+        return len(self._handlers)
+
     def accept(self, delivery: Delivery) -> asyncio.Task[Outcome | None]:
         """Take a delivery; the task ends when it is settled, with the outcome that was published for it."""
         task = self._tasks.create_task(self._handle(delivery), name="delivery")
@@ -96,6 +106,8 @@ class InFlight:
         work = self._running.get(delivery.key) or self._start(delivery)
         try:
             return await self._settle(work, delivery)
+        except MemoryError:
+            _end_without_memory()
         except Exception as error:  # noqa: BLE001 - whatever a message does, the worker goes on
             log.error("settlement_failed", exception=describe_bug(error))  # noqa: TRY400
             # The broker itself moves it to the dead-letter queue: nothing is lost.
@@ -122,11 +134,13 @@ class InFlight:
             if self._lost_its_ack(delivery) or (work.is_published and not delivery.is_alive()):
                 await delivery.ack()
                 return None
-            await self._settlement.publish(delivery, outcome)
+            published = await self._settlement.publish(delivery, outcome)
+            if published is None:
+                return None
             work.is_published = True
             self._remember(delivery)
-        await self._settlement.finish(delivery, outcome)
-        return outcome
+        await self._settlement.finish(delivery, published)
+        return published
 
     def _lost_its_ack(self, delivery: Delivery) -> bool:
         """Whether this message's outcome is out and only the ack was lost, with the connection.
@@ -155,6 +169,8 @@ async def _caught(work: Coroutine[None, None, Outcome]) -> Outcome | Exception:
     """What the work came to. A bug is a value too: raised in the task group, it would end all jobs."""
     try:
         return await work
+    except MemoryError:
+        _end_without_memory()
     except Exception as bug:  # noqa: BLE001 - raised again by `_outcome_of`
         return bug
 
@@ -168,3 +184,11 @@ async def _outcome_of(task: asyncio.Task[Outcome | Exception]) -> Outcome:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+def _end_without_memory() -> NoReturn:
+    """End the process as it is: nothing it does can be relied on now, and the broker has all its jobs."""
+    try:
+        log.critical("out_of_memory")
+    finally:
+        os._exit(EXIT_FAILURE)

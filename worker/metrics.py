@@ -3,9 +3,10 @@
 `model` is one of the allowed models or `unknown`: no label takes a value that a job can choose freely.
 """
 
+import asyncio
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
@@ -23,6 +24,9 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
 
 from worker import __version__
 from worker.result import Usage
@@ -37,6 +41,21 @@ REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
 GCCollector(registry=REGISTRY)
+
+
+class _TasksCollector(Collector):
+    """How many tasks the event loop has, counted when it is asked: what is left behind shows there first."""
+
+    def collect(self) -> Iterable[Family]:
+        """The gauge, beside Python's own; nothing where no event loop runs."""
+        try:
+            count = len(asyncio.all_tasks())
+        except RuntimeError:
+            return
+        yield GaugeMetricFamily("python_asyncio_tasks", "Tasks of the event loop, at the moment.", count)
+
+
+REGISTRY.register(_TasksCollector())
 
 # Seconds; they reach VQA_JOB_TIMEOUT's default and beyond.
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
@@ -93,6 +112,13 @@ AMBIGUOUS_CALLS = Counter(
     "vqa_ambiguous_calls",
     "Calls that may have been paid for without an answer: timed out or cut off.",
     ["model"],
+    registry=REGISTRY,
+)
+RESULT_STORE = Counter(
+    "vqa_result_store",
+    "What became of jobs at the result store: claimed, reused (answered from it), waited (for another's"
+    " answer), taken_over (from a dead worker), kept, kept_by_another (paid twice), not_kept (S3 failed).",
+    ["event"],
     registry=REGISTRY,
 )
 IMAGE_BYTES = Counter(

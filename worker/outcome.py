@@ -50,9 +50,13 @@ class Retry(_Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GiveBack(_Outcome):
-    """Not now and not here: the job goes back as it was, and nothing is counted."""
+    """Not now and not here: the job goes back as it was, and nothing is counted.
+
+    `refunded` of its attempts so far were an outage's, and do not count either.
+    """
 
     reason: str
+    refunded: int = 0
 
 
 Outcome = Answered | Refused | DeadLetter | Retry | GiveBack

@@ -1,11 +1,13 @@
 """What happens while a dependency is down: stop consuming, give back, try single jobs, resume."""
 
 import asyncio
+import time
 from typing import Protocol
 
 import structlog
 
 from worker.delivery import Delivery
+from worker.errors import Dependency
 from worker.health import Health
 from worker.inflight import InFlight
 from worker.limiter import Gate
@@ -39,6 +41,7 @@ class PauseKeeper:
         self._gate = gate
         self._flow = flow
         self._in_flight = in_flight
+        self._interval_s = FIRST_TRIAL_S
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -49,30 +52,41 @@ class PauseKeeper:
                 await self._pause()
 
     async def _pause(self) -> None:
-        for dependency, outage in self._health.outages.items():
-            log.error("paused", dependency=dependency, reason=outage.reason)
+        began = time.monotonic()
         self._gate.close("the worker is paused")
+        told = self._tell_outages(set())
+        # What was hardly up is not tried as often as if it were down for the first time.
+        is_relapse = any(outage.is_relapse for outage in self._health.outages.values())
+        self._interval_s = _longer(self._interval_s) if is_relapse else FIRST_TRIAL_S
         await self._flow.hold()
-        await self._until_up()
+        await self._until_up(told)
         self._gate.open()
         await self._flow.resume()
-        log.info("resumed")
+        log.info("resumed", after_s=round(time.monotonic() - began, 3))
 
-    async def _until_up(self) -> None:
+    def _tell_outages(self, told: set[Dependency]) -> set[Dependency]:
+        """Log the outages that are not told yet; returns those that there are."""
+        outages = self._health.outages
+        for dependency in outages.keys() - told:
+            log.error("paused", dependency=dependency, reason=outages[dependency].reason)
+        return set(outages)
+
+    async def _until_up(self, told: set[Dependency]) -> None:
         """Try with a different single job at growing intervals, until one succeeds."""
-        delay_s = wait_s = FIRST_TRIAL_S
+        wait_s = self._interval_s
         while self._health.outages:
             await asyncio.sleep(wait_s)
-            wait_s = delay_s
             delivery = await self._flow.take_one()
             if delivery is None:
-                continue
-            if await self._comes_to_an_end(delivery):
+                # The interval is over: whatever comes may be tried without another one.
+                wait_s = FIRST_TRIAL_S
+            elif await self._comes_to_an_end(delivery):
                 # Either the outage is over, or the job never met what is down: then the next one may.
                 wait_s = NEXT_TRIAL_S
             else:
                 # Given back, it went to the end of the queue: the next trial takes another.
-                delay_s = wait_s = min(delay_s * 2, LONGEST_TRIAL_S)
+                self._interval_s = wait_s = _longer(self._interval_s)
+            told = self._tell_outages(told)
 
     async def _comes_to_an_end(self, delivery: Delivery) -> bool:
         """Try one job; returns whether it was not given back."""
@@ -80,3 +94,7 @@ class PauseKeeper:
         trial = self._in_flight.accept(delivery)
         await asyncio.wait({trial})
         return not trial.cancelled() and not isinstance(trial.result(), GiveBack)
+
+
+def _longer(interval_s: float) -> float:
+    return min(interval_s * 2, LONGEST_TRIAL_S)

@@ -2,14 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import structlog
 
+from worker.cancellation import Cancellations
 from worker.delivery import Delivery
 from worker.errors import (
     Dependency,
@@ -19,15 +20,15 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
-from worker.health import Health
+from worker.health import ALONE_S, VERDICT_S, Health, Verdict
 from worker.images.budget import Share
 from worker.images.load import Located
 from worker.job import Conversation, ImageRef, InvalidJobError, Job, decode
-from worker.limiter import Gate, GateClosedError
+from worker.limiter import Gate, GateClosedError, Slot
 from worker.logs import describe_bug
-from worker.model.answer import Answer
-from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, frame
-from worker.outcome import Outcome
+from worker.model.answer import Answer, from_kept, to_kept
+from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, fingerprint, frame
+from worker.outcome import Outcome, Retry
 from worker.redact import Redactor
 from worker.report import Report
 from worker.retry import Exhausted, RetryPolicy, TooLate, TryAgain, after_attempt
@@ -38,7 +39,15 @@ log = structlog.get_logger(__name__)
 # Event loops fire timers some milliseconds early: waiting for a moment, wait a little longer.
 TIMER_SLACK_S = 0.02
 
-_NO_SLOT = "half of VQA_JOB_TIMEOUT has passed without a free slot, or room for the images"
+# A job that could not start for so long goes back, so that a worker with more luck can have it.
+LONGEST_WAIT_S = 25.0
+
+# How often a job is read that was delivered too often, to find the id for its last result.
+LAST_READINGS = 3
+
+_NO_SLOT = f"no free slot within {LONGEST_WAIT_S:g} s, or half of VQA_JOB_TIMEOUT"
+_NO_ROOM = "no room for the images within half of VQA_JOB_TIMEOUT"
+_NO_TURN = "another worker is still at the same job after half of VQA_JOB_TIMEOUT"
 _TOO_OFTEN = (
     "the job was delivered {} times without coming to an end (VQA_DELIVERY_LIMIT): "
     "it may be what stops the workers that take it"
@@ -73,6 +82,26 @@ class ImageLoader(Protocol):
         """Begin to read them."""
 
 
+class Kept(Protocol):
+    """A job's place in the result store.
+
+    Attributes:
+        answer: what is kept there already, if anything.
+    """
+
+    answer: bytes | None
+
+    async def keep(self, answer: bytes) -> bytes:
+        """Keep an answer; returns it, or the one that another worker has kept meanwhile."""
+
+
+class ResultStore(Protocol):
+    """Where answers are kept that were paid for."""
+
+    def claimed(self, name: str) -> AbstractAsyncContextManager[Kept]:
+        """The place of the job of this name; waits while anybody else is at the same job."""
+
+
 class ModelApi(Protocol):
     """Who answers."""
 
@@ -87,6 +116,8 @@ class _Question:
     deadline: datetime | None
     frame: Sequence[bytes]
     images: Sequence[Located]
+    # Its name in the result store, if there is one.
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +137,7 @@ class Rules:
 class Processor:
     """Takes one delivery in and hands one outcome on; publishes and settles nothing itself."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the use case's whole world
         self,
         images: ImageLoader,
         model: ModelApi,
@@ -115,6 +146,8 @@ class Processor:
         health: Health,
         rules: Rules,
         redact: Redactor,
+        cancellations: Cancellations,
+        store: ResultStore | None = None,
     ) -> None:
         self._images = images
         self._model = model
@@ -122,13 +155,16 @@ class Processor:
         self._health = health
         self._rules = rules
         self._redact = redact
+        self._cancellations = cancellations
+        self._store = store
 
     async def process(self, delivery: Delivery) -> Outcome:
         """Decode, check, fetch, ask, report. Every error becomes an outcome, a bug too."""
         report = Report(delivery, self._redact, include_response=self._rules.include_response)
         try:
             question = self._read(delivery, report)
-            answer = await self._ask(question, report)
+            with self._cancellations.heeded(report.job_id or ""):
+                answer = await self._answer(question, report)
         except InvalidJobError as error:
             return report.unreadable(error)
         except _TooOftenError as error:
@@ -136,20 +172,30 @@ class Processor:
         except JobError as error:
             return report.refused(error.code, error.message)
         except TransientError as error:
-            return self._after_failure(report, error)
+            failure = _let_go(error)
         except DependencyDownError as error:
             return self._after_refusal(report, error)
         except GateClosedError as error:
             return report.given_back(str(error))
+        except MemoryError:
+            # No fault of this job alone: the whole process is in trouble.
+            raise
         except Exception as error:  # noqa: BLE001 - a bug must not lose the job, nor loop for ever
             log.error("bug", job_id=report.job_id, exception=describe_bug(error))  # noqa: TRY400
             return self._try_again(report, "bug", f"the worker failed: {type(error).__name__}")
-        return report.answered(answer)
+        else:
+            return report.answered(answer)
+        return await self._after_failure(report, failure)
 
     def _read(self, delivery: Delivery, report: Report) -> _Question:
         """Decode and check."""
+        if delivery.deliveries > self._rules.delivery_limit + LAST_READINGS:
+            # To read it may be what stops the workers: that is not tried without end either.
+            report.job_id = delivery.message_id
+            raise _TooOftenError(_TOO_OFTEN.format(delivery.deliveries))
         job = decode(delivery.body, delivery.message_id, self._rules.max_job_bytes)
         report.job_is(job)
+        report.refund(self._health.take_refund(report.job_id or ""))
         report.model_is(self._model_of(job))
         if delivery.deliveries > self._rules.delivery_limit:
             raise _TooOftenError(_TOO_OFTEN.format(delivery.deliveries))
@@ -157,51 +203,80 @@ class Processor:
         conversation = Conversation(job)
         images = self._images.check(conversation.images(), delivery.body)
         messages = conversation.render(PLACEHOLDER, send_detail=self._rules.send_image_detail)
-        return _Question(job.deadline, frame(report.model, messages, job.params or {}), images)
+        parts = frame(report.model, messages, job.params or {})
+        return _Question(job.deadline, parts, images, self._name_of(job, conversation, report.model))
+
+    def _name_of(self, job: Job, conversation: Conversation, model: str) -> str:
+        """The job's name in the result store; nobody can guess it who does not know all that it asks."""
+        if self._store is None:
+            return ""
+        messages = conversation.render("", send_detail=self._rules.send_image_detail)
+        urls = [ref.url for ref in conversation.images()]
+        return fingerprint(job.id or "", model, messages, job.params or {}, urls)
+
+    async def _answer(self, question: _Question, report: Report) -> Answer:
+        """The answer that is kept for the job, or else the model's, kept before anybody hears of it."""
+        if self._store is None:
+            return await self._ask(question, report)
+        async with AsyncExitStack() as stack:
+            stack.callback(report.end_of_try)
+            started = time.monotonic()
+            with report.stage("wait"):
+                async with _patience(report, question, self._rules.job_timeout_s / 2, _NO_TURN):
+                    place = await stack.enter_async_context(self._store.claimed(question.name))
+            self._health.succeeded(Dependency.S3, started, time.monotonic())
+            kept = from_kept(place.answer) if place.answer is not None else None
+            if kept is not None:
+                return kept
+            answer = await self._ask(question, report)
+            return from_kept(await place.keep(to_kept(answer))) or answer
 
     async def _ask(self, question: _Question, report: Report) -> Answer:
         """Fetch and ask until there is an answer or an error other than 429."""
+        patience_s = time.monotonic() - report.received + LONGEST_WAIT_S
         while True:
-            started = time.monotonic()
-            try:
-                async with AsyncExitStack() as stack:
-                    stack.callback(report.end_of_try)
-                    with report.stage("wait"):
-                        room = await self._take_slot(stack, question, report)
-                    _check_deadline(question.deadline)
-                    started = time.monotonic()
-                    with report.stage("fetch"):
-                        images = await self._open(stack, question, room, report)
-                    _check_deadline(question.deadline)
+            async with AsyncExitStack() as stack:
+                stack.callback(report.end_of_try)
+                with report.stage("wait"):
+                    slot, room = await self._take_slot(stack, question, report, patience_s)
+                _check_deadline(question.deadline)
+                started = time.monotonic()
+                with report.stage("fetch"):
+                    images = await self._open(stack, question, room, report)
+                _check_deadline(question.deadline)
+                if slot.must_wait:
+                    continue
+                try:
                     answer = await self._call(question, images, report, started)
-                    self._gate.succeeded()
+                except RateLimitedError as error:
+                    # The API is there and knows us: an outage, if there was one, is over.
+                    self._health.succeeded(Dependency.MODEL, started, time.monotonic())
+                    slot.refused(error.retry_after_s)
+                else:
+                    slot.succeeded()
                     return answer
-            except RateLimitedError as error:
-                # The API is there and knows us: an outage, if there was one, is over.
-                self._health.succeeded(Dependency.MODEL, started, time.monotonic())
-                self._gate.refused(started, error.retry_after_s)
 
-    async def _take_slot(self, stack: AsyncExitStack, question: _Question, report: Report) -> Share:
+    async def _take_slot(
+        self, stack: AsyncExitStack, question: _Question, report: Report, patience_s: float
+    ) -> tuple[Slot, Share]:
         """Wait for a slot and for room for the images, for half of the delivery's time at most.
 
-        The other half is for the work: a call begun with less could be cut off when it is already paid for.
+        For a slot it waits until the delivery is `patience_s` old, whatever came of it before. The other half
+        is for the work: a call begun with less could be cut off when it is already paid for.
 
         Raises:
             GateClosedError: the gate is closed, or there was no slot, or no room, in time.
-            JobError: the job's deadline passed while waiting.
+            JobError: the job's deadline passed while waiting, or passes before the API may be called again.
         """
-        left_s = self._time_left_s(report) - self._rules.job_timeout_s / 2
-        if left_s <= 0:
-            raise GateClosedError(_NO_SLOT)
-        if question.deadline is not None:
-            left_s = min(left_s, (question.deadline - datetime.now(UTC)).total_seconds() + TIMER_SLACK_S)
+        half_s = self._rules.job_timeout_s / 2
         try:
-            async with asyncio.timeout(left_s):
-                await stack.enter_async_context(self._gate.slot())
-                return await stack.enter_async_context(self._images.room(question.images))
-        except TimeoutError:
-            _check_deadline(question.deadline)
-            raise GateClosedError(_NO_SLOT) from None
+            async with _patience(report, question, min(half_s, patience_s), _NO_SLOT):
+                slot = await stack.enter_async_context(self._gate.slot(report.model))
+        except GateClosedError:
+            _check_deadline(question.deadline, self._gate.closed_s(report.model))
+            raise
+        async with _patience(report, question, half_s, _NO_ROOM):
+            return slot, await stack.enter_async_context(self._images.room(question.images))
 
     async def _open(
         self, stack: AsyncExitStack, question: _Question, room: Share, report: Report
@@ -237,27 +312,64 @@ class Processor:
         self._health.succeeded(Dependency.MODEL, started, time.monotonic())
         return answer
 
-    def _after_failure(self, report: Report, error: TransientError) -> Outcome:
+    async def _after_failure(self, report: Report, error: TransientError) -> Outcome:
         """Tell the job's own trouble from an outage, and decide what follows."""
-        job_id = report.job_id or ""
+        job_id, failed_at = report.job_id or "", time.monotonic()
         if error.forbidden and self._health.succeeds_for_others(error.dependency, job_id):
+            self._health.ended(error.dependency, job_id)
             return report.refused(ErrorCode.MODEL_REJECTED, error.message)
-        if error.is_echo:
-            is_down = error.dependency in self._health.outages
-        else:
-            is_down = self._health.failed(error.dependency, job_id, error.reason, time.monotonic())
-        if is_down:
+        verdict = await self._verdict(report, error, failed_at)
+        if verdict is Verdict.DOWN:
             return report.given_back(f"{error.dependency} is down")
-        return self._try_again(report, error.reason, error.message)
+        if verdict is Verdict.OPEN:
+            self._health.counted(error.dependency, job_id, failed_at)
+        elif error.forbidden:
+            return report.refused(ErrorCode.MODEL_REJECTED, error.message)
+        return self._counted(report, error, error.reason)
+
+    async def _verdict(self, report: Report, error: TransientError, failed_at: float) -> Verdict:
+        """Whose trouble a failure was; where others call too, what they meet is waited for."""
+        others, verdict = self._gate.in_flight, Verdict.OPEN
+        if not error.is_echo:
+            verdict = self._health.failed(
+                error.dependency, report.job_id or "", error.reason, failed_at, others=others
+            )
+        if verdict is not Verdict.OPEN:
+            return verdict
+        is_alone = not others and not self._health.has_suspects(error.dependency)
+        patience_s = self._patience_s(report, ALONE_S if is_alone else VERDICT_S)
+        return await self._health.verdict(error.dependency, failed_at, patience_s)
+
+    def _patience_s(self, report: Report, most_s: float) -> float:
+        """How long a job that failed may wait for a verdict: a retry must not come too late by that."""
+        patience_s = min(most_s, self._time_left_s(report))
+        if report.deadline is None:
+            return patience_s
+        until_deadline_s = (report.deadline - datetime.now(UTC)).total_seconds()
+        return min(patience_s, until_deadline_s - self._rules.retry.delay_s(report.attempts) - TIMER_SLACK_S)
 
     def _after_refusal(self, report: Report, error: DependencyDownError) -> Outcome:
         """Give the job back while the dependency is down; count it if it is down for this job only."""
-        down = self._health.refused_everybody(
-            error.dependency, report.job_id or "", error.message, time.monotonic()
-        )
-        if down:
-            return report.given_back(error.message)
-        return self._try_again(report, f"{error.dependency}_refused", error.message)
+        verdict = Verdict.OPEN
+        if not error.is_echo:
+            verdict = self._health.refused_everybody(
+                error.dependency,
+                report.job_id or "",
+                error.message,
+                time.monotonic(),
+                others=self._gate.in_flight,
+                may_be_partial=error.may_be_partial,
+            )
+        if verdict is Verdict.OWN:
+            return self._counted(report, error, f"{error.dependency}_refused")
+        return report.given_back(error.message)
+
+    def _counted(self, report: Report, error: TransientError | DependencyDownError, reason: str) -> Outcome:
+        """The attempt counts; if it was the last, the job is no more that could tell of an outage."""
+        outcome = self._try_again(report, reason, error.message)
+        if not isinstance(outcome, Retry):
+            self._health.ended(error.dependency, report.job_id or "")
+        return outcome
 
     def _try_again(self, report: Report, reason: str, message: str) -> Outcome:
         match after_attempt(report.attempts, self._rules.retry, report.deadline, datetime.now(UTC)):
@@ -281,6 +393,35 @@ class Processor:
         return max(0.0, report.received + self._rules.job_timeout_s - time.monotonic())
 
 
-def _check_deadline(deadline: datetime | None) -> None:
-    if deadline is not None and datetime.now(UTC) >= deadline:
-        raise JobError(ErrorCode.DEADLINE_EXCEEDED, f"the deadline {deadline.isoformat()} has passed")
+@asynccontextmanager
+async def _patience(report: Report, question: _Question, seconds: float, reason: str) -> AsyncIterator[None]:
+    """Wait for something, until the delivery is so many seconds old or the job's deadline passes.
+
+    Raises:
+        GateClosedError: the time is over; `reason` says what for.
+        JobError: the deadline has passed.
+    """
+    left_s = report.received + seconds - time.monotonic()
+    if left_s <= 0:
+        raise GateClosedError(reason)
+    if question.deadline is not None:
+        left_s = min(left_s, (question.deadline - datetime.now(UTC)).total_seconds() + TIMER_SLACK_S)
+    try:
+        async with asyncio.timeout(left_s):
+            yield
+    except TimeoutError:
+        _check_deadline(question.deadline)
+        raise GateClosedError(reason) from None
+
+
+def _let_go(error: TransientError) -> TransientError:
+    """The error without what it holds on to: the frames that it came through have the images."""
+    error.__context__ = None
+    return error.with_traceback(None)
+
+
+def _check_deadline(deadline: datetime | None, in_s: float = 0.0) -> None:
+    """Whether the deadline has passed, or will have in so many seconds."""
+    if deadline is not None and datetime.now(UTC) + timedelta(seconds=in_s) >= deadline:
+        when = "comes before the API may be called again" if in_s else "has passed"
+        raise JobError(ErrorCode.DEADLINE_EXCEEDED, f"the deadline {deadline.isoformat()} {when}")

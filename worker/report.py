@@ -37,6 +37,7 @@ class Report:
         self.job_id: str | None = None
         self.deadline: datetime | None = None
         self.attempts = delivery.attempts + 1
+        self._refunded = 0
 
     @property
     def received(self) -> float:
@@ -57,6 +58,11 @@ class Report:
     def model_is(self, model: str) -> None:
         """The model is an allowed one."""
         self._model = model
+
+    def refund(self, attempts: int) -> None:
+        """So many of the attempts before this one were an outage's."""
+        self._refunded = min(attempts, self._delivery.attempts)
+        self.attempts -= self._refunded
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -123,7 +129,7 @@ class Report:
 
     def given_back(self, reason: str) -> Outcome:
         """Nothing is counted."""
-        return GiveBack(job_id=self.job_id, model=self.model, reason=reason)
+        return GiveBack(job_id=self.job_id, model=self.model, reason=reason, refunded=self._refunded)
 
     def _failure(self, code: ErrorCode, message: str, *, retryable: bool, **paid: Any) -> Result:
         error = JobFailure(code=code, message=self._redact(message), retryable=retryable)

@@ -12,6 +12,10 @@ class RetryPolicy:
     max_attempts: int
     delays_s: Sequence[int]
 
+    def delay_s(self, attempts: int) -> int:
+        """The delay after the `attempts`-th attempt."""
+        return self.delays_s[min(attempts, len(self.delays_s)) - 1]
+
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
@@ -36,7 +40,7 @@ def after_attempt(
     """Decide after the `attempts`-th attempt (from 1) has failed."""
     if attempts >= policy.max_attempts:
         return Exhausted()
-    delay_s = policy.delays_s[min(attempts, len(policy.delays_s)) - 1]
+    delay_s = policy.delay_s(attempts)
     if deadline is not None and now + timedelta(seconds=delay_s) >= deadline:
         return TooLate()
     return TryAgain(delay_s)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, assert_never
@@ -14,22 +14,25 @@ from worker.delivery import Delivery
 from worker.errors import ErrorCode
 from worker.outcome import Answered, DeadLetter, GiveBack, Outcome, Refused, Retry
 from worker.rabbit import messages
-from worker.rabbit.publisher import Outgoing, UnroutableError
+from worker.rabbit.connection import Complaints
+from worker.rabbit.publisher import GivenUpError, Outgoing, TooLargeError, UnroutableError
 from worker.rabbit.topology import Topology
-from worker.result import Result
+from worker.result import JobFailure, Result
 
 log = structlog.get_logger(__name__)
 
 DIRECT_REPLY_TO = "amq.rabbitmq.reply-to."
 # How long to wait before a message is tried again that no queue took, though the queues were made anew.
 UNROUTABLE_DELAY_S = 5.0
+# How often that is done for a copy of a job that the broker still has: a minute at most.
+COPY_ROUNDS = 4
 
 
 class Publisher(Protocol):
     """Where messages go."""
 
     async def publish(self, message: Outgoing) -> None:
-        """Publish, confirmed, or raise UnroutableError."""
+        """Publish, confirmed, or raise UnroutableError, GivenUpError or TooLargeError."""
 
     async def restore_topology(self) -> None:
         """Make queues again that have gone."""
@@ -56,22 +59,48 @@ class Settlement:
         self._publisher = publisher
         self._topology = topology
         self._replies = replies
+        self._complaints = Complaints()
 
-    async def publish(self, delivery: Delivery, outcome: Outcome) -> None:
-        """Publish what the outcome calls for; returns when the broker has confirmed all of it."""
+    async def publish(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
+        """Publish what the outcome calls for.
+
+        Returns, when the broker has confirmed all of it: what was published, which is a failed result in
+        place of one that is larger than the broker takes. Or None: the broker has the job itself back, since
+        it did not take a copy of it.
+        """
         with metrics.stage("publish", outcome.model):
-            match outcome:
-                case Answered(result=result) | Refused(result=result):
-                    await self._reply(delivery, result)
-                case DeadLetter():
-                    await self._bury(delivery, outcome)
-                case Retry(delay_s=delay_s, attempts=attempts):
-                    queue = self._topology.retry(delay_s)
-                    await self._deliver(messages.retry_copy(delivery, queue, attempts))
-                case GiveBack():
-                    await self._deliver(messages.given_back_copy(delivery, self._topology.jobs))
-                case _:
-                    assert_never(outcome)
+            try:
+                is_out = await self._publish(delivery, outcome)
+            except TooLargeError as error:
+                outcome = _failed_as_too_large(outcome, str(error))
+                is_out = await self._publish(delivery, outcome)
+            if not is_out:
+                return await self._hand_over(delivery, outcome)
+        return outcome
+
+    async def _publish(self, delivery: Delivery, outcome: Outcome) -> bool:
+        match outcome:
+            case Answered(result=result) | Refused(result=result):
+                return await self._reply(delivery, result)
+            case DeadLetter():
+                return await self._bury(delivery, outcome)
+            case Retry(delay_s=delay_s, attempts=attempts):
+                copy = messages.retry_copy(delivery, self._topology.retry(delay_s), attempts)
+            case GiveBack(refunded=refunded):
+                await delivery.may_go_back()
+                copy = messages.given_back_copy(delivery, self._topology.jobs, refunded)
+            case _:
+                assert_never(outcome)
+        return await self._deliver(copy, lets_go=delivery.is_alive)
+
+    async def _hand_over(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
+        """The last resort: the broker moves the job itself, and nobody sits on it until it loses patience."""
+        log.error("job_handed_over", **_facts(outcome))
+        if isinstance(outcome, DeadLetter):
+            await delivery.reject()
+            return outcome
+        await delivery.requeue()
+        return None
 
     async def finish(self, delivery: Delivery, outcome: Outcome) -> None:
         """Ack, then count and log what became of the job."""
@@ -96,7 +125,7 @@ class Settlement:
             case _:
                 assert_never(outcome)
 
-    async def _reply(self, delivery: Delivery, result: Result) -> None:
+    async def _reply(self, delivery: Delivery, result: Result) -> bool:
         queue = self._replies.queue_for(delivery, self._topology.results)
         reply = messages.reply(delivery, result, queue, exchange=self._topology.reply_exchange)
         if queue != self._topology.results:
@@ -109,30 +138,65 @@ class Settlement:
             except UnroutableError:
                 reply = messages.undeliverable(reply, self._topology.results)
             else:
-                return
-        await self._deliver(reply)
+                return True
+        return await self._deliver(reply)
 
-    async def _bury(self, delivery: Delivery, outcome: DeadLetter) -> None:
+    async def _bury(self, delivery: Delivery, outcome: DeadLetter) -> bool:
         """The result first: a publisher that waits is told even if the worker dies in between."""
         if outcome.code is not ErrorCode.INVALID_JOB or _has_somebody_to_tell(delivery, outcome):
             await self._reply(delivery, outcome.result)
-        await self._deliver(messages.dead_letter(delivery, self._topology.dead_letters, outcome))
+        letter = messages.dead_letter(delivery, self._topology.dead_letters, outcome)
+        return await self._deliver(letter, lets_go=delivery.is_alive)
 
-    async def _deliver(self, message: Outgoing) -> None:
-        """Publish to a queue of the worker's own; one that has gone is made again."""
-        delay_s = 0.0
+    async def _deliver(self, message: Outgoing, *, lets_go: Callable[[], bool] = lambda: False) -> bool:
+        """Publish to a queue of the worker's own, which is made again if it has gone; tried without end.
+
+        Unless `lets_go`, after some rounds, since the broker still has what this is a copy of: returns False.
+        """
+        delay_s, rounds = 0.0, 0
         while True:
             try:
-                return await self._publisher.publish(message)
+                await self._publisher.publish(message)
+            except GivenUpError:
+                pass
             except UnroutableError:
-                log.error("queue_missing", queue=message.routing_key, next_try_s=delay_s)  # noqa: TRY400
+                self._say_missing(message.routing_key)
+            except TooLargeError:
+                if lets_go():
+                    return False
+                raise
+            else:
+                self._complaints.is_over(message.routing_key)
+                return True
+            rounds += 1
+            if rounds >= COPY_ROUNDS and lets_go():
+                return False
             await self._publisher.restore_topology()
             await asyncio.sleep(delay_s)
             delay_s = UNROUTABLE_DELAY_S
 
+    def _say_missing(self, queue: str) -> None:
+        if self._complaints.is_news(queue, "missing"):
+            log.error("queue_missing", queue=queue)
+
 
 def _has_somebody_to_tell(delivery: Delivery, outcome: DeadLetter) -> bool:
     return any((outcome.job_id, delivery.message_id, delivery.reply_to, delivery.correlation_id))
+
+
+def _failed_as_too_large(outcome: Outcome, why: str) -> Outcome:
+    """What is published in place of a result that is too large; what was paid for it is told.
+
+    Raises:
+        TypeError: the outcome has no result.
+    """
+    if not isinstance(outcome, Answered | Refused | DeadLetter):
+        raise TypeError(outcome)
+    text = f"the result has {len(outcome.result.to_body())} bytes, and {why}: ask for less"
+    failure = JobFailure(code=ErrorCode.RESULT_TOO_LARGE, message=text, retryable=False)
+    failed = {"status": "failed", "answer": None, "response": None, "error": failure}
+    result = outcome.result.model_copy(update=failed)
+    return Refused(job_id=outcome.job_id, model=outcome.model, result=result, code=failure.code)
 
 
 def _count_job(status: str, error: str, model: str, took_s: float) -> None:

@@ -1,5 +1,6 @@
 """Messages as they stand on the wire, and what the consumer makes of them."""
 
+import asyncio
 import struct
 from typing import Any
 
@@ -43,4 +44,6 @@ def delivered(raw: dict[str, bytes], *, redelivered: bool = False) -> Delivery:
     """What the consumer makes of a message with these properties."""
     deliver = Basic.Deliver("tag", 1, redelivered, "", "jobs")
     message: Any = DeliveredMessage(delivery=deliver, header=received(raw), body=b"{}", channel=None)  # type: ignore[arg-type]
-    return _to_delivery(aio_pika.IncomingMessage(message), is_alive=lambda: True)
+    return _to_delivery(
+        aio_pika.IncomingMessage(message), is_alive=lambda: True, may_go_back=lambda: asyncio.sleep(0)
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.delivery import Delivery
 from worker.images.budget import Budget
-from worker.rabbit.publisher import Outgoing, UnroutableError
+from worker.rabbit.publisher import GivenUpError, Outgoing, TooLargeError, UnroutableError
 from worker.rabbit.topology import Topology
 
 JOB: dict[str, Any] = {"id": "job-1", "question": "What is it?", "images": ["s3://photos/cat.png"]}
@@ -26,7 +26,7 @@ TOPOLOGY = Topology(
 def a_delivery(
     body: bytes | dict[str, Any] = b"{}", *, events: list[str] | None = None, **properties: Any
 ) -> Delivery:
-    """A delivery as the consumer would make it; `events` gathers "ack" and "reject"."""
+    """A delivery as the consumer would make it; `events` gathers "ack", "reject" and "requeue"."""
     seen: list[str] = [] if events is None else events
 
     async def ack() -> None:
@@ -34,6 +34,12 @@ def a_delivery(
 
     async def reject() -> None:
         seen.append("reject")
+
+    async def requeue() -> None:
+        seen.append("requeue")
+
+    async def may_go_back() -> None:
+        pass
 
     usual: dict[str, Any] = {
         "body": body if isinstance(body, bytes) else json.dumps(body).encode(),
@@ -52,7 +58,9 @@ def a_delivery(
         "received": time.monotonic(),
         "ack": ack,
         "reject": reject,
+        "requeue": requeue,
         "is_alive": lambda: True,
+        "may_go_back": may_go_back,
     }
     return Delivery(**{**usual, **properties})
 
@@ -65,6 +73,8 @@ class FakePublisher:
         self.published: list[Outgoing] = []
         self.unroutable: set[str] = set()
         self.fatal: set[str] = set()
+        self.full: set[str] = set()
+        self.most_bytes: int | None = None
         self.broken: Exception | None = None
         self.restored = 0
         self.let_go = asyncio.Event()
@@ -74,9 +84,13 @@ class FakePublisher:
         await self.let_go.wait()
         if self.broken is not None:
             raise self.broken
-        # A name that costs the connection, each time; with tries, there is an end to that.
-        is_given_up = message.tries is not None and message.routing_key in self.fatal
-        if is_given_up or (message.mandatory and message.routing_key in self.unroutable):
+        if self.most_bytes is not None and len(message.body) > self.most_bytes:
+            raise TooLargeError(self.most_bytes)
+        # A name that costs the connection each time, or a full queue; with tries, there is an end to that.
+        if message.tries is not None and message.routing_key in self.fatal | self.full:
+            self.events.append(f"given up {message.routing_key}")
+            raise GivenUpError(message.routing_key)
+        if message.mandatory and message.routing_key in self.unroutable:
             self.events.append(f"returned {message.routing_key}")
             raise UnroutableError(message.routing_key)
         self.published.append(message)

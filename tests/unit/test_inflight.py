@@ -71,6 +71,11 @@ class Worker:
             await self.in_flight.drained()
 
 
+@pytest.fixture(autouse=True)
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.settlement.UNROUTABLE_DELAY_S", 0)
+
+
 @pytest.fixture
 async def worker() -> AsyncIterator[Worker]:
     async with asyncio.TaskGroup() as tasks:
@@ -331,6 +336,22 @@ async def test_after_a_failed_settlement_the_message_can_come_again(
     assert len(worker.work.started) == 2
     assert len(worker.publisher.results()) == 1
     assert events == ["ack"]
+
+
+async def test_a_job_that_the_broker_has_back_and_delivers_again_is_worked_on_again(worker: Worker) -> None:
+    """Also when the connection is lost meanwhile: there is no lost ack to make good."""
+    worker.publisher.full.add("jobs")
+    worker.work.ends_with = lambda _: GiveBack(job_id="j", model="m", reason="paused")
+    worker.work.may_end.set()
+    delivery, events = worker.connection.delivers()
+    assert await worker.in_flight.accept(delivery) is None
+    assert events[-1] == "requeue"
+    worker.connection.lives = False
+    worker.work.ends_with = answered
+    again, events = Connection().delivers(redelivered=True)
+    await worker.in_flight.accept(again)
+    assert len(worker.work.started) == 2
+    assert events[-1] == "ack"
 
 
 async def test_drained_waits_for_what_comes_meanwhile_too(worker: Worker) -> None:

@@ -173,6 +173,13 @@ def wired(message: Outgoing) -> Delivery:
     return delivered({**raw, "headers": pamqp.encode.field_table(dict(message.headers))})
 
 
+@pytest.mark.parametrize(("refunded", "left"), [(0, 3), (1, 2), (3, None)])
+def test_a_job_given_back_has_fewer_attempts_if_some_were_an_outages(refunded: int, left: int | None) -> None:
+    delivery = a_delivery(attempts=3)
+    copy = messages.given_back_copy(delivery, "q", refunded)
+    assert copy.headers.get("vqa-attempts") == left
+
+
 @given(attempts=st.integers(0, 20), deliveries=st.integers(1, 50), times=st.integers(1, 5))
 def test_given_back_however_often_a_job_is_counted_as_it_was(
     attempts: int, deliveries: int, times: int

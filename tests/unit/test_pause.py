@@ -14,9 +14,9 @@ from tests.unit.fakes import a_delivery, turns_of_the_loop
 from worker import pause
 from worker.delivery import Delivery
 from worker.errors import Dependency
-from worker.health import Health
+from worker.health import FIRST_SUCCESSES, Health
 from worker.inflight import InFlight
-from worker.limiter import AdaptiveLimit, Gate, GateClosedError
+from worker.limiter import Gate, GateClosedError
 from worker.outcome import GiveBack, Outcome, Retry
 from worker.pause import PauseKeeper
 
@@ -48,7 +48,7 @@ class Worker:
 
     def __init__(self, tasks: asyncio.TaskGroup, jobs: int) -> None:
         self.health = Health()
-        self.gate = Gate(AdaptiveLimit(8))
+        self.gate = Gate(8)
         self.queue = Queue(jobs)
         self.in_flight = InFlight(tasks, self._process, self)
         self.tried: list[str | None] = []
@@ -63,7 +63,7 @@ class Worker:
     async def _process(self, delivery: Delivery) -> Outcome:
         started = time.monotonic()
         try:
-            async with self.gate.slot():
+            async with self.gate.slot("m"):
                 self.tried.append(delivery.message_id)
                 await self.may_end.wait()
         except GateClosedError:
@@ -74,9 +74,10 @@ class Worker:
                     self.health.succeeded(dependency, started, time.monotonic())
         return self.outcome or GiveBack(job_id=delivery.message_id, model="m", reason="down")
 
-    async def publish(self, delivery: Delivery, outcome: Outcome) -> None:
+    async def publish(self, delivery: Delivery, outcome: Outcome) -> Outcome:
         if isinstance(outcome, GiveBack):
             self.queue.jobs.append(delivery.message_id or "")
+        return outcome
 
     async def finish(self, delivery: Delivery, outcome: Outcome) -> None:
         assert isinstance(outcome, GiveBack | Retry)
@@ -112,7 +113,7 @@ async def test_as_long_as_everything_is_up_nothing_is_held(worker: Worker) -> No
     worker.health.failed(MODEL, "job", "5xx", 2.0)
     await asyncio.sleep(3 * FIRST_S)
     assert worker.queue.events == []
-    async with worker.gate.slot():
+    async with worker.gate.slot("m"):
         pass
 
 
@@ -121,7 +122,7 @@ async def test_an_outage_closes_the_gate_and_holds_the_flow(worker: Worker, log:
     worker.down()
     await until(lambda: worker.queue.events == ["hold"], "the flow is held")
     with pytest.raises(GateClosedError, match="paused"):
-        async with worker.gate.slot():
+        async with worker.gate.slot("m"):
             pass
     assert log.calls[0].method_name == "error"
     assert log.calls[0].args == ("paused",)
@@ -188,6 +189,80 @@ async def test_an_empty_queue_is_asked_again_and_again(worker: Worker) -> None:
     worker.queue.jobs.extend(jobs)
     await worker.resumed()
     assert worker.tried == ["job-0"]
+
+
+async def test_when_an_interval_is_over_an_empty_queue_is_looked_at_often(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the next job that comes is tried at once, and the worker resumes."""
+    monkeypatch.setattr(pause, "_longer", lambda _: 1.0)
+    worker.down()
+    await until(lambda: worker.tried, "a trial")
+    jobs = worker.queue.jobs.copy()
+    worker.queue.jobs.clear()
+    # Looked at once an interval, it would take longer than anybody waits.
+    await until(lambda: len(worker.queue.asked_at) > 60, "sixty looks")
+    worker.succeeds = True
+    worker.queue.jobs.extend(jobs)
+    await worker.resumed()
+
+
+async def test_what_falls_over_again_soon_is_tried_at_longer_intervals_than_before(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pause, "LONGEST_TRIAL_S", 8 * FIRST_S)
+    worker.succeeds = True
+    waited = []
+    for times in range(1, 6):
+        began = time.monotonic()
+        worker.down()
+        await worker.resumed(times)
+        waited.append(worker.queue.asked_at[-1] - began)
+        worker.queue.jobs.append("one more")
+    for seconds, least in zip(waited, (1, 2, 4, 8, 8), strict=True):
+        assert seconds >= 0.95 * least * FIRST_S
+
+
+async def test_an_outage_after_some_successes_is_tried_as_soon_as_the_first(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pause, "LONGEST_TRIAL_S", 1000.0)
+    worker.succeeds = True
+    # Doubled each time, the waits would come to hours.
+    for times in range(1, 20):
+        worker.queue.jobs.append("one more")
+        worker.down()
+        await worker.resumed(times)
+        for _ in range(FIRST_SUCCESSES):
+            worker.health.succeeded(MODEL, time.monotonic(), time.monotonic())
+
+
+async def test_each_outage_is_told_once_when_it_comes_and_at_the_end_how_long_it_was(
+    worker: Worker, log: CapturingLogger
+) -> None:
+    worker.down(MODEL)
+    await until(lambda: len(worker.tried) >= 3, "three trials")
+    worker.down(S3)
+    await until(lambda: len(worker.tried) >= 6, "more trials")
+    worker.succeeds = True
+    await worker.resumed()
+    told = [(call.args[0], call.kwargs.get("dependency")) for call in log.calls]
+    assert told == [("paused", MODEL), ("paused", S3), ("resumed", None)]
+    assert log.calls[-1].kwargs["after_s"] >= FIRST_S
+
+
+async def test_an_outage_that_comes_back_within_a_pause_is_told_again(
+    worker: Worker, log: CapturingLogger
+) -> None:
+    worker.down(MODEL)
+    worker.down(S3)
+    await until(lambda: len(worker.tried) >= 2, "two trials")
+    worker.health.succeeded(MODEL, time.monotonic(), time.monotonic())
+    count = len(worker.tried)
+    await until(lambda: len(worker.tried) >= count + 2, "two more")
+    worker.down(MODEL)
+    await until(lambda: len(log.calls) == 3, "it is told")
+    assert [call.kwargs["dependency"] for call in log.calls].count(MODEL) == 2
 
 
 async def test_after_a_success_everything_flows_again(worker: Worker, log: CapturingLogger) -> None:

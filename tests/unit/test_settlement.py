@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from structlog.testing import CapturingLogger
 
+from tests.running import until
 from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
 from worker import metrics, settlement
 from worker.errors import ErrorCode
@@ -59,9 +60,10 @@ async def settled(
     publisher.events = events
     settlement = Settlement(publisher, topology, POLICY)
     delivery = a_delivery(events=events, **properties)
-    await settlement.publish(delivery, outcome)
+    published = await settlement.publish(delivery, outcome)
     assert "ack" not in events
-    await settlement.finish(delivery, outcome)
+    if published is not None:
+        await settlement.finish(delivery, published)
     return publisher.published, events
 
 
@@ -198,7 +200,7 @@ async def test_a_direct_reply_that_costs_the_connection_each_time_goes_to_the_re
     queue = "amq.rabbitmq.reply-to.made.up"
     publisher.fatal.add(queue)
     (reply,), events = await settled(ANSWERED, topology=REPLY_EXCHANGE, publisher=publisher, reply_to=queue)
-    assert events == [f"returned {queue}", "confirmed results", "ack"]
+    assert events == [f"given up {queue}", "confirmed results", "ack"]
     assert (reply.exchange, reply.mandatory, reply.tries) == ("replies", True, None)
     assert reply.headers["vqa-undeliverable-to"] == queue
 
@@ -255,6 +257,99 @@ async def test_the_publisher_is_told_before_the_job_is_buried() -> None:
     publisher.let_go.set()
     await task
     assert [message.routing_key for message in publisher.published] == ["results", "jobs.dead"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "queue", "last"),
+    [(RETRY, "jobs.retry.5s", "requeue"), (GIVEN_BACK, "jobs", "requeue"), (DEAD, "jobs.dead", "reject")],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+@pytest.mark.parametrize("fault", ["full", "gone for good", "too large"])
+async def test_a_job_that_no_queue_takes_a_copy_of_is_handed_back_to_the_broker_itself(
+    outcome: Outcome, queue: str, last: str, fault: str, log: CapturingLogger
+) -> None:
+    """Nobody sits on it until the broker loses patience with the whole channel."""
+    publisher = Stubborn(queue) if fault == "gone for good" else FakePublisher()
+    body = json.dumps({"id": "j"}).encode()
+    if fault == "full":
+        publisher.full.add(queue)
+    if fault == "too large":
+        publisher.most_bytes = 9_000
+        body += b" " * 10_000
+    published, events = await settled(outcome, publisher=publisher, body=body)
+    assert [message.routing_key for message in published] == (["results"] if outcome is DEAD else [])
+    settlings = [event for event in events if event in {"ack", "reject", "requeue"}]
+    # What comes after the first settling of a delivery has no effect.
+    assert settlings[0] == last
+    assert ("job_handed_over",) in [call.args for call in log.calls]
+
+
+class Stubborn(FakePublisher):
+    """A queue of the worker's that nobody can make again."""
+
+    def __init__(self, queue: str) -> None:
+        super().__init__()
+        self.unroutable.add(queue)
+
+    async def restore_topology(self) -> None:
+        self.restored += 1
+
+
+async def test_a_copy_of_a_job_that_the_broker_no_longer_has_is_tried_without_end() -> None:
+    """Its connection is gone, or its queue: nothing can be handed back, and this may be all that is left."""
+    publisher, lives = Stubborn("jobs"), True
+    delivery = a_delivery(is_alive=lambda: lives)
+    lives = False
+    task = asyncio.create_task(Settlement(publisher, TOPOLOGY, POLICY).publish(delivery, GIVEN_BACK))
+    await until(lambda: publisher.restored > 20, "many tries")
+    publisher.unroutable.clear()
+    assert await task == GIVEN_BACK
+    assert [message.routing_key for message in publisher.published] == ["jobs"]
+
+
+async def test_a_result_waits_for_its_queue_without_end() -> None:
+    publisher = Stubborn("results")
+    task = asyncio.create_task(Settlement(publisher, TOPOLOGY, POLICY).publish(a_delivery(), ANSWERED))
+    await until(lambda: publisher.restored > 20, "many tries")
+    publisher.unroutable.clear()
+    assert await task == ANSWERED
+
+
+async def test_a_queue_that_is_missing_is_named_once(log: CapturingLogger) -> None:
+    await settled(GIVEN_BACK, publisher=Stubborn("jobs"))
+    assert [call.args for call in log.calls].count(("queue_missing",)) == 1
+
+
+@pytest.mark.parametrize("reply_to", [None, "results.a"])
+async def test_a_result_that_is_too_large_is_replaced_by_a_failed_one_that_tells_what_was_paid(
+    reply_to: str | None, log: CapturingLogger
+) -> None:
+    publisher = FakePublisher()
+    publisher.most_bytes = 1000
+    result = SUCCEEDED.model_copy(update={"answer": "x" * 1000, "metadata": {"a": 1}})
+    (reply,), events = await settled(replace(ANSWERED, result=result), publisher=publisher, reply_to=reply_to)
+    body = json.loads(reply.body)
+    assert reply.routing_key == (reply_to or "results")
+    assert (body["status"], body["error"]["code"]) == ("failed", "result_too_large")
+    assert "1000 bytes" in body["error"]["message"]
+    assert (body["answer"], body["response"]) == (None, None)
+    assert body["usage"]["total_tokens"] == USAGE.total_tokens
+    assert body["metadata"] == {"a": 1}
+    assert events[-1] == "ack"
+    assert log.calls[-1].kwargs["error"] == "result_too_large"
+
+
+async def test_a_job_goes_back_only_when_it_may() -> None:
+    may_go_back = asyncio.Event()
+    publisher = FakePublisher()
+    delivery = a_delivery(may_go_back=may_go_back.wait)
+    settlement = Settlement(publisher, TOPOLOGY, POLICY)
+    task = asyncio.create_task(settlement.publish(delivery, GIVEN_BACK))
+    await turns_of_the_loop()
+    assert publisher.published == []
+    may_go_back.set()
+    assert await task == GIVEN_BACK
+    assert [message.routing_key for message in publisher.published] == ["jobs"]
 
 
 # Figures and the log

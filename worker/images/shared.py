@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from worker.errors import TransientError
+from worker.errors import DependencyDownError, TransientError
 from worker.images.budget import Budget, Share
 from worker.s3.aws import S3Object
 from worker.s3.client import Reading
@@ -138,7 +138,7 @@ class _Joint:
     def _told(self, error: Exception) -> Exception:
         """The fault for one reader; for all but the first it is only an echo."""
         is_echo, self._was_told = self._was_told, True
-        return error.echo() if is_echo and isinstance(error, TransientError) else error
+        return error.echo() if is_echo and isinstance(error, TransientError | DependencyDownError) else error
 
     def _tell(self) -> None:
         self._news.set()

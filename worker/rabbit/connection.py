@@ -2,6 +2,8 @@
 
 import asyncio
 import ssl
+import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 3.0
 # aiormq ends a connection after three times as long a silence; a minute is long for a queue of paid work.
 HEARTBEAT_S = 20
+REPEAT_S = 60.0
+# Some are about queues that jobs name.
+REMEMBERED_COMPLAINTS = 1000
 # AMQP 0-9-1: the code for a virtual host that doesn't exist or may not be used. RabbitMQ has it for too many
 # connections, too, which pass.
 _NOT_ALLOWED = 530
@@ -67,6 +72,28 @@ def heed_cancellation() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
+
+
+class Complaints:
+    """What is wrong is said once, and again each minute while it lasts: not by every job that meets it."""
+
+    def __init__(self) -> None:
+        # By subject: the reasons, and when each was said.
+        self._said: OrderedDict[str, dict[str, float]] = OrderedDict()
+
+    def is_news(self, subject: str, reason: str) -> bool:
+        """Whether this is to be said of the subject now."""
+        said, now = self._said.setdefault(subject, {}), time.monotonic()
+        if now - said.get(reason, float("-inf")) < REPEAT_S:
+            return False
+        said[reason] = now
+        if len(self._said) > REMEMBERED_COMPLAINTS:
+            self._said.popitem(last=False)
+        return True
+
+    def is_over(self, subject: str) -> bool:
+        """All is well with the subject; returns whether something else was said last."""
+        return self._said.pop(subject, None) is not None
 
 
 @dataclass(frozen=True)
@@ -130,6 +157,14 @@ class Broker:
             if isinstance(error.__cause__, ssl.SSLError):
                 raise BrokerRefusedError(_explain_tls(error.__cause__)) from None
             raise
+
+
+def explain(error: BaseException) -> str:
+    """Why the broker closed a channel or a connection, for the person who can put it right."""
+    words = str(error.args[-1]) if error.args else ""
+    if words.startswith("ACCESS_REFUSED"):
+        return f"the user of VQA_RABBITMQ_URL lacks a permission: {words}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _heartbeat_s(url: str) -> int:

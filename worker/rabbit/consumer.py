@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -13,7 +14,8 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
 from worker.delivery import Delivery
 from worker.rabbit import wire
-from worker.rabbit.connection import Broker, heed_cancellation, losses
+from worker.rabbit.connection import Broker, Complaints, explain, heed_cancellation, losses
+from worker.rabbit.control import Control
 from worker.rabbit.topology import Topology, TopologyError, establish
 
 log = structlog.get_logger(__name__)
@@ -24,24 +26,40 @@ FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 3.0
 # A session that lasted so long was a good one: the next trouble starts with a short delay again.
 GOOD_SESSION_S = 2.0
+# Longer than the broker takes to say that it has stopped the flow, if it says anything at all.
+CALM_TIMEOUT_S = 5.0
 
 
 class Consumer:
     """Hands deliveries to `on_delivery`, which must not block; `resume` starts the flow, `hold` stops it."""
 
     def __init__(
-        self, broker: Broker, topology: Topology, *, prefetch: int, on_delivery: Callable[[Delivery], None]
+        self,
+        broker: Broker,
+        topology: Topology,
+        control: Control,
+        *,
+        prefetch: int,
+        on_delivery: Callable[[Delivery], None],
     ) -> None:
         self._broker = broker
         self._topology = topology
+        self._control = control
         self._prefetch = prefetch
         self._on_delivery = on_delivery
         self._queue: AbstractQueue | None = None
-        self._consumer_tag: str | None = None
+        # RabbitMQ's consumers, and how many jobs they let come in all.
+        self._consumer_tags: list[str] = []
+        self._granted = 0
         self._cancelled_by_broker = asyncio.Event()
         self._held = True
         self._was_established = False
+        self._complaints = Complaints()
         self._turn = asyncio.Lock()
+        # How many of its questions ask to stop the flow, and whether there are none.
+        self._stops = 0
+        self._calm = asyncio.Event()
+        self._calm.set()
         self._asking: set[asyncio.Task[Any]] = set()
 
     @property
@@ -66,9 +84,11 @@ class Consumer:
                 except TopologyError as error:
                     if not self._was_established:
                         raise
-                    log.error("topology_wrong", faults=error.faults)  # noqa: TRY400 - the faults say it all
+                    if self._complaints.is_news("topology", str(error)):
+                        log.error("topology_wrong", faults=error.faults)  # noqa: TRY400 - they say it all
                 except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
-                    log.warning("rabbitmq_lost", purpose="consume", reason=f"{type(error).__name__}: {error}")
+                    if self._complaints.is_news("session", reason := explain(error)):
+                        log.warning("rabbitmq_lost", purpose="consume", reason=reason)
                 first = False
             delay_s = (
                 FIRST_DELAY_S
@@ -79,11 +99,20 @@ class Consumer:
 
     async def hold(self) -> None:
         """Stop the flow at once; deliveries that are on their way may still come."""
-        await asyncio.shield(self._ask(self._hold()))
+        await asyncio.shield(self._ask_to_stop(self._hold()))
 
     async def resume(self) -> None:
         """Let jobs flow again, now or with the next connection."""
         await asyncio.shield(self._ask(self._resume()))
+
+    async def allow(self, prefetch: int) -> None:
+        """Let so many jobs be here unsettled while they flow, now or when they do; 0: no more come.
+
+        RabbitMQ fixes the number when a consumer starts: for more another one is put beside it, for fewer a
+        new one takes the place of all. Jobs that are here stay, and those of ended consumers come on top.
+        """
+        ask = self._ask_to_stop if prefetch < self._granted else self._ask
+        await asyncio.shield(ask(self._allow(prefetch)))
 
     async def take_one(self) -> Delivery | None:
         """One job from the queue while the flow is held; None if there is none or no connection."""
@@ -104,6 +133,29 @@ class Consumer:
         task.add_done_callback(self._asking.discard)
         return task
 
+    def _ask_to_stop(self, question: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        # There is no calm from this very moment on, before a job can hear of the stop and go back.
+        self._stops += 1
+        self._calm.clear()
+        task = self._ask(question)
+        task.add_done_callback(self._has_stopped)
+        return task
+
+    def _has_stopped(self, _: asyncio.Task[Any]) -> None:
+        self._stops -= 1
+        if not self._stops:
+            self._calm.set()
+
+    async def _until_calm(self) -> None:
+        """Wait, in bounded time, until the flow is not just being stopped.
+
+        What comes into the queue at that moment is on its way to a consumer that is no more: a quorum queue
+        takes it back and counts it as delivered (rabbitmq-server#3729; up to RabbitMQ 4.2).
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CALM_TIMEOUT_S):
+                await self._calm.wait()
+
     def _pass_on(self, taking: asyncio.Task[Delivery | None]) -> None:
         """A job that came when nobody waited for it any more goes the way of every other."""
         if not taking.cancelled() and taking.exception() is None and (delivery := taking.result()):
@@ -112,14 +164,22 @@ class Consumer:
     async def _hold(self) -> None:
         async with self._turn:
             self._held = True
-            queue, tag, self._consumer_tag = self._queue, self._consumer_tag, None
-            if queue is not None and tag is not None:
-                await _ignoring_loss(queue.cancel(tag))
+            if self._queue is not None:
+                await _ignoring_loss(self._cancel(self._queue))
+
+    async def _allow(self, prefetch: int) -> None:
+        async with self._turn:
+            self._prefetch = prefetch
+            if self._queue is None or self._held:
+                return
+            if prefetch < self._granted:
+                await _ignoring_loss(self._cancel(self._queue))
+            await _ignoring_loss(self._consume(self._queue))
 
     async def _resume(self) -> None:
         async with self._turn:
             self._held = False
-            if self._queue is not None and self._consumer_tag is None:
+            if self._queue is not None:
                 await _ignoring_loss(self._consume(self._queue))
 
     async def _take_one(self) -> Delivery | None:
@@ -139,8 +199,8 @@ class Consumer:
         """One session: from the declared queues to the loss of the channel or of the consumer."""
         await establish(connection, self._topology)
         self._was_established = True
+        await self._control.listen(connection)
         channel = await connection.channel(publisher_confirms=False)
-        await channel.set_qos(prefetch_count=self._prefetch)
         queue = await channel.get_queue(self._topology.jobs, ensure=False)
         await self._watch_for_cancel(channel)
         try:
@@ -148,14 +208,27 @@ class Consumer:
                 self._queue = queue
                 if not self._held:
                     await self._consume(queue)
+            self._complaints.is_over("topology")
+            self._complaints.is_over("session")
             log.info("rabbitmq_connected", queue=self._topology.jobs, prefetch=self._prefetch)
             heed_cancellation()
             await self._until_lost(channel)
         finally:
-            self._queue = self._consumer_tag = None
+            self._queue, self._granted = None, 0
+            self._consumer_tags.clear()
 
     async def _consume(self, queue: AbstractQueue) -> None:
-        self._consumer_tag = await queue.consume(partial(self._receive, queue))
+        """Let as many jobs come as are allowed and did not yet."""
+        more = self._prefetch - self._granted
+        if more > 0:
+            await queue.channel.set_qos(prefetch_count=more)
+            self._consumer_tags.append(await queue.consume(partial(self._receive, queue)))
+            self._granted += more
+
+    async def _cancel(self, queue: AbstractQueue) -> None:
+        self._granted = 0
+        while self._consumer_tags:
+            await queue.cancel(self._consumer_tags.pop())
 
     async def _receive(self, queue: AbstractQueue, message: AbstractIncomingMessage) -> None:
         # The library cancels this coroutine with the channel: nothing may be awaited here.
@@ -164,7 +237,11 @@ class Consumer:
     def _to_delivery(self, message: AbstractIncomingMessage, queue: AbstractQueue) -> Delivery:
         channel = message.channel
         # It must not hold on to the message: this outlives the job. A session may end before its channel.
-        return _to_delivery(message, is_alive=lambda: self._queue is queue and not channel.is_closed)
+        return _to_delivery(
+            message,
+            is_alive=lambda: self._queue is queue and not channel.is_closed,
+            may_go_back=self._until_calm,
+        )
 
     async def _watch_for_cancel(self, channel: AbstractChannel) -> None:
         self._cancelled_by_broker.clear()
@@ -195,7 +272,12 @@ async def _ignoring_loss(operation: Awaitable[object]) -> None:
         log.debug("rabbitmq_operation_lost")
 
 
-def _to_delivery(message: AbstractIncomingMessage, *, is_alive: Callable[[], bool]) -> Delivery:
+def _to_delivery(
+    message: AbstractIncomingMessage,
+    *,
+    is_alive: Callable[[], bool],
+    may_go_back: Callable[[], Awaitable[None]],
+) -> Delivery:
     headers = message.headers or {}
     enqueued_ms = wire.count(headers.get(wire.ENQUEUED_HEADER), 2**53) or None
     timestamp = message.timestamp if isinstance(message.timestamp, datetime) else None
@@ -221,7 +303,9 @@ def _to_delivery(message: AbstractIncomingMessage, *, is_alive: Callable[[], boo
         received=time.monotonic(),
         ack=lambda: _ignoring_loss(message.ack()),
         reject=lambda: _ignoring_loss(message.reject(requeue=False)),
+        requeue=lambda: _ignoring_loss(message.nack(requeue=True)),
         is_alive=is_alive,
+        may_go_back=may_go_back,
     )
 
 

@@ -27,6 +27,8 @@ ERROR_MESSAGE_HEADER = "vqa-error-message"
 DIRECT_REPLY_TRIES = 3
 # About ten seconds with the publisher's growing delays: longer than a broker's restart cuts connections.
 PRIVATE_QUEUE_TRIES = 7
+# As long for a copy of a job: the broker still has the job itself.
+COPY_TRIES = 7
 
 
 def reply(delivery: Delivery, result: Result, queue: str, *, exchange: str) -> Outgoing:
@@ -65,14 +67,14 @@ def retry_copy(delivery: Delivery, queue: str, attempts: int) -> Outgoing:
     return _copy(delivery, queue, {wire.COPY_HEADER: uuid.uuid4().hex, wire.ATTEMPTS_HEADER: attempts})
 
 
-def given_back_copy(delivery: Delivery, queue: str) -> Outgoing:
-    """The job as it was, with this delivery uncounted.
+def given_back_copy(delivery: Delivery, queue: str, refunded: int = 0) -> Outgoing:
+    """The job as it was, with this delivery uncounted, and so many attempts less.
 
     A copy and not a nack, which RabbitMQ before 4.3 counts towards the delivery limit.
     """
     headers: dict[str, FieldValue] = {wire.COPY_HEADER: uuid.uuid4().hex}
-    if delivery.attempts:
-        headers[wire.ATTEMPTS_HEADER] = delivery.attempts
+    if delivery.attempts > refunded:
+        headers[wire.ATTEMPTS_HEADER] = delivery.attempts - refunded
     if delivery.deliveries > 1:
         headers[wire.DELIVERIES_HEADER] = delivery.deliveries - 1
     return _copy(delivery, queue, headers)
@@ -104,6 +106,7 @@ def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> 
         reply_to=delivery.reply_to,
         timestamp=delivery.timestamp,
         headers={**kept, **headers},
+        tries=COPY_TRIES,
     )
     if delivery.message_id is not None:
         return replace(copy, message_id=delivery.message_id)

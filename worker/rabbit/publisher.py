@@ -1,8 +1,11 @@
 """Messages out, each confirmed by the broker before it counts as sent."""
 
 import asyncio
+import re
 import uuid
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from weakref import WeakValueDictionary
@@ -10,12 +13,17 @@ from weakref import WeakValueDictionary
 import aio_pika
 import structlog
 from aio_pika.abc import AbstractChannel, AbstractConnection
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, DeliveryError, PublishError
+from aio_pika.exceptions import (
+    CONNECTION_EXCEPTIONS,
+    ChannelClosed,
+    DeliveryError,
+    PublishError,
+)
 from pamqp.common import FieldValue
 
 from worker.errors import Dependency
 from worker.metrics import DEPENDENCY_UP
-from worker.rabbit.connection import DIAL_TIMEOUT_S, Broker, heed_cancellation, losses
+from worker.rabbit.connection import DIAL_TIMEOUT_S, Broker, Complaints, explain, heed_cancellation, losses
 from worker.rabbit.topology import Topology, TopologyError, establish
 
 log = structlog.get_logger(__name__)
@@ -24,10 +32,24 @@ FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 3.0
 # The library waits for ever for a channel on a connection that is lost while the broker blocks it.
 RESTORE_TIMEOUT_S = 60.0
+# The broker's words when it closes the channel over a message's size (`max_message_size`: 16 MiB by default
+# in RabbitMQ 4, 128 MiB before). It closes it for the messages beside that one as well.
+_TOO_LARGE = re.compile(r"message size (\d+) is larger than configured max size (\d+)")
 
 
 class UnroutableError(Exception):
     """No queue is bound for this message; the broker returned it."""
+
+
+class GivenUpError(UnroutableError):
+    """The message's `tries` are used up; what went wrong was logged."""
+
+
+class TooLargeError(Exception):
+    """The broker takes no message of this size, however often it is tried."""
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__(f"the broker takes no message over {most_bytes} bytes (its max_message_size)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +58,7 @@ class Outgoing:
 
     Attributes:
         mandatory: whether the broker must say if no queue takes it.
-        tries: after how many lost connections it counts as unroutable; None: it is tried without end.
+        tries: after how many refusals and lost connections to give up; None: it is tried without end.
         message_id: of the message; each publish gets a new one unless it is given.
     """
 
@@ -67,6 +89,13 @@ class Publisher:
         self._connected = asyncio.Event()
         # aio-pika tells by the message_id whose verdict came: one publish at a time for each.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._complaints = Complaints()
+        # Exchanges over which the broker has closed a channel: their messages go alone, one after the other.
+        self._suspects: set[str] = set()
+        self._alone = asyncio.Lock()
+        # How many messages wait for their confirm on a channel; whether one was refused on the present one.
+        self._waiting: Counter[AbstractChannel] = Counter()
+        self._refused = asyncio.Event()
 
     async def run(self) -> None:
         """Keep the connection up until cancelled.
@@ -90,26 +119,26 @@ class Publisher:
         """Publish and wait for the confirm, over lost connections and refusals, until it has come.
 
         Raises:
-            UnroutableError: `message` is mandatory and no queue takes it, or its `tries` are used up.
+            UnroutableError: `message` is mandatory and no queue takes it.
+            GivenUpError: its `tries` are used up.
+            TooLargeError: the broker takes no message of this size.
         """
         delay_s, tried = FIRST_DELAY_S, 0
         async with self._turns.setdefault(message.message_id, asyncio.Lock()):
             while True:
                 await self._connected.wait()
                 try:
-                    return await self._publish_once(message)
+                    await self._publish_once(message)
                 except PublishError:
                     raise UnroutableError(message.routing_key) from None
                 except (DeliveryError, *CONNECTION_EXCEPTIONS) as error:
-                    log.warning(
-                        "publish_failed",
-                        routing_key=message.routing_key,
-                        reason=type(error).__name__,
-                        next_try_s=delay_s,
-                    )
+                    _raise_if_too_large(error, message)
+                    self._complain(error, message)
+                else:
+                    return self._praise(message)
                 tried += 1
                 if tried == message.tries:
-                    raise UnroutableError(message.routing_key)
+                    raise GivenUpError(message.routing_key)
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
@@ -137,8 +166,7 @@ class Publisher:
                 self._connected.set()
                 DEPENDENCY_UP.labels(Dependency.RABBITMQ).set(1)
                 heed_cancellation()
-                await channel.closed()
-                self._connected.clear()
+                await self._until_left(channel)
                 if connection.transport is None or connection.transport.connection.is_closed:
                     break
         finally:
@@ -146,18 +174,111 @@ class Publisher:
             self._connection = self._channel = None
             DEPENDENCY_UP.labels(Dependency.RABBITMQ).set(0)
 
+    async def _until_left(self, channel: AbstractChannel) -> None:
+        """Return when the channel is closed, or when the broker has refused a message on it.
+
+        A queue that was full tells those to whom it said so when it has room again, but not when its limit is
+        lifted: on that channel it would refuse for ever (measured on 3.10.8). Another one finds out.
+        """
+        self._refused.clear()
+        closed = asyncio.ensure_future(channel.closed())
+        refused = asyncio.create_task(self._refused.wait(), name="publish-refused")
+        try:
+            await asyncio.wait({closed, refused}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closed.cancel()
+            refused.cancel()
+        self._connected.clear()
+        self._channel = None
+        await self._close_if_idle(channel)
+
+    async def _close_if_idle(self, channel: AbstractChannel) -> None:
+        """Close a channel that is used no more; who waits for a confirm on it has to get that first."""
+        if channel is not self._channel and not self._waiting[channel]:
+            del self._waiting[channel]
+            await _close(channel)
+
+    def _complain(self, error: BaseException, message: Outgoing) -> None:
+        """Say it once, though each job may meet it, each few seconds."""
+        reason = _reason(error)
+        # A channel or a connection that is lost is nothing about this message's queue.
+        is_about_it = isinstance(error, ChannelClosed | DeliveryError)
+        subject = _subject(message) if is_about_it else "the connection"
+        tell = log.warning if self._complaints.is_news(subject, reason) else log.debug
+        tell("publish_failed", exchange=message.exchange, routing_key=message.routing_key, reason=reason)
+
+    def _praise(self, message: Outgoing) -> None:
+        if self._complaints.is_over(_subject(message)):
+            log.info("publish_succeeds", exchange=message.exchange, routing_key=message.routing_key)
+
     async def _publish_once(self, message: Outgoing) -> None:
+        if message.exchange in self._suspects:
+            return await self._publish_alone(message)
         channel = self._channel
         if channel is None or channel.is_closed:
             self._connected.clear()
             raise ConnectionError("the channel is closed")
+        self._waiting[channel] += 1
+        try:
+            return await self._publish_on(channel, message)
+        except DeliveryError as error:
+            if channel is self._channel and not isinstance(error, PublishError):
+                self._refused.set()
+            raise
+        finally:
+            self._waiting[channel] -= 1
+            await self._close_if_idle(channel)
+
+    async def _publish_alone(self, message: Outgoing) -> None:
+        """On a channel of its own: closed over this message, it takes no other's confirm with it."""
+        async with self._alone:
+            if self._connection is None:
+                raise ConnectionError("the connection was lost")
+            async with asyncio.timeout(DIAL_TIMEOUT_S):
+                with losses():
+                    channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+            try:
+                await self._publish_on(channel, message)
+            finally:
+                await _close(channel)
+
+    async def _publish_on(self, channel: AbstractChannel, message: Outgoing) -> None:
         exchange = (
             await channel.get_exchange(message.exchange, ensure=False)
             if message.exchange
             else channel.default_exchange
         )
-        with losses():
-            await exchange.publish(_to_amqp(message), message.routing_key, mandatory=message.mandatory)
+        try:
+            with losses():
+                await exchange.publish(_to_amqp(message), message.routing_key, mandatory=message.mandatory)
+        except ChannelClosed:
+            self._suspects.add(message.exchange)
+            raise
+        self._suspects.discard(message.exchange)
+
+
+async def _close(channel: AbstractChannel) -> None:
+    with suppress(TimeoutError, *CONNECTION_EXCEPTIONS):
+        async with asyncio.timeout(DIAL_TIMEOUT_S):
+            with losses():
+                await channel.close()
+
+
+def _subject(message: Outgoing) -> str:
+    return f"{message.exchange}/{message.routing_key}"
+
+
+def _raise_if_too_large(error: BaseException, message: Outgoing) -> None:
+    found = _TOO_LARGE.search(str(error)) if isinstance(error, ChannelClosed) else None
+    if found and len(message.body) == int(found[1]):
+        raise TooLargeError(int(found[2]))
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong, for the person who can put it right."""
+    if isinstance(error, DeliveryError):
+        return "the broker refuses the message: the queue is full, or cannot work"
+    return explain(error) if isinstance(error, ChannelClosed) else type(error).__name__
 
 
 def _to_amqp(message: Outgoing) -> aio_pika.Message:

@@ -57,6 +57,11 @@ class Topology:
         """The queue that holds a job for so many seconds and then hands it back to the jobs queue."""
         return retry_queue(self.jobs, delay_s)
 
+    @property
+    def control(self) -> str:
+        """The fan-out exchange on which workers are told of cancellations."""
+        return f"{self.jobs}.control"
+
     def queues(self) -> list[QueueSpec]:
         """Every queue, in the order of declaration: where messages go to comes first."""
         # Dead-lettering at least once needs reject-publish (RabbitMQ documentation, "Quorum queues").

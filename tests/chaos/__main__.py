@@ -1,0 +1,95 @@
+"""`python -m tests.chaos`: everything around the worker goes wrong, at random times from a printed seed."""
+
+import argparse
+import asyncio
+import logging
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from deploy.local.model import StandInOptions
+from deploy.local.stack import Stack
+from deploy.local.terminal import interrupt, tell
+from tests.chaos import soak
+from tests.chaos.report import FOOTNOTE
+from tests.chaos.run import Options, run
+
+
+def main() -> int:
+    """Run what the command line asks for; return the exit code."""
+    arguments = _parser().parse_args()
+    options = _options(arguments)
+    if arguments.plan:
+        sys.stdout.writelines(f"{fault}\n" for fault in options.plan())
+        return 0
+    # Connections that break are what this is about: nothing to tell of each.
+    logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Also when they were ignored before, as in the background of a script.
+        signal.signal(number, interrupt)
+    try:
+        return _run(arguments, options)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, help="of the faults and the jobs; by default another each time")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="how long jobs are published (5; 30 with --soak)")
+    length.add_argument("--seconds", type=float, help="the same in seconds")
+    parser.add_argument("--workers", type=int, default=3, help="how many workers share the jobs (3)")
+    parser.add_argument("--rate", type=float, default=15.0, help="jobs per second (15)")
+    parser.add_argument("--every", type=float, default=6.0, help="seconds between faults, on average (6)")
+    parser.add_argument(
+        "--store",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the workers keep their answers in S3 (yes)",
+    )
+    parser.add_argument("--soak", action="store_true", help="one worker that is never killed, and its memory")
+    parser.add_argument("--plan", action="store_true", help="only print the faults and their times")
+    parser.add_argument("--logs", type=Path, help="a folder to keep the workers' logs in")
+    return parser
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    minutes = arguments.minutes or (30 if arguments.soak else 5)
+    seed = random.SystemRandom().randrange(100_000) if arguments.seed is None else arguments.seed
+    options = Options(
+        seed=seed,
+        seconds=arguments.seconds or 60 * minutes,
+        workers=arguments.workers,
+        rate=arguments.rate,
+        every_s=arguments.every,
+        with_store=arguments.store,
+    )
+    return soak.milder(options) if arguments.soak else options
+
+
+def _run(arguments: argparse.Namespace, options: Options) -> int:
+    what = "soak" if arguments.soak else "chaos"
+    again = f"make {what} SEED={options.seed} SECONDS={options.seconds:g}"
+    again += f" WORKERS={arguments.workers} RATE={options.rate:g} EVERY={arguments.every:g}"
+    again += "" if options.with_store else " STORE=no"
+    size = f"{options.seconds:g} s, {options.workers} worker(s), {options.rate:g} jobs/s"
+    tell(f"{what}: seed {options.seed}, {size}")
+    with tempfile.TemporaryDirectory(prefix="vqa-chaos-") as temporary:
+        folder = arguments.logs or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        with Stack.start(standin_options=StandInOptions(decode=False, read_text=False)) as stack:
+            if arguments.soak:
+                text, is_good = asyncio.run(soak.run(stack, folder, options, tell))
+            else:
+                ended = asyncio.run(run(stack, folder, options, tell))
+                text, is_good = f"{ended}\n\n{FOOTNOTE}", ended.verdict.is_good
+    sys.stdout.write(f"\n{text}\n\n{'PASSED' if is_good else 'FAILED'}. Again with: {again}\n")
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""What the fault suite found, each bug as a test of its own."""
+
+import asyncio
+import uuid
+
+import aio_pika
+from aio_pika.abc import AbstractChannel
+from aio_pika.exceptions import DeliveryError
+
+from deploy.local.stack import Stack
+from tests.breaking import events, publish, results, statuses
+from tests.conftest import StartWorker
+from tests.running import Client, calls_with, until
+
+FULL = '{"max-length": 1, "overflow": "reject-publish"}'
+
+
+async def is_full(channel: AbstractChannel, queue: str) -> bool:
+    """Whether the broker refuses one more message; otherwise there is one more."""
+    try:
+        await channel.default_exchange.publish(aio_pika.Message(b'{"id": "filling"}'), queue)
+    except DeliveryError:
+        return True
+    return False
+
+
+async def test_results_that_a_full_queue_refused_are_delivered_when_its_limit_is_lifted(
+    own_stack: Stack, start_own_worker: StartWorker
+) -> None:
+    """RabbitMQ tells a channel that the queue is full, and never that it has no limit any more."""
+    marker, ctl = uuid.uuid4().hex, own_stack.rabbitmq.ctl
+    worker = await start_own_worker()
+    async with await aio_pika.connect(own_stack.rabbitmq.url) as connection:
+        # Nobody reads the results as long as the limit is in force: that would make room.
+        channel = await connection.channel(on_return_raises=True)
+        client = Client(channel, worker)
+        pattern = f"^{worker.results_queue}$"
+        await asyncio.to_thread(ctl, "set_policy", "full", pattern, FULL, "--apply-to", "queues")
+        try:
+            await until(lambda: is_full(channel, worker.results_queue), "the limit is in force")
+            ids = await publish(client, 3, marker)
+            await until(lambda: events(worker, "publish_failed"), "the worker is refused")
+        finally:
+            await asyncio.to_thread(ctl, "clear_policy", "full")
+        await client.listen(worker.results_queue)
+        assert statuses(await results(client, ids)) == {"succeeded": 3}
+        assert [len(client.replies[it]) for it in ids] == [1, 1, 1]
+    assert len(calls_with(own_stack, marker)) == 3
+    assert await worker.stop() == 0, worker.output()

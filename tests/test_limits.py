@@ -1,0 +1,240 @@
+"""A provider that takes so many calls at once: real workers settle at that, share it, and sit on no job."""
+
+import asyncio
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import aio_pika
+import pytest
+
+from deploy.local.stack import Stack
+from deploy.local.standin.behaviour import Error
+from tests.breaking import publish, results, statuses
+from tests.conftest import MakeClient, StartWorker
+from tests.running import Worker, calls_with, until
+from tests.unit.fakes import TOPOLOGY
+from worker.delivery import Delivery
+from worker.rabbit.connection import Broker
+from worker.rabbit.consumer import Consumer
+from worker.rabbit.control import Control
+
+JOBS = 800
+TAKES = 20
+# Far more than a worker needs for it: other tests may keep the machine busy.
+PATIENCE_S = 100.0
+
+
+@pytest.fixture(autouse=True)
+def usual_model(own_stack: Stack) -> Iterator[None]:
+    """The stand-in as it was, whatever a test told it."""
+    yield
+    own_stack.model.reset()
+
+
+async def test_a_worker_settles_at_what_the_provider_takes_and_climbs_when_it_takes_more(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    own_stack.model.configure(max_concurrent=TAKES, latency=0.1, read_text=False)
+    worker = await start_own_worker(VQA_MAX_CONCURRENCY="200", VQA_LOG_LEVEL="debug")
+    client, marker = await own_client_of(worker), uuid.uuid4().hex
+    ids = await publish(client, JOBS, marker)
+    await until(lambda: worker.metric("vqa_concurrency_limit") <= TAKES, "the limit falls")
+    replies = await results(client, ids, PATIENCE_S)
+
+    assert statuses(replies) == {"succeeded": JOBS}
+    assert {reply.body["attempts"] for reply in replies} == {1}
+    assert {len(client.replies[it]) for it in ids} == {1}
+    calls = Counter(call.status for call in calls_with(own_stack, marker))
+    assert calls.keys() == {200, 429}
+    assert calls[200] == JOBS
+    assert calls[429] <= 0.2 * JOBS
+    assert worker.metric("vqa_concurrency_limit") < 1.5 * TAKES
+    assert worker.ready() == (200, {"status": "ready", "reasons": []})
+
+    # Calls so long that also a busy machine has as many at once as it may.
+    own_stack.model.configure(max_concurrent=None, latency=0.3)
+    ids = await publish(client, JOBS, marker)
+    await until(lambda: worker.metric("vqa_concurrency_limit") >= 1.5 * TAKES, "the limit climbs", PATIENCE_S)
+    own_stack.model.configure(latency=0)
+    assert statuses(await results(client, ids, PATIENCE_S)) == {"succeeded": JOBS}
+    assert await worker.stop() == 0
+
+
+async def test_what_a_worker_cannot_start_is_there_for_another(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    own_stack.model.configure(max_concurrent=4, latency=0.5)
+    # Half of the time is for waiting.
+    settings = {"VQA_MAX_CONCURRENCY": "200", "VQA_JOB_TIMEOUT": "6"}
+    first = await start_own_worker(**settings)
+    client, marker = await own_client_of(first), uuid.uuid4().hex
+    ids = await publish(client, 150, marker)
+
+    async def most_are_back() -> bool:
+        return await client.depth(first.jobs_queue) >= 60
+
+    await until(lambda: first.metric("vqa_concurrency_limit") <= 4, "the limit falls")
+    await until(most_are_back, "what waits goes back, and stays there")
+    assert first.metric("vqa_jobs_in_flight") <= 150 - 60
+
+    second = await start_own_worker(like=first, **settings)
+    await until(lambda: answers(first) >= 8 and answers(second) >= 8, "both make progress", PATIENCE_S)
+    own_stack.model.configure(max_concurrent=None, latency=0)
+    replies = await results(client, ids, PATIENCE_S)
+    assert statuses(replies) == {"succeeded": 150}
+    assert {reply.body["attempts"] for reply in replies} == {1}
+    assert {len(client.replies[it]) for it in ids} == {1}
+    assert [await first.stop(), await second.stop()] == [0, 0]
+
+
+def answers(worker: Worker) -> float:
+    return worker.metric("vqa_jobs_total", status="succeeded")
+
+
+async def test_while_the_api_must_not_be_called_no_job_is_kept_and_deadlines_hold(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    marker = uuid.uuid4().hex
+    own_stack.model.play(Error(status=429, headers={"Retry-After": "40"}), marker=marker, times=None)
+    worker = await start_own_worker(VQA_JOB_TIMEOUT="8")
+    client = await own_client_of(worker)
+    soon, later = (datetime.now(UTC) + timedelta(seconds=seconds) for seconds in (2.5, 30))
+    ids = await publish(client, 34, marker)
+    too_late = [
+        *await publish(client, 3, marker, deadline=soon.isoformat()),
+        *await publish(client, 3, marker, deadline=later.isoformat()),
+    ]
+
+    async def are_back() -> bool:
+        return await client.depth(worker.jobs_queue) == len(ids)
+
+    # Not when Retry-After is over, but when they would go back.
+    assert statuses(await results(client, too_late, 20.0)) == {"deadline_exceeded": 6}
+    await until(are_back, "the jobs are given back")
+    status, body = worker.ready()
+    assert (status, body["status"]) == (200, "ready")
+    assert "may not be called" in body["reasons"][0]
+    assert worker.metric("vqa_jobs_in_flight") == 0
+    calls = calls_with(own_stack, marker)
+    heard = min(call.ended or call.started for call in calls)
+    # Those that were on their way when the first of them was told.
+    assert max(call.started for call in calls) < heard + 20.0
+    assert len(calls) <= 32
+
+    own_stack.model.configure(rules=[])
+    assert await worker.stop() == 0
+    await start_own_worker(like=worker)
+    replies = await results(client, ids)
+    assert statuses(replies) == {"succeeded": len(ids)}
+    assert {reply.body["attempts"] for reply in replies} == {1}
+    assert len(calls_with(own_stack, marker)) == len(calls) + len(ids)
+
+
+async def test_a_model_that_is_limited_does_not_slow_another(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    limited, marker = uuid.uuid4().hex, uuid.uuid4().hex
+    busy, idle = own_stack.model.models
+    own_stack.model.play(Error(status=429, headers={"Retry-After": "600"}), marker=limited, times=None)
+    worker = await start_own_worker(VQA_MODEL=busy, VQA_ALLOWED_MODELS=f"{busy},{idle}")
+    client = await own_client_of(worker)
+    await publish(client, 3, limited, model=busy)
+    await until(lambda: worker.ready()[1]["reasons"], "the worker must wait")
+    before = len(calls_with(own_stack, limited))
+    ids = await publish(client, 100, marker, model=idle)
+    assert statuses(await results(client, ids)) == {"succeeded": 100}
+    assert busy in worker.ready()[1]["reasons"][0]
+    assert len(calls_with(own_stack, limited)) == before
+    # In the middle of it: those that wait go back at once.
+    assert await worker.stop() == 0
+    assert await client.depth(worker.jobs_queue) == 3
+
+
+# How many jobs the broker lets come
+
+
+@asynccontextmanager
+async def consuming(stack: Stack, messages: int) -> AsyncIterator[tuple[Consumer, list[Delivery]]]:
+    """A consumer of a queue of its own, which may take three at first; and what has come."""
+    name = f"t{uuid.uuid4().hex[:10]}"
+    topology = replace(TOPOLOGY, jobs=f"{name}.jobs", results=f"{name}.results", dead_letters=f"{name}.dead")
+    came: list[Delivery] = []
+    broker = Broker(stack.rabbitmq.url, None, "test")
+    control = Control(topology, on_cancel=lambda _: None, on_listening=lambda: None)
+    consumer = Consumer(broker, topology, control, prefetch=3, on_delivery=came.append)
+    running = asyncio.create_task(consumer.run())
+    try:
+        await until(lambda: consumer.is_connected, "the consumer is connected")
+        connection = await aio_pika.connect(stack.rabbitmq.url)
+        async with connection:
+            channel = await connection.channel()
+            for _ in range(messages):
+                await channel.default_exchange.publish(aio_pika.Message(b"{}"), topology.jobs)
+            yield consumer, came
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def have_come(came: list[Delivery], count: int) -> None:
+    """Wait for so many, and a little longer for one too many."""
+    await until(lambda: len(came) >= count, f"{count} jobs come")
+    await asyncio.sleep(0.2)
+    assert len(came) == count
+
+
+async def test_more_jobs_or_fewer_come_as_is_allowed_and_none_while_the_flow_is_held(
+    own_stack: Stack,
+) -> None:
+    async with consuming(own_stack, 30) as (consumer, came):
+        await consumer.allow(4)
+        await have_come(came, 0)
+        await consumer.resume()
+        await have_come(came, 4)
+        await consumer.allow(6)
+        await have_come(came, 6)
+        # For each that is settled another comes.
+        await came[0].ack()
+        await came[5].ack()
+        await have_come(came, 8)
+        # What is here stays, and counts no more.
+        await consumer.allow(2)
+        await have_come(came, 10)
+        await came[1].ack()
+        await have_come(came, 10)
+        await came[-1].ack()
+        await have_come(came, 11)
+        await consumer.allow(0)
+        await came[-1].ack()
+        await have_come(came, 11)
+        # Held for another reason, it stays so whatever is allowed.
+        await consumer.hold()
+        await consumer.allow(5)
+        await have_come(came, 11)
+        await consumer.resume()
+        await have_come(came, 16)
+        assert all(delivery.is_alive() for delivery in came)
+        assert {delivery.deliveries for delivery in came} == {1}
+
+
+async def test_what_is_allowed_is_allowed_on_the_next_connection_too(own_stack: Stack) -> None:
+    async with consuming(own_stack, 10) as (consumer, came):
+        await consumer.resume()
+        await consumer.allow(5)
+        await have_come(came, 5)
+        await lose_the_channel(consumer)
+        await until(lambda: consumer.is_connected and len(came) >= 10, "the jobs come again")
+        await have_come(came, 10)
+        assert [delivery.is_alive() for delivery in came] == [False] * 5 + [True] * 5
+
+
+async def lose_the_channel(consumer: Consumer) -> None:
+    """As a fault on the broker's side would end it."""
+    queue = consumer._queue  # noqa: SLF001 - no fault of the broker's ends a single channel on demand
+    assert queue is not None
+    await queue.channel.close()
+    await until(lambda: consumer._queue is not queue, "the loss is noticed")  # noqa: SLF001
