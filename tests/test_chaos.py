@@ -36,7 +36,7 @@ IMPORTANT = (
     "S3 cuts off",
     "model takes few calls",
 )
-SHORT = Options(seed=26, seconds=24, workers=2, rate=12, every_s=3.0, faults=IMPORTANT, with_store=True)
+SHORT = Options(seed=2712, seconds=24, workers=2, rate=12, every_s=3.0, faults=IMPORTANT, with_store=True)
 # A job that the faults would have to leave in peace for ten attempts takes longer than there is time for.
 SHORT_KINDS = tuple(kind for kind in MAKERS if kind != "poisonous")
 
@@ -270,7 +270,9 @@ async def test_the_tasks_of_the_event_loop_are_counted_where_there_is_one() -> N
 def test_the_soak_finds_what_grows() -> None:
     idle = Sample(0, memory_mb=90, files=20, tasks=10)
     flat = [Sample(at, memory_mb=100 + at % 3, files=40, tasks=30) for at in range(50)]
-    assert Soaked(idle, flat, idle).faults() == []
+    assert Soaked(idle, flat, idle, jobs=27_000).faults() == []
     growing = [replace(it, memory_mb=100 + it.at) for it in flat]
-    assert len(Soaked(idle, growing, idle).faults()) == 1
-    assert len(Soaked(idle, flat, replace(idle, files=30, tasks=11)).faults()) == 2
+    assert len(Soaked(idle, growing, idle, jobs=1000).faults()) == 1
+    late = [replace(it, memory_mb=100 + max(0, it.at - 30) / 2) for it in flat]
+    assert len(Soaked(idle, late, idle, jobs=27_000).faults()) == 1
+    assert len(Soaked(idle, flat, replace(idle, files=30, tasks=11), jobs=1000).faults()) == 2

@@ -108,6 +108,11 @@ class TransientError(Exception):
         self.forbidden = forbidden
         self.is_echo = is_echo
 
+    def let_go(self) -> "TransientError":
+        """The error without the frames that it came through, which hold on to the images."""
+        self.__context__ = None
+        return self.with_traceback(None)
+
     def echo(self) -> "TransientError":
         """The same for another job."""
         return TransientError(self.dependency, self.reason, self.message, is_echo=True)

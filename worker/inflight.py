@@ -6,7 +6,7 @@ ended) here is then used for the new delivery too, and not paid for again.
 
 import asyncio
 import os
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
@@ -64,7 +64,7 @@ class InFlight:
         self._settlement = settlement
         self._running: dict[bytes, _Work] = {}
         # Messages whose outcome is out, and whether the connection that their ack went over still lives.
-        self._acked: OrderedDict[bytes, deque[Callable[[], bool]]] = OrderedDict()
+        self._acked: OrderedDict[bytes, list[Callable[[], bool]]] = OrderedDict()
         self._handlers: set[asyncio.Task[Outcome | None]] = set()
 
     @property
@@ -158,8 +158,10 @@ class InFlight:
 
     def _remember(self, delivery: Delivery) -> None:
         self._running.pop(delivery.key, None)
-        twins = self._acked.setdefault(delivery.key, deque(maxlen=REMEMBERED_TWINS))
+        # A list: hardly ever are there several, and a deque takes ten times as much memory.
+        twins = self._acked.setdefault(delivery.key, [])
         twins.append(delivery.is_alive)
+        del twins[:-REMEMBERED_TWINS]
         self._acked.move_to_end(delivery.key)
         if len(self._acked) > REMEMBERED:
             self._acked.popitem(last=False)

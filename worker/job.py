@@ -372,9 +372,7 @@ def _from_short_form(job: Job) -> list[ChatMessage]:
 
 def to_json(value: Any, *, sort_keys: bool = False) -> bytes:
     """Compact JSON in UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
-    text = json.dumps(
-        value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys
-    )
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys)
     return text.encode(errors="replace")
 
 

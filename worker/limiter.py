@@ -42,6 +42,9 @@ FIRST_PAUSE_S = 0.2
 LONGEST_FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 
+# How much later than a pause's end to look: never before it.
+TICK_S = 0.001
+
 # Jobs that could be started within so many seconds are worth having here.
 SOON_S = 5.0
 # But at least this share of the limit, to replace the calls that end, and at most as many as there are calls.
@@ -355,20 +358,21 @@ class Gate:
         while self._in_flight < self._maximum:
             lanes = [lane for lane in self._lanes.values() if lane.has_room_for_the_next()]
             if not lanes:
-                break
+                return self._come_back_later()
             lane = min(lanes, key=lambda lane: lane.waiting[0][0])
             _, waiter = lane.waiting.popleft()
             if not waiter.done():
                 self._let_in(lane)
                 waiter.set_result(None)
-        self._come_back_later()
+        return None
 
     def _come_back_later(self) -> None:
         """Look again when a model that somebody waits for may be called again."""
         loop = asyncio.get_running_loop()
         for lane in self._lanes.values():
-            if lane.waiting and lane.timer is None and (wait_s := lane.closed_s()):
-                lane.timer = loop.call_later(wait_s, self._admit_later, lane)
+            # Who could have a place waits for the time alone, which may have come at this very moment.
+            if lane.waiting and lane.timer is None and lane.in_flight < lane.limit.value:
+                lane.timer = loop.call_later(lane.closed_s() + TICK_S, self._admit_later, lane)
 
     def _admit_later(self, lane: _Lane) -> None:
         lane.timer = None

@@ -20,7 +20,8 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
-from worker.health import ALONE_S, VERDICT_S, Health, Verdict
+from worker.failures import Failures
+from worker.health import Health
 from worker.images.budget import Share
 from worker.images.load import Located
 from worker.job import Conversation, ImageRef, InvalidJobError, Job, decode
@@ -28,10 +29,10 @@ from worker.limiter import Gate, GateClosedError, Slot
 from worker.logs import describe_bug
 from worker.model.answer import Answer, from_kept, to_kept
 from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, fingerprint, frame
-from worker.outcome import Outcome, Retry
+from worker.outcome import Outcome
 from worker.redact import Redactor
 from worker.report import Report
-from worker.retry import Exhausted, RetryPolicy, TooLate, TryAgain, after_attempt
+from worker.retry import RetryPolicy
 from worker.s3.aws import S3Object
 
 log = structlog.get_logger(__name__)
@@ -157,10 +158,16 @@ class Processor:
         self._redact = redact
         self._cancellations = cancellations
         self._store = store
+        self._failures = Failures(gate, health, rules.retry)
 
     async def process(self, delivery: Delivery) -> Outcome:
         """Decode, check, fetch, ask, report. Every error becomes an outcome, a bug too."""
-        report = Report(delivery, self._redact, include_response=self._rules.include_response)
+        report = Report(
+            delivery,
+            self._redact,
+            include_response=self._rules.include_response,
+            timeout_s=self._rules.job_timeout_s,
+        )
         try:
             question = self._read(delivery, report)
             with self._cancellations.heeded(report.job_id or ""):
@@ -172,9 +179,9 @@ class Processor:
         except JobError as error:
             return report.refused(error.code, error.message)
         except TransientError as error:
-            failure = _let_go(error)
+            fault = error.let_go()
         except DependencyDownError as error:
-            return self._after_refusal(report, error)
+            return self._failures.after_refusal(report, error)
         except GateClosedError as error:
             return report.given_back(str(error))
         except MemoryError:
@@ -182,10 +189,10 @@ class Processor:
             raise
         except Exception as error:  # noqa: BLE001 - a bug must not lose the job, nor loop for ever
             log.error("bug", job_id=report.job_id, exception=describe_bug(error))  # noqa: TRY400
-            return self._try_again(report, "bug", f"the worker failed: {type(error).__name__}")
+            return self._failures.try_again(report, "bug", f"the worker failed: {type(error).__name__}")
         else:
             return report.answered(answer)
-        return await self._after_failure(report, failure)
+        return await self._failures.after_fault(report, fault)
 
     def _read(self, delivery: Delivery, report: Report) -> _Question:
         """Decode and check."""
@@ -283,7 +290,7 @@ class Processor:
     ) -> OpenImages:
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self._time_left_s(report)):
+            async with asyncio.timeout(report.time_left_s):
                 return await stack.enter_async_context(self._images.open(question.images, room))
         except TimeoutError:
             raise TransientError(Dependency.S3, "timeout", "the images could not be read in time") from None
@@ -300,7 +307,7 @@ class Processor:
         started = time.monotonic()
         try:
             with report.stage("model"):
-                answer = await self._model.ask(report.model, body, time_left_s=self._time_left_s(report))
+                answer = await self._model.ask(report.model, body, time_left_s=report.time_left_s)
         except JobError:
             # Refusing one request is a sign of life like any answer.
             self._health.succeeded(Dependency.MODEL, started, time.monotonic())
@@ -312,85 +319,11 @@ class Processor:
         self._health.succeeded(Dependency.MODEL, started, time.monotonic())
         return answer
 
-    async def _after_failure(self, report: Report, error: TransientError) -> Outcome:
-        """Tell the job's own trouble from an outage, and decide what follows."""
-        job_id, failed_at = report.job_id or "", time.monotonic()
-        if error.forbidden and self._health.succeeds_for_others(error.dependency, job_id):
-            self._health.ended(error.dependency, job_id)
-            return report.refused(ErrorCode.MODEL_REJECTED, error.message)
-        verdict = await self._verdict(report, error, failed_at)
-        if verdict is Verdict.DOWN:
-            return report.given_back(f"{error.dependency} is down")
-        if verdict is Verdict.OPEN:
-            self._health.counted(error.dependency, job_id, failed_at)
-        elif error.forbidden:
-            return report.refused(ErrorCode.MODEL_REJECTED, error.message)
-        return self._counted(report, error, error.reason)
-
-    async def _verdict(self, report: Report, error: TransientError, failed_at: float) -> Verdict:
-        """Whose trouble a failure was; where others call too, what they meet is waited for."""
-        others, verdict = self._gate.in_flight, Verdict.OPEN
-        if not error.is_echo:
-            verdict = self._health.failed(
-                error.dependency, report.job_id or "", error.reason, failed_at, others=others
-            )
-        if verdict is not Verdict.OPEN:
-            return verdict
-        is_alone = not others and not self._health.has_suspects(error.dependency)
-        patience_s = self._patience_s(report, ALONE_S if is_alone else VERDICT_S)
-        return await self._health.verdict(error.dependency, failed_at, patience_s)
-
-    def _patience_s(self, report: Report, most_s: float) -> float:
-        """How long a job that failed may wait for a verdict: a retry must not come too late by that."""
-        patience_s = min(most_s, self._time_left_s(report))
-        if report.deadline is None:
-            return patience_s
-        until_deadline_s = (report.deadline - datetime.now(UTC)).total_seconds()
-        return min(patience_s, until_deadline_s - self._rules.retry.delay_s(report.attempts) - TIMER_SLACK_S)
-
-    def _after_refusal(self, report: Report, error: DependencyDownError) -> Outcome:
-        """Give the job back while the dependency is down; count it if it is down for this job only."""
-        verdict = Verdict.OPEN
-        if not error.is_echo:
-            verdict = self._health.refused_everybody(
-                error.dependency,
-                report.job_id or "",
-                error.message,
-                time.monotonic(),
-                others=self._gate.in_flight,
-                may_be_partial=error.may_be_partial,
-            )
-        if verdict is Verdict.OWN:
-            return self._counted(report, error, f"{error.dependency}_refused")
-        return report.given_back(error.message)
-
-    def _counted(self, report: Report, error: TransientError | DependencyDownError, reason: str) -> Outcome:
-        """The attempt counts; if it was the last, the job is no more that could tell of an outage."""
-        outcome = self._try_again(report, reason, error.message)
-        if not isinstance(outcome, Retry):
-            self._health.ended(error.dependency, report.job_id or "")
-        return outcome
-
-    def _try_again(self, report: Report, reason: str, message: str) -> Outcome:
-        match after_attempt(report.attempts, self._rules.retry, report.deadline, datetime.now(UTC)):
-            case TryAgain(delay_s):
-                return report.retried(delay_s, reason)
-            case Exhausted():
-                text = f"{report.attempts} attempts failed, the last one because {message}"
-                return report.dead_letter(ErrorCode.ATTEMPTS_EXHAUSTED, text)
-            case TooLate():
-                text = f"the deadline comes before the next attempt; the last one failed because {message}"
-                return report.refused(ErrorCode.DEADLINE_EXCEEDED, text)
-
     def _model_of(self, job: Job) -> str:
         model = job.model if job.model is not None else self._rules.default_model
         if model not in self._rules.allowed_models:
             raise JobError(ErrorCode.INVALID_JOB, "model: is not among VQA_ALLOWED_MODELS")
         return model
-
-    def _time_left_s(self, report: Report) -> float:
-        """Seconds until this delivery has to have come to its end."""
-        return max(0.0, report.received + self._rules.job_timeout_s - time.monotonic())
 
 
 @asynccontextmanager
@@ -412,12 +345,6 @@ async def _patience(report: Report, question: _Question, seconds: float, reason:
     except TimeoutError:
         _check_deadline(question.deadline)
         raise GateClosedError(reason) from None
-
-
-def _let_go(error: TransientError) -> TransientError:
-    """The error without what it holds on to: the frames that it came through have the images."""
-    error.__context__ = None
-    return error.with_traceback(None)
 
 
 def _check_deadline(deadline: datetime | None, in_s: float = 0.0) -> None:

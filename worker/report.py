@@ -25,10 +25,14 @@ Stage: TypeAlias = Literal["wait", "fetch", "model"]
 class Report:
     """One attempt at one job: its id, model and times so far."""
 
-    def __init__(self, delivery: Delivery, redact: Redactor, *, include_response: bool) -> None:
+    def __init__(
+        self, delivery: Delivery, redact: Redactor, *, include_response: bool, timeout_s: float
+    ) -> None:
+        """`timeout_s`: how long one delivery may take, `VQA_JOB_TIMEOUT`."""
         self._delivery = delivery
         self._redact = redact
         self._include_response = include_response
+        self._timeout_s = timeout_s
         self._metadata: dict[str, Any] = {}
         self._model: str | None = None
         # Seconds by stage: of the try that runs, and of all tries of this delivery.
@@ -43,6 +47,11 @@ class Report:
     def received(self) -> float:
         """When the delivery came, in seconds of `time.monotonic`."""
         return self._delivery.received
+
+    @property
+    def time_left_s(self) -> float:
+        """Seconds until this delivery has to have come to its end."""
+        return max(0.0, self.received + self._timeout_s - time.monotonic())
 
     @property
     def model(self) -> str:

@@ -22,8 +22,12 @@ SAMPLE_S: Final = 30.0
 SETTLE_S: Final = 5.0
 # Idle connections are closed when they have been so for one to two such times.
 IDLE_S: Final = 2 * KEEP_ALIVE_S + SETTLE_S
-# What the allocator does between two halves of an hour is within this; a leak is not, for long.
-GROWTH_ALLOWED: Final = 0.10
+# Of the medians of the first fifth and of the last. Within it is what a worker remembers on purpose: a
+# kilobyte or so for each of its latest 10,000 jobs, which is full after ten minutes or so.
+GROWTH_ALLOWED: Final = 0.20
+# Of the medians of the third fifth and of the last, when that is full: then nothing may grow any more.
+LATE_GROWTH_ALLOWED: Final = 0.03
+FULL_AFTER_JOBS: Final = 25_000
 # A connection more or less at a service is none left behind.
 FILES_ALLOWED: Final = 3
 
@@ -45,11 +49,12 @@ class Soaked:
     before: Sample
     busy: Sequence[Sample]
     after: Sample
+    jobs: int
 
-    def growth(self) -> float:
-        """How much larger the last fifth's median of memory is than the first's, as a share."""
+    def growth(self, since: int = 0) -> float:
+        """How much larger the last fifth's median of memory is than that of fifth `since`, as a share."""
         fifth = max(1, len(self.busy) // 5)
-        first, last = self.busy[:fifth], self.busy[-fifth:]
+        first, last = self.busy[since * fifth : (since + 1) * fifth], self.busy[-fifth:]
         return _median_mb(last) / _median_mb(first) - 1
 
     def faults(self) -> list[str]:
@@ -57,6 +62,8 @@ class Soaked:
         faults = []
         if self.growth() > GROWTH_ALLOWED:
             faults.append(f"memory grew by {self.growth():.1%} (allowed: {GROWTH_ALLOWED:.0%})")
+        if self.jobs >= FULL_AFTER_JOBS and self.growth(since=2) > LATE_GROWTH_ALLOWED:
+            faults.append(f"memory still grew, by {self.growth(since=2):.1%}, in the second half")
         if self.after.files > self.before.files + FILES_ALLOWED:
             faults.append(f"{self.after.files - self.before.files} more open files than before")
         if self.after.tasks > self.before.tasks:
@@ -72,6 +79,7 @@ class Soaked:
             ("memory, MB: highest while busy", f"{max(memory):.1f}"),
             ("memory, MB: idle at the end", f"{self.after.memory_mb:.1f}"),
             ("growth between the first and the last fifth (medians)", f"{self.growth():+.1%}"),
+            ("growth between the third and the last fifth", f"{self.growth(since=2):+.1%}"),
             ("open files: idle at the start", self.before.files),
             ("open files: most while busy", max(sample.files for sample in self.busy)),
             ("open files: idle at the end", self.after.files),
@@ -93,7 +101,7 @@ async def run(stack: Stack, folder: Path, options: Options, tell: Callable[[str]
     """Run it; returns the report, and whether all is well."""
     watch = _Watch(tell, min(WARM_UP_S, options.seconds / 5), min(SAMPLE_S, options.seconds / 50))
     ended = await run_chaos(stack, folder, options, tell, watch)
-    soaked = watch.soaked()
+    soaked = watch.soaked(len(ended.records.asked))
     return f"{ended}\n\n{soaked}", ended.verdict.is_good and not soaked.faults()
 
 
@@ -119,10 +127,10 @@ class _Watch(Watch):
         self._tell("  looking at the idle worker")
         self._ends.append(await _idle_sample(worker, IDLE_S))
 
-    def soaked(self) -> Soaked:
+    def soaked(self, jobs: int) -> Soaked:
         """All samples, when it is over."""
         before, after = self._ends
-        return Soaked(before, self._samples, after)
+        return Soaked(before, self._samples, after, jobs)
 
     async def _take_samples(self, worker: Worker) -> None:
         await asyncio.sleep(self._warm_up_s)

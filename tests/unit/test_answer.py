@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.model.answer import MAX_FIGURE, Answer, MalformedAnswerError, parse_answer
+from worker.model.answer import (
+    MAX_FIGURE,
+    Answer,
+    MalformedAnswerError,
+    from_kept,
+    parse_answer,
+    to_kept,
+)
 
 
 @dataclass(frozen=True)
@@ -268,3 +275,24 @@ def test_a_cost_is_tokens_times_price(prompt: int, completion: int, price: PerMi
     found = usage_of(price, prompt_tokens=prompt, completion_tokens=completion)
     assert found is not None
     assert found[3] == pytest.approx(prompt / 1e6 * price.prompt + completion / 1e6 * price.completion)
+
+
+def test_what_is_kept_of_an_answer_is_the_answer() -> None:
+    body = (
+        b'{"choices":[{"finish_reason":"stop","message":{"content":"a cat","tool_calls":[{"id":"1"}]}}],'
+        b'"usage":{"prompt_tokens":3,"completion_tokens":4,"estimated_cost":0.25}}'
+    )
+    answer = parse_answer(body, None)
+    assert from_kept(to_kept(answer)) == answer
+
+
+def test_a_lone_surrogate_does_not_keep_an_answer_from_being_kept() -> None:
+    answer = parse_answer(b'{"choices":[{"message":{"content":"cut \\ud83d"}}]}', None)
+    kept = from_kept(to_kept(answer))
+    assert kept is not None
+    assert kept.text == "cut ?"
+
+
+@pytest.mark.parametrize("kept", [b"", b"{}", b"[]", b"not JSON", b'{"text": 1}'])
+def test_what_is_no_answer_is_not_taken_for_one(kept: bytes) -> None:
+    assert from_kept(kept) is None

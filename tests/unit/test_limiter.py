@@ -1,6 +1,7 @@
 """How many may call at once: the limit as pure arithmetic, the gate with real tasks."""
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator
@@ -552,6 +553,21 @@ async def test_a_pause_ends_for_those_who_wait_although_others_left_meanwhile() 
         them.slots[1].refused(0.05)
         them.leave(1)
         await until(lambda: them.inside == [2], "the one who waits passes")
+
+
+async def test_a_pause_that_ends_while_the_gate_looks_leaves_nobody_standing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clock goes on between two looks at it."""
+    readings = itertools.count()
+    monkeypatch.setattr("worker.limiter.time.monotonic", lambda: 0.01 * next(readings))
+    for nth in range(20):
+        gate = Gate(5)
+        async with asyncio.timeout(PATIENCE_S), gate.slot("usual") as slot:
+            slot.refused(None)
+        gate._lanes["usual"].limit.closed_until = 0.01 * next(readings) + 0.005 * nth  # noqa: SLF001 - to the tick
+        async with asyncio.timeout(PATIENCE_S), gate.slot("usual"):
+            pass
 
 
 async def test_who_was_let_in_before_the_api_asked_for_a_pause_must_not_begin_a_call() -> None:

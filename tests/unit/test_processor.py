@@ -632,13 +632,13 @@ async def suspect(scene: Scene, **job: Any) -> AsyncIterator[asyncio.Task[Outcom
 
 @pytest.fixture(autouse=True)
 def nobody_waits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.processor.ALONE_S", 0.0)
+    monkeypatch.setattr("worker.failures.ALONE_S", 0.0)
 
 
 @pytest.fixture
 def patiently(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody's patience ends within a test."""
-    monkeypatch.setattr("worker.processor.VERDICT_S", 1000.0)
+    monkeypatch.setattr("worker.failures.VERDICT_S", 1000.0)
 
 
 def succeeds(scene: Scene) -> None:
@@ -687,7 +687,7 @@ async def test_a_403_is_the_jobs_own_as_soon_as_another_succeeds(scene: Scene) -
 async def test_without_a_verdict_the_attempt_is_counted_until_there_is_one(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.processor.VERDICT_S", 0.3)
+    monkeypatch.setattr("worker.failures.VERDICT_S", 0.3)
     scene.model.deeds = [transient()]
     async with suspect(scene) as task:
         assert isinstance(await task, Retry)
@@ -707,7 +707,7 @@ async def test_a_stop_is_not_held_up_by_a_verdict(scene: Scene) -> None:
 async def test_where_nobody_else_calls_a_verdict_is_hardly_waited_for(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.processor.ALONE_S", 0.1)
+    monkeypatch.setattr("worker.failures.ALONE_S", 0.1)
     scene.model.deeds = [transient()]
     assert isinstance(await scene.process(), Retry)
     alone = asyncio.create_task(scene.process(id="another"))

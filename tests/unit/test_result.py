@@ -68,7 +68,7 @@ def strictly(body: bytes) -> Any:
 def test_whatever_the_api_answers_the_result_is_strict_json(
     response: Any, price: Dear | None, include_response: bool
 ) -> None:
-    report = Report(a_delivery(), Redactor([]), include_response=include_response)
+    report = Report(a_delivery(), Redactor([]), include_response=include_response, timeout_s=60)
     try:
         answer = parse_answer(json.dumps(response).encode(), price)
     except MalformedAnswerError:
@@ -88,7 +88,7 @@ def test_a_lone_surrogate_becomes_a_question_mark_and_loses_no_answer() -> None:
     answer = parse_answer(
         b'{"choices":[{"message":{"content":"cut \\ud83d","x":{"\\udc00":["\\ud83d"]}}}]}', None
     )
-    outcome = Report(a_delivery(), Redactor([]), include_response=True).answered(answer)
+    outcome = Report(a_delivery(), Redactor([]), include_response=True, timeout_s=60).answered(answer)
     assert isinstance(outcome, Answered)
     body = strictly(outcome.result.to_body())
     assert body["answer"] == "cut ?"

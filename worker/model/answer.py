@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
+from worker.job import to_json
 from worker.result import Usage
 
 # Fields of a choice's message that plain text comes with; anything else that is set is "more".
@@ -64,7 +65,7 @@ class Answer:
 
 def to_kept(answer: Answer) -> bytes:
     """An answer as the result store keeps it."""
-    return _kept().dump_json(answer)
+    return to_json(_kept().dump_python(answer))
 
 
 def from_kept(kept: bytes) -> Answer | None:

@@ -44,7 +44,9 @@ class Request:
     @property
     def welcome(self) -> Collection[int]:
         """The statuses that are no errors."""
-        return (_OK, _PARTIAL, _NO_SUCH_RANGE) if "Range" in self.headers else (_OK, _NO_CONTENT)
+        if self.method == "DELETE":
+            return (_OK, _NO_CONTENT)
+        return (_OK, _PARTIAL, _NO_SUCH_RANGE) if "Range" in self.headers else (_OK,)
 
 
 class Reading(Protocol):
