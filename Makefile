@@ -32,7 +32,7 @@ stack: $(INSTALLED) ## start RabbitMQ, S3 and the stand-in model to try things w
 
 test: $(INSTALLED) ## run the tests, on real services
 	$(BIN)/coverage erase
-	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/coverage report
 
 $(BENCH): requirements-bench.lock $(INSTALLED)

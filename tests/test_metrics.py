@@ -273,7 +273,8 @@ def test_only_bytes_that_were_loaded_are_counted(told: Told) -> None:
 
 def test_gauges_tell_the_present(told: Told) -> None:
     assert told.before["vqa_concurrency_limit"] == {frozenset(): MAX_CONCURRENCY}
-    assert 1 <= told.values("vqa_concurrency_limit")[()] < MAX_CONCURRENCY
+    # It fell with a 429, and may be back by now.
+    assert 1 <= told.values("vqa_concurrency_limit")[()] <= MAX_CONCURRENCY
     assert told.values("vqa_jobs_in_flight") == {(): 0}
     for samples in (told.before, told.after):
         assert samples["vqa_dependency_up"] == {
