@@ -79,6 +79,6 @@ lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml --group ocr -c requirements-dev.lock -o requirements-ocr.lock
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -c requirements-ocr.lock \
 	  -o requirements-bench.lock
-LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
 ci: lint test ## what CI runs: the checks and the tests

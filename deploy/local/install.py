@@ -1,10 +1,13 @@
 """Finds RabbitMQ on this machine, or gets it here by the shortest way there is."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
@@ -113,6 +116,11 @@ def ensure_rabbitmq(tell: Callable[[str], None] = lambda _: None) -> Installatio
     Raises:
         RabbitMQMissingError: There is no way to get it from here.
     """
+    with _one_at_a_time():
+        return _ensure(tell)
+
+
+def _ensure(tell: Callable[[str], None]) -> Installation | UseContainer:
     chosen = plan(look_around())
     match chosen:
         case UseInstalled(installation):
@@ -126,6 +134,15 @@ def ensure_rabbitmq(tell: Callable[[str], None] = lambda _: None) -> Installatio
             raise RabbitMQMissingError(message)
         case _:
             assert_never(chosen)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Keep others who need a broker waiting: half an installation is none, and two are not made at once."""
+    path = Path(tempfile.gettempdir()) / f"vqa-local-install-{os.getuid()}.lock"
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def look_around() -> Machine:
@@ -167,7 +184,9 @@ def _find_epmd() -> Path | None:
 def _apt(become_root: tuple[str, ...]) -> Install:
     # RUNLEVEL=1 keeps the package from starting a system service where there is no systemd; where there is,
     # the second command stops it again. It would not be in the way, as the stack uses ports of its own.
-    apt = (*become_root, "env", "DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1", "apt-get")
+    environment = ("env", "DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1")
+    # Other users of the package manager, such as unattended upgrades, are waited for.
+    apt = (*become_root, *environment, "apt-get", "-o", "DPkg::Lock::Timeout=300")
     disable = "if [ -d /run/systemd/system ]; then systemctl disable --now rabbitmq-server; fi"
     return Install(
         commands=(

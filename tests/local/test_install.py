@@ -1,7 +1,9 @@
+import threading
 from pathlib import Path
 
 import pytest
 
+from deploy.local import install
 from deploy.local.install import (
     Install,
     Installation,
@@ -10,6 +12,7 @@ from deploy.local.install import (
     TellPerson,
     UseContainer,
     UseInstalled,
+    ensure_rabbitmq,
     find_installation,
     plan,
 )
@@ -33,7 +36,8 @@ def test_a_container_is_preferred_to_changing_the_machine() -> None:
 
 def test_root_installs_with_apt_get_without_extras_and_without_starting_a_service() -> None:
     command = first_command(plan(Machine(apt=True, root=True)))
-    assert command.endswith("apt-get install -y --no-install-recommends rabbitmq-server")
+    assert "apt-get" in command
+    assert command.endswith("install -y --no-install-recommends rabbitmq-server")
     assert "RUNLEVEL=1" in command
     assert "sudo" not in command
 
@@ -67,3 +71,34 @@ def test_what_is_found_on_this_machine_can_be_run() -> None:
     if found is None:
         pytest.skip("RabbitMQ is not installed here")
     assert all(path.is_file() for path in (found.server, found.ctl, found.epmd))
+
+
+def test_who_needs_a_broker_while_it_is_being_installed_waits_for_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands: list[tuple[str, ...]] = []
+    installing, may_end = threading.Event(), threading.Event()
+    found: list[Installation | UseContainer] = []
+
+    def run(command: tuple[str, ...]) -> bool:
+        installing.set()
+        assert may_end.wait(30)
+        commands.append(command)
+        return True
+
+    def here() -> Installation | None:
+        return HERE if commands else None
+
+    monkeypatch.setattr(install, "_runs", run)
+    monkeypatch.setattr(install, "find_installation", here)
+    monkeypatch.setattr(install, "look_around", lambda: Machine(installed=here(), apt=True, root=True))
+    first = threading.Thread(target=lambda: found.append(ensure_rabbitmq()))
+    first.start()
+    assert installing.wait(30)
+    second = threading.Thread(target=lambda: found.append(ensure_rabbitmq()))
+    second.start()
+    may_end.set()
+    first.join(30)
+    second.join(30)
+    assert found == [HERE, HERE]
+    assert [command[-1] for command in commands if "install" in command] == ["rabbitmq-server"]
