@@ -48,7 +48,12 @@ def _check_id(value: object) -> object:
     return value
 
 
-def _parse_deadline(value: object) -> object:
+def parse_deadline(value: object) -> datetime | None:
+    """A deadline as a job says it.
+
+    Raises:
+        ValueError: it is no RFC 3339 time; the message says what is wrong with it.
+    """
     if value is None:
         return None
     if not isinstance(value, str) or not _RFC3339.fullmatch(value):
@@ -138,7 +143,7 @@ class Job(_Strict):
         default=None,
         description="Further fields of the request body, except `model`, `messages`, `stream` and `n`.",
     )
-    deadline: Annotated[datetime | None, BeforeValidator(_parse_deadline)] = Field(
+    deadline: Annotated[datetime | None, BeforeValidator(parse_deadline)] = Field(
         default=None, description="RFC 3339 time past which the job is not paid for."
     )
     metadata: dict[str, Any] | None = Field(
@@ -232,14 +237,19 @@ def _holds_infinity(value: Any) -> bool:
             return False
 
 
-def _id_of(body: bytes) -> str | None:
-    """The id of a body that is not a valid job, read as leniently as Python can."""
+def read_leniently(body: bytes) -> dict[str, Any] | None:
+    """What a body says that need not be a valid job; None if it is no JSON object at all."""
     try:
         # What is not UTF-8 becomes lone surrogates, which are no part of a readable id.
         value = json.loads(body.decode(errors="surrogateescape"))
     except (ValueError, RecursionError):
         return None
-    return readable_id(value.get("id")) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else None
+
+
+def _id_of(body: bytes) -> str | None:
+    """The id of a body that is not a valid job."""
+    return readable_id((read_leniently(body) or {}).get("id"))
 
 
 def _id_of_beginning(body: bytes) -> str | None:

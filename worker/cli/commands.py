@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from worker import __version__
+from worker.cli.dead import commands as dead
 from worker.cli.shell import Json, add
 
 # What works without this shell too: takes arguments, returns the exit code.
@@ -34,6 +35,8 @@ def build(basics: Basics) -> typer.Typer:
     )
     app.callback()(_main)
     _add_basics(app, basics)
+    for command in (dead,):
+        command.register(app)
     return app
 
 
