@@ -160,6 +160,11 @@ class DeadLetters:
         """
         await self._put(messages.put_back(held.delivery, self._topology.jobs))
 
+    async def sync(self) -> None:
+        """Return when the broker has heard all that was said so far, acks too."""
+        with losses():
+            await self._reading.set_qos(prefetch_count=0)
+
     async def _count(self) -> None:
         queue = await self._reading.declare_queue(self._topology.dead_letters, passive=True)
         self.there = self._left = queue.declaration_result.message_count or 0

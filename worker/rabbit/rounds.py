@@ -118,15 +118,21 @@ async def _round(
 ) -> bool:
     """Go through the queue, for as long as its letters may be held; returns whether one was wanted."""
     ends, is_of_use = time.monotonic() + HOLD_S, False
+    # Acks are not confirmed: one counts when the broker has answered to what was said after it.
+    acked: Counter[str] = Counter()
     async with DeadLetters.looked_into(connection, topology) as letters:
-        while wanted.total() and (held := await letters.next()) is not None:
+        while (wanted - acked).total() and (held := await letters.next()) is not None:
+            wanted -= acked
+            acked.clear()
             if wanted[held.letter.name]:
                 await pace.turn()
                 await _to_its_end(_take(letters, held, step))
-                wanted[held.letter.name] -= 1
+                acked[held.letter.name] = 1
                 is_of_use = True
             if is_of_use and time.monotonic() > ends:
                 break
+        await letters.sync()
+        wanted -= acked
     return is_of_use
 
 

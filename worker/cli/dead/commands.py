@@ -320,23 +320,25 @@ async def _work_off(
     from worker.rabbit.rounds import work_off
 
     wanted = Counter(letter.name for letter in letters)
-    total = len(letters)
-    with _progress(desk.screen, total) as advance:
+    planned, done, total = Counter(wanted), Counter[str](), len(letters)
+    with _progress(desk.screen, total) as show_done:
 
         async def recorded(dead: "DeadLetters", held: "Held") -> None:
             await step(dead, held)
             line = {"action": action, "done": True, **shown.in_json(held.letter)}
             lines.add({"at": datetime.now(UTC).isoformat(), "queue": desk.topology.dead_letters, **line})
             desk.screen.emit(line)
-            advance()
+            done[held.letter.name] += 1
+            # After a lost connection one may be done twice.
+            show_done((done & planned).total())
 
         try:
             await _told(
                 work_off(desk.broker, desk.topology, wanted, recorded, rate=rate, patience_s=desk.patience_s)
             )
         finally:
-            done = total - wanted.total()
-            desk.screen.note(f"{action}: {done} of {total} done, recorded in {lines.path}")
+            count = (done & planned).total()
+            desk.screen.note(f"{action}: {count} of {total} done, recorded in {lines.path}")
     if wanted.total():
         raise CommandError(
             f"{wanted.total()} were not there any more: somebody else took them, or holds them"
@@ -345,14 +347,14 @@ async def _work_off(
 
 
 @contextmanager
-def _progress(screen: Screen, total: int) -> Iterator[Callable[[], None]]:
+def _progress(screen: Screen, total: int) -> Iterator[Callable[[int], None]]:
     """A bar for as long as it takes, where somebody watches."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen.progress, disable=not screen.is_watched, transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+        yield lambda count: bar.update(task, completed=count)
 
 
 async def _told(work: Awaitable[T]) -> T:
