@@ -14,6 +14,7 @@ from unittest.mock import patch
 from pydantic import BaseModel, SecretStr
 
 from worker.cancellation import REMEMBERED
+from worker.cli.schema import asyncapi
 from worker.errors import MEANING, ErrorCode
 from worker.job import Job
 from worker.rabbit import messages, wire
@@ -150,11 +151,16 @@ def _written(value: Any) -> str:
     return str(value)
 
 
-def messages_page() -> str:
-    """What publishers of jobs and readers of results have to know."""
+def default_settings() -> Settings:
+    """The settings where nothing is set but what has to be."""
     # What this machine's environment says is no default.
     with patch.dict(os.environ, {"VQA_ALLOWED_BUCKETS": "any", "VQA_MODEL_API_KEY": "any"}, clear=True):
-        settings = Settings(_env_file=None)
+        return Settings(_env_file=None)
+
+
+def messages_page() -> str:
+    """What publishers of jobs and readers of results have to know."""
+    settings = default_settings()
     template = (HERE / "templates" / "messages.md").read_text(encoding="utf-8")
     return Template(template).substitute(
         jobs_queue=settings.jobs_queue,
@@ -183,6 +189,11 @@ def messages_page() -> str:
         traceparent=wire.TRACEPARENT,
         tracestate=wire.TRACESTATE,
     )
+
+
+def asyncapi_document() -> str:
+    """The worker with default settings, for the tools of AsyncAPI."""
+    return json.dumps(asyncapi(default_settings()), indent=2, ensure_ascii=False) + "\n"
 
 
 def _example(model: type[BaseModel], example: Mapping[str, Any]) -> str:
@@ -249,6 +260,7 @@ def _queues_table(topology: Topology) -> str:
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "settings.md": settings_page,
     "messages.md": messages_page,
+    "asyncapi.json": asyncapi_document,
 }
 
 

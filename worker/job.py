@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     StringConstraints,
     ValidationError,
     field_validator,
@@ -32,6 +33,8 @@ MAX_FAULTS_NAMED = 5
 
 _Location = tuple[int | str, ...]
 
+# Of what a printable character is, as much as can be said in every language's regular expressions.
+_ID_PATTERN = r"^[^\u0000-\u001f\u007f-\u009f]*$"
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:[0-5]\d)", re.ASCII)
 
 
@@ -121,12 +124,29 @@ class ChatMessage(_Open):
     content: str | list[Part] | None = None
 
 
+# The two forms of a job, for its JSON Schema; a field that is null is none.
+_NONE: dict[str, JsonValue] = {"type": "null"}
+_SHORT_FORM: dict[str, JsonValue] = {
+    "title": "Short form",
+    "required": ["question", "images"],
+    "properties": {"question": {"type": "string"}, "images": {"type": "array"}, "messages": _NONE},
+}
+_LONG_FORM: dict[str, JsonValue] = {
+    "title": "Long form",
+    "required": ["messages"],
+    "properties": {"messages": {"type": "array"}, "question": _NONE, "images": _NONE, "system": _NONE},
+}
+
+
 class Job(_Strict):
     """A question about images, as it stands in a message on the jobs queue."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_SHORT_FORM, _LONG_FORM]})
 
     id: Annotated[str | None, BeforeValidator(_check_id)] = Field(
         default=None,
         description="The job's identity, 1 to 256 printable characters. Falls back to the AMQP message_id.",
+        json_schema_extra={"minLength": 1, "maxLength": MAX_ID_CHARS, "pattern": _ID_PATTERN},
     )
     question: Annotated[str, StringConstraints(pattern=r"\S")] | None = Field(
         default=None, description="Short form: what is asked about the images."
@@ -142,9 +162,12 @@ class Job(_Strict):
     params: dict[str, Any] | None = Field(
         default=None,
         description="Further fields of the request body, except `model`, `messages`, `stream` and `n`.",
+        json_schema_extra={"propertyNames": {"not": {"enum": [*sorted(RESERVED_PARAMS)]}}},
     )
     deadline: Annotated[datetime | None, BeforeValidator(parse_deadline)] = Field(
-        default=None, description="RFC 3339 time past which the job is not paid for."
+        default=None,
+        description="RFC 3339 time past which the job is not paid for.",
+        json_schema_extra={"pattern": f"^{_RFC3339.pattern}$"},
     )
     metadata: dict[str, Any] | None = Field(
         default=None, description="At most 16 KiB of JSON, echoed in the result and never interpreted."
