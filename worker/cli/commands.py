@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from worker import __version__
+from worker.cli.check import commands as check
 from worker.cli.dead import commands as dead
 from worker.cli.shell import Json, add
 
@@ -46,7 +47,7 @@ def build(basics: Basics) -> typer.Typer:
     )
     app.callback()(_main)
     _add_basics(app, basics)
-    for command in (dead,):
+    for command in (check, dead):
         command.register(app)
     return app
 
