@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from worker import __version__
+from worker.cli.results import results
 from worker.cli.shell import Json, add
+from worker.cli.submit import submit
 
 # What works without this shell too: takes arguments, returns the exit code.
 Basics = Callable[[Sequence[str]], int]
@@ -33,6 +35,8 @@ def build(basics: Basics) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_main)
+    add(app, "submit", submit)
+    add(app, "results", results)
     _add_basics(app, basics)
     return app
 

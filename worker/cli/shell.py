@@ -132,6 +132,11 @@ class Screen:
 
     def write(self, *lines: str) -> None:
         """Lines on stdout, whoever reads it."""
+        if self.is_watched and sys.stdout.isatty():
+            # The same terminal: a bar that is drawn there makes room.
+            for line in lines:
+                self.progress.print(line, markup=False, emoji=False)
+            return
         try:
             sys.stdout.writelines(f"{line}\n" for line in lines)
             sys.stdout.flush()
@@ -141,7 +146,7 @@ class Screen:
     def note(self, *lines: str) -> None:
         """Lines beside the output, on stderr."""
         for line in lines:
-            self.progress.print(line, markup=False)
+            self.progress.print(line, markup=False, emoji=False)
 
     def confirm(self, question: str) -> bool:
         """Ask the person at the terminal; no is the answer that Enter gives."""

@@ -97,6 +97,11 @@ class Publisher:
         self._waiting: Counter[AbstractChannel] = Counter()
         self._refused = asyncio.Event()
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a channel to publish on."""
+        return self._connected.is_set()
+
     async def run(self) -> None:
         """Keep the connection up until cancelled.
 
