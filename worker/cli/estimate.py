@@ -11,6 +11,7 @@ from worker.settings import Price
 
 # A rule of thumb for English text.
 CHARS_PER_TOKEN: Final = 4
+CENT_USD: Final = 0.01
 PER_PRICE: Final = 1_000_000
 # The params by which a job limits its answer.
 _LIMITS: Final = ("max_tokens", "max_completion_tokens")
@@ -86,7 +87,7 @@ class Estimate:
             unknown = ", ".join(sorted(self.prompt_tokens.keys() - self.prices.keys()))
             yield f"cost: not known, because VQA_PRICES has no price for {unknown} (--price gives one)"
         else:
-            yield f"about ${usd:,.2f}"
+            yield f"about {dollars(usd)}"
         yield f"assumed: {self.assumptions}"
 
     def _usd_of(self, model: str) -> float | None:
@@ -115,3 +116,8 @@ def _size_of_message(message: ChatMessage) -> tuple[int, int]:
         return 0, len(message.content or "")
     texts = [part.text for part in message.content if isinstance(part, TextPart)]
     return len(message.content) - len(texts), sum(map(len, texts))
+
+
+def dollars(usd: float) -> str:
+    """An amount of money; of less than a cent, as many places as say something."""
+    return f"${usd:,.2f}" if usd >= CENT_USD or not usd else f"${usd:.2g}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from worker.cli import places
-from worker.cli.estimate import Assumptions, Estimate
+from worker.cli.estimate import Assumptions, Estimate, dollars
 from worker.cli.gathering import Gathering
 from worker.cli.harvest import Harvest
 from worker.cli.manifest import Manifest
@@ -145,7 +145,7 @@ async def _is_agreed(order: Order, settings: CommandSettings, manifest: Manifest
     to_send = counts.total - counts.confirmed
     if not order.asks or not screen.may_ask or _is_small(to_send, usd):
         return True
-    price = f", about ${usd:,.2f}" if usd is not None else ""
+    price = f", about {dollars(usd)}" if usd is not None else ""
     if screen.confirm(f"Submit {to_send:,} jobs{price}?"):
         return True
     if not counts.sent + counts.confirmed:

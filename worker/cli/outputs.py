@@ -143,7 +143,10 @@ def _write_csv(manifest: Manifest, file: TextIO) -> None:
 
 
 def _results(manifest: Manifest) -> Iterator[dict[str, Any]]:
-    return (json.loads(kept.body) for kept in manifest.results())
+    """The results, those of a batch's requests under the ids that they have there."""
+    for kept in manifest.results():
+        result = json.loads(kept.body)
+        yield {**result, "id": kept.custom_id or result.get("id")}
 
 
 def _cells(result: Mapping[str, Any]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from worker.cli.estimate import dollars
 from worker.cli.manifest import Counts
 from worker.cli.shell import Screen
 
@@ -83,6 +84,6 @@ def _update(progress: Progress, tasks: list[tuple[TaskID, Bar]]) -> None:
 
 def results_note(counts: Counts) -> str:
     """What results have come to so far."""
-    cost = f", ${counts.cost:,.4f}" if counts.knows_cost else ""
+    cost = f", {dollars(counts.cost)}" if counts.knows_cost else ""
     failed = f"{counts.failed:,} failed, " if counts.failed else ""
     return f"{failed}{counts.tokens:,} tokens{cost}"

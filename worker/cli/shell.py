@@ -36,7 +36,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
@@ -199,7 +199,7 @@ def _wrapped(function: Function) -> Function:
 def _run(function: Callable[[], Any]) -> int:
     try:
         returned = function()
-        code = asyncio.run(returned) if inspect.iscoroutine(returned) else returned
+        code = _on_uvloop(returned) if inspect.iscoroutine(returned) else returned
         sys.stdout.flush()
     except (_NobodyReadsError, BrokenPipeError):
         # Python flushes stdout once more in the end, and would complain.
@@ -216,6 +216,14 @@ def _run(function: Callable[[], Any]) -> int:
     except Exception as error:  # noqa: BLE001 - none of them may end in a traceback
         return _ended(error)
     return code or EXIT_OK
+
+
+def _on_uvloop(main: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

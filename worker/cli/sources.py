@@ -28,6 +28,8 @@ FORMS_BY_SUFFIX: Final[dict[str, Form]] = {
 _FIELDS: Final = ("id", "question", "system", "model", "deadline")
 _PARAMS: Final = ("max_tokens", "temperature", "top_p", "seed")
 _IMAGE_SEPARATOR: Final = ";"
+# Of an image's name in the id of a job about it.
+MAX_KEY_CHARS: Final = 60
 _HASHED_AT_ONCE: Final = 1024 * 1024
 # More than any job may have; a line without an end must not fill the memory.
 _MAX_LINE_CHARS: Final = 64 * 1024 * 1024
@@ -283,4 +285,6 @@ def _entry_about(images: list[str], key: str) -> Entry:
 
 def _name_in(image: str) -> str:
     """The last part of an image's URL or path."""
-    return "data" if image.lower().startswith("data:") else image.rstrip("/").rpartition("/")[2]
+    return (
+        "data" if image.lower().startswith("data:") else image.rstrip("/").rpartition("/")[2][-MAX_KEY_CHARS:]
+    )
