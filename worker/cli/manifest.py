@@ -9,7 +9,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -134,16 +134,21 @@ class Manifest:
 
     @classmethod
     def make(cls, path: Path, head: Mapping[str, str]) -> Self:
-        """A new one, readable for its owner only."""
+        """A new one, readable for its owner only; one that is there by now instead."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-        connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S)
-        manifest = cls(connection, path)
-        with manifest.transaction():
-            for statement in _SCHEMA.split(";"):
-                connection.execute(statement)
-            manifest.set_head({"format": _FORMAT, **head})
-        connection.close()
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.unlink(missing_ok=True)
+        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        try:
+            connection = sqlite3.connect(draft, isolation_level=None)
+            connection.executescript(_SCHEMA)
+            cls(connection, draft).set_head({"format": _FORMAT, **head})
+            connection.close()
+            with suppress(FileExistsError):
+                # Unlike a renaming it takes nobody else's place.
+                path.hardlink_to(draft)
+        finally:
+            draft.unlink(missing_ok=True)
         return cls.open(path)
 
     @classmethod

@@ -20,8 +20,7 @@ from worker.cli.planning import Additions, Planner
 from worker.cli.progress import Bar, shown
 from worker.cli.shell import EXIT_FAILURE, EXIT_OK, Screen, UsageError, broker_of
 from worker.cli.sources import Source
-from worker.cli.storage import open_s3
-from worker.cli.submission import Submission, Uploads, missing
+from worker.cli.submission import Submission, missing
 from worker.rabbit.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, prepare
 from worker.rabbit.topology import Topology
 from worker.settings import CommandSettings, Price
@@ -120,7 +119,8 @@ def _begun(order: Order, settings: CommandSettings, path: Path, name: str, diges
         "form": order.source.form or "",
         "broker": settings.rabbitmq_address,
         "jobs_queue": settings.jobs_queue,
-        "reply_to": order.reply_to or f"{PRIVATE_PREFIX}{name}",
+        # The same jobs submitted by somebody else, or from elsewhere, have results of their own.
+        "reply_to": order.reply_to or f"{PRIVATE_PREFIX}{name}-{uuid.uuid4().hex[:8]}",
         "is_private": "" if order.reply_to else "1",
     }
     return Manifest.make(path, head)
@@ -229,6 +229,8 @@ class _Errand:
     async def _upload(self) -> None:
         if not self._manifest.uploads_to_do():
             return
+        from worker.cli.storage import Uploads, open_s3
+
         async with open_s3(self._settings) as s3:
             uploads = Uploads(self._manifest, s3)
             async with shown(self._screen, [Bar("uploaded", uploads.progress)]):

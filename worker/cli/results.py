@@ -18,7 +18,6 @@ from worker.cli.shell import (
     read,
 )
 from worker.cli.submit import ErrorsPath, OutputForm, OutputPath
-from worker.settings import load_command_settings
 
 if TYPE_CHECKING:
     from worker.cli.manifest import Manifest
@@ -69,6 +68,7 @@ async def results(
         raise UsageError("--now and --within don't go together")
     from worker.cli.harvest import Harvest
     from worker.cli.outputs import Output
+    from worker.settings import load_command_settings
 
     settings = read(load_command_settings, screen)
     manifest = places.find(name)

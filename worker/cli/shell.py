@@ -42,11 +42,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import typer
 from rich.console import Console
 
-from worker.redact import Redactor
-from worker.settings import BrokerSettings, SettingsError, broker_ssl_context
-
 if TYPE_CHECKING:
     from worker.rabbit.connection import Broker
+    from worker.settings import BrokerSettings
 
 EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1
@@ -57,7 +55,7 @@ EXIT_CONFIG: Final = 78
 EXIT_INTERRUPTED: Final = 130
 EXIT_CLOSED_PIPE: Final = 141
 
-Kind = TypeVar("Kind", bound=BrokerSettings)
+Kind = TypeVar("Kind", bound="BrokerSettings")
 Function = Callable[..., Any]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
@@ -162,6 +160,7 @@ def read(load: Callable[[], Kind], screen: Screen) -> Kind:
         SettingsError: some are wrong.
     """
     from worker.logs import configure_logging
+    from worker.redact import Redactor
 
     settings = load()
     screen.note(*settings.strays)
@@ -170,11 +169,12 @@ def read(load: Callable[[], Kind], screen: Screen) -> Kind:
     return settings
 
 
-def broker_of(settings: BrokerSettings) -> "Broker":
+def broker_of(settings: "BrokerSettings") -> "Broker":
     """The broker that the settings name."""
     import socket
 
     from worker.rabbit.connection import Broker
+    from worker.settings import broker_ssl_context
 
     return Broker(
         url=settings.rabbitmq_url.get_secret_value(),
@@ -243,15 +243,16 @@ def _ended(error: BaseException) -> int:
 
 def _told(error: BaseException) -> tuple[Sequence[str], int]:
     """What to say of an error, and the exit code."""
+    if isinstance(error, CommandError):
+        return error.lines, error.code
     from worker.errors import DependencyDownError
     from worker.logs import describe_bug
     from worker.rabbit.connection import BrokerRefusedError, BrokerUnreachableError
     from worker.rabbit.topology import TopologyError
     from worker.s3.aws import S3ConfigurationError
+    from worker.settings import SettingsError
 
     match error:
-        case CommandError():
-            return error.lines, error.code
         case SettingsError() | TopologyError():
             return error.faults, EXIT_CONFIG
         case BrokerRefusedError() | S3ConfigurationError():
@@ -260,6 +261,8 @@ def _told(error: BaseException) -> tuple[Sequence[str], int]:
             return [str(error)], EXIT_FAILURE
         case DependencyDownError():
             return [error.message], EXIT_FAILURE
+        case OSError() if error.filename is not None:
+            return [f"{error.filename}: {error.strerror}"], EXIT_FAILURE
         case KeyboardInterrupt():
             return [], EXIT_INTERRUPTED
     return [f"vqa-worker has a bug, please report it: {describe_bug(error)}"], EXIT_FAILURE

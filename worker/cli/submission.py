@@ -1,4 +1,4 @@
-"""Sending what a manifest has planned: files to S3 first, then the jobs, each confirmed by the broker.
+"""Sending what a manifest has planned: the jobs, each confirmed by the broker.
 
 What is confirmed is written down, so that nothing is submitted twice however often this is broken off. One
 doubt remains: jobs that were sent and whose confirm was not yet written down. They may be in the queue or
@@ -6,28 +6,21 @@ not, and are sent again, under the same ids.
 """
 
 import asyncio
-import hashlib
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import Final
 
 from worker.cli.manifest import Manifest, ToSend
 from worker.cli.shell import CommandError
-from worker.images.content import media_type
 from worker.rabbit.connection import Broker
 from worker.rabbit.publisher import Publisher, TooLargeError, UnroutableError
 from worker.rabbit.replies import Gauge, QueueMissingError, job_message
 from worker.rabbit.topology import Topology
-from worker.s3.aws import S3Object
-from worker.s3.client import S3
-from worker.s3.uploads import put_once
 
 # Sent at once: so many can be in doubt after a crash.
 CHUNK_JOBS: Final = 500
 CHUNK_BYTES: Final = 32 * 1024 * 1024
-UPLOADS_AT_ONCE: Final = 16
 FULL_QUEUE_LOOK_S: Final = 0.5
 # After so long without a confirm a person is told.
 SILENCE_S: Final = 3.0
@@ -146,49 +139,3 @@ def _fitting(jobs: Sequence[ToSend]) -> int:
         if count and size > CHUNK_BYTES:
             return count
     return len(jobs)
-
-
-class Uploads:
-    """Puts the files that a manifest names into S3, each once."""
-
-    def __init__(self, manifest: Manifest, s3: S3) -> None:
-        self._manifest = manifest
-        self._s3 = s3
-        self._todo = manifest.uploads_to_do()
-        self._done = 0
-        self._put = 0
-
-    def progress(self) -> tuple[int, int, str]:
-        """How many files are there, of how many, and how many had to be put there."""
-        return self._done, len(self._todo), f"{self._put:,} were not there"
-
-    async def run(self) -> None:
-        """Put all that is not known to be there.
-
-        Raises:
-            CommandError: a file is not what it was.
-            DependencyDownError: S3 is out of reach or refuses.
-        """
-        todo = iter(self._todo)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(UPLOADS_AT_ONCE):
-                group.create_task(self._work(todo))
-
-    async def _work(self, todo: Iterator[tuple[str, str]]) -> None:
-        for url, path in todo:
-            bucket, _, key = url.removeprefix("s3://").partition("/")
-            content = await asyncio.to_thread(_read, path, key)
-            kind = media_type(content) or "application/octet-stream"
-            self._put += await put_once(self._s3, S3Object(bucket, key), content, kind)
-            self._manifest.is_uploaded(url)
-            self._done += 1
-
-
-def _read(path: str, key: str) -> bytes:
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise CommandError(f"{path}: {error.strerror}") from None
-    if hashlib.sha256(content).hexdigest() not in key:
-        raise CommandError(f"{path}: has changed since the jobs about it were planned")
-    return content

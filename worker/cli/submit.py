@@ -15,10 +15,10 @@ import typer
 from worker.cli.places import check_name
 from worker.cli.shell import DEFAULT_PATIENCE_S, Json, Patience, Screen, UsageError, read
 from worker.cli.sources import FORMS_BY_SUFFIX, Arguments, File, Form, Listing, Source
-from worker.settings import CommandSettings, Price, load_command_settings
 
 if TYPE_CHECKING:
     from worker.cli.planning import Bucket
+    from worker.settings import CommandSettings, Price
 
 STDIN: Final = "-"
 UPLOAD_PREFIX: Final = "vqa-uploads/"
@@ -237,6 +237,7 @@ async def submit(
     from worker.cli.order import Order, carry_out, estimate
     from worker.cli.outputs import Output
     from worker.cli.planning import Additions
+    from worker.settings import load_command_settings
 
     screen = Screen(as_json=as_json)
     words, question = _question(what or [], question, is_listing=prefix is not None)
@@ -300,7 +301,7 @@ async def _source(
     match: str | None,
     each: bool,
     form: Form | None,
-    settings: CommandSettings,
+    settings: "CommandSettings",
     stack: AsyncExitStack,
 ) -> Source:
     if prefix is not None:
@@ -322,7 +323,9 @@ def _file(path: str, form: Form | None, stack: AsyncExitStack) -> File:
     return File(Path(spool.name), form, title="stdin", folder=Path())
 
 
-async def _listing(url: str, match: str | None, settings: CommandSettings, stack: AsyncExitStack) -> Listing:
+async def _listing(
+    url: str, match: str | None, settings: "CommandSettings", stack: AsyncExitStack
+) -> Listing:
     from worker.cli.storage import open_s3
     from worker.s3.uploads import keys
 
@@ -361,7 +364,9 @@ def _param(text: str) -> tuple[str, Any]:
         raise UsageError(f"--param: the value of {name} must be JSON (a text in double quotes)") from None
 
 
-def _price(text: str) -> Price:
+def _price(text: str) -> "Price":
+    from worker.settings import Price
+
     try:
         prompt, completion = (float(figure) for figure in text.split(","))
     except ValueError:
