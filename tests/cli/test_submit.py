@@ -173,7 +173,7 @@ async def test_a_dry_run_sends_nothing_and_says_what_it_would_cost(lone_cli: Cli
         "2 jobs about 3 images, for stand-in/vision",
         "1 local files go to S3 first, those that are not there",
         "about 1,710 prompt and 250 completion tokens",
-        "about $0.0059",
+        "about $0.005920",
         ASSUMED,
         "nothing was submitted (--dry-run)",
     ]

@@ -119,5 +119,5 @@ def _size_of_message(message: ChatMessage) -> tuple[int, int]:
 
 
 def dollars(usd: float) -> str:
-    """An amount of money; of less than a cent, as many places as say something."""
-    return f"${usd:,.2f}" if usd >= CENT_USD or not usd else f"${usd:.2g}"
+    """An amount of money; with more places, if it is less than a cent."""
+    return f"${usd:,.2f}" if usd >= CENT_USD or not usd else f"${usd:.6f}"

@@ -103,11 +103,14 @@ class Harvest:
 
     async def _tidy_up(self) -> None:
         """The queue has served its purpose; so has the manifest of something that was only asked by hand."""
-        delete = partial(delete_queue, name=self._head["reply_to"])
-        try:
-            await self._broker.within(TIDY_UP_PATIENCE_S, delete)
-        except BrokerUnreachableError:
-            self._screen.note(f"the queue {self._head['reply_to']} could not be deleted; it goes by itself")
+        if not self._head.get("is_tidy"):
+            delete = partial(delete_queue, name=self._head["reply_to"])
+            try:
+                await self._broker.within(TIDY_UP_PATIENCE_S, delete)
+                self._manifest.set_head({"is_tidy": "1"})
+            except BrokerUnreachableError:
+                text = f"the queue {self._head['reply_to']} could not be deleted; it goes by itself"
+                self._screen.note(text)
         if self._is_passing:
             self._manifest.delete()
 

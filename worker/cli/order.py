@@ -251,6 +251,7 @@ class _Errand:
             await self._broker.within(self._order.patience_s, prepare_all)
         except QueueMissingError:
             raise missing(self._topology.jobs) from None
+        self._manifest.set_head({"is_tidy": ""})
 
     async def _clear_up(self, in_doubt: int) -> None:
         """Of the jobs that may have been sent, those whose results are there were."""
