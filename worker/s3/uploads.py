@@ -47,26 +47,28 @@ async def _is_there(s3: S3, target: S3Object) -> bool:
     return True
 
 
-async def keys(s3: S3, bucket: str, prefix: str) -> AsyncIterator[str]:
-    """The keys of all objects below a prefix, in the order of S3; page by page. Folders' marks are left out.
+async def keys(s3: S3, bucket: str, prefix: str, *, page: int = 1000) -> AsyncIterator[str]:
+    """The keys of all objects below a prefix, in the order of S3, a page at a time.
+
+    What only marks a folder is left out.
 
     Raises:
         DependencyDownError: S3 is out of reach or refuses; the message says what to do.
     """
-    query = {"list-type": "2", "prefix": prefix, "encoding-type": "url"}
+    query = {"list-type": "2", "prefix": prefix, "encoding-type": "url", "max-keys": str(page)}
     while True:
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                _, page = await s3.exchange(Request("GET", S3Object(bucket, ""), query=query))
+                _, listed = await s3.exchange(Request("GET", S3Object(bucket, ""), query=query))
         except FAILURES as error:
             raise _explained(error, bucket, "list it") from None
-        is_encoded = _IS_ENCODED in page
-        for found in _KEY.findall(page):
+        is_encoded = _IS_ENCODED in listed
+        for found in _KEY.findall(listed):
             written = found.decode()
             key = unquote_plus(written) if is_encoded else html.unescape(written)
             if not key.endswith("/"):
                 yield key
-        if not (more := _NEXT.search(page)):
+        if not (more := _NEXT.search(listed)):
             return
         query["continuation-token"] = html.unescape(more[1].decode())
 
