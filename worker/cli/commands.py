@@ -9,7 +9,9 @@ import typer
 from worker import __version__
 from worker.cli.check import commands as check
 from worker.cli.dead import commands as dead
+from worker.cli.results import results
 from worker.cli.shell import Json, add
+from worker.cli.submit import submit
 
 # What works without this shell too: takes arguments, returns the exit code.
 Basics = Callable[[Sequence[str]], int]
@@ -46,6 +48,8 @@ def build(basics: Basics) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_main)
+    add(app, "submit", submit)
+    add(app, "results", results)
     _add_basics(app, basics)
     for command in (check, dead):
         command.register(app)

@@ -36,17 +36,15 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 from rich.console import Console
 
-from worker.redact import Redactor
-from worker.settings import BrokerSettings, SettingsError, broker_ssl_context
-
 if TYPE_CHECKING:
     from worker.rabbit.connection import Broker
+    from worker.settings import BrokerSettings
 
 EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1
@@ -57,7 +55,7 @@ EXIT_CONFIG: Final = 78
 EXIT_INTERRUPTED: Final = 130
 EXIT_CLOSED_PIPE: Final = 141
 
-Kind = TypeVar("Kind", bound=BrokerSettings)
+Kind = TypeVar("Kind", bound="BrokerSettings")
 Function = Callable[..., Any]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
@@ -132,6 +130,11 @@ class Screen:
 
     def write(self, *lines: str) -> None:
         """Lines on stdout, whoever reads it."""
+        if self.is_watched and sys.stdout.isatty():
+            # The same terminal: a bar that is drawn there makes room.
+            for line in lines:
+                self.progress.print(line, markup=False, emoji=False)
+            return
         try:
             sys.stdout.writelines(f"{line}\n" for line in lines)
             sys.stdout.flush()
@@ -141,7 +144,7 @@ class Screen:
     def note(self, *lines: str) -> None:
         """Lines beside the output, on stderr."""
         for line in lines:
-            self.progress.print(line, markup=False)
+            self.progress.print(line, markup=False, emoji=False)
 
     def confirm(self, question: str) -> bool:
         """Ask the person at the terminal; no is the answer that Enter gives."""
@@ -157,6 +160,7 @@ def read(load: Callable[[], Kind], screen: Screen) -> Kind:
         SettingsError: some are wrong.
     """
     from worker.logs import configure_logging
+    from worker.redact import Redactor
 
     settings = load()
     screen.note(*settings.strays)
@@ -165,11 +169,12 @@ def read(load: Callable[[], Kind], screen: Screen) -> Kind:
     return settings
 
 
-def broker_of(settings: BrokerSettings) -> "Broker":
+def broker_of(settings: "BrokerSettings") -> "Broker":
     """The broker that the settings name."""
     import socket
 
     from worker.rabbit.connection import Broker
+    from worker.settings import broker_ssl_context
 
     return Broker(
         url=settings.rabbitmq_url.get_secret_value(),
@@ -194,7 +199,7 @@ def _wrapped(function: Function) -> Function:
 def _run(function: Callable[[], Any]) -> int:
     try:
         returned = function()
-        code = asyncio.run(returned) if inspect.iscoroutine(returned) else returned
+        code = _on_uvloop(returned) if inspect.iscoroutine(returned) else returned
         sys.stdout.flush()
     except (_NobodyReadsError, BrokenPipeError):
         # Python flushes stdout once more in the end, and would complain.
@@ -211,6 +216,14 @@ def _run(function: Callable[[], Any]) -> int:
     except Exception as error:  # noqa: BLE001 - none of them may end in a traceback
         return _ended(error)
     return code or EXIT_OK
+
+
+def _on_uvloop(main: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -230,15 +243,16 @@ def _ended(error: BaseException) -> int:
 
 def _told(error: BaseException) -> tuple[Sequence[str], int]:
     """What to say of an error, and the exit code."""
+    if isinstance(error, CommandError):
+        return error.lines, error.code
     from worker.errors import DependencyDownError
     from worker.logs import describe_bug
     from worker.rabbit.connection import BrokerRefusedError, BrokerUnreachableError
     from worker.rabbit.topology import TopologyError
     from worker.s3.aws import S3ConfigurationError
+    from worker.settings import SettingsError
 
     match error:
-        case CommandError():
-            return error.lines, error.code
         case SettingsError() | TopologyError():
             return error.faults, EXIT_CONFIG
         case BrokerRefusedError() | S3ConfigurationError():
@@ -247,6 +261,8 @@ def _told(error: BaseException) -> tuple[Sequence[str], int]:
             return [str(error)], EXIT_FAILURE
         case DependencyDownError():
             return [error.message], EXIT_FAILURE
+        case OSError() if error.filename is not None:
+            return [f"{error.filename}: {error.strerror}"], EXIT_FAILURE
         case KeyboardInterrupt():
             return [], EXIT_INTERRUPTED
     return [f"vqa-worker has a bug, please report it: {describe_bug(error)}"], EXIT_FAILURE
