@@ -76,6 +76,8 @@ docs: $(INSTALLED) ## write the generated pages of docs/ anew
 lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml -o requirements.lock
 	uv pip compile $(LOCK) pyproject.toml --group local --group dev -o requirements-dev.lock
+	uv pip compile $(LOCK) --group build -c requirements-dev.lock -o requirements-build.lock
+	uv pip compile $(LOCK) --group standin -c requirements-dev.lock -o requirements-standin.lock
 	uv pip compile $(LOCK) pyproject.toml --group ocr -c requirements-dev.lock -o requirements-ocr.lock
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -c requirements-ocr.lock \
 	  -o requirements-bench.lock
