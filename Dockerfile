@@ -15,14 +15,14 @@ RUN find /app/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -
   ! -name s3 ! -name signin ! -name sso ! -name sso-oidc ! -name sts -exec rm -r {} +
 COPY LICENSE README.md pyproject.toml ./
 COPY worker worker
-# Compiled files are not compared with their sources, whose times an image may lose.
+# Compiled files are not compared with their sources, whose times an image may lose; pip has left some that would be.
 RUN pip --python /build/bin/python wheel --no-deps --no-build-isolation --wheel-dir /dist . \
   && pip --python /app/bin/python install --no-compile --no-deps --no-index /dist/*.whl \
-  && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /app
+  && python -m compileall -f -q -j 0 --invalidation-mode unchecked-hash /app
 
 FROM ${PYTHON_IMAGE}
 # The base comes without compiled files of the standard library, which nothing could write later either.
-RUN python -m compileall -q -j 0 --invalidation-mode unchecked-hash \
+RUN python -m compileall -f -q -j 0 --invalidation-mode unchecked-hash \
   -x '/(ensurepip|idlelib|pydoc_data|site-packages|test|tkinter|turtledemo)/' \
   "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 COPY --from=build /app /app
