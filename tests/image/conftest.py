@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.image.engine import ROOT, Engine, an_engine, run
 
@@ -60,5 +61,13 @@ def inside(engine: Engine, image: str) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture(scope="session")
+def services() -> dict[str, Any]:
+    """What `deploy/compose.yaml` runs."""
+    found = YAML(typ="safe").load(ROOT / "deploy" / "compose.yaml")["services"]
     assert isinstance(found, dict)
     return found

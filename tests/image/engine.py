@@ -25,7 +25,6 @@ PACKAGES = {
 }
 # As the chart runs it, and stricter where it has a /tmp.
 CONFINED = (
-    "--network=host",
     "--read-only",
     "--cap-drop=ALL",
     "--security-opt=no-new-privileges",
@@ -44,13 +43,20 @@ class Engine:
         """Run a command of the engine; what it prints."""
         return run(*self.command, *arguments)
 
-    def start(self, image: str, *arguments: str, flags: tuple[str, ...] = ()) -> list[str]:
+    def start(
+        self, image: str, *arguments: str, flags: tuple[str, ...] = (), network: str = "host"
+    ) -> list[str]:
         """The command that runs an image, confined, in the foreground."""
-        return [*self.command, "run", "--rm", *CONFINED, *self.run_flags, *flags, image, *arguments]
+        usual = (f"--network={network}", *CONFINED, *self.run_flags)
+        return [*self.command, "run", "--rm", *usual, *flags, image, *arguments]
+
+    def tries(self, *arguments: str) -> bool:
+        """Run a command of the engine; whether it succeeds."""
+        return _succeeds(*self.command, *arguments)
 
     def remove(self, container: str) -> None:
         """End a container, if it is there: its command may be gone while it is not."""
-        _succeeds(*self.command, "rm", "--force", container)
+        self.tries("rm", "--force", container)
 
 
 def run(*command: str) -> str:
@@ -72,7 +78,7 @@ def run(*command: str) -> str:
 
 @contextmanager
 def an_engine() -> Iterator[Engine]:
-    """The one that this machine has, or lets install."""
+    """Docker if it answers; else what root on Debian can have."""
     if sys.platform != "linux":
         pytest.skip("the containers share this machine's network, which takes Linux")
     with tempfile.TemporaryDirectory(prefix="vqa-image-", ignore_cleanup_errors=True) as folder:

@@ -44,7 +44,9 @@ def install(packages: Mapping[str, str]) -> None:
         if not missing:
             return
         if os.geteuid() != 0 or not shutil.which("apt-get"):
-            pytest.skip(f"needs Docker, or root on Debian to install {', '.join(missing)}")
+            pytest.skip(
+                f"needs {', '.join(missing)}: run the tests as root on Debian, which then installs it"
+            )
         if not (_apt("install", *missing) or (_apt("update") and _apt("install", *missing))):
             pytest.skip(f"apt-get could not install {', '.join(missing)}")
 

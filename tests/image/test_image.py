@@ -163,6 +163,26 @@ async def test_the_container_answers_a_job_and_ends_well_when_the_engine_stops_i
         assert await worker.ended() == 0, worker.output()
 
 
+async def test_the_healthcheck_of_compose_tells_whether_it_takes_jobs(
+    stack: Stack, engine: Engine, services: dict[str, Any], start_container: StartContainer
+) -> None:
+    async with Proxy.before(stack.rabbitmq.url) as broker:
+        worker = await start_container(VQA_RABBITMQ_URL=broker.url(stack.rabbitmq.url))
+        check = [part.replace(":8080/", f":{worker.port}/") for part in check_of(services["worker"])]
+        assert check != check_of(services["worker"])
+        assert engine.tries("exec", worker.jobs_queue, *check)
+        await broker.refuse()
+        broker.reset()
+        await until(lambda: worker.ready()[0] == 503, "it has no broker")
+        assert not engine.tries("exec", worker.jobs_queue, *check)
+
+
+def check_of(service: dict[str, Any]) -> list[str]:
+    kind, *command = service["healthcheck"]["test"]
+    assert kind == "CMD"
+    return [str(part) for part in command]
+
+
 async def test_sigterm_ends_it_with_0(start_container: StartContainer) -> None:
     worker = await start_container()
     assert await worker.stop() == 0, worker.output()
@@ -213,3 +233,56 @@ def test_wrong_settings_end_it_with_78_and_a_line_for_each(engine: Engine, image
         "VQA_ALLOWED_BUCKETS",
         "VQA_MODEL_API_KEY",
     ]
+
+
+@pytest.fixture
+def standin(engine: Engine, standin_image: str) -> Iterator[str]:
+    """The name of a container with the stand-in model, started as Compose does, away from all networks."""
+    name = f"standin-{uuid.uuid4().hex[:8]}"
+    process = subprocess.Popen(
+        engine.start(standin_image, flags=(f"--name={name}",), network="none"), stdout=subprocess.DEVNULL
+    )
+    yield name
+    engine.remove(name)
+    process.wait()
+
+
+async def test_the_image_of_the_stand_in_serves_the_model(
+    engine: Engine, services: dict[str, Any], standin: str
+) -> None:
+    assert "command" not in services["model"]
+    await until(lambda: engine.tries("exec", standin, *check_of(services["model"])), "it is healthy")
+    assert engine("exec", standin, "id", "-u").strip() == "10001"
+    listed = engine("exec", standin, "python", "-c", LIST_MODELS)
+    assert services["worker"]["environment"]["VQA_MODEL"].endswith(f":-{listed.split()[0]}}}")
+
+
+LIST_MODELS = """
+import json, urllib.request
+for model in json.load(urllib.request.urlopen("http://127.0.0.1:8000/v1/models"))["data"]:
+    print(model["id"])
+"""
+
+
+async def test_the_image_of_the_stand_in_asks_a_worker_about_pictures(
+    stack: Stack,
+    engine: Engine,
+    standin_image: str,
+    services: dict[str, Any],
+    start_container: StartContainer,
+) -> None:
+    worker = await start_container()
+    told = {**worker.environment, "VQA_DEMO_BUCKET": stack.s3.bucket}
+    flags = [f"--env={name}" for name in told if name.startswith(("VQA_", "AWS_"))]
+    flags += [f"--tmpfs={folder}" for folder in services["ask"]["tmpfs"]]
+    done = await asyncio.to_thread(
+        subprocess.run,
+        engine.start(standin_image, *services["ask"]["command"], flags=tuple(flags)),
+        env=told,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "receipt.jpg" in done.stdout
+    assert "image_not_found" in done.stdout
