@@ -40,6 +40,7 @@ def main() -> None:
         "attempts_to_write": dict(_attempts_to_write()),
         "writable_to_the_user": sorted(_writable_to_the_user()),
         "authorities": len(ssl.create_default_context().get_ca_certs()),
+        "megabytes": _megabytes(),
         "clients": [_client(service) for service in SOURCES_OF_CREDENTIALS],
     }
     print(json.dumps(found))  # noqa: T201
@@ -103,6 +104,23 @@ def _writable_to_the_user() -> Iterator[str]:
         status = path.lstat()
         if not path.is_symlink() and (status.st_uid == os.getuid() or status.st_mode & 0o022):
             yield str(path)
+
+
+def _megabytes() -> dict[str, float]:
+    """What the image's own files come to, by kind."""
+    sizes = Counter[str]()
+    for path in Path(sys.prefix).rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            sizes[_kind(path)] += path.stat().st_size
+    for path in Path(sysconfig.get_path("stdlib")).rglob("*.pyc"):
+        sizes["standard library"] += path.stat().st_size
+    return {kind: size / 1e6 for kind, size in sizes.items()}
+
+
+def _kind(path: Path) -> str:
+    if ".so" in path.suffixes:
+        return "native"
+    return {".pyc": "compiled", ".py": "sources"}.get(path.suffix, "data")
 
 
 def _client(service: str) -> str:

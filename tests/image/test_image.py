@@ -1,6 +1,7 @@
 """The container image: really built, and run as it is in a cluster."""
 
 import asyncio
+import platform
 import re
 import subprocess
 import uuid
@@ -132,6 +133,24 @@ def test_it_knows_the_worlds_certificate_authorities(inside: dict[str, Any]) -> 
 
 def test_of_amazons_services_it_has_those_that_it_uses(inside: dict[str, Any]) -> None:
     assert inside["clients"] == ["s3", "signin", "sso", "sso-oidc", "sts"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the figures are those of x86-64")
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ("native libraries", "native"),
+        ("compiled Python of the worker", "compiled"),
+        ("sources", "sources"),
+        ("data", "data"),
+        ("compiled Python of the standard", "standard library"),
+    ],
+)
+def test_its_size_is_the_documented_one(inside: dict[str, Any], row: str, kind: str) -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    told = re.search(rf"^\| {row}[^|]*\| (\d+) \|$", page, re.MULTILINE)
+    assert told
+    assert inside["megabytes"][kind] == pytest.approx(int(told[1]), rel=0.1, abs=1)
 
 
 async def test_the_container_answers_a_job_and_ends_well_when_the_engine_stops_it(
