@@ -16,7 +16,7 @@ from tests.image.machine import install, pip_secrets
 from tests.image.python_base import KEYRING, python_base
 
 ROOT = Path(__file__).parents[2]
-COMMAND_TIMEOUT_S = 300
+COMMAND_TIMEOUT_S = 600
 PACKAGES = {
     "podman": "podman",
     "runc": "runc",

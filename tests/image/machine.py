@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 INSTALL_TIMEOUT_S = 900
-USUAL_MIRROR = "http://deb.debian.org/debian"
 # Where to fetch packages from, and how to get there; what else a machine tells pip is about its own folders.
 PIP_SETTINGS = (
     "index-url",
@@ -29,17 +28,20 @@ PIP_SETTINGS = (
 
 
 @contextmanager
-def one_at_a_time(name: str) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> Iterator[None]:
     """Keep other processes waiting that want the same, in this checkout or another."""
-    path = Path(tempfile.gettempdir()) / f"vqa-{name}-{os.getuid()}.lock"
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # The folder itself is locked: no file is left behind.
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def install(packages: Mapping[str, str]) -> None:
     """Have these programs or files, each from the Debian package named; skip the test otherwise."""
-    with one_at_a_time("image-install"):
+    with one_at_a_time(Path(tempfile.gettempdir())):
         missing = [package for it, package in packages.items() if not (shutil.which(it) or Path(it).exists())]
         if not missing:
             return
@@ -64,15 +66,15 @@ def _apt(command: str, *packages: str) -> bool:
     return done.returncode == 0
 
 
-def debian_mirror() -> str:
-    """Where this machine gets Debian's packages from."""
+def debian_mirror() -> str | None:
+    """Where this machine gets Debian's packages from; None on one that is not Debian."""
     targets = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
-    return next((line.split()[1] for line in targets if line.startswith("Debian ")), USUAL_MIRROR)
+    return next((line.split()[1] for line in targets if line.startswith("Debian ")), None)
 
 
 def pip_secrets(folder: Path) -> list[str]:

@@ -35,17 +35,18 @@ def python_base() -> Path:
     recipe = hashlib.sha256("\n".join((SUITE, *RECIPE)).encode()).hexdigest()[:12]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqa-worker"
     archive = folder / f"python-{SUITE}-{recipe}.tar"
-    with one_at_a_time("image-base"):
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder):
         if not archive.exists():
-            folder.mkdir(parents=True, exist_ok=True)
             _make(archive.with_suffix(".making.tar")).rename(archive)
     return archive
 
 
 def _make(archive: Path) -> Path:
-    source = f"deb [signed-by={KEYRING}] {debian_mirror()} {SUITE} main"
+    mirror = debian_mirror()
+    source = [f"deb [signed-by={KEYRING}] {mirror} {SUITE} main"] if mirror else []
     done = subprocess.run(
-        ["mmdebstrap", *RECIPE, SUITE, str(archive), source],
+        ["mmdebstrap", *RECIPE, SUITE, str(archive), *source],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
