@@ -17,9 +17,6 @@ settings.allowedBuckets is empty: name the buckets that jobs may read from, or [
 {{- if le (float64 $settings.shutdownGrace) (float64 $settings.modelTimeout) }}
 settings.shutdownGrace ({{ $settings.shutdownGrace }} s) must be more than settings.modelTimeout ({{ $settings.modelTimeout }} s): a stop would cut off calls that are paid for.
 {{- end }}
-{{- if and .Values.podDisruptionBudget.enabled (not (kindIs "invalid" .Values.podDisruptionBudget.minAvailable)) (not (kindIs "invalid" .Values.podDisruptionBudget.maxUnavailable)) }}
-podDisruptionBudget.minAvailable and podDisruptionBudget.maxUnavailable exclude each other: set one of them to null.
-{{- end }}
 {{- end }}
 
 {{- define "vqa-worker.faultsOfSecrets" -}}
