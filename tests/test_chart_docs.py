@@ -38,7 +38,9 @@ def test_it_writes_what_it_then_finds_in_order(copy: Path, capsys: pytest.Captur
     assert all(f"{path} is out of date" in shown for path in chart.FILES)
     assert chart.main([], copy) == 0
     assert chart.main(["--check"], copy) == 0
-    assert "| `commonLabels` | `{}` | Said in other words. |" in (copy / chart.CHART / "README.md").read_text()
+    assert (
+        "| `commonLabels` | `{}` | Said in other words. |" in (copy / chart.CHART / "README.md").read_text()
+    )
     schema = json.loads((copy / chart.CHART / "values.schema.json").read_text())
     assert schema["properties"]["commonLabels"]["description"] == "Said in other words."
 
@@ -87,7 +89,9 @@ def _above(path: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [path[:length] for length in range(1, len(path) + 1)]
 
 
-def _properties(whole: dict[str, Any], part: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _properties(
+    whole: dict[str, Any], part: dict[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
     if "$ref" in part:
         part = whole["definitions"][part["$ref"].rsplit("/", 1)[1]]
     for name, inner in part.get("properties", {}).items():

@@ -14,7 +14,9 @@ def secrets_of(rendered: Rendered, given: Secrets) -> Secrets:
     return {**given, **{it["metadata"]["name"]: decoded(it) for it in rendered.all("Secret")}}
 
 
-def environment_in(folder: Path, rendered: Rendered, pod: Object, given: Secrets | None = None) -> dict[str, str]:
+def environment_in(
+    folder: Path, rendered: Rendered, pod: Object, given: Secrets | None = None
+) -> dict[str, str]:
     """The environment of a pod's container, its mounts put below a folder of this machine."""
     secrets = secrets_of(rendered, given or {})
     config_maps = {it["metadata"]["name"]: it.get("data", {}) for it in rendered.all("ConfigMap")}

@@ -1,4 +1,4 @@
-"""The hook that creates the queues: it runs before everything else, so that it may lean on nothing of the release."""
+"""The hook that creates the queues: it runs first, so that it may lean on nothing of the release."""
 
 import pytest
 
@@ -100,7 +100,11 @@ def test_by_default_it_is_the_workers_user() -> None:
     [
         ({"existingSecret": "operator"}, {"existingSecret": "worker"}, "operator"),
         ({}, {"existingSecret": "worker"}, "worker"),
-        ({"rabbitmqUrl": "amqp://operator@rabbitmq/"}, {"existingSecret": "worker"}, "demo-vqa-worker-topology"),
+        (
+            {"rabbitmqUrl": "amqp://operator@rabbitmq/"},
+            {"existingSecret": "worker"},
+            "demo-vqa-worker-topology",
+        ),
     ],
 )
 def test_its_url_can_come_from_a_secret_that_exists(

@@ -32,8 +32,9 @@ def test_they_say_so_when_more_pods_are_asked_for_than_the_api_has_requests_for(
     notes = render(keda({"autoscaling": {"mode": mode, "maxReplicas": 10}})).notes
     warning = " ".join(notes.split("WARNING:", 1)[1].split())
     assert warning.startswith(
-        "autoscaling.maxReplicas is 10, but the API takes 200 requests at once (provider.maxConcurrentRequests)"
-        " and a pod makes up to 64 (settings.maxConcurrency): more than 3 would only earn"
+        "autoscaling.maxReplicas is 10, but the API takes 200 requests at once"
+        " (provider.maxConcurrentRequests) and a pod makes up to 64 (settings.maxConcurrency):"
+        " more than 3 would only earn"
     )
     assert "to 3, one for every" in notes
 
@@ -56,7 +57,10 @@ def test_they_say_so_when_fixed_pods_are_too_many() -> None:
     ("changes", "said"),
     [
         ({}, "The queues are there: the hook has declared them."),
-        ({"topology": {"hook": {"enabled": False}}}, "WARNING: the workers declare the queues, and no worker starts"),
+        (
+            {"topology": {"hook": {"enabled": False}}},
+            "WARNING: the workers declare the queues, and no worker starts",
+        ),
         (
             {"topology": {"hook": {"enabled": False}}, "settings": {"declareTopology": False}},
             "Nobody declares the queues",

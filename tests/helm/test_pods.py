@@ -27,35 +27,57 @@ def _security(container: Object) -> Object:
     return context
 
 
-VOLUMES_ALLOWED = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected"}
+VOLUMES_ALLOWED = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+}
 
-# The Pod Security Standard "restricted" (which holds "baseline"), control by control, as kubernetes.io lists them; and what
-# this chart promises beyond it. Each is asked of a pod's spec and of its container.
+# The Pod Security Standard "restricted" (which holds "baseline"), control by control, as kubernetes.io lists
+# them; and what this chart promises beyond it. Each is asked of a pod's spec and of its container.
 RESTRICTED: dict[str, Callable[[Object, Object], bool]] = {
     "no host namespaces": _no("hostNetwork", "hostPID", "hostIPC"),
     "no privileged container": lambda _, container: "privileged" not in _security(container),
-    "all capabilities dropped": lambda _, container: _security(container)["capabilities"] == {"drop": ["ALL"]},
-    "volumes of harmless types": lambda pod, _: {key for volume in pod["volumes"] for key in volume} - {"name"}
-    <= VOLUMES_ALLOWED | {"secret"},
-    "no ports of the host": lambda _, container: all("hostPort" not in port for port in container.get("ports", [])),
-    "no AppArmor profile of its own": lambda pod, container: "appArmorProfile"
-    not in {**pod["securityContext"], **_security(container)},
-    "no SELinux options": lambda pod, container: "seLinuxOptions" not in {**pod["securityContext"], **_security(container)},
+    "all capabilities dropped": lambda _, container: (
+        _security(container)["capabilities"] == {"drop": ["ALL"]}
+    ),
+    "volumes of harmless types": lambda pod, _: (
+        {key for volume in pod["volumes"] for key in volume} - {"name"} <= VOLUMES_ALLOWED | {"secret"}
+    ),
+    "no ports of the host": lambda _, container: all(
+        "hostPort" not in port for port in container.get("ports", [])
+    ),
+    "no AppArmor profile of its own": lambda pod, container: (
+        "appArmorProfile" not in {**pod["securityContext"], **_security(container)}
+    ),
+    "no SELinux options": lambda pod, container: (
+        "seLinuxOptions" not in {**pod["securityContext"], **_security(container)}
+    ),
     "the usual /proc": lambda _, container: "procMount" not in _security(container),
     "no sysctls": lambda pod, _: "sysctls" not in pod["securityContext"],
     "no escalation": lambda _, container: _security(container)["allowPrivilegeEscalation"] is False,
-    "not root": lambda pod, container: pod["securityContext"]["runAsNonRoot"] is True
-    and "runAsNonRoot" not in _security(container),
-    "a numeric user who is not root": lambda pod, container: pod["securityContext"]["runAsUser"] == 10001
-    and "runAsUser" not in _security(container),
-    "seccomp": lambda pod, container: pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    and "seccompProfile" not in _security(container),
+    "not root": lambda pod, container: (
+        pod["securityContext"]["runAsNonRoot"] is True and "runAsNonRoot" not in _security(container)
+    ),
+    "a numeric user who is not root": lambda pod, container: (
+        pod["securityContext"]["runAsUser"] == 10001 and "runAsUser" not in _security(container)
+    ),
+    "seccomp": lambda pod, container: (
+        pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        and "seccompProfile" not in _security(container)
+    ),
     # Beyond the standard.
     "a group that is not root's": lambda pod, _: pod["securityContext"]["runAsGroup"] == 10001,
     "a read-only root": lambda _, container: _security(container)["readOnlyRootFilesystem"] is True,
-    "room for temporary files": lambda pod, container: {"name": "tmp", "mountPath": "/tmp"}  # noqa: S108 - in the pod
-    in container["volumeMounts"]
-    and any(volume["name"] == "tmp" and "emptyDir" in volume for volume in pod["volumes"]),
+    "room for temporary files": lambda pod, container: (
+        {"name": "tmp", "mountPath": "/tmp"}  # noqa: S108 - in the pod
+        in container["volumeMounts"]
+        and any(volume["name"] == "tmp" and "emptyDir" in volume for volume in pod["volumes"])
+    ),
     "no token": lambda pod, _: pod["automountServiceAccountToken"] is False,
     "no variables for Services": lambda pod, _: pod["enableServiceLinks"] is False,
 }
@@ -86,7 +108,9 @@ def test_a_role_is_given_by_annotations_to_the_workers_and_not_to_the_hook() -> 
     rendered = render(ci_values("full"))
     role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/vision"}
     assert rendered.one("ServiceAccount", "questions-worker")["metadata"]["annotations"] == role
-    assert role.keys().isdisjoint(rendered.one("ServiceAccount", "questions-topology")["metadata"]["annotations"])
+    assert role.keys().isdisjoint(
+        rendered.one("ServiceAccount", "questions-topology")["metadata"]["annotations"]
+    )
     assert rendered.pod["spec"]["serviceAccountName"] == "questions-worker"
 
 
@@ -131,11 +155,12 @@ def _bytes(quantity: str) -> float:
 
 def _measured(scenario: str, case: str, figure: str) -> float:
     measurements = json.loads((ROOT / "docs/performance/figures.json").read_text())["measurements"]
-    return statistics.median(
+    figures: list[float] = [
         it["figures"][figure]
         for it in measurements
         if (it["contender"], it["scenario"], it["case"]) == ("vqa-worker", scenario, case)
-    )
+    ]
+    return statistics.median(figures)
 
 
 def _default(setting: str) -> int:
@@ -144,7 +169,7 @@ def _default(setting: str) -> int:
 
 
 def test_the_memory_is_the_measured_sum() -> None:
-    """The sum in docs/performance.md, "What memory a pod needs", for images in S3 and the default settings."""
+    """The sum of docs/performance.md for a pod, with images in S3 and the default settings."""
     needed = (
         _measured("start", "start", "idle_mb") * 1e6
         + _default("image_buffer_bytes")
@@ -183,7 +208,11 @@ def test_new_settings_and_new_secrets_mean_new_pods() -> None:
 
 def test_what_concerns_no_worker_means_no_new_pods() -> None:
     before = render(minimal()).pod
-    changes = {"autoscaling": {"value": 3}, "podMonitor": {"enabled": True}, "networkPolicy": {"enabled": True}}
+    changes = {
+        "autoscaling": {"value": 3},
+        "podMonitor": {"enabled": True},
+        "networkPolicy": {"enabled": True},
+    }
     assert render(minimal(changes)).pod == before
 
 
@@ -266,5 +295,7 @@ def test_where_pods_run_is_for_the_user_to_say() -> None:
 
 
 def test_grace_is_whole_seconds() -> None:
-    grace = render(minimal({"settings": {"shutdownGrace": 130.5}})).pod["spec"]["terminationGracePeriodSeconds"]
+    grace = render(minimal({"settings": {"shutdownGrace": 130.5}})).pod["spec"][
+        "terminationGracePeriodSeconds"
+    ]
     assert grace == math.ceil(130.5) + 20

@@ -18,7 +18,7 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
     ("path", "value", "said"),
     [
         ("replicaCount", 3, "at '': additional properties 'replicaCount' not allowed"),
-        ("autoscaling.vlaue", 3, "at '/autoscaling': additional properties 'vlaue' not allowed"),
+        ("autoscaling.values", 3, "at '/autoscaling': additional properties 'values' not allowed"),
         ("autoscaling.keda.queueName", "x", "at '/autoscaling/keda': additional properties 'queueName'"),
         ("settings.maxConcurency", 3, "at '/settings': additional properties 'maxConcurency' not allowed"),
         ("secrets.rabbitmqURL", "x", "at '/secrets': additional properties 'rabbitmqURL' not allowed"),
@@ -35,10 +35,18 @@ def test_a_misspelt_key_is_named(path: str, value: Any, said: str) -> None:
         ("autoscaling.value", "64", "at '/autoscaling/value': got string, want null or integer"),
         ("autoscaling.value", 6.5, "at '/autoscaling/value': got number, want null or integer"),
         ("autoscaling.value", 0, "at '/autoscaling/value': minimum: got 0, want 1"),
-        ("autoscaling.keda.activationValue", "0", "at '/autoscaling/keda/activationValue': got string, want integer"),
+        (
+            "autoscaling.keda.activationValue",
+            "0",
+            "at '/autoscaling/keda/activationValue': got string, want integer",
+        ),
         ("autoscaling.mode", "KEDA", "at '/autoscaling/mode': value must be one of 'none', 'keda', 'hpa'"),
         ("autoscaling.keda.cooldownPeriod", "5m", "got string, want integer"),
-        ("autoscaling.keda.host", "amqp://rabbitmq", "at '/autoscaling/keda/host': 'amqp://rabbitmq' does not match"),
+        (
+            "autoscaling.keda.host",
+            "amqp://rabbitmq",
+            "at '/autoscaling/keda/host': 'amqp://rabbitmq' does not match",
+        ),
         ("settings.allowedBuckets", "photos", "at '/settings/allowedBuckets': got string, want array"),
         ("settings.allowedBuckets", ["a,b"], "at '/settings/allowedBuckets/0': 'a,b' does not match pattern"),
         ("settings.retryDelays", ["5s"], "at '/settings/retryDelays/0': got string, want integer"),
@@ -63,12 +71,18 @@ def test_a_value_of_the_wrong_kind_is_named(path: str, value: Any, said: str) ->
         ({"settings": {"allowedBuckets": []}}, "settings.allowedBuckets is empty: name the buckets"),
         ({"secrets": {"rabbitmqUrl": ""}}, "secrets.rabbitmqUrl is empty: say how to reach the broker"),
         ({"secrets": {"modelApiKey": ""}}, "secrets.modelApiKey is empty: give the API's key"),
-        ({"secrets": {"rabbitmqUrl": "rabbitmq:5672"}}, "secrets.rabbitmqUrl must begin with amqp:// or amqps://"),
+        (
+            {"secrets": {"rabbitmqUrl": "rabbitmq:5672"}},
+            "secrets.rabbitmqUrl must begin with amqp:// or amqps://",
+        ),
         (
             {"topology": {"hook": {"rabbitmqUrl": "http://rabbitmq"}}},
             "topology.hook.rabbitmqUrl must begin with amqp:// or amqps://",
         ),
-        ({"secrets": {"existingSecret": "own"}}, "secrets.existingSecret and other values of secrets exclude each other"),
+        (
+            {"secrets": {"existingSecret": "own"}},
+            "secrets.existingSecret and other values of secrets exclude each other",
+        ),
         (
             {"secrets": {"asFiles": True}, "settings": {"secretsDir": "/mnt/secrets"}},
             "secrets.asFiles and settings.secretsDir exclude each other",
@@ -90,7 +104,9 @@ def test_values_that_do_not_fit_together_are_refused(changes: dict[str, Any], sa
 
 def test_secrets_as_files_need_a_secret() -> None:
     values = minimal({"secrets": {"rabbitmqUrl": "", "modelApiKey": "", "asFiles": True}})
-    values = merged(values, {"extraEnvFrom": [{"secretRef": {"name": "own"}}], "topology": {"hook": {"enabled": False}}})
+    values = merged(
+        values, {"extraEnvFrom": [{"secretRef": {"name": "own"}}], "topology": {"hook": {"enabled": False}}}
+    )
     assert "secrets.asFiles is set, but there is no Secret to mount" in refusal(values)
 
 

@@ -1,4 +1,4 @@
-"""How many pods: by KEDA, by a HorizontalPodAutoscaler, or fixed; never more than the API has requests for."""
+"""How many pods: by KEDA, by a HorizontalPodAutoscaler, or fixed; never more than the API has room for."""
 
 import json
 from typing import Any
@@ -38,7 +38,9 @@ def test_keda_takes_strings_only(name: str) -> None:
     assert {type(value) for value in trigger["metadata"].values()} == {str}
 
 
-@pytest.mark.skipif(not SCALER.is_file(), reason="the table of the scaler's own fields is not beside this copy")
+@pytest.mark.skipif(
+    not SCALER.is_file(), reason="the table of the scaler's own fields is not beside this copy"
+)
 @pytest.mark.parametrize("name", ["keda", "full", "airgapped"])
 def test_the_scaler_knows_every_key_that_it_is_given(name: str) -> None:
     """No schema does: the trigger's metadata is a free map, and a misspelt key is silently nothing."""
@@ -47,7 +49,9 @@ def test_the_scaler_knows_every_key_that_it_is_given(name: str) -> None:
     (trigger,) = rendered.one("ScaledObject")["spec"]["triggers"]
     in_metadata = {field["name"] for field in fields if field.get("metadataVariableReadable")}
     assert trigger["metadata"].keys() <= in_metadata
-    by_authentication = {field["name"] for field in fields if field.get("triggerAuthenticationVariableReadable")}
+    by_authentication = {
+        field["name"] for field in fields if field.get("triggerAuthenticationVariableReadable")
+    }
     references = rendered.one("TriggerAuthentication")["spec"]["secretTargetRef"]
     parameters = {reference["parameter"] for reference in references}
     assert parameters <= by_authentication
@@ -87,7 +91,9 @@ def test_credentials_are_given_apart_from_the_url_and_as_they_are() -> None:
 
 
 def test_credentials_can_come_from_a_secret_that_exists() -> None:
-    rendered = render(keda({"autoscaling": {"keda": {"username": "", "password": "", "existingSecret": "own"}}}))
+    rendered = render(
+        keda({"autoscaling": {"keda": {"username": "", "password": "", "existingSecret": "own"}}})
+    )
     references = rendered.one("TriggerAuthentication")["spec"]["secretTargetRef"]
     assert {reference["name"] for reference in references} == {"own"}
     assert "demo-vqa-worker-keda" not in [secret["metadata"]["name"] for secret in rendered.all("Secret")]
@@ -190,7 +196,10 @@ def test_an_hpa_asks_for_the_jobs_queue_and_never_goes_to_zero() -> None:
         ({"minReplicas": 4}, "autoscaling.minReplicas (4) is more than the most pods there may be (3)"),
         ({"keda": {"host": ""}}, "autoscaling.keda.host is empty: KEDA needs the URL"),
         ({"keda": {"password": ""}}, "autoscaling.keda.username and autoscaling.keda.password are needed"),
-        ({"keda": {"existingSecret": "own"}}, "autoscaling.keda.existingSecret and autoscaling.keda.username"),
+        (
+            {"keda": {"existingSecret": "own"}},
+            "autoscaling.keda.existingSecret and autoscaling.keda.username",
+        ),
         ({"keda": {"host": "http://keda:secret@rabbitmq:15672/"}}, "autoscaling.keda.host must not hold"),
         ({"keda": {"tls": {"existingSecret": "own"}}}, "autoscaling.keda.host must begin with https://"),
         ({"keda": {"tls": {"certKey": "tls.crt"}}}, "autoscaling.keda.tls.keyKey go together"),

@@ -144,7 +144,10 @@ def test_the_worker_takes_the_secrets_from_files_or_from_its_environment(tmp_pat
     for settings in loaded:
         assert settings.model_api_key.get_secret_value() == "a-token"
         assert settings.model_headers["X-Project"].get_secret_value() == 'a "b" c'
-        assert settings.rabbitmq_url.get_secret_value() == "amqp://worker:worker-password@rabbitmq.rabbitmq:5672/"
+        assert (
+            settings.rabbitmq_url.get_secret_value()
+            == "amqp://worker:worker-password@rabbitmq.rabbitmq:5672/"
+        )
 
 
 @every_ci_file
@@ -172,7 +175,9 @@ def test_no_secret_is_anywhere_but_in_secrets() -> None:
     ]
     assert len(secrets) == 7
     in_secrets = "".join(text for found in rendered.all("Secret") for text in _decoded_values(found))
-    elsewhere = json.dumps([found for found in rendered.objects if found["kind"] != "Secret"]) + rendered.notes
+    elsewhere = (
+        json.dumps([found for found in rendered.objects if found["kind"] != "Secret"]) + rendered.notes
+    )
     for secret in secrets:
         assert secret in in_secrets
         assert secret not in elsewhere
@@ -219,4 +224,3 @@ def test_secrets_can_come_by_extra_variables() -> None:
     values = minimal({"secrets": nothing, "extraEnv": by_reference, "topology": {"hook": {"enabled": False}}})
     assert render(values).container["env"] == by_reference
     assert "secrets.rabbitmqUrl is empty" in refusal({**values, "extraEnv": by_reference[1:]})
-
