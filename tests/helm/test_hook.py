@@ -2,7 +2,18 @@
 
 import pytest
 
-from tests.helm.rendering import Object, Rendered, ci_values, decoded, minimal, refusal, render
+from tests.helm.rendering import (
+    CHART,
+    Object,
+    Rendered,
+    ci_values,
+    decoded,
+    helm,
+    minimal,
+    objects_in,
+    refusal,
+    render,
+)
 
 HOOK = "helm.sh/hook"
 EVENTS = "pre-install,pre-upgrade"
@@ -52,6 +63,21 @@ def _needed(pod: Object) -> set[str]:
     }
     volumes = {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
     return secrets | volumes | {pod["serviceAccountName"]}
+
+
+@pytest.mark.parametrize("name", ["minimal", "full"])
+def test_helm_takes_them_for_hooks_and_keeps_them_out_of_the_release(name: str) -> None:
+    with helm.Config(namespace="vision") as config:
+        release = config.install(str(CHART), "demo", ci_values(name), dry_run="client")
+    manifest = list(objects_in(release["manifest"]))
+    rendered = render(ci_values(name))
+    hooks = _hooks(rendered)
+    assert _names(manifest) == _names([found for found in rendered.objects if found not in hooks])
+    assert release["notes"].strip() == rendered.notes.strip()
+
+
+def _names(objects: list[Object]) -> list[tuple[str, str]]:
+    return sorted((found["kind"], found["metadata"]["name"]) for found in objects)
 
 
 def test_nothing_of_it_is_left_when_it_has_succeeded_and_nothing_stands_in_the_way_of_the_next() -> None:

@@ -1,17 +1,23 @@
-"""A worker that runs with just what its rendered pod gives it: environment, mounted files, port, probes."""
+"""What is rendered, on the real parts: a worker with just what its pod gives it, and the broker."""
 
+import base64
+import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local.ports import PortBlock
 from deploy.local.stack import Stack
 from tests.conftest import BUCKET, MakeClient, PutImage
 from tests.helm.pods import environment_in
-from tests.helm.rendering import Rendered, Values, minimal, render
+from tests.helm.rendering import Rendered, Values, decoded, keda, minimal, render
 from tests.running import Worker, until
 
 Start = Callable[..., Worker]
@@ -97,3 +103,60 @@ async def test_while_it_has_no_broker_it_lives_and_is_not_ready(rendered: Render
     await until(lambda: pod.get(probes["livenessProbe"]["httpGet"]["path"])[0] == 200, "it lives")
     assert pod.get(probes["startupProbe"]["httpGet"]["path"])[0] == 200
     assert pod.get(probes["readinessProbe"]["httpGet"]["path"])[0] == 503
+
+
+async def test_keda_finds_the_queue_where_it_is_told_to_look_as_a_user_who_may_nothing_else(
+    stack: Stack, rendered: Rendered, start: Start, client_of: MakeClient
+) -> None:
+    """The address is put together as KEDA's scaler does it, from what the chart tells KEDA."""
+    user, password = f"keda-{uuid.uuid4().hex}", "p/a:s@s#1"
+    stack.rabbitmq.ctl("add_user", user, password)
+    stack.rabbitmq.ctl("set_user_tags", user, "management")
+    stack.rabbitmq.ctl("set_permissions", user, "^$", "^$", "^$")
+    given = {"host": stack.rabbitmq.management_url, "username": user, "password": password}
+    jobs = rendered.settings["VQA_JOBS_QUEUE"]
+    scaled = render(keda({"settings": {"jobsQueue": jobs}, "autoscaling": {"keda": given}}))
+    metadata = scaled.one("ScaledObject")["spec"]["triggers"][0]["metadata"]
+    login = decoded(scaled.one("Secret", "demo-vqa-worker-keda"))
+    place = f"{quote(metadata['vhostName'], safe='')}/{quote(metadata['queueName'], safe='')}"
+    url = f"{metadata['host']}api/queues/{place}"
+
+    pod = await start().start()
+    # Nobody takes these out.
+    assert await pod.stop() == 0
+    client = await client_of(pod)
+    for _ in range(3):
+        await client.publish({"id": uuid.uuid4().hex, "question": "?", "images": ["s3://nowhere/at-all"]})
+
+    await until(lambda: _read(url, login).get("messages") == 3, "the management API has counted them")
+
+
+async def test_the_metric_of_the_hpa_is_one_that_rabbitmq_has(
+    stack: Stack, rendered: Rendered, start: Start
+) -> None:
+    jobs = rendered.settings["VQA_JOBS_QUEUE"]
+    hpa = render(minimal({"settings": {"jobsQueue": jobs}, "autoscaling": {"mode": "hpa"}}))
+    (metric,) = hpa.one("HorizontalPodAutoscaler")["spec"]["metrics"]
+    asked = metric["external"]["metric"]
+    await start().start()
+    url = f"{stack.rabbitmq.prometheus_url}/metrics/detailed?family=queue_coarse_metrics"
+
+    def is_shown() -> bool:
+        return any(
+            sample.name == asked["name"] and asked["selector"]["matchLabels"].items() <= sample.labels.items()
+            for family in text_string_to_metric_families(_text(url))
+            for sample in family.samples
+        )
+
+    await until(is_shown, "RabbitMQ shows the metric of the queue")
+
+
+def _read(url: str, login: Mapping[str, str]) -> Any:
+    return json.loads(_text(url, f"{login['username']}:{login['password']}"))
+
+
+def _text(url: str, login: str = "") -> str:
+    headers = {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if login else {}
+    with urlopen(Request(url, headers=headers), timeout=10) as response:  # noqa: S310 - the local broker
+        text: str = response.read().decode()
+        return text
