@@ -88,6 +88,11 @@ class Worker:
         return cls(environment, folder / f"{name}.log")
 
     @property
+    def environment(self) -> Mapping[str, str]:
+        """All that it is told."""
+        return self._environment
+
+    @property
     def jobs_queue(self) -> str:
         return self._environment["VQA_JOBS_QUEUE"]
 
