@@ -65,13 +65,15 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/codespell
 	$(BIN)/yamllint --strict .
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m deploy.rabbitmq --check
 
 format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(INSTALLED) ## write the generated pages of docs/ anew
+docs: $(INSTALLED) ## write the generated pages of docs/, and the files of deploy/rabbitmq/, anew
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m deploy.rabbitmq
 
 lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml -o requirements.lock
