@@ -277,6 +277,11 @@ class Client:
         )
         await exchange.publish(message, self._worker.jobs_queue)
 
+    async def cancel(self, job_id: str) -> None:
+        """Take a job back."""
+        control = await self._channel.get_exchange(f"{self._worker.jobs_queue}.control", ensure=False)
+        await control.publish(aio_pika.Message(json.dumps({"cancel": job_id}).encode()), "")
+
     async def result(self, job_id: str | None, patience_s: float = PATIENCE_S) -> Reply:
         """The first result of a job."""
         try:

@@ -68,12 +68,6 @@ async def take(realm: Realm, queue_name: str) -> AbstractIncomingMessage:
         return message
 
 
-async def cancel(channel: AbstractChannel, job_id: str) -> None:
-    """Say on the control exchange that a job is taken back."""
-    control = await channel.get_exchange(CONTROL, ensure=False)
-    await control.publish(aio_pika.Message(json.dumps({"cancel": job_id}).encode()), "")
-
-
 # The worker's and the publisher's work
 
 
@@ -146,8 +140,7 @@ async def test_the_publisher_takes_a_job_back(scene: Scene) -> None:
     taken_back = job(marker)
     await scene.client.publish(taken_back)
     await calls_begun(scene.stack, marker, 1)
-    async with await aio_pika.connect(scene.realm.url(PUBLISHER)) as connection:
-        await cancel(await connection.channel(), taken_back["id"])
+    await scene.client.cancel(taken_back["id"])
     reply = await scene.client.result(taken_back["id"])
     assert reply.body["error"]["code"] == "cancelled"
 
@@ -190,8 +183,7 @@ async def test_keda_reads_what_it_scales_by(realm: Realm, scene: Scene) -> None:
         return bool(queue.get("messages") == queue.get("messages_unacknowledged") == 1)
 
     await until(counted, "the broker's own figures, which come late")
-    async with await aio_pika.connect(realm.url(PUBLISHER)) as connection:
-        await cancel(await connection.channel(), running["id"])
+    await scene.client.cancel(running["id"])
     await scene.client.result(running["id"])
 
 

@@ -122,7 +122,8 @@ class Documents:
         elif error.is_busy:
             text = f"S3 answered {what}"
         else:
-            text = f"S3 answered {what}: the worker must be allowed to get and put objects there"
+            rights = "get, put and delete objects there, and to list the bucket"
+            text = f"S3 answered {what}: the worker must be allowed to {rights}"
         return DependencyDownError(Dependency.S3, f"{self._named}: {text}")
 
 
