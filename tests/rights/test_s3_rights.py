@@ -216,11 +216,6 @@ async def finds_nothing(worker: Worker, client: Client, image: str) -> None:
     assert "VQA_RESULT_STORE" in str((await said(worker, "paused"))[1])
 
 
-async def leaves_claims_behind(worker: Worker, client: Client, image: str) -> None:
-    await client.ask(**job(image=image.replace("scans", "private")))
-    await until(lambda: events(worker, "result_store_unreachable"), "it says so, some seconds later")
-
-
 async def misses_cancellations(worker: Worker, client: Client, image: str) -> None:
     await until(lambda: events(worker, "tombstones_out_of_reach"), "it says so")
     assert (await client.ask(**job(image=image))).body["status"] == "succeeded"
@@ -235,7 +230,7 @@ MISSED: dict[str, Callable[[Worker, Client, str], Awaitable[None]]] = {
     "ReadImages s3:GetObject": sees_no_image,
     "KeepAnswers s3:PutObject": claims_nothing,
     "KeepAnswers s3:GetObject": finds_nothing,
-    "KeepAnswers s3:DeleteObject": leaves_claims_behind,
+    "KeepAnswers s3:DeleteObject": claims_nothing,
     "TellMissingFromForbidden s3:ListBucket": misses_cancellations,
 }
 
