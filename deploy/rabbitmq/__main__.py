@@ -15,6 +15,12 @@ HERE = Path(__file__).parent
 PLACE = Place(vhost="vqa", cluster="rabbitmq")
 # The worker's settings with which it can do without the default exchange.
 STRICT = {"VQA_REPLY_EXCHANGE": "vqa.replies", "VQA_JOBS_EXCHANGE": "vqa.jobs.back"}
+# With them it would try direct replies in vain.
+STRICT_SETTINGS = {
+    **STRICT,
+    "VQA_ALLOWED_REPLY_TO": "vqa.results,vqa.results.*,amq.gen-*",
+    "VQA_DECLARE_TOPOLOGY": "false",
+}
 
 
 def topology_with(settings: Mapping[str, str]) -> Topology:

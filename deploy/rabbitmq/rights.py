@@ -69,13 +69,14 @@ def users(topology: Topology) -> list[User]:
 
 def _worker(topology: Topology) -> User:
     jobs_go_back = "retries, jobs that are given back, dead letters"
+    results = "results" if topology.reply_exchange else "results, direct replies among them"
     return User(
         WORKER,
         "`vqa-worker run` with `VQA_DECLARE_TOPOLOGY=false`",
         configure=[Right(NAMED_BY_SERVER, "make the queue on which it hears of cancellations")],
         write=[
             Right(_exchange(topology.jobs_exchange), jobs_go_back),
-            Right(_exchange(topology.reply_exchange), "results"),
+            Right(_exchange(topology.reply_exchange), results),
             Right(NAMED_BY_SERVER, "bind its queue"),
         ],
         read=[

@@ -10,7 +10,7 @@ from typing import Any, Self
 from urllib.error import HTTPError
 
 from deploy.local.stack import Stack
-from deploy.rabbitmq.__main__ import HERE, STRICT
+from deploy.rabbitmq.__main__ import HERE, STRICT_SETTINGS
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
 from tests.breaking import administer, url_as
 
@@ -20,7 +20,7 @@ PLAIN_FOLDER, STRICT_FOLDER = HERE, HERE / "strict"
 # What a worker needs to know beside its user's URL.
 SETTINGS: Mapping[Path, Mapping[str, str]] = {
     PLAIN_FOLDER: {},
-    STRICT_FOLDER: {**STRICT, "VQA_ALLOWED_REPLY_TO": "vqa.results,vqa.results.*,amq.gen-*"},
+    STRICT_FOLDER: STRICT_SETTINGS,
 }
 
 

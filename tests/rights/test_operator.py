@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aio_pika import connect
+from aio_pika.exceptions import ChannelClosed
 
 from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.stack import Stack
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
-from tests.breaking import administer, job
+from tests.breaking import BrokerUser, administer, job
 from tests.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Ended, Worker
 from worker.rabbit.connection import Broker, BrokerRefusedError
@@ -97,6 +99,38 @@ async def test_the_commands_of_the_documentation_do_it(stack: Stack) -> None:
         assert await refused_a_connection(realm, WORKER)
         ctl("change_password", WORKER, realm.passwords[WORKER])
         assert not await refused_a_connection(realm, WORKER)
+
+
+async def test_each_of_several_publishers_gets_only_replies_to_what_is_named_after_it(stack: Stack) -> None:
+    with Realm.of(stack, STRICT_FOLDER), BrokerUser.of(stack, vhost=VHOST) as user:
+        user.permit(configure=r"^amq\.gen-.*$", write=r"^amq\.gen-.*$", read=r"^(amq\.gen-.*|vqa\.replies)$")
+        topic = {"exchange": "vqa.replies", "write": "^$", "read": r"^vqa\.results\.{username}(\..*)?$"}
+        path = f"/api/topic-permissions/{VHOST}/{user.name}"
+        await asyncio.to_thread(administer, stack, "PUT", path, topic)
+        own = f"vqa.results.{user.name}"
+
+        async def may_bind(key: str) -> bool:
+            channel = await connection.channel()
+            try:
+                await (await channel.declare_queue(exclusive=True)).bind("vqa.replies", key)
+            except ChannelClosed as error:
+                assert f"access to topic '{key}'" in str(error)  # noqa: PT017 - another reason is no answer
+                return False
+            return True
+
+        async with await connect(user.url) as connection:
+            mine = (own, f"{own}.urgent", f"{own}.#")
+            assert [await may_bind(key) for key in mine] == [True] * len(mine)
+            others = (
+                "vqa.results",
+                "vqa.results.ann",
+                f"{own}x",
+                "vqa.results.*",
+                "vqa.results.#",
+                "#",
+                "*.*.*",
+            )
+            assert [await may_bind(key) for key in others] == [False] * len(others)
 
 
 async def test_nobody_can_log_in_before_a_password_is_set(stack: Stack) -> None:
