@@ -77,14 +77,16 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python docs/chart.py --check
+	$(BIN)/python -m deploy.rabbitmq --check
 
 format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(INSTALLED) ## write the generated pages of docs/, and what the chart has from elsewhere, anew
+docs: $(INSTALLED) ## write what is generated anew: pages of docs/, files of deploy/rabbitmq/ and of the chart
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/chart.py
+	$(BIN)/python -m deploy.rabbitmq
 
 golden: $(INSTALLED) ## write anew what the chart's ci/ files render to (tests/helm/golden): look at the difference
 	$(BIN)/python -m tests.helm.goldens
