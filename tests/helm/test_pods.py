@@ -278,6 +278,16 @@ def test_a_digest_comes_before_a_tag() -> None:
     assert render(minimal({"image": image})).container["image"] == f"registry.example/vqa-worker@{digest}"
 
 
+def test_pods_run_the_image_as_it_is_built() -> None:
+    image = (ROOT / "Dockerfile").read_text()
+    rendered = render(minimal())
+    pod = rendered.pod["spec"]["securityContext"]
+    assert f"USER {pod['runAsUser']}:{pod['runAsGroup']}\n" in image
+    assert f"EXPOSE {rendered.container['ports'][0]['containerPort']}\n" in image
+    # What the containers' `args` are given to.
+    assert 'ENTRYPOINT ["vqa-worker"]\n' in image
+
+
 def test_where_pods_run_is_for_the_user_to_say() -> None:
     values = ci_values("full")
     rendered = render(values)
