@@ -309,3 +309,14 @@ def test_grace_is_whole_seconds() -> None:
         "terminationGracePeriodSeconds"
     ]
     assert grace == math.ceil(130.5) + 20
+
+
+def test_who_pods_run_as_can_be_left_to_the_cluster() -> None:
+    """OpenShift gives out the numbers itself."""
+    left_out = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
+    rendered = render(minimal({"podSecurityContext": left_out}))
+    for pod in (rendered.pod, rendered.one("Job")["spec"]["template"]):
+        assert pod["spec"]["securityContext"] == {
+            "runAsNonRoot": True,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
