@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test bench bench-quick chaos soak image lint format docs lock ci
+.PHONY: help setup demo stack test bench bench-quick chaos soak image lint format docs golden lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -76,13 +76,20 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/hadolint Dockerfile deploy/compose/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/chart.py --check
+	$(BIN)/python -m deploy.rabbitmq --check
 
 format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(INSTALLED) ## write the generated pages of docs/ anew
+docs: $(INSTALLED) ## write what is generated anew: pages of docs/, files of deploy/rabbitmq/ and of the chart
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/chart.py
+	$(BIN)/python -m deploy.rabbitmq
+
+golden: $(INSTALLED) ## write anew what the chart's ci/ files render to (tests/helm/golden): look at the difference
+	$(BIN)/python -m tests.helm.goldens
 
 lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml -o requirements.lock

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, assert_never
 
@@ -91,7 +91,7 @@ class Settlement:
                 copy = messages.given_back_copy(delivery, self._topology.jobs, refunded)
             case _:
                 assert_never(outcome)
-        return await self._deliver(copy, lets_go=delivery.is_alive)
+        return await self._put(copy, delivery)
 
     async def _hand_over(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
         """The last resort: the broker moves the job itself, and nobody sits on it until it loses patience."""
@@ -146,7 +146,12 @@ class Settlement:
         if outcome.code is not ErrorCode.INVALID_JOB or _has_somebody_to_tell(delivery, outcome):
             await self._reply(delivery, outcome.result)
         letter = messages.dead_letter(delivery, self._topology.dead_letters, outcome)
-        return await self._deliver(letter, lets_go=delivery.is_alive)
+        return await self._put(letter, delivery)
+
+    async def _put(self, copy: Outgoing, delivery: Delivery) -> bool:
+        """Publish a copy of a job that the broker has until then; returns whether it took the copy."""
+        copy = replace(copy, exchange=self._topology.jobs_exchange)
+        return await self._deliver(copy, lets_go=delivery.is_alive)
 
     async def _deliver(self, message: Outgoing, *, lets_go: Callable[[], bool] = lambda: False) -> bool:
         """Publish to a queue of the worker's own, which is made again if it has gone; tried without end.
@@ -160,7 +165,7 @@ class Settlement:
             except GivenUpError:
                 pass
             except UnroutableError:
-                self._say_missing(message.routing_key)
+                self._say_missing(message)
             except TooLargeError:
                 if lets_go():
                     return False
@@ -175,9 +180,9 @@ class Settlement:
             await asyncio.sleep(delay_s)
             delay_s = UNROUTABLE_DELAY_S
 
-    def _say_missing(self, queue: str) -> None:
-        if self._complaints.is_news(queue, "missing"):
-            log.error("queue_missing", queue=queue)
+    def _say_missing(self, message: Outgoing) -> None:
+        if self._complaints.is_news(message.routing_key, "missing"):
+            log.error("queue_missing", queue=message.routing_key, exchange=message.exchange)
 
 
 def _has_somebody_to_tell(delivery: Delivery, outcome: DeadLetter) -> bool:

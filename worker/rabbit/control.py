@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 
 import structlog
-from aio_pika import ExchangeType
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import ChannelClosed
 
@@ -36,12 +35,7 @@ class Control:
         # A channel of its own: a refusal closes it.
         channel = await connection.channel(publisher_confirms=False)
         try:
-            exchange = await channel.declare_exchange(
-                self._topology.control,
-                ExchangeType.FANOUT,
-                durable=True,
-                passive=not self._topology.declare,
-            )
+            exchange = await self._topology.control.declare(channel, passive=not self._topology.declare)
             # The server names it: amq.gen-…; it goes with the connection.
             queue = await channel.declare_queue(exclusive=True)
             await queue.bind(exchange)
@@ -49,7 +43,7 @@ class Control:
         except ChannelClosed as error:
             log.warning(
                 "cancellations_not_heard",
-                exchange=self._topology.control,
+                exchange=self._topology.control.name,
                 reason=str(error.args[-1]) if error.args else "",
                 advice="create this fan-out exchange, and permit reading it and queues ^amq\\.gen-.*$",
             )
