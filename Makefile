@@ -75,7 +75,7 @@ docs: $(INSTALLED) ## write the generated pages of docs/ anew
 
 lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml -o requirements.lock
-	uv pip compile $(LOCK) pyproject.toml --group local --group dev -o requirements-dev.lock
+	uv pip compile $(LOCK) pyproject.toml --extra tracing --group local --group dev -o requirements-dev.lock
 	uv pip compile $(LOCK) pyproject.toml --group ocr -c requirements-dev.lock -o requirements-ocr.lock
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -c requirements-ocr.lock \
 	  -o requirements-bench.lock

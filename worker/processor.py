@@ -238,6 +238,7 @@ class Processor:
             if kept is not None:
                 return kept
             answer = await self._ask(question, report)
+            report.enters("keep")
             return from_kept(await place.keep(to_kept(answer))) or answer
 
     async def _ask(self, question: _Question, report: Report) -> Answer:

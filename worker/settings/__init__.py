@@ -1,7 +1,7 @@
 """The settings: one frozen object, checked as a whole before any connection is made.
 
 `model` says what there is, `values`, `urls` and `tls` check it, `sources` reads it, `faults` says what is
-wrong with it.
+wrong with it. `traces` reads OpenTelemetry's own variables.
 """
 
 import ssl
@@ -10,6 +10,7 @@ from worker.settings.faults import SettingsError, variable
 from worker.settings.model import BROKER_DELIVERY_LIMIT, Price, Settings
 from worker.settings.sources import load_settings
 from worker.settings.tls import tls_context
+from worker.settings.traces import trace_secrets, wants_traces
 from worker.settings.values import retry_queue
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "broker_ssl_context",
     "load_settings",
     "retry_queue",
+    "trace_secrets",
     "variable",
+    "wants_traces",
 ]
 
 
