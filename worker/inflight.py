@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from worker import metrics
 from worker.delivery import Delivery, Progress
@@ -123,7 +124,7 @@ class InFlight:
             trace_id = delivery.progress.trace_id = span.trace_id or delivery.progress.trace_id
             if trace_id is not None:
                 # On every line that is logged from here on, in this task and in the job's.
-                structlog.contextvars.bind_contextvars(trace_id=trace_id)
+                bind_contextvars(trace_id=trace_id)
             outcome = await self._see_to_its_end(delivery)
             span.became(outcome)
         return outcome
