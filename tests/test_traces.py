@@ -4,6 +4,7 @@ import re
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,7 +14,7 @@ from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Answer, Error
 from tests.conftest import BUCKET, PutImage
 from tests.otlp import Receiver, Seen
-from tests.running import Client, Reply, Worker, calls_with, until
+from tests.running import ROOT, Client, Reply, Worker, calls_with, until
 from worker import __version__
 
 PARENT_ID = "00f067aa0ba902b7"
@@ -32,7 +33,7 @@ class Scene:
     async def ask(self, *, flags: str = "01", tracestate: str = TRACESTATE, **job: Any) -> tuple[Reply, str]:
         """Publish a job in a trace of its own; returns the result and the trace's id."""
         trace_id, job_id = uuid.uuid4().hex, uuid.uuid4().hex
-        properties = {name: job.pop(name) for name in ("reply_to", "message_id") if name in job}
+        properties = {name: job.pop(name) for name in ("reply_to", "message_id", "timestamp") if name in job}
         headers: dict[str, Any] = {
             "traceparent": f"00-{trace_id}-{PARENT_ID}-{flags}",
             "tracestate": tracestate,
@@ -308,3 +309,25 @@ async def test_a_tracestate_that_is_none_is_dropped(
     reply, trace_id = await scene.ask(tracestate=tracestate, question="What?", images=[put_image()])
     *_, publish = await scene.spans(trace_id, scene.process)
     assert reply.message.headers.get("tracestate", "") == publish.tracestate
+
+
+async def test_the_page_names_what_the_spans_say(scene: Scene, put_image: PutImage) -> None:
+    marker, queue = uuid.uuid4().hex, await scene.client.reply_queue()
+    scene.stack.model.play(Error(status=500), marker=marker)
+    image = put_image()
+    _, retried = await scene.ask(question=marker, images=[image], message_id="1", timestamp=datetime.now(UTC))
+    _, replied = await scene.ask(question=marker, images=[image], reply_to=queue)
+    spans = [*await scene.spans(retried, scene.process, times=2), *await scene.spans(replied, scene.process)]
+    seen: dict[str, set[str]] = {}
+    for span in spans:
+        seen.setdefault(span.name.split(" ")[0], set()).update(span.attributes.keys() - {"error.type"})
+
+    page = (ROOT / "docs/tracing.md").read_text()
+    table = page.split("\n| Span | Attributes |\n", 1)[1].split("\n\n", 1)[0]
+    named: dict[str, set[str]] = {}
+    for line in table.splitlines()[1:-1]:
+        kinds, attributes = line.strip("| ").split(" | ")
+        for kind in kinds.split(", "):
+            found = re.findall(r"`((?:messaging|gen_ai|server|vqa)\.[\w.]+)`", attributes)
+            named.setdefault(kind, set()).update(found)
+    assert seen == named
