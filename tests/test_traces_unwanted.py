@@ -93,6 +93,17 @@ async def test_what_is_not_installed_cannot_be_wanted(start_worker: StartWorker)
     assert "pip install 'vqa-worker[tracing]'" in line
 
 
+async def test_variables_that_the_library_refuses_end_the_start(start_worker: StartWorker) -> None:
+    worker = await start_worker(
+        wait=False, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9", OTEL_BSP_MAX_QUEUE_SIZE="1"
+    )
+    ended = await worker.run_to_end()
+    assert ended.code == EXIT_CONFIG
+    (line,) = ended.errors
+    assert line.startswith("OTEL_BSP_")
+    assert "max_queue_size" in line
+
+
 # A collector in trouble
 
 

@@ -79,7 +79,8 @@ async def run(settings: Settings) -> bool:
         Whether everything came to its end; False if something had to be cut off.
 
     Raises:
-        StartError: the HTTP address cannot be bound, or the AWS configuration makes no sense.
+        StartError: the HTTP address cannot be bound, or the AWS configuration, or OpenTelemetry's, makes no
+            sense.
         BrokerRefusedError, TopologyError: see `Consumer.run`; in an ExceptionGroup.
     """
     stop = asyncio.Event()
@@ -165,7 +166,10 @@ def _begin_traces(settings: Settings, topology: Topology, stack: AsyncExitStack)
 
     queues = frozenset(queue.name for queue in topology.queues())
     scene = Scene(topology.jobs, queues, settings.rabbitmq_address, settings.model_base_url)
-    tracer = Otlp(scene)
+    try:
+        tracer = Otlp(scene)
+    except ValueError as error:
+        raise StartError(f"OTEL_BSP_…, or another of OpenTelemetry's variables: {error}") from None
     tracing.use(tracer)
     stack.push_async_callback(tracer.close)
 

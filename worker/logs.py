@@ -44,8 +44,8 @@ DISCREET_LIBRARIES: Final = frozenset(
 )
 # The logger of what somebody asks for: shown at any level.
 ASKED: Final = "worker.asked"
-# Each job's own end is told, however many end alike.
 MAX_REASON_CHARS: Final = 300
+# Each job's own end is told, however many end alike.
 NEVER_WITHHELD: Final = frozenset(["job", "repeated"])
 FIRST_KEYS: Final = ("timestamp", "level", "event", "logger")
 SHORT_CHARS: Final = 64

@@ -51,10 +51,11 @@ def trace_faults(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def trace_secrets(environment: Mapping[str, str]) -> Iterator[str]:
-    """The values of the headers that spans are sent with: keys, as a rule."""
+    """The values of the headers that spans are sent with: keys, as a rule; the SDK shows malformed ones."""
     for name in HEADERS:
         for header in _said(environment, name).split(","):
-            value = header.partition("=")[2].strip()
+            field, equals, given = header.partition("=")
+            value = (given if equals else field).strip()
             yield from filter(None, dict.fromkeys((value, unquote(value))))
 
 
