@@ -65,6 +65,8 @@ hold one value each.
 - A variable that begins with `VQA_` and is not listed here earns a warning at the start.
 - S3 credentials and region come from the usual AWS variables, files and roles. Proxies and certificates
   follow `HTTPS_PROXY`, `NO_PROXY` and `SSL_CERT_FILE`.
+- Where traces are sent, if they are, OpenTelemetry's own variables say (in the environment only): see
+  [traces](tracing.md).
 """
 
 SHORT_JOB: Final = {

@@ -72,7 +72,7 @@ class Worker:
     def of(cls, stack: Stack, folder: Path, **settings: str) -> Self:
         """A worker on the stack with queues under a fresh name; `settings` as VQA_… or other variables."""
         name = f"t{uuid.uuid4().hex[:10]}"
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VQA_", "AWS_"))}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VQA_", "AWS_", "OTEL_"))}
         environment = {
             **inherited,
             **stack.environment(),

@@ -95,7 +95,7 @@ class Settlement:
 
     async def _hand_over(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
         """The last resort: the broker moves the job itself, and nobody sits on it until it loses patience."""
-        log.error("job_handed_over", **_facts(outcome))
+        log.error("job_handed_over", **_facts(delivery, outcome))
         if isinstance(outcome, DeadLetter):
             await delivery.reject()
             return outcome
@@ -109,19 +109,27 @@ class Settlement:
         match outcome:
             case Answered(result=result):
                 _count_job("succeeded", "", outcome.model, took_s)
-                log.info("job", **_facts(outcome), **_details(result))
+                log.info("job", **_facts(delivery, outcome), **_details(result))
             case Refused(result=result, code=code):
                 _count_job("failed", code, outcome.model, took_s)
-                log.warning("job", **_facts(outcome), error=code, **_details(result))
+                log.warning("job", **_facts(delivery, outcome), error=code, **_details(result))
             case DeadLetter(result=result, code=code):
                 _count_job("failed", code, outcome.model, took_s)
                 metrics.DEAD_LETTERS.labels(code).inc()
-                log.error("job", **_facts(outcome), error=code, dead_letter=True, **_details(result))
+                log.error(
+                    "job", **_facts(delivery, outcome), error=code, dead_letter=True, **_details(result)
+                )
             case Retry(delay_s=delay_s, attempts=attempts, reason=reason):
                 metrics.RETRIES.labels(reason).inc()
-                log.warning("job_retry", **_facts(outcome), reason=reason, attempts=attempts, delay_s=delay_s)
+                log.warning(
+                    "job_retry",
+                    **_facts(delivery, outcome),
+                    reason=reason,
+                    attempts=attempts,
+                    delay_s=delay_s,
+                )
             case GiveBack():
-                log.debug("job_given_back", **_facts(outcome), total_s=round(took_s, 3))
+                log.debug("job_given_back", **_facts(delivery, outcome), total_s=round(took_s, 3))
             case _:
                 assert_never(outcome)
 
@@ -209,8 +217,12 @@ def _count_job(status: str, error: str, model: str, took_s: float) -> None:
     metrics.series(metrics.JOB_DURATION, status, model).observe(took_s)
 
 
-def _facts(outcome: Outcome) -> Mapping[str, Any]:
-    return {"job_id": outcome.job_id, "outcome": type(outcome).__name__.lower(), "model": outcome.model}
+def _facts(delivery: Delivery, outcome: Outcome) -> Mapping[str, Any]:
+    """What a log line says of a job, beside the trace's id, which all lines of a delivery have."""
+    facts = {"job_id": outcome.job_id, "outcome": type(outcome).__name__.lower(), "model": outcome.model}
+    if delivery.correlation_id not in (None, outcome.job_id):
+        facts["correlation_id"] = delivery.correlation_id
+    return facts
 
 
 def _details(result: Result) -> Mapping[str, Any]:

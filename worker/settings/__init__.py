@@ -1,7 +1,7 @@
 """The settings: one frozen object, checked as a whole before any connection is made.
 
 `model` says what there is, and `broker` the part of it that is about the queues; `values`, `urls` and `tls`
-check it, `sources` reads it, `faults` says what is wrong with it.
+check it, `sources` reads it, `faults` says what is wrong with it. `traces` reads OpenTelemetry's own variables.
 """
 
 import ssl
@@ -11,6 +11,7 @@ from worker.settings.faults import SettingsError, variable
 from worker.settings.model import BROKER_DELIVERY_LIMIT, Price, Settings
 from worker.settings.sources import load_broker_settings, load_settings
 from worker.settings.tls import tls_context
+from worker.settings.traces import trace_secrets, wants_traces
 from worker.settings.values import retry_queue
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "load_broker_settings",
     "load_settings",
     "retry_queue",
+    "trace_secrets",
     "variable",
+    "wants_traces",
 ]
 
 
