@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test bench bench-quick chaos soak lint format docs lock ci
+.PHONY: help setup demo stack test bench bench-quick chaos soak lint format docs dashboard-preview lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -10,7 +10,7 @@ BENCH := .venv/.bench-installed
 SOURCES := worker deploy docs tests
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv with everything in it, from the hashed lock
 
@@ -65,13 +65,18 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/codespell
 	$(BIN)/yamllint --strict .
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m deploy.grafana --check
 
 format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(INSTALLED) ## write the generated pages of docs/ anew
+docs: $(INSTALLED) ## write the generated pages of docs/ and the dashboard anew
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m deploy.grafana
+
+dashboard-preview: $(BENCH) ## draw the dashboard's data under a real load into docs/ (three minutes)
+	@$(BIN)/python -m tests.seeing.preview
 
 lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml -o requirements.lock

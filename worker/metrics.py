@@ -298,6 +298,8 @@ def begin_at_zero(models: Collection[str]) -> None:
             series(TOKENS, model, kind)
         series(COST, model)
         series(AMBIGUOUS_CALLS, model)
+        for answer in ("200", "429"):
+            series(MODEL_REQUESTS, model, answer)
     for code in DEAD_LETTER_REASONS:
         series(JOBS, "failed", code, UNKNOWN_MODEL)
         series(DEAD_LETTERS, code)
