@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test bench bench-quick chaos soak image lint format docs golden lock ci
+.PHONY: help setup demo stack test bench bench-quick chaos soak image lint format docs golden dashboard-preview lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -10,7 +10,7 @@ BENCH := .venv/.bench-installed
 SOURCES := worker deploy docs tests
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv with everything in it, from the hashed lock
 
@@ -78,15 +78,20 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python docs/chart.py --check
 	$(BIN)/python -m deploy.rabbitmq --check
+	$(BIN)/python -m deploy.grafana --check
 
 format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(INSTALLED) ## write what is generated anew: pages of docs/, files of deploy/rabbitmq/ and of the chart
+docs: $(INSTALLED) ## write what is generated anew: pages of docs/, the dashboard, files of deploy/rabbitmq/ and of the chart
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m deploy.grafana
 	$(BIN)/python docs/chart.py
 	$(BIN)/python -m deploy.rabbitmq
+
+dashboard-preview: $(BENCH) ## draw the dashboard's data under a real load into docs/ (three minutes)
+	@$(BIN)/python -m tests.seeing.preview
 
 golden: $(INSTALLED) ## write anew what the chart's ci/ files render to (tests/helm/golden): look at the difference
 	$(BIN)/python -m tests.helm.goldens

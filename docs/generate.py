@@ -17,8 +17,10 @@ from pydantic import BaseModel, SecretStr
 from deploy.rabbitmq.__main__ import PLACE, STRICT, STRICT_SETTINGS, topology_with
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER, intake, users
 from worker.cancellation import REMEMBERED
-from worker.errors import MEANING, ErrorCode
+from worker.errors import COUNTS_AGAINST_THE_SERVICE, MEANING, ErrorCode
+from worker.instruments import Declaration
 from worker.job import Job
+from worker.metrics import DECLARED
 from worker.rabbit import messages, wire
 from worker.rabbit.topology import Topology
 from worker.result import Result
@@ -33,6 +35,7 @@ SETTINGS_SECTIONS: Final = {
     "s3_endpoint_url": "Images",
     "model_base_url": "Model API",
     "result_store": "Results",
+    "tenant_from": "Costs by tenant",
     "http_host": "Process",
 }
 
@@ -68,6 +71,37 @@ hold one value each.
 - Where traces are sent, if they are, OpenTelemetry's own variables say (in the environment only): see
   [traces](tracing.md).
 """
+
+# What the Prometheus client library adds on Linux.
+PROCESS_METRICS: Final = {
+    "process_cpu_seconds_total": ("counter", "seconds", "CPU time used, user and system."),
+    "process_resident_memory_bytes": ("gauge", "bytes", "Memory in use; what a container's limit is about."),
+    "process_virtual_memory_bytes": ("gauge", "bytes", "Address space; says little."),
+    "process_start_time_seconds": ("gauge", "Unix time", "When the process began: it changes by a restart."),
+    "process_open_fds": ("gauge", "files", "Open files, connections included."),
+    "process_max_fds": ("gauge", "files", "How many there may be."),
+    "python_asyncio_tasks": (
+        "gauge",
+        "tasks",
+        "Tasks of the event loop: what is left behind shows here first.",
+    ),
+    "python_gc_collections_total": (
+        "counter",
+        "collections",
+        "Runs of the garbage collector, by generation.",
+    ),
+    "python_gc_objects_collected_total": ("counter", "objects", "Objects that it freed."),
+    "python_gc_objects_uncollectable_total": ("counter", "objects", "Objects that it could not free."),
+    "python_info": ("gauge", "", "Python's version, in labels; always 1."),
+}
+
+# Those of the broker that the dashboard and the alerts use, at `/metrics/detailed`.
+BROKER_METRICS: Final = {
+    "rabbitmq_detailed_queue_messages_ready": "Messages that wait.",
+    "rabbitmq_detailed_queue_messages_unacked": "Messages that consumers have and have not settled.",
+    "rabbitmq_detailed_queue_messages": "Both together.",
+    "rabbitmq_detailed_queue_consumers": "Consumers; each worker that takes jobs is one.",
+}
 
 SHORT_JOB: Final = {
     "id": "order-4711-photo",
@@ -190,6 +224,30 @@ def messages_page() -> str:
     )
 
 
+def metrics_page() -> str:
+    """What can be seen from outside, and what it means."""
+    template = (HERE / "templates" / "metrics.md").read_text(encoding="utf-8")
+    bad, neutral = COUNTS_AGAINST_THE_SERVICE, set(ErrorCode) - COUNTS_AGAINST_THE_SERVICE
+    kinds = "Metric", "Type", "Unit", "Meaning"
+    return Template(template).substitute(
+        worker=_table(kinds, map(_metric_row, DECLARED.values())),
+        buckets="\n".join(map(_buckets_line, (it for it in DECLARED.values() if it.buckets))),
+        process=_table(kinds, ((f"`{name}`", *about) for name, about in PROCESS_METRICS.items())),
+        broker=_table(("Metric", "Meaning"), ((f"`{name}`", it) for name, it in BROKER_METRICS.items())),
+        bad=" or ".join(f"`{code}`" for code in sorted(bad)),
+        neutral=", ".join(f"`{code}`" for code in sorted(neutral)),
+    )
+
+
+def _metric_row(metric: Declaration) -> tuple[str, str, str, str]:
+    labels = "".join(f"<br>`{label.name}`: {label.values}" for label in metric.labels)
+    return f"`{metric.name}`", metric.kind, metric.unit, f"{metric.meaning}{labels}"
+
+
+def _buckets_line(metric: Declaration) -> str:
+    return f"- `{metric.name}`: {', '.join(f'{bound:.10g}' for bound in metric.buckets)}"
+
+
 def _example(model: type[BaseModel], example: Mapping[str, Any]) -> str:
     """An example as JSON, once it has proved to be one; of a result, every field is shown."""
     valid = model.model_validate_json(json.dumps(example))
@@ -299,6 +357,7 @@ PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "settings.md": settings_page,
     "messages.md": messages_page,
     "permissions.md": permissions_page,
+    "metrics.md": metrics_page,
 }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from worker import __version__, http, tracing
+from worker import __version__, http, metrics, tracing
 from worker.cancellation import Cancellations
 from worker.flow import FlowKeeper
 from worker.health import Health
@@ -32,6 +32,7 @@ from worker.rabbit.topology import Topology
 from worker.rabbit.wire import install_tolerant_decoders
 from worker.settings import Settings, broker_ssl_context, wants_traces
 from worker.settlement import ReplyPolicy, Settlement
+from worker.tenants import Tenants
 
 if TYPE_CHECKING:
     from aiohttp.web import Application
@@ -70,6 +71,7 @@ class _Parts:
     gate: Gate
     cancellations: Cancellations
     topology: Topology
+    tenants: Tenants
 
 
 async def run(settings: Settings) -> bool:
@@ -146,7 +148,10 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
     health = Health()
     gate = Gate(settings.max_concurrency, len(settings.allowed_models))
     publisher = Publisher(broker, topology)
-    settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to))
+    tenants = Tenants(settings.tenant_key, settings.tenants)
+    metrics.begin_at_zero(settings.allowed_models)
+    tenants.begin_at_zero(settings.allowed_models)
+    settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to), tenants)
     in_flight = InFlight(tasks, lambda delivery: processor.result().process(delivery), settlement)
     cancellations = Cancellations()
     consumer = Consumer(
@@ -158,7 +163,7 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
     )
     pause = PauseKeeper(health, gate, consumer, in_flight)
     flow = FlowKeeper(gate, consumer, in_flight, settings.max_concurrency)
-    return _Parts(publisher, consumer, in_flight, pause, flow, health, gate, cancellations, topology)
+    return _Parts(publisher, consumer, in_flight, pause, flow, health, gate, cancellations, topology, tenants)
 
 
 def _begin_traces(settings: Settings, topology: Topology, stack: AsyncExitStack) -> None:
@@ -184,6 +189,7 @@ async def _assembled(settings: Settings, parts: _Parts, stack: AsyncExitStack) -
             gate=parts.gate,
             health=parts.health,
             cancellations=parts.cancellations,
+            tenants=parts.tenants,
             stack=stack,
         )
     except S3ConfigurationError as error:

@@ -150,7 +150,7 @@ class InFlight:
 
     def _start(self, delivery: Delivery) -> _Work:
         if delivery.queued_s is not None:
-            metrics.JOB_QUEUE.observe(delivery.queued_s)
+            metrics.waited_in_queue(delivery.queued_s)
         task = self._tasks.create_task(_caught(self._process(delivery)), name="job")
         metrics.JOBS_IN_FLIGHT.inc()
         task.add_done_callback(lambda _: metrics.JOBS_IN_FLIGHT.dec())

@@ -35,6 +35,7 @@ from worker.redact import Redactor
 from worker.report import Report
 from worker.retry import RetryPolicy
 from worker.s3.aws import S3Object
+from worker.tenants import Tenants
 
 log = structlog.get_logger(__name__)
 
@@ -150,6 +151,7 @@ class Processor:
         redact: Redactor,
         cancellations: Cancellations,
         store: ResultStore | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
         self._images = images
         self._model = model
@@ -159,6 +161,7 @@ class Processor:
         self._redact = redact
         self._cancellations = cancellations
         self._store = store
+        self._tenants = tenants or Tenants()
         self._failures = Failures(gate, health, rules.retry)
 
     async def process(self, delivery: Delivery) -> Outcome:
@@ -323,6 +326,7 @@ class Processor:
             if body.is_sent and any(isinstance(image.source, S3Object) for image in question.images):
                 self._health.succeeded(Dependency.S3, fetch_started, time.monotonic())
         self._health.succeeded(Dependency.MODEL, started, time.monotonic())
+        self._tenants.paid(report.metadata, report.model, answer.usage)
         return answer
 
     def _model_of(self, job: Job) -> str:

@@ -34,12 +34,12 @@ class Report:
         self._redact = redact
         self._include_response = include_response
         self._timeout_s = timeout_s
-        self._metadata: dict[str, Any] = {}
         self._model: str | None = None
         # Seconds by stage: of the try that runs, and of all tries of this delivery.
         self._now: dict[Stage, float] = {}
         self._stages: dict[Stage, float] = {}
         self.job_id: str | None = None
+        self.metadata: dict[str, Any] = {}
         self.deadline: datetime | None = None
         self.attempts = delivery.attempts + 1
         self._refunded = 0
@@ -63,7 +63,7 @@ class Report:
         """The message could be read. The job itself is not kept: it can hold images."""
         self.job_id = self._progress.job_id = job.id
         self.deadline = job.deadline
-        self._metadata = job.metadata or {}
+        self.metadata = job.metadata or {}
 
     def model_is(self, model: str) -> None:
         """The model is an allowed one."""
@@ -162,7 +162,7 @@ class Report:
             id=self.job_id,
             model=self._model,
             attempts=self.attempts,
-            metadata=self._metadata,
+            metadata=self.metadata,
             timings=Timings(
                 queued_s=self._delivery.queued_s,
                 fetch_s=self._seconds("fetch"),

@@ -1,7 +1,7 @@
 """The settings: one frozen object, checked as a whole before any connection is made.
 
 `model` says what there is, and `broker` the part of it that is about the queues; `values`, `urls` and `tls`
-check it, `sources` reads it, `faults` says what is wrong with it; `traces` is about OpenTelemetry's variables.
+check it, `sources` reads it, `faults` says what is wrong with it; `traces` reads OpenTelemetry's variables.
 """
 
 import ssl
