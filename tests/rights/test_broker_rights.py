@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -22,6 +23,18 @@ from tests.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Worker, calls_with, until
 from worker.rabbit.connection import Broker, BrokerRefusedError
 
+# Looking for queues and exchanges is refused to users who may not configure them, as by RabbitMQ 4.3.0: here
+# it is really declaring, which every version refuses to those.
+MAY_NOT_LOOK = """
+import sys
+from worker.__main__ import main
+from worker.rabbit.topology import ExchangeSpec, QueueSpec
+def refused(declare):
+    return lambda self, channel, *, passive: declare(self, channel, passive=False)
+for kind in (ExchangeSpec, QueueSpec):
+    kind.declare = refused(kind.declare)
+sys.exit(main(["run"]))
+"""
 VARIANTS = {"plain": PLAIN_FOLDER, "strict": STRICT_FOLDER}
 INTAKE, CONTROL, REPLIES, BACK = "vqa.jobs.intake", "vqa.jobs.control", "vqa.replies", "vqa.jobs.back"
 
@@ -170,6 +183,29 @@ async def test_a_direct_reply_comes_unless_the_default_exchange_is_closed_to_the
             async with asyncio.timeout(30):
                 answer = await waiting.get()
         assert json.loads(answer.body)["status"] == "succeeded"
+
+
+async def test_a_worker_that_may_not_look_for_its_queues_works_with_them_all_the_same(
+    scene: Scene, tmp_path: Path
+) -> None:
+    worker = Worker.of(scene.stack, tmp_path, **scene.realm.settings)
+    worker.command = [sys.executable, "-c", MAY_NOT_LOOK]
+
+    async def has_answered() -> bool:
+        assert (await scene.client.ask(**job())).body["status"] == "succeeded"
+        return worker.metric("vqa_jobs_total", status="succeeded") > 0
+
+    try:
+        await worker.start()
+        await until(has_answered, "one of the jobs was its own")
+        (line,) = events(worker, "topology_not_shown")
+        exchanges = {f"exchange {BACK} (VQA_JOBS_EXCHANGE)", f"exchange {REPLIES} (VQA_REPLY_EXCHANGE)"}
+        assert exchanges & set(line["parts"]) == (exchanges if scene.realm.is_strict else set())
+        assert {"queue vqa.jobs", "queue vqa.jobs.retry.120s", "queue vqa.results"} <= set(line["parts"])
+        assert not events(worker, "cancellations_not_heard")
+        assert await worker.stop() == 0
+    finally:
+        worker.kill()
 
 
 async def test_keda_reads_what_it_scales_by(realm: Realm, scene: Scene) -> None:
@@ -374,7 +410,11 @@ async def test_the_management_interface_shows_queues_to_keda_and_nothing_else_to
         else:
             shown.add(name)
     assert shown == ({"the jobs queue"} if user == KEDA else set())
-    # Publishing is refused by the broker behind it, with its own code inside.
-    others = [said for said in refused.values() if not said.startswith("401 ")]
-    assert all("403 ACCESS_REFUSED" in said for said in others), others
-    assert len(others) == (user == KEDA)
+    # Publishing is refused by the broker behind it, with its own code inside; for newer versions there is no
+    # other virtual host.
+    assert all(
+        said.startswith("401 ")
+        or "403 ACCESS_REFUSED" in said
+        or (said.startswith("404 ") and "another" in name)
+        for name, said in refused.items()
+    ), refused
