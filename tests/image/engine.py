@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.image.machine import install, pip_secrets
+from tests.debian import install
+from tests.image.machine import pip_secrets
 from tests.image.python_base import KEYRING, python_base
 
 ROOT = Path(__file__).parents[2]

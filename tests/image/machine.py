@@ -1,20 +1,12 @@
 """What the image's tests take from the machine: programs, Debian's mirror, pip's settings."""
 
 import ast
-import fcntl
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
 from configparser import RawConfigParser
-from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-INSTALL_TIMEOUT_S = 900
 # Where to fetch packages from, and how to get there; what else a machine tells pip is about its own folders.
 PIP_SETTINGS = (
     "index-url",
@@ -25,45 +17,6 @@ PIP_SETTINGS = (
     "timeout",
     "default-timeout",
 )
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep other processes waiting that want the same, in this checkout or another."""
-    # The folder itself is locked: no file is left behind.
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def install(packages: Mapping[str, str]) -> None:
-    """Have these programs or files, each from the Debian package named; skip the test otherwise."""
-    with one_at_a_time(Path(tempfile.gettempdir())):
-        missing = [package for it, package in packages.items() if not (shutil.which(it) or Path(it).exists())]
-        if not missing:
-            return
-        if os.geteuid() != 0 or not shutil.which("apt-get"):
-            pytest.skip(
-                f"needs {', '.join(missing)}: run the tests as root on Debian, which then installs it"
-            )
-        if not (_apt("install", *missing) or (_apt("update") and _apt("install", *missing))):
-            pytest.skip(f"apt-get could not install {', '.join(missing)}")
-
-
-def _apt(command: str, *packages: str) -> bool:
-    options = ["-y", "--no-install-recommends"] if command == "install" else []
-    done = subprocess.run(
-        ["apt-get", "-o", "DPkg::Lock::Timeout=300", command, *options, *packages],
-        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr,
-        timeout=INSTALL_TIMEOUT_S,
-        check=False,
-    )
-    return done.returncode == 0
 
 
 def debian_mirror() -> str | None:

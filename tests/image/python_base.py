@@ -9,7 +9,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from tests.image.machine import debian_mirror, one_at_a_time
+from deploy.local.install import one_at_a_time
+from tests.image.machine import debian_mirror
 
 TIMEOUT_S = 600
 SUITE = "forky"
