@@ -1,8 +1,8 @@
-"""What KEDA and the HorizontalPodAutoscaler decide: how many pods there shall be. Pure, with the clock passed in.
+"""How many pods there shall be, as KEDA and the HPA decide it; pure, with the clock passed in.
 
-After the sources of KEDA 2.x (`pkg/scaling/executor/scale_scaledobjects.go`, `pkg/scalers/rabbitmq_scaler.go`)
-and of Kubernetes (`pkg/controller/podautoscaler/horizontal.go`, `replica_calculator.go`), whose functions are
-named beside each rule. KEDA decides between none and some; between one and the most it leaves everything to
+After the sources of KEDA 2 (`pkg/scaling/executor/scale_scaledobjects.go`, `pkg/scalers/rabbitmq_scaler.go`)
+and Kubernetes (`pkg/controller/podautoscaler/horizontal.go`, `replica_calculator.go`), whose functions are
+named beside each rule. KEDA decides between none and some. Between one and the most it leaves everything to
 the HPA that it makes, which asks KEDA's metrics server at each of its own turns for the queue as it is then.
 """
 
@@ -43,7 +43,7 @@ class Hpa:
         self._numbers = numbers
         # `getHPAMinReplicas` of KEDA: never below one.
         self._minimum = max(1, numbers.minimum)
-        # Both with their times: what was recommended, and by how much the number was changed (down: negative).
+        # With their times: what was recommended, and by how much the number was changed (down: negative).
         self._recommended: list[tuple[float, int]] = []
         self._changed: list[tuple[float, int]] = []
 
@@ -75,7 +75,7 @@ class Hpa:
         return min(max(replicas, lowest), highest)
 
     def _limited(self, now: float, replicas: int, wanted: int) -> int:
-        """`convertDesiredReplicasWithBehaviorRate`: no faster than the policies, no further than the bounds."""
+        """`convertDesiredReplicasWithBehaviorRate`: as fast as the policies allow, as far as the bounds."""
         if wanted > replicas:
             limit = max(replicas, self._limit(now, replicas, self._numbers.up, 1))
             return min(wanted, limit, self._numbers.maximum)
@@ -103,7 +103,7 @@ class Hpa:
 def recommendation(messages: int, value: float, replicas: int) -> int:
     """`GetExternalPerPodMetricReplicas`: a pod for each `value` messages, unless there are about so many."""
     ratio = messages / (value * replicas)
-    return replicas if abs(1 - ratio) <= TOLERANCE else math.ceil(messages / value)
+    return replicas if 1 - TOLERANCE <= ratio <= 1 + TOLERANCE else math.ceil(messages / value)
 
 
 def _reach(policy: Policy, at_start: int, sign: int) -> int:
@@ -151,4 +151,3 @@ class Clock:
             return False
         self.next_at += self._every_s * (1 + (now - self.next_at) // self._every_s)
         return True
-

@@ -1,9 +1,9 @@
-"""The broker's side of a run: its queues, and the endpoint that KEDA's rabbitmq scaler asks (protocol http)."""
+"""The broker's side of a run: its queues, and the endpoint that KEDA asks (protocol http)."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote_plus, urlsplit
 
 import aio_pika
@@ -11,37 +11,69 @@ import aiohttp
 from yarl import URL
 
 from deploy.local.stack import Stack
-from tests.running import Worker, until
-from tests.scaling.scaled_object import Numbers
+from tests.running import until
+from tests.scaling.release import Release
 from worker.rabbit.topology import Topology, establish
 
 Look = Callable[[], Awaitable[int]]
 
-RETRY_DELAY_S: Final = 1
 # A run that goes faster than a cluster needs the broker's figures faster than each 5 s, as they usually come.
-# They are taken in whole seconds.
+# Less than a second is not to be had: they are taken in whole ones.
 REPORT_S: Final = 0.5
 SAMPLING_S: Final = 1
 
-_SAMPLES: Final = f"[{{global, [{{605, {SAMPLING_S}}}]}}, {{basic, [{{605, {SAMPLING_S}}}]}}, {{detailed, [{{605, {SAMPLING_S}}}]}}]"
+_POLICIES: Final = ", ".join(
+    f"{{{kind}, [{{605, {SAMPLING_S}}}]}}" for kind in ("global", "basic", "detailed")
+)
 # The statistics are kept by processes that read these variables when they start.
 _HASTEN: Final = f"""
 application:set_env(rabbit, quorum_tick_interval, {int(REPORT_S * 1000)}),
-application:set_env(rabbitmq_management, sample_retention_policies, {_SAMPLES}),
-application:set_env(rabbitmq_management_agent, sample_retention_policies, {_SAMPLES}),
-[application:stop(It) || It <- [rabbitmq_management, rabbitmq_management_agent]],
-[application:start(It) || It <- [rabbitmq_management_agent, rabbitmq_management]].
+Applications = [rabbitmq_management_agent, rabbitmq_management],
+[application:stop(It) || It <- lists:reverse(Applications)],
+[application:set_env(It, sample_retention_policies, [{_POLICIES}]) || It <- Applications],
+[application:start(It) || It <- Applications].
 """
 
 
-async def prepare(stack: Stack, worker: Worker) -> None:
-    """Fast figures, and the worker's queues, before there is any worker: as a hook does it in a cluster."""
+@contextlib.asynccontextmanager
+async def prepared(stack: Stack, release: Release) -> AsyncIterator[Look]:
+    """The queues are there before any worker is, KEDA has a user without a right, and the figures are fast.
+
+    What is given is the way in which KEDA asks for the length of the queue: `getQueueInfoViaHTTP` of
+    rabbitmq_scaler.go.
+    """
     await asyncio.to_thread(stack.rabbitmq.ctl, "eval", _HASTEN)
+    await _declare(stack, release.settings)
+    await _add_user(stack, release)
+    numbers = release.numbers
+    vhost, queue = quote_plus(numbers.vhost), quote_plus(numbers.queue)
+    url = URL(f"{numbers.host.rstrip('/')}/api/queues/{vhost}/{queue}", encoded=True)
+
+    async def figures() -> dict[str, Any]:
+        async with session.get(url, raise_for_status=True) as response:
+            found: dict[str, Any] = await response.json()
+            return found
+
+    async def look() -> int:
+        # Ready and unacknowledged.
+        return int((await figures())["messages"])
+
+    async def has_figures() -> bool:
+        return "messages" in await figures()
+
+    async with aiohttp.ClientSession(auth=aiohttp.BasicAuth(release.user, release.password)) as session:
+        await until(has_figures, "the broker has figures of the queue")
+        yield look
+
+
+async def _declare(stack: Stack, settings: dict[str, str]) -> None:
+    """What the chart's hook does."""
+    jobs = settings["VQA_JOBS_QUEUE"]
     topology = Topology(
-        jobs=worker.jobs_queue,
-        results=worker.results_queue,
-        dead_letters=worker.dead_letter_queue,
-        retry_delays_s=[RETRY_DELAY_S],
+        jobs=jobs,
+        results=settings["VQA_RESULTS_QUEUE"],
+        dead_letters=f"{jobs}.dead",
+        retry_delays_s=[int(it) for it in settings["VQA_RETRY_DELAYS"].split(",")],
         reply_exchange="",
         declare=True,
     )
@@ -50,23 +82,16 @@ async def prepare(stack: Stack, worker: Worker) -> None:
         await establish(connection, topology)
 
 
-@contextlib.asynccontextmanager
-async def looking(stack: Stack, numbers: Numbers) -> AsyncIterator[Look]:
-    """Ask for the length of the queue as `getQueueInfoViaHTTP` of rabbitmq_scaler.go does."""
-    broker = urlsplit(stack.rabbitmq.url)
-    vhost, queue = quote_plus(numbers.vhost), quote_plus(numbers.queue)
-    url = URL(f"{stack.rabbitmq.management_url}/api/queues/{vhost}/{queue}", encoded=True)
-    login = aiohttp.BasicAuth(broker.username or "", broker.password or "")
-
-    async def look() -> int:
-        async with session.get(url, raise_for_status=True) as response:
-            # Ready and unacknowledged.
-            return int((await response.json())["messages"])
-
-    async def is_known() -> bool:
-        async with session.get(url) as response:
-            return "messages" in await response.json()
-
-    async with aiohttp.ClientSession(auth=login) as session:
-        await until(is_known, "the broker has figures of the queue")
-        yield look
+async def _add_user(stack: Stack, release: Release) -> None:
+    """KEDA's: it may look at the management API, and do nothing with any queue."""
+    administrator = urlsplit(stack.rabbitmq.url)
+    login = aiohttp.BasicAuth(administrator.username or "", administrator.password or "")
+    user, vhost = quote_plus(release.user), quote_plus(release.numbers.vhost)
+    nothing = dict.fromkeys(("configure", "write", "read"), "^$")
+    asked = {
+        f"users/{user}": {"password": release.password, "tags": "management"},
+        f"permissions/{vhost}/{user}": nothing,
+    }
+    async with aiohttp.ClientSession(auth=login, raise_for_status=True) as session:
+        for path, body in asked.items():
+            await session.put(URL(f"{stack.rabbitmq.management_url}/api/{path}", encoded=True), json=body)

@@ -58,7 +58,7 @@ class Deployment:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def empty(cls, stack: Stack, folder: Path, **settings: str) -> AsyncIterator[Self]:
+    async def empty(cls, stack: Stack, folder: Path, settings: dict[str, str]) -> AsyncIterator[Self]:
         """Without pods as yet; none is left afterwards."""
         deployment = cls(stack, folder, settings)
         try:
@@ -104,5 +104,5 @@ class Deployment:
         self._tasks.create_task(pod.end())
 
     def _least_wanted(self) -> Pod:
-        """One that is not ready, else the youngest: `ActivePodsWithRanks` of pkg/controller/controller_utils.go."""
+        """One that is not ready, else the youngest: `ActivePodsWithRanks` in controller_utils.go."""
         return max(self.wanted, key=lambda pod: (not pod.is_ready, pod.ready_at or pod.wanted_at))

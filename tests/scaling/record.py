@@ -1,8 +1,9 @@
 """What is written down of a run, real or simulated, and the figures that are made of it."""
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 NEVER: Final = float("nan")
@@ -91,6 +92,16 @@ class Summary:
 def area(samples: Iterable[Sample], figure: Callable[[Sample], float]) -> float:
     """A figure times the seconds that it held."""
     return sum(figure(before) * (after.at - before.at) for before, after in itertools.pairwise(samples))
+
+
+def difference(one: Sequence[Sample], other: Sequence[Sample], figure: Callable[[Sample], float]) -> float:
+    """The area between the curves of a figure of two runs, as a share of the area under the first."""
+    times = [it.at for it in other]
+    between = 0.0
+    for sample, following in itertools.pairwise([*one, replace(one[-1], at=max(one[-1].at, times[-1]))]):
+        there = other[max(0, bisect_right(times, sample.at) - 1)]
+        between += abs(figure(sample) - figure(there)) * (following.at - sample.at)
+    return between / area(one, figure)
 
 
 def rates(samples: Sequence[Sample], figure: Callable[[Sample], int], over_s: float) -> list[float]:

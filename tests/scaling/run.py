@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from statistics import fmean
+from typing import Any, Final
 
 from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Answer
@@ -19,8 +20,10 @@ from tests.scaling.autoscaler import Autoscaler
 from tests.scaling.broker import Look
 from tests.scaling.deployment import POD_HEADER, Deployment, Pod
 from tests.scaling.load import Phase
-from tests.scaling.record import Sample
+from tests.scaling.record import Sample, Summary
+from tests.scaling.release import Release
 from tests.scaling.scaled_object import Numbers
+from tests.scaling.simulation import World, simulate
 
 _TICK_S: Final = 0.05
 _PATIENCE_S: Final = 600.0
@@ -31,30 +34,23 @@ class Plan:
     """What to do.
 
     Attributes:
-        numbers: of the ScaledObject, as they are in a cluster.
-        factor: how many times faster than in a cluster time passes in the run.
-        concurrency: of one worker.
-        call_s: what the model takes for a call; a second of the run, as in `phases`.
+        release: of the chart.
+        factor: how many times as fast as in a cluster time passes.
+        call_s: what the model takes for a call; in seconds of the run, as the phases are.
         phases: the load.
         image: the URL of the picture that every job is about.
     """
 
-    numbers: Numbers
+    release: Release
     factor: float
-    concurrency: int
     call_s: float
     phases: Sequence[Phase]
     image: str
 
     @property
-    def most_per_s(self) -> float:
-        """Jobs a second that all pods manage."""
-        return most_per_s(self.numbers.maximum, self.concurrency, self.call_s)
-
-
-def most_per_s(pods: int, concurrency: int, call_s: float) -> float:
-    """The capacity formula: jobs a second."""
-    return pods * concurrency / call_s
+    def numbers(self) -> Numbers:
+        """What the control loop goes by, in seconds of the run."""
+        return self.release.numbers.faster(self.factor)
 
 
 @dataclass
@@ -67,8 +63,8 @@ class Ended:
     pods: list[Pod]
     published: dict[str, float]
     """When the broker had confirmed each job, by its id."""
-    results: dict[str, list[str]]
-    """The statuses of the results for each job."""
+    results: dict[str | None, list[dict[str, Any]]]
+    """The bodies of the results for each job."""
     calls: list[Call]
     left_over: dict[str, int]
     """Messages that are left in the queues."""
@@ -76,8 +72,8 @@ class Ended:
     def faults(self) -> list[str]:
         """What must not be."""
         paid = Counter(call.question.split()[-1] for call in self.calls if call.status == 200)
-        faults = [f"{job}: results {self.results.get(job)}" for job in self.published
-                  if self.results.get(job) != ["succeeded"]]
+        statuses = {job: [it["status"] for it in self.results.get(job, [])] for job in self.published}
+        faults = [f"{job}: results: {found}" for job, found in statuses.items() if found != ["succeeded"]]
         faults += [f"{job}: paid {paid[job]} times" for job in self.published if paid[job] != 1]
         faults += [f"a call that got {call.status}" for call in self.calls if call.status != 200]
         faults += [f"pod {pod.number} ended with {pod.code}" for pod in self.pods if not _ended_well(pod)]
@@ -101,6 +97,29 @@ class Ended:
         """How long each pod took from the wish for it until it took jobs."""
         return [pod.ready_at - pod.wanted_at for pod in self.pods if pod.ready_at]
 
+    def job_s(self) -> float:
+        """What a job took in a worker, on average."""
+        return fmean(it["timings"]["total_s"] for found in self.results.values() for it in found)
+
+    def summary(self) -> Summary:
+        """In figures."""
+        numbers, concurrency = self.plan.release.numbers, self.plan.release.concurrency
+        return Summary.of(
+            self.samples, call_s=self.plan.call_s, concurrency=concurrency, maximum=numbers.maximum
+        )
+
+    def simulated(self, seed: int = 0) -> list[Sample]:
+        """The same in the simulation: the same jobs at the same times, and pods that start as slowly."""
+        world = World(
+            numbers=self.plan.numbers,
+            concurrency=self.plan.release.concurrency,
+            call_s=self.job_s(),
+            start_s=self.start_s(),
+            report_s=broker.REPORT_S,
+            sampling_s=broker.SAMPLING_S,
+        )
+        return simulate(world, sorted(self.published.values()), step_s=0.02, sample_s=_TICK_S, seed=seed)
+
 
 def _ended_well(pod: Pod) -> bool:
     # Without a handler for signals as yet Python ends by the signal itself.
@@ -111,19 +130,13 @@ async def run(stack: Stack, folder: Path, plan: Plan, tell: Callable[[str], None
     """Do it; the workers' logs go to the folder."""
     marker = f"scaling-{uuid.uuid4().hex[:8]}"
     stack.model.play(Answer(after=plan.call_s), times=None, marker=marker)
-    template = Worker.of(stack, folder, VQA_JOBS_QUEUE=plan.numbers.queue)
-    await broker.prepare(stack, template)
-    settings = {
-        "VQA_JOBS_QUEUE": template.jobs_queue,
-        "VQA_RESULTS_QUEUE": template.results_queue,
-        "VQA_RETRY_DELAYS": str(broker.RETRY_DELAY_S),
-        "VQA_DECLARE_TOPOLOGY": "false",
-        "VQA_MAX_CONCURRENCY": str(plan.concurrency),
-    }
+    release = plan.release
+    settings = {**release.settings, "VQA_HTTP_HOST": "127.0.0.1", "VQA_HTTP_PORT": "0"}
+    template = Worker.of(stack, folder, **settings)
     async with (
+        broker.prepared(stack, release) as look,
         Client.of(stack, template) as client,
-        Deployment.empty(stack, folder, **settings) as deployment,
-        broker.looking(stack, plan.numbers) as look,
+        Deployment.empty(stack, folder, settings) as deployment,
     ):
         going = _Going(plan, client, deployment, look, marker)
         await going.to_the_end(tell)
@@ -134,7 +147,7 @@ async def run(stack: Stack, folder: Path, plan: Plan, tell: Callable[[str], None
             samples=going.samples,
             pods=deployment.pods,
             published=going.published,
-            results={str(job): [it.body["status"] for it in replies] for job, replies in client.replies.items()},
+            results={job: [it.body for it in replies] for job, replies in client.replies.items()},
             calls=calls_with(stack, marker),
             left_over={queue: await client.depth(queue) for queue in queues},
         )
@@ -166,7 +179,7 @@ class _Going:
 
     async def _control(self, tell: Callable[[str], None]) -> None:
         """The loop: look at the queue when it is time, and have as many pods as follow from that."""
-        autoscaler = Autoscaler(self._plan.numbers.faster(self._plan.factor))
+        autoscaler = Autoscaler(self._plan.numbers)
         while not self._is_over():
             now = self._now()
             if autoscaler.next_at <= now:

@@ -1,4 +1,4 @@
-"""The numbers of a ScaledObject, read strictly: what the control loop does not know must not be passed over."""
+"""The numbers of a ScaledObject, read strictly: what the control loop does not know it must not pass over."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,9 +37,7 @@ class Rules(_Strict):
             it.model_copy(update={"period_seconds": it.period_seconds / factor}) for it in self.policies
         ]
         window_s = self.stabilization_window_seconds / factor
-        return self.model_copy(
-            update={"stabilization_window_seconds": window_s, "policies": tuple(policies)}
-        )
+        return self.model_copy(update={"stabilization_window_seconds": window_s, "policies": tuple(policies)})
 
 
 class DownRules(Rules):
@@ -79,9 +77,7 @@ _Number = Annotated[float, BeforeValidator(_as_text)]
 class _Metadata(_Strict):
     """Of KEDA's rabbitmq scaler (rabbitmq_scaler.go): what the number of replicas depends on."""
 
-    # How the scaler gets to the broker is another matter.
-    model_config = ConfigDict(extra="ignore")
-
+    host: str
     protocol: Literal["http"]
     mode: Literal["QueueLength"]
     queue_name: str
@@ -126,8 +122,9 @@ class Numbers:
             kube-controller-manager.
     """
 
-    queue: str
+    host: str
     vhost: str
+    queue: str
     value: float
     activation: float
     minimum: int
@@ -149,8 +146,9 @@ class Numbers:
         (trigger,) = spec.triggers
         behavior = spec.advanced.horizontal_pod_autoscaler_config.behavior
         return cls(
-            queue=trigger.metadata.queue_name,
+            host=trigger.metadata.host,
             vhost=trigger.metadata.vhost_name,
+            queue=trigger.metadata.queue_name,
             value=trigger.metadata.value,
             activation=trigger.metadata.activation_value,
             minimum=spec.min_replica_count,

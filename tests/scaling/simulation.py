@@ -83,7 +83,7 @@ class Figures:
 
     def __init__(self, report_s: float, sampling_s: float) -> None:
         # Two clocks of the broker that know nothing of each other.
-        self._reporting, self._sampling = Clock(report_s, 0.0), Clock(sampling_s, sampling_s / 2)
+        self._reporting, self._sampling = Clock(report_s, report_s / 2), Clock(sampling_s, 0.0)
         self._reported = self._shown = 0
 
     def look(self, now: float, messages: int) -> int:
@@ -125,8 +125,7 @@ class Pods:
         self._crowd.publish(count)
 
     def scale(self, now: float, replicas: int) -> None:
-        """Start pods, or tell some to stop: those that are not ready, then the youngest (`ActivePodsWithRanks`
-        of pkg/controller/controller_utils.go)."""
+        """Start pods, or tell some to stop: first those that are not ready, then the youngest."""
         while self.replicas < replicas:
             self._starting.append(now + next(self._start_s))
         while self.replicas > replicas:
