@@ -61,7 +61,7 @@ async def prepared(stack: Stack, release: Release) -> AsyncIterator[Look]:
     async def has_figures() -> bool:
         return "messages" in await figures()
 
-    async with aiohttp.ClientSession(auth=aiohttp.BasicAuth(release.user, release.password)) as session:
+    async with aiohttp.ClientSession(headers=_login(release.user, release.password)) as session:
         await until(has_figures, "the broker has figures of the queue")
         yield look
 
@@ -85,13 +85,17 @@ async def _declare(stack: Stack, settings: dict[str, str]) -> None:
 async def _add_user(stack: Stack, release: Release) -> None:
     """KEDA's: it may look at the management API, and do nothing with any queue."""
     administrator = urlsplit(stack.rabbitmq.url)
-    login = aiohttp.BasicAuth(administrator.username or "", administrator.password or "")
+    login = _login(administrator.username or "", administrator.password or "")
     user, vhost = quote_plus(release.user), quote_plus(release.numbers.vhost)
     nothing = dict.fromkeys(("configure", "write", "read"), "^$")
     asked = {
         f"users/{user}": {"password": release.password, "tags": "management"},
         f"permissions/{vhost}/{user}": nothing,
     }
-    async with aiohttp.ClientSession(auth=login, raise_for_status=True) as session:
+    async with aiohttp.ClientSession(headers=login, raise_for_status=True) as session:
         for path, body in asked.items():
             await session.put(URL(f"{stack.rabbitmq.management_url}/api/{path}", encoded=True), json=body)
+
+
+def _login(user: str, password: str) -> dict[str, str]:
+    return {"Authorization": aiohttp.encode_basic_auth(user, password)}

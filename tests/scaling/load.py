@@ -32,7 +32,7 @@ class Phase:
         """The second of the phase in which so many have come."""
         if jobs > self.jobs:
             return self.seconds + (jobs - self.jobs) / self.rate_to if self.rate_to else math.inf
-        growth = (self.rate_to - self.rate_from) / self.seconds
+        growth = (self.rate_to - self.rate_from) / self.seconds if self.seconds else 0.0
         # The root of: jobs = rate_from × t + growth × t² / 2, in the form that bears a growth of nought.
         root = math.sqrt(max(0.0, self.rate_from**2 + 2 * growth * jobs))
         return 2 * jobs / (self.rate_from + root) if jobs else 0.0

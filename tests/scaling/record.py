@@ -3,7 +3,7 @@
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Self
 
 NEVER: Final = float("nan")
@@ -96,12 +96,17 @@ def area(samples: Iterable[Sample], figure: Callable[[Sample], float]) -> float:
 
 def difference(one: Sequence[Sample], other: Sequence[Sample], figure: Callable[[Sample], float]) -> float:
     """The area between the curves of a figure of two runs, as a share of the area under the first."""
-    times = [it.at for it in other]
-    between = 0.0
-    for sample, following in itertools.pairwise([*one, replace(one[-1], at=max(one[-1].at, times[-1]))]):
-        there = other[max(0, bisect_right(times, sample.at) - 1)]
-        between += abs(figure(sample) - figure(there)) * (following.at - sample.at)
+    times = sorted({it.at for it in one} | {it.at for it in other})
+    apart = [abs(figure(at_time(one, at)) - figure(at_time(other, at))) for at in times]
+    between = sum(
+        it * (after - at) for it, (at, after) in zip(apart, itertools.pairwise(times), strict=False)
+    )
     return between / area(one, figure)
+
+
+def at_time(samples: Sequence[Sample], at: float) -> Sample:
+    """How things stood then, by the last sample before."""
+    return samples[max(0, bisect_right(samples, at, key=lambda it: it.at) - 1)]
 
 
 def rates(samples: Sequence[Sample], figure: Callable[[Sample], int], over_s: float) -> list[float]:

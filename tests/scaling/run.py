@@ -108,17 +108,21 @@ class Ended:
             self.samples, call_s=self.plan.call_s, concurrency=concurrency, maximum=numbers.maximum
         )
 
-    def simulated(self, seed: int = 0) -> list[Sample]:
-        """The same in the simulation: the same jobs at the same times, and pods that start as slowly."""
+    def simulated(self, numbers: Numbers | None = None) -> list[Sample]:
+        """The same in the simulation: the same jobs at the same times, and pods that start as slowly.
+
+        Args:
+            numbers: What the loop goes by instead, as they would be in a cluster.
+        """
         world = World(
-            numbers=self.plan.numbers,
+            numbers=(numbers or self.plan.release.numbers).faster(self.plan.factor),
             concurrency=self.plan.release.concurrency,
             call_s=self.job_s(),
             start_s=self.start_s(),
             report_s=broker.REPORT_S,
             sampling_s=broker.SAMPLING_S,
         )
-        return simulate(world, sorted(self.published.values()), step_s=0.02, sample_s=_TICK_S, seed=seed)
+        return simulate(world, sorted(self.published.values()), step_s=_TICK_S / 2, sample_s=_TICK_S)
 
 
 def _ended_well(pod: Pod) -> bool:
@@ -213,12 +217,20 @@ class _Going:
             for phase in self._plan.phases:
                 began = self._now()
                 for number in itertools.count(1):
-                    due = phase.at(number)
-                    if due > phase.seconds and (phase.until is None or phase.until(self.samples)):
+                    if await self._is_over_before(phase, began, began + phase.at(number)):
                         break
-                    await asyncio.sleep(max(0.0, began + due - self._now()))
                     tasks.create_task(self._publish(uuid.uuid4().hex))
         self._everything_came = True
+
+    async def _is_over_before(self, phase: Phase, began: float, due: float) -> bool:
+        """Wait until the next job is due, or until the phase is over: then no more of its jobs come."""
+        while True:
+            now = self._now()
+            if now >= began + phase.seconds and (phase.until is None or phase.until(self.samples)):
+                return True
+            if now >= due:
+                return False
+            await asyncio.sleep(min(_TICK_S, due - now))
 
     async def _publish(self, job: str) -> None:
         question = f"{self._marker} {job}"

@@ -70,6 +70,7 @@ class Crowd:
         self.workers: list[Worker] = []
         self._jobs = jobs
         self._maximum = maximum
+        self._turn = 0
         self._chance = random.Random(seed)  # noqa: S311 - no secret
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -84,12 +85,13 @@ class Crowd:
         return worker
 
     def publish(self, count: int) -> None:
-        """So many jobs more."""
+        """So many jobs more; they go round among those who have room."""
         self._jobs += count
-        for worker in self.workers:
+        for _ in self.workers:
             if not self._jobs:
                 break
-            self._admit(worker)
+            self._turn += 1
+            self._admit(self.workers[self._turn % len(self.workers)])
 
     def dismiss(self, worker: Worker) -> None:
         """Let a worker end what it has begun, and take no more."""
