@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test bench bench-quick chaos soak lint format docs lock ci
+.PHONY: help setup demo stack test bench bench-quick chaos soak lint format docs golden lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -65,13 +65,18 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/codespell
 	$(BIN)/yamllint --strict .
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/chart.py --check
 
 format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(INSTALLED) ## write the generated pages of docs/ anew
+docs: $(INSTALLED) ## write the generated pages of docs/, and what the chart has from elsewhere, anew
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/chart.py
+
+golden: $(INSTALLED) ## write anew what the chart's ci/ files render to (tests/helm/golden): look at the difference
+	$(BIN)/python -m tests.helm.goldens
 
 lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml -o requirements.lock

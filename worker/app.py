@@ -244,7 +244,7 @@ def _readiness(parts: _Parts, *, stopping: bool) -> Readiness:
     if not parts.consumer.is_connected:
         return Readiness(is_ready=False, status="no_broker", reasons=("not connected to RabbitMQ",))
     if outages := parts.health.outages:
-        reasons = tuple(f"{dependency}: {outage.reason}" for dependency, outage in outages.items())
+        reasons = tuple(f"{dependency.label}: {outage.reason}" for dependency, outage in outages.items())
         return Readiness(is_ready=True, status="paused", reasons=reasons)
     # Obeying the API's word is no outage; it is said why nothing is taken.
     waits = parts.gate.pauses().items()

@@ -48,8 +48,12 @@ async def assemble(
         stack.push_async_callback(store.close)
         tombstones = Tombstones(documents, cancellations)
         await _catch_up(tombstones)
-        cancellations.keeper = tombstones
-        background = {"result-store": store.run, "tombstones": tombstones.run}
+        cancellations.keep_with(tombstones)
+        background = {
+            "result-store": store.beat,
+            "result-store-leftovers": store.tidy_up,
+            "tombstones": tombstones.run,
+        }
     processor = Processor(
         _images(settings, s3),
         _model(settings, redact, stack),

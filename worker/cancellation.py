@@ -27,9 +27,15 @@ class Cancellations:
     """Which jobs were cancelled, as far as this worker has heard, and which of them it is at."""
 
     def __init__(self) -> None:
-        self.keeper: Keeper | None = None
+        self._keeper: Keeper | None = None
         self._names: OrderedDict[str, None] = OrderedDict()
         self._running: dict[str, list[asyncio.Task[object]]] = {}
+
+    def keep_with(self, keeper: Keeper) -> None:
+        """Keep what was heard so far, and what will be."""
+        self._keeper = keeper
+        for name in self._names:
+            keeper.add(name)
 
     def heard(self, job_id: str) -> None:
         """Somebody has cancelled a job; what runs of it ends."""
@@ -37,13 +43,13 @@ class Cancellations:
         self.remember([name])
         for task in self._running.get(name, ()):
             task.cancel()
-        if self.keeper is not None:
-            self.keeper.add(name)
+        if self._keeper is not None:
+            self._keeper.add(name)
 
     def listening(self) -> None:
         """From now on this worker hears of cancellations; what came before, it may have missed."""
-        if self.keeper is not None:
-            self.keeper.look_again()
+        if self._keeper is not None:
+            self._keeper.look_again()
 
     def remember(self, names: Iterable[str]) -> None:
         """These were cancelled before."""

@@ -60,11 +60,20 @@ MEANING: Final[Mapping[ErrorCode, str]] = {
 
 
 class Dependency(StrEnum):
-    """What the worker needs from outside; the label values of `vqa_dependency_up`."""
+    """What the worker needs from outside.
+
+    The result store is S3 too, and yet one can fail while the other, in another bucket, is well.
+    """
 
     MODEL = "model"
     S3 = "s3"
+    RESULT_STORE = "result_store"
     RABBITMQ = "rabbitmq"
+
+    @property
+    def label(self) -> str:
+        """What it goes by in `vqa_dependency_up`, in `/readyz` and in the log."""
+        return Dependency.S3.value if self is Dependency.RESULT_STORE else self.value
 
 
 class JobError(Exception):

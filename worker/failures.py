@@ -8,7 +8,7 @@ from worker.health import ALONE_S, VERDICT_S, Health, Verdict
 from worker.limiter import Gate
 from worker.outcome import Outcome, Retry
 from worker.report import Report
-from worker.retry import Exhausted, RetryPolicy, TooLate, TryAgain, after_attempt
+from worker.retry import Exhausted, RetryPolicy, TooLate, TryAgain, after, after_attempt
 
 # Event loops fire timers some milliseconds early: what must not come too late, ends a little sooner.
 DEADLINE_SLACK_S = 0.02
@@ -25,7 +25,7 @@ class Failures:
     async def after_fault(self, report: Report, error: TransientError) -> Outcome:
         """Tell the job's own trouble from an outage, and decide what follows."""
         job_id, failed_at = report.job_id or "", time.monotonic()
-        if error.forbidden and self._health.succeeds_for_others(error.dependency, job_id):
+        if error.forbidden and self._health.is_forbidden_alone(error.dependency, job_id, failed_at):
             self._health.ended(error.dependency, job_id)
             return report.refused(ErrorCode.MODEL_REJECTED, error.message)
         verdict = await self._verdict(report, error, failed_at)
@@ -38,7 +38,11 @@ class Failures:
         return self._counted(report, error, error.reason)
 
     def after_refusal(self, report: Report, error: DependencyDownError) -> Outcome:
-        """Give the job back while the dependency is down; count it if it is down for this job only."""
+        """Give the job back while the dependency is down.
+
+        If it is down for this job only, that counts, unless it can be so for one bucket or one model: then
+        the job waits at the broker until somebody puts that right, and loses no attempt by it.
+        """
         verdict = Verdict.OPEN
         if not error.is_echo:
             verdict = self._health.refused_everybody(
@@ -49,6 +53,8 @@ class Failures:
                 others=self._gate.in_flight,
                 may_be_partial=error.may_be_partial,
             )
+        if verdict is Verdict.OWN and error.may_be_partial:
+            return self._put_off(report, error)
         if verdict is Verdict.OWN:
             return self._counted(report, error, f"{error.dependency}_refused")
         return report.given_back(error.message)
@@ -62,8 +68,14 @@ class Failures:
                 text = f"{report.attempts} attempts failed, the last one because {message}"
                 return report.dead_letter(ErrorCode.ATTEMPTS_EXHAUSTED, text)
             case TooLate():
-                text = f"the deadline comes before the next attempt; the last one failed because {message}"
-                return report.refused(ErrorCode.DEADLINE_EXCEEDED, text)
+                return _too_late(report, message)
+
+    def _put_off(self, report: Report, error: DependencyDownError) -> Outcome:
+        match after(self._retry.longest_delay_s, report.deadline, datetime.now(UTC)):
+            case TryAgain(delay_s):
+                return report.put_off(delay_s, f"{error.dependency}_refused")
+            case TooLate():
+                return _too_late(report, error.message)
 
     def _counted(self, report: Report, error: TransientError | DependencyDownError, reason: str) -> Outcome:
         """The attempt counts; if it was the last, the job is no more that could tell of an outage."""
@@ -92,3 +104,8 @@ class Failures:
             return patience_s
         until_deadline_s = (report.deadline - datetime.now(UTC)).total_seconds()
         return min(patience_s, until_deadline_s - self._retry.delay_s(report.attempts) - DEADLINE_SLACK_S)
+
+
+def _too_late(report: Report, message: str) -> Outcome:
+    text = f"the deadline comes before the next attempt; the last one failed because {message}"
+    return report.refused(ErrorCode.DEADLINE_EXCEEDED, text)

@@ -41,6 +41,7 @@ RELAPSE_S = 5.0
 FIRST_SUCCESSES = 3
 
 _NEVER = float("-inf")
+_WATCHED = (Dependency.MODEL, Dependency.S3, Dependency.RESULT_STORE)
 
 
 class Verdict(Enum):
@@ -65,11 +66,11 @@ class Outage:
 
 @dataclass(slots=True)
 class _Met:
-    """What a job has met: when it failed first and last, and how often again after others succeeded."""
+    """What a job has met: when it failed last, how often again after others succeeded, and its first 403."""
 
-    first: float
     last: float
     again: int = 0
+    forbidden_at: float | None = None
 
 
 @dataclass(slots=True)
@@ -85,6 +86,7 @@ class _State:
     """What is known of one dependency.
 
     Attributes:
+        began_well: when the youngest of the calls that went well began.
         up_at, successes: when the last outage ended, and how many calls have gone well since.
         failing: the different jobs that failed in a row, with no success in between.
         ended: those of them that have come to their end by that.
@@ -95,6 +97,7 @@ class _State:
 
     outage: Outage | None = None
     succeeded_at: float = _NEVER
+    began_well: float = _NEVER
     up_at: float = _NEVER
     successes: int = 0
     failing: set[str] = field(default_factory=set)
@@ -108,13 +111,13 @@ class Health:
     """What the jobs' outcomes say about the dependencies."""
 
     def __init__(self) -> None:
-        self._states = {Dependency.MODEL: _State(), Dependency.S3: _State()}
+        self._states = {name: _State() for name in _WATCHED}
         # Attempts to hand back, by job.
         self._refunds: OrderedDict[str, int] = OrderedDict()
         self._gives_verdicts = True
         self.changed = asyncio.Event()
         for dependency in self._states:
-            metrics.DEPENDENCY_UP.labels(dependency).set(1)
+            metrics.DEPENDENCY_UP.labels(dependency.label).set(1)
 
     @property
     def outages(self) -> dict[Dependency, Outage]:
@@ -129,11 +132,12 @@ class Health:
         state.failing.clear()
         state.ended.clear()
         state.succeeded_at = now
+        state.began_well = max(state.began_well, started)
         _acquit(state, started)
         state.successes += 1
         if state.outage:
             state.outage, state.up_at, state.successes = None, now, 1
-            self._publish(dependency, up=True)
+            self._publish(dependency)
 
     def failed(
         self, dependency: Dependency, job: str, reason: str, now: float, *, others: int = 0
@@ -194,7 +198,7 @@ class Health:
             self._refunds[job] = self._refunds.get(job, 0) + counted.attempts
         state.counted.clear()
         _forget_the_oldest(self._refunds)
-        self._publish(dependency, up=False)
+        self._publish(dependency)
 
     async def verdict(self, dependency: Dependency, failed_at: float, patience_s: float) -> Verdict:
         """Wait for what calls begun after a failure say about it: at most `patience_s`, then it is open."""
@@ -242,29 +246,39 @@ class Health:
         """How many of the attempts that were counted for a job are not to count; told once."""
         return self._refunds.pop(job, 0)
 
-    def succeeds_for_others(self, dependency: Dependency, job: str) -> bool:
-        """Whether calls went well since shortly before this job first failed, and no other job is failing.
+    def is_forbidden_alone(self, dependency: Dependency, job: str, now: float) -> bool:
+        """A job met a 403; returns whether it is forbidden for this job only.
 
-        False for a first failure: the others get the time of a retry to show whether they fail as well.
+        So it is if a call begun since its first 403 has gone well, and no other job is failing. Never for the
+        first one, nor in an outage: the others get the time of a retry to show whether they fail as well.
         """
         state = self._states[dependency]
-        met = state.met.get(job)
-        return met is not None and state.succeeded_at > met.first - RECENT_S and state.failing <= {job}
+        met = _remembered(state, job, now)
+        if met.forbidden_at is None:
+            met.forbidden_at = now
+        return not state.outage and state.began_well > met.forbidden_at and state.failing <= {job}
 
-    def _publish(self, dependency: Dependency, *, up: bool) -> None:
-        metrics.DEPENDENCY_UP.labels(dependency).set(up)
+    def _publish(self, dependency: Dependency) -> None:
+        is_up = dependency.label not in {down.label for down in self.outages}
+        metrics.DEPENDENCY_UP.labels(dependency.label).set(is_up)
         self.changed.set()
 
 
 def _meet(state: _State, job: str, now: float) -> bool:
     """Remember a failure; returns whether others have succeeded since this very job failed before."""
-    met = state.met.setdefault(job, _Met(first=now, last=now))
+    met = _remembered(state, job, now)
     fails_again = state.succeeded_at > met.last
     met.again += fails_again
     met.last = now
+    return fails_again
+
+
+def _remembered(state: _State, job: str, now: float) -> _Met:
+    """What this job has met; it is the last to be forgotten."""
+    met = state.met.setdefault(job, _Met(last=now))
     state.met.move_to_end(job)
     _forget_the_oldest(state.met)
-    return fails_again
+    return met
 
 
 def _is_enough(state: _State, others: int) -> bool:

@@ -6,17 +6,18 @@ ended) here is then used for the new delivery too, and not paid for again.
 
 import asyncio
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import structlog
 
 from worker import metrics
 from worker.delivery import Delivery
 from worker.logs import describe_bug
-from worker.outcome import GiveBack, Outcome
+from worker.outcome import GiveBack, Outcome, Retry
 
 log = structlog.get_logger(__name__)
 
@@ -25,6 +26,9 @@ log = structlog.get_logger(__name__)
 REMEMBERED = 10_000
 # Of messages that the publisher sent several times: how many of them.
 REMEMBERED_TWINS = 100
+# A lost ack is found out with its connection, and a quorum queue hands out first what came back. What says
+# the same after so long a time has been submitted again.
+LOST_ACK_S = 1800.0
 EXIT_FAILURE = 1
 
 
@@ -50,6 +54,13 @@ class _Work:
     is_published: bool = False
 
 
+class _Ack(NamedTuple):
+    """When a message was acked, and whether the connection that the ack went over still lives."""
+
+    is_alive: Callable[[], bool]
+    at: float
+
+
 class InFlight:
     """Starts work for deliveries, and settles each delivery when its work has ended."""
 
@@ -63,8 +74,8 @@ class InFlight:
         self._process = process
         self._settlement = settlement
         self._running: dict[bytes, _Work] = {}
-        # Messages whose outcome is out, and whether the connection that their ack went over still lives.
-        self._acked: OrderedDict[bytes, list[Callable[[], bool]]] = OrderedDict()
+        # Messages whose outcome is out, and their acks.
+        self._acked: OrderedDict[bytes, list[_Ack]] = OrderedDict()
         self._handlers: set[asyncio.Task[Outcome | None]] = set()
 
     @property
@@ -134,6 +145,9 @@ class InFlight:
             if self._lost_its_ack(delivery) or (work.is_published and not delivery.is_alive()):
                 await delivery.ack()
                 return None
+            # The broker has the job back, and may have given it to another worker: a copy would double it.
+            if isinstance(outcome, GiveBack | Retry) and not delivery.is_alive():
+                return None
             published = await self._settlement.publish(delivery, outcome)
             if published is None:
                 return None
@@ -148,11 +162,11 @@ class InFlight:
         An ack on a connection that lives cannot be lost: then it is another message that says the same.
         """
         if delivery.redelivered:
-            acked = self._acked.get(delivery.key, ())
-            for nth, is_alive in enumerate(acked):
-                if not is_alive():
+            acks = self._acked.get(delivery.key, [])
+            for nth, ack in enumerate(acks):
+                if not ack.is_alive() and delivery.received - ack.at < LOST_ACK_S:
                     # From now on it is this delivery's ack that can be lost.
-                    self._acked[delivery.key][nth] = delivery.is_alive
+                    acks[nth] = _Ack(delivery.is_alive, delivery.received)
                     return True
         return False
 
@@ -160,7 +174,7 @@ class InFlight:
         self._running.pop(delivery.key, None)
         # A list: hardly ever are there several, and a deque takes ten times as much memory.
         twins = self._acked.setdefault(delivery.key, [])
-        twins.append(delivery.is_alive)
+        twins.append(_Ack(delivery.is_alive, time.monotonic()))
         del twins[:-REMEMBERED_TWINS]
         self._acked.move_to_end(delivery.key)
         if len(self._acked) > REMEMBERED:

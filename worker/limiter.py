@@ -264,6 +264,15 @@ class Gate:
                 if not waiter.done():
                     waiter.set_exception(GateClosedError(reason))
 
+    def check(self, *, also_trials: bool = True) -> None:
+        """See that it is worth waiting elsewhere for what comes before a slot.
+
+        Raises:
+            GateClosedError: the gate is closed, for trials too unless `also_trials` is false.
+        """
+        if self._closed is not None and (also_trials or not self._trials):
+            raise GateClosedError(self._closed)
+
     def open(self) -> None:
         """Let jobs pass again."""
         self._closed = None

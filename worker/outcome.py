@@ -41,7 +41,7 @@ class DeadLetter(_Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry(_Outcome):
-    """The attempt failed; the broker holds the job for `delay_s` whole seconds."""
+    """The attempt failed; the broker holds the job for `delay_s` whole seconds. So many attempts count."""
 
     delay_s: int
     attempts: int

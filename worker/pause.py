@@ -68,7 +68,7 @@ class PauseKeeper:
         """Log the outages that are not told yet; returns those that there are."""
         outages = self._health.outages
         for dependency in outages.keys() - told:
-            log.error("paused", dependency=dependency, reason=outages[dependency].reason)
+            log.error("paused", dependency=dependency.label, reason=outages[dependency].reason)
         return set(outages)
 
     async def _until_up(self, told: set[Dependency]) -> None:

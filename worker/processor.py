@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -99,8 +99,8 @@ class Kept(Protocol):
 class ResultStore(Protocol):
     """Where answers are kept that were paid for."""
 
-    def claimed(self, name: str) -> AbstractAsyncContextManager[Kept]:
-        """The place of the job of this name; waits while anybody else is at the same job."""
+    def claimed(self, name: str, may_wait: Callable[[], None]) -> AbstractAsyncContextManager[Kept]:
+        """The place of the job of this name; waits while anybody else is at the same job, as it may."""
 
 
 class ModelApi(Protocol):
@@ -228,10 +228,12 @@ class Processor:
         async with AsyncExitStack() as stack:
             stack.callback(report.end_of_try)
             started = time.monotonic()
+            self._gate.check(also_trials=False)
             with report.stage("wait"):
                 async with _patience(report, question, self._rules.job_timeout_s / 2, _NO_TURN):
-                    place = await stack.enter_async_context(self._store.claimed(question.name))
-            self._health.succeeded(Dependency.S3, started, time.monotonic())
+                    claimed = self._store.claimed(question.name, self._gate.check)
+                    place = await stack.enter_async_context(claimed)
+            self._health.succeeded(Dependency.RESULT_STORE, started, time.monotonic())
             kept = from_kept(place.answer) if place.answer is not None else None
             if kept is not None:
                 return kept

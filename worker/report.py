@@ -136,6 +136,12 @@ class Report:
             job_id=self.job_id, model=self.model, delay_s=delay_s, attempts=self.attempts, reason=reason
         )
 
+    def put_off(self, delay_s: int, reason: str) -> Outcome:
+        """Nothing is counted, and another attempt comes later."""
+        return Retry(
+            job_id=self.job_id, model=self.model, delay_s=delay_s, attempts=self.attempts - 1, reason=reason
+        )
+
     def given_back(self, reason: str) -> Outcome:
         """Nothing is counted."""
         return GiveBack(job_id=self.job_id, model=self.model, reason=reason, refunded=self._refunded)

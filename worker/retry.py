@@ -16,6 +16,11 @@ class RetryPolicy:
         """The delay after the `attempts`-th attempt."""
         return self.delays_s[min(attempts, len(self.delays_s)) - 1]
 
+    @property
+    def longest_delay_s(self) -> int:
+        """What is waited for where nothing is in a hurry."""
+        return max(self.delays_s)
+
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
@@ -38,9 +43,11 @@ def after_attempt(
     attempts: int, policy: RetryPolicy, deadline: datetime | None, now: datetime
 ) -> TryAgain | Exhausted | TooLate:
     """Decide after the `attempts`-th attempt (from 1) has failed."""
-    if attempts >= policy.max_attempts:
-        return Exhausted()
-    delay_s = policy.delay_s(attempts)
+    return Exhausted() if attempts >= policy.max_attempts else after(policy.delay_s(attempts), deadline, now)
+
+
+def after(delay_s: int, deadline: datetime | None, now: datetime) -> TryAgain | TooLate:
+    """Decide whether a job can wait so long."""
     if deadline is not None and now + timedelta(seconds=delay_s) >= deadline:
         return TooLate()
     return TryAgain(delay_s)

@@ -10,13 +10,14 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import structlog
 
 from worker import metrics
 from worker.errors import Dependency, DependencyDownError
+from worker.logs import describe_bug
 from worker.s3.documents import Document, Documents
 
 log = structlog.get_logger(__name__)
@@ -66,6 +67,10 @@ class Claim:
                     _count("not_kept")
                     log.error("answer_not_kept", reason=error.message)  # noqa: TRY400 - the reason says it all
                     return answer
+            except Exception as error:  # noqa: BLE001 - a bug must not lose what was paid for
+                _count("not_kept")
+                log.error("answer_not_kept", exception=describe_bug(error))  # noqa: TRY400
+                return answer
             else:
                 self.is_settled = True
                 return kept
@@ -93,8 +98,10 @@ class AnswerStore:
         return b'{"claimed_by": "%s"}' % self._id.encode()
 
     @asynccontextmanager
-    async def claimed(self, name: str) -> AsyncIterator[Claim]:
+    async def claimed(self, name: str, may_wait: Callable[[], None] = lambda: None) -> AsyncIterator[Claim]:
         """The place of the job that `name` stands for; waits while anybody else is at the same job.
+
+        `may_wait` is asked each time before it waits for another worker, and raises if it must not.
 
         Raises:
             DependencyDownError: the store is out of reach, or refuses the worker.
@@ -105,7 +112,7 @@ class AnswerStore:
         try:
             # Until it has been released, it may stand there, whatever comes between.
             self._leftovers.add(name)
-            claim = await self._claim(name)
+            claim = await self._claim(name, may_wait)
             try:
                 yield claim
             finally:
@@ -114,17 +121,21 @@ class AnswerStore:
             del self._held[name]
             ended.set()
 
-    async def run(self) -> None:
-        """Show that this worker lives while it holds claims, and give up leftovers; until cancelled."""
+    async def beat(self) -> None:
+        """Show that this worker lives while it holds claims; until cancelled."""
         while True:
             await asyncio.sleep(BEAT_S)
-            try:
-                if self._held:
+            if self._held:
+                with _said():
                     await self._beat()
-                for name in self._leftovers - self._held.keys():
+
+    async def tidy_up(self) -> None:
+        """Give up the claims that were left behind; until cancelled."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            for name in self._leftovers - self._held.keys():
+                with _said():
                     await self._give_up(name)
-            except DependencyDownError as error:
-                log.warning("result_store_unreachable", reason=error.message)
 
     async def close(self) -> None:
         """Let others have at once what this worker still claims, if anything."""
@@ -132,7 +143,7 @@ class AnswerStore:
             with suppress(DependencyDownError):
                 await self._documents.delete(_life(self._id))
 
-    async def _claim(self, name: str) -> Claim:
+    async def _claim(self, name: str, may_wait: Callable[[], None]) -> Claim:
         """Claim a job, or find its answer; waits while another worker that lives has it."""
         await self._be_alive()
         look_s = FIRST_LOOK_S
@@ -148,6 +159,7 @@ class AnswerStore:
                     etag = await self._documents.replace(_job(name), self._mark, found.etag)
                     if etag is not None:
                         return self._taken(name, etag, "taken_over")
+            may_wait()
             if look_s == FIRST_LOOK_S:
                 _count("waited")
             await asyncio.sleep(look_s)
@@ -219,8 +231,20 @@ class AnswerStore:
         await self._beat()
         name = _life(self._id)
         if await self._documents.create(name, b"") or await self._documents.replace(name, b"", '"none"'):
-            raise DependencyDownError(Dependency.S3, _HEEDLESS)
+            raise DependencyDownError(Dependency.RESULT_STORE, _HEEDLESS)
+        # The right to take claims away is needed as soon as a job fails; better to be told of it now.
+        await self._documents.delete(name)
+        await self._beat()
         self._is_tried = True
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Say that the store is out of reach, and go on."""
+    try:
+        yield
+    except DependencyDownError as error:
+        log.warning("result_store_unreachable", reason=error.message)
 
 
 def _job(name: str) -> str:

@@ -1,6 +1,7 @@
 """Cancellations in the result store, for workers that were not there to hear of them."""
 
 import asyncio
+from collections import deque
 
 import structlog
 
@@ -20,7 +21,7 @@ class Tombstones:
     def __init__(self, documents: Documents, cancellations: Cancellations) -> None:
         self._documents = documents
         self._cancellations = cancellations
-        self._new: list[str] = []
+        self._new: deque[str] = deque()
         self._is_behind = True
         self._news = asyncio.Event()
         self._news.set()
@@ -53,13 +54,18 @@ class Tombstones:
         """
         self._news.clear()
         try:
+            # What is new comes last: it can be kept only once, and be told of by S3 any time.
+            await self._write()
             if self._is_behind:
                 self._is_behind = False
                 self._cancellations.remember(await self._documents.names(FOLDER))
-            while self._new:
-                await self._documents.create(f"{FOLDER}{self._new[-1]}", b"")
-                self._new.pop()
         except DependencyDownError:
             self._is_behind = True
             self._news.set()
             raise
+
+    async def _write(self) -> None:
+        while self._new:
+            await self._documents.create(f"{FOLDER}{self._new[0]}", b"")
+            # Meanwhile others may have come, behind it.
+            self._new.popleft()

@@ -139,10 +139,13 @@ def _ensure(tell: Callable[[str], None]) -> Installation | UseContainer:
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Keep others who need a broker waiting: half an installation is none, and two are not made at once."""
-    path = Path(tempfile.gettempdir()) / f"vqa-local-install-{os.getuid()}.lock"
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # The folder itself is locked: no file is left behind.
+    folder = os.open(tempfile.gettempdir(), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(folder)
 
 
 def look_around() -> Machine:

@@ -1,4 +1,4 @@
-"""What the chart's `ci/` files render to, kept so that a change is seen in review: `make golden` writes it anew."""
+"""What the chart's `ci/` files render to, kept so that reviews see changes: `make golden` writes it anew."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ def of(name: str) -> dict[Path, str]:
 
 
 def _kept(text: str) -> str:
-    """Without blanks at ends, and with a mere mention of rules and dashboard, which have their own reviews."""
+    """Without blanks at ends; rules and dashboard are only mentioned, as they have their own reviews."""
     for path in sorted((CHART / "files").iterdir()):
         for indent in (2, 4):
             copied = "\n".join(f"{' ' * indent}{line}" for line in path.read_text().split("\n"))
@@ -35,7 +35,11 @@ def _kept(text: str) -> str:
 def main() -> int:
     """Write them all."""
     FOLDER.mkdir(exist_ok=True)
-    wanted = {path: text for ci_file in CI_FILES for path, text in of(ci_file.name.removesuffix("-values.yaml")).items()}
+    wanted = {
+        path: text
+        for ci_file in CI_FILES
+        for path, text in of(ci_file.name.removesuffix("-values.yaml")).items()
+    }
     for path in set(FOLDER.iterdir()) - set(wanted):
         path.unlink()
     for path, text in wanted.items():

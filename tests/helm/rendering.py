@@ -5,9 +5,8 @@ import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Final
 
 import jsonschema
@@ -18,7 +17,9 @@ from referencing import Registry, Resource
 from tests.running import ROOT
 
 helm = pytest.importorskip(
-    "helm_python", reason="Helm's library helm-python-sdk is not to be had for this machine", exc_type=ImportError
+    "helm_python",
+    reason="Helm's library helm-python-sdk is not to be had for this machine",
+    exc_type=ImportError,
 )
 
 CHART: Final = ROOT / "helm" / "vqa-worker"
@@ -48,10 +49,12 @@ class Rendered:
     def notes(self) -> str:
         return self.texts["NOTES.txt"]
 
-    @property
+    @cached_property
     def objects(self) -> list[Object]:
         """All of them, those of hooks too."""
-        return [found for name, text in self.texts.items() if name != "NOTES.txt" for found in objects_in(text)]
+        return [
+            found for name, text in self.texts.items() if name != "NOTES.txt" for found in objects_in(text)
+        ]
 
     def all(self, kind: str) -> list[Object]:
         return [found for found in self.objects if found["kind"] == kind]
@@ -89,16 +92,16 @@ class Rendered:
 
 
 def objects_in(text: str) -> Iterator[Object]:
-    for document in yaml.load_all(text, Loader=_NoDuplicates):  # noqa: S506 - a safe loader's child
+    for document in yaml.load_all(text, Loader=_NoDuplicates):
         if document:
             yield document
 
 
-class _NoDuplicates(yaml.SafeLoader):
+class _NoDuplicates(yaml.CSafeLoader):
     """YAML as Kubernetes takes it: a key that is given twice is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
         assert not twice, f"given twice: {twice} {node.start_mark}"
         return super().construct_mapping(node, deep)
@@ -121,7 +124,9 @@ def render(values: Values, *, name: str = "demo", namespace: str = "vision") -> 
         HelmRenderError: they do not fit together.
     """
     texts = chart().render(values, name=name, namespace=namespace)
-    return Rendered({path.removeprefix("vqa-worker/templates/"): text for path, text in sorted(texts.items())})
+    return Rendered(
+        {path.removeprefix("vqa-worker/templates/"): text for path, text in sorted(texts.items())}
+    )
 
 
 def refusal(values: Values) -> str:
@@ -133,6 +138,11 @@ def refusal(values: Values) -> str:
 
 def ci_values(name: str) -> Values:
     """The values of one of the chart's `ci/` files: minimal, full, …"""
+    return copy.deepcopy(_ci_values(name))
+
+
+@cache
+def _ci_values(name: str) -> Values:
     values: Values = yaml.safe_load((CHART / "ci" / f"{name}-values.yaml").read_text())
     return values
 
@@ -160,7 +170,9 @@ def faults(found: Object) -> list[str]:
     """How an object differs from what Kubernetes, KEDA or the Prometheus operator knows, strictly."""
     where = f"{found['kind']} {found['metadata']['name']}"
     if found["kind"] in CUSTOM_KINDS:
-        validators: Iterable[tuple[str, Any]] = [("", _custom_validator(found["kind"]))] if CRDS.is_dir() else []
+        validators: Iterable[tuple[str, Any]] = (
+            [("", _custom_validator(found["kind"]))] if CRDS.is_dir() else []
+        )
     else:
         validators = [
             (version, _native_validator(version, found["kind"], found["apiVersion"]))

@@ -63,7 +63,9 @@ def test_all_kinds_are_among_what_is_checked() -> None:
     }
 
 
-@pytest.mark.skipif(not CRDS.is_dir(), reason="the definitions of KEDA's and Prometheus' kinds are not beside this copy")
+@pytest.mark.skipif(
+    not CRDS.is_dir(), reason="the definitions of KEDA's and Prometheus' kinds are not beside this copy"
+)
 @pytest.mark.parametrize("kind", CUSTOM_KINDS)
 def test_a_field_that_a_custom_kind_does_not_know_is_found(kind: str) -> None:
     found = render(ci_values("full")).one(kind)
@@ -92,7 +94,9 @@ def test_what_comes_out_is_what_was_reviewed(name: str) -> None:
     """After a change on purpose: `make golden`, and look at the difference."""
     for path, text in goldens.of(name).items():
         assert path.is_file(), f"{path.name} is missing: run `make golden`"
-        assert path.read_text() == text, f"{path.name} differs: run `make golden` and look at what has changed"
+        assert path.read_text() == text, (
+            f"{path.name} differs: run `make golden` and look at what has changed"
+        )
 
 
 def test_there_is_no_golden_file_too_many() -> None:
@@ -101,13 +105,15 @@ def test_there_is_no_golden_file_too_many() -> None:
 
 
 def test_a_key_that_is_given_twice_would_be_noticed() -> None:
-    with pytest.raises(AssertionError, match="given twice: {'name'}"):
+    with pytest.raises(AssertionError, match=r"given twice: \{'name'\}"):
         list(objects_in("metadata:\n  name: one\n  name: two\n"))
 
 
 @every_ci_file
 def test_all_objects_are_in_the_namespace_and_no_two_of_one_kind_have_one_name(name: str) -> None:
-    objects = [found for found in render(ci_values(name)).objects if "-extra" not in found["metadata"]["name"]]
+    objects = [
+        found for found in render(ci_values(name)).objects if "-extra" not in found["metadata"]["name"]
+    ]
     own = [found for found in objects if "namespace" in found["metadata"]]
     assert {found["metadata"]["namespace"] for found in own} == {"vision"}
     names = [(found["kind"], found["metadata"]["name"]) for found in objects]
@@ -156,6 +162,8 @@ def test_labels_can_be_added_to_what_others_select_by_labels(part: str) -> None:
 
 
 def test_objects_of_ones_own_are_added_as_objects_and_as_text() -> None:
-    added = [found for found in render(ci_values("full")).all("ConfigMap") if "extra" in found["metadata"]["name"]]
+    added = [
+        found for found in render(ci_values("full")).all("ConfigMap") if "extra" in found["metadata"]["name"]
+    ]
     assert [found["metadata"]["name"] for found in added] == ["questions-extra", "extra-as-text"]
     assert added[0]["data"] == {"namespace": "vision"}

@@ -108,7 +108,10 @@ async def test_only_the_youngest_are_remembered(monkeypatch: pytest.MonkeyPatch)
 async def test_what_is_heard_is_kept_under_a_name_that_does_not_tell_the_id() -> None:
     cancellations, keeper = Cancellations(), Keeper()
     cancellations.listening()
-    cancellations.keeper = keeper
+    cancellations.heard("heard before there was anything to keep it in")
+    cancellations.keep_with(keeper)
+    assert len(keeper.kept) == 1
+    keeper.kept.clear()
     cancellations.heard("invoice-4711")
     cancellations.listening()
     assert (keeper.kept, keeper.looks) == ([name_of("invoice-4711")], 1)

@@ -196,26 +196,34 @@ def test_after_an_outage_it_takes_as_many_jobs_as_before_it() -> None:
     assert failing(health, MODEL, DISTINCT_JOBS, now=3.0) == [OPEN] * (DISTINCT_JOBS - 1) + [DOWN]
 
 
+def test_the_result_store_is_told_apart_from_the_images_s3_and_shown_as_s3() -> None:
+    health, store = Health(), Dependency.RESULT_STORE
+    health.down(S3, "SlowDown", 1.0)
+    health.succeeded(store, 2.0, 3.0)
+    assert set(health.outages) == {S3}
+    health.down(store, "VQA_RESULT_STORE: gone", 4.0)
+    health.succeeded(S3, 5.0, 6.0)
+    assert (set(health.outages), up(S3)) == ({store}, 0)
+    health.succeeded(store, 7.0, 8.0)
+    assert (health.outages, up(S3)) == ({}, 1)
+
+
 def test_the_list_of_outages_is_a_copy() -> None:
     health = Health()
     health.outages[MODEL] = Outage(0.0, "made up")
     assert health.outages == {}
 
 
-# Whether others succeed where this job fails
+# Whether a 403 is meant for this job only
 
 
-def test_a_job_that_never_failed_is_not_compared_with_others() -> None:
+def test_a_first_403_is_never_the_jobs_own_whatever_went_well_before() -> None:
     health = Health()
     health.succeeded(MODEL, 0.0, 1.0)
-    assert not health.succeeds_for_others(MODEL, "job")
-
-
-def test_a_success_shortly_before_the_first_failure_says_that_others_succeed() -> None:
-    health = Health()
-    health.succeeded(MODEL, 0.0, 100.0)
-    health.failed(MODEL, "job", "403", 100.0 + RECENT_S - 1)
-    assert health.succeeds_for_others(MODEL, "job")
+    health.failed(MODEL, "job", "5xx", 1.5)
+    health.succeeded(MODEL, 2.0, 2.5)
+    assert not health.is_forbidden_alone(MODEL, "job", 3.0)
+    assert not health.is_forbidden_alone(MODEL, "job", 4.0)
 
 
 def test_an_outage_of_one_job_only_is_its_own_trouble_in_the_end() -> None:
@@ -245,37 +253,44 @@ def test_a_job_that_meets_an_outage_again_while_it_lasts_is_not_to_blame() -> No
     assert set(health.outages) == {S3}
 
 
-def test_others_succeed_if_a_call_went_well_since_the_job_first_failed() -> None:
+def test_a_403_is_the_jobs_own_if_a_call_begun_since_the_first_one_went_well() -> None:
     health = Health()
-    health.succeeded(MODEL, 0.0, 1.0)
-    health.failed(MODEL, "job", "403", 2.0 + RECENT_S)
-    assert not health.succeeds_for_others(MODEL, "job")
-    health.succeeded(MODEL, 2.5, 3.0 + RECENT_S)
-    assert health.succeeds_for_others(MODEL, "job")
-    health.failed(MODEL, "job", "403", 4.0)
-    assert health.succeeds_for_others(MODEL, "job")
-    assert not health.succeeds_for_others(S3, "job")
-    assert not health.succeeds_for_others(MODEL, "another")
+    assert not health.is_forbidden_alone(MODEL, "job", 2.0)
+    health.succeeded(MODEL, 1.5, 3.0)
+    assert not health.is_forbidden_alone(MODEL, "job", 4.0)
+    health.succeeded(MODEL, 2.5, 5.0)
+    assert health.is_forbidden_alone(MODEL, "job", 6.0)
+    assert not health.is_forbidden_alone(S3, "job", 7.0)
+    assert not health.is_forbidden_alone(MODEL, "another", 7.0)
 
 
-def test_others_do_not_succeed_while_another_fails_too() -> None:
+def test_a_403_is_not_the_jobs_own_while_another_fails_too() -> None:
     health = Health()
-    health.failed(MODEL, "job", "403", 1.0)
+    health.is_forbidden_alone(MODEL, "job", 1.0)
     health.succeeded(MODEL, 1.5, 2.0)
     health.failed(MODEL, "another", "403", 3.0)
-    assert not health.succeeds_for_others(MODEL, "job")
+    assert not health.is_forbidden_alone(MODEL, "job", 3.5)
     health.succeeded(MODEL, 3.5, 4.0)
-    assert health.succeeds_for_others(MODEL, "job")
+    assert health.is_forbidden_alone(MODEL, "job", 5.0)
+
+
+def test_in_an_outage_no_403_is_the_jobs_own() -> None:
+    health = Health()
+    health.is_forbidden_alone(MODEL, "job", 1.0)
+    health.succeeded(MODEL, 1.5, 2.0)
+    health.down(MODEL, "gone", 3.0)
+    assert not health.is_forbidden_alone(MODEL, "job", 4.0)
+    health.succeeded(MODEL, 5.0, 6.0)
+    assert health.is_forbidden_alone(MODEL, "job", 7.0)
 
 
 def test_what_is_remembered_of_failing_jobs_has_an_end() -> None:
     health = Health()
     for n in range(REMEMBERED_JOBS + 1):
-        health.failed(MODEL, f"job {n}", "403", float(n))
-        health.succeeded(MODEL, float(n), float(n))
+        health.is_forbidden_alone(MODEL, f"job {n}", float(n))
     health.succeeded(MODEL, 1e6, 1e6)
-    assert not health.succeeds_for_others(MODEL, "job 0")
-    assert health.succeeds_for_others(MODEL, "job 1")
+    assert health.is_forbidden_alone(MODEL, "job 1", 2e6)
+    assert not health.is_forbidden_alone(MODEL, "job 0", 2e6)
 
 
 # What may be one bucket's trouble, or one model's

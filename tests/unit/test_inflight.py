@@ -1,6 +1,7 @@
 """One work for a message, however often it is delivered; one settlement for a delivery, whatever happens."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from tests.running import until
 from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
 from worker import metrics
 from worker.delivery import Delivery
-from worker.inflight import InFlight
-from worker.outcome import Answered, GiveBack, Outcome
+from worker.inflight import LOST_ACK_S, InFlight
+from worker.outcome import Answered, GiveBack, Outcome, Retry
 from worker.result import Result
 from worker.settlement import ReplyPolicy, Settlement
 
@@ -393,3 +394,38 @@ async def test_given_back_or_retried_a_job_is_remembered_like_any_other(worker: 
     (copy,) = worker.publisher.to("jobs")
     await worker.in_flight.accept(Connection().delivers(copy=copy.headers["vqa-copy"])[0])
     assert len(worker.work.started) == 2
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        GiveBack(job_id="j", model="m", reason="paused"),
+        Retry(job_id="j", model="m", delay_s=1, attempts=1, reason="5xx"),
+    ],
+    ids=["given back", "to be retried"],
+)
+async def test_no_copy_is_made_of_a_job_that_the_broker_has_back(worker: Worker, outcome: Outcome) -> None:
+    """It may have given it to another worker already: there would be two of it."""
+    worker.work.ends_with = lambda _: outcome
+    lost, events = worker.connection.delivers()
+    handler = worker.in_flight.accept(lost)
+    await turns_of_the_loop()
+    worker.connection.lives = False
+    worker.work.may_end.set()
+    assert await handler is None
+    assert (worker.publisher.published, events) == ([], [])
+    # When it comes again it is worked on as if it came for the first time.
+    again, events = Connection().delivers(redelivered=True)
+    assert await worker.in_flight.accept(again) == outcome
+    assert (len(worker.publisher.published), events) == (1, ["ack"])
+    assert len(worker.work.started) == 2
+
+
+async def test_what_says_the_same_long_after_an_ack_is_no_job_whose_ack_was_lost(worker: Worker) -> None:
+    worker.work.may_end.set()
+    await worker.in_flight.accept(worker.connection.delivers()[0])
+    worker.connection.lives = False
+    much_later = time.monotonic() + LOST_ACK_S + 1
+    again, _ = Connection().delivers(redelivered=True, received=much_later)
+    await worker.in_flight.accept(again)
+    assert len(worker.publisher.results()) == 2

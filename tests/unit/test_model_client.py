@@ -316,11 +316,13 @@ async def test_a_200_that_is_no_completion_is_malformed_and_may_pass(
     api: Api, model: Model, status: int, body: Any
 ) -> None:
     api.says = response(status, body)
-    before = calls("malformed")
+    before, unclear = calls("malformed"), ambiguous()
     error = await fault(model)
     assert isinstance(error, TransientError)
     assert (error.dependency, error.reason, error.forbidden) == (Dependency.MODEL, "malformed", False)
     assert calls("malformed") == before + 1
+    # Something was made there, and is likely to be billed.
+    assert ambiguous() == unclear + 1
 
 
 # Each status

@@ -35,7 +35,7 @@ from worker.limiter import Gate
 from worker.model.answer import Answer
 from worker.model.request import RequestBody
 from worker.outcome import Answered, DeadLetter, GiveBack, Outcome, Refused, Retry
-from worker.processor import Processor, Rules
+from worker.processor import Processor, ResultStore, Rules
 from worker.redact import Redactor
 from worker.result import Usage
 from worker.retry import RetryPolicy
@@ -169,7 +169,7 @@ async def _do(deeds: list[Deed]) -> Answer | None:
 class Scene:
     """A processor among fakes."""
 
-    def __init__(self, *, limit: int = 5, **rules: Any) -> None:
+    def __init__(self, *, limit: int = 5, store: ResultStore | None = None, **rules: Any) -> None:
         self.images = Images()
         self.model = Model()
         self.health = Health()
@@ -182,6 +182,7 @@ class Scene:
             rules=replace(RULES, **rules),
             redact=Redactor(["s3cr3t-key"]),
             cancellations=Cancellations(),
+            store=store,
         )
 
     async def process(
@@ -846,11 +847,120 @@ async def test_a_403_is_the_jobs_own_once_others_have_succeeded(scene: Scene) ->
 
 
 async def test_jobs_that_were_rejected_for_good_do_not_add_up_to_an_outage(scene: Scene) -> None:
+    forbidden = transient("403", forbidden=True)
+    for n in range(4):
+        scene.model.deeds = [forbidden, ANSWER, forbidden]
+        assert isinstance(await scene.process(id=f"job-{n}"), Retry)
+        assert isinstance(await scene.process(id=f"good-{n}"), Answered)
+        assert refusal(await scene.process(id=f"job-{n}"))[0] is ErrorCode.MODEL_REJECTED
+
+
+async def test_a_key_that_is_revoked_in_a_quiet_hour_rejects_no_job(scene: Scene) -> None:
     succeeds(scene)
     scene.model.deeds = [transient("403", forbidden=True)]
-    for n in range(4):
-        assert isinstance(await scene.process(id=f"job-{n}"), Retry)
-        assert refusal(await scene.process(id=f"job-{n}"))[0] is ErrorCode.MODEL_REJECTED
+    outcomes = [
+        await scene.process(id=f"job-{n}", delivery={"attempts": a}) for n in range(5) for a in (0, 1)
+    ]
+    assert {type(outcome) for outcome in outcomes} <= {Retry, GiveBack}
+    assert isinstance(outcomes[-1], GiveBack)
+
+
+async def test_an_outage_that_goes_on_as_403_rejects_no_job(scene: Scene) -> None:
+    succeeds(scene)
+    scene.model.deeds = [DependencyDownError(MODEL, "cannot be reached")]
+    assert isinstance(await scene.process(), GiveBack)
+    scene.model.deeds = [transient("403", forbidden=True)]
+    for _ in range(3):
+        assert isinstance(await scene.process(), GiveBack)
+    assert set(scene.health.outages) == {MODEL}
+
+
+async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scene: Scene) -> None:
+    gone = DependencyDownError(MODEL, "no such model", may_be_partial=True)
+    found = []
+    for _ in range(7):
+        scene.model.deeds = [ANSWER, gone]
+        assert isinstance(await scene.process(id="another"), Answered)
+        found.append(await scene.process(delivery={"attempts": 1}))
+    assert isinstance(found[0], GiveBack)
+    # After the longest of the delays, and with as many attempts behind it as before.
+    expected = Retry(job_id="job-1", model="usual", delay_s=5, attempts=1, reason="model_refused")
+    assert found[-2:] == [expected] * 2
+    assert scene.health.outages == {}
+    scene.model.deeds = [ANSWER, gone]
+    await scene.process(id="another")
+    late = await scene.process(deadline=in_(3), delivery={"attempts": 1})
+    assert refusal(late)[0] is ErrorCode.DEADLINE_EXCEEDED
+
+
+# The result store
+
+
+class Kept:
+    """A job's place: nothing is there yet, and what is kept there stays."""
+
+    def __init__(self) -> None:
+        self.answer: bytes | None = None
+
+    async def keep(self, answer: bytes) -> bytes:
+        self.answer = answer
+        return answer
+
+
+class Places:
+    """A result store in which every job has a place of its own; what it `waits` for comes first."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, Kept] = {}
+        self.claims = 0
+        self.waits: Callable[[Callable[[], None]], Awaitable[None]] | None = None
+
+    @asynccontextmanager
+    async def claimed(self, name: str, may_wait: Callable[[], None]) -> AsyncIterator[Kept]:
+        self.claims += 1
+        if self.waits is not None:
+            await self.waits(may_wait)
+        yield self.places.setdefault(name, Kept())
+
+
+async def test_that_the_store_is_well_says_nothing_of_the_images_s3() -> None:
+    scene = Scene(store=Places())
+    scene.images.deeds = [transient("timeout", dependency=S3)]
+    outcomes = [await scene.process(id=f"job-{n}") for n in range(5)]
+    assert isinstance(outcomes[-1], GiveBack)
+    assert set(scene.health.outages) == {S3}
+    await scene.process(id="the next")
+    assert set(scene.health.outages) == {S3}
+
+
+async def test_behind_a_closed_gate_nothing_is_claimed_but_for_a_trial() -> None:
+    store = Places()
+    scene = Scene(store=store)
+    scene.gate.close("paused")
+    assert isinstance(await scene.process(), GiveBack)
+    assert store.claims == 0
+    scene.gate.allow_trial()
+    assert isinstance(await scene.process(), Answered)
+    assert store.claims == 1
+
+
+async def test_when_the_gate_closes_nobody_waits_for_another_worker_any_more() -> None:
+    store, waits = Places(), asyncio.Event()
+
+    async def wait(may_wait: Callable[[], None]) -> None:
+        waits.set()
+        while True:
+            may_wait()
+            await asyncio.sleep(0)
+
+    store.waits = wait
+    scene = Scene(store=store)
+    job = asyncio.create_task(scene.process())
+    await waits.wait()
+    scene.gate.close("the worker stops")
+    outcome = await job
+    assert isinstance(outcome, GiveBack)
+    assert outcome.reason == "the worker stops"
 
 
 async def test_a_403_for_everyone_is_an_outage(scene: Scene) -> None:

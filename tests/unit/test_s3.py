@@ -22,6 +22,7 @@ from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, 
 from worker.http_client import proxy_options
 from worker.s3.aws import AddressingStyle, Aws, Endpoint, S3ConfigurationError, S3Object, ca_bundle
 from worker.s3.client import S3
+from worker.s3.documents import Documents
 
 CONTENT = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 100
 IMAGE = S3Object("photos", "cats/cat.png")
@@ -677,6 +678,38 @@ async def test_a_read_that_is_given_up_lets_go_of_its_connection(fake: FakeS3) -
         assert fake.at_once == 1
         reading.close()
         await until(lambda: fake.at_once == 0, "the connection is closed")
+
+
+# Small objects written on conditions
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(409, "ConditionalRequestConflict"), (412, "PreconditionFailed"), (404, "NoSuchKey"), (404, "")],
+    ids=["another write is under way", "it has changed", "it is gone, as AWS says it", "it is gone"],
+)
+async def test_what_is_no_longer_as_it_was_is_not_replaced(fake: FakeS3, status: int, code: str) -> None:
+    fake.answer = refuse(status, code)
+    async with an_s3(fake.url) as s3:
+        documents = Documents(s3, "answers", "", named="VQA_RESULT_STORE")
+        assert await documents.replace("jobs/1", b"answer", '"etag"') is None
+        await documents.delete("jobs/1", '"etag"')
+
+
+@pytest.mark.parametrize(("status", "code"), [(404, "NoSuchBucket"), (403, "AccessDenied")])
+async def test_a_store_that_is_not_there_or_refuses_is_no_condition_that_failed(
+    fake: FakeS3, status: int, code: str
+) -> None:
+    fake.answer = refuse(status, code)
+    async with an_s3(fake.url) as s3:
+        documents = Documents(s3, "answers", "", named="VQA_RESULT_STORE")
+        with pytest.raises(
+            DependencyDownError, match=f"VQA_RESULT_STORE: .*{code}.*get, put, delete and list"
+        ):
+            await documents.replace("jobs/1", b"answer", '"etag"')
+        # Where there is no such object to make, something is wrong.
+        with pytest.raises(DependencyDownError):
+            await documents.create("jobs/1", b"answer")
 
 
 # Proxies and authorities

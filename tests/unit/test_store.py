@@ -9,6 +9,7 @@ import pytest
 
 from worker import store as rooms
 from worker.errors import Dependency, DependencyDownError
+from worker.limiter import GateClosedError
 from worker.s3.documents import Document, Documents
 from worker.store import AnswerStore
 
@@ -89,6 +90,15 @@ def a_worker(documents: Memory, *, claims_last_s: float = 600.0) -> AnswerStore:
     return AnswerStore(documents, claims_last_s=claims_last_s)
 
 
+def living(store: AnswerStore) -> asyncio.Task[None]:
+    """What runs beside the jobs, until it is cancelled."""
+
+    async def live() -> None:
+        await asyncio.gather(store.beat(), store.tidy_up())
+
+    return asyncio.create_task(live())
+
+
 async def ask(store: AnswerStore, answer: bytes, name: str = "job") -> tuple[bytes | None, bytes | None]:
     """What was there already, and what is there after this worker came with its answer."""
     async with asyncio.timeout(PATIENCE_S), store.claimed(name) as claim:
@@ -105,7 +115,7 @@ async def test_the_first_one_asks_and_the_second_gets_the_answer(documents: Memo
 
 async def test_a_worker_that_lives_is_waited_for(documents: Memory) -> None:
     first, second = a_worker(documents), a_worker(documents)
-    life = asyncio.create_task(first.run())
+    life = living(first)
     async with first.claimed("job") as claim:
         waiting = asyncio.create_task(ask(second, b"dog"))
         await documents.is_asked("read jobs", 10)
@@ -179,11 +189,11 @@ async def test_a_job_without_an_answer_leaves_no_claim(documents: Memory) -> Non
 
 async def test_a_claim_that_could_not_be_given_up_is_given_up_later(documents: Memory) -> None:
     first, second = a_worker(documents), a_worker(documents)
-    documents.fails = lambda method, _: method == "delete"
+    documents.fails = lambda method, name: method == "delete" and name.startswith("jobs/")
     async with first.claimed("job"):
         pass
     documents.fails = lambda _method, _name: False
-    life = asyncio.create_task(first.run())
+    life = living(first)
     async with first.claimed("another job, so that it is seen to live"):
         assert await ask(second, b"cat") == (None, b"cat")
     life.cancel()
@@ -235,7 +245,7 @@ async def test_a_fresh_job_costs_one_small_request_and_one_that_keeps_its_answer
 
 async def test_a_life_is_shown_while_there_are_claims_and_not_otherwise(documents: Memory) -> None:
     store = a_worker(documents)
-    life = asyncio.create_task(store.run())
+    life = living(store)
     await asyncio.sleep(0.2)
     assert documents.asked == []
     async with store.claimed("job"):
@@ -245,10 +255,70 @@ async def test_a_life_is_shown_while_there_are_claims_and_not_otherwise(document
 
 async def test_a_store_out_of_reach_does_not_end_the_worker(documents: Memory) -> None:
     store = a_worker(documents)
-    life = asyncio.create_task(store.run())
+    life = living(store)
     async with store.claimed("job"):
         documents.fails = lambda _method, _name: True
         await documents.is_asked("write workers", 2)
     assert not life.done()
     life.cancel()
     await store.close()
+
+
+async def test_many_claims_left_behind_and_a_slow_s3_do_not_keep_a_worker_from_showing_that_it_lives(
+    documents: Memory,
+) -> None:
+    store, is_slow = a_worker(documents), asyncio.Event()
+    documents.fails = lambda method, name: method == "delete" and name.startswith("jobs/")
+    await asyncio.gather(*[_left_behind(store, f"job {n}") for n in range(5)])
+    documents.fails = lambda _method, _name: False
+
+    async def read(name: str) -> Document | None:
+        assert name.startswith("jobs/")
+        is_slow.set()
+        await asyncio.Event().wait()
+        return None
+
+    documents.read = read  # type: ignore[method-assign]
+    life = living(store)
+    async with asyncio.timeout(PATIENCE_S):
+        await is_slow.wait()
+    async with store.claimed("another job"):
+        await documents.is_asked("write workers", 2)
+    life.cancel()
+
+
+async def _left_behind(store: AnswerStore, name: str) -> None:
+    async with store.claimed(name):
+        pass
+
+
+async def test_an_answer_outlives_even_a_bug_of_the_store(documents: Memory) -> None:
+    store = a_worker(documents)
+    async with store.claimed("job") as claim:
+        documents.objects["jobs/job"] = b"another's", time.monotonic()
+        documents.read = None  # type: ignore[method-assign, assignment]
+        assert await claim.keep(b"cat") == b"cat"
+
+
+async def test_who_may_not_wait_for_another_worker_does_not(documents: Memory) -> None:
+    first, second = a_worker(documents), a_worker(documents)
+
+    def may_wait() -> None:
+        raise GateClosedError("the worker stops")
+
+    async with first.claimed("job"):
+        with pytest.raises(GateClosedError):
+            async with second.claimed("job", may_wait):
+                pass
+        # What nobody is at may be claimed all the same.
+        async with second.claimed("another job", may_wait) as claim:
+            assert claim.answer is None
+
+
+async def test_a_store_in_which_nothing_may_be_deleted_is_refused_before_a_call_is_paid(
+    documents: Memory,
+) -> None:
+    documents.fails = lambda method, _: method == "delete"
+    with pytest.raises(DependencyDownError):
+        await ask(a_worker(documents), b"cat")
+    assert "jobs/job" not in documents.objects

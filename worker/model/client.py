@@ -134,7 +134,8 @@ class Model:
                 call.failed(str(error.status_code))
                 return self._translate_status(error)
             case MalformedAnswerError():
-                call.failed("malformed")
+                # Whatever it was meant to say, it is likely to be billed.
+                call.failed("malformed", ambiguous=True)
                 return TransientError(Dependency.MODEL, "malformed", f"the API answered 200, but {error}")
             case _ if _was_never_sent(error):
                 call.failed("connection")

@@ -62,7 +62,7 @@ class Documents:
         try:
             headers, body = await self._ask("GET", name)
         except S3Refusal as error:
-            if error.status == _NOT_FOUND and error.code != "NoSuchBucket":
+            if _is_missing(error):
                 return None
             raise self._down(error) from None
         return Document(body, headers.get("ETag", ""), _age_s(headers))
@@ -93,7 +93,9 @@ class Documents:
         try:
             headers, _ = await self._ask("PUT", name, condition, body)
         except S3Refusal as error:
-            if error.status in _CONDITION_FAILED:
+            # AWS has no 412 for If-Match on what is gone.
+            is_gone = "If-Match" in condition and _is_missing(error)
+            if is_gone or error.status in _CONDITION_FAILED:
                 return None
             raise self._down(error) from None
         return headers.get("ETag", "")
@@ -111,7 +113,7 @@ class Documents:
         except S3Refusal:
             raise
         except FAILURES as error:
-            raise DependencyDownError(Dependency.S3, f"{self._named}: {translate(error)}") from None
+            raise DependencyDownError(Dependency.RESULT_STORE, f"{self._named}: {translate(error)}") from None
 
     def _down(self, error: S3Refusal) -> DependencyDownError:
         """Any refusal: even one that an image would be at fault for is about the settings here."""
@@ -122,8 +124,14 @@ class Documents:
         elif error.is_busy:
             text = f"S3 answered {what}"
         else:
-            text = f"S3 answered {what}: the worker must be allowed to get and put objects there"
-        return DependencyDownError(Dependency.S3, f"{self._named}: {text}")
+            text = (
+                f"S3 answered {what}: the worker must be allowed to get, put, delete and list objects there"
+            )
+        return DependencyDownError(Dependency.RESULT_STORE, f"{self._named}: {text}")
+
+
+def _is_missing(error: S3Refusal) -> bool:
+    return error.status == _NOT_FOUND and error.code != "NoSuchBucket"
 
 
 def _age_s(headers: Mapping[str, str]) -> float:

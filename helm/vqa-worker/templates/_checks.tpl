@@ -45,6 +45,11 @@ secrets.asFiles and settings.secretsDir exclude each other: the first mounts the
 {{- if and $secrets.asFiles (not (include "vqa-worker.secretName" .)) }}
 secrets.asFiles is set, but there is no Secret to mount: give secrets.rabbitmqUrl and secrets.modelApiKey, or secrets.existingSecret.
 {{- end }}
+{{- range $name, $url := dict "secrets.rabbitmqUrl" $secrets.rabbitmqUrl "topology.hook.rabbitmqUrl" .Values.topology.hook.rabbitmqUrl }}
+{{- if and $url (not (regexMatch "^amqps?://" $url)) }}
+{{ $name }} must begin with amqp:// or amqps://.
+{{- end }}
+{{- end }}
 {{- if and $tls.existingSecret (hasPrefix "amqp://" $secrets.rabbitmqUrl) }}
 rabbitmqTls.existingSecret is of no use without TLS: secrets.rabbitmqUrl must begin with amqps://.
 {{- end }}
@@ -74,6 +79,9 @@ autoscaling.minReplicas ({{ $scaling.minReplicas }}) is more than the most pods 
 {{- $keda := $scaling.keda }}
 {{- if not $keda.host }}
 autoscaling.keda.host is empty: KEDA needs the URL of RabbitMQ's management API, e.g. http://rabbitmq.rabbitmq:15672/.
+{{- end }}
+{{- if contains "@" $keda.host }}
+autoscaling.keda.host must not hold user and password: give them as autoscaling.keda.username and autoscaling.keda.password, as they are.
 {{- end }}
 {{- if and $keda.existingSecret (or $keda.username $keda.password) }}
 autoscaling.keda.existingSecret and autoscaling.keda.username, autoscaling.keda.password exclude each other: leave the one or the others empty.
