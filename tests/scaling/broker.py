@@ -14,6 +14,7 @@ from deploy.local.stack import Stack
 from tests.running import until
 from tests.scaling.release import Release
 from worker.rabbit.topology import Topology, establish
+from worker.settings import Settings
 
 Look = Callable[[], Awaitable[int]]
 
@@ -68,15 +69,8 @@ async def prepared(stack: Stack, release: Release) -> AsyncIterator[Look]:
 
 async def _declare(stack: Stack, settings: dict[str, str]) -> None:
     """What the chart's hook does."""
-    jobs = settings["VQA_JOBS_QUEUE"]
-    topology = Topology(
-        jobs=jobs,
-        results=settings["VQA_RESULTS_QUEUE"],
-        dead_letters=f"{jobs}.dead",
-        retry_delays_s=[int(it) for it in settings["VQA_RETRY_DELAYS"].split(",")],
-        reply_exchange="",
-        declare=True,
-    )
+    given = {name.removeprefix("VQA_").lower(): text for name, text in settings.items()}
+    topology = Topology.from_settings(Settings.model_validate({**given, "declare_topology": "true"}))
     connection = await aio_pika.connect(stack.rabbitmq.url)
     async with connection:
         await establish(connection, topology)
