@@ -13,7 +13,7 @@ import pytest
 from deploy.local.stack import Stack
 from tests.conftest import PutImage
 from tests.scaling.load import Phase
-from tests.scaling.record import Sample, Summary, difference
+from tests.scaling.record import Sample, difference
 from tests.scaling.release import Release
 from tests.scaling.run import Ended, Plan, run
 
@@ -85,12 +85,8 @@ def test_every_job_is_answered_once_and_paid_once_though_pods_were_stopped_in_th
 
 def test_the_simulation_tells_what_really_happened(ended: Ended, simulated: list[Sample]) -> None:
     assert difference(ended.samples, simulated, lambda it: it.replicas) < SHARE_OFF
-    really, foretold = ended.summary(), summary_of(simulated)
+    really, foretold = ended.summary_of(ended.samples), ended.summary_of(simulated)
     assert foretold.most_replicas == really.most_replicas
     assert foretold.jobs == really.jobs
     for figure in ("first_pod_s", "most_s", "drain_s", "empty_s"):
         assert getattr(foretold, figure) == pytest.approx(getattr(really, figure), abs=SECONDS_OFF), figure
-
-
-def summary_of(samples: Sequence[Sample]) -> Summary:
-    return Summary.of(samples, call_s=CALL_S, concurrency=CONCURRENCY, maximum=MOST)

@@ -78,17 +78,26 @@ async def _declare(stack: Stack, settings: dict[str, str]) -> None:
 
 async def _add_user(stack: Stack, release: Release) -> None:
     """KEDA's: it may look at the management API, and do nothing with any queue."""
-    administrator = urlsplit(stack.rabbitmq.url)
-    login = _login(administrator.username or "", administrator.password or "")
     user, vhost = quote_plus(release.user), quote_plus(release.numbers.vhost)
     nothing = dict.fromkeys(("configure", "write", "read"), "^$")
-    asked = {
-        f"users/{user}": {"password": release.password, "tags": "management"},
-        f"permissions/{vhost}/{user}": nothing,
-    }
-    async with aiohttp.ClientSession(headers=login, raise_for_status=True) as session:
-        for path, body in asked.items():
-            await session.put(URL(f"{stack.rabbitmq.management_url}/api/{path}", encoded=True), json=body)
+    async with administrator(stack) as ask:
+        await ask(f"users/{user}", {"password": release.password, "tags": "management"})
+        await ask(f"permissions/{vhost}/{user}", nothing)
+
+
+@contextlib.asynccontextmanager
+async def administrator(stack: Stack) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+    """The management API as its administrator has it: GET, or PUT with a body."""
+    login = urlsplit(stack.rabbitmq.url)
+
+    async def ask(path: str, body: object = None) -> Any:
+        url = URL(f"{stack.rabbitmq.management_url}/api/{path}", encoded=True)
+        async with session.request("GET" if body is None else "PUT", url, json=body) as response:
+            return await response.json() if body is None else None
+
+    headers = _login(login.username or "", login.password or "")
+    async with aiohttp.ClientSession(headers=headers, raise_for_status=True) as session:
+        yield ask
 
 
 def _login(user: str, password: str) -> dict[str, str]:

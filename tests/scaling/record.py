@@ -47,11 +47,12 @@ class Summary:
         drain_s: from the last job's coming to the last answer.
         ideal_drain_s: the same if all pods that there may be had been there: jobs × time of a call ÷ calls at
             once.
+        wait_s: from a job's coming to its answer, on average, beyond the time of its call.
         empty_s: from the last answer to the last pod's end.
         pod_s: seconds of pods, from the wish for each to its end.
         busy_s: seconds of pods that full work would have taken: calls × their time ÷ concurrency.
-        by_hand_s: seconds of pods if as many as there ever were had been kept from the first job to the last
-            answer.
+        starts: pods that were called for.
+        refused: calls that met a 429.
     """
 
     jobs: int
@@ -61,10 +62,17 @@ class Summary:
     most_s: float
     drain_s: float
     ideal_drain_s: float
+    wait_s: float
     empty_s: float
     pod_s: float
     busy_s: float
+    starts: int
     refused: int
+
+    @property
+    def idle(self) -> float:
+        """The share of the pods' time in which they might have worked on more."""
+        return 1 - self.busy_s / self.pod_s
 
     @classmethod
     def of(cls, samples: Sequence[Sample], *, call_s: float, concurrency: int, maximum: int) -> Self:
@@ -82,9 +90,11 @@ class Summary:
             most_s=_first(samples, lambda it: it.ready == most) - began,
             drain_s=last_answer - last_job,
             ideal_drain_s=backlog * call_s / (maximum * concurrency),
+            wait_s=area(samples, lambda it: it.backlog) / last.published - call_s,
             empty_s=_last(samples, lambda it: it.replicas + it.ending > 0) - last_answer,
             pod_s=area(samples, lambda it: it.replicas + it.ending),
             busy_s=last.answered * call_s / concurrency,
+            starts=sum(max(0, it) for it in _changes(samples)),
             refused=last.refused,
         )
 
@@ -118,6 +128,10 @@ def rates(samples: Sequence[Sample], figure: Callable[[Sample], int], over_s: fl
         seconds = sample.at - samples[first].at
         grown.append((figure(sample) - figure(samples[first])) / seconds if seconds else 0.0)
     return grown
+
+
+def _changes(samples: Iterable[Sample]) -> Iterable[int]:
+    return (after.replicas - before.replicas for before, after in itertools.pairwise(samples))
 
 
 def _first(samples: Iterable[Sample], is_so: Callable[[Sample], bool]) -> float:

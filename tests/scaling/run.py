@@ -101,21 +101,19 @@ class Ended:
         """What a job took in a worker, on average."""
         return fmean(it["timings"]["total_s"] for found in self.results.values() for it in found)
 
-    def summary(self) -> Summary:
-        """In figures."""
-        numbers, concurrency = self.plan.release.numbers, self.plan.release.concurrency
+    def summary_of(self, samples: Sequence[Sample]) -> Summary:
+        """These of the run, or of the simulation, in figures."""
         return Summary.of(
-            self.samples, call_s=self.plan.call_s, concurrency=concurrency, maximum=numbers.maximum
+            samples,
+            call_s=self.plan.call_s,
+            concurrency=self.plan.release.concurrency,
+            maximum=self.plan.numbers.maximum,
         )
 
-    def simulated(self, numbers: Numbers | None = None) -> list[Sample]:
-        """The same in the simulation: the same jobs at the same times, and pods that start as slowly.
-
-        Args:
-            numbers: What the loop goes by instead, as they would be in a cluster.
-        """
+    def simulated(self) -> list[Sample]:
+        """The same in the simulation: the same jobs at the same times, and pods that start as slowly."""
         world = World(
-            numbers=(numbers or self.plan.release.numbers).faster(self.plan.factor),
+            numbers=self.plan.numbers,
             concurrency=self.plan.release.concurrency,
             call_s=self.job_s(),
             start_s=self.start_s(),

@@ -195,6 +195,10 @@ def test_a_run_in_figures() -> None:
     assert (found.first_pod_s, found.most_s) == (20, 30)
     assert (found.drain_s, found.ideal_drain_s, found.empty_s) == (30, 20, 10)
     assert (found.pod_s, found.busy_s) == (120, 40)
+    assert found.idle == pytest.approx(2 / 3)
+    assert (found.starts, found.refused) == (2, 0)
+    # 4 × 10 + 20 × 10 + 40 × 10 + 30 × 20 seconds of waiting jobs.
+    assert found.wait_s == pytest.approx(1240 / 40 - 5)
 
 
 def test_the_difference_of_two_runs_is_the_area_between_them() -> None:
