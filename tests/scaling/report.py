@@ -68,7 +68,7 @@ def page(findings: Findings) -> str:
         prices=f"{USD_PER_MILLION[0]} and {USD_PER_MILLION[1]}",
         job_usd=f"{_job_usd():.5f}".rstrip("0"),
         broker_ms=number(costs.broker_cpu_ms),
-        broker_per_core=f"{1000 / costs.broker_cpu_ms:,.0f}",
+        broker_per_core=f"{round(1000 / costs.broker_cpu_ms, -2):,.0f}",
         broker_pod_kb=f"{costs.broker_pod_kb:.0f}",
         connections=f"{costs.connections:g}",
         s3_ms=number(costs.s3_cpu_ms),
