@@ -250,38 +250,41 @@ GEN_AI_OPERATION_DURATION = _made.histogram(
 
 
 class Longest:
-    """The longest of the times seen in this window and the one before it, without keeping them all."""
+    """The longest of the times seen in this window and the one before it, without keeping them all.
 
-    def __init__(self, window_s: float) -> None:
+    `now` is always the seconds of one clock.
+    """
+
+    def __init__(self, window_s: float, now: float) -> None:
         self._window_s = window_s
-        self._began = time.monotonic()
-        self._before = self._now = 0.0
+        self._began = now
+        self._before = self._current = 0.0
 
-    def saw(self, seconds: float) -> None:
+    def saw(self, seconds: float, now: float) -> None:
         """One more of them."""
-        self._turn()
-        self._now = max(self._now, seconds)
+        self._turn(now)
+        self._current = max(self._current, seconds)
 
-    def value(self) -> float:
+    def value(self, now: float) -> float:
         """The longest; 0.0 if none was seen."""
-        self._turn()
-        return max(self._before, self._now)
+        self._turn(now)
+        return max(self._before, self._current)
 
-    def _turn(self) -> None:
-        passed = (time.monotonic() - self._began) // self._window_s
+    def _turn(self, now: float) -> None:
+        passed = (now - self._began) // self._window_s
         if passed >= 1:
-            self._before, self._now = (self._now if passed == 1 else 0.0), 0.0
+            self._before, self._current = (self._current if passed == 1 else 0.0), 0.0
             self._began += passed * self._window_s
 
 
-_longest_wait = Longest(LATELY_S)
-JOB_QUEUE_LONGEST.set_function(_longest_wait.value)
+_longest_wait = Longest(LATELY_S, time.monotonic())
+JOB_QUEUE_LONGEST.set_function(lambda: _longest_wait.value(time.monotonic()))
 
 
 def waited_in_queue(seconds: float) -> None:
     """A job was delivered that had waited so long."""
     JOB_QUEUE.observe(seconds)
-    _longest_wait.saw(seconds)
+    _longest_wait.saw(seconds, time.monotonic())
 
 
 def begin_at_zero(models: Collection[str]) -> None:
