@@ -64,7 +64,10 @@ _SECONDS: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     *(20, 30, 60, 120, 300, 600, 1200, 1800),
 )
-_QUEUE_SECONDS: Final = (0.01, 0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
+_QUEUE_SECONDS: Final = (
+    *(0.01, 0.05, 0.25, 1, 2.5, 5, 10, 15, 30, 60),
+    *(120, 300, 600, 900, 1800, 3600, 14400, 86400),
+)
 _LAG_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 # OpenTelemetry's semantic conventions for generative AI, metrics; the last five durations go beyond them, for
 # slow models, as far as a job may take.

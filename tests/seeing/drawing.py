@@ -42,6 +42,9 @@ _NAMED_COLOURS: Final = {
     "200": "#56A64B",
     "429": "#F2A20C",
 }
+_LONG_NAME: Final = 22
+_THOUSAND: Final = 1000
+_MINUTES_FROM_S: Final = 100
 _STATES: Final = {1.0: "#56A64B", 0.0: _FAILURE}
 _SHADES: Final = {"green": "#3d8b37", "orange": "#d17f00", "red": "#c4162a"}
 
@@ -60,19 +63,26 @@ def draw(
     """Draw all panels where they stand; `found` is what each found by its id, `says` what stands above."""
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
     size = _COLUMNS * _INCH[0], rows * _INCH[1] + _HEAD_IN
+    # All queries over time have the same steps; where a series has none of one, there is a gap.
+    ranges = [line for lines in found.values() for line in lines if len(line.points) > 1]
+    times = sorted({second for line in ranges for second, _ in line.points})
     with mpl.rc_context(_LOOK):
         figure = Figure(figsize=size)
         figure.text(0.012, 1 - 0.3 / size[1], says[0], fontsize=14, weight="bold")
         for nth, text in enumerate(says[1:]):
             figure.text(0.012, 1 - (0.55 + 0.2 * nth) / size[1], text, fontsize=9.5, color="#60656f")
         for panel in board["panels"]:
-            _panel(figure, size, panel, found.get(panel["id"], ()))
+            _panel(figure, size, panel, found.get(panel["id"], ()), times)
         metadata = {"Date": None} if file.suffix == ".svg" else None
         figure.savefig(file, dpi=80, facecolor="white", metadata=metadata)
 
 
 def _panel(
-    figure: Figure, size: tuple[float, float], panel: Mapping[str, Any], lines: Sequence[Line]
+    figure: Figure,
+    size: tuple[float, float],
+    panel: Mapping[str, Any],
+    lines: Sequence[Line],
+    times: Sequence[float],
 ) -> None:
     at = panel["gridPos"]
     left, top = at["x"] * _INCH[0], size[1] - _HEAD_IN - at["y"] * _INCH[1]
@@ -87,31 +97,34 @@ def _panel(
         middle = (left + width / 2) / size[0], (top - height / 2 - 0.08) / size[1]
         _numbers(figure, middle, panel, lines)
         return
-    legend_in = 0.2 * math.ceil(len(lines) / 3)
+    legend_in = 0.2 * math.ceil(len(lines) / _columns(lines))
     box = left + 0.65, top - height + 0.32 + legend_in, width - 0.85, height - 0.62 - legend_in
     axes = figure.add_axes((box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]))
-    (_states if panel["type"] == "state-timeline" else _curves)(axes, panel, lines)
+    if panel["type"] == "state-timeline":
+        _states(axes, lines)
+    else:
+        _curves(axes, panel, lines, times)
     axes.tick_params(length=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:.0f} s"))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.margins(x=0)
 
 
-def _curves(axes: Axes, panel: Mapping[str, Any], lines: Sequence[Line]) -> None:
+def _curves(axes: Axes, panel: Mapping[str, Any], lines: Sequence[Line], times: Sequence[float]) -> None:
     custom = panel["fieldConfig"]["defaults"]["custom"]
     colours = [_NAMED_COLOURS.get(it.name, _COLOURS[n % len(_COLOURS)]) for n, it in enumerate(lines)]
     names = [line.name for line in lines]
     if custom["stacking"]["mode"] == "normal":
-        times = sorted({second for line in lines for second, _ in line.points})
         heights = [[dict(line.points).get(second, 0.0) for second in times] for line in lines]
-        clean = [[0.0 if math.isnan(value) else value for value in each] for each in heights]
-        axes.stackplot(times, clean, labels=names, colors=colours, alpha=0.65, linewidth=0)
+        axes.stackplot(times, heights, labels=names, colors=colours, alpha=0.65, linewidth=0)
     else:
         for line, colour in zip(lines, colours, strict=True):
-            axes.plot(*zip(*line.points, strict=True), color=colour, label=line.name, linewidth=1.2)
+            values = [dict(line.points).get(second, math.nan) for second in times]
+            axes.plot(times, values, color=colour, label=line.name, linewidth=1.2)
     most = panel["fieldConfig"]["defaults"].get("max")
-    axes.set_ylim(0, most and most * 1.03)
+    least = min([custom["axisSoftMin"], *(value for line in lines for _, value in line.points)])
     axes.margins(y=0.1)
+    axes.set_ylim(least, most and most * 1.003)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     unit = panel["fieldConfig"]["defaults"]["unit"]
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, unit)))
@@ -119,12 +132,21 @@ def _curves(axes: Axes, panel: Mapping[str, Any], lines: Sequence[Line]) -> None
         if custom.get("thresholdsStyle", {}).get("mode") == "dashed" and step["value"] is not None:
             axes.axhline(step["value"], color=_SHADES[step["color"]], linestyle="--", linewidth=0.8)
     axes.legend(
-        loc="upper left", bbox_to_anchor=(-0.02, -0.09), ncols=3, fontsize=7.5, handlelength=1, borderpad=0
+        loc="upper left",
+        bbox_to_anchor=(-0.02, -0.09),
+        ncols=_columns(lines),
+        fontsize=7.5,
+        handlelength=1,
+        borderpad=0,
     )
 
 
-def _states(axes: Axes, panel: Mapping[str, Any], lines: Sequence[Line]) -> None:
-    del panel
+def _columns(lines: Sequence[Line]) -> int:
+    """How many names there is room for beside each other."""
+    return 2 if max(len(line.name) for line in lines) > _LONG_NAME else 3
+
+
+def _states(axes: Axes, lines: Sequence[Line]) -> None:
     for place, line in enumerate(lines):
         for (second, value), (until, _) in zip(line.points, line.points[1:], strict=False):
             axes.broken_barh([(second, until - second)], (place - 0.35, 0.7), color=_STATES[value])
@@ -143,7 +165,7 @@ def _numbers(
         y = middle[1] + ((len(lines) - 1) / 2 - nth) * 0.016
         text = shown(value, defaults["unit"], defaults.get("decimals"))
         named = f"{line.name}  {text}" if line.name else text
-        large = 20 if len(lines) == 1 else 13
+        large = 13 if line.name else 20
         figure.text(
             middle[0],
             y,
@@ -164,33 +186,33 @@ def shown(value: float, unit: str, decimals: int | None = None) -> str:
         case "s":
             return _seconds(value)
         case "percentunit":
-            return f"{value * 100:.{_digits(value * 100) if decimals is None else decimals}f} %"
+            return f"{_plain(value * 100, decimals)} %"
         case "currencyUSD":
-            return f"${value:,.{_digits(value) if decimals is None else decimals}f}"
+            return f"${_plain(value, decimals)}"
         case "bytes" | "Bps":
             return _bytes(value) + ("/s" if unit == "Bps" else "")
         case "cps" | "reqps":
-            return f"{value:,.{_digits(value)}f} /s"
-    return f"{value:,.{_digits(value) if decimals is None else decimals}f}"
+            return f"{_plain(value)} /s"
+    return _plain(value, decimals)
 
 
-def _digits(value: float) -> int:
-    """Enough for three figures that say something."""
-    return 0 if value == int(value) else max(0, 2 - math.floor(math.log10(abs(value))))
+def _plain(value: float, decimals: int | None = None) -> str:
+    if decimals is None:
+        return f"{value:,.0f}" if abs(value) >= _THOUSAND else f"{value:.3g}"
+    return f"{value:,.{decimals}f}"
 
 
 def _seconds(value: float) -> str:
     if value == 0:
         return "0 s"
-    for factor, name in ((1e-3, "ms"), (1.0, "s"), (60.0, "min")):
-        if value < factor * (60 if factor >= 1 else 1000) or name == "min":
-            return f"{value / factor:.{_digits(value / factor)}f} {name}"
-    raise AssertionError
+    if value < 1:
+        return f"{value * 1000:.3g} ms"
+    return f"{value:.3g} s" if value < _MINUTES_FROM_S else f"{value / 60:.3g} min"
 
 
 def _bytes(value: float) -> str:
     for name in ("B", "KiB", "MiB"):
         if value < 1024:
-            return f"{value:.{_digits(value)}f} {name}"
+            return f"{value:.3g} {name}"
         value /= 1024
-    return f"{value:.{_digits(value)}f} GiB"
+    return f"{value:.3g} GiB"

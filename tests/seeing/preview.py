@@ -23,7 +23,7 @@ from tests.seeing.scene import Pace, Scene
 
 FILE: Final = ROOT / "docs" / "dashboard-preview.svg"
 PACE: Final = Pace(calm=30, accidents=40, limited=25, outage=12, burst=8, after=40, jobs_per_s=20.0)
-STEP_S: Final = 2.0
+STEP_S: Final = 3.0
 WINDOW_S: Final = 12
 SAYS: Final = """\
 Preview of the dashboard vqa-worker
