@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from unittest.mock import patch
 
 from pydantic import BaseModel, SecretStr
 
+from deploy.rabbitmq.__main__ import PLACE, STRICT, STRICT_SETTINGS, topology_with
+from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER, intake, users
 from worker.cancellation import REMEMBERED
 from worker.errors import COUNTS_AGAINST_THE_SERVICE, MEANING, ErrorCode
 from worker.instruments import Declaration
@@ -40,6 +43,7 @@ DEFAULTS_IN_WORDS: Final = {
     "dead_letter_queue": "`<jobs>.dead`",
     "allowed_reply_to": "the results queue, `vqa.results.*`, `amq.rabbitmq.reply-to.*`, `amq.gen-*`",
     "reply_exchange": "the default exchange",
+    "jobs_exchange": "the default exchange",
     "s3_endpoint_url": "none: AWS",
     "allowed_buckets": "required",
     "model_api_key": "required",
@@ -64,6 +68,8 @@ hold one value each.
 - A variable that begins with `VQA_` and is not listed here earns a warning at the start.
 - S3 credentials and region come from the usual AWS variables, files and roles. Proxies and certificates
   follow `HTTPS_PROXY`, `NO_PROXY` and `SSL_CERT_FILE`.
+- Where traces are sent, if they are, OpenTelemetry's own variables say (in the environment only): see
+  [traces](tracing.md).
 """
 
 # What the Prometheus client library adds on Linux.
@@ -201,7 +207,7 @@ def messages_page() -> str:
         failure=_example(Result, FAILURE),
         error_codes=_table(("Code", "When"), ((f"`{code}`", MEANING[code]) for code in ErrorCode)),
         queues=_queues_table(Topology.from_settings(settings)),
-        control_exchange=Topology.from_settings(settings).control,
+        control_exchange=Topology.from_settings(settings).control.name,
         cancellation=json.dumps({"cancel": SHORT_JOB["id"]}),
         remembered=f"{REMEMBERED:,}",
         content_type=messages.CONTENT_TYPE,
@@ -292,6 +298,50 @@ def _type_in_words(schema: Mapping[str, Any], field: Mapping[str, Any]) -> str:
     return " or ".join(words)
 
 
+def permissions_page() -> str:
+    """Who may do what at the broker, and how to give them the right to."""
+    plain, strict = topology_with({}), topology_with(STRICT)
+    template = (HERE / "templates" / "permissions.md").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        user_rows="\n".join(_row(f"`{user.name}`", user.purpose).rstrip() for user in users(plain)),
+        all_users=" ".join(user.name for user in users(plain)),
+        worker=WORKER,
+        publisher=PUBLISHER,
+        keda=KEDA,
+        operator=OPERATOR,
+        vhost=PLACE.vhost,
+        cluster=PLACE.cluster,
+        strict_settings="\n".join(f"{name}={value}" for name, value in STRICT_SETTINGS.items()),
+        reply_exchange=strict.reply_exchange,
+        results_queue=strict.results,
+        results_pattern=re.escape(strict.results),
+        intake=intake(strict),
+        plain_rights=_rights_table(plain),
+        strict_rights=_rights_table(strict),
+    )
+
+
+def _rights_table(topology: Topology) -> str:
+    return _table(("User", "Right", "Names", "For"), _rights_rows(topology))
+
+
+def _rights_rows(topology: Topology) -> Iterator[tuple[str, str, str, str]]:
+    for user in users(topology):
+        named = {"configure": user.configure, "write": user.write, "read": user.read}
+        for topic in user.topics:
+            named |= {
+                f"topic {topic.exchange}: write": topic.write,
+                f"topic {topic.exchange}: read": topic.read,
+            }
+        if user.tags:
+            yield f"`{user.name}`", "tag", f"`{', '.join(user.tags)}`", user.purpose
+        for right, grants in named.items():
+            if not grants:
+                yield f"`{user.name}`", right, "none", ""
+            for grant in grants:
+                yield f"`{user.name}`", right, f"`{grant.pattern}`", grant.why
+
+
 def _queues_table(topology: Topology) -> str:
     rows = (
         (
@@ -306,6 +356,7 @@ def _queues_table(topology: Topology) -> str:
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "settings.md": settings_page,
     "messages.md": messages_page,
+    "permissions.md": permissions_page,
     "metrics.md": metrics_page,
 }
 

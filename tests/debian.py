@@ -1,24 +1,23 @@
 """Programs that tests need and Debian has: installed where that can be done, else the test is skipped."""
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+
+from deploy.local.install import one_at_a_time
 
 INSTALL_TIMEOUT_S = 900
 
 
 def install(packages: Mapping[str, str]) -> None:
-    """Have these programs, each from the Debian package named; skip the test where that cannot be."""
-    with _one_at_a_time():
-        missing = sorted({package for it, package in packages.items() if not shutil.which(it)})
+    """Have these programs or files, each from its Debian package; skip the test where that cannot be."""
+    with one_at_a_time():
+        missing = sorted({package for it, package in packages.items() if not _is_here(it)})
         if not missing:
             return
         if not shutil.which("apt-get") or not _may_install():
@@ -29,13 +28,8 @@ def install(packages: Mapping[str, str]) -> None:
             _stop_service(package)
 
 
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Keep other test processes waiting that want the same."""
-    path = Path(tempfile.gettempdir()) / f"vqa-tests-install-{os.getuid()}.lock"
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _is_here(program_or_file: str) -> bool:
+    return shutil.which(program_or_file) is not None or Path(program_or_file).exists()
 
 
 def _become_root() -> tuple[str, ...]:

@@ -16,8 +16,11 @@ from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Client, Worker, calls_with, until
 
-ALARM = ("set_vm_memory_high_watermark", "0.00001")
-NO_ALARM = ("set_vm_memory_high_watermark", "0.4")
+# How each alarm is raised, and how it is ended.
+ALARMS = {
+    "memory": (("set_vm_memory_high_watermark", "0.00001"), ("set_vm_memory_high_watermark", "0.4")),
+    "disk": (("set_disk_free_limit", "100000GB"), ("set_disk_free_limit", "50MB")),
+}
 
 
 @dataclass(frozen=True)
@@ -97,20 +100,26 @@ async def test_a_retry_queue_and_a_results_queue_that_are_gone_when_they_are_nee
     ]
 
 
-async def test_results_wait_for_a_blocked_broker(scene: Scene, own_client_of: MakeClient) -> None:
-    marker = uuid.uuid4().hex
+@pytest.mark.parametrize("alarm", ALARMS)
+async def test_results_wait_for_a_blocked_broker(scene: Scene, own_client_of: MakeClient, alarm: str) -> None:
+    marker, (begin, end) = uuid.uuid4().hex, ALARMS[alarm]
+
+    def times_blocked() -> int:
+        return scene.worker.output().count("was blocked by")
+
+    before = times_blocked()
     client = await own_client_of(scene.worker)
     ids = await scene.publish_and_hold(client, 3, marker)
-    await asyncio.to_thread(scene.stack.rabbitmq.ctl, *ALARM)
+    await asyncio.to_thread(scene.stack.rabbitmq.ctl, *begin)
     try:
         scene.model.thaw()
-        await until(lambda: "was blocked by" in scene.worker.output(), "the connection is blocked")
+        await until(lambda: times_blocked() > before, "the connection is blocked")
         await calls_begun(scene.stack, marker, 3)
         await model_answered(scene.stack, marker)
         assert client.replies == {}
         assert scene.worker.ready()[0] == 200
     finally:
-        await asyncio.to_thread(scene.stack.rabbitmq.ctl, *NO_ALARM)
+        await asyncio.to_thread(scene.stack.rabbitmq.ctl, *end)
     assert statuses(await results(client, ids)) == {"succeeded": 3}
     assert len(calls_with(scene.stack, marker)) == 3
     assert {len(found) for found in client.replies.values()} == {1}

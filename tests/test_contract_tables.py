@@ -132,6 +132,7 @@ def test_the_queues_and_their_arguments() -> None:
         dead_letters="vqa.jobs.dead",
         retry_delays_s=[30],
         reply_exchange="",
+        jobs_exchange="",
         declare=True,
     )
     assert _specified(topology.queues()) == _rows_of_queues()

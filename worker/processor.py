@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from worker.cancellation import Cancellations
 from worker.delivery import Delivery
@@ -230,6 +231,8 @@ class Processor:
             return await self._ask(question, report)
         async with AsyncExitStack() as stack:
             stack.callback(report.end_of_try)
+            # The store's own lines say whose answer they are about.
+            stack.enter_context(bound_contextvars(job_id=report.job_id))
             started = time.monotonic()
             self._gate.check(also_trials=False)
             with report.stage("wait"):
@@ -241,6 +244,7 @@ class Processor:
             if kept is not None:
                 return kept
             answer = await self._ask(question, report)
+            report.enters("keep")
             return from_kept(await place.keep(to_kept(answer))) or answer
 
     async def _ask(self, question: _Question, report: Report) -> Answer:
