@@ -64,7 +64,10 @@ _SECONDS: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     *(20, 30, 60, 120, 300, 600, 1200, 1800),
 )
-_QUEUE_SECONDS: Final = (0.01, 0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
+_QUEUE_SECONDS: Final = (
+    *(0.01, 0.05, 0.25, 1, 2.5, 5, 10, 15, 30, 60),
+    *(120, 300, 600, 900, 1800, 3600, 14400, 86400),
+)
 _LAG_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 # OpenTelemetry's semantic conventions for generative AI, metrics; the last five durations go beyond them, for
 # slow models, as far as a job may take.
@@ -250,38 +253,41 @@ GEN_AI_OPERATION_DURATION = _made.histogram(
 
 
 class Longest:
-    """The longest of the times seen in this window and the one before it, without keeping them all."""
+    """The longest of the times seen in this window and the one before it, without keeping them all.
 
-    def __init__(self, window_s: float) -> None:
+    `now` is always the seconds of one clock.
+    """
+
+    def __init__(self, window_s: float, now: float) -> None:
         self._window_s = window_s
-        self._began = time.monotonic()
-        self._before = self._now = 0.0
+        self._began = now
+        self._before = self._current = 0.0
 
-    def saw(self, seconds: float) -> None:
+    def saw(self, seconds: float, now: float) -> None:
         """One more of them."""
-        self._turn()
-        self._now = max(self._now, seconds)
+        self._turn(now)
+        self._current = max(self._current, seconds)
 
-    def value(self) -> float:
+    def value(self, now: float) -> float:
         """The longest; 0.0 if none was seen."""
-        self._turn()
-        return max(self._before, self._now)
+        self._turn(now)
+        return max(self._before, self._current)
 
-    def _turn(self) -> None:
-        passed = (time.monotonic() - self._began) // self._window_s
+    def _turn(self, now: float) -> None:
+        passed = (now - self._began) // self._window_s
         if passed >= 1:
-            self._before, self._now = (self._now if passed == 1 else 0.0), 0.0
+            self._before, self._current = (self._current if passed == 1 else 0.0), 0.0
             self._began += passed * self._window_s
 
 
-_longest_wait = Longest(LATELY_S)
-JOB_QUEUE_LONGEST.set_function(_longest_wait.value)
+_longest_wait = Longest(LATELY_S, time.monotonic())
+JOB_QUEUE_LONGEST.set_function(lambda: _longest_wait.value(time.monotonic()))
 
 
 def waited_in_queue(seconds: float) -> None:
     """A job was delivered that had waited so long."""
     JOB_QUEUE.observe(seconds)
-    _longest_wait.saw(seconds)
+    _longest_wait.saw(seconds, time.monotonic())
 
 
 def begin_at_zero(models: Collection[str]) -> None:

@@ -22,16 +22,25 @@ class Tenants:
         self._key = key
         self._names = frozenset(names)
 
+    def of(self, metadata: Mapping[str, Any]) -> str | None:
+        """A job's tenant, named by text or by a whole number, as ids often are; None where none are told."""
+        if self._key is None:
+            return None
+        value = metadata.get(self._key)
+        name = str(value) if isinstance(value, str | int) else OTHER
+        return name if name in self._names else OTHER
+
     def ended(self, metadata: Mapping[str, Any], status: str) -> None:
         """A job came to its end."""
-        if self._key is not None:
-            metrics.series(metrics.TENANT_JOBS, self._of(metadata, self._key), status).inc()
+        tenant = self.of(metadata)
+        if tenant is not None:
+            metrics.series(metrics.TENANT_JOBS, tenant, status).inc()
 
     def paid(self, metadata: Mapping[str, Any], model: str, usage: Usage | None) -> None:
         """The API answered a call."""
-        if self._key is None or usage is None:
+        tenant = self.of(metadata)
+        if tenant is None or usage is None:
             return
-        tenant = self._of(metadata, self._key)
         metrics.series(metrics.TENANT_TOKENS, tenant, model, "prompt").inc(usage.prompt_tokens)
         metrics.series(metrics.TENANT_TOKENS, tenant, model, "completion").inc(usage.completion_tokens)
         metrics.series(metrics.TENANT_COST, tenant, model).inc(usage.cost_usd or 0.0)
@@ -47,9 +56,3 @@ class Tenants:
                 metrics.series(metrics.TENANT_COST, tenant, model)
                 for kind in ("prompt", "completion"):
                     metrics.series(metrics.TENANT_TOKENS, tenant, model, kind)
-
-    def _of(self, metadata: Mapping[str, Any], key: str) -> str:
-        """The tenant: text, or a whole number, as ids often are."""
-        value = metadata.get(key)
-        name = str(value) if isinstance(value, str | int) else OTHER
-        return name if name in self._names else OTHER

@@ -219,7 +219,7 @@ def _graph(panel: Panel) -> timeseries.Panel:
     is_filled = panel.kind != "lines"
     visual = (
         timeseries.Panel()
-        .min(0)
+        .axis_soft_min(panel.least)
         .draw_style(GraphDrawStyle.BARS if panel.kind == "bars" else GraphDrawStyle.LINE)
         .line_width(1)
         .fill_opacity(50 if is_filled else 5)

@@ -28,6 +28,7 @@ class Panel:
     Attributes:
         about: for whoever asks what it means: a sentence or two.
         width: of the 24 that are a whole row.
+        least, most: the ends of the scale; it goes lower than `least` if the values do.
         good, bad: for numbers and ratios, from where on it is green and red.
         since: shows this time, such as the day so far, whatever the dashboard shows.
     """
@@ -39,6 +40,7 @@ class Panel:
     kind: Kind = "lines"
     width: int = 8
     decimals: int | None = None
+    least: float = 0
     most: float | None = None
     good: float | None = None
     bad: float | None = None
@@ -166,6 +168,7 @@ SERVICE: Final = Row(
             about="The same over time. The objective is 99 %.",
             unit="percentunit",
             queries=(Query(_success_ratio("$__rate_interval"), "good ÷ (good + bad)"),),
+            least=0.9,
             most=1,
             good=_OBJECTIVE,
             bad=0.95,
@@ -202,7 +205,8 @@ QUEUE: Final = Row(
         ),
         Panel(
             title="Consumers and workers",
-            about="A worker that is paused, starts or drains is no consumer.",
+            about="A worker that takes jobs is a consumer, or two when its limit has moved. One that is"
+            " paused, starts or drains is none.",
             unit="short",
             queries=(
                 Query('@broker(consumers, queue="$queue")', "consumers"),

@@ -18,7 +18,7 @@ from tests.conftest import BUCKET, picture
 from tests.running import Client, Worker, until
 from tests.seeing.prometheus import RULES, Prometheus
 
-TENANTS: Final = ("red", "blue")
+TENANTS: Final = ("search", "support")
 NAMESPACE: Final = "seen"
 QUEUE_FAMILIES: Final = ["queue_coarse_metrics", "queue_consumer_count"]
 
