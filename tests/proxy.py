@@ -28,8 +28,12 @@ class Link:
     flows: asyncio.Event = field(default_factory=asyncio.Event)
     """Not set while what the client says is held up."""
 
+    hears: asyncio.Event = field(default_factory=asyncio.Event)
+    """Not set while what the server says is held up."""
+
     def __post_init__(self) -> None:
         self.flows.set()
+        self.hears.set()
 
     def reset(self) -> None:
         """Break it off on both sides, without a word."""
@@ -56,6 +60,8 @@ class Proxy:
         """It freezes, once, before it passes on what a client says with these bytes in it."""
         self.holds_up: bytes | None = None
         """Before these bytes, once, only that client's connection is held up, and only what it says."""
+        self.deafens_on: bytes | None = None
+        """Once a client has said these bytes, once, what the server says to it is held up."""
         self.delay_s = 0.0
         """How late each piece arrives, in both directions."""
         self.cut_after: int | None = None
@@ -114,6 +120,7 @@ class Proxy:
         self._flows.set()
         for link in self.links:
             link.flows.set()
+            link.hears.set()
 
     def reset(self) -> None:
         """Break off every connection."""
@@ -157,12 +164,16 @@ class Proxy:
                 self.holds_up = None
                 link.flows.clear()
             await link.flows.wait()
+            if self.deafens_on is not None and self.deafens_on in chunk:
+                self.deafens_on = None
+                link.hears.clear()
             if not link.swallows_sent:
                 await _pass_on(chunk, link.server)
         _end(link.server)
 
     async def _pump_down(self, link: Link, reader: asyncio.StreamReader, left: int | None) -> None:
         while chunk := await self._next(reader):
+            await link.hears.wait()
             if left is not None and len(chunk) >= left:
                 await _pass_on(chunk[:left], link.client)
                 if not self.cuts_politely:

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import faulthandler
 import gc
+import importlib.util
 import logging
 import os
 import signal
@@ -17,6 +18,9 @@ from worker import __version__
 EXIT_OK, EXIT_FAILURE = 0, 1
 # sysexits.h: something is wrong with the configuration.
 EXIT_CONFIG = 78
+EXIT_USAGE = 2
+BASIC_COMMANDS = ("run", "topology")
+_ONLY_WITH_SHELL = "commands other than run and topology need more: pip install 'vqa-worker[cli]'"
 APPLY_TIMEOUT_S = 60.0
 # For idle threads to notice the end.
 THREADS_GRACE_S = 0.5
@@ -24,6 +28,25 @@ THREADS_GRACE_S = 0.5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # A worker starts without loading what only people need. (The completion's script gives no arguments.)
+    if given[:1] == ["run"] or not _has_shell():
+        return basics(given)
+    from worker.cli.commands import shell
+
+    return shell(given, basics)
+
+
+def _has_shell() -> bool:
+    """Whether the extra `cli` is installed."""
+    return all(importlib.util.find_spec(name) for name in ("typer", "rich"))
+
+
+def basics(arguments: Sequence[str]) -> int:
+    """The commands that need nothing but what the worker needs."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in BASIC_COMMANDS:
+        _say([f"vqa-worker {arguments[0]}: {_ONLY_WITH_SHELL}"])
+        return EXIT_USAGE
     given = _parser().parse_args(arguments)
     if given.command == "topology":
         return topology(given)
@@ -32,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vqa-worker", description="Answers questions about images, from RabbitMQ to RabbitMQ."
+        prog="vqa-worker",
+        description="Answers questions about images, from RabbitMQ to RabbitMQ.",
+        epilog=None if _has_shell() else _ONLY_WITH_SHELL,
     )
     parser.add_argument("--version", action="version", version=f"vqa-worker {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -110,6 +110,8 @@ class Broker:
     url: str
     ssl_context: ssl.SSLContext | None
     name: str
+    setting: str = "VQA_RABBITMQ_URL"
+    """What a person who reads of a refusal knows the URL by."""
 
     @asynccontextmanager
     async def connection(self, purpose: str, *, refusal_is_final: bool) -> AsyncIterator[AbstractConnection]:
@@ -119,6 +121,21 @@ class Broker:
             BrokerRefusedError: it refuses the credentials or the virtual host, and `refusal_is_final`.
         """
         connection = await self._dial_until_connected(purpose, refusal_is_final=refusal_is_final)
+        try:
+            yield connection
+        finally:
+            await _close(connection)
+
+    @asynccontextmanager
+    async def try_connection(self) -> AsyncIterator[AbstractConnection]:
+        """A fresh connection, tried for once.
+
+        Raises:
+            BrokerRefusedError: it refuses the credentials or the virtual host.
+            CONNECTION_EXCEPTIONS: it cannot be reached.
+        """
+        with losses():
+            connection = await self._dial()
         try:
             yield connection
         finally:
@@ -143,16 +160,13 @@ class Broker:
             await asyncio.sleep(min(delay_s, max(0.0, ends - time.monotonic())))
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
         raise BrokerUnreachableError(
-            f"VQA_RABBITMQ_URL: the broker was out of reach for {patience_s:g} s ({reason})"
+            f"{self.setting}: the broker was out of reach for {patience_s:g} s ({reason})"
         )
 
     async def _once(self, task: Callable[[AbstractConnection], Awaitable[T]]) -> T:
         with losses():
-            connection = await self._dial()
-            try:
+            async with self.try_connection() as connection:
                 return await task(connection)
-            finally:
-                await _close(connection)
 
     async def _dial_until_connected(self, purpose: str, *, refusal_is_final: bool) -> AbstractConnection:
         delay_s = FIRST_DELAY_S
@@ -180,19 +194,19 @@ class Broker:
                 client_properties={"connection_name": self.name},
             )
         except (ProbableAuthenticationError, AuthenticationError):
-            text = "VQA_RABBITMQ_URL: the broker refuses this user name and password"
+            text = f"{self.setting}: the broker refuses this user name and password"
             raise BrokerRefusedError(text) from None
         except ConnectionClosed as error:
             code, reason = (*error.args, "", "")[:2]
             if code == _NOT_ALLOWED and "limit" not in str(reason):
-                text = "VQA_RABBITMQ_URL: the virtual host does not exist, or this user may not use it"
+                text = f"{self.setting}: the virtual host does not exist, or this user may not use it"
                 raise BrokerRefusedError(text) from None
             raise
         except ssl.SSLError as error:
-            raise BrokerRefusedError(_explain_tls(error)) from None
+            raise BrokerRefusedError(_explain_tls(self.setting, error)) from None
         except aio_pika.exceptions.AMQPConnectionError as error:
             if isinstance(error.__cause__, ssl.SSLError):
-                raise BrokerRefusedError(_explain_tls(error.__cause__)) from None
+                raise BrokerRefusedError(_explain_tls(self.setting, error.__cause__)) from None
             raise
 
 
@@ -210,10 +224,10 @@ def _heartbeat_s(url: str) -> int:
     return int(asked) if asked.isdecimal() else HEARTBEAT_S
 
 
-def _explain_tls(error: ssl.SSLError) -> str:
+def _explain_tls(setting: str, error: ssl.SSLError) -> str:
     reason = getattr(error, "verify_message", "") or error.reason or "no agreement"
     return (
-        f"VQA_RABBITMQ_URL: no TLS with the broker ({reason}): check VQA_RABBITMQ_CA_FILE, "
+        f"{setting}: no TLS with the broker ({reason}): check VQA_RABBITMQ_CA_FILE, "
         "VQA_RABBITMQ_CERT_FILE and that the port speaks TLS"
     )
 

@@ -99,6 +99,11 @@ class Publisher:
         self._waiting: Counter[AbstractChannel] = Counter()
         self._refused = asyncio.Event()
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a channel to publish on."""
+        return self._connected.is_set()
+
     async def run(self) -> None:
         """Keep the connection up until cancelled.
 
@@ -140,7 +145,7 @@ class Publisher:
                 except PublishError:
                     raise UnroutableError(message.routing_key) from None
                 except (DeliveryError, *CONNECTION_EXCEPTIONS) as error:
-                    _raise_if_too_large(error, message)
+                    raise_if_too_large(error, message)
                     self._complain(error, message)
                 else:
                     return self._praise(message)
@@ -258,7 +263,7 @@ class Publisher:
         )
         try:
             with losses():
-                await exchange.publish(_to_amqp(message), message.routing_key, mandatory=message.mandatory)
+                await exchange.publish(to_amqp(message), message.routing_key, mandatory=message.mandatory)
         except ChannelClosed:
             self._suspects.add(message.exchange)
             raise
@@ -276,7 +281,12 @@ def _subject(message: Outgoing) -> str:
     return f"{message.exchange}/{message.routing_key}"
 
 
-def _raise_if_too_large(error: BaseException, message: Outgoing) -> None:
+def raise_if_too_large(error: BaseException, message: Outgoing) -> None:
+    """Tell a message that the broker will never take from one that met with other trouble.
+
+    Raises:
+        TooLargeError: the broker closed the channel over this message's size.
+    """
     found = _TOO_LARGE.search(str(error)) if isinstance(error, ChannelClosed) else None
     if found and len(message.body) == int(found[1]):
         raise TooLargeError(int(found[2]))
@@ -289,7 +299,8 @@ def _reason(error: BaseException) -> str:
     return explain(error) if isinstance(error, ChannelClosed) else type(error).__name__
 
 
-def _to_amqp(message: Outgoing) -> aio_pika.Message:
+def to_amqp(message: Outgoing) -> aio_pika.Message:
+    """The message in the library's form."""
     return aio_pika.Message(
         message.body,
         delivery_mode=aio_pika.DeliveryMode.PERSISTENT,

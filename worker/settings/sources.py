@@ -12,6 +12,7 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from worker.settings.broker import BrokerSettings
+from worker.settings.commands import CommandSettings
 from worker.settings.faults import PREFIX, SettingsError, fault_lines, variable
 from worker.settings.model import Settings
 from worker.settings.traces import trace_faults
@@ -42,6 +43,14 @@ def load_broker_settings(*, env_file: Path | None = Path(".env")) -> BrokerSetti
     Args and Raises: as `load_settings`.
     """
     return _load(BrokerSettings, env_file)
+
+
+def load_command_settings(*, env_file: Path | None = Path(".env")) -> CommandSettings:
+    """Read those settings only that commands for people use.
+
+    Args and Raises: as `load_settings`.
+    """
+    return _load(CommandSettings, env_file)
 
 
 def _load(kind: type[Kind], env_file: Path | None) -> Kind:

@@ -1,0 +1,88 @@
+"""The examples in other languages, run as a reader of the docs would run them."""
+
+import asyncio
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deploy.local.stack import Stack
+from tests.conftest import PutImage
+from tests.running import ROOT, Worker
+
+EXAMPLE = ROOT / "examples" / "javascript"
+PUBLISHING = ROOT / "docs" / "publishing.md"
+
+
+@pytest.fixture(scope="module")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example with its library, which npm fetches once for all test runs of this machine."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqa-worker-tests"
+    folder = cache / "javascript"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (cache / "javascript.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.copy(EXAMPLE / "package.json", folder)
+        if not (folder / "node_modules" / "amqplib").is_dir():
+            fetched = subprocess.run(
+                ["npm", "install", "--no-audit", "--no-fund"],  # noqa: S607 - the reader's own
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=100,
+                check=False,
+            )
+            if fetched.returncode != 0:
+                pytest.skip(f"npm cannot fetch amqplib: {fetched.stderr.strip().splitlines()[:1]}")
+    run = tmp_path_factory.mktemp("javascript")
+    shutil.copytree(EXAMPLE, run, dirs_exist_ok=True)
+    (run / "node_modules").symlink_to(folder / "node_modules")
+    return run
+
+
+async def ask(folder: Path, stack: Stack, queue: str, image: str) -> "subprocess.CompletedProcess[str]":
+    return await asyncio.to_thread(
+        subprocess.run,
+        ["node", "ask.mjs", image, "What is this?"],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "VQA_RABBITMQ_URL": stack.rabbitmq.url, "VQA_JOBS_QUEUE": queue},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+async def test_a_program_in_javascript_gets_its_answer(
+    javascript: Path, stack: Stack, worker: Worker, put_image: PutImage
+) -> None:
+    answered = await ask(javascript, stack, worker.jobs_queue, put_image())
+    assert (answered.returncode, answered.stderr) == (0, "")
+    assert "PNG" in answered.stdout
+
+
+async def test_a_program_in_javascript_hears_why_there_is_no_answer(
+    javascript: Path, stack: Stack, worker: Worker
+) -> None:
+    failed = await ask(javascript, stack, worker.jobs_queue, "s3://no-bucket/key")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("image_not_found: images[0] (s3://no-bucket/key)")
+    nobody = await ask(javascript, stack, "no-such-queue", "s3://no-bucket/key")
+    assert nobody.returncode == 1
+    assert "the queue no-such-queue does not exist" in nobody.stderr
+
+
+def test_the_docs_show_the_example_that_is_tested() -> None:
+    (shown,) = re.findall(r"```javascript\n(.*?)```", PUBLISHING.read_text(encoding="utf-8"), re.DOTALL)
+    assert shown == (EXAMPLE / "ask.mjs").read_text(encoding="utf-8")
+
+
+def test_the_example_names_the_library_that_it_needs() -> None:
+    assert list(json.loads((EXAMPLE / "package.json").read_text())["dependencies"]) == ["amqplib"]

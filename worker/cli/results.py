@@ -1,0 +1,134 @@
+"""`vqa-worker results`: the command line."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from worker.cli import places
+from worker.cli.shell import (
+    DEFAULT_PATIENCE_S,
+    EXIT_OK,
+    CommandError,
+    Json,
+    Patience,
+    Screen,
+    UsageError,
+    broker_of,
+    read,
+)
+from worker.cli.submit import ErrorsPath, OutputForm, OutputPath
+
+if TYPE_CHECKING:
+    from worker.cli.manifest import Manifest
+    from worker.rabbit.connection import Broker
+
+
+def _known_names() -> list[str]:
+    return places.names()
+
+
+async def results(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Name of a submission, or path of its manifest; without it all are listed.",
+            autocompletion=_known_names,
+            show_default=False,
+        ),
+    ] = None,
+    output: OutputPath = None,
+    errors: ErrorsPath = None,
+    output_form: OutputForm = None,
+    now: Annotated[bool, typer.Option("--now", help="Take what is there now, and wait for no more.")] = False,
+    within: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0.1, help="Wait so long at most.")
+    ] = None,
+    forget: Annotated[
+        bool,
+        typer.Option("--forget", help="Delete what is known of the submission, its results and their queue."),
+    ] = False,
+    as_json: Json = False,
+    timeout: Patience = DEFAULT_PATIENCE_S,
+) -> int:
+    """Gather the results of a submission.
+
+        vqa-worker results orders-3f9a1c2b7d -o results.csv
+
+        vqa-worker results orders-3f9a1c2b7d --now --json | jq .answer
+
+    They come from a queue of the submission's own, so that nobody else's results are touched, and are kept in
+    its manifest before the broker may forget them: broken off, the same command goes on. Exit code 1 says
+    that a job failed, or that results are missing.
+    """
+    screen = Screen(as_json=as_json)
+    if name is None:
+        return _list(screen)
+    if now and within is not None:
+        raise UsageError("--now and --within don't go together")
+    from worker.cli.harvest import Harvest
+    from worker.cli.outputs import Output
+    from worker.settings import load_command_settings
+
+    settings = read(load_command_settings, screen)
+    manifest = places.find(name)
+    try:
+        broker = broker_of(settings)
+        with manifest.locked("gathering"):
+            if forget:
+                return await _forget(manifest, broker, screen, timeout)
+            _check(manifest, screen)
+            harvest = Harvest(
+                manifest, broker, screen, Output(output, errors, output_form), patience_s=timeout
+            )
+            return await harvest.bring_in(only_now=now, within_s=within)
+    finally:
+        manifest.close()
+
+
+def _list(screen: Screen) -> int:
+    """Say which submissions there are."""
+    for name in (names := places.names()):
+        manifest = places.find(name)
+        counts, head = manifest.counts(), manifest.head()
+        manifest.close()
+        screen.emit(
+            {
+                "name": name,
+                "source": head["source"],
+                "queue": head["jobs_queue"],
+                "jobs": counts.total,
+                "submitted": counts.confirmed,
+                "succeeded": counts.succeeded,
+                "failed": counts.failed,
+                "missing": counts.missing,
+            }
+        )
+        screen.say(
+            f"{name}: {counts.confirmed:,} of {counts.total:,} jobs submitted,"
+            f" {counts.succeeded:,} answered, {counts.failed:,} failed, {counts.missing:,} missing"
+        )
+    if not names:
+        screen.note(f"no submissions in {places.folder()}")
+    return EXIT_OK
+
+
+def _check(manifest: "Manifest", screen: Screen) -> None:
+    head, counts = manifest.head(), manifest.counts()
+    if not head["is_private"]:
+        text = f"its results go to {head['reply_to']}, which others read: there is nothing to gather here"
+        raise CommandError(text)
+    if left := counts.total - counts.confirmed:
+        screen.note(f"{left:,} of {counts.total:,} jobs are not submitted yet: submit them again to go on")
+
+
+async def _forget(manifest: "Manifest", broker: "Broker", screen: Screen, patience_s: float) -> int:
+    from worker.rabbit.replies import delete_queue
+
+    head, missing = manifest.head(), manifest.counts().missing
+    if head["is_private"]:
+        await broker.within(patience_s, partial(delete_queue, name=head["reply_to"]))
+    manifest.delete()
+    screen.emit({"name": head["name"], "missing": missing, "forgotten": True})
+    screen.say(f"{head['name']} is forgotten; {missing:,} of its results had not come")
+    return EXIT_OK

@@ -1,0 +1,22 @@
+"""The settings that commands for people use, beside the broker's: a part of those in `Settings`."""
+
+from typing import Annotated, Literal
+
+from worker.settings.broker import BrokerSettings
+from worker.settings.model import Price, Settings
+from worker.settings.urls import HttpUrl
+from worker.settings.values import AnyCase, Count, JsonObject, Printable
+
+_DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
+
+
+class CommandSettings(BrokerSettings):
+    """What submitting jobs takes; the API's key and the rest of what a worker needs may be missing."""
+
+    s3_endpoint_url: HttpUrl | None = _DEFAULTS["s3_endpoint_url"]
+    s3_addressing_style: Annotated[Literal["auto", "path", "virtual"], AnyCase] = _DEFAULTS[
+        "s3_addressing_style"
+    ]
+    model: Printable = _DEFAULTS["model"]
+    prices: Annotated[dict[str, Price], JsonObject] = _DEFAULTS["prices"]
+    max_job_bytes: Count = _DEFAULTS["max_job_bytes"]
