@@ -17,6 +17,7 @@ from pydantic import BaseModel, SecretStr
 from deploy.rabbitmq.__main__ import PLACE, STRICT, STRICT_SETTINGS, topology_with
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER, intake, users
 from worker.cancellation import REMEMBERED
+from worker.cli.schema import asyncapi
 from worker.errors import COUNTS_AGAINST_THE_SERVICE, MEANING, ErrorCode
 from worker.instruments import Declaration
 from worker.job import Job
@@ -189,11 +190,16 @@ def _written(value: Any) -> str:
     return str(value)
 
 
-def messages_page() -> str:
-    """What publishers of jobs and readers of results have to know."""
+def default_settings() -> Settings:
+    """The settings where nothing is set but what has to be."""
     # What this machine's environment says is no default.
     with patch.dict(os.environ, {"VQA_ALLOWED_BUCKETS": "any", "VQA_MODEL_API_KEY": "any"}, clear=True):
-        settings = Settings(_env_file=None)
+        return Settings(_env_file=None)
+
+
+def messages_page() -> str:
+    """What publishers of jobs and readers of results have to know."""
+    settings = default_settings()
     template = (HERE / "templates" / "messages.md").read_text(encoding="utf-8")
     return Template(template).substitute(
         jobs_queue=settings.jobs_queue,
@@ -246,6 +252,11 @@ def _metric_row(metric: Declaration) -> tuple[str, str, str, str]:
 
 def _buckets_line(metric: Declaration) -> str:
     return f"- `{metric.name}`: {', '.join(f'{bound:.10g}' for bound in metric.buckets)}"
+
+
+def asyncapi_document() -> str:
+    """The worker with default settings, for the tools of AsyncAPI."""
+    return json.dumps(asyncapi(default_settings()), indent=2, ensure_ascii=False) + "\n"
 
 
 def _example(model: type[BaseModel], example: Mapping[str, Any]) -> str:
@@ -358,6 +369,7 @@ PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "messages.md": messages_page,
     "permissions.md": permissions_page,
     "metrics.md": metrics_page,
+    "asyncapi.json": asyncapi_document,
 }
 
 

@@ -19,8 +19,8 @@ EXIT_OK, EXIT_FAILURE = 0, 1
 # sysexits.h: something is wrong with the configuration.
 EXIT_CONFIG = 78
 EXIT_USAGE = 2
-BASIC_COMMANDS = ("run", "topology")
-_ONLY_WITH_SHELL = "commands other than run and topology need more: pip install 'vqa-worker[cli]'"
+BASIC_COMMANDS = ("run", "topology", "schema")
+_ONLY_WITH_SHELL = "commands other than run, topology and schema need more: pip install 'vqa-worker[cli]'"
 APPLY_TIMEOUT_S = 60.0
 # For idle threads to notice the end.
 THREADS_GRACE_S = 0.5
@@ -50,6 +50,8 @@ def basics(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(arguments)
     if given.command == "topology":
         return topology(given)
+    if given.command == "schema":
+        return schema(given)
     return run()
 
 
@@ -65,7 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="work until SIGTERM or SIGINT; settings come from the environment (VQA_…)"
     )
     _add_topology(commands.add_parser("topology", help="the queues and exchanges: show or make them"))
+    _add_schema(commands.add_parser("schema", help="print what messages look like; needs no broker"))
     return parser
+
+
+def _add_schema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("document", nargs="?", choices=("job", "result", "asyncapi"), help="all by default")
+    parser.add_argument("--json", action="store_true", help="print it on one line")
 
 
 def _add_topology(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +181,21 @@ def topology(given: argparse.Namespace) -> int:
 def _ignore_questions() -> None:
     """While nobody is there to answer it, SIGUSR1 must not end the process."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def schema(given: argparse.Namespace) -> int:
+    """`vqa-worker schema`."""
+    from worker.settings import SettingsError, load_broker_settings
+
+    try:
+        settings = load_broker_settings()
+    except SettingsError as error:
+        return _refuse(error.faults)
+    from worker.cli.schema import show
+
+    _say(settings.strays)
+    print(show(settings, given.document, compact=given.json))  # noqa: T201
+    return EXIT_OK
 
 
 def _threads_linger() -> bool:

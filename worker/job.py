@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     StringConstraints,
     ValidationError,
     field_validator,
@@ -32,6 +33,8 @@ MAX_FAULTS_NAMED = 5
 
 _Location = tuple[int | str, ...]
 
+# Of what a printable character is, as much as can be said in every language's regular expressions.
+_ID_PATTERN = r"^[^\u0000-\u001f\u007f-\u009f]*$"
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:[0-5]\d)", re.ASCII)
 
 
@@ -48,7 +51,12 @@ def _check_id(value: object) -> object:
     return value
 
 
-def _parse_deadline(value: object) -> object:
+def parse_deadline(value: object) -> datetime | None:
+    """A deadline as a job says it.
+
+    Raises:
+        ValueError: it is no RFC 3339 time; the message says what is wrong with it.
+    """
     if value is None:
         return None
     if not isinstance(value, str) or not _RFC3339.fullmatch(value):
@@ -116,12 +124,29 @@ class ChatMessage(_Open):
     content: str | list[Part] | None = None
 
 
+# The two forms of a job, for its JSON Schema; a field that is null is none.
+_NONE: dict[str, JsonValue] = {"type": "null"}
+_SHORT_FORM: dict[str, JsonValue] = {
+    "title": "Short form",
+    "required": ["question", "images"],
+    "properties": {"question": {"type": "string"}, "images": {"type": "array"}, "messages": _NONE},
+}
+_LONG_FORM: dict[str, JsonValue] = {
+    "title": "Long form",
+    "required": ["messages"],
+    "properties": {"messages": {"type": "array"}, "question": _NONE, "images": _NONE, "system": _NONE},
+}
+
+
 class Job(_Strict):
     """A question about images, as it stands in a message on the jobs queue."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_SHORT_FORM, _LONG_FORM]})
 
     id: Annotated[str | None, BeforeValidator(_check_id)] = Field(
         default=None,
         description="The job's identity, 1 to 256 printable characters. Falls back to the AMQP message_id.",
+        json_schema_extra={"minLength": 1, "maxLength": MAX_ID_CHARS, "pattern": _ID_PATTERN},
     )
     question: Annotated[str, StringConstraints(pattern=r"\S")] | None = Field(
         default=None, description="Short form: what is asked about the images."
@@ -137,9 +162,12 @@ class Job(_Strict):
     params: dict[str, Any] | None = Field(
         default=None,
         description="Further fields of the request body, except `model`, `messages`, `stream` and `n`.",
+        json_schema_extra={"propertyNames": {"not": {"enum": [*sorted(RESERVED_PARAMS)]}}},
     )
-    deadline: Annotated[datetime | None, BeforeValidator(_parse_deadline)] = Field(
-        default=None, description="RFC 3339 time past which the job is not paid for."
+    deadline: Annotated[datetime | None, BeforeValidator(parse_deadline)] = Field(
+        default=None,
+        description="RFC 3339 time past which the job is not paid for.",
+        json_schema_extra={"pattern": f"^{_RFC3339.pattern}$"},
     )
     metadata: dict[str, Any] | None = Field(
         default=None, description="At most 16 KiB of JSON, echoed in the result and never interpreted."
@@ -232,14 +260,19 @@ def _holds_infinity(value: Any) -> bool:
             return False
 
 
-def _id_of(body: bytes) -> str | None:
-    """The id of a body that is not a valid job, read as leniently as Python can."""
+def read_leniently(body: bytes) -> dict[str, Any] | None:
+    """What a body says that need not be a valid job; None if it is no JSON object at all."""
     try:
         # What is not UTF-8 becomes lone surrogates, which are no part of a readable id.
         value = json.loads(body.decode(errors="surrogateescape"))
     except (ValueError, RecursionError):
         return None
-    return readable_id(value.get("id")) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else None
+
+
+def _id_of(body: bytes) -> str | None:
+    """The id of a body that is not a valid job."""
+    return readable_id((read_leniently(body) or {}).get("id"))
 
 
 def _id_of_beginning(body: bytes) -> str | None:

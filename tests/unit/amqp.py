@@ -11,7 +11,7 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from worker.delivery import Delivery
-from worker.rabbit.consumer import _to_delivery
+from worker.rabbit.consumer import to_delivery
 
 
 def short(content: bytes) -> bytes:
@@ -44,6 +44,6 @@ def delivered(raw: dict[str, bytes], *, redelivered: bool = False) -> Delivery:
     """What the consumer makes of a message with these properties."""
     deliver = Basic.Deliver("tag", 1, redelivered, "", "jobs")
     message: Any = DeliveredMessage(delivery=deliver, header=received(raw), body=b"{}", channel=None)  # type: ignore[arg-type]
-    return _to_delivery(
+    return to_delivery(
         aio_pika.IncomingMessage(message), is_alive=lambda: True, may_go_back=lambda: asyncio.sleep(0)
     )

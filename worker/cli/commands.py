@@ -1,11 +1,13 @@
 """All commands, put together; loaded only where the extra `cli` is installed."""
 
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from worker import __version__
+from worker.cli.dead import commands as dead
 from worker.cli.results import results
 from worker.cli.shell import Json, add
 from worker.cli.submit import submit
@@ -13,6 +15,16 @@ from worker.cli.submit import submit
 # What works without this shell too: takes arguments, returns the exit code.
 Basics = Callable[[Sequence[str]], int]
 
+
+class Document(StrEnum):
+    """What `schema` can print."""
+
+    JOB = "job"
+    RESULT = "result"
+    ASYNCAPI = "asyncapi"
+
+
+DOCUMENT = typer.Argument(help="Which one; all of them, under their names, if none is given.")
 TIMEOUT = typer.Option(metavar="SECONDS", help="How long to wait for a broker that is out of reach (60).")
 
 
@@ -38,6 +50,8 @@ def build(basics: Basics) -> typer.Typer:
     add(app, "submit", submit)
     add(app, "results", results)
     _add_basics(app, basics)
+    for command in (dead,):
+        command.register(app)
     return app
 
 
@@ -78,6 +92,18 @@ def _add_basics(app: typer.Typer, basics: Basics) -> None:
     add(topology, "show", show)
     add(topology, "apply", apply)
     app.add_typer(topology, name="topology")
+
+    def schema(document: Annotated[Document | None, DOCUMENT] = None, as_json: Json = False) -> int:
+        """Print the JSON Schemas of jobs and results, and an AsyncAPI 3 document of the worker.
+
+        - `vqa-worker schema job > job.schema.json`
+        - `vqa-worker schema asyncapi > asyncapi.json` (which is YAML as well)
+
+        The AsyncAPI document names the queues as the settings do; no broker is needed.
+        """
+        return basics(["schema", *([document.value] if document else []), *_given(as_json)])
+
+    add(app, "schema", schema)
 
 
 def _given(as_json: bool) -> list[str]:

@@ -148,11 +148,27 @@ class Broker:
             BrokerRefusedError: it refuses the credentials or the virtual host.
             BrokerUnreachableError: so many seconds were not enough.
         """
+        return await self._until(patience_s, lambda: self._once(task))
+
+    @asynccontextmanager
+    async def reached(self, patience_s: float) -> AsyncIterator[AbstractConnection]:
+        """A fresh connection for as long as the block lasts; a broker out of reach is waited for so long.
+
+        Raises:
+            BrokerRefusedError, BrokerUnreachableError: as `within`.
+        """
+        connection = await self._until(patience_s, self._dial_heeding)
+        try:
+            yield connection
+        finally:
+            await _close(connection)
+
+    async def _until(self, patience_s: float, attempt: Callable[[], Awaitable[T]]) -> T:
         ends, reason, delay_s = time.monotonic() + patience_s, "", FIRST_DELAY_S
         while (left_s := ends - time.monotonic()) > 0:
             try:
                 async with asyncio.timeout(left_s):
-                    return await self._once(task)
+                    return await attempt()
             except TimeoutError:
                 reason = reason or "it does not answer"
             except CONNECTION_EXCEPTIONS as error:
@@ -168,12 +184,15 @@ class Broker:
             async with self.try_connection() as connection:
                 return await task(connection)
 
+    async def _dial_heeding(self) -> AbstractConnection:
+        with losses():
+            return await self._dial()
+
     async def _dial_until_connected(self, purpose: str, *, refusal_is_final: bool) -> AbstractConnection:
         delay_s = FIRST_DELAY_S
         while True:
             try:
-                with losses():
-                    return await self._dial()
+                return await self._dial_heeding()
             except BrokerRefusedError as error:
                 if refusal_is_final:
                     raise

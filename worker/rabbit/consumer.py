@@ -237,7 +237,7 @@ class Consumer:
     def _to_delivery(self, message: AbstractIncomingMessage, queue: AbstractQueue) -> Delivery:
         channel = message.channel
         # It must not hold on to the message: this outlives the job. A session may end before its channel.
-        return _to_delivery(
+        return to_delivery(
             message,
             is_alive=lambda: self._queue is queue and not channel.is_closed,
             may_go_back=self._until_calm,
@@ -272,12 +272,13 @@ async def _ignoring_loss(operation: Awaitable[object]) -> None:
         log.debug("rabbitmq_operation_lost")
 
 
-def _to_delivery(
+def to_delivery(
     message: AbstractIncomingMessage,
     *,
     is_alive: Callable[[], bool],
     may_go_back: Callable[[], Awaitable[None]],
 ) -> Delivery:
+    """A message as the rest of the worker knows it."""
     headers = message.headers or {}
     enqueued_ms = wire.count(headers.get(wire.ENQUEUED_HEADER), 2**53) or None
     timestamp = message.timestamp if isinstance(message.timestamp, datetime) else None

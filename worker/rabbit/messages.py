@@ -25,6 +25,8 @@ ERROR_CODE_HEADER = "vqa-error-code"
 ERROR_MESSAGE_HEADER = "vqa-error-message"
 # To some made-up names of direct reply-to RabbitMQ answers by closing the connection (3.10: 541), each time.
 DIRECT_REPLY_TRIES = 3
+# What RabbitMQ routes by, and what it counts.
+_NOT_REPEATED = frozenset({"CC", "BCC", "x-delivery-count", "x-acquired-count"})
 # About ten seconds with the publisher's growing delays: longer than a broker's restart cuts connections.
 PRIVATE_QUEUE_TRIES = 7
 # As long for a copy of a job: the broker still has the job itself.
@@ -89,9 +91,20 @@ def dead_letter(delivery: Delivery, queue: str, outcome: DeadLetter) -> Outgoing
             ERROR_CODE_HEADER: str(outcome.code),
             ERROR_MESSAGE_HEADER: outcome.message,
             wire.ATTEMPTS_HEADER: outcome.attempts,
-            wire.DIED_AT_HEADER: datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            wire.DIED_AT_HEADER: rfc3339(datetime.now(UTC)),
         },
     )
+
+
+def put_back(delivery: Delivery, queue: str) -> Outgoing:
+    """A dead letter as the job that it was: nothing of its death comes along, and attempts count anew."""
+    return _copy(delivery, queue, {wire.COPY_HEADER: uuid.uuid4().hex})
+
+
+def renewed(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> Outgoing:
+    """A dead letter once more, with its headers but those that route it or are RabbitMQ's to count."""
+    kept = {name: value for name, value in headers.items() if name not in _NOT_REPEATED}
+    return _copy(delivery, queue, kept)
 
 
 def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> Outgoing:
@@ -113,6 +126,11 @@ def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> 
     # The library gives every message an id. One that is also here was not the publisher's: a dead letter
     # without any id, put back, must not become a job under a name that nobody knows.
     return replace(copy, headers={**copy.headers, wire.COPY_HEADER: copy.message_id})
+
+
+def rfc3339(moment: datetime) -> str:
+    """A moment in UTC, to the millisecond."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _short(text: str | None) -> str | None:

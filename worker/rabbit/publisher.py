@@ -256,18 +256,28 @@ class Publisher:
                 await _close(channel)
 
     async def _publish_on(self, channel: AbstractChannel, message: Outgoing) -> None:
-        exchange = (
-            await channel.get_exchange(message.exchange, ensure=False)
-            if message.exchange
-            else channel.default_exchange
-        )
         try:
-            with losses():
-                await exchange.publish(to_amqp(message), message.routing_key, mandatory=message.mandatory)
+            await send(channel, message)
         except ChannelClosed:
             self._suspects.add(message.exchange)
             raise
         self._suspects.discard(message.exchange)
+
+
+async def send(channel: AbstractChannel, message: Outgoing) -> None:
+    """Publish once and wait for the confirm, on a channel that has them and raises what is returned.
+
+    Raises:
+        PublishError: no queue takes it.
+        DeliveryError, CONNECTION_EXCEPTIONS: the broker refuses it, or went away before it said anything.
+    """
+    exchange = (
+        await channel.get_exchange(message.exchange, ensure=False)
+        if message.exchange
+        else channel.default_exchange
+    )
+    with losses():
+        await exchange.publish(to_amqp(message), message.routing_key, mandatory=message.mandatory)
 
 
 async def _close(channel: AbstractChannel) -> None:

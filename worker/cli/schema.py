@@ -1,0 +1,235 @@
+"""`vqa-worker schema`: what the messages look like, for programs and their makers; needs no broker.
+
+The JSON Schemas are made from `Job` and `Result`, the AsyncAPI document from these and the topology.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
+from pydantic_core import core_schema
+
+from worker import __version__
+from worker.job import Job
+from worker.rabbit import messages, wire
+from worker.rabbit.topology import QueueSpec, Topology
+from worker.result import Result
+from worker.settings import BrokerSettings
+
+DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
+ASYNCAPI: Final = "3.0.0"
+BINDINGS: Final = "0.3.0"
+
+_TRACE: Final = {
+    wire.TRACEPARENT: {"type": "string", "description": "W3C Trace Context."},
+    wire.TRACESTATE: {"type": "string", "description": "W3C Trace Context."},
+}
+_ENQUEUED: Final = {
+    wire.ENQUEUED_HEADER: {
+        "type": "integer",
+        "description": "When the job was published, in Unix milliseconds; set by RabbitMQ's interceptor.",
+    }
+}
+
+
+class _Generator(GenerateJsonSchema):
+    """Pydantic's, without what is no part of JSON Schema or says a field's name once more."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002 - the library's signature
+        return False
+
+    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
+        made = super().tagged_union_schema(schema)
+        made.pop("discriminator", None)
+        return made
+
+
+def job_schema(ref_template: str = "#/$defs/{model}") -> dict[str, Any]:
+    """What a job has to be, as far as a JSON Schema can say it."""
+    return _schema(Job, "validation", ref_template)
+
+
+def result_schema(ref_template: str = "#/$defs/{model}") -> dict[str, Any]:
+    """What results are. It lets pass what a later version may add: fields, and error codes."""
+    schema = _schema(Result, "serialization", ref_template)
+    for part in (schema, *schema["$defs"].values()):
+        if "properties" in part:
+            del part["additionalProperties"]
+            part["required"] = list(part["properties"])
+    code = schema["$defs"].pop("ErrorCode")
+    failure = schema["$defs"]["JobFailure"]["properties"]
+    failure["code"] = {"type": "string", "examples": code["enum"], "description": code["description"]}
+    return schema
+
+
+def _schema(model: type[BaseModel], mode: JsonSchemaMode, ref_template: str) -> dict[str, Any]:
+    made = model.model_json_schema(mode=mode, ref_template=ref_template, schema_generator=_Generator)
+    return {"$schema": DIALECT, **made}
+
+
+def asyncapi(settings: BrokerSettings) -> dict[str, Any]:
+    """The worker as an AsyncAPI document: it receives jobs and sends results, at the settings' queues."""
+    topology = Topology.from_settings(settings)
+    return {
+        "asyncapi": ASYNCAPI,
+        "info": {
+            "title": "vqa-worker",
+            "version": __version__,
+            "description": "Answers questions about images: jobs in, results out, by RabbitMQ.",
+            "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
+        },
+        "defaultContentType": messages.CONTENT_TYPE,
+        "servers": {"rabbitmq": _server(settings)},
+        "channels": _channels(topology, _vhost(settings)),
+        "operations": _operations(),
+        "components": {"messages": _messages(), "schemas": _schemas()},
+    }
+
+
+def _server(settings: BrokerSettings) -> dict[str, Any]:
+    address = urlsplit(settings.rabbitmq_address)
+    return {"host": address.netloc, "protocol": address.scheme, "protocolVersion": "0.9.1"}
+
+
+def _vhost(settings: BrokerSettings) -> str:
+    return unquote(urlsplit(settings.rabbitmq_address).path[1:]) or "/"
+
+
+def _channels(topology: Topology, vhost: str) -> dict[str, Any]:
+    queues = {queue.name: queue for queue in topology.queues()}
+
+    def channel(name: str, message: str, description: str) -> dict[str, Any]:
+        return {
+            "address": name,
+            "description": description,
+            "messages": {message: {"$ref": f"#/components/messages/{message}"}},
+            "bindings": {"amqp": _queue(queues[name], vhost)},
+            "x-queue-arguments": dict(queues[name].arguments),
+        }
+
+    return {
+        "jobs": channel(topology.jobs, "job", "Where jobs are taken from."),
+        "results": channel(
+            topology.results, "result", "Where results go whose jobs name no (permitted) `reply_to`."
+        ),
+        "replies": {
+            "address": None,
+            "description": "The queue that a job names in `reply_to`, if `VQA_ALLOWED_REPLY_TO` permits it.",
+            "messages": {"result": {"$ref": "#/components/messages/result"}},
+        },
+        "deadLetters": channel(
+            topology.dead_letters, "deadLetter", "Jobs that a person should look at: `vqa-worker dead list`."
+        ),
+        "control": {
+            "address": topology.control.name,
+            "description": "What is said here, every worker hears; the routing key means nothing.",
+            "messages": {"cancellation": {"$ref": "#/components/messages/cancellation"}},
+            "bindings": {"amqp": _exchange(topology, vhost)},
+        },
+    }
+
+
+def _queue(queue: QueueSpec, vhost: str) -> dict[str, Any]:
+    flags = {"durable": True, "exclusive": False, "autoDelete": False}
+    return {
+        "is": "queue",
+        "queue": {"name": queue.name, **flags, "vhost": vhost},
+        "bindingVersion": BINDINGS,
+    }
+
+
+def _exchange(topology: Topology, vhost: str) -> dict[str, Any]:
+    exchange = topology.control
+    flags = {"durable": True, "autoDelete": False}
+    return {
+        "is": "routingKey",
+        "exchange": {"name": exchange.name, "type": exchange.type.value, **flags, "vhost": vhost},
+        "bindingVersion": BINDINGS,
+    }
+
+
+def _operations() -> dict[str, Any]:
+    def operation(action: str, channel: str, summary: str) -> dict[str, Any]:
+        return {"action": action, "channel": {"$ref": f"#/channels/{channel}"}, "summary": summary}
+
+    reply = {
+        "address": {
+            "location": "$message.header#/reply_to",
+            "description": "The AMQP property `reply_to`.",
+        },
+        "channel": {"$ref": "#/channels/replies"},
+    }
+    return {
+        "receiveJob": {**operation("receive", "jobs", "Take a job, and answer it."), "reply": reply},
+        "sendResult": operation("send", "results", "Tell what became of a job that names no `reply_to`."),
+        "sendDeadLetter": operation("send", "deadLetters", "Keep a job that failed for good."),
+        "receiveCancellation": operation("receive", "control", "Give up a job."),
+    }
+
+
+def _messages() -> dict[str, Any]:
+    correlation = {
+        "location": "$message.header#/correlation_id",
+        "description": "The AMQP property `correlation_id`; of a result the job's own, else the job's id.",
+    }
+    died = {
+        messages.ERROR_CODE_HEADER: {"type": "string", "description": "The error's code."},
+        messages.ERROR_MESSAGE_HEADER: {"type": "string", "description": "The last fault, for a person."},
+        wire.ATTEMPTS_HEADER: {"type": "integer", "description": "How many attempts were counted."},
+        wire.DIED_AT_HEADER: {"type": "string", "format": "date-time", "description": "When it died."},
+    }
+    undeliverable = {
+        messages.UNDELIVERABLE_HEADER: {
+            "type": "string",
+            "description": "The `reply_to` queue that could not take it; only where that is so.",
+        }
+    }
+    job = {"payload": {"$ref": "#/components/schemas/Job"}, "correlationId": correlation}
+    return {
+        "job": {**job, "title": "Job", "headers": _headers({**_TRACE, **_ENQUEUED})},
+        "deadLetter": {
+            "title": "Dead letter",
+            "summary": "A job as it came, with why it failed. (It may be no job at all: then that is why.)",
+            "correlationId": correlation,
+            "payload": {},
+            "headers": _headers({**_TRACE, **_ENQUEUED, **died}),
+        },
+        "result": {
+            "title": "Result",
+            "payload": {"$ref": "#/components/schemas/Result"},
+            "correlationId": correlation,
+            "headers": _headers({**_TRACE, **undeliverable}),
+            "bindings": {"amqp": {"messageType": messages.RESULT_TYPE, "bindingVersion": BINDINGS}},
+        },
+        "cancellation": {"title": "Cancellation", "payload": {"$ref": "#/components/schemas/Cancellation"}},
+    }
+
+
+def _headers(properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties)}
+
+
+def _schemas() -> dict[str, Any]:
+    template = "#/components/schemas/{model}"
+    cancellation = {
+        "type": "object",
+        "properties": {"cancel": {"type": "string", "description": "The id of the job to give up."}},
+        "required": ["cancel"],
+        "additionalProperties": False,
+    }
+    schemas = {"Cancellation": cancellation}
+    for name, schema in (("Job", job_schema(template)), ("Result", result_schema(template))):
+        del schema["$schema"]
+        schemas |= schema.pop("$defs")
+        schemas[name] = schema
+    return schemas
+
+
+def show(settings: BrokerSettings, what: str | None, *, compact: bool) -> str:
+    """`job`, `result` or `asyncapi`, or all of them under their names."""
+    documents = {"job": job_schema(), "result": result_schema(), "asyncapi": asyncapi(settings)}
+    document = documents[what] if what else documents
+    return json.dumps(document, ensure_ascii=False, indent=None if compact else 2)
