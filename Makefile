@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test bench bench-quick chaos soak image lint format docs golden dashboard-preview lock ci
+.PHONY: help setup demo stack test bench bench-quick chaos soak image lint format docs golden dashboard-preview scale-demo lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -45,6 +45,9 @@ bench: $(BENCH) ## measure the worker beside others (40 minutes or more; Linux),
 
 bench-quick: $(BENCH) ## the same in short, under two minutes, told only
 	@$(BIN)/python -m tests.bench --quick
+
+scale-demo: $(BENCH) ## scale workers from zero to the most and back as KEDA would (8 minutes; Linux), write docs/scaling.md
+	@$(BIN)/python -m tests.scaling --write docs
 
 # SEED, SECONDS or MINUTES, WORKERS, RATE, EVERY (so many seconds a fault) and STORE=no may be given.
 CHAOS = $(foreach it,SEED SECONDS MINUTES WORKERS RATE EVERY,$(if $($(it)),--$(shell echo $(it) | tr A-Z a-z)=$($(it)))) \
