@@ -6,7 +6,7 @@ from typing import ClassVar, TypeAlias
 
 import structlog
 from aio_pika import ExchangeType
-from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
+from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelClosed
 from pamqp.common import FieldValue
 
@@ -61,9 +61,9 @@ class ExchangeSpec:
     def __str__(self) -> str:
         return f"exchange {self.name} ({self.setting})" if self.setting else f"exchange {self.name}"
 
-    async def declare(self, channel: AbstractChannel, *, passive: bool) -> AbstractExchange:
+    async def declare(self, channel: AbstractChannel, *, passive: bool) -> None:
         """Make it, or see that it is as it would be made; `passive`: only look that it is there."""
-        return await channel.declare_exchange(self.name, self.type, durable=True, passive=passive)
+        await channel.declare_exchange(self.name, self.type, durable=True, passive=passive)
 
 
 @dataclass(frozen=True, slots=True)
