@@ -121,18 +121,18 @@ def test_chance_changes_little() -> None:
         {"down": DownRules(stabilizationWindowSeconds=0)},
         {"down": DownRules(stabilizationWindowSeconds=600)},
         {"up": Rules(policies=(Policy(type="Pods", value=1, periodSeconds=60),))},
-        {"cooldown_s": 1800.0},
+        {"cooldown_s": 2700.0},
     ],
     ids=str,
 )
 def test_with_other_numbers_the_course_is_farther_off_than_that_of_the_real_run_may_be(
     change: dict[str, Any],
 ) -> None:
-    # Two tides as in tests/test_scaling.py, which allows for less.
+    # Two tides as in tests/test_scaling.py, which allows for so much.
     tides = (Phase(240, 0.1, 0.9), Phase(300, 0.35, 0.35), Phase(300, 0.35, 2.2))
     jobs = arrivals(Phase(it.seconds, it.rate_from * MOST_PER_S, it.rate_to * MOST_PER_S) for it in tides)
     usual, other = simulated(jobs), simulated(jobs, numbers=replace(CHART, **change))
-    assert difference(usual, other, lambda it: it.replicas) > 0.15
+    assert difference(usual, other, lambda it: it.replicas) > 0.2
 
 
 def test_a_cluster_that_does_not_get_done_is_no_result() -> None:
