@@ -136,17 +136,33 @@ async def held_by_broker(stack: Stack, queue: str) -> tuple[int, int]:
     return int(line[1]), int(line[2])
 
 
-def administer(stack: Stack, method: str, path: str, body: object = None) -> None:
-    """Ask the broker's management interface."""
-    credentials = base64.b64encode(b"guest:guest").decode()
+@contextmanager
+def own_vhost(stack: Stack) -> Iterator[str]:
+    """A virtual host of a test's own, where its administrator may do everything."""
+    vhost = uuid.uuid4().hex
+    administer(stack, "PUT", f"/api/vhosts/{vhost}")
+    everything = {"configure": ".*", "write": ".*", "read": ".*"}
+    administer(stack, "PUT", f"/api/permissions/{vhost}/guest", everything)
+    try:
+        yield vhost
+    finally:
+        administer(stack, "DELETE", f"/api/vhosts/{vhost}")
+
+
+def administer(
+    stack: Stack, method: str, path: str, body: object = None, *, user: str = "guest:guest"
+) -> Any:
+    """Ask the broker's management interface; returns what it answers, if anything."""
+    credentials = base64.b64encode(user.encode()).decode()
     request = urllib.request.Request(  # noqa: S310 - our own http:// URL
         f"{stack.rabbitmq.management_url}{path}",
         method=method,
         data=None if body is None else json.dumps(body).encode(),
         headers={"Authorization": f"Basic {credentials}", "Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=10):  # noqa: S310
-        pass
+    with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+        answer = response.read()
+    return json.loads(answer) if answer else None
 
 
 def url_as(stack: Stack, user: str, password: str, vhost: str = "") -> str:

@@ -2,9 +2,11 @@
 
 import argparse
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,12 +17,20 @@ from worker import __version__
 EXIT_OK, EXIT_FAILURE = 0, 1
 # sysexits.h: something is wrong with the configuration.
 EXIT_CONFIG = 78
+APPLY_TIMEOUT_S = 60.0
 # For idle threads to notice the end.
 THREADS_GRACE_S = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    given = _parser().parse_args(arguments)
+    if given.command == "topology":
+        return topology(given)
+    return run()
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vqa-worker", description="Answers questions about images, from RabbitMQ to RabbitMQ."
     )
@@ -29,16 +39,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "run", help="work until SIGTERM or SIGINT; settings come from the environment (VQA_…)"
     )
-    parser.parse_args(arguments)
-    return run()
+    _add_topology(commands.add_parser("topology", help="the queues and exchanges: show or make them"))
+    return parser
+
+
+def _add_topology(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="print what the settings mean; needs no broker")
+    apply = actions.add_parser("apply", help="make on the broker what is not there; changes nothing that is")
+    for action in (show, apply):
+        action.add_argument("--json", action="store_true", help="print JSON")
+    apply.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=APPLY_TIMEOUT_S,
+        metavar="SECONDS",
+        help="how long to wait for a broker that is out of reach (default: %(default)g)",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+    return seconds
 
 
 def run() -> int:
     """`vqa-worker run`."""
+    _ignore_questions()
+    faulthandler.register(signal.SIGUSR2)
     # Until everything is loaded there is no garbage, and looking for it takes a sixth of the start.
     gc.disable()
     # Imported late: a wrong setting and `--help` answer at once, without loading the SDKs.
-    from worker.settings import SettingsError, load_settings
+    from worker.settings import SettingsError, load_settings, trace_secrets
 
     try:
         settings = load_settings()
@@ -52,7 +89,8 @@ def run() -> int:
     from worker.rabbit.topology import TopologyError
     from worker.redact import Redactor
 
-    configure_logging(settings.log_level, settings.log_format, Redactor(settings.secret_values()))
+    redact = Redactor([*settings.secret_values(), *trace_secrets(os.environ)])
+    configure_logging(settings.log_level, settings.log_format, redact)
     try:
         _on_uvloop(app.run(settings))
     except BaseExceptionGroup as group:
@@ -63,11 +101,53 @@ def run() -> int:
                 return _refuse([str(cause)])
         structlog.get_logger(__name__).critical("died", exception=describe_bug(cause))
         return EXIT_FAILURE
+    finally:
+        _ignore_questions()
     if _threads_linger():
         logging.shutdown()
         sys.stdout.flush()
         os._exit(EXIT_OK)
     return EXIT_OK
+
+
+def topology(given: argparse.Namespace) -> int:
+    """`vqa-worker topology show` and `apply`."""
+    from worker.settings import SettingsError, load_broker_settings
+
+    try:
+        settings = load_broker_settings()
+    except SettingsError as error:
+        return _refuse(error.faults)
+    from worker.cli.topology import apply, show
+    from worker.logs import configure_logging
+    from worker.rabbit.connection import BrokerRefusedError, BrokerUnreachableError
+    from worker.rabbit.topology import TopologyError
+    from worker.redact import Redactor
+
+    _say(settings.strays)
+    # What goes wrong is told in lines of its own, without what the libraries say of it.
+    configure_logging("error", None, Redactor(settings.secret_values()), stream=sys.stderr)
+    logging.disable()
+    try:
+        told = (
+            show(settings, as_json=given.json)
+            if given.action == "show"
+            else asyncio.run(apply(settings, timeout_s=given.timeout, as_json=given.json))
+        )
+    except TopologyError as error:
+        return _refuse(error.faults)
+    except BrokerRefusedError as error:
+        return _refuse([str(error)])
+    except BrokerUnreachableError as error:
+        _say([str(error)])
+        return EXIT_FAILURE
+    print(told)  # noqa: T201
+    return EXIT_OK
+
+
+def _ignore_questions() -> None:
+    """While nobody is there to answer it, SIGUSR1 must not end the process."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _threads_linger() -> bool:
@@ -80,9 +160,13 @@ def _threads_linger() -> bool:
 
 
 def _refuse(faults: Sequence[str]) -> int:
-    for fault in faults:
-        print(fault, file=sys.stderr)  # noqa: T201
+    _say(faults)
     return EXIT_CONFIG
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)  # noqa: T201
 
 
 def _on_uvloop(main: Coroutine[None, None, bool]) -> bool:

@@ -21,6 +21,7 @@ BY_PATTERN = {
     "^(https?://.+)?$": st.sampled_from(["", "http://rabbitmq:15672", "https://rabbitmq/path/"]),
     "^(https?://[^/?#]+.*)?$": st.sampled_from(["", "http://minio:9000", "https://s3.example"]),
     "^https?://[^/?#]+": st.sampled_from(["http://vllm:8000/v1", "https://api.example/v1"]),
+    r"^(metadata\..+)?$": st.sampled_from(["", "metadata.team"]),
     "^(s3://.+)?$": st.sampled_from(["", "s3://answers/prefix"]),
     "^(sha256:[0-9a-f]{64})?$": st.sampled_from(["", f"sha256:{'0' * 64}"]),
     "^([a-z]([-a-z0-9]*[a-z0-9])?)?$": st.sampled_from(["", "on", "true", "null", "y", "a" * 40]),

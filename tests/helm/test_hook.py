@@ -2,9 +2,23 @@
 
 import pytest
 
-from tests.helm.rendering import Object, Rendered, ci_values, decoded, minimal, refusal, render
+from tests.helm.rendering import (
+    CHART,
+    Object,
+    Rendered,
+    ci_values,
+    decoded,
+    helm,
+    minimal,
+    objects_in,
+    refusal,
+    render,
+)
+from worker.__main__ import APPLY_TIMEOUT_S, EXIT_CONFIG
 
 HOOK = "helm.sh/hook"
+# `--timeout`, if nothing is said.
+HELM_TIMEOUT_S = 300
 EVENTS = "pre-install,pre-upgrade"
 
 
@@ -54,6 +68,21 @@ def _needed(pod: Object) -> set[str]:
     return secrets | volumes | {pod["serviceAccountName"]}
 
 
+@pytest.mark.parametrize("name", ["minimal", "full"])
+def test_helm_takes_them_for_hooks_and_keeps_them_out_of_the_release(name: str) -> None:
+    with helm.Config(namespace="vision") as config:
+        release = config.install(str(CHART), "demo", ci_values(name), dry_run="client")
+    manifest = list(objects_in(release["manifest"]))
+    rendered = render(ci_values(name))
+    hooks = _hooks(rendered)
+    assert _names(manifest) == _names([found for found in rendered.objects if found not in hooks])
+    assert release["notes"].strip() == rendered.notes.strip()
+
+
+def _names(objects: list[Object]) -> list[tuple[str, str]]:
+    return sorted((found["kind"], found["metadata"]["name"]) for found in objects)
+
+
 def test_nothing_of_it_is_left_when_it_has_succeeded_and_nothing_stands_in_the_way_of_the_next() -> None:
     for found in _hooks(render(ci_values("full"))):
         policy = found["metadata"]["annotations"]["helm.sh/hook-delete-policy"]
@@ -72,14 +101,20 @@ def test_a_wrong_setting_ends_it_at_once_and_an_outage_is_waited_for() -> None:
     spec = render(minimal()).one("Job")["spec"]
     assert spec["podFailurePolicy"]["rules"][0] == {
         "action": "FailJob",
-        "onExitCodes": {"containerName": "topology", "operator": "In", "values": [78]},
+        "onExitCodes": {"containerName": "topology", "operator": "In", "values": [EXIT_CONFIG]},
     }
     assert spec["template"]["spec"]["containers"][0]["name"] == "topology"
     # Kubernetes asks for it with such rules.
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
-    assert spec["backoffLimit"] > 0
-    # Before Helm gives up, which is after 300 seconds.
-    assert spec["activeDeadlineSeconds"] < 300
+
+
+def test_its_attempts_end_before_its_deadline_and_that_before_helm_gives_up() -> None:
+    """So that the last thing to be read is why, and not that it took too long."""
+    spec = render(minimal()).one("Job")["spec"]
+    attempts = spec["backoffLimit"] + 1
+    # Kubernetes waits 10 seconds after the first failure, and twice as long after each further.
+    pauses_s = sum(10 * 2**n for n in range(attempts - 1))
+    assert attempts * APPLY_TIMEOUT_S + pauses_s < spec["activeDeadlineSeconds"] < HELM_TIMEOUT_S
 
 
 def test_it_has_a_user_of_its_own_if_you_like() -> None:

@@ -278,6 +278,16 @@ def test_a_digest_comes_before_a_tag() -> None:
     assert render(minimal({"image": image})).container["image"] == f"registry.example/vqa-worker@{digest}"
 
 
+def test_pods_run_the_image_as_it_is_built() -> None:
+    image = (ROOT / "Dockerfile").read_text()
+    rendered = render(minimal())
+    pod = rendered.pod["spec"]["securityContext"]
+    assert f"USER {pod['runAsUser']}:{pod['runAsGroup']}\n" in image
+    assert f"EXPOSE {rendered.container['ports'][0]['containerPort']}\n" in image
+    # What the containers' `args` are given to.
+    assert 'ENTRYPOINT ["vqa-worker"]\n' in image
+
+
 def test_where_pods_run_is_for_the_user_to_say() -> None:
     values = ci_values("full")
     rendered = render(values)
@@ -299,3 +309,14 @@ def test_grace_is_whole_seconds() -> None:
         "terminationGracePeriodSeconds"
     ]
     assert grace == math.ceil(130.5) + 20
+
+
+def test_who_pods_run_as_can_be_left_to_the_cluster() -> None:
+    """OpenShift gives out the numbers itself."""
+    left_out = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
+    rendered = render(minimal({"podSecurityContext": left_out}))
+    for pod in (rendered.pod, rendered.one("Job")["spec"]["template"]):
+        assert pod["spec"]["securityContext"] == {
+            "runAsNonRoot": True,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }

@@ -88,6 +88,14 @@ def test_a_value_of_the_wrong_kind_is_named(path: str, value: Any, said: str) ->
             "secrets.asFiles and settings.secretsDir exclude each other",
         ),
         ({"rabbitmqTls": {"existingSecret": "tls"}}, "rabbitmqTls.existingSecret is of no use without TLS"),
+        (
+            {
+                "rabbitmqTls": {"existingSecret": "tls"},
+                "secrets": {"rabbitmqUrl": "amqps://rabbitmq/"},
+                "topology": {"hook": {"rabbitmqUrl": "amqp://rabbitmq/"}},
+            },
+            "rabbitmqTls.existingSecret is of no use without TLS: topology.hook.rabbitmqUrl must begin",
+        ),
         ({"rabbitmqTls": {"certKey": "tls.crt"}}, "rabbitmqTls.certKey and rabbitmqTls.keyKey go together"),
         (
             {"topology": {"hook": {"existingSecret": "a", "rabbitmqUrl": "amqp://b/"}}},

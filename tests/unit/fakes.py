@@ -19,6 +19,7 @@ TOPOLOGY = Topology(
     dead_letters="jobs.dead",
     retry_delays_s=[1, 5],
     reply_exchange="",
+    jobs_exchange="",
     declare=True,
 )
 

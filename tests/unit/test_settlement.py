@@ -185,6 +185,15 @@ async def test_results_go_by_the_reply_exchange_and_jobs_by_the_default_one() ->
         assert copy.exchange == ""
 
 
+async def test_with_an_exchange_for_jobs_they_go_back_by_that_one_and_results_do_not() -> None:
+    topology = replace(TOPOLOGY, jobs_exchange="back")
+    (reply, letter), _ = await settled(DEAD, topology=topology)
+    assert (reply.exchange, letter.exchange) == ("", "back")
+    for outcome in (RETRY, GIVEN_BACK):
+        (copy,), _ = await settled(outcome, topology=topology)
+        assert copy.exchange == "back"
+
+
 async def test_a_direct_reply_always_goes_by_the_default_exchange_without_mandate() -> None:
     publisher = FakePublisher()
     queue = "amq.rabbitmq.reply-to.g1h2"

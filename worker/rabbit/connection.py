@@ -4,9 +4,10 @@ import asyncio
 import ssl
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import aio_pika
@@ -21,6 +22,8 @@ from aio_pika.exceptions import (
 )
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 DIAL_TIMEOUT_S = 15.0
 FIRST_DELAY_S = 0.25
@@ -39,6 +42,10 @@ pamqp.commands.Connection.Open.valid_responses = ["Connection.OpenOk", "Connecti
 
 class BrokerRefusedError(Exception):
     """The broker is there and refuses the worker; the message names the setting."""
+
+
+class BrokerUnreachableError(Exception):
+    """No broker answered for as long as one was waited for; the message says why, and names the setting."""
 
 
 @contextmanager
@@ -116,6 +123,36 @@ class Broker:
             yield connection
         finally:
             await _close(connection)
+
+    async def within(self, patience_s: float, task: Callable[[AbstractConnection], Awaitable[T]]) -> T:
+        """Do something with a connection of its own; again, if the broker goes away or is not there yet.
+
+        Raises:
+            BrokerRefusedError: it refuses the credentials or the virtual host.
+            BrokerUnreachableError: so many seconds were not enough.
+        """
+        ends, reason, delay_s = time.monotonic() + patience_s, "", FIRST_DELAY_S
+        while (left_s := ends - time.monotonic()) > 0:
+            try:
+                async with asyncio.timeout(left_s):
+                    return await self._once(task)
+            except TimeoutError:
+                reason = reason or "it does not answer"
+            except CONNECTION_EXCEPTIONS as error:
+                reason = f"{type(error).__name__}: {error}"
+            await asyncio.sleep(min(delay_s, max(0.0, ends - time.monotonic())))
+            delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+        raise BrokerUnreachableError(
+            f"VQA_RABBITMQ_URL: the broker was out of reach for {patience_s:g} s ({reason})"
+        )
+
+    async def _once(self, task: Callable[[AbstractConnection], Awaitable[T]]) -> T:
+        with losses():
+            connection = await self._dial()
+            try:
+                return await task(connection)
+            finally:
+                await _close(connection)
 
     async def _dial_until_connected(self, purpose: str, *, refusal_is_final: bool) -> AbstractConnection:
         delay_s = FIRST_DELAY_S

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 
 import structlog
-from aio_pika import ExchangeType
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import ChannelClosed
 
@@ -36,20 +35,16 @@ class Control:
         # A channel of its own: a refusal closes it.
         channel = await connection.channel(publisher_confirms=False)
         try:
-            exchange = await channel.declare_exchange(
-                self._topology.control,
-                ExchangeType.FANOUT,
-                durable=True,
-                passive=not self._topology.declare,
-            )
+            if self._topology.declare:
+                await self._topology.control.declare(channel, passive=False)
             # The server names it: amq.gen-…; it goes with the connection.
             queue = await channel.declare_queue(exclusive=True)
-            await queue.bind(exchange)
+            await queue.bind(self._topology.control.name)
             await queue.consume(self._receive, no_ack=True)
         except ChannelClosed as error:
             log.warning(
                 "cancellations_not_heard",
-                exchange=self._topology.control,
+                exchange=self._topology.control.name,
                 reason=str(error.args[-1]) if error.args else "",
                 advice="create this fan-out exchange, and permit reading it and queues ^amq\\.gen-.*$",
             )

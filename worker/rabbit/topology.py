@@ -1,20 +1,25 @@
-"""The queues: their names, arguments, and how they come to be. Named here and nowhere else."""
+"""The queues and exchanges: their names, arguments, and how they come to be. Named here and nowhere else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
-from aio_pika.abc import AbstractConnection
+import structlog
+from aio_pika import ExchangeType
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
 from aio_pika.exceptions import ChannelClosed
 from pamqp.common import FieldValue
 
-from worker.settings import BROKER_DELIVERY_LIMIT, Settings, retry_queue
+from worker.settings import BROKER_DELIVERY_LIMIT, BrokerSettings, retry_queue
+
+log = structlog.get_logger(__name__)
 
 
 class TopologyError(Exception):
-    """The broker's queues are not as they must be.
+    """The broker's queues or exchanges are not as they must be.
 
     Attributes:
-        faults: one line each, naming the queue and what to do.
+        faults: one line each, naming the queue or exchange and what to do.
     """
 
     def __init__(self, faults: Sequence[str]) -> None:
@@ -28,21 +33,73 @@ class QueueSpec:
 
     name: str
     arguments: Mapping[str, FieldValue]
+    may_differ: ClassVar = False
+
+    def __str__(self) -> str:
+        return f"queue {self.name}"
+
+    async def declare(self, channel: AbstractChannel, *, passive: bool) -> None:
+        """Make it, or see that it is as it would be made; `passive`: only look that it is there."""
+        arguments = None if passive else dict(self.arguments)
+        await channel.declare_queue(self.name, durable=True, passive=passive, arguments=arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeSpec:
+    """A durable exchange.
+
+    Attributes:
+        setting: the variable that names it, if one does.
+        may_differ: whether one that is there is taken as it is, because it was made by somebody else.
+    """
+
+    name: str
+    type: ExchangeType
+    setting: str = ""
+    may_differ: bool = False
+
+    def __str__(self) -> str:
+        return f"exchange {self.name} ({self.setting})" if self.setting else f"exchange {self.name}"
+
+    async def declare(self, channel: AbstractChannel, *, passive: bool) -> AbstractExchange:
+        """Make it, or see that it is as it would be made; `passive`: only look that it is there."""
+        return await channel.declare_exchange(self.name, self.type, durable=True, passive=passive)
+
+
+@dataclass(frozen=True, slots=True)
+class BindingSpec:
+    """A queue's binding to an exchange, by the queue's own name."""
+
+    exchange: str
+    queue: str
+
+    def __str__(self) -> str:
+        return f"binding of queue {self.queue} to exchange {self.exchange}"
+
+    async def declare(self, channel: AbstractChannel, *, passive: bool) -> None:
+        """Make it, unless it is there. It cannot be looked for."""
+        assert not passive  # noqa: S101 - for the type's sake: queues and exchanges can
+        queue = await channel.get_queue(self.queue, ensure=False)
+        await queue.bind(self.exchange, routing_key=self.queue)
+
+
+Part: TypeAlias = QueueSpec | ExchangeSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """All the names that the worker uses at the broker."""
+    """All the names that the worker uses at the broker. An exchange without a name is the default one."""
 
     jobs: str
     results: str
     dead_letters: str
     retry_delays_s: Sequence[int]
     reply_exchange: str
+    jobs_exchange: str
     declare: bool
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> "Topology":
+    def from_settings(cls, settings: BrokerSettings) -> "Topology":
         """As the settings say."""
         return cls(
             jobs=settings.jobs_queue,
@@ -50,6 +107,7 @@ class Topology:
             dead_letters=settings.dead_letter_queue,
             retry_delays_s=sorted(set(settings.retry_delays)),
             reply_exchange=settings.reply_exchange,
+            jobs_exchange=settings.jobs_exchange,
             declare=settings.declare_topology,
         )
 
@@ -58,9 +116,9 @@ class Topology:
         return retry_queue(self.jobs, delay_s)
 
     @property
-    def control(self) -> str:
-        """The fan-out exchange on which workers are told of cancellations."""
-        return f"{self.jobs}.control"
+    def control(self) -> ExchangeSpec:
+        """The exchange on which workers are told of cancellations. They do without if they must."""
+        return ExchangeSpec(f"{self.jobs}.control", ExchangeType.FANOUT)
 
     def queues(self) -> list[QueueSpec]:
         """Every queue, in the order of declaration: where messages go to comes first."""
@@ -80,6 +138,22 @@ class Topology:
             ),
         ]
 
+    def exchanges(self) -> list[ExchangeSpec]:
+        """Every exchange that messages are published to and that is not the default one."""
+        replies = ExchangeSpec(
+            self.reply_exchange, ExchangeType.DIRECT, "VQA_REPLY_EXCHANGE", may_differ=True
+        )
+        jobs = ExchangeSpec(self.jobs_exchange, ExchangeType.DIRECT, "VQA_JOBS_EXCHANGE")
+        return [exchange for exchange in (jobs, replies) if exchange.name]
+
+    def bindings(self) -> list[BindingSpec]:
+        """Every queue's binding to those exchanges."""
+        kept = [queue.name for queue in self.queues() if queue.name != self.results]
+        jobs = [BindingSpec(self.jobs_exchange, name) for name in kept]
+        return [
+            binding for binding in (*jobs, BindingSpec(self.reply_exchange, self.results)) if binding.exchange
+        ]
+
 
 def _quorum(name: str, **arguments: FieldValue) -> QueueSpec:
     return QueueSpec(name, {"x-queue-type": "quorum", **arguments})
@@ -90,60 +164,100 @@ def _to(queue: str) -> dict[str, FieldValue]:
 
 
 async def establish(connection: AbstractConnection, topology: Topology) -> None:
-    """Declare the queues, or only look that they are there (`VQA_DECLARE_TOPOLOGY=false`).
+    """Declare what a worker cannot do without, or only look that it is there (`VQA_DECLARE_TOPOLOGY=false`).
+
+    Somebody else's exchange is only looked for. RabbitMQ 4.3 shows nothing to users without a right to it
+    (4.3.0 and 4.2.6: to those who may not configure it), which a worker need not have: that is no fault.
 
     Raises:
         TopologyError: with every fault found, a line each.
     """
-    faults = [await _fault_of(connection, topology, queue) for queue in topology.queues()]
-    if topology.reply_exchange:
-        faults.append(await _fault_of_exchange(connection, topology))
-    if any(faults):
-        raise TopologyError([fault for fault in faults if fault])
+    looks = not topology.declare
+    hint = "" if looks else "; or create it and set VQA_DECLARE_TOPOLOGY=false"
+    faults, unseen = [], []
+    parts: list[Part] = [*topology.queues(), *topology.exchanges()]
+    for part in parts:
+        only_looks = looks or part.may_differ
+        refusal = await _refusal(connection, part, passive=only_looks)
+        if refusal and only_looks and _reason(refusal).startswith("ACCESS_REFUSED"):
+            unseen.append(str(part))
+        elif refusal:
+            faults.append(_explain(refusal, part, hint))
+    if unseen:
+        log.info("topology_not_shown", parts=unseen, reason="RabbitMQ does not let this user look for them")
+    _raise_if_any(faults)
+    if topology.declare:
+        _raise_if_any([await _fault(connection, binding, hint=hint) for binding in topology.bindings()])
 
 
-async def _fault_of(connection: AbstractConnection, topology: Topology, queue: QueueSpec) -> str | None:
-    # A refused declaration closes its channel, so that each queue gets one of its own.
+async def create(connection: AbstractConnection, topology: Topology) -> list[tuple[Part, bool]]:
+    """Make everything that is not there, whatever `VQA_DECLARE_TOPOLOGY` says.
+
+    Returns:
+        The queues and exchanges, each with whether it was made now. (Of bindings AMQP does not tell.)
+
+    Raises:
+        TopologyError: with every fault found, a line each.
+    """
+    parts: list[Part] = [*topology.queues(), topology.control, *topology.exchanges()]
+    found = [await _is_there(connection, part) for part in parts]
+    _raise_if_any(
+        [
+            await _fault(connection, part, passive=part.may_differ and is_there)
+            for part, is_there in zip(parts, found, strict=True)
+        ]
+    )
+    _raise_if_any([await _fault(connection, binding) for binding in topology.bindings()])
+    return [(part, not is_there) for part, is_there in zip(parts, found, strict=True)]
+
+
+async def _is_there(connection: AbstractConnection, part: Part) -> bool:
+    refusal = await _refusal(connection, part, passive=True)
+    # Whatever else it says, the declaration will meet and tell.
+    return refusal is None or not _reason(refusal).startswith("NOT_FOUND")
+
+
+async def _fault(
+    connection: AbstractConnection, part: Part | BindingSpec, *, passive: bool = False, hint: str = ""
+) -> str | None:
+    refusal = await _refusal(connection, part, passive=passive)
+    return _explain(refusal, part, hint) if refusal else None
+
+
+async def _refusal(
+    connection: AbstractConnection, part: Part | BindingSpec, *, passive: bool
+) -> ChannelClosed | None:
+    # A refused declaration closes its channel, so that each gets one of its own.
     channel = await connection.channel()
     try:
-        await channel.declare_queue(
-            queue.name,
-            durable=True,
-            passive=not topology.declare,
-            arguments=dict(queue.arguments) if topology.declare else None,
-        )
+        await part.declare(channel, passive=passive)
     except ChannelClosed as error:
-        return _explain(error, f"queue {queue.name}", declared=topology.declare)
+        return error
     await channel.close()
     return None
 
 
-async def _fault_of_exchange(connection: AbstractConnection, topology: Topology) -> str | None:
-    channel = await connection.channel()
-    try:
-        exchange = await channel.get_exchange(topology.reply_exchange)
-        if topology.declare:
-            queue = await channel.get_queue(topology.results, ensure=False)
-            await queue.bind(exchange, routing_key=topology.results)
-    except ChannelClosed as error:
-        what = f"exchange {topology.reply_exchange} (VQA_REPLY_EXCHANGE)"
-        return _explain(error, what, declared=False)
-    await channel.close()
-    return None
+def _raise_if_any(faults: Iterable[str | None]) -> None:
+    if found := [fault for fault in faults if fault]:
+        raise TopologyError(found)
 
 
-def _explain(error: ChannelClosed, what: str, *, declared: bool) -> str:
-    """What is wrong, by the reply text: the library keeps the code only where it has no class for it.
+def _reason(error: ChannelClosed) -> str:
+    """The broker's words; the library keeps their code only where it has no class for it."""
+    return str(error.args[-1]) if error.args else ""
+
+
+def _explain(error: ChannelClosed, what: Part | BindingSpec, hint: str) -> str:
+    """What is wrong with it, for the person who can put it right.
 
     Raises:
         ChannelClosed: `error`, if it is the broker that is in trouble and not the queue.
     """
-    reason = str(error.args[-1]) if error.args else ""
+    reason = _reason(error)
     match reason.split(" - ")[0]:
         case "NOT_FOUND":
-            return f"{what} does not exist: create it, or let the worker do so with VQA_DECLARE_TOPOLOGY=true"
+            return f"{what} does not exist: create it (`vqa-worker topology apply` does){_or_let(what)}"
         case "ACCESS_REFUSED":
-            hint = "; or create it and set VQA_DECLARE_TOPOLOGY=false" if declared else ""
             return f"{what}: the user of VQA_RABBITMQ_URL lacks a permission: {reason}{hint}"
         case "RESOURCE_LOCKED":
             return f"{what} is another connection's own: {reason}; name another"
@@ -151,3 +265,8 @@ def _explain(error: ChannelClosed, what: str, *, declared: bool) -> str:
             advice = "delete it, change it by a policy, or name another"
             return f"{what} exists with other arguments: {reason}; {advice}"
     raise error
+
+
+def _or_let(what: Part | BindingSpec) -> str:
+    is_made_by_workers = not isinstance(what, ExchangeSpec) or not what.may_differ
+    return ", or let the worker do so with VQA_DECLARE_TOPOLOGY=true" if is_made_by_workers else ""

@@ -5,37 +5,33 @@ They are checked as a whole before any connection is made.
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Final, Literal, NamedTuple
-from urllib.parse import unquote, urlsplit
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
     DirectoryPath,
     Field,
-    PrivateAttr,
     SecretStr,
     ValidationInfo,
-    field_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
-from worker.settings.faults import PREFIX, shown, variable
-from worker.settings.tls import CaFile, KeyFile, TlsFile
-from worker.settings.urls import AMQP_PORTS, ApiKey, BrokerUrl, HttpUrl, StoreUrl, shows_key
+from worker.settings.broker import BrokerSettings, secrets
+from worker.settings.faults import shown, variable
+from worker.settings.urls import ApiKey, HttpUrl, StoreUrl, shows_key
 from worker.settings.values import (
     DERIVED,
+    METADATA,
     AnyCase,
     Buckets,
     CommaList,
     Count,
-    ExchangeName,
     Headers,
     Hosts,
     JsonObject,
+    MetadataField,
     Printable,
-    QueueName,
-    RetryDelays,
     Seconds,
     default,
 )
@@ -52,9 +48,6 @@ JOB_TIMEOUT_CEILING_S: Final = 1740
 IMAGE_ON_ITS_WAY_BYTES: Final = 768 * 1024
 # Room for one.
 MIN_IMAGE_BUFFER_BYTES: Final = 1024 * 1024
-
-# A password that every RabbitMQ is delivered with is no secret, and "guest" is a word that messages may need.
-PUBLIC_PASSWORDS: Final = frozenset({"guest"})
 
 
 def _standard_reply_queues(above: Mapping[str, Any]) -> tuple[str, ...]:
@@ -85,67 +78,26 @@ class _SaysNone(PydanticBaseSettingsSource):
     for whatever nobody has filled in.
     """
 
-    FIELDS = ("allowed_reply_to", "allowed_link_hosts")
-
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
         """The empty text, if that is what the environment says."""
-        is_empty = field_name in self.FIELDS and os.environ.get(variable(field_name)) == ""
+        is_empty = field_name in Settings.MAY_BE_EMPTY and os.environ.get(variable(field_name)) == ""
         return ("" if is_empty else None), field_name, False
 
     def __call__(self) -> dict[str, Any]:
         """Only the fields that are empty."""
-        fields = self.settings_cls.model_fields
-        values = {name: self.get_field_value(fields[name], name)[0] for name in self.FIELDS}
+        fields = Settings.model_fields
+        values = {name: self.get_field_value(fields[name], name)[0] for name in Settings.MAY_BE_EMPTY}
         return {name: value for name, value in values.items() if value is not None}
 
 
-class Settings(BaseSettings):
+class Settings(BrokerSettings):
     """All settings, from the environment, `.env` and files; `load_settings` puts faults into words."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_ignore_empty=True,
-        # Lists are comma lists here, not JSON.
-        enable_decoding=False,
-        frozen=True,
-        extra="ignore",
-        populate_by_name=True,
-        validate_default=True,
-        hide_input_in_errors=True,
-        use_attribute_docstrings=True,
-    )
+    MAY_BE_EMPTY: ClassVar[tuple[str, ...]] = ("allowed_reply_to", "allowed_link_hosts")
 
-    rabbitmq_url: BrokerUrl = SecretStr("amqp://guest:guest@localhost:5672/")
-    """The broker: `amqp://user:password@host:port/vhost`, or `amqps://` for TLS. Special characters in user
-    name, password and vhost are percent-encoded (the vhost `/` is the empty path or `%2F`). `?heartbeat=N`
-    sets the seconds between heartbeats (20); a connection that is silent for three times as long is given up.
-    A secret."""
-    rabbitmq_ca_file: CaFile = None
-    """PEM file with the certificates that the broker's certificate is checked against, with `amqps://` only.
-    Without it the operating system's are used."""
-    rabbitmq_cert_file: TlsFile = None
-    """PEM file with the worker's own certificate, for a broker that asks for one; with `amqps://` only, and
-    together with `VQA_RABBITMQ_KEY_FILE`."""
-    rabbitmq_key_file: KeyFile = None
-    """PEM file with the unencrypted private key of `VQA_RABBITMQ_CERT_FILE`."""
-
-    jobs_queue: QueueName = "vqa.jobs"
-    """The queue that jobs are taken from. The retry queues are named after it: `<jobs>.retry.<seconds>s`."""
-    results_queue: QueueName = "vqa.results"
-    """The queue for results of jobs without a (permitted) `reply_to`."""
-    dead_letter_queue: Annotated[
-        QueueName, default(lambda above: f"{above.get('jobs_queue', 'vqa.jobs')}.dead")
-    ] = DERIVED
-    """The queue for jobs that a person must look at: attempts used up, or not readable."""
     allowed_reply_to: Annotated[CommaList, default(_standard_reply_queues)] = DERIVED
     """Comma list of globs on the whole name: which `reply_to` a job may ask for. The result of a job that
     asks for another goes to the results queue. Empty: none may be asked for."""
-    reply_exchange: ExchangeName = ""
-    """The exchange that results are published to, with the reply queue's name as routing key. Set it to a
-    direct exchange of your own where the worker's user may not write to the default exchange (which reaches
-    every queue); you then bind the queues. Direct reply-to always goes by the default exchange."""
-    declare_topology: bool = True
-    """Whether the worker declares its queues at the start. `false`: it only checks that they are there."""
     delivery_limit: Annotated[int, Field(ge=1, lt=BROKER_DELIVERY_LIMIT)] = 20
     """How many times a job may be delivered without coming to an end (it kills its worker, say) before it
     fails with `attempts_exhausted`. Under 100, which is the broker's own limit behind it."""
@@ -153,9 +105,6 @@ class Settings(BaseSettings):
     max_attempts: Count = 5
     """How many times a job is tried when attempts fail for a passing reason of its own (time-outs, 5xx
     answers). Rate limits and outages don't count."""
-    retry_delays: RetryDelays = (1, 5, 30, 120)
-    """Comma list of whole seconds to wait before the second, third, … attempt; the last one repeats. Each
-    value is a queue of its own. Take a value away only when its queue is empty."""
     max_job_bytes: Count = 16_000_000
     """Largest body of a job in bytes; a larger one is `invalid_job`. RabbitMQ 4 itself refuses messages over
     16 MiB unless told otherwise."""
@@ -211,7 +160,7 @@ class Settings(BaseSettings):
     job_timeout: Annotated[Seconds, Field(lt=JOB_TIMEOUT_CEILING_S)] = 600
     """Seconds for one delivery of a job from receipt to its end: waiting, images, calls and publishing. Under
     1740, because RabbitMQ takes back what is not acked in 30 minutes."""
-    model_headers: Headers = {}
+    model_headers: Headers = {}  # noqa: RUF012 - pydantic copies it
     """JSON object of extra headers for every call to the API, e.g. `{"X-Project": "vision"}`. The values are
     treated as secrets."""
     max_concurrency: Annotated[int, Field(ge=1, le=MAX_PREFETCH)] = 64
@@ -222,12 +171,19 @@ class Settings(BaseSettings):
     """`s3://bucket/prefix` where answers are kept, in the S3 that images come from, so that no worker pays
     twice for one job: see [reliability](reliability.md). The worker must be allowed to get, put and delete
     objects there, and to list them. Let the bucket expire old objects."""
-    prices: Annotated[dict[str, Price], JsonObject] = {}
+    prices: Annotated[dict[str, Price], JsonObject] = {}  # noqa: RUF012 - pydantic copies it
     """JSON object: what models cost in USD per million tokens, `{"model": {"prompt": 0.35, "completion":
     0.4}}` or `{"model": [0.35, 0.4]}`. Used for `cost_usd` where the provider gives no figure of its own."""
     include_response: bool = False
     """Whether every result carries the API's whole response body. Otherwise only those do whose answer is
     more than plain text."""
+
+    tenant_from: MetadataField | None = None
+    """Where a job names the tenant that it is for: `metadata.` and the name of a field of its metadata, e.g.
+    `metadata.team`. Jobs, tokens and costs are then counted by tenant as well (`vqa_tenant_…`)."""
+    tenants: CommaList = ()
+    """Comma list of the tenants that are told apart; the jobs of all others count as `other`. Each is a
+    handful of time series for each model."""
 
     http_host: Printable = "0.0.0.0"  # noqa: S104  # probes and scrapes come from outside the container
     """The address that `/livez`, `/readyz` and `/metrics` are served on."""
@@ -244,8 +200,6 @@ class Settings(BaseSettings):
     """A folder of files named as the settings (in any case), each holding one value, e.g. a mounted secret.
     The environment and `.env` come before it."""
 
-    _strays: list[str] = PrivateAttr(default_factory=list)
-
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], *args: Any, **sources: PydanticBaseSettingsSource
@@ -254,34 +208,15 @@ class Settings(BaseSettings):
         usual = super().settings_customise_sources(settings_cls, *args, **sources)
         return (usual[0], _SaysNone(settings_cls), *usual[1:])
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _tidy(cls, value: Any, info: ValidationInfo) -> Any:
-        """Without outer blanks (files edited on some systems bring a CR along); nothing left is no value."""
-        if not isinstance(value, str):
-            return value
-        name = info.field_name or ""
-        return value.strip() or ("" if name in _SaysNone.FIELDS else cls.model_fields[name].default)
-
     @property
-    def strays(self) -> list[str]:
-        """Warnings about variables that look like settings and are none."""
-        return self._strays
-
-    @property
-    def rabbitmq_address(self) -> str:
-        """Where the broker is, without credentials, fit for logs."""
-        parts = urlsplit(self.rabbitmq_url.get_secret_value())
-        host = parts.hostname or ""
-        host = f"[{host}]" if ":" in host else host
-        return f"{parts.scheme}://{host}:{parts.port or AMQP_PORTS[parts.scheme]}{parts.path or '/'}"
+    def tenant_key(self) -> str | None:
+        """The field of a job's metadata that names its tenant."""
+        return self.tenant_from and self.tenant_from.removeprefix(METADATA)
 
     def secret_values(self) -> tuple[str, ...]:
-        """Every value that must never be shown, as it stands in the settings and, for the broker, decoded."""
-        password = urlsplit(self.rabbitmq_url.get_secret_value()).password or ""
+        """Every value that must never be shown: those of the broker, the API's key, and extra headers."""
         values = [self.model_api_key, *self.model_headers.values()]
-        secrets = [password, unquote(password), *(value.get_secret_value() for value in values)]
-        return tuple(secret for secret in secrets if secret and secret not in PUBLIC_PASSWORDS)
+        return super().secret_values() + secrets(*(value.get_secret_value() for value in values))
 
     def warnings(self) -> list[str]:
         """What is allowed and yet probably not meant, one line each, with the variable's name first."""
@@ -306,5 +241,9 @@ class Settings(BaseSettings):
                 f"VQA_IMAGE_BUFFER_BYTES: a job of VQA_MAX_IMAGES_PER_JOB ({self.max_images_per_job}) images"
                 f" takes up to {needed} bytes, whatever this says"
             )
+        if self.tenants and self.tenant_from is None:
+            yield "VQA_TENANTS: means nothing without VQA_TENANT_FROM, which says where jobs name them"
+        if self.tenant_from is not None and not self.tenants:
+            yield "VQA_TENANT_FROM: without VQA_TENANTS the jobs of all tenants count as `other`"
         if shows_key(self.model_base_url):
             yield "VQA_MODEL_BASE_URL: the API key goes over the network in clear; use https://"

@@ -6,13 +6,17 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from dotenv import dotenv_values
 from pydantic import ValidationError
 
+from worker.settings.broker import BrokerSettings
 from worker.settings.faults import PREFIX, SettingsError, fault_lines, variable
 from worker.settings.model import Settings
+from worker.settings.traces import trace_faults
+
+Kind = TypeVar("Kind", bound=BrokerSettings)
 
 KNOWN_VARIABLES: Final = frozenset(variable(field) for field in Settings.model_fields)
 
@@ -29,6 +33,18 @@ def load_settings(*, env_file: Path | None = Path(".env")) -> Settings:
     Raises:
         SettingsError: with every fault there is.
     """
+    return _load(Settings, env_file)
+
+
+def load_broker_settings(*, env_file: Path | None = Path(".env")) -> BrokerSettings:
+    """Read those settings only that the broker and the queues need; the others may be wrong or missing.
+
+    Args and Raises: as `load_settings`.
+    """
+    return _load(BrokerSettings, env_file)
+
+
+def _load(kind: type[Kind], env_file: Path | None) -> Kind:
     try:
         written = dotenv_values(env_file) if env_file else {}
     except (OSError, ValueError) as error:
@@ -38,15 +54,17 @@ def load_settings(*, env_file: Path | None = Path(".env")) -> Settings:
     try:
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always", UserWarning)
-            settings = Settings(_env_file=env_file, _secrets_dir=folder)
+            settings = kind(_env_file=env_file, _secrets_dir=folder)
     except ValidationError as error:
         # The original is not chained: a traceback would show the values that it holds.
-        raise SettingsError(list(fault_lines(error))) from None
+        raise SettingsError([*fault_lines(error), *trace_faults(os.environ)]) from None
     except (OSError, ValueError) as error:
         raise SettingsError([f"VQA_SECRETS_DIR: {folder!r} cannot be read: {_reason(error)}"]) from None
     if doubts:
         # What the library only warns of, such as a folder where it looks for a file.
         raise SettingsError([f"{variable('secrets_dir')}: {doubt.message}" for doubt in doubts])
+    if faults := list(trace_faults(os.environ)):
+        raise SettingsError(faults)
     settings.strays.extend([*_strays("the environment", os.environ), *_strays(str(env_file), written)])
     return settings
 

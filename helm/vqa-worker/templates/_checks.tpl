@@ -48,10 +48,9 @@ secrets.asFiles is set, but there is no Secret to mount: give secrets.rabbitmqUr
 {{- range $name, $url := dict "secrets.rabbitmqUrl" $secrets.rabbitmqUrl "topology.hook.rabbitmqUrl" .Values.topology.hook.rabbitmqUrl }}
 {{- if and $url (not (regexMatch "^amqps?://" $url)) }}
 {{ $name }} must begin with amqp:// or amqps://.
+{{- else if and $tls.existingSecret (hasPrefix "amqp://" $url) }}
+rabbitmqTls.existingSecret is of no use without TLS: {{ $name }} must begin with amqps://.
 {{- end }}
-{{- end }}
-{{- if and $tls.existingSecret (hasPrefix "amqp://" $secrets.rabbitmqUrl) }}
-rabbitmqTls.existingSecret is of no use without TLS: secrets.rabbitmqUrl must begin with amqps://.
 {{- end }}
 {{- if ne (empty $tls.certKey) (empty $tls.keyKey) }}
 rabbitmqTls.certKey and rabbitmqTls.keyKey go together: give both or neither.

@@ -204,7 +204,7 @@ securityContext:
 
 {{/* Networks --------------------------------------------------------------------------------------------------- */}}
 
-{{/* The port that a URL names, else the one given, else that of its scheme. */}}
+{{/* The port that a URL names, else that of its scheme. */}}
 {{- define "vqa-worker.port" -}}
 {{- $authority := regexFind "^[a-z]+://[^/?]*" . }}
 {{- $port := regexFind ":[0-9]+$" $authority | trimPrefix ":" }}

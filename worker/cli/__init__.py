@@ -1,0 +1,1 @@
+"""Commands beside `run`: what they do, as plain functions; the command line itself is `__main__`."""
