@@ -17,14 +17,17 @@ from tests.scaling.record import Sample, difference
 from tests.scaling.release import Release
 from tests.scaling.run import Ended, Plan, run
 
+# Where many things run beside, it is the workers' start that takes long.
+pytestmark = pytest.mark.timeout(300)
+
 FACTOR: Final = 60
-MOST: Final = 4
+MOST: Final = 3
 CONCURRENCY: Final = 4
 CALL_S: Final = 1.0
 MOST_PER_S: Final = MOST * CONCURRENCY / CALL_S
 
 # How far the simulation may be off: the area between the two courses of the number of pods as a share of that
-# under the real one, which is 0.03 to 0.08; and seconds.
+# under the real one, which is 0.01 to 0.05, on a busy machine too; and seconds.
 SHARE_OFF: Final = 0.15
 SECONDS_OFF: Final = 3.0
 
@@ -42,8 +45,8 @@ TIDES: Final = (
     # However long workers take to start on a busy machine, no more come meanwhile.
     Phase(0, 0, 0, until=all_are_ready),
     # So few that not all are needed, and so many that each has something in hand.
-    Phase(0, 0.35 * MOST_PER_S, 0.35 * MOST_PER_S, until=has_gone_down),
-    Phase(5, 0.35 * MOST_PER_S, 2.2 * MOST_PER_S),
+    Phase(0, 0.42 * MOST_PER_S, 0.42 * MOST_PER_S, until=has_gone_down),
+    Phase(5, 0.42 * MOST_PER_S, 2.2 * MOST_PER_S),
 )
 
 

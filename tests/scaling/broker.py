@@ -1,4 +1,4 @@
-"""The broker's side of a run: its queues, and the endpoint that KEDA asks (protocol http)."""
+"""The broker's side of a run: the endpoint that KEDA asks (protocol http)."""
 
 import asyncio
 import contextlib
@@ -6,15 +6,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 from urllib.parse import quote_plus, urlsplit
 
-import aio_pika
 import aiohttp
 from yarl import URL
 
 from deploy.local.stack import Stack
 from tests.running import until
 from tests.scaling.release import Release
-from worker.rabbit.topology import Topology, establish
-from worker.settings import Settings
 
 Look = Callable[[], Awaitable[int]]
 
@@ -37,14 +34,12 @@ Applications = [rabbitmq_management_agent, rabbitmq_management],
 
 
 @contextlib.asynccontextmanager
-async def prepared(stack: Stack, release: Release) -> AsyncIterator[Look]:
-    """The queues are there before any worker is, KEDA has a user without a right, and the figures are fast.
+async def looking(stack: Stack, release: Release) -> AsyncIterator[Look]:
+    """Ask for the length of the queue as `getQueueInfoViaHTTP` of rabbitmq_scaler.go does.
 
-    What is given is the way in which KEDA asks for the length of the queue: `getQueueInfoViaHTTP` of
-    rabbitmq_scaler.go.
+    It is there already. The broker gets a user for KEDA, who may look and nothing else, and fast figures.
     """
     await asyncio.to_thread(stack.rabbitmq.ctl, "eval", _HASTEN)
-    await _declare(stack, release.settings)
     await _add_user(stack, release)
     numbers = release.numbers
     vhost, queue = quote_plus(numbers.vhost), quote_plus(numbers.queue)
@@ -67,17 +62,8 @@ async def prepared(stack: Stack, release: Release) -> AsyncIterator[Look]:
         yield look
 
 
-async def _declare(stack: Stack, settings: dict[str, str]) -> None:
-    """What the chart's hook does."""
-    given = {name.removeprefix("VQA_").lower(): text for name, text in settings.items()}
-    topology = Topology.from_settings(Settings.model_validate({**given, "declare_topology": "true"}))
-    connection = await aio_pika.connect(stack.rabbitmq.url)
-    async with connection:
-        await establish(connection, topology)
-
-
 async def _add_user(stack: Stack, release: Release) -> None:
-    """KEDA's: it may look at the management API, and do nothing with any queue."""
+    """KEDA's: it may ask the management API, and do nothing with any queue."""
     user, vhost = quote_plus(release.user), quote_plus(release.numbers.vhost)
     nothing = dict.fromkeys(("configure", "write", "read"), "^$")
     async with administrator(stack) as ask:

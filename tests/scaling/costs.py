@@ -13,8 +13,9 @@ from PIL import Image
 
 from deploy.local.stack import Stack
 from tests.bench import machine
-from tests.running import Client, Worker, until
+from tests.running import Client, until
 from tests.scaling import broker
+from tests.scaling.cluster import installed
 from tests.scaling.deployment import Deployment
 from tests.scaling.release import Release
 
@@ -55,12 +56,8 @@ def picture(size: tuple[int, int] = (182, 182)) -> bytes:
 async def measure(stack: Stack, folder: Path, image: str, image_bytes: int) -> Costs:
     """Let two workers answer some thousand jobs as fast as they can."""
     release = Release.of(stack, name=f"costs-{uuid.uuid4().hex[:8]}", concurrency=64, provider=64 * PODS)
-    settings = {**release.settings, "VQA_HTTP_HOST": "127.0.0.1", "VQA_HTTP_PORT": "0"}
-    async with (
-        broker.prepared(stack, release),
-        Client.of(stack, Worker.of(stack, folder, **settings)) as client,
-        Deployment.empty(stack, folder, settings) as deployment,
-    ):
+    async with installed(stack, folder, release) as cluster:
+        client, deployment = cluster.client, cluster.deployment
         before = await _of_broker(stack)
         deployment.scale(PODS)
         await until(lambda: deployment.ready == PODS, "the workers are ready")

@@ -119,6 +119,15 @@ def at_time(samples: Sequence[Sample], at: float) -> Sample:
     return samples[max(0, bisect_right(samples, at, key=lambda it: it.at) - 1)]
 
 
+def seen(samples: Sequence[Sample]) -> list[tuple[float, float]]:
+    """At each moment, the one that the broker's figure was of: the last that fits it best, never an earlier."""
+    found, of = [], 0
+    for number, sample in enumerate(samples):
+        of = min(range(of, number + 1), key=lambda it: (abs(samples[it].backlog - sample.messages), -it))
+        found.append((sample.at, samples[of].at))
+    return found
+
+
 def rates(samples: Sequence[Sample], figure: Callable[[Sample], int], over_s: float) -> list[float]:
     """How fast a count grows at each sample, a second, over the seconds before it."""
     grown, first = [], 0

@@ -15,11 +15,13 @@ class Release:
     Attributes:
         numbers: of its ScaledObject.
         settings: of its pods.
+        hook: the arguments of its hook, which makes the queues before there is any pod.
         user: as whom KEDA asks the broker; and `password`.
     """
 
     numbers: Numbers
     settings: dict[str, str]
+    hook: list[str]
     user: str
     password: str
 
@@ -49,21 +51,21 @@ class Release:
         return cls._read(values)
 
     @classmethod
-    def usual(cls, *, pods: int, concurrency: int | None = None) -> Self:
+    def usual(cls, *, pods: int) -> Self:
         """With the chart's own values, for a provider that can do with so many pods."""
-        settings = {} if concurrency is None else {"maxConcurrency": concurrency}
-        release = cls._read({"settings": settings})
-        provider = {"maxConcurrentRequests": pods * release.concurrency}
-        return cls._read({"settings": settings, "provider": provider})
+        concurrency = cls._read({}).concurrency
+        return cls._read({"provider": {"maxConcurrentRequests": pods * concurrency}})
 
     @classmethod
     def _read(cls, changes: dict[str, object]) -> Self:
         rendered = render(keda(changes))
         manifest = rendered.one("ScaledObject")
+        (hook,) = rendered.one("Job")["spec"]["template"]["spec"]["containers"]
         login = decoded(rendered.one("Secret", f"{manifest['metadata']['name']}-keda"))
         return cls(
             numbers=Numbers.of(manifest),
             settings={**rendered.settings, **rendered.secrets},
+            hook=hook["args"],
             user=login["username"],
             password=login["password"],
         )

@@ -28,7 +28,8 @@ S3_GETS_PER_S: Final = 5500
 
 def tables(findings: Findings) -> str:
     """What there is to see at once, for the terminal."""
-    return "\n\n".join([_run(findings), _sizes(findings), _limits(findings)]) + "\n"
+    parts = (_run(findings), _costs(findings), _sizes(findings), _limits(findings))
+    return "\n\n".join(parts) + "\n"
 
 
 def page(findings: Findings) -> str:
@@ -49,7 +50,6 @@ def page(findings: Findings) -> str:
         open_calls=sum(run.interrupted),
         start_low=number(min(run.start_s)),
         start_high=number(max(run.start_s)),
-        start_median=number(median(run.start_s)),
         drain=f"{run.real.summary.drain_s / run.real.summary.ideal_drain_s:.2f}",
         difference=f"{_difference(findings):.0%}",
         run=_run(findings),
@@ -71,8 +71,9 @@ def page(findings: Findings) -> str:
         broker_per_core=f"{round(1000 / costs.broker_cpu_ms, -2):,.0f}",
         broker_pod_kb=f"{costs.broker_pod_kb:.0f}",
         connections=f"{costs.connections:g}",
-        s3_ms=number(costs.s3_cpu_ms),
+        measured_jobs=f"{costs.jobs:,}",
         image_kb=f"{costs.image_bytes / 1000:.0f}",
+        costs=_costs(findings),
         worker_ms=number(_worker_ms()),
         s3_gets=f"{S3_GETS_PER_S:,}",
         sizes=_sizes(findings),
@@ -97,6 +98,20 @@ def _run(findings: Findings) -> str:
         ["of these, idle", f"{real.idle:.0%}", f"{foretold.idle:.0%}"],
     ]
     return table(["", "real", "simulated"], rows)
+
+
+def _costs(findings: Findings) -> str:
+    it = findings.costs
+    rows = [
+        ["a job: CPU of the worker, ms", number(it.worker_cpu_ms)],
+        ["a job: CPU of RabbitMQ, ms", number(it.broker_cpu_ms)],
+        ["a job: CPU of the S3 server, ms", number(it.s3_cpu_ms)],
+        ["a pod: start, s (median)", number(median(findings.run.start_s))],
+        ["a pod: most resident memory, MB", number(it.worker_mb)],
+        ["a pod: connections to RabbitMQ", f"{it.connections:g}"],
+        ["a pod: memory of RabbitMQ for them, KB", number(it.broker_pod_kb)],
+    ]
+    return table(["", "measured"], rows)
 
 
 def _difference(findings: Findings) -> float:

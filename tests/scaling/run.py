@@ -14,13 +14,12 @@ from typing import Any, Final
 from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Answer
 from deploy.local.standin.calls import Call
-from tests.running import Client, Worker, calls_with
-from tests.scaling import broker
+from tests.running import calls_with
 from tests.scaling.autoscaler import Autoscaler
-from tests.scaling.broker import Look
-from tests.scaling.deployment import POD_HEADER, Deployment, Pod
+from tests.scaling.cluster import Cluster, installed
+from tests.scaling.deployment import POD_HEADER, Pod
 from tests.scaling.load import Phase
-from tests.scaling.record import Sample, Summary
+from tests.scaling.record import Sample, Summary, seen
 from tests.scaling.release import Release
 from tests.scaling.scaled_object import Numbers
 from tests.scaling.simulation import World, simulate
@@ -58,7 +57,6 @@ class Ended:
     """All that is known of a run when it is over; times of samples and jobs count from its beginning."""
 
     plan: Plan
-    began: float
     samples: list[Sample]
     pods: list[Pod]
     published: dict[str, float]
@@ -111,14 +109,13 @@ class Ended:
         )
 
     def simulated(self) -> list[Sample]:
-        """The same in the simulation: the same jobs at the same times, and pods that start as slowly."""
+        """The same in the simulation: jobs at the same times, pods that start as slowly, figures as old."""
         world = World(
             numbers=self.plan.numbers,
             concurrency=self.plan.release.concurrency,
             call_s=self.job_s(),
             start_s=self.start_s(),
-            report_s=broker.REPORT_S,
-            sampling_s=broker.SAMPLING_S,
+            seen=seen(self.samples),
         )
         return simulate(world, sorted(self.published.values()), step_s=_TICK_S / 2, sample_s=_TICK_S)
 
@@ -132,41 +129,33 @@ async def run(stack: Stack, folder: Path, plan: Plan, tell: Callable[[str], None
     """Do it; the workers' logs go to the folder."""
     marker = f"scaling-{uuid.uuid4().hex[:8]}"
     stack.model.play(Answer(after=plan.call_s), times=None, marker=marker)
-    release = plan.release
-    settings = {**release.settings, "VQA_HTTP_HOST": "127.0.0.1", "VQA_HTTP_PORT": "0"}
-    template = Worker.of(stack, folder, **settings)
-    async with (
-        broker.prepared(stack, release) as look,
-        Client.of(stack, template) as client,
-        Deployment.empty(stack, folder, settings) as deployment,
-    ):
-        going = _Going(plan, client, deployment, look, marker)
+    async with installed(stack, folder, plan.release) as cluster:
+        going = _Going(plan, cluster, marker)
         await going.to_the_end(tell)
-        queues = (template.jobs_queue, template.dead_letter_queue)
+        client, deployment = cluster.client, cluster.deployment
         return Ended(
             plan=plan,
-            began=going.began,
             samples=going.samples,
             pods=deployment.pods,
             published=going.published,
             results={job: [it.body for it in replies] for job, replies in client.replies.items()},
             calls=calls_with(stack, marker),
-            left_over={queue: await client.depth(queue) for queue in queues},
+            left_over={queue: await client.depth(queue) for queue in cluster.queues},
         )
 
 
 class _Going:
     """A run while it goes on."""
 
-    def __init__(self, plan: Plan, client: Client, deployment: Deployment, look: Look, marker: str) -> None:
+    def __init__(self, plan: Plan, cluster: Cluster, marker: str) -> None:
         self._plan = plan
-        self._client = client
-        self._deployment = deployment
-        self._look = look
+        self._client = cluster.client
+        self._deployment = cluster.deployment
+        self._look = cluster.look
         self._marker = marker
         self._everything_came = False
         self._messages = 0
-        self.began = time.time()
+        self._began = time.time()
         self.published: dict[str, float] = {}
         self.samples: list[Sample] = []
 
@@ -236,4 +225,4 @@ class _Going:
         self.published[job] = self._now()
 
     def _now(self) -> float:
-        return time.time() - self.began
+        return time.time() - self._began

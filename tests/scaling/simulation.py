@@ -30,6 +30,7 @@ class World:
         report_s: how often a queue tells its length to the broker's statistics (`quorum_tick_interval`).
         sampling_s: how often the endpoint takes it from there (`sample_retention_policies`).
         provider: calls that the API takes at once, from all pods together.
+        seen: instead of the broker's clocks: at which second the figures were of which second.
     """
 
     numbers: Numbers
@@ -39,6 +40,7 @@ class World:
     report_s: float = 5.0
     sampling_s: float = 5.0
     provider: int = NO_LIMIT
+    seen: Sequence[tuple[float, float]] = ()
 
 
 def simulate(
@@ -57,7 +59,8 @@ def simulate(
         RuntimeError: It does not come to its end.
     """
     pods = Pods(world, seed)
-    autoscaler, figures = Autoscaler(world.numbers), Figures(world.report_s, world.sampling_s)
+    autoscaler = Autoscaler(world.numbers)
+    figures = OldFigures(world.seen) if world.seen else Figures(world.report_s, world.sampling_s)
     samples, sampling = [], Clock(sample_s, 0.0)
     longest_s = arrivals[-1] * _LONGEST + 10 * world.numbers.cooldown_s
     for step in itertools.count():
@@ -93,6 +96,23 @@ class Figures:
         if self._sampling.strikes(now):
             self._shown = self._reported
         return self._shown
+
+
+class OldFigures:
+    """The queue's length as old as it was seen to be in a real run."""
+
+    def __init__(self, seen: Sequence[tuple[float, float]]) -> None:
+        self._at, self._of = zip(*seen, strict=True)
+        self._times: list[float] = []
+        self._messages: list[int] = []
+
+    def look(self, now: float, messages: int) -> int:
+        """What is shown now; to be asked at every step."""
+        self._times.append(now)
+        self._messages.append(messages)
+        place = max(0, bisect_right(self._at, now) - 1)
+        of = self._of[place] + max(0.0, now - self._at[-1])
+        return self._messages[max(0, bisect_right(self._times, of) - 1)]
 
 
 class Pods:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.scaling.load import Phase, arrivals
-from tests.scaling.record import Sample, Summary, area, difference, rates
+from tests.scaling.record import Sample, Summary, area, difference, rates, seen
 from tests.scaling.scaled_object import DownRules, Numbers, Policy, Rules
-from tests.scaling.simulation import Figures, World, simulate
+from tests.scaling.simulation import Figures, OldFigures, World, simulate
 
 CONCURRENCY: Final = 8
 CALL_S: Final = 10.0
@@ -121,14 +121,14 @@ def test_chance_changes_little() -> None:
         {"down": DownRules(stabilizationWindowSeconds=0)},
         {"down": DownRules(stabilizationWindowSeconds=600)},
         {"up": Rules(policies=(Policy(type="Pods", value=1, periodSeconds=60),))},
-        {"cooldown_s": 1800.0},
+        {"cooldown_s": 2700.0},
     ],
     ids=str,
 )
 def test_with_other_numbers_the_course_is_farther_off_than_that_of_the_real_run_may_be(
     change: dict[str, Any],
 ) -> None:
-    # Two tides as in tests/test_scaling.py, which allows for less.
+    # Two tides as in tests/test_scaling.py, which allows for so much.
     tides = (Phase(240, 0.1, 0.9), Phase(300, 0.35, 0.35), Phase(300, 0.35, 2.2))
     jobs = arrivals(Phase(it.seconds, it.rate_from * MOST_PER_S, it.rate_to * MOST_PER_S) for it in tides)
     usual, other = simulated(jobs), simulated(jobs, numbers=replace(CHART, **change))
@@ -145,6 +145,22 @@ def test_the_figures_of_the_queue_are_as_old_as_the_broker_s_statistics() -> Non
     shown = [figures.look(now, now) for now in range(16)]
     # Reported at 2.5, 7.5, …, and shown from 5, 10, … on.
     assert shown == [0] * 5 + [3] * 5 + [8] * 5 + [13]
+
+
+def test_the_figures_can_be_as_old_as_they_were_seen_to_be() -> None:
+    # Two seconds old at first, then fresh, then for ever one second old.
+    figures = OldFigures([(0, 0), (1, 0), (2, 0), (3, 1), (4, 4), (5, 4)])
+    assert [figures.look(now, 10 * now) for now in range(8)] == [0, 0, 0, 10, 40, 40, 50, 60]
+
+
+def test_how_old_figures_were_is_seen_from_the_backlog() -> None:
+    shown = [0, 0, 0, 4, 4, 8, 3]
+    backlog = [0, 2, 4, 6, 8, 5, 3]
+    samples = [
+        sample(at, messages=messages, published=count)
+        for at, (messages, count) in enumerate(zip(shown, backlog, strict=True))
+    ]
+    assert seen(samples) == [(0, 0), (1, 0), (2, 0), (3, 2), (4, 2), (5, 4), (6, 6)]
 
 
 def test_jobs_come_at_the_rate_of_their_phase() -> None:
