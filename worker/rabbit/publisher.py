@@ -6,7 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from weakref import WeakValueDictionary
 
@@ -23,8 +23,10 @@ from pamqp.common import FieldValue
 
 from worker.errors import Dependency
 from worker.metrics import DEPENDENCY_UP
+from worker.rabbit import wire
 from worker.rabbit.connection import DIAL_TIMEOUT_S, Broker, Complaints, explain, heed_cancellation, losses
 from worker.rabbit.topology import Topology, TopologyError, establish
+from worker.tracing import spans
 
 log = structlog.get_logger(__name__)
 
@@ -128,6 +130,12 @@ class Publisher:
             GivenUpError: its `tries` are used up.
             TooLargeError: the broker takes no message of this size.
         """
+        with spans().publish(message.exchange, message.routing_key, message.message_id) as span:
+            if span.headers:
+                message = replace(message, headers=wire.with_trace(message.headers, span.headers))
+            await self._until_confirmed(message)
+
+    async def _until_confirmed(self, message: Outgoing) -> None:
         delay_s, tried = FIRST_DELAY_S, 0
         async with self._turns.setdefault(message.message_id, asyncio.Lock()):
             while True:
