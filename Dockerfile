@@ -5,10 +5,12 @@ FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 RUN python -m venv --without-pip /app && python -m venv --without-pip /build
-COPY requirements.lock requirements-build.lock ./
+# requirements-tracing.lock has what traces need as well.
+ARG LOCK=requirements.lock
+COPY ${LOCK} requirements-build.lock ./
 # An index or a certificate authority of your own comes as secrets, which stay out of the image.
 RUN --mount=type=secret,id=pip-conf,target=/etc/pip.conf --mount=type=secret,id=ca-bundle \
-  pip --python /app/bin/python install --no-compile --only-binary=:all: --require-hashes -r requirements.lock \
+  pip --python /app/bin/python install --no-compile --only-binary=:all: --require-hashes -r ${LOCK} \
   && pip --python /build/bin/python install --only-binary=:all: --require-hashes -r requirements-build.lock
 # The SDK describes some 450 services of Amazon's, most of its size: S3 is used, and those that give credentials.
 RUN find /app/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \

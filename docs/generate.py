@@ -100,7 +100,7 @@ BROKER_METRICS: Final = {
     "rabbitmq_detailed_queue_messages_ready": "Messages that wait.",
     "rabbitmq_detailed_queue_messages_unacked": "Messages that consumers have and have not settled.",
     "rabbitmq_detailed_queue_messages": "Both together.",
-    "rabbitmq_detailed_queue_consumers": "Consumers; a worker that takes jobs has one or two.",
+    "rabbitmq_detailed_queue_consumers": "Consumers: one or a few for each worker that takes jobs.",
 }
 
 SHORT_JOB: Final = {

@@ -204,7 +204,10 @@ async def test_the_recording_rules_find_something_and_all_rules_are_well(scene: 
 
 
 async def test_an_alert_fires_for_what_happened(scene: Scene) -> None:
+    def reasons() -> set[str]:
+        firing = scene.prometheus.now('ALERTS{alertname="VqaWorkerDeadLetters", alertstate="firing"}')
+        return {series.labels["reason"] for series in firing}
+
+    await until(lambda: reasons() == {"attempts_exhausted", "invalid_job"}, "it fires for both")
     (rule,) = [rule for rule in scene.prometheus.rules() if rule["name"] == "VqaWorkerDeadLetters"]
     assert rule["state"] == "firing"
-    firing = scene.prometheus.now('ALERTS{alertname="VqaWorkerDeadLetters", alertstate="firing"}')
-    assert {series.labels["reason"] for series in firing} == {"attempts_exhausted", "invalid_job"}

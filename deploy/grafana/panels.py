@@ -205,7 +205,7 @@ QUEUE: Final = Row(
         ),
         Panel(
             title="Consumers and workers",
-            about="A worker that takes jobs is a consumer, or two when its limit has moved. One that is"
+            about="A worker that takes jobs is a consumer, or a few after its limit has moved. One that is"
             " paused, starts or drains is none.",
             unit="short",
             queries=(

@@ -11,23 +11,25 @@ FOLDER: Final = Path(__file__).parent / "golden"
 
 def of(name: str) -> dict[Path, str]:
     """The files for one `ci/` file, and what must be in them."""
-    rendered = render(ci_values(name))
+    values = ci_values(name)
+    rendered, queue = render(values), values.get("settings", {}).get("jobsQueue", "vqa.jobs")
     manifests = (
-        f"---\n# Source: {template}\n{_kept(text)}\n"
+        f"---\n# Source: {template}\n{_kept(text, queue)}\n"
         for template, text in rendered.texts.items()
         if template != "NOTES.txt" and text.strip()
     )
     return {
         FOLDER / f"{name}.yaml": "".join(manifests),
-        FOLDER / f"{name}.txt": f"{_kept(rendered.notes)}\n",
+        FOLDER / f"{name}.txt": f"{_kept(rendered.notes, queue)}\n",
     }
 
 
-def _kept(text: str) -> str:
-    """Without blanks at ends; rules and dashboard are only mentioned, as they have their own reviews."""
+def _kept(text: str, queue: str) -> str:
+    """Without blanks at ends; rules (for a queue) and dashboard are only mentioned: they have own reviews."""
     for path in sorted((CHART / "files").iterdir()):
         for indent in (2, 4):
-            copied = "\n".join(f"{' ' * indent}{line}" for line in path.read_text().split("\n"))
+            file = path.read_text().replace('queue="vqa.jobs"', f'queue="{queue}"')
+            copied = "\n".join(f"{' ' * indent}{line}" for line in file.split("\n"))
             text = text.replace(copied, f"{' ' * indent}# … files/{path.name} …")
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 

@@ -19,6 +19,7 @@ LABELS = st.dictionaries(st.sampled_from(["a", "on", "1", "example.com/b"]), WOR
 BY_PATTERN = {
     "^[^,]+$": WORDS,
     "^(https?://.+)?$": st.sampled_from(["", "http://rabbitmq:15672", "https://rabbitmq/path/"]),
+    r"^(https?://\S+/)?$": st.sampled_from(["", "https://git.example/vqa-worker/"]),
     "^(https?://[^/?#]+.*)?$": st.sampled_from(["", "http://minio:9000", "https://s3.example"]),
     "^https?://[^/?#]+": st.sampled_from(["http://vllm:8000/v1", "https://api.example/v1"]),
     r"^(metadata\..+)?$": st.sampled_from(["", "metadata.team"]),

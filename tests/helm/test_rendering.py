@@ -133,11 +133,32 @@ def test_rules_and_dashboard_reach_the_cluster_as_they_are() -> None:
     rendered = render(ci_values("full"))
     rules = (CHART / "files" / "vqa-worker.rules.yaml").read_text()
     assert "{{" in rules
-    assert rendered.one("PrometheusRule")["spec"] == yaml.safe_load(rules)
+    usual = render(minimal({"prometheusRule": {"enabled": True}}))
+    assert usual.one("PrometheusRule")["spec"] == yaml.safe_load(rules)
     dashboard = (CHART / "files" / "vqa-worker.json").read_text()
     assert "{{" in dashboard
     data = rendered.one("ConfigMap", "questions-dashboard")["data"]
     assert data["vqa-worker.json"].rstrip("\n") == dashboard.rstrip("\n")
+
+
+def test_what_is_the_user_s_own_in_the_rules_comes_from_the_values() -> None:
+    rules = (CHART / "files" / "vqa-worker.rules.yaml").read_text()
+    changed = {
+        "settings": {"jobsQueue": "questions"},
+        "prometheusRule": {
+            "enabled": True,
+            "costPerHour": 7.5,
+            "runbookBaseUrl": "https://git.example/vqa-worker/blob/main/",
+        },
+    }
+    expected = (
+        rules.replace('queue="vqa.jobs"', 'queue="questions"')
+        .replace("vector(20)", "vector(7.5)")
+        .replace("docs/runbook.md#", "https://git.example/vqa-worker/blob/main/docs/runbook.md#")
+    )
+    spec = render(minimal(changed)).one("PrometheusRule")["spec"]
+    assert spec == yaml.safe_load(expected)
+    assert "vqa.jobs" not in str(spec)
 
 
 def test_what_needs_other_peoples_kinds_is_off_unless_asked_for() -> None:

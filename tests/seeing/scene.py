@@ -80,8 +80,10 @@ class Scene:
                 stack.model.configure(latency=0.1, read_text=False)
                 # It takes its time to begin, and sees no growth in what it did not see from the start.
                 await until(lambda: prometheus.now("vqa_build_info"), "the first scrape")
-                yield cls(stack, worker, client, prometheus)
-                stack.model.reset()
+                try:
+                    yield cls(stack, worker, client, prometheus)
+                finally:
+                    stack.model.reset()
 
     async def play(self, pace: Pace) -> None:
         """The whole story, to its last answer."""

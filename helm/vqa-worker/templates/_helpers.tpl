@@ -148,9 +148,9 @@ VQA_{{ regexReplaceAll "([A-Z])" . "_${1}" | upper }}
 {{- end }}
 
 {{/* Seconds from SIGTERM to SIGKILL: what the jobs get, and what the worker takes afterwards to give back those that
-     were cut off (10), to end consuming (5) and to close its connections (5). */}}
+     were cut off (10), to end consuming (5), to send its last spans (5) and to close its connections (5). */}}
 {{- define "vqa-worker.terminationGracePeriodSeconds" -}}
-{{- add (ceil .Values.settings.shutdownGrace) 20 }}
+{{- add (ceil .Values.settings.shutdownGrace) 25 }}
 {{- end }}
 
 {{/* What the pods of workers and hook have in common: where they run, and as whom. */}}
