@@ -117,7 +117,7 @@ async def test_answers_in_a_pipe_are_free_of_bars(cli: Cli) -> None:
 async def test_a_submission_that_waits_says_what_for(lone_cli: Cli) -> None:
     lone_cli.write("jobs.jsonl", *[{"question": "What?", "images": ["s3://b/k"]}] * 5)
     shown = Terminal(lone_cli, "submit", "jobs.jsonl", "--max-queue", "2")
-    await shown.shows(r"waiting: 2 jobs are in the queue \(--max-queue 2\)")
+    await shown.shows(r"waiting: the queue holds 2 \(--max-queue 2\)")
     shown.process.send_signal(signal.SIGINT)
     assert await shown.ended() == 130
     assert "broken off; the same command goes on" in shown.shown

@@ -151,6 +151,11 @@ class Screen:
         return typer.confirm(question, default=False, err=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 job`, `1,000 jobs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def read(load: Callable[[], Kind], screen: Screen) -> Kind:
     """The settings that `load` reads; says what looks like a setting and is none.
 

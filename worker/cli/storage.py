@@ -45,7 +45,7 @@ class Uploads:
 
     def progress(self) -> tuple[int, int, str]:
         """How many files are there, of how many, and how many had to be put there."""
-        return self._done, len(self._todo), f"{self._put:,} were not there"
+        return self._done, len(self._todo), f"{self._put:,} new"
 
     async def run(self) -> None:
         """Put all that is not known to be there.

@@ -53,9 +53,7 @@ class Submission:
         if not self._publisher.is_connected:
             return "waiting for the broker"
         if self._waits_in_queue:
-            return (
-                f"waiting: {self._waits_in_queue:,} jobs are in the queue (--max-queue {self._max_queue:,})"
-            )
+            return f"waiting: the queue holds {self._waits_in_queue:,} (--max-queue {self._max_queue:,})"
         if time.monotonic() - self._confirmed_at > SILENCE_S:
             return "waiting: the broker takes no jobs (the queue is full, or it has an alarm)"
         return ""
