@@ -47,10 +47,10 @@ async def assemble(
         S3ConfigurationError: the AWS configuration makes no sense; the message names what is wrong.
     """
     redact = Redactor(settings.secret_values())
-    s3 = await _s3(settings, stack)
+    s3 = await open_s3(settings, stack)
     store, background = None, {}
     if settings.result_store is not None:
-        documents = _documents(settings.result_store, s3)
+        documents = documents_at(settings.result_store, s3)
         store = AnswerStore(documents, claims_last_s=settings.job_timeout)
         stack.push_async_callback(store.close)
         tombstones = Tombstones(documents, cancellations)
@@ -63,7 +63,7 @@ async def assemble(
         }
     processor = Processor(
         _images(settings, s3),
-        _model(settings, redact, stack),
+        open_model(settings, redact, stack),
         gate=gate,
         health=health,
         rules=_rules(settings),
@@ -75,7 +75,12 @@ async def assemble(
     return Assembled(processor, background)
 
 
-async def _s3(settings: Settings, stack: AsyncExitStack) -> S3:
+async def open_s3(settings: Settings, stack: AsyncExitStack) -> S3:
+    """The S3 of the settings, closed by `stack`.
+
+    Raises:
+        S3ConfigurationError: the AWS configuration makes no sense.
+    """
     endpoint = Endpoint(settings.s3_endpoint_url, settings.s3_addressing_style)
     # In a thread: it reads the AWS configuration, and the SDK's rules where they are needed.
     s3 = S3(await asyncio.to_thread(Aws, endpoint))
@@ -83,7 +88,8 @@ async def _s3(settings: Settings, stack: AsyncExitStack) -> S3:
     return s3
 
 
-def _documents(url: str, s3: S3) -> Documents:
+def documents_at(url: str, s3: S3) -> Documents:
+    """What is kept under `VQA_RESULT_STORE`."""
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     return Documents(s3, bucket, f"{prefix}/" if prefix else "", named="VQA_RESULT_STORE")
 
@@ -108,7 +114,8 @@ def _images(settings: Settings, s3: S3) -> Images:
     )
 
 
-def _model(settings: Settings, redact: Redactor, stack: AsyncExitStack) -> Model:
+def open_model(settings: Settings, redact: Redactor, stack: AsyncExitStack) -> Model:
+    """The API of the settings, closed by `stack`."""
     model = Model(
         base_url=settings.model_base_url,
         api_key=settings.model_api_key.get_secret_value(),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from worker import __version__
+from worker.cli.check import commands as check
 from worker.cli.dead import commands as dead
 from worker.cli.results import results
 from worker.cli.shell import Json, add
@@ -50,7 +51,7 @@ def build(basics: Basics) -> typer.Typer:
     add(app, "submit", submit)
     add(app, "results", results)
     _add_basics(app, basics)
-    for command in (dead,):
+    for command in (check, dead):
         command.register(app)
     return app
 

@@ -109,6 +109,19 @@ def parse_answer(body: bytes, price: Price | None) -> Answer:
     )
 
 
+def listed_models(body: bytes) -> frozenset[str] | None:
+    """The ids in a list of models, `{"data": [{"id": …}]}` or the list alone; None if it is none."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    entries = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(entries, list):
+        return None
+    ids = [entry.get("id") for entry in entries if isinstance(entry, dict)]
+    return frozenset(name for name in ids if isinstance(name, str)) or None
+
+
 def _parse_object(body: bytes) -> dict[str, Any]:
     try:
         # What JSON cannot say again in the result (NaN, 1e999) becomes null.

@@ -24,7 +24,7 @@ from worker.errors import (
     TransientError,
 )
 from worker.http_client import open_session
-from worker.model.answer import Answer, MalformedAnswerError, Price, parse_answer
+from worker.model.answer import Answer, MalformedAnswerError, Price, listed_models, parse_answer
 from worker.model.call import Call, observed
 from worker.model.request import RequestBody
 from worker.model.transport import AiohttpClient, parsed
@@ -33,11 +33,13 @@ from worker.redact import Redactor
 CONNECT_TIMEOUT_S = 10.0
 # The API's word is obeyed, but a mistaken one must not silence a worker for days.
 MAX_RETRY_AFTER_S = 3600.0
+LIST_TIMEOUT_S = 30.0
 MAX_API_MESSAGE_CHARS = 1000
 
 _BEFORE_SENDING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
 _OMITTED = dict.fromkeys(("x-stainless-retry-count", "x-stainless-read-timeout"), openai.Omit())
 _TRANSIENT_STATUS = frozenset({408, 409})
+_NO_SUCH_LIST = frozenset({404, 405, 501})
 _REFUSES_EVERYBODY = {
     401: "check the key in VQA_MODEL_API_KEY",
     402: "the account has no credit left",
@@ -122,6 +124,25 @@ class Model:
                 raise self._translate(error, call, time.monotonic() - started, is_sent=body.is_sent) from None
             call.answered(answer)
             return answer
+
+    async def names(self) -> frozenset[str] | None:
+        """The models that the API lists; None if it has no such list, as not every server has.
+
+        Raises:
+            DependencyDownError: the API is out of reach, failing or refuses; the message says what to do.
+        """
+        url = f"{self._url.removesuffix('/chat/completions')}/models"
+        try:
+            async with asyncio.timeout(min(self._timeout_s, LIST_TIMEOUT_S)):
+                response = await self._client.get(url, cast_to=httpx2.Response)
+        except openai.APIStatusError as error:
+            if error.status_code in _NO_SUCH_LIST:
+                return None
+            raise DependencyDownError(Dependency.MODEL, str(self._translate_status(error))) from None
+        except (openai.APIError, httpx2.HTTPError, TimeoutError) as error:
+            text = f"the model API cannot be reached: {_name_of(error)}"
+            raise DependencyDownError(Dependency.MODEL, text) from None
+        return listed_models(response.content)
 
     async def close(self) -> None:
         """Close the connections."""

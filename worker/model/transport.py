@@ -38,8 +38,8 @@ class AiohttpClient(httpx2.AsyncClient):
         self._session = session
 
     def build_request(self, method: str, url: httpx2.URL | str, **parts: Any) -> httpx2.Request:
-        """A request with what the SDK has put together, and nothing else; its content must be a stream."""
-        return httpx2.Request(method, parsed(url), headers=parts["headers"], stream=parts["content"])
+        """A request with what the SDK has put together, and nothing else; content, if any, is a stream."""
+        return httpx2.Request(method, parsed(url), headers=parts["headers"], stream=parts.get("content"))
 
     async def send(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
         """Send a request, streaming its body, and read the whole answer. Redirects are not followed.
@@ -54,7 +54,8 @@ class AiohttpClient(httpx2.AsyncClient):
                 request.method,
                 url,
                 headers=[(name.decode(), value.decode()) for name, value in request.headers.raw],
-                data=request.stream,
+                # The library's own empty stream stands where there is no content.
+                data=None if isinstance(request.stream, httpx2.ByteStream) else request.stream,
                 allow_redirects=False,
                 **proxy_options(f"{url.scheme}://{url.authority}"),
             )

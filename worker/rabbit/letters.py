@@ -28,7 +28,7 @@ from worker.job import parse_deadline, read_leniently, readable_id
 from worker.rabbit import messages, wire
 from worker.rabbit.connection import explain, losses
 from worker.rabbit.consumer import to_delivery
-from worker.rabbit.probes import NotAllowedError, may_publish
+from worker.rabbit.probes import NotAllowedError, Probes
 from worker.rabbit.publisher import Outgoing, send
 from worker.rabbit.topology import Topology
 
@@ -123,7 +123,7 @@ class DeadLetters:
         """
         with _explained(topology), losses():
             # Before anything is fetched: who may not renew letters would use up their returns.
-            await may_publish(connection, topology.jobs_exchange)
+            await Probes(connection).may_publish(topology.jobs_exchange)
             reading = await connection.channel(publisher_confirms=False)
             writing = await connection.channel(publisher_confirms=True, on_return_raises=True)
             letters = cls(topology, reading, writing)

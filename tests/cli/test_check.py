@@ -1,0 +1,125 @@
+"""`vqa-worker check`: says of each part that it is well, or what to do, and changes nothing."""
+
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.local.stack import Stack
+from tests.breaking import administer, own_vhost, url_as
+from tests.cli.typing_in import Terminal
+from tests.conftest import BUCKET, PutImage, StartWorker
+from worker.cli.check.api import QUESTION
+
+Findings = dict[str, tuple[str, str]]
+EXCHANGES = {"VQA_REPLY_EXCHANGE": "vqa.replies", "VQA_JOBS_EXCHANGE": "vqa.back"}
+FAR = "http://127.0.0.1:1"
+
+
+@pytest.fixture
+def vhost(stack: Stack) -> Iterator[str]:
+    with own_vhost(stack) as name:
+        yield name
+
+
+@pytest.fixture
+def terminal(stack: Stack, vhost: str, tmp_path: Path) -> Terminal:
+    """In a virtual host of its own, where nothing is."""
+    url = url_as(stack, "guest", "guest", vhost)
+    queues = {"VQA_JOBS_QUEUE": "jobs", "VQA_RESULTS_QUEUE": "results"}
+    return Terminal.beside(stack, tmp_path, VQA_RABBITMQ_URL=url, VQA_ALLOWED_BUCKETS=BUCKET, **queues)
+
+
+async def found(terminal: Terminal, *arguments: str, code: int) -> Findings:
+    """Status and message by what was looked at."""
+    told = await terminal.told("check", *arguments, code=code)
+    assert all(it.keys() == {"check", "status", "message"} for it in told)
+    return {it["check"]: (it["status"], it["message"]) for it in told}
+
+
+def troubles(findings: Findings) -> list[str]:
+    return [check for check, (status, _) in findings.items() if status == "failed"]
+
+
+def there(stack: Stack, vhost: str) -> object:
+    """All that is in a virtual host, as its administrator sees it."""
+    return administer(stack, "GET", f"/api/definitions/{vhost}")
+
+
+async def test_where_all_is_well_each_part_has_a_tick(
+    stack: Stack, terminal: Terminal, start_worker: StartWorker, put_image: PutImage, vhost: str
+) -> None:
+    names = ("VQA_RABBITMQ_URL", "VQA_JOBS_QUEUE", "VQA_RESULTS_QUEUE")
+    await start_worker(**{name: terminal.environment[name] for name in names})
+    image, prefix = put_image(), uuid.uuid4().hex
+    store = f"s3://{BUCKET}/{prefix}"
+    before, calls = there(stack, vhost), len(stack.model.calls())
+    findings = await found(terminal.having(VQA_RESULT_STORE=store), "--ask", "--image", image, code=0)
+    assert {status for status, _ in findings.values()} == {"ok"}
+    assert findings["broker"][1].startswith("RabbitMQ ")
+    assert vhost in findings["broker"][1]
+    assert findings["broker"][1].endswith("as user guest")
+    assert findings["queue jobs"][1] == "0 waiting, 1 consumer, as it must be"
+    assert findings["cancellations"] == ("ok", "can be heard")
+    assert findings[f"bucket {BUCKET}"] == ("ok", "may be read")
+    assert findings[f"image {image}"][1].startswith("image/png, ")
+    assert findings["result store"][0] == "ok"
+    model = stack.model_api.models[0]
+    assert findings[f"model {model}"] == ("ok", "is there")
+    assert " tokens, $0.0000" in findings[f"question to {model}"][1]
+    # Nothing was changed, and one question was asked.
+    assert there(stack, vhost) == before
+    (call,) = stack.model.calls()[calls:]
+    assert call.question == QUESTION
+    listed = stack.s3.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix)
+    assert "Contents" not in listed
+
+
+async def test_a_person_sees_marks_and_a_summary(terminal: Terminal) -> None:
+    ended = await terminal.having(VQA_SHUTDOWN_GRACE="3").run("check")
+    assert ended.code == 0
+    lines = ended.output.splitlines()
+    assert lines[0] == "✓ settings: make sense"
+    assert lines[1].startswith("! settings: VQA_SHUTDOWN_GRACE: 3 s are less than")
+    count = Counter(line[0] for line in lines)
+    assert ended.errors == [f"{count['✓']} ok, {count['!']} warning"]
+    plain = await terminal.having(PYTHONIOENCODING="ascii", VQA_SHUTDOWN_GRACE="3").run("check")
+    assert plain.output.startswith("[ok] settings: make sense\n! settings: ")
+    with terminal.watched("check") as watched:
+        assert await watched.ended() == 0
+    assert "\x1b[32m✓\x1b[0m settings: make sense" in watched.screen
+
+
+async def test_a_broker_out_of_reach_keeps_nobody_from_looking_at_the_rest(terminal: Terminal) -> None:
+    far = terminal.having(VQA_RABBITMQ_URL="amqp://me:s3cr3t@127.0.0.1:1/")
+    findings = await found(far, "--timeout", "0.5", code=1)
+    assert troubles(findings) == ["broker"]
+    assert "out of reach for 0.5 s" in findings["broker"][1]
+    assert "s3cr3t" not in str(findings)
+    assert findings[f"bucket {BUCKET}"][0] == "ok"
+
+
+async def test_wrong_settings_end_with_78_and_the_broker_is_looked_at_all_the_same(
+    terminal: Terminal,
+) -> None:
+    wrong = terminal.having(VQA_MAX_ATTEMPTS="many", VQA_ALLOWED_BUCKETS="")
+    told = await wrong.told("check", code=78)
+    faults = [it["message"].partition(":")[0] for it in told if it["check"] == "settings"]
+    assert sorted(faults) == ["VQA_ALLOWED_BUCKETS", "VQA_MAX_ATTEMPTS"]
+    assert any(it["check"] == "broker" and it["status"] == "ok" for it in told)
+    assert not any(it["check"] == "model API" for it in told)
+    told = await terminal.having(VQA_RETRY_DELAYS="soon").told("check", code=78)
+    assert [it["check"] for it in told] == ["settings"]
+
+
+async def test_credentials_and_a_virtual_host_that_are_refused_are_told(
+    stack: Stack, terminal: Terminal
+) -> None:
+    wrong = await found(terminal.having(VQA_RABBITMQ_URL=url_as(stack, "guest", "s3cr3t")), code=1)
+    assert troubles(wrong) == ["broker"]
+    assert "refuses this user name and password" in wrong["broker"][1]
+    assert "s3cr3t" not in str(wrong)
+    elsewhere = terminal.having(VQA_RABBITMQ_URL=url_as(stack, "guest", "guest", "nowhere"))
+    assert "the virtual host does not exist" in (await found(elsewhere, code=1))["broker"][1]

@@ -1,0 +1,97 @@
+"""What a check found."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import typer
+
+from worker.cli.shell import Screen
+from worker.redact import Redactor
+
+
+class Status(StrEnum):
+    """How a check ended."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+MARKS: Final[Mapping[Status, str]] = {
+    Status.OK: "✓",
+    Status.WARNING: "!",
+    Status.FAILED: "✗",
+    Status.SKIPPED: "–",
+}
+COLOURS: Final[Mapping[Status, str]] = {
+    Status.OK: "green",
+    Status.WARNING: "yellow",
+    Status.FAILED: "red",
+    Status.SKIPPED: "blue",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check: what was looked at, how it is, and what to do."""
+
+    check: str
+    status: Status
+    message: str
+
+
+def ok(check: str, message: str) -> Finding:
+    """All is well."""
+    return Finding(check, Status.OK, message)
+
+
+def warning(check: str, message: str) -> Finding:
+    """It works, or will, and yet somebody should look at it."""
+    return Finding(check, Status.WARNING, message)
+
+
+def failed(check: str, message: str) -> Finding:
+    """A worker would not work so."""
+    return Finding(check, Status.FAILED, message)
+
+
+def skipped(check: str, message: str) -> Finding:
+    """It cannot be looked at from here."""
+    return Finding(check, Status.SKIPPED, message)
+
+
+class Report:
+    """Tells each finding when it comes, and counts them."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self._clean = Redactor(())
+        self.count: Counter[Status] = Counter()
+
+    def add(self, finding: Finding) -> None:
+        """Tell one."""
+        self.count[finding.status] += 1
+        message = self._clean(finding.message)
+        self._screen.emit({"check": finding.check, "status": finding.status, "message": message})
+        self._screen.say(f"{_mark(finding.status)} {finding.check}: {message}")
+
+    def end(self) -> None:
+        """Tell how many there were of each kind."""
+        counts = [f"{count} {status}" for status in Status if (count := self.count[status])]
+        self._screen.note(", ".join(counts))
+
+
+def _mark(status: Status) -> str:
+    try:
+        mark = MARKS[status]
+        mark.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        mark = f"[{status}]"
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return typer.style(mark, fg=COLOURS[status]) if coloured else mark
