@@ -39,6 +39,7 @@ class Order:
         additions: what is said of all jobs.
         price: in USD per million tokens, for every model, instead of the settings'.
         name, manifest: of the submission and its file; by default they follow from what is submitted.
+        exchange: where jobs are published; empty: by the default one, to the queue.
         reply_to: a queue that others read; None: one of the submission's own.
         keeps_invalid: lines that are no jobs become failed results.
         asks: whether a person is asked before much is submitted.
@@ -51,6 +52,7 @@ class Order:
     price: Price | None = None
     name: str | None = None
     manifest: Path | None = None
+    exchange: str = ""
     reply_to: str | None = None
     keep_days: int = 7
     max_queue: int = 0
@@ -245,7 +247,10 @@ class _Errand:
         )
 
         prepare_all = partial(
-            prepare, jobs_queue=self._topology.jobs, replies=replies if self._head["is_private"] else None
+            prepare,
+            # Who publishes by an exchange need not be allowed to look at the queue.
+            jobs_queue=None if self._order.exchange else self._topology.jobs,
+            replies=replies if self._head["is_private"] else None,
         )
         try:
             await self._broker.within(self._order.patience_s, prepare_all)
@@ -269,6 +274,7 @@ class _Errand:
             self._manifest,
             self._broker,
             self._topology,
+            exchange=self._order.exchange,
             reply_to=self._head["reply_to"],
             max_queue=self._order.max_queue,
         )

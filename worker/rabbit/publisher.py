@@ -47,6 +47,10 @@ class GivenUpError(UnroutableError):
     """The message's `tries` are used up; what went wrong was logged."""
 
 
+class RefusedError(Exception):
+    """The broker lets nobody publish there, or not this user; the message says why."""
+
+
 class TooLargeError(Exception):
     """The broker takes no message of this size, however often it is tried."""
 
@@ -82,8 +86,10 @@ class Outgoing:
 class Publisher:
     """One connection for publishing, kept up by `run`; `publish` waits for it as long as it takes."""
 
-    def __init__(self, broker: Broker, topology: Topology) -> None:
+    def __init__(self, broker: Broker, topology: Topology, *, bears_refusals: bool = True) -> None:
+        """`bears_refusals`: what this user may not do is tried until it may, as all other trouble is."""
         self._broker = broker
+        self._bears_refusals = bears_refusals
         self._topology = topology
         DEPENDENCY_UP.labels(Dependency.RABBITMQ).set(0)
         self._connection: AbstractConnection | None = None
@@ -129,6 +135,7 @@ class Publisher:
             UnroutableError: `message` is mandatory and no queue takes it.
             GivenUpError: its `tries` are used up.
             TooLargeError: the broker takes no message of this size.
+            RefusedError: this user may not publish there, and that is not to be borne.
         """
         with spans().publish(message.exchange, message.routing_key, message.message_id) as span:
             if span.headers:
@@ -146,6 +153,8 @@ class Publisher:
                     raise UnroutableError(message.routing_key) from None
                 except (DeliveryError, *CONNECTION_EXCEPTIONS) as error:
                     raise_if_too_large(error, message)
+                    if not self._bears_refusals:
+                        raise_if_refused(error)
                     self._complain(error, message)
                 else:
                     return self._praise(message)
@@ -300,6 +309,19 @@ def raise_if_too_large(error: BaseException, message: Outgoing) -> None:
     found = _TOO_LARGE.search(str(error)) if isinstance(error, ChannelClosed) else None
     if found and len(message.body) == int(found[1]):
         raise TooLargeError(int(found[2]))
+
+
+def raise_if_refused(error: BaseException, user: str = "the user of VQA_RABBITMQ_URL") -> None:
+    """Tell what the broker will not take from this user, or to this exchange, from what passes.
+
+    Raises:
+        RefusedError: the broker closed the channel over that.
+    """
+    words = str(error.args[-1]) if isinstance(error, ChannelClosed) and error.args else ""
+    if words.startswith("ACCESS_REFUSED"):
+        raise RefusedError(f"{user} may not publish jobs: {words}")
+    if words.startswith("NOT_FOUND"):
+        raise RefusedError(f"jobs cannot be published: {words}")
 
 
 def _reason(error: BaseException) -> str:
