@@ -10,6 +10,7 @@ import subprocess
 
 from deploy.local.stack import Stack
 from tests.cli.running import Cli, depth
+from tests.conftest import BUCKET, picture
 from tests.running import PATIENCE_S, until
 
 
@@ -92,6 +93,17 @@ async def test_bars_show_what_is_done_failed_and_paid(cli: Cli) -> None:
     assert re.search(r"submitted .*5/5", shown.shown)
     assert re.search(r"results .*5/5 .*1 failed, \d+ tokens, \$0\.0\d+", shown.shown)
     assert re.search(r"4 answered, 1 failed, \d+ tokens, \$0\.0\d+\r\nwritten: out.jsonl\r\n$", shown.shown)
+
+
+async def test_a_bar_shows_which_files_were_not_there(cli: Cli) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        (cli.folder / name).write_bytes(picture())
+    first = Terminal(cli, "submit", "a.png", "b.png", "What?", "--bucket", BUCKET)
+    assert await first.ended() == 0
+    assert re.search(r"uploaded .*2/2 .*2 new", first.shown)
+    second = Terminal(cli, "submit", "a.png", "c.png", "What?", "--bucket", BUCKET)
+    assert await second.ended() == 0
+    assert re.search(r"uploaded .*2/2 .*1 new", second.shown)
 
 
 async def test_bars_and_answers_share_a_terminal(cli: Cli) -> None:
