@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import aio_pika
@@ -11,7 +12,7 @@ from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
 from deploy.local.stack import Stack
 from tests.breaking import job
-from tests.cli.typing_in import Terminal
+from tests.cli.running import Cli
 from tests.running import until
 from worker.rabbit import rounds
 from worker.rabbit.connection import Broker
@@ -20,27 +21,27 @@ from worker.rabbit.topology import Topology, create
 
 
 class Queues:
-    """The queues of a terminal's worker."""
+    """The queues of commands that no worker shares."""
 
-    def __init__(self, terminal: Terminal, channel: AbstractChannel) -> None:
-        self.jobs = terminal.environment["VQA_JOBS_QUEUE"]
+    def __init__(self, cli: Cli, channel: AbstractChannel) -> None:
+        self.jobs = cli.settings["VQA_JOBS_QUEUE"]
         self.dead = f"{self.jobs}.dead"
         self.topology = Topology(
             jobs=self.jobs,
-            results=terminal.environment["VQA_RESULTS_QUEUE"],
+            results=cli.settings["VQA_RESULTS_QUEUE"],
             dead_letters=self.dead,
             retry_delays_s=[1],
             reply_exchange="",
-            jobs_exchange=terminal.environment.get("VQA_JOBS_EXCHANGE", ""),
+            jobs_exchange=cli.settings.get("VQA_JOBS_EXCHANGE", ""),
             declare=False,
         )
         self._channel = channel
 
     @classmethod
     @asynccontextmanager
-    async def of(cls, stack: Stack, terminal: Terminal) -> AsyncIterator["Queues"]:
+    async def of(cls, stack: Stack, cli: Cli) -> AsyncIterator["Queues"]:
         async with await aio_pika.connect(stack.rabbitmq.url) as connection:
-            queues = cls(terminal, await connection.channel())
+            queues = cls(cli, await connection.channel())
             await create(connection, queues.topology)
             yield queues
 
@@ -112,3 +113,8 @@ async def looked(stack: Stack, queues: Queues) -> list[Held]:
         broker_of(stack), queues.topology, lambda held: held, most=None, patience_s=15.0
     )
     return found.picked
+
+
+def state(cli: Cli) -> Path:
+    """Where commands keep what they remember."""
+    return cli.folder / "state" / "vqa-worker"

@@ -39,6 +39,11 @@ class Ended:
         return self.out.splitlines()
 
     @property
+    def complaints(self) -> list[str]:
+        """What it said beside that, a line each."""
+        return self.err.splitlines()
+
+    @property
     def objects(self) -> list[dict[str, Any]]:
         """What it printed with `--json`."""
         return [json.loads(line) for line in self.lines]
@@ -106,6 +111,16 @@ class Cli:
             check=False,
         )
         return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    async def told(self, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
+        """What it prints with `--json` before it ends with this code."""
+        ended = await self.run(*arguments, "--json")
+        assert ended.code == code, ended
+        return ended.objects
+
+    def having(self, **settings: str) -> "Cli":
+        """The same with other settings."""
+        return Cli(self.folder, {**self.settings, **settings})
 
     def start(self, *arguments: str, stdout: int | IO[Any] = subprocess.PIPE) -> "subprocess.Popen[str]":
         """Start a command; killed in the end if it still runs."""

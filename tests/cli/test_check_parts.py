@@ -1,10 +1,9 @@
 """What `vqa-worker check` says of the broker, S3 and the API, asked in this process."""
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 
 import aio_pika
 import pytest
@@ -13,7 +12,6 @@ from PIL import Image
 
 from deploy.local.stack import Stack
 from tests.breaking import BrokerUser, administer, own_vhost, url_as
-from tests.cli.typing_in import Terminal
 from tests.conftest import BUCKET, PutImage
 from tests.fake_s3 import FakeS3, give, refuse
 from worker.cli.check.api import api_findings, red_square
@@ -34,14 +32,14 @@ FAR = "http://127.0.0.1:1"
 class Doctor:
     """Looks at a virtual host of its own, where nothing is, and at the stack's S3 and model."""
 
-    terminal: Terminal
+    environment: Mapping[str, str]
     monkeypatch: pytest.MonkeyPatch
 
     def settings(self, **changed: str) -> Settings:
         for name in os.environ:
             if name.startswith(("VQA_", "AWS_")):
                 self.monkeypatch.delenv(name)
-        for name, text in {**self.terminal.environment, **changed}.items():
+        for name, text in {**self.environment, **changed}.items():
             self.monkeypatch.setenv(name, text)
         return load_settings(env_file=None)
 
@@ -78,11 +76,11 @@ def vhost(stack: Stack) -> Iterator[str]:
 
 
 @pytest.fixture
-def doctor(stack: Stack, vhost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Doctor:
+def doctor(stack: Stack, vhost: str, monkeypatch: pytest.MonkeyPatch) -> Doctor:
     url = url_as(stack, "guest", "guest", vhost)
     queues = {"VQA_JOBS_QUEUE": "jobs", "VQA_RESULTS_QUEUE": "results"}
-    terminal = Terminal.beside(stack, tmp_path, VQA_RABBITMQ_URL=url, VQA_ALLOWED_BUCKETS=BUCKET, **queues)
-    return Doctor(terminal, monkeypatch)
+    changed = {"VQA_RABBITMQ_URL": url, "VQA_ALLOWED_BUCKETS": BUCKET, "VQA_RETRY_DELAYS": "1"}
+    return Doctor({**stack.environment(), **queues, **changed}, monkeypatch)
 
 
 def there(stack: Stack, vhost: str) -> object:
@@ -116,7 +114,7 @@ async def test_what_is_not_there_yet_is_told_and_not_made(stack: Stack, doctor: 
 
 async def test_jobs_that_nobody_takes_and_dead_letters_are_told(doctor: Doctor) -> None:
     await doctor.make()
-    async with await aio_pika.connect(doctor.terminal.environment["VQA_RABBITMQ_URL"]) as connection:
+    async with await aio_pika.connect(doctor.environment["VQA_RABBITMQ_URL"]) as connection:
         channel = await connection.channel()
         for queue in ("jobs", "jobs.dead"):
             await channel.default_exchange.publish(aio_pika.Message(b"{}"), queue)

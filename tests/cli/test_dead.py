@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,22 @@ import pytest
 from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Error
 from tests.breaking import job
-from tests.cli.dead_letters import Queues, buried, ids_of
-from tests.cli.typing_in import Terminal
+from tests.cli.dead_letters import Queues, buried, ids_of, state
+from tests.cli.running import Cli, commands
 from tests.conftest import MakeClient, StartWorker
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @pytest.fixture
-def terminal(stack: Stack, tmp_path: Path) -> Terminal:
-    return Terminal.beside(stack, tmp_path)
+def cli(stack: Stack, tmp_path: Path) -> Iterator[Cli]:
+    with commands(stack, tmp_path) as cli:
+        yield cli
 
 
 @pytest.fixture
-async def queues(stack: Stack, terminal: Terminal) -> AsyncIterator[Queues]:
-    async with Queues.of(stack, terminal) as queues:
+async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
+    async with Queues.of(stack, cli) as queues:
         yield queues
 
 
@@ -42,32 +43,31 @@ async def test_a_job_that_died_is_found_looked_at_put_back_and_answered(
     first = await client.ask(**dead)
     assert first.body["error"]["code"] == "attempts_exhausted"
 
-    queues = {"VQA_JOBS_QUEUE": worker.jobs_queue, "VQA_RESULTS_QUEUE": worker.results_queue}
-    terminal = Terminal.beside(stack, tmp_path, **queues)
-    (letter,) = await terminal.told("dead", "list")
+    cli = Cli.of(stack, tmp_path, worker)
+    (letter,) = await cli.told("dead", "list")
     assert (letter["job_id"], letter["code"]) == (dead["id"], "attempts_exhausted")
     assert (letter["model"], letter["attempts"]) == ("default", 1)
     assert "overloaded, sorry" in letter["message"]
-    listed = await terminal.run("dead", "list")
+    listed = await cli.run("dead", "list")
     assert listed.code == 0
-    assert listed.output.splitlines()[1].split()[0] == letter["letter"]
-    shown = await terminal.run("dead", "show", dead["id"])
-    assert marker in shown.output
-    assert "data:image/png;base64,[" in shown.output or "data:image/png;base64," in shown.output
+    assert listed.out.splitlines()[1].split()[0] == letter["letter"]
+    shown = await cli.run("dead", "show", dead["id"])
+    assert marker in shown.out
+    assert "data:image/png;base64,[" in shown.out or "data:image/png;base64," in shown.out
 
     client.replies.clear()
-    replayed = await terminal.run("dead", "replay", "--id", letter["letter"], "--yes")
-    assert (replayed.code, replayed.output) == (0, "")
+    replayed = await cli.run("dead", "replay", "--id", letter["letter"], "--yes")
+    assert (replayed.code, replayed.out) == (0, "")
     second = await client.result(dead["id"])
     assert (second.body["status"], second.body["attempts"]) == ("succeeded", 1)
     assert second.body["metadata"] == {"order": 7}
     assert await client.depth(worker.dead_letter_queue) == 0
-    (recorded,) = map(json.loads, (tmp_path / "vqa-replayed.jsonl").read_text().splitlines())
+    (recorded,) = map(json.loads, (state(cli) / "replayed.jsonl").read_text().splitlines())
     assert (recorded["action"], recorded["job_id"]) == ("replay", dead["id"])
     assert recorded["message"] == letter["message"]
 
 
-async def test_a_letter_is_put_back_as_the_job_that_it_was(terminal: Terminal, queues: Queues) -> None:
+async def test_a_letter_is_put_back_as_the_job_that_it_was(cli: Cli, queues: Queues) -> None:
     body = b'{"id": "as-it-was",  "question": "?", "images": ["s3://b/k"]}'
     sent = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1)
     properties: dict[str, Any] = {
@@ -79,7 +79,7 @@ async def test_a_letter_is_put_back_as_the_job_that_it_was(terminal: Terminal, q
     }
     trace = {"traceparent": TRACE, "tracestate": "a=b", "timestamp_in_ms": 1700000000123}
     await queues.bury(body, headers={**trace, "CC": ["elsewhere"], "made-up": "x"}, **properties)
-    assert (await terminal.run("dead", "replay", "--yes")).code == 0
+    assert (await cli.run("dead", "replay", "--yes")).code == 0
     (message,) = await queues.emptied(queues.jobs)
     assert message.body == body
     assert {name: getattr(message, name) for name in properties} == properties
@@ -90,39 +90,39 @@ async def test_a_letter_is_put_back_as_the_job_that_it_was(terminal: Terminal, q
     assert message.delivery_mode == aio_pika.DeliveryMode.PERSISTENT
 
 
-async def test_a_letter_without_any_id_does_not_get_one(terminal: Terminal, queues: Queues) -> None:
+async def test_a_letter_without_any_id_does_not_get_one(cli: Cli, queues: Queues) -> None:
     # The library gives every message an id; the worker marks it as not the publisher's.
     await queues.bury(b"no job", "invalid_job", message_id="made-up", headers={"vqa-copy": "made-up"})
-    (letter,) = await terminal.told("dead", "list")
+    (letter,) = await cli.told("dead", "list")
     assert (letter["job_id"], letter["message_id"], letter["model"]) == (None, None, "unknown")
-    assert (await terminal.run("dead", "replay", "--id", letter["letter"], "--yes")).code == 0
+    assert (await cli.run("dead", "replay", "--id", letter["letter"], "--yes")).code == 0
     (message,) = await queues.emptied(queues.jobs)
     assert message.headers["vqa-copy"] == message.message_id
 
 
 async def test_letters_are_thrown_away_by_choice_and_kept_in_a_file_if_wished(
-    terminal: Terminal, queues: Queues
+    cli: Cli, queues: Queues
 ) -> None:
     kept = await buried(queues, 1)
     await queues.bury(b"\xffno job", "invalid_job", message_id="gone", reply_to="r")
-    ended = await terminal.run("dead", "purge", "--yes")
+    ended = await cli.run("dead", "purge", "--yes")
     assert ended.code == 2
-    assert ended.errors == ["say which letters, e.g. --code invalid_job or --until 30d; or --all"]
-    done = await terminal.told("dead", "purge", "--code", "invalid_job", "--save", "saved.jsonl", "--yes")
+    assert ended.complaints == ["say which letters, e.g. --code invalid_job or --until 30d; or --all"]
+    done = await cli.told("dead", "purge", "--code", "invalid_job", "--save", "saved.jsonl", "--yes")
     assert [(it["action"], it["done"], it["job_id"]) for it in done] == [("purge", True, "gone")]
-    (saved,) = map(json.loads, (terminal.folder / "saved.jsonl").read_text().splitlines())
+    (saved,) = map(json.loads, (cli.folder / "saved.jsonl").read_text().splitlines())
     assert (saved["body_base64"], saved["reply_to"]) == ("/25vIGpvYg==", "r")
-    (recorded,) = map(json.loads, (terminal.folder / "vqa-purged.jsonl").read_text().splitlines())
+    (recorded,) = map(json.loads, (state(cli) / "purged.jsonl").read_text().splitlines())
     assert (recorded["action"], recorded["queue"]) == ("purge", queues.dead)
     assert ids_of(await queues.emptied(queues.dead)) == kept
 
 
-async def test_without_a_file_for_the_record_nothing_is_touched(terminal: Terminal, queues: Queues) -> None:
+async def test_without_a_file_for_the_record_nothing_is_touched(cli: Cli, queues: Queues) -> None:
     await buried(queues, 1)
     for option in ("--record", "--save"):
-        ended = await terminal.run("dead", "purge", "--all", "--yes", option, "no/such/folder.jsonl")
+        ended = await cli.run("dead", "purge", "--all", "--yes", option, "/dev/null/letters.jsonl")
         assert ended.code == 1
-        assert ended.errors[-1] == (
-            "no/such/folder.jsonl: cannot be written to: No such file or directory; name another file"
+        assert ended.complaints[-1] == (
+            "/dev/null/letters.jsonl: cannot be written to: File exists; name another file"
         )
     assert await queues.depth(queues.dead) == 1

@@ -1,7 +1,6 @@
 """`vqa-worker dead list` and `show`: letters are found, and no look loses one."""
 
-import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,31 +10,32 @@ import pytest
 from deploy.local.stack import Stack
 from tests.breaking import BrokerUser, administer, job
 from tests.cli.dead_letters import Queues, buried, looked
-from tests.cli.typing_in import Terminal
+from tests.cli.running import Cli, commands, killed
 from tests.proxy import Proxy
 from tests.running import until
 from worker.rabbit import letters
 
 
 @pytest.fixture
-def terminal(stack: Stack, tmp_path: Path) -> Terminal:
-    return Terminal.beside(stack, tmp_path)
+def cli(stack: Stack, tmp_path: Path) -> Iterator[Cli]:
+    with commands(stack, tmp_path) as cli:
+        yield cli
 
 
 @pytest.fixture
-async def queues(stack: Stack, terminal: Terminal) -> AsyncIterator[Queues]:
-    async with Queues.of(stack, terminal) as queues:
+async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
+    async with Queues.of(stack, cli) as queues:
         yield queues
 
 
-async def test_letters_are_chosen_by_error_model_time_and_id(terminal: Terminal, queues: Queues) -> None:
+async def test_letters_are_chosen_by_error_model_time_and_id(cli: Cli, queues: Queues) -> None:
     await queues.bury(job(id="a", model="m/small"), ago_s=7200)
     await queues.bury(job(id="b"), ago_s=60)
     await queues.bury(b"{broken", "invalid_job", ago_s=3 * 86400, message_id="c")
     await queues.bury({"no": "job", "model": "m/big"}, "invalid_job", ago_s=10, message_id="d")
 
     async def chosen(*arguments: str) -> list[str]:
-        return [letter["job_id"] for letter in await terminal.told("dead", "list", *arguments)]
+        return [letter["job_id"] for letter in await cli.told("dead", "list", *arguments)]
 
     assert await chosen() == ["c", "a", "b", "d"]
     assert await chosen("--code", "attempts_*") == ["a", "b"]
@@ -51,22 +51,22 @@ async def test_letters_are_chosen_by_error_model_time_and_id(terminal: Terminal,
     assert await chosen("--since", today.isoformat(), "--until", "30m") == ["a"]
     assert await chosen("--id", "b", "--id", "d") == ["b", "d"]
     assert len(await chosen("--most", "2")) == 2
-    ended = await terminal.run("dead", "list", "--code", "nothing", "--most", "3")
-    assert (ended.code, ended.output) == (0, "")
-    assert ended.errors == [f"{queues.dead}: 4 letters, 3 of them looked at (--most), 0 of them chosen"]
+    ended = await cli.run("dead", "list", "--code", "nothing", "--most", "3")
+    assert (ended.code, ended.out) == (0, "")
+    assert ended.complaints == [f"{queues.dead}: 4 letters, 3 of them looked at (--most), 0 of them chosen"]
 
 
-async def test_an_unknown_letter_and_a_time_that_is_none_are_told(terminal: Terminal, queues: Queues) -> None:
+async def test_an_unknown_letter_and_a_time_that_is_none_are_told(cli: Cli, queues: Queues) -> None:
     await buried(queues, 2)
-    ended = await terminal.run("dead", "show", "nobody")
-    assert (ended.code, ended.output) == (1, "")
-    assert ended.errors == ["nobody: none of the 2 letters looked at has this id or name"]
-    ended = await terminal.run("dead", "list", "--since", "yesterday")
+    ended = await cli.run("dead", "show", "nobody")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.complaints == ["nobody: none of the 2 letters looked at has this id or name"]
+    ended = await cli.run("dead", "list", "--since", "yesterday")
     assert ended.code == 2
-    assert "'yesterday' is no time" in " ".join(ended.errors)
+    assert "'yesterday' is no time" in " ".join(ended.complaints)
 
 
-async def test_what_strangers_wrote_cannot_control_the_terminal(terminal: Terminal, queues: Queues) -> None:
+async def test_what_strangers_wrote_cannot_control_the_terminal(cli: Cli, queues: Queues) -> None:
     evil = "\x1b]0;title\x07\u202e\x9b31m"
     await queues.bury(
         {"id": "evil", "question": evil, "images": ["s3://b/k"], "model": evil},
@@ -75,19 +75,17 @@ async def test_what_strangers_wrote_cannot_control_the_terminal(terminal: Termin
     )
     await queues.bury(evil.encode(), message_id="evil")
     for arguments in (["list"], ["show", "evil"], ["replay", "--dry-run"]):
-        ended = await terminal.run("dead", *arguments)
+        ended = await cli.run("dead", *arguments)
         assert ended.code == 0
-        for line in [*ended.output.splitlines(), *ended.errors]:
+        for line in [*ended.out.splitlines(), *ended.complaints]:
             assert line.isprintable(), line
 
 
-async def test_a_letter_is_shown_to_programs_with_every_byte_of_it(
-    terminal: Terminal, queues: Queues
-) -> None:
+async def test_a_letter_is_shown_to_programs_with_every_byte_of_it(cli: Cli, queues: Queues) -> None:
     body = b'{"id": "x",   "question": "\xc3\xa4"}'
     await queues.bury(body, reply_to="r")
     await queues.bury(b"\xff\x00", message_id="x")
-    text, binary = await terminal.told("dead", "show", "x")
+    text, binary = await cli.told("dead", "show", "x")
     assert text["body"].encode() == body
     assert (text["reply_to"], text["headers"]["vqa-attempts"]) == ("r", 5)
     assert binary["body_base64"] == "/wA="
@@ -135,46 +133,45 @@ async def test_without_renewal_the_broker_would_drop_them(
 
 
 async def test_during_and_after_a_killed_look_everything_is_there(
-    stack: Stack, terminal: Terminal, queues: Queues
+    stack: Stack, cli: Cli, queues: Queues
 ) -> None:
     await buried(queues, 4)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
         # Basic.Nack: the look is over, and about to give everything back.
         proxy.freezes_on = b"\x00\x3c\x00\x78"
-        behind = terminal.having(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
-        with behind.started("dead", "list") as process:
-            await until(lambda: proxy.held, "it holds the letters")
-            await queues.filled(queues.dead, 0)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        behind = cli.having(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
+        process = behind.start("dead", "list")
+        await until(lambda: proxy.held, "it holds the letters")
+        await queues.filled(queues.dead, 0)
+        await killed(process)
         proxy.reset()
         await queues.filled(queues.dead, 4)
 
 
 async def test_who_may_not_put_letters_back_may_not_look_either_so_that_no_returns_are_used_up(
-    stack: Stack, terminal: Terminal, queues: Queues
+    stack: Stack, cli: Cli, queues: Queues
 ) -> None:
     await buried(queues, 1)
     with BrokerUser.of(stack) as user:
         user.permit(write="^$")
         for arguments in (["list"], ["show", "x"], ["replay", "--yes"], ["purge", "--all", "--yes"]):
-            ended = await terminal.having(VQA_RABBITMQ_URL=user.url).run("dead", *arguments)
+            ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dead", *arguments)
             assert ended.code == 1
-            (line,) = ended.errors
+            (line,) = ended.complaints
             assert line.startswith(
                 "letters are looked at only where they can be put back too, by the default"
             )
             assert "lacks a permission" in line
         user.permit(read="^$")
-        ended = await terminal.having(VQA_RABBITMQ_URL=user.url).run("dead", "list")
-        assert (ended.code, len(ended.errors)) == (1, 1)
-        assert f"queue {queues.dead}" in ended.errors[0]
+        ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dead", "list")
+        assert (ended.code, len(ended.complaints)) == (1, 1)
+        assert f"queue {queues.dead}" in ended.complaints[0]
     (held,) = await looked(stack, queues)
     assert held.letter.returns == 0
 
 
 async def test_what_the_broker_itself_has_moved_is_told_and_stays_told(
-    stack: Stack, terminal: Terminal, queues: Queues
+    stack: Stack, cli: Cli, queues: Queues
 ) -> None:
     await queues.put(queues.jobs, job(id="rejected"), message_id="rejected")
     async with await aio_pika.connect(stack.rabbitmq.url) as connection:
@@ -188,12 +185,12 @@ async def test_what_the_broker_itself_has_moved_is_told_and_stays_told(
     assert (held.letter.code, held.letter.job_id) == ("rejected", "rejected")
     assert held.letter.died_at is not None
     assert datetime.now(UTC) - held.letter.died_at < timedelta(minutes=5)
-    ended = await terminal.run("dead", "list", "--since", "5m")
-    assert "moved here by RabbitMQ (rejected)" in ended.output
+    ended = await cli.run("dead", "list", "--since", "5m")
+    assert "moved here by RabbitMQ (rejected)" in ended.out
 
 
-async def test_a_queue_that_is_not_there_is_told(terminal: Terminal) -> None:
-    ended = await terminal.run("dead", "list")
-    assert (ended.code, ended.output) == (1, "")
-    (line,) = ended.errors
-    assert line.startswith(f"the queue {terminal.environment['VQA_JOBS_QUEUE']}.dead does not exist")
+async def test_a_queue_that_is_not_there_is_told(cli: Cli) -> None:
+    ended = await cli.run("dead", "list")
+    assert (ended.code, ended.out) == (1, "")
+    (line,) = ended.complaints
+    assert line.startswith(f"the queue {cli.settings['VQA_JOBS_QUEUE']}.dead does not exist")

@@ -9,47 +9,47 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from docs import generate
-from tests.cli.typing_in import Terminal
+from tests.cli.running import Cli
 from worker.cli.schema import job_schema, result_schema
 
 BARE = "import sys, worker.__main__ as it; it._has_shell = lambda: False; sys.exit(it.main(sys.argv[1:]))"
 
 
 @pytest.fixture
-def terminal(tmp_path: Path) -> Terminal:
-    return Terminal(tmp_path)
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path, {})
 
 
-async def test_each_document_is_printed_for_programs(terminal: Terminal) -> None:
+async def test_each_document_is_printed_for_programs(cli: Cli) -> None:
     expected = {
         "job": job_schema(),
         "result": result_schema(),
         "asyncapi": json.loads(generate.asyncapi_document()),
     }
     for name, document in expected.items():
-        ended = await terminal.run("schema", name)
-        assert (ended.code, ended.errors, json.loads(ended.output)) == (0, [], document)
-    (everything,) = await terminal.told("schema")
+        ended = await cli.run("schema", name)
+        assert (ended.code, ended.complaints, json.loads(ended.out)) == (0, [], document)
+    (everything,) = await cli.told("schema")
     assert everything == expected
     Draft202012Validator.check_schema(everything["job"])
 
 
-async def test_settings_that_it_needs_are_checked(terminal: Terminal) -> None:
-    ended = await terminal.having(VQA_RETRY_DELAYS="soon", VQA_MAX_ATTEMPTS="many").run("schema")
-    assert (ended.code, ended.output) == (78, "")
-    (line,) = ended.errors
+async def test_settings_that_it_needs_are_checked(cli: Cli) -> None:
+    ended = await cli.having(VQA_RETRY_DELAYS="soon", VQA_MAX_ATTEMPTS="many").run("schema")
+    assert (ended.code, ended.out) == (78, "")
+    (line,) = ended.complaints
     assert line.startswith("VQA_RETRY_DELAYS")
-    ended = await terminal.run("schema", "answer")
+    ended = await cli.run("schema", "answer")
     assert ended.code == 2
-    assert "'answer' is not one of" in " ".join(ended.errors)
+    assert "'answer' is not one of" in " ".join(ended.complaints)
 
 
-def test_it_needs_nothing_but_what_the_worker_needs(terminal: Terminal) -> None:
+def test_it_needs_nothing_but_what_the_worker_needs(cli: Cli) -> None:
     def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(  # noqa: S603 - a test's own
             [sys.executable, "-c", BARE, *arguments],
-            env=terminal.whole_environment,
-            cwd=terminal.folder,
+            env=cli.environment,
+            cwd=cli.folder,
             capture_output=True,
             text=True,
             check=False,

@@ -1,8 +1,8 @@
 """The commands themselves."""
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeVar
@@ -76,7 +76,13 @@ Until = Annotated[
 Most = Annotated[int | None, typer.Option(min=1, help="Look at so many letters at most.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-Record = Annotated[Path, typer.Option(dir_okay=False, help="Add a line for each letter to this file (JSON).")]
+Record = Annotated[
+    Path | None,
+    typer.Option(
+        dir_okay=False,
+        help="Add a line for each letter to this file; where submissions are remembered, if none is given.",
+    ),
+]
 
 
 class _Desk(NamedTuple):
@@ -166,7 +172,7 @@ async def replay(
     rate: Annotated[
         float | None, typer.Option(min=SLOWEST, metavar="N", help="At most so many letters a second.")
     ] = None,
-    record: Record = Path("vqa-replayed.jsonl"),
+    record: Record = None,
     most: Most = None,
     dry_run: DryRun = False,
     yes: Yes = False,
@@ -193,7 +199,7 @@ async def replay(
     async def step(dead: "DeadLetters", held: "Held") -> None:
         await dead.put_back(held)
 
-    with Lines(record) as lines:
+    with Lines(record or _kept("replayed")) as lines:
         return await _work_off(desk, letters, "replay", step, lines, rate=rate)
 
 
@@ -210,7 +216,7 @@ async def purge(
         Path | None,
         typer.Option(dir_okay=False, help="Keep the letters in this file first, jobs and all (JSON)."),
     ] = None,
-    record: Record = Path("vqa-purged.jsonl"),
+    record: Record = None,
     most: Most = None,
     dry_run: DryRun = False,
     yes: Yes = False,
@@ -231,7 +237,7 @@ async def purge(
     if not _is_wanted(desk.screen, letters, "purge", "thrown away", dry_run=dry_run, yes=yes):
         return None
     with ExitStack() as files:
-        lines = files.enter_context(Lines(record))
+        lines = files.enter_context(Lines(record or _kept("purged")))
         saved = files.enter_context(Lines(save, keeps=True)) if save else None
 
         async def step(_: "DeadLetters", held: "Held") -> None:
@@ -248,6 +254,12 @@ def _desk(screen: Screen, patience_s: float) -> _Desk:
 
     install_tolerant_decoders()
     return _Desk(screen, broker_of(settings), Topology.from_settings(settings), patience_s)
+
+
+def _kept(name: str) -> Path:
+    from worker.cli.places import folder
+
+    return folder() / f"{name}.jsonl"
 
 
 def _choice(
@@ -317,44 +329,33 @@ async def _work_off(
     *,
     rate: float | None = None,
 ) -> int:
+    from worker.cli.progress import Bar
+    from worker.cli.progress import shown as progress
     from worker.rabbit.rounds import work_off
 
     wanted = Counter(letter.name for letter in letters)
     planned, done, total = Counter(wanted), Counter[str](), len(letters)
-    with _progress(desk.screen, total) as show_done:
 
-        async def recorded(dead: "DeadLetters", held: "Held") -> None:
-            await step(dead, held)
-            line = {"action": action, "done": True, **shown.in_json(held.letter)}
-            lines.add({"at": datetime.now(UTC).isoformat(), "queue": desk.topology.dead_letters, **line})
-            desk.screen.emit(line)
-            done[held.letter.name] += 1
-            # After a lost connection one may be done twice.
-            show_done((done & planned).total())
+    def so_far() -> int:
+        # After a lost connection one may be done twice.
+        return (done & planned).total()
 
-        try:
-            await _told(
-                work_off(desk.broker, desk.topology, wanted, recorded, rate=rate, patience_s=desk.patience_s)
-            )
-        finally:
-            count = (done & planned).total()
-            desk.screen.note(f"{action}: {count} of {total} done, recorded in {lines.path}")
-    if wanted.total():
-        raise CommandError(
-            f"{wanted.total()} were not there any more: somebody else took them, or holds them"
-        )
+    async def recorded(dead: "DeadLetters", held: "Held") -> None:
+        await step(dead, held)
+        line = {"action": action, "done": True, **shown.in_json(held.letter)}
+        lines.add({"at": datetime.now(UTC).isoformat(), "queue": desk.topology.dead_letters, **line})
+        desk.screen.emit(line)
+        done[held.letter.name] += 1
+
+    work = work_off(desk.broker, desk.topology, wanted, recorded, rate=rate, patience_s=desk.patience_s)
+    try:
+        async with progress(desk.screen, [Bar(action, lambda: (so_far(), total, ""))]):
+            await _told(work)
+    finally:
+        desk.screen.note(f"{action}: {so_far()} of {total} done, recorded in {lines.path}")
+    if left := wanted.total():
+        raise CommandError(f"{left} were not there any more: somebody else took them, or holds them")
     return EXIT_OK
-
-
-@contextmanager
-def _progress(screen: Screen, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar for as long as it takes, where somebody watches."""
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen.progress, disable=not screen.is_watched, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count: bar.update(task, completed=count)
 
 
 async def _told(work: Awaitable[T]) -> T:

@@ -22,6 +22,7 @@ class Lines:
         self.path = path
         self._keeps = keeps
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
         except OSError as error:
             raise self._trouble(error) from None
