@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test bench bench-quick chaos soak lint format docs lock ci
+.PHONY: help setup demo stack test bench bench-quick chaos soak image lint format docs golden dashboard-preview scale-demo lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -10,7 +10,7 @@ BENCH := .venv/.bench-installed
 SOURCES := worker deploy docs tests
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv with everything in it, from the hashed lock
 
@@ -46,6 +46,9 @@ bench: $(BENCH) ## measure the worker beside others (40 minutes or more; Linux),
 bench-quick: $(BENCH) ## the same in short, under two minutes, told only
 	@$(BIN)/python -m tests.bench --quick
 
+scale-demo: $(BENCH) ## scale workers from zero to the most and back as KEDA would (8 minutes; Linux), write docs/scaling.md
+	@$(BIN)/python -m tests.scaling --write docs
+
 # SEED, SECONDS or MINUTES, WORKERS, RATE, EVERY (so many seconds a fault) and STORE=no may be given.
 CHAOS = $(foreach it,SEED SECONDS MINUTES WORKERS RATE EVERY,$(if $($(it)),--$(shell echo $(it) | tr A-Z a-z)=$($(it)))) \
   $(if $(filter no,$(STORE)),--no-store)
@@ -56,6 +59,15 @@ chaos: $(INSTALLED) ## let everything around the worker go wrong for five minute
 soak: $(INSTALLED) ## one worker for half an hour of milder faults: does it grow? (Linux; MINUTES=…)
 	@$(BIN)/python -m tests.chaos --soak $(CHAOS)
 
+ENGINE = $(or $(shell docker info >/dev/null 2>&1 && echo docker || command -v podman || command -v buildah),\
+  $(error docker, podman or buildah is needed to build an image: install one of them, or start Docker))
+IMAGE = vqa-worker:$(VERSION)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' worker/__init__.py)
+REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+
+image: ## build the container image with docker, podman or buildah (IMAGE=name:tag, BUILD_FLAGS=…)
+	$(ENGINE) build $(BUILD_FLAGS) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --tag $(IMAGE) .
+
 lint: $(INSTALLED) ## run the static checks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -64,18 +76,35 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/deptry worker
 	$(BIN)/codespell
 	$(BIN)/yamllint --strict .
+	$(BIN)/hadolint Dockerfile deploy/compose/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/chart.py --check
+	$(BIN)/python -m deploy.rabbitmq --check
+	$(BIN)/python -m deploy.grafana --check
 
 format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(INSTALLED) ## write the generated pages of docs/ anew
+docs: $(INSTALLED) ## write what is generated anew: pages of docs/, the dashboard, files of deploy/rabbitmq/ and of the chart
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m deploy.grafana
+	$(BIN)/python docs/chart.py
+	$(BIN)/python -m deploy.rabbitmq
+
+dashboard-preview: $(BENCH) ## draw the dashboard's data under a real load into docs/ (three minutes)
+	@$(BIN)/python -m tests.seeing.preview
+
+golden: $(INSTALLED) ## write anew what the chart's ci/ files render to (tests/helm/golden): look at the difference
+	$(BIN)/python -m tests.helm.goldens
 
 lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml -o requirements.lock
-	uv pip compile $(LOCK) pyproject.toml --group local --group dev -o requirements-dev.lock
+	uv pip compile $(LOCK) pyproject.toml --extra tracing --group local --group dev -o requirements-dev.lock
+	uv pip compile $(LOCK) pyproject.toml --extra tracing -c requirements-dev.lock -o requirements-tracing.lock
+	uv pip compile $(LOCK) --group build -c requirements-dev.lock -o requirements-build.lock
+	uv pip compile $(LOCK) --group standin -c requirements-dev.lock -o requirements-standin.lock
 	uv pip compile $(LOCK) pyproject.toml --group ocr -c requirements-dev.lock -o requirements-ocr.lock
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -c requirements-ocr.lock \
 	  -o requirements-bench.lock

@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,14 @@ from unittest.mock import patch
 
 from pydantic import BaseModel, SecretStr
 
+from deploy.rabbitmq.__main__ import PLACE, STRICT, STRICT_SETTINGS, topology_with
+from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER, intake, users
 from worker.cancellation import REMEMBERED
 from worker.cli.schema import asyncapi
-from worker.errors import MEANING, ErrorCode
+from worker.errors import COUNTS_AGAINST_THE_SERVICE, MEANING, ErrorCode
+from worker.instruments import Declaration
 from worker.job import Job
+from worker.metrics import DECLARED
 from worker.rabbit import messages, wire
 from worker.rabbit.topology import Topology
 from worker.result import Result
@@ -31,6 +36,7 @@ SETTINGS_SECTIONS: Final = {
     "s3_endpoint_url": "Images",
     "model_base_url": "Model API",
     "result_store": "Results",
+    "tenant_from": "Costs by tenant",
     "http_host": "Process",
 }
 
@@ -63,7 +69,40 @@ hold one value each.
 - A variable that begins with `VQA_` and is not listed here earns a warning at the start.
 - S3 credentials and region come from the usual AWS variables, files and roles. Proxies and certificates
   follow `HTTPS_PROXY`, `NO_PROXY` and `SSL_CERT_FILE`.
+- Where traces are sent, if they are, OpenTelemetry's own variables say (in the environment only): see
+  [traces](tracing.md).
 """
+
+# What the Prometheus client library adds on Linux.
+PROCESS_METRICS: Final = {
+    "process_cpu_seconds_total": ("counter", "seconds", "CPU time used, user and system."),
+    "process_resident_memory_bytes": ("gauge", "bytes", "Memory in use; what a container's limit is about."),
+    "process_virtual_memory_bytes": ("gauge", "bytes", "Address space; says little."),
+    "process_start_time_seconds": ("gauge", "Unix time", "When the process began: it changes by a restart."),
+    "process_open_fds": ("gauge", "files", "Open files, connections included."),
+    "process_max_fds": ("gauge", "files", "How many there may be."),
+    "python_asyncio_tasks": (
+        "gauge",
+        "tasks",
+        "Tasks of the event loop: what is left behind shows here first.",
+    ),
+    "python_gc_collections_total": (
+        "counter",
+        "collections",
+        "Runs of the garbage collector, by generation.",
+    ),
+    "python_gc_objects_collected_total": ("counter", "objects", "Objects that it freed."),
+    "python_gc_objects_uncollectable_total": ("counter", "objects", "Objects that it could not free."),
+    "python_info": ("gauge", "", "Python's version, in labels; always 1."),
+}
+
+# Those of the broker that the dashboard and the alerts use, at `/metrics/detailed`.
+BROKER_METRICS: Final = {
+    "rabbitmq_detailed_queue_messages_ready": "Messages that wait.",
+    "rabbitmq_detailed_queue_messages_unacked": "Messages that consumers have and have not settled.",
+    "rabbitmq_detailed_queue_messages": "Both together.",
+    "rabbitmq_detailed_queue_consumers": "Consumers: one or a few for each worker that takes jobs.",
+}
 
 SHORT_JOB: Final = {
     "id": "order-4711-photo",
@@ -191,6 +230,30 @@ def messages_page() -> str:
     )
 
 
+def metrics_page() -> str:
+    """What can be seen from outside, and what it means."""
+    template = (HERE / "templates" / "metrics.md").read_text(encoding="utf-8")
+    bad, neutral = COUNTS_AGAINST_THE_SERVICE, set(ErrorCode) - COUNTS_AGAINST_THE_SERVICE
+    kinds = "Metric", "Type", "Unit", "Meaning"
+    return Template(template).substitute(
+        worker=_table(kinds, map(_metric_row, DECLARED.values())),
+        buckets="\n".join(map(_buckets_line, (it for it in DECLARED.values() if it.buckets))),
+        process=_table(kinds, ((f"`{name}`", *about) for name, about in PROCESS_METRICS.items())),
+        broker=_table(("Metric", "Meaning"), ((f"`{name}`", it) for name, it in BROKER_METRICS.items())),
+        bad=" or ".join(f"`{code}`" for code in sorted(bad)),
+        neutral=", ".join(f"`{code}`" for code in sorted(neutral)),
+    )
+
+
+def _metric_row(metric: Declaration) -> tuple[str, str, str, str]:
+    labels = "".join(f"<br>`{label.name}`: {label.values}" for label in metric.labels)
+    return f"`{metric.name}`", metric.kind, metric.unit, f"{metric.meaning}{labels}"
+
+
+def _buckets_line(metric: Declaration) -> str:
+    return f"- `{metric.name}`: {', '.join(f'{bound:.10g}' for bound in metric.buckets)}"
+
+
 def asyncapi_document() -> str:
     """The worker with default settings, for the tools of AsyncAPI."""
     return json.dumps(asyncapi(default_settings()), indent=2, ensure_ascii=False) + "\n"
@@ -246,6 +309,50 @@ def _type_in_words(schema: Mapping[str, Any], field: Mapping[str, Any]) -> str:
     return " or ".join(words)
 
 
+def permissions_page() -> str:
+    """Who may do what at the broker, and how to give them the right to."""
+    plain, strict = topology_with({}), topology_with(STRICT)
+    template = (HERE / "templates" / "permissions.md").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        user_rows="\n".join(_row(f"`{user.name}`", user.purpose).rstrip() for user in users(plain)),
+        all_users=" ".join(user.name for user in users(plain)),
+        worker=WORKER,
+        publisher=PUBLISHER,
+        keda=KEDA,
+        operator=OPERATOR,
+        vhost=PLACE.vhost,
+        cluster=PLACE.cluster,
+        strict_settings="\n".join(f"{name}={value}" for name, value in STRICT_SETTINGS.items()),
+        reply_exchange=strict.reply_exchange,
+        results_queue=strict.results,
+        results_pattern=re.escape(strict.results),
+        intake=intake(strict),
+        plain_rights=_rights_table(plain),
+        strict_rights=_rights_table(strict),
+    )
+
+
+def _rights_table(topology: Topology) -> str:
+    return _table(("User", "Right", "Names", "For"), _rights_rows(topology))
+
+
+def _rights_rows(topology: Topology) -> Iterator[tuple[str, str, str, str]]:
+    for user in users(topology):
+        named = {"configure": user.configure, "write": user.write, "read": user.read}
+        for topic in user.topics:
+            named |= {
+                f"topic {topic.exchange}: write": topic.write,
+                f"topic {topic.exchange}: read": topic.read,
+            }
+        if user.tags:
+            yield f"`{user.name}`", "tag", f"`{', '.join(user.tags)}`", user.purpose
+        for right, grants in named.items():
+            if not grants:
+                yield f"`{user.name}`", right, "none", ""
+            for grant in grants:
+                yield f"`{user.name}`", right, f"`{grant.pattern}`", grant.why
+
+
 def _queues_table(topology: Topology) -> str:
     rows = (
         (
@@ -260,6 +367,8 @@ def _queues_table(topology: Topology) -> str:
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "settings.md": settings_page,
     "messages.md": messages_page,
+    "permissions.md": permissions_page,
+    "metrics.md": metrics_page,
     "asyncapi.json": asyncapi_document,
 }
 

@@ -72,7 +72,7 @@ class Worker:
     def of(cls, stack: Stack, folder: Path, **settings: str) -> Self:
         """A worker on the stack with queues under a fresh name; `settings` as VQA_… or other variables."""
         name = f"t{uuid.uuid4().hex[:10]}"
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VQA_", "AWS_"))}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VQA_", "AWS_", "OTEL_"))}
         environment = {
             **inherited,
             **stack.environment(),
@@ -86,6 +86,11 @@ class Worker:
             **settings,
         }
         return cls(environment, folder / f"{name}.log")
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """All that it is told."""
+        return self._environment
 
     @property
     def jobs_queue(self) -> str:
@@ -224,20 +229,23 @@ def calls_with(stack: Stack, marker: str) -> list[Call]:
 class Client:
     """Publishes jobs and reads results, as a backend would."""
 
-    def __init__(self, channel: AbstractChannel, worker: Worker) -> None:
+    def __init__(self, channel: AbstractChannel, worker: Worker, exchange: str = "") -> None:
         self._channel = channel
         self._worker = worker
+        self._exchange = exchange
         self.replies: dict[str | None, list[Reply]] = {}
         self._arrival = asyncio.Condition()
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def of(cls, stack: Stack, worker: Worker) -> AsyncIterator[Self]:
-        """A connection of its own that reads the worker's results queue."""
-        connection = await aio_pika.connect(stack.rabbitmq.url)
+    async def of(
+        cls, stack: Stack, worker: Worker, *, url: str | None = None, exchange: str = ""
+    ) -> AsyncIterator[Self]:
+        """A connection of its own that reads the worker's results queue, and publishes by an exchange."""
+        connection = await aio_pika.connect(url or stack.rabbitmq.url)
         async with connection:
             channel = await connection.channel(on_return_raises=True)
-            client = cls(channel, worker)
+            client = cls(channel, worker, exchange)
             await client.listen(worker.results_queue)
             yield client
 
@@ -246,9 +254,11 @@ class Client:
         results = await self._channel.get_queue(queue, ensure=False)
         await results.consume(self._receive)
 
-    async def reply_queue(self) -> str:
-        """A queue of its own that the worker may reply to."""
+    async def reply_queue(self, exchange: str = "") -> str:
+        """A queue of its own that the worker may reply to, by an exchange if one is named."""
         queue = await self._channel.declare_queue(exclusive=True)
+        if exchange:
+            await queue.bind(exchange, queue.name)
         await queue.consume(self._receive)
         return queue.name
 
@@ -265,7 +275,17 @@ class Client:
         """Publish a job; `properties` as aio_pika.Message takes them."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         message = aio_pika.Message(raw, headers=headers, **properties)
-        await self._channel.default_exchange.publish(message, self._worker.jobs_queue)
+        exchange = (
+            await self._channel.get_exchange(self._exchange, ensure=False)
+            if self._exchange
+            else self._channel.default_exchange
+        )
+        await exchange.publish(message, self._worker.jobs_queue)
+
+    async def cancel(self, job_id: str) -> None:
+        """Take a job back."""
+        control = await self._channel.get_exchange(f"{self._worker.jobs_queue}.control", ensure=False)
+        await control.publish(aio_pika.Message(json.dumps({"cancel": job_id}).encode()), "")
 
     async def result(self, job_id: str | None, patience_s: float = PATIENCE_S) -> Reply:
         """The first result of a job."""

@@ -25,7 +25,16 @@ pytestmark = pytest.mark.skipif(not CONTRACT.exists(), reason="the contract is n
 
 # Added since, as the contract allows: codes and metrics that readers may not know.
 ADDED_CODES = {ErrorCode.CANCELLED, ErrorCode.RESULT_TOO_LARGE}
-ADDED_METRICS = {"vqa_result_store_total": ("counter", {"event"})}
+ADDED_METRICS: dict[str, tuple[str, set[str]]] = {
+    "vqa_result_store_total": ("counter", {"event"}),
+    "vqa_given_back_total": ("counter", set()),
+    "vqa_concurrency_in_use": ("gauge", set()),
+    "vqa_event_loop_lag_seconds": ("histogram", set()),
+    "vqa_job_queue_longest_seconds": ("gauge", set()),
+    "vqa_tenant_jobs_total": ("counter", {"tenant", "status"}),
+    "vqa_tenant_tokens_total": ("counter", {"tenant", "model", "type"}),
+    "vqa_tenant_cost_usd_total": ("counter", {"tenant", "model"}),
+}
 
 KINDS = {Counter: "counter", Gauge: "gauge", Histogram: "histogram", Info: "info"}
 GEN_AI_LABELS = {

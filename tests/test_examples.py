@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,27 @@ def test_the_docs_show_the_example_that_is_tested() -> None:
 
 def test_the_example_names_the_library_that_it_needs() -> None:
     assert list(json.loads((EXAMPLE / "package.json").read_text())["dependencies"]) == ["amqplib"]
+
+
+async def test_the_program_in_python_that_the_docs_show_works(
+    stack: Stack, worker: Worker, tmp_path: Path
+) -> None:
+    (shown,) = re.findall(r"```python\n(.*?)```", PUBLISHING.read_text(encoding="utf-8"), re.DOTALL)
+    here = f'Client("{stack.rabbitmq.url}", jobs_queue="{worker.jobs_queue}")'
+    program = shown.replace('Client("amqp://user:password@rabbitmq/")', here).replace("1000", "3")
+    assert program != shown
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *others = done.stdout.splitlines()
+    assert "image_not_found" in first
+    assert len(others) == 3

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import signal
 import socket
 import uuid
 
@@ -97,6 +98,27 @@ async def test_livez_tells_when_the_event_loop_last_turned(worker: Worker) -> No
     assert status == 200
     assert content_type.startswith("application/json")
     assert body.startswith(b'{"status": "alive", "heartbeat_age_s": ')
+
+
+async def test_every_heartbeat_tells_how_late_it_came(worker: Worker) -> None:
+    def beats() -> float:
+        return worker.metric("vqa_event_loop_lag_seconds_count")
+
+    before = beats()
+    await until(lambda: beats() >= before + 2, "two more")
+    assert 0 <= worker.metric("vqa_event_loop_lag_seconds_sum") < beats()
+
+
+async def test_a_process_that_stood_still_was_late(start_worker: StartWorker) -> None:
+    worker = await start_worker()
+    await until(lambda: worker.metric("vqa_event_loop_lag_seconds_count") >= 1, "the first beat")
+    assert worker.process is not None
+    worker.process.send_signal(signal.SIGSTOP)
+    # So long it stands still: this is not waited for.
+    await asyncio.sleep(2.5)
+    worker.process.send_signal(signal.SIGCONT)
+    await until(lambda: worker.metric("vqa_event_loop_lag_seconds_sum") > 1, "it is told")
+    assert await worker.stop() == 0
 
 
 async def test_readyz_is_json(worker: Worker) -> None:

@@ -21,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from worker.logs import DISCREET_LIBRARIES, configure_logging, describe_bug
+from worker.logs import ASKED, DISCREET_LIBRARIES, configure_logging, describe_bug, tell_repeated
 from worker.redact import MARK, Redactor
+from worker.repeats import SHOWN
 
 SECRET = "sk-very-secret"
 QUESTION = "what is on this picture of mine?"
@@ -39,7 +40,7 @@ def restored_logging(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monke
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-    for name in ("worker", *DISCREET_LIBRARIES):
+    for name in ("worker", ASKED, *DISCREET_LIBRARIES):
         logging.getLogger(name).setLevel(logging.NOTSET)
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
@@ -273,6 +274,77 @@ def test_a_handler_that_a_library_has_set_up_does_not_write_everything_twice(
     our_log().info("once")
     shown = capsys.readouterr()
     assert len((shown.out + shown.err).splitlines()) == 1
+
+
+def test_what_somebody_has_asked_for_is_shown_at_any_level(stream: io.StringIO) -> None:
+    configure_logging("error", "json", Redactor([]), stream=stream)
+    our_log().info("no")
+    structlog.get_logger(ASKED).info("yes")
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["yes"]
+
+
+# Repetitions
+
+
+def test_a_fault_that_repeats_is_told_a_few_times_and_then_counted(lines: Lines) -> None:
+    for number in range(SHOWN + 5):
+        our_log().warning("job_retry", job_id=str(number), reason="5xx")
+    our_log().warning("job_retry", job_id="another", reason="timeout")
+    tell_repeated()
+    assert [line["reason"] for line in lines()] == ["5xx"] * SHOWN + ["timeout"]
+    tell_repeated(all_of_it=True)
+    told = lines()[-1]
+    assert told.pop("timestamp")
+    assert told.pop("within_s") < 60
+    assert told == {
+        "level": "warning",
+        "event": "repeated",
+        "logger": "worker.tests",
+        "of": "job_retry",
+        "reason": "5xx",
+        "times": 5,
+    }
+    tell_repeated(all_of_it=True)
+    assert lines()[-1]["event"] == "repeated"
+    assert len(lines()) == SHOWN + 2
+
+
+def test_one_bug_that_all_jobs_meet_is_one_kind_of_line_and_another_bug_another(lines: Lines) -> None:
+    for number in range(SHOWN + 5):
+        our_log().error("bug", job_id=str(number), exception="ValueError at a.py:1")
+    our_log().error("bug", job_id="1", exception="ValueError at b.py:1")
+    assert len(lines()) == SHOWN + 1
+
+
+def test_the_same_of_a_library_is_counted_whatever_values_it_has(lines: Lines) -> None:
+    for number in range(SHOWN + 5):
+        logging.getLogger("opentelemetry.exporter").error("Failed to export %s", number)
+    tell_repeated(all_of_it=True)
+    assert len(lines()) == SHOWN + 1
+    told = lines()[-1]
+    assert (told["logger"], told["level"]) == ("opentelemetry.exporter", "error")
+    assert (told["of"], told["times"]) == ("Failed to export %s", 5)
+    assert "reason" not in told
+
+
+@pytest.mark.parametrize("level", ["info", "warning", "error"])
+def test_each_job_s_end_is_told_however_many_end_alike(lines: Lines, level: str) -> None:
+    for number in range(SHOWN * 3):
+        getattr(our_log(), level)("job", job_id=str(number), error="model_rejected")
+    assert len(lines()) == SHOWN * 3
+
+
+def test_what_is_no_trouble_may_repeat(lines: Lines) -> None:
+    for number in range(SHOWN * 3):
+        our_log().info("cancelled", job_id=str(number))
+    assert len(lines()) == SHOWN * 3
+
+
+def test_at_level_debug_every_line_is_shown(stream: io.StringIO) -> None:
+    configure_logging("debug", "json", Redactor([]), stream=stream)
+    for _ in range(SHOWN * 3):
+        our_log().warning("job_retry", reason="5xx")
+    assert len(stream.getvalue().splitlines()) == SHOWN * 3
 
 
 # Secrets

@@ -754,6 +754,25 @@ def test_a_buffer_that_is_too_small_for_one_job_earns_a_warning() -> None:
     assert the_warning(load(max_images_per_job="1000")).startswith("VQA_IMAGE_BUFFER_BYTES: ")
 
 
+def test_a_tenant_is_told_by_a_field_of_the_metadata() -> None:
+    settings = load(tenant_from="metadata.team", tenants="red, blue")
+    assert (settings.tenant_key, settings.tenants) == ("team", ("red", "blue"))
+    assert settings.warnings() == []
+    # What follows is the field's name, dots and all.
+    assert load(tenant_from="metadata.billing.team", tenants="red").tenant_key == "billing.team"
+    assert load().tenant_key is None
+
+
+@pytest.mark.parametrize("field", ["team", "metadata", "metadata.", "headers.team", "Metadata.team"])
+def test_a_tenant_cannot_be_told_by_anything_else(field: str) -> None:
+    assert "metadata.team" in fault(tenant_from=field)
+
+
+def test_tenants_without_their_field_and_the_field_without_tenants_earn_warnings() -> None:
+    assert the_warning(load(tenants="red")).startswith("VQA_TENANTS: ")
+    assert the_warning(load(tenant_from="metadata.team")).startswith("VQA_TENANT_FROM: ")
+
+
 @pytest.mark.parametrize("host", ["models.example", "10.0.0.1", "localhost.evil.org", "[2001:db8::1]:80"])
 def test_a_key_in_clear_over_the_network_earns_a_warning(host: str) -> None:
     assert the_warning(load(model_base_url=f"HTTP://{host}/v1")).startswith("VQA_MODEL_BASE_URL: ")

@@ -68,10 +68,20 @@ async def shown(folder: Path, *arguments: str, **settings: str) -> dict[str, lis
     return told
 
 
+FIELDS = {
+    "queues": ("name", "durable", "auto_delete", "arguments"),
+    "exchanges": ("name", "type", "durable", "auto_delete", "internal", "arguments"),
+    "bindings": ("source", "destination", "destination_type", "routing_key", "arguments"),
+}
+
+
 def there(stack: Stack, vhost: str) -> dict[str, list[dict[str, Any]]]:
-    """What there is in a virtual host, in an order of its own."""
+    """What there is in a virtual host, in an order of its own, as far as `show` tells it, too."""
     found = administer(stack, "GET", f"/api/definitions/{vhost}")
-    return {kind: in_order(found[kind]) for kind in ("queues", "exchanges", "bindings")}
+    return {
+        kind: in_order([{field: entry.get(field, False) for field in fields} for entry in found[kind]])
+        for kind, fields in FIELDS.items()
+    }
 
 
 def in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

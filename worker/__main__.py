@@ -2,10 +2,12 @@
 
 import argparse
 import asyncio
+import faulthandler
 import gc
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,7 +20,7 @@ EXIT_OK, EXIT_FAILURE = 0, 1
 EXIT_CONFIG = 78
 EXIT_USAGE = 2
 BASIC_COMMANDS = ("run", "topology", "schema")
-_ONLY_WITH_SHELL = "commands other than run, topology and schema need more: pip install 'vqa-worker[cli]'"
+_ONLY_WITH_SHELL = "all commands but run, topology and schema need: pip install 'vqa-worker[cli]'"
 APPLY_TIMEOUT_S = 60.0
 # For idle threads to notice the end.
 THREADS_GRACE_S = 0.5
@@ -101,10 +103,12 @@ def _seconds(text: str) -> float:
 
 def run() -> int:
     """`vqa-worker run`."""
+    _ignore_questions()
+    faulthandler.register(signal.SIGUSR2)
     # Until everything is loaded there is no garbage, and looking for it takes a sixth of the start.
     gc.disable()
     # Imported late: a wrong setting and `--help` answer at once, without loading the SDKs.
-    from worker.settings import SettingsError, load_settings
+    from worker.settings import SettingsError, load_settings, trace_secrets
 
     try:
         settings = load_settings()
@@ -118,7 +122,8 @@ def run() -> int:
     from worker.rabbit.topology import TopologyError
     from worker.redact import Redactor
 
-    configure_logging(settings.log_level, settings.log_format, Redactor(settings.secret_values()))
+    redact = Redactor([*settings.secret_values(), *trace_secrets(os.environ)])
+    configure_logging(settings.log_level, settings.log_format, redact)
     try:
         _on_uvloop(app.run(settings))
     except BaseExceptionGroup as group:
@@ -129,6 +134,8 @@ def run() -> int:
                 return _refuse([str(cause)])
         structlog.get_logger(__name__).critical("died", exception=describe_bug(cause))
         return EXIT_FAILURE
+    finally:
+        _ignore_questions()
     if _threads_linger():
         logging.shutdown()
         sys.stdout.flush()
@@ -169,6 +176,11 @@ def topology(given: argparse.Namespace) -> int:
         return EXIT_FAILURE
     print(told)  # noqa: T201
     return EXIT_OK
+
+
+def _ignore_questions() -> None:
+    """While nobody is there to answer it, SIGUSR1 must not end the process."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def schema(given: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from worker import __version__, http
+from worker import __version__, http, metrics, tracing
 from worker.cancellation import Cancellations
 from worker.flow import FlowKeeper
 from worker.health import Health
 from worker.http import Heartbeat, Readiness
 from worker.inflight import InFlight
 from worker.limiter import Gate
+from worker.logs import ASKED, tell_repeated
 from worker.pause import PauseKeeper
 from worker.rabbit.connection import Broker
 from worker.rabbit.consumer import Consumer
@@ -28,8 +30,9 @@ from worker.rabbit.control import Control
 from worker.rabbit.publisher import Publisher
 from worker.rabbit.topology import Topology
 from worker.rabbit.wire import install_tolerant_decoders
-from worker.settings import Settings, broker_ssl_context
+from worker.settings import Settings, broker_ssl_context, wants_traces
 from worker.settlement import ReplyPolicy, Settlement
+from worker.tenants import Tenants
 
 if TYPE_CHECKING:
     from aiohttp.web import Application
@@ -39,10 +42,14 @@ if TYPE_CHECKING:
     from worker.processor import Processor
 
 log = structlog.get_logger(__name__)
+asked = structlog.get_logger(ASKED)
 
 # After the grace: time to hand back what was cut off. Kubernetes' own grace must leave room for it.
 GIVE_BACK_S = 10.0
 HOLD_TIMEOUT_S = 5.0
+# Of the jobs in flight, to whoever asks by SIGUSR1.
+MOST_TOLD = 200
+REPEATED_TICK_S = 5.0
 # Objects that come to be, less those that go, before the youngest are looked through; Python's own is 700.
 GC_THRESHOLD = 20_000
 
@@ -63,6 +70,8 @@ class _Parts:
     health: Health
     gate: Gate
     cancellations: Cancellations
+    topology: Topology
+    tenants: Tenants
 
 
 async def run(settings: Settings) -> bool:
@@ -72,22 +81,29 @@ async def run(settings: Settings) -> bool:
         Whether everything came to its end; False if something had to be cut off.
 
     Raises:
-        StartError: the HTTP address cannot be bound, or the AWS configuration makes no sense.
+        StartError: the HTTP address cannot be bound, or the AWS configuration, or OpenTelemetry's, makes no
+            sense.
         BrokerRefusedError, TopologyError: see `Consumer.run`; in an ExceptionGroup.
     """
     stop = asyncio.Event()
-    _handle_signals(stop)
+    _handle_stop_signals(stop)
     for warning in settings.warnings():
         log.warning("setting", warning=warning)
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         processor: asyncio.Future[Processor] = asyncio.Future()
         parts = _build(settings, tasks, processor)
+        _handle_questions(parts, stop)
+        stack.callback(tell_repeated, all_of_it=True)
         background = _Background(tasks)
+        background.start("repeated", _tell_repeated)
         background.start("publisher", parts.publisher.run)
         background.start("consumer", parts.consumer.run)
         # Takes longer than to connect, so it is done at the same time.
-        await asyncio.to_thread(_load_slow_modules)
+        traced = wants_traces(os.environ)
+        await asyncio.to_thread(_load_slow_modules, traced=traced)
+        if traced:
+            _begin_traces(settings, parts.topology, stack)
         assembled = await _assembled(settings, parts, stack)
         processor.set_result(assembled.processor)
         for name, keep_going in assembled.background.items():
@@ -109,9 +125,9 @@ async def run(settings: Settings) -> bool:
     return all_done
 
 
-def _load_slow_modules() -> None:
+def _load_slow_modules(*, traced: bool) -> None:
     """Import the SDKs and the HTTP server: half a second's work, which is not needed to connect."""
-    for module in ("aiohttp.web", "worker.assembly"):
+    for module in ("aiohttp.web", "worker.assembly", *(["worker.tracing.otlp"] if traced else [])):
         importlib.import_module(module)
     # What is loaded stays: no collection has to look at it again. (They are off since the start.)
     gc.freeze()
@@ -132,7 +148,10 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
     health = Health()
     gate = Gate(settings.max_concurrency, len(settings.allowed_models))
     publisher = Publisher(broker, topology)
-    settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to))
+    tenants = Tenants(settings.tenant_key, settings.tenants)
+    metrics.begin_at_zero(settings.allowed_models)
+    tenants.begin_at_zero(settings.allowed_models)
+    settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to), tenants)
     in_flight = InFlight(tasks, lambda delivery: processor.result().process(delivery), settlement)
     cancellations = Cancellations()
     consumer = Consumer(
@@ -144,7 +163,20 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
     )
     pause = PauseKeeper(health, gate, consumer, in_flight)
     flow = FlowKeeper(gate, consumer, in_flight, settings.max_concurrency)
-    return _Parts(publisher, consumer, in_flight, pause, flow, health, gate, cancellations)
+    return _Parts(publisher, consumer, in_flight, pause, flow, health, gate, cancellations, topology, tenants)
+
+
+def _begin_traces(settings: Settings, topology: Topology, stack: AsyncExitStack) -> None:
+    from worker.tracing.otlp import Otlp, Scene
+
+    queues = frozenset(queue.name for queue in topology.queues())
+    scene = Scene(topology.jobs, queues, settings.rabbitmq_address, settings.model_base_url)
+    try:
+        tracer = Otlp(scene)
+    except ValueError as error:
+        raise StartError(f"OTEL_BSP_…, or another of OpenTelemetry's variables: {error}") from None
+    tracing.use(tracer)
+    stack.push_async_callback(tracer.close)
 
 
 async def _assembled(settings: Settings, parts: _Parts, stack: AsyncExitStack) -> "Assembled":
@@ -157,6 +189,7 @@ async def _assembled(settings: Settings, parts: _Parts, stack: AsyncExitStack) -
             gate=parts.gate,
             health=parts.health,
             cancellations=parts.cancellations,
+            tenants=parts.tenants,
             stack=stack,
         )
     except S3ConfigurationError as error:
@@ -252,7 +285,33 @@ def _readiness(parts: _Parts, *, stopping: bool) -> Readiness:
     return Readiness(is_ready=True, status="ready", reasons=reasons)
 
 
-def _handle_signals(stop: asyncio.Event) -> None:
+def _handle_questions(parts: _Parts, stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, lambda: _tell(parts, stopping=stop.is_set()))
+
+
+def _tell(parts: _Parts, *, stopping: bool) -> None:
+    """Log what is in flight: how many jobs, and the oldest of them."""
+    jobs, state = parts.in_flight.look(), _readiness(parts, stopping=stopping)
+    asked.info(
+        "in_flight",
+        status=state.status,
+        reasons=state.reasons,
+        jobs=len(jobs),
+        stages=Counter(job["stage"] for job in jobs),
+        not_shown=max(0, len(jobs) - MOST_TOLD),
+    )
+    for job in jobs[:MOST_TOLD]:
+        asked.info("in_flight_job", **job)
+
+
+async def _tell_repeated() -> None:
+    while True:
+        await asyncio.sleep(REPEATED_TICK_S)
+        tell_repeated()
+
+
+def _handle_stop_signals(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, number, stop)

@@ -20,6 +20,7 @@ from worker.s3.client import S3
 from worker.s3.documents import Documents
 from worker.settings import Settings
 from worker.store import AnswerStore
+from worker.tenants import Tenants
 from worker.tombstones import Tombstones
 
 
@@ -32,7 +33,13 @@ class Assembled:
 
 
 async def assemble(
-    settings: Settings, *, gate: Gate, health: Health, cancellations: Cancellations, stack: AsyncExitStack
+    settings: Settings,
+    *,
+    gate: Gate,
+    health: Health,
+    cancellations: Cancellations,
+    tenants: Tenants,
+    stack: AsyncExitStack,
 ) -> Assembled:
     """The processor with its clients, which `stack` closes.
 
@@ -63,6 +70,7 @@ async def assemble(
         redact=redact,
         cancellations=cancellations,
         store=store,
+        tenants=tenants,
     )
     return Assembled(processor, background)
 

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from worker.errors import ErrorCode
 from worker.job import InvalidJobError, Job, decode, to_json
 from worker.rabbit.connection import Broker, BrokerRefusedError, BrokerUnreachableError
-from worker.rabbit.publisher import TooLargeError, UnroutableError
+from worker.rabbit.publisher import RefusedError, TooLargeError, UnroutableError
 from worker.rabbit.replies import job_message
 from worker.rabbit.requests import Replies, Requests
 from worker.rabbit.topology import TopologyError
@@ -38,6 +38,7 @@ __all__ = [
     "InvalidJobError",
     "Job",
     "NoSuchQueueError",
+    "RefusedError",
     "Replies",
     "ReplyLostError",
     "Result",
@@ -89,6 +90,8 @@ class Client:
     Args:
         url: of the broker, `amqp://user:password@host:port/vhost`, or `amqps://`.
         jobs_queue: the queue that the workers take jobs from.
+        jobs_exchange: publish by this exchange (`vqa.jobs.intake`: see docs/permissions.md), if the default
+            one is closed to the user.
         replies: where results come. `queue`: a queue of the client's own that outlives lost connections, so
             that what is being asked is not lost with them; the user must be allowed to make `vqa.results.*`.
             `exclusive`: a queue named by the server, gone with the connection. `direct`: RabbitMQ's direct
@@ -106,6 +109,7 @@ class Client:
         url: str,
         *,
         jobs_queue: str = "vqa.jobs",
+        jobs_exchange: str = "",
         replies: Replies = "queue",
         reply_exchange: str = "",
         max_in_flight: int = 100,
@@ -127,6 +131,7 @@ class Client:
             on_loss=self._lose,
         )
         self._jobs_queue = jobs_queue
+        self._jobs_exchange = jobs_exchange
         self._connect_timeout = connect_timeout
         self._max_in_flight = max_in_flight
         self._turns = asyncio.Semaphore(max_in_flight)
@@ -219,6 +224,7 @@ class Client:
             InvalidJobError: it is no job.
             TimeoutError: there was no result in time.
             NoSuchQueueError: there is no queue for jobs.
+            RefusedError: this user may not publish jobs.
             TooLargeError: the broker takes no job of this size.
             ReplyLostError: the connection was lost, and the result with it.
         """
@@ -305,7 +311,9 @@ class Client:
             sending.cancel()
 
     async def _send(self, job_id: str, body: bytes) -> None:
-        await self._requests.publish(job_message(job_id, body, self._jobs_queue, None))
+        await self._requests.publish(
+            job_message(job_id, body, self._jobs_queue, exchange=self._jobs_exchange)
+        )
         self._confirmed.add(job_id)
 
     def _receive(self, body: bytes) -> None:

@@ -58,6 +58,12 @@ MEANING: Final[Mapping[ErrorCode, str]] = {
     ErrorCode.CANCELLED: "Somebody cancelled the job. A call that was running may have been paid for.",
 }
 
+# For the service level: what a failure with each code says about the service. A job that would fail just as
+# well if everything here and behind it were perfect says nothing.
+COUNTS_AGAINST_THE_SERVICE: Final = frozenset({ErrorCode.ATTEMPTS_EXHAUSTED, ErrorCode.DEADLINE_EXCEEDED})
+# Nobody's fault.
+COUNTS_FOR_NOTHING: Final = frozenset({ErrorCode.CANCELLED})
+
 
 class Dependency(StrEnum):
     """What the worker needs from outside.

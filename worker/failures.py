@@ -86,6 +86,7 @@ class Failures:
 
     async def _verdict(self, report: Report, error: TransientError, failed_at: float) -> Verdict:
         """Whose trouble a failure was; where others call too, what they meet is waited for."""
+        report.enters("verdict")
         others, verdict = self._gate.in_flight, Verdict.OPEN
         if not error.is_echo:
             verdict = self._health.failed(

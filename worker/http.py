@@ -37,6 +37,7 @@ class Heartbeat:
         while True:
             self._beat = time.monotonic()
             await asyncio.sleep(HEARTBEAT_S)
+            metrics.LOOP_LAG.observe(max(0.0, self.age_s() - HEARTBEAT_S))
 
     def age_s(self) -> float:
         """Seconds since the last beat."""

@@ -10,14 +10,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from worker import metrics
-from worker.delivery import Delivery
+from worker.delivery import Delivery, Progress
 from worker.logs import describe_bug
 from worker.outcome import GiveBack, Outcome, Retry
+from worker.tracing import spans
 
 log = structlog.get_logger(__name__)
 
@@ -47,9 +49,10 @@ class Settlement(Protocol):
 
 @dataclass(eq=False)
 class _Work:
-    """One job's work: the task that does it, and whether its outcome has been published."""
+    """One job's work: the task that does it, how far it is, and whether its outcome has been published."""
 
     task: asyncio.Task[Outcome | Exception]
+    progress: Progress
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     is_published: bool = False
 
@@ -76,7 +79,7 @@ class InFlight:
         self._running: dict[bytes, _Work] = {}
         # Messages whose outcome is out, and their acks.
         self._acked: OrderedDict[bytes, list[_Ack]] = OrderedDict()
-        self._handlers: set[asyncio.Task[Outcome | None]] = set()
+        self._handlers: dict[asyncio.Task[Outcome | None], Delivery] = {}
 
     @property
     def is_idle(self) -> bool:
@@ -91,9 +94,15 @@ class InFlight:
     def accept(self, delivery: Delivery) -> asyncio.Task[Outcome | None]:
         """Take a delivery; the task ends when it is settled, with the outcome that was published for it."""
         task = self._tasks.create_task(self._handle(delivery), name="delivery")
-        self._handlers.add(task)
-        task.add_done_callback(self._handlers.discard)
+        self._handlers[task] = delivery
+        task.add_done_callback(self._handlers.pop)
         return task
+
+    def look(self) -> list[dict[str, Any]]:
+        """What is in flight, the oldest first, as log lines say it: no job's question, and no image."""
+        now = time.monotonic()
+        deliveries = sorted(self._handlers.values(), key=lambda delivery: delivery.received)
+        return [_facts(delivery, now) for delivery in deliveries]
 
     async def drained(self) -> None:
         """Return when every delivery accepted so far, and since, has been settled."""
@@ -111,10 +120,21 @@ class InFlight:
             task.cancel()
 
     async def _handle(self, delivery: Delivery) -> Outcome | None:
+        with spans().process(delivery) as span:
+            trace_id = delivery.progress.trace_id = span.trace_id or delivery.progress.trace_id
+            if trace_id is not None:
+                # On every line that is logged from here on, in this task and in the job's.
+                bind_contextvars(trace_id=trace_id)
+            outcome = await self._see_to_its_end(delivery)
+            span.became(outcome)
+        return outcome
+
+    async def _see_to_its_end(self, delivery: Delivery) -> Outcome | None:
         if self._lost_its_ack(delivery):
             await delivery.ack()
             return None
         work = self._running.get(delivery.key) or self._start(delivery)
+        delivery.progress = work.progress
         try:
             return await self._settle(work, delivery)
         except MemoryError:
@@ -130,11 +150,11 @@ class InFlight:
 
     def _start(self, delivery: Delivery) -> _Work:
         if delivery.queued_s is not None:
-            metrics.JOB_QUEUE.observe(delivery.queued_s)
+            metrics.waited_in_queue(delivery.queued_s)
         task = self._tasks.create_task(_caught(self._process(delivery)), name="job")
         metrics.JOBS_IN_FLIGHT.inc()
         task.add_done_callback(lambda _: metrics.JOBS_IN_FLIGHT.dec())
-        work = self._running[delivery.key] = _Work(task)
+        work = self._running[delivery.key] = _Work(task, delivery.progress)
         return work
 
     async def _settle(self, work: _Work, delivery: Delivery) -> Outcome | None:
@@ -148,6 +168,7 @@ class InFlight:
             # The broker has the job back, and may have given it to another worker: a copy would double it.
             if isinstance(outcome, GiveBack | Retry) and not delivery.is_alive():
                 return None
+            delivery.progress.enters("publish")
             published = await self._settlement.publish(delivery, outcome)
             if published is None:
                 return None
@@ -179,6 +200,19 @@ class InFlight:
         self._acked.move_to_end(delivery.key)
         if len(self._acked) > REMEMBERED:
             self._acked.popitem(last=False)
+
+
+def _facts(delivery: Delivery, now: float) -> dict[str, Any]:
+    progress = delivery.progress
+    return {
+        "job_id": progress.job_id or delivery.message_id,
+        "stage": progress.stage,
+        "age_s": round(now - delivery.received, 3),
+        "stage_s": round(now - progress.since, 3),
+        "attempts": progress.attempts,
+        "model": progress.model,
+        "trace_id": progress.trace_id,
+    }
 
 
 async def _caught(work: Coroutine[None, None, Outcome]) -> Outcome | Exception:

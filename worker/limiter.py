@@ -234,6 +234,7 @@ class Gate:
         self._closed: str | None = None
         self._trials = 0
         self.publish_limit()
+        metrics.CONCURRENCY_IN_USE.set_function(lambda: self._in_flight)
 
     @property
     def in_flight(self) -> int:

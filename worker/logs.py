@@ -15,19 +15,38 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal, TextIO, TypeAlias
+from typing import Any, Final, Literal, TextIO, TypeAlias, cast
 
 import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, Processor
+
+from worker.repeats import Kind, Repeats, Withheld
 
 Format: TypeAlias = Literal["json", "console"]
 Redact: TypeAlias = Callable[[str], str]
 
 # Below INFO these show headers, bodies, frames or signed URLs, and so questions, images and keys.
 DISCREET_LIBRARIES: Final = frozenset(
-    ["aio_pika", "aiohttp", "aiormq", "boto3", "botocore", "httpx2", "openai", "s3transfer", "urllib3"]
+    [
+        "aio_pika",
+        "aiohttp",
+        "aiormq",
+        "boto3",
+        "botocore",
+        "httpx2",
+        "openai",
+        "opentelemetry",
+        "requests",
+        "s3transfer",
+        "urllib3",
+    ]
 )
+# The logger of what somebody asks for: shown at any level.
+ASKED: Final = "worker.asked"
+MAX_REASON_CHARS: Final = 300
+# Each job's own end is told, however many end alike.
+NEVER_WITHHELD: Final = frozenset(["job", "repeated"])
 FIRST_KEYS: Final = ("timestamp", "level", "event", "logger")
 SHORT_CHARS: Final = 64
 MAX_FRAMES: Final = 12  # of one exception, the innermost ones
@@ -45,6 +64,7 @@ def configure_logging(
     Args:
         level: debug, info, warning or error: for this program. Libraries are heard from `warning` on, with
             `debug` from their debug records on, except for those that would show what nobody should see.
+            Unless it is `debug`, warnings and errors that repeat are withheld: see `tell_repeated`.
         fmt: how a line looks; None: for a person on a terminal, JSON everywhere else.
         redact: applied to every text before it is written.
         stream: instead of stdout.
@@ -58,7 +78,8 @@ def configure_logging(
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    handler = _Handler(target)
+    number = logging.getLevelNamesMapping()[level.upper()]
+    handler = _Handler(target, None if number <= logging.DEBUG else Repeats())
     handler.setFormatter(
         ProcessorFormatter(
             foreign_pre_chain=[*described, _only_first_line_of_asyncio],
@@ -70,10 +91,10 @@ def configure_logging(
             ],
         )
     )
-    number = logging.getLevelNamesMapping()[level.upper()]
     others = number if number <= logging.DEBUG else max(number, logging.WARNING)
     logging.basicConfig(level=others, handlers=[handler], force=True)
     logging.getLogger("worker").setLevel(number)
+    logging.getLogger(ASKED).setLevel(min(number, logging.INFO))
     # What no line here shows need not be found out for each ("Optimization" in the Logging HOWTO).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     structlog.configure(
@@ -89,12 +110,45 @@ def configure_logging(
     )
 
 
+def tell_repeated(*, all_of_it: bool = False) -> None:
+    """Log how many lines were withheld since they said the same as others, in minutes that are over.
+
+    Args:
+        all_of_it: also in those that are not.
+    """
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Handler):
+            for withheld in handler.withheld(all_of_it=all_of_it):
+                _tell_withheld(withheld)
+
+
+def _tell_withheld(withheld: Withheld) -> None:
+    kind = withheld.kind
+    reason = {"reason": kind.reason} if kind.reason else {}
+    structlog.get_logger(kind.logger).log(
+        kind.level, "repeated", of=kind.event, **reason, times=withheld.times, within_s=withheld.within_s
+    )
+
+
 class _Handler(logging.StreamHandler[TextIO]):
     """The one way out."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, repeats: Repeats | None) -> None:
         super().__init__(stream)
+        self._repeats = repeats
         self.addFilter(_may_be_shown)
+        self.addFilter(self._is_news)
+
+    def withheld(self, *, all_of_it: bool) -> list[Withheld]:
+        """What was withheld, see `Repeats`."""
+        return self._repeats.withheld(all_of_it=all_of_it) if self._repeats else []
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        """Whether a warning or an error says something else than the last ones did."""
+        if record.levelno < logging.WARNING or self._repeats is None:
+            return True
+        kind = _kind_of(record)
+        return kind.event in NEVER_WITHHELD or self._repeats.may_be_shown(kind)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the library's name
         """Say that a line was lost; the library's own way shows the record as it is, with what is secret."""
@@ -106,6 +160,16 @@ class _Handler(logging.StreamHandler[TextIO]):
 def _may_be_shown(record: logging.LogRecord) -> bool:
     # On the handler and not by level: a library may set its own level (OPENAI_LOG=debug does).
     return record.levelno >= logging.INFO or record.name.split(".", 1)[0] not in DISCREET_LIBRARIES
+
+
+def _kind_of(record: logging.LogRecord) -> Kind:
+    """What a line says; not of which job, nor how long it took."""
+    if not isinstance(record.msg, dict):
+        # A library's, its values not yet put in.
+        return Kind(record.name, record.levelno, str(record.msg).split("\n", 1)[0], "")
+    entry = cast("EventDict", record.msg)
+    reasons = (str(entry[name]) for name in ("reason", "exception", "warning") if name in entry)
+    return Kind(record.name, record.levelno, str(entry.get("event")), next(reasons, "")[:MAX_REASON_CHARS])
 
 
 def _renderer(fmt: Format, *, colors: bool) -> Processor:

@@ -1,23 +1,21 @@
-"""Every metric of the worker, declared once.
+"""Every metric of the worker, declared once; `docs/metrics.md` is made of these.
 
-`model` is one of the allowed models or `unknown`: no label takes a value that a job can choose freely.
+No label takes a value that a job can choose freely: each says which values it has.
 """
 
 import asyncio
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     GCCollector,
     Histogram,
-    Info,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
@@ -29,9 +27,13 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from worker import __version__
+from worker.errors import ErrorCode
+from worker.instruments import Instruments, Label
 from worker.result import Usage
 
-UNKNOWN_MODEL = "unknown"
+UNKNOWN_MODEL: Final = "unknown"
+# How long a wait counts for `vqa_job_queue_longest_seconds`.
+LATELY_S: Final = 60.0
 
 Metric = TypeVar("Metric", Counter, Histogram)
 
@@ -57,99 +59,258 @@ class _TasksCollector(Collector):
 
 REGISTRY.register(_TasksCollector())
 
-# Seconds; they reach VQA_JOB_TIMEOUT's default and beyond.
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
-_QUEUE_SECONDS = (0.01, 0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
-# OpenTelemetry's semantic conventions for generative AI, metrics; the last two durations go beyond
-# them, for slow models.
-_GEN_AI_TOKENS = tuple(4**n for n in range(14))
-_GEN_AI_SECONDS = tuple(0.01 * 2**n for n in range(16))
+# Seconds; they reach the longest VQA_JOB_TIMEOUT there can be (1740).
+_SECONDS: Final = (
+    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    *(20, 30, 60, 120, 300, 600, 1200, 1800),
+)
+_QUEUE_SECONDS: Final = (
+    *(0.01, 0.05, 0.25, 1, 2.5, 5, 10, 15, 30, 60),
+    *(120, 300, 600, 900, 1800, 3600, 14400, 86400),
+)
+_LAG_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+# OpenTelemetry's semantic conventions for generative AI, metrics; the last five durations go beyond them, for
+# slow models, as far as a job may take.
+_GEN_AI_TOKENS: Final = tuple(4**n for n in range(14))
+_GEN_AI_SECONDS: Final = tuple(0.01 * 2**n for n in range(19))
 
-JOBS = Counter("vqa_jobs", "Jobs that came to an end.", ["status", "error", "model"], registry=REGISTRY)
-RETRIES = Counter(
-    "vqa_retries", "Attempts that failed and were put into a retry queue.", ["reason"], registry=REGISTRY
+# What the worker itself calls a failed attempt: see `TransientError.reason` and `Failures`.
+RETRY_REASONS: Final = (
+    *("timeout", "connection", "malformed", "5xx", "408", "409", "403"),
+    *("model_refused", "s3_refused", "result_store_refused", "bug"),
 )
-DEAD_LETTERS = Counter(
-    "vqa_dead_letters",
-    "Messages put into the dead-letter queue, by error code.",
-    ["reason"],
-    registry=REGISTRY,
+DEAD_LETTER_REASONS: Final = (ErrorCode.ATTEMPTS_EXHAUSTED, ErrorCode.INVALID_JOB)
+
+_MODEL = Label("model", f"one of `VQA_ALLOWED_MODELS`, or `{UNKNOWN_MODEL}`")
+_ASKED = Label("model", "one of `VQA_ALLOWED_MODELS`")
+_STATUS = Label("status", "`succeeded` or `failed`")
+_TENANT = Label("tenant", "one of `VQA_TENANTS`, or `other`")
+_TOKENS = Label("type", "`prompt` or `completion`")
+_GEN_AI = (
+    Label("gen_ai_operation_name", "`chat`"),
+    Label("gen_ai_provider_name", "`openai`, `deepinfra`, or the host of `VQA_MODEL_BASE_URL`"),
+    Label("gen_ai_request_model", "one of `VQA_ALLOWED_MODELS`"),
 )
-JOB_DURATION = Histogram(
+
+_made = Instruments(REGISTRY)
+DECLARED: Final = _made.declared
+
+JOBS = _made.counter(
+    "vqa_jobs_total",
+    "jobs",
+    "Jobs that came to an end.",
+    _STATUS,
+    Label("error", "an [error code](messages.md), empty for success"),
+    _MODEL,
+)
+RETRIES = _made.counter(
+    "vqa_retries_total",
+    "attempts",
+    "Attempts that failed and were put into a retry queue.",
+    Label("reason", ", ".join(f"`{reason}`" for reason in RETRY_REASONS)),
+)
+DEAD_LETTERS = _made.counter(
+    "vqa_dead_letters_total",
+    "messages",
+    "Messages put into the dead-letter queue.",
+    Label("reason", " or ".join(f"`{reason}`" for reason in DEAD_LETTER_REASONS)),
+)
+GIVEN_BACK = _made.counter(
+    "vqa_given_back_total",
+    "jobs",
+    "Jobs put back into the queue as they were: there was no slot, or the worker paused or stopped.",
+)
+JOB_DURATION = _made.histogram(
     "vqa_job_duration_seconds",
+    "seconds",
     "From a job's delivery to its ack.",
-    ["status", "model"],
+    _STATUS,
+    _MODEL,
     buckets=_SECONDS,
-    registry=REGISTRY,
 )
-JOB_QUEUE = Histogram(
+JOB_QUEUE = _made.histogram(
     "vqa_job_queue_seconds",
-    "From the message's timestamp to its delivery.",
+    "seconds",
+    "From the message's timestamp to its delivery; only jobs whose message has one.",
     buckets=_QUEUE_SECONDS,
-    registry=REGISTRY,
 )
-STAGE_DURATION = Histogram(
+JOB_QUEUE_LONGEST = _made.gauge(
+    "vqa_job_queue_longest_seconds",
+    "seconds",
+    "The longest wait in the queue among the jobs delivered in the last one to two minutes: about as long as"
+    " the oldest one still waits. 0 if none came, or none with a timestamp.",
+)
+STAGE_DURATION = _made.histogram(
     "vqa_stage_duration_seconds",
+    "seconds",
     "A job's stages: wait (for a free slot), fetch (images), model (the API's answer), publish (the result).",
-    ["stage", "model"],
+    Label("stage", "`wait`, `fetch`, `model`, `publish`"),
+    _MODEL,
     buckets=_SECONDS,
-    registry=REGISTRY,
 )
-TOKENS = Counter("vqa_tokens", "Tokens as the API counted them.", ["model", "type"], registry=REGISTRY)
-COST = Counter(
-    "vqa_cost_usd",
-    "US dollars spent: the provider's own figure, else from VQA_PRICES.",
-    ["model"],
-    registry=REGISTRY,
+TOKENS = _made.counter("vqa_tokens_total", "tokens", "Tokens as the API counted them.", _ASKED, _TOKENS)
+COST = _made.counter(
+    "vqa_cost_usd_total",
+    "US dollars",
+    "US dollars spent: the provider's own figure, else from `VQA_PRICES`; nothing where there is neither.",
+    _ASKED,
 )
-MODEL_REQUESTS = Counter(
-    "vqa_model_requests",
-    "Calls to the API by HTTP status, or timeout, connection, malformed.",
-    ["model", "code"],
-    registry=REGISTRY,
+TENANT_JOBS = _made.counter(
+    "vqa_tenant_jobs_total",
+    "jobs",
+    "Jobs that came to an end, by tenant; only with `VQA_TENANT_FROM`.",
+    _TENANT,
+    _STATUS,
 )
-AMBIGUOUS_CALLS = Counter(
-    "vqa_ambiguous_calls",
+TENANT_TOKENS = _made.counter(
+    "vqa_tenant_tokens_total",
+    "tokens",
+    "Tokens as the API counted them, by tenant; only with `VQA_TENANT_FROM`.",
+    _TENANT,
+    _ASKED,
+    _TOKENS,
+)
+TENANT_COST = _made.counter(
+    "vqa_tenant_cost_usd_total",
+    "US dollars",
+    "US dollars spent, by tenant; only with `VQA_TENANT_FROM`.",
+    _TENANT,
+    _ASKED,
+)
+MODEL_REQUESTS = _made.counter(
+    "vqa_model_requests_total",
+    "calls",
+    "Calls to the API.",
+    _ASKED,
+    Label("code", "the HTTP status, or `timeout`, `connection`, `malformed`"),
+)
+AMBIGUOUS_CALLS = _made.counter(
+    "vqa_ambiguous_calls_total",
+    "calls",
     "Calls that may have been paid for without an answer: timed out or cut off.",
-    ["model"],
-    registry=REGISTRY,
+    _ASKED,
 )
-RESULT_STORE = Counter(
-    "vqa_result_store",
-    "What became of jobs at the result store: claimed, reused (answered from it), waited (for another's"
-    " answer), taken_over (from a dead worker), kept, kept_by_another (paid twice), not_kept (S3 failed).",
-    ["event"],
-    registry=REGISTRY,
+RESULT_STORE = _made.counter(
+    "vqa_result_store_total",
+    "jobs",
+    "What became of jobs at the result store.",
+    Label(
+        "event",
+        "`claimed`, `reused` (answered from it), `waited` (for another's answer), `taken_over` (from a dead"
+        " worker), `kept`, `kept_by_another` (paid twice), `not_kept` (S3 failed)",
+    ),
 )
-IMAGE_BYTES = Counter(
-    "vqa_image_bytes", "Bytes of the images handed to the API.", ["delivery"], registry=REGISTRY
+IMAGE_BYTES = _made.counter(
+    "vqa_image_bytes_total",
+    "bytes",
+    "Bytes of the images handed to the API.",
+    Label("delivery", "`inline`"),
 )
-JOBS_IN_FLIGHT = Gauge("vqa_jobs_in_flight", "Jobs being worked on in this process.", registry=REGISTRY)
-CONCURRENCY_LIMIT = Gauge(
-    "vqa_concurrency_limit", "How many jobs may call the API at once, at the moment.", registry=REGISTRY
+JOBS_IN_FLIGHT = _made.gauge(
+    "vqa_jobs_in_flight", "jobs", "Jobs being worked on in this process, those that wait for a slot included."
 )
-DEPENDENCY_UP = Gauge(
+CONCURRENCY_LIMIT = _made.gauge(
+    "vqa_concurrency_limit", "jobs", "How many jobs may call the API at once, at the moment."
+)
+CONCURRENCY_IN_USE = _made.gauge(
+    "vqa_concurrency_in_use", "jobs", "How many jobs hold one of those places: they fetch images or call."
+)
+DEPENDENCY_UP = _made.gauge(
     "vqa_dependency_up",
+    "1 or 0",
     "0 while the worker is paused for it (model, s3) or not connected to it (rabbitmq).",
-    ["dependency"],
-    registry=REGISTRY,
+    Label("dependency", "`model`, `s3`, `rabbitmq`"),
 )
-BUILD_INFO = Info("vqa_build", "The worker's version and Python's.", registry=REGISTRY)
-BUILD_INFO.info({"version": __version__, "python": platform.python_version()})
-GEN_AI_TOKEN_USAGE = Histogram(
+LOOP_LAG = _made.histogram(
+    "vqa_event_loop_lag_seconds",
+    "seconds",
+    "How much later than it was due the event loop turned to its heartbeat, every second.",
+    buckets=_LAG_SECONDS,
+)
+BUILD_INFO = _made.info(
+    "vqa_build_info",
+    "The worker's version and Python's; always 1.",
+    {"version": __version__, "python": platform.python_version()},
+    Label("version", "the worker's"),
+    Label("python", "Python's"),
+)
+GEN_AI_TOKEN_USAGE = _made.histogram(
     "gen_ai_client_token_usage",
+    "tokens",
     "Tokens of one API call (OpenTelemetry: gen_ai.client.token.usage).",
-    ["gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model", "gen_ai_token_type"],
+    *_GEN_AI,
+    Label("gen_ai_token_type", "`input` or `output`"),
     buckets=_GEN_AI_TOKENS,
-    registry=REGISTRY,
 )
-GEN_AI_OPERATION_DURATION = Histogram(
+GEN_AI_OPERATION_DURATION = _made.histogram(
     "gen_ai_client_operation_duration_seconds",
+    "seconds",
     "Seconds of one API call (OpenTelemetry: gen_ai.client.operation.duration).",
-    ["gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model", "error_type"],
+    *_GEN_AI,
+    Label("error_type", "empty, the HTTP status, `timeout`, `connection`, or `malformed`"),
     buckets=_GEN_AI_SECONDS,
-    registry=REGISTRY,
 )
+
+
+class Longest:
+    """The longest of the times seen in this window and the one before it, without keeping them all.
+
+    `now` is always the seconds of one clock.
+    """
+
+    def __init__(self, window_s: float, now: float) -> None:
+        self._window_s = window_s
+        self._began = now
+        self._before = self._current = 0.0
+
+    def saw(self, seconds: float, now: float) -> None:
+        """One more of them."""
+        self._turn(now)
+        self._current = max(self._current, seconds)
+
+    def value(self, now: float) -> float:
+        """The longest; 0.0 if none was seen."""
+        self._turn(now)
+        return max(self._before, self._current)
+
+    def _turn(self, now: float) -> None:
+        passed = (now - self._began) // self._window_s
+        if passed >= 1:
+            self._before, self._current = (self._current if passed == 1 else 0.0), 0.0
+            self._began += passed * self._window_s
+
+
+_longest_wait = Longest(LATELY_S, time.monotonic())
+JOB_QUEUE_LONGEST.set_function(lambda: _longest_wait.value(time.monotonic()))
+
+
+def waited_in_queue(seconds: float) -> None:
+    """A job was delivered that had waited so long."""
+    JOB_QUEUE.observe(seconds)
+    _longest_wait.saw(seconds, time.monotonic())
+
+
+def begin_at_zero(models: Collection[str]) -> None:
+    """Show the counters that queries and alerts add up as 0 before anything happens.
+
+    `increase` sees no growth in a series that begins with its first count, and a pod that was started for a
+    few jobs may end before the second.
+    """
+    for model in models:
+        series(JOBS, "succeeded", "", model)
+        for code in ErrorCode:
+            series(JOBS, "failed", code, model)
+        for kind in ("prompt", "completion"):
+            series(TOKENS, model, kind)
+        series(COST, model)
+        series(AMBIGUOUS_CALLS, model)
+        for answer in ("200", "429"):
+            series(MODEL_REQUESTS, model, answer)
+    for code in DEAD_LETTER_REASONS:
+        series(JOBS, "failed", code, UNKNOWN_MODEL)
+        series(DEAD_LETTERS, code)
+    for reason in RETRY_REASONS:
+        series(RETRIES, reason)
 
 
 @lru_cache(maxsize=4096)
@@ -186,7 +347,7 @@ class ModelCall:
         """The call ended with an HTTP status, or as `timeout`, `connection` or `malformed`."""
         self._ended(code, error_type=code)
         if ambiguous:
-            AMBIGUOUS_CALLS.labels(self._model).inc()
+            series(AMBIGUOUS_CALLS, self._model).inc()
 
     def _ended(self, code: str, error_type: str) -> None:
         series(MODEL_REQUESTS, self._model, code).inc()

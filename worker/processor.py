@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from worker.cancellation import Cancellations
 from worker.delivery import Delivery
@@ -34,6 +35,7 @@ from worker.redact import Redactor
 from worker.report import Report
 from worker.retry import RetryPolicy
 from worker.s3.aws import S3Object
+from worker.tenants import Tenants
 
 log = structlog.get_logger(__name__)
 
@@ -149,6 +151,7 @@ class Processor:
         redact: Redactor,
         cancellations: Cancellations,
         store: ResultStore | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
         self._images = images
         self._model = model
@@ -158,6 +161,7 @@ class Processor:
         self._redact = redact
         self._cancellations = cancellations
         self._store = store
+        self._tenants = tenants or Tenants()
         self._failures = Failures(gate, health, rules.retry)
 
     async def process(self, delivery: Delivery) -> Outcome:
@@ -227,6 +231,8 @@ class Processor:
             return await self._ask(question, report)
         async with AsyncExitStack() as stack:
             stack.callback(report.end_of_try)
+            # The store's own lines say whose answer they are about.
+            stack.enter_context(bound_contextvars(job_id=report.job_id))
             started = time.monotonic()
             self._gate.check(also_trials=False)
             with report.stage("wait"):
@@ -238,6 +244,7 @@ class Processor:
             if kept is not None:
                 return kept
             answer = await self._ask(question, report)
+            report.enters("keep")
             return from_kept(await place.keep(to_kept(answer))) or answer
 
     async def _ask(self, question: _Question, report: Report) -> Answer:
@@ -319,6 +326,7 @@ class Processor:
             if body.is_sent and any(isinstance(image.source, S3Object) for image in question.images):
                 self._health.succeeded(Dependency.S3, fetch_started, time.monotonic())
         self._health.succeeded(Dependency.MODEL, started, time.monotonic())
+        self._tenants.paid(report.metadata, report.model, answer.usage)
         return answer
 
     def _model_of(self, job: Job) -> str:

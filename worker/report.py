@@ -30,15 +30,16 @@ class Report:
     ) -> None:
         """`timeout_s`: how long one delivery may take, `VQA_JOB_TIMEOUT`."""
         self._delivery = delivery
+        self._progress = delivery.progress
         self._redact = redact
         self._include_response = include_response
         self._timeout_s = timeout_s
-        self._metadata: dict[str, Any] = {}
         self._model: str | None = None
         # Seconds by stage: of the try that runs, and of all tries of this delivery.
         self._now: dict[Stage, float] = {}
         self._stages: dict[Stage, float] = {}
         self.job_id: str | None = None
+        self.metadata: dict[str, Any] = {}
         self.deadline: datetime | None = None
         self.attempts = delivery.attempts + 1
         self._refunded = 0
@@ -60,27 +61,33 @@ class Report:
 
     def job_is(self, job: Job) -> None:
         """The message could be read. The job itself is not kept: it can hold images."""
-        self.job_id = job.id
+        self.job_id = self._progress.job_id = job.id
         self.deadline = job.deadline
-        self._metadata = job.metadata or {}
+        self.metadata = job.metadata or {}
 
     def model_is(self, model: str) -> None:
         """The model is an allowed one."""
-        self._model = model
+        self._model = self._progress.model = model
 
     def refund(self, attempts: int) -> None:
         """So many of the attempts before this one were an outage's."""
         self._refunded = min(attempts, self._delivery.attempts)
         self.attempts -= self._refunded
+        self._progress.attempts = self.attempts
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
         """Measure a stage."""
-        started = time.monotonic()
+        self._progress.enters(name)
+        started = self._progress.since
         try:
             yield
         finally:
             self._now[name] = self._now.get(name, 0.0) + time.monotonic() - started
+
+    def enters(self, step: Literal["verdict", "keep"]) -> None:
+        """What is done now, for whoever asks; it is not measured."""
+        self._progress.enters(step)
 
     def move(self, source: Stage, target: Stage, seconds: float) -> None:
         """Some of the time measured as one stage was spent on another."""
@@ -155,7 +162,7 @@ class Report:
             id=self.job_id,
             model=self._model,
             attempts=self.attempts,
-            metadata=self._metadata,
+            metadata=self.metadata,
             timings=Timings(
                 queued_s=self._delivery.queued_s,
                 fetch_s=self._seconds("fetch"),

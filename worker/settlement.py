@@ -18,6 +18,7 @@ from worker.rabbit.connection import Complaints
 from worker.rabbit.publisher import GivenUpError, Outgoing, TooLargeError, UnroutableError
 from worker.rabbit.topology import Topology
 from worker.result import JobFailure, Result
+from worker.tenants import Tenants
 
 log = structlog.get_logger(__name__)
 
@@ -55,10 +56,13 @@ class ReplyPolicy:
 class Settlement:
     """Turns outcomes into messages, and acks when the broker has them."""
 
-    def __init__(self, publisher: Publisher, topology: Topology, replies: ReplyPolicy) -> None:
+    def __init__(
+        self, publisher: Publisher, topology: Topology, replies: ReplyPolicy, tenants: Tenants | None = None
+    ) -> None:
         self._publisher = publisher
         self._topology = topology
         self._replies = replies
+        self._tenants = tenants or Tenants()
         self._complaints = Complaints()
 
     async def publish(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
@@ -95,7 +99,7 @@ class Settlement:
 
     async def _hand_over(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
         """The last resort: the broker moves the job itself, and nobody sits on it until it loses patience."""
-        log.error("job_handed_over", **_facts(outcome))
+        log.error("job_handed_over", **_facts(delivery, outcome))
         if isinstance(outcome, DeadLetter):
             await delivery.reject()
             return outcome
@@ -108,22 +112,36 @@ class Settlement:
         took_s = time.monotonic() - delivery.received
         match outcome:
             case Answered(result=result):
-                _count_job("succeeded", "", outcome.model, took_s)
-                log.info("job", **_facts(outcome), **_details(result))
+                self._count(result, "", outcome.model, took_s)
+                log.info("job", **_facts(delivery, outcome), **_details(result))
             case Refused(result=result, code=code):
-                _count_job("failed", code, outcome.model, took_s)
-                log.warning("job", **_facts(outcome), error=code, **_details(result))
+                self._count(result, code, outcome.model, took_s)
+                log.warning("job", **_facts(delivery, outcome), error=code, **_details(result))
             case DeadLetter(result=result, code=code):
-                _count_job("failed", code, outcome.model, took_s)
-                metrics.DEAD_LETTERS.labels(code).inc()
-                log.error("job", **_facts(outcome), error=code, dead_letter=True, **_details(result))
+                self._count(result, code, outcome.model, took_s)
+                metrics.series(metrics.DEAD_LETTERS, code).inc()
+                log.error(
+                    "job", **_facts(delivery, outcome), error=code, dead_letter=True, **_details(result)
+                )
             case Retry(delay_s=delay_s, attempts=attempts, reason=reason):
-                metrics.RETRIES.labels(reason).inc()
-                log.warning("job_retry", **_facts(outcome), reason=reason, attempts=attempts, delay_s=delay_s)
+                metrics.series(metrics.RETRIES, reason).inc()
+                log.warning(
+                    "job_retry",
+                    **_facts(delivery, outcome),
+                    reason=reason,
+                    attempts=attempts,
+                    delay_s=delay_s,
+                )
             case GiveBack():
-                log.debug("job_given_back", **_facts(outcome), total_s=round(took_s, 3))
+                metrics.GIVEN_BACK.inc()
+                log.debug("job_given_back", **_facts(delivery, outcome), total_s=round(took_s, 3))
             case _:
                 assert_never(outcome)
+
+    def _count(self, result: Result, error: str, model: str, took_s: float) -> None:
+        metrics.series(metrics.JOBS, result.status, error, model).inc()
+        metrics.series(metrics.JOB_DURATION, result.status, model).observe(took_s)
+        self._tenants.ended(result.metadata, result.status)
 
     async def _reply(self, delivery: Delivery, result: Result) -> bool:
         queue = self._replies.queue_for(delivery, self._topology.results)
@@ -204,13 +222,12 @@ def _failed_as_too_large(outcome: Outcome, why: str) -> Outcome:
     return Refused(job_id=outcome.job_id, model=outcome.model, result=result, code=failure.code)
 
 
-def _count_job(status: str, error: str, model: str, took_s: float) -> None:
-    metrics.series(metrics.JOBS, status, error, model).inc()
-    metrics.series(metrics.JOB_DURATION, status, model).observe(took_s)
-
-
-def _facts(outcome: Outcome) -> Mapping[str, Any]:
-    return {"job_id": outcome.job_id, "outcome": type(outcome).__name__.lower(), "model": outcome.model}
+def _facts(delivery: Delivery, outcome: Outcome) -> Mapping[str, Any]:
+    """What a log line says of a job, beside the trace's id, which all lines of a delivery have."""
+    facts = {"job_id": outcome.job_id, "outcome": type(outcome).__name__.lower(), "model": outcome.model}
+    if delivery.correlation_id not in (None, outcome.job_id):
+        facts["correlation_id"] = delivery.correlation_id
+    return facts
 
 
 def _details(result: Result) -> Mapping[str, Any]:

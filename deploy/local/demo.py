@@ -5,7 +5,6 @@ questions about them; shows the answers as they come; stops everything that it s
 """
 
 import asyncio
-import base64
 import json
 import os
 import signal
@@ -15,38 +14,30 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import aio_pika
-from aio_pika.abc import AbstractChannel, AbstractQueue
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from deploy.local.given import IncompleteError
 from deploy.local.install import RabbitMQMissingError
-from deploy.local.pictures import Picture, make_pictures
+from deploy.local.pictures import make_pictures
 from deploy.local.processes import DidNotStartError
+from deploy.local.questions import UnansweredError, answers, console, show, upload
 from deploy.local.stack import Stack
 from worker.settings import retry_queue
 
 START_TIMEOUT_S = 30.0
-ANSWERS_TIMEOUT_S = 180.0
 STAND_IN_LATENCY_S = 0.8
-FOLDER_IN_BUCKET = "vqa-demo"
 
 _ROOT = Path(__file__).parents[2]
 # What the worker needs to know of servers and APIs that the environment names, by what names them.
 _FILES_OF_GIVEN_BROKER = ("VQA_RABBITMQ_CA_FILE", "VQA_RABBITMQ_CERT_FILE", "VQA_RABBITMQ_KEY_FILE")
 _OF_GIVEN_S3 = ("VQA_S3_ADDRESSING_STYLE",)
 _OF_ANY_MODEL = ("VQA_MODEL_HEADERS", "VQA_PRICES")
-
-console = Console()
 
 
 class DemoError(Exception):
@@ -62,7 +53,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("Interrupted; everything that was started here is stopped.")
         return 130
-    except (DemoError, DidNotStartError, IncompleteError, RabbitMQMissingError) as error:
+    except (DemoError, UnansweredError, DidNotStartError, IncompleteError, RabbitMQMissingError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
     return 0
@@ -71,15 +62,15 @@ def main() -> int:
 def _run(folder: Path) -> None:
     started = time.monotonic()
     console.print(
-        "[bold]1. Starting[/bold] RabbitMQ, S3 and a model (what the environment names is used instead)"
+        "[bold]Starting[/bold] RabbitMQ, S3 and a model (what the environment names is used instead)"
     )
     with Stack.start(use_environment=True, tell=lambda line: console.print(f"   {line}")) as stack:
         _say_what_runs(stack, time.monotonic() - started)
         pictures = make_pictures(folder / "pictures")
-        jobs = _upload_and_ask(stack, pictures)
+        jobs = upload(stack.s3, pictures)
         with _worker(stack, folder) as worker:
-            results = asyncio.run(_answers(stack.rabbitmq.url, worker.environment["VQA_JOBS_QUEUE"], jobs))
-            _show(jobs, results)
+            results = asyncio.run(answers(stack.rabbitmq.url, worker.environment["VQA_JOBS_QUEUE"], jobs))
+            show(jobs, results)
             _show_metrics(worker.port)
     _show_next(time.monotonic() - started)
 
@@ -93,36 +84,6 @@ def _say_what_runs(stack: Stack, took_s: float) -> None:
     if stack.model_api.is_stand_in:
         stack.model.configure(latency=STAND_IN_LATENCY_S)
     console.print(f"   up after {took_s:.0f} s; the model is {model}")
-
-
-def _upload_and_ask(stack: Stack, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
-    """The jobs to submit, their pictures uploaded."""
-    s3 = stack.s3.client()
-    urls = {}
-    for picture in pictures:
-        key = f"{FOLDER_IN_BUCKET}/{picture.name}"
-        s3.put_object(Bucket=stack.s3.bucket, Key=key, Body=picture.path.read_bytes())
-        urls[picture.name] = f"s3://{stack.s3.bucket}/{key}"
-    console.print(
-        f"[bold]2. Uploaded[/bold] {len(urls)} pictures to s3://{stack.s3.bucket}/{FOLDER_IN_BUCKET}/"
-    )
-    sign = base64.b64encode(next(p for p in pictures if p.name == "street-sign.png").path.read_bytes())
-    return [
-        *(_job(picture.name, picture.question, urls[picture.name]) for picture in pictures),
-        _job("two pictures", "Which of the two shows the sea?", urls["chart.png"], urls["seascape.jpg"]),
-        _job("in the job itself", "What do the signs say?", f"data:image/png;base64,{sign.decode()}"),
-        _job("must fail", "What is this?", f"s3://{stack.s3.bucket}/{FOLDER_IN_BUCKET}/not-there.jpg"),
-    ]
-
-
-def _job(name: str, question: str, *images: str) -> dict[str, Any]:
-    return {
-        "id": f"demo-{uuid.uuid4().hex[:8]}",
-        "question": question,
-        "images": list(images),
-        "params": {"max_tokens": 200},
-        "metadata": {"name": name},
-    }
 
 
 class _Worker:
@@ -221,78 +182,6 @@ async def _delete_queues(url: str, queues: Sequence[str]) -> None:
         for queue in queues:
             channel = await connection.channel()
             await channel.queue_delete(queue, if_unused=False, if_empty=False)
-
-
-async def _answers(url: str, jobs_queue: str, jobs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Submit the jobs and gather their results by id, showing how far it is."""
-    async with _reply_queue(url) as (channel, replies):
-        for job in jobs:
-            message = aio_pika.Message(
-                json.dumps(job).encode(), reply_to=replies.name, timestamp=time.time(), message_id=job["id"]
-            )
-            await channel.default_exchange.publish(message, jobs_queue)
-        console.print(f"[bold]3. Submitted[/bold] {len(jobs)} jobs to the queue {jobs_queue}")
-        with Progress(
-            TextColumn("   answered"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-        ) as progress:
-            task = progress.add_task("answers", total=len(jobs))
-            return await _gather(replies, len(jobs), lambda: progress.advance(task))
-
-
-@asynccontextmanager
-async def _reply_queue(url: str) -> AsyncIterator[tuple[AbstractChannel, AbstractQueue]]:
-    async with await aio_pika.connect(url) as connection:
-        channel = await connection.channel(on_return_raises=True)
-        yield channel, await channel.declare_queue(exclusive=True)
-
-
-async def _gather(
-    replies: AbstractQueue, count: int, on_result: Callable[[], None]
-) -> dict[str, dict[str, Any]]:
-    results: dict[str, dict[str, Any]] = {}
-    try:
-        async with asyncio.timeout(ANSWERS_TIMEOUT_S), replies.iterator() as messages:
-            async for message in messages:
-                await message.ack()
-                result = json.loads(message.body)
-                results[result["id"]] = result
-                on_result()
-                if len(results) == count:
-                    return results
-    except TimeoutError:
-        raise DemoError(f"Only {len(results)} of {count} jobs were answered in time.") from None
-    return results
-
-
-def _show(jobs: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]) -> None:
-    table = Table(title="Questions and answers", show_lines=True, expand=True)
-    table.add_column("picture", no_wrap=True)
-    table.add_column("question", ratio=2)
-    table.add_column("answer", ratio=5, overflow="fold")
-    for heading in ("tokens", "USD", "s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for job in jobs:
-        table.add_row(*_row(job, results[job["id"]]))
-    console.print(table)
-
-
-def _row(job: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, ...]:
-    usage = result["usage"] or {}
-    error = result["error"] or {}
-    said = result["answer"] if result["status"] == "succeeded" else f"{error['code']}: {error['message']}"
-    return (
-        job["metadata"]["name"],
-        job["question"],
-        _escaped(said or "") if not error else f"[red]{_escaped(said)}[/red]",
-        str(usage.get("total_tokens", "-")),
-        f"{usage['cost_usd']:.6f}" if usage.get("cost_usd") is not None else "-",
-        f"{result['timings']['total_s']:.2f}",
-    )
-
-
-def _escaped(text: str) -> str:
-    """`text` so that rich takes its brackets for brackets."""
-    return text.replace("[", r"\[")
 
 
 def _show_metrics(port: int) -> None:

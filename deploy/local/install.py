@@ -116,7 +116,7 @@ def ensure_rabbitmq(tell: Callable[[str], None] = lambda _: None) -> Installatio
     Raises:
         RabbitMQMissingError: There is no way to get it from here.
     """
-    with _one_at_a_time():
+    with one_at_a_time():
         return _ensure(tell)
 
 
@@ -137,15 +137,18 @@ def _ensure(tell: Callable[[str], None]) -> Installation | UseContainer:
 
 
 @contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Keep others who need a broker waiting: half an installation is none, and two are not made at once."""
+def one_at_a_time(folder: str | Path | None = None) -> Iterator[None]:
+    """Keep others waiting who want the same: half an installation is none, and two are not made at once.
+
+    They are told by the folder, by default the one for temporary files.
+    """
     # The folder itself is locked: no file is left behind.
-    folder = os.open(tempfile.gettempdir(), os.O_RDONLY)
+    lock = os.open(folder or tempfile.gettempdir(), os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(folder)
+        os.close(lock)
 
 
 def look_around() -> Machine:

@@ -210,6 +210,8 @@ def _arguments(folder: Path, ports: PortBlock) -> tuple[list[str], dict[str, int
         # After a restart the only master waits that long, up to twice, for others before it leads itself.
         "-master.electionTimeout=500ms",
         "-master.heartbeatInterval=100ms",
+        # Users with fewer rights can be made, to see what the worker does with those.
+        "-s3.iam.readOnly=false",
         # Each bucket takes volumes of its own, and the default of 8 is used up by the second bucket.
         "-volume.max=200",
     ]

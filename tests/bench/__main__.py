@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _everybody(worker: str | None) -> list[Contender]:
-    return [contenders.worker(worker), *contenders.peers()]
+    return [contenders.worker(worker), *contenders.peers(), *contenders.traced(worker)]
 
 
 def _measure(arguments: argparse.Namespace, notebook: Notebook) -> None:
@@ -95,7 +95,9 @@ def _measure(arguments: argparse.Namespace, notebook: Notebook) -> None:
     everybody = _everybody(arguments.worker)
     if unknown := only - SCENARIOS.keys() - {it.name for it in everybody}:
         raise SystemExit(f"--only: unknown: {', '.join(sorted(unknown))}")
-    usual = [it for it in everybody if not arguments.quick or it.name in QUICK_CONTENDERS]
+    usual = [
+        it for it in everybody if not it.only_by_name and (not arguments.quick or it.name in QUICK_CONTENDERS)
+    ]
     taking_part = [it for it in everybody if it.name in only] or usual
     plan = (_quick if arguments.quick else _whole)(taking_part, arguments.rounds)
     asked = [it for it in SCENARIOS if it in only]

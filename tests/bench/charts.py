@@ -22,7 +22,7 @@ _COLOURS: Final = {
 _PERCENTILES: Final = {"p50": ":", "p95": "--", "p99": "-"}
 _SHOWN_PEER: Final = "aio-pika"
 _WHOLE_FROM: Final = 20
-_LOOK: Final = {
+LOOK: Final = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,7 +42,7 @@ def draw(notebook: Notebook, folder: Path, suffix: str = "svg") -> list[str]:
     """Draw what was measured; return the names of the files."""
     drawings: dict[str, Drawing] = {"cpu": _cpu, "memory": _memory, "latency": _latency}
     drawn = []
-    with mpl.rc_context(_LOOK):
+    with mpl.rc_context(LOOK):
         for name, drawing in drawings.items():
             if not notebook.cases(name):
                 continue

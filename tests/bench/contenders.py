@@ -4,7 +4,8 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +47,8 @@ class Contender:
     takes_links: bool = False
     most_in_flight: int = 1_000_000
     """By its nature, whatever it is told."""
+    only_by_name: bool = False
+    """Whether it takes part only where it is asked for."""
 
 
 def worker(command: str | None = None) -> Contender:
@@ -59,6 +62,19 @@ def worker(command: str | None = None) -> Contender:
         jobs_queue_arguments={},
         takes_links=True,
     )
+
+
+def traced(command: str | None = None) -> list[Contender]:
+    """The worker sending traces, all of them and one in a hundred; the stand-in takes them, too."""
+    return [
+        replace(
+            worker(command),
+            name=name,
+            environment=partial(_traced_environment, ratio),
+            only_by_name=True,
+        )
+        for name, ratio in ((TRACED, "1"), (TRACED_SELDOM, "0.01"))
+    ]
 
 
 def peers() -> list[Contender]:
@@ -86,7 +102,7 @@ def peers() -> list[Contender]:
 
 def jobs_queue_arguments(contender: Contender, jobs_queue: str) -> dict[str, FieldValue]:
     """How the contender declares its jobs queue: declared before it starts, it has to be the same."""
-    if contender.name != WORKER:
+    if contender.name not in (WORKER, TRACED, TRACED_SELDOM):
         return dict(contender.jobs_queue_arguments)
     # As docs/messages.md says for those who declare the queues themselves.
     return {
@@ -100,6 +116,8 @@ def jobs_queue_arguments(contender: Contender, jobs_queue: str) -> dict[str, Fie
 
 
 WORKER: Final = "vqa-worker"
+TRACED: Final = "vqa-worker, traced"
+TRACED_SELDOM: Final = "vqa-worker, 1 % traced"
 _QUORUM: Final = {"x-queue-type": "quorum"}
 _MODEL: Final = "bench"
 # A word that occurs nowhere else: the worker takes secrets out of whatever it writes.
@@ -135,6 +153,17 @@ def _worker_environment(run: Run) -> Environment:
         "VQA_HTTP_HOST": "127.0.0.1",
         "VQA_HTTP_PORT": str(run.http_port),
         "VQA_IMAGE_DELIVERY": "link" if run.as_link else "inline",
+    }
+
+
+def _traced_environment(ratio: str, run: Run) -> Environment:
+    return {
+        **_worker_environment(run),
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{run.model_base_url}/traces",
+        "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+        "OTEL_TRACES_SAMPLER_ARG": ratio,
+        # None is dropped: what is measured is what sending all of them takes.
+        "OTEL_BSP_MAX_QUEUE_SIZE": "50000",
     }
 
 

@@ -12,6 +12,7 @@ from tests.bench.contenders import WORKER
 from tests.bench.figures import Notebook, Spread
 from tests.bench.machine import Cores
 from tests.bench.running import Bench
+from tests.bench.tables import number, table
 
 _LIBRARIES: Final = (
     "aio-pika", "aiohttp", "boto3", "celery", "faststream", "httpx2", "openai", "pydantic", "uvloop",
@@ -79,7 +80,7 @@ def _summary(notebook: Notebook) -> str:
         ("latency", "50%", "p99", "Added to the API's time at half load, p99, ms"),
     ]
     rows = [_compared(notebook, *it) for it in asked]
-    return _table(
+    return table(
         ["", WORKER, "FastStream", "aio-pika", "FastStream is … times that", "aio-pika is … times that"],
         [row for row in rows if any(cell != _NONE for cell in row[1:])],
     )
@@ -88,7 +89,7 @@ def _summary(notebook: Notebook) -> str:
 def _compared(notebook: Notebook, scenario: str, case: str, figure: str, title: str) -> list[str]:
     values = [notebook.spread(scenario, who, case, figure) for who in (WORKER, "FastStream", "aio-pika")]
     ratios = [notebook.ratio(scenario, case, figure, who, WORKER) for who in ("FastStream", "aio-pika")]
-    middles = [_number(it.median) if it else _NONE for it in values]
+    middles = [number(it.median) if it else _NONE for it in values]
     return [title, *middles, *(f"{it.median:.1f}" if it else _NONE for it in ratios)]
 
 
@@ -123,7 +124,7 @@ def _cpu_section(notebook: Notebook, scenario: str, title: str, picture: str | N
                     case,
                     who,
                     _shown(spread),
-                    _number(1000 / spread.median),
+                    number(1000 / spread.median),
                     _shown(ratio) if who != WORKER else "1",
                     _shown(notebook.spread(scenario, who, case, "jobs_per_s"), spread=False),
                     _percent(notebook.spread(scenario, who, case, "busy")),
@@ -138,7 +139,7 @@ def _cpu_section(notebook: Notebook, scenario: str, title: str, picture: str | N
         "jobs/s seen",
         "its core busy",
     ]
-    return _section(title, picture, _table(header, rows))
+    return _section(title, picture, table(header, rows))
 
 
 def _memory_section(notebook: Notebook, picture: str | None) -> str:
@@ -152,7 +153,7 @@ def _memory_section(notebook: Notebook, picture: str | None) -> str:
                 [
                     case,
                     who,
-                    _number(spread.median),
+                    number(spread.median),
                     _shown(notebook.spread("memory", who, case, "before_mb")),
                     _shown(notebook.spread("memory", who, case, "concurrent")),
                     _shown(notebook.ratio("memory", case, "peak_mb", who, WORKER)) if who != WORKER else "1",
@@ -165,7 +166,7 @@ def _memory_section(notebook: Notebook, picture: str | None) -> str:
         "longer, so that all of them are with it at the same time. *At the API at once*: how many calls the "
         "stand-in really held open. Celery is shown as far as its pool goes."
     )
-    return _section("Memory while the model thinks", picture, _table(header, rows), note)
+    return _section("Memory while the model thinks", picture, table(header, rows), note)
 
 
 def _start_section(notebook: Notebook) -> str:
@@ -175,7 +176,7 @@ def _start_section(notebook: Notebook) -> str:
     ]
     header = ["", "start to first answer, s", "CPU until then, s", "idle, MB"]
     return _section(
-        "Start", None, _table(header, rows), "One job with a picture of 100 KB waits in the queue."
+        "Start", None, table(header, rows), "One job with a picture of 100 KB waits in the queue."
     )
 
 
@@ -197,7 +198,7 @@ def _latency_section(notebook: Notebook, picture: str | None) -> str:
         "between; a job goes through two."
     )
     header = ["", "load", "jobs/s", "p50 ms", "p95 ms", "p99 ms"]
-    return _section("Time added to the API's own", picture, _table(header, rows), note)
+    return _section("Time added to the API's own", picture, table(header, rows), note)
 
 
 def _flat_section(notebook: Notebook) -> str:
@@ -211,7 +212,7 @@ def _flat_section(notebook: Notebook) -> str:
         "jobs per second the same; in the others it answers at once, and so many more jobs are in the queue "
         "than are in flight."
     )
-    return _section("Does it depend on how much there is?", None, _table(header, rows), note)
+    return _section("Does it depend on how much there is?", None, table(header, rows), note)
 
 
 def _standin(notebook: Notebook) -> str:
@@ -225,7 +226,7 @@ def _standin(notebook: Notebook) -> str:
             slower = notebook.spread("standin", who, case, "cpu_ms")
             rows.append([case, who, _shown(own), _shown(theirs), _shown(slower)])
     header = ["picture", "", "stand-in, ms", "contender, ms", "contender with a stand-in 50 ms slower, ms"]
-    return "\n".join([*lines, _table(header, rows), "", _STANDIN_NOTE])
+    return "\n".join([*lines, table(header, rows), "", _STANDIN_NOTE])
 
 
 _STANDIN_NOTE: Final = (
@@ -251,29 +252,13 @@ def _section(title: str, picture: str | None, *paragraphs: str) -> str:
     return "\n\n".join([f"## {title}", *drawing, *paragraphs]) + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    ruler = ["-" * max(3, width) for width in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [header, ruler, *rows]
-    )
-
-
 def _shown(value: Spread | None, *, spread: bool = True) -> str:
     if value is None:
         return _NONE
     if not spread or value.low == value.high:
-        return _number(value.median)
-    return f"{_number(value.median)} ({_number(value.low)}–{_number(value.high)})"
+        return number(value.median)
+    return f"{number(value.median)} ({number(value.low)}–{number(value.high)})"
 
 
 def _percent(value: Spread | None) -> str:
     return _NONE if value is None else f"{value.median:.0%}"
-
-
-def _number(value: float) -> str:
-    """Three digits that mean something."""
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -259,7 +259,7 @@ def _certificate(folder: Path) -> tuple[Path, Certificate]:
 
 def _inherited() -> dict[str, str]:
     """The environment without what would tell a contender something else, and without proxies."""
-    ours = ("VQA_", "AWS_", "OPENAI_", "DEEPINFRA_", "SSL_CERT_", "CELERY_", "PYTHON")
+    ours = ("VQA_", "AWS_", "OPENAI_", "DEEPINFRA_", "SSL_CERT_", "CELERY_", "OTEL_", "PYTHON")
     proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
     return {
         name: value

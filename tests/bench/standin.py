@@ -7,6 +7,7 @@ that came; a link is answered with its path. What it does beside the API:
 
 - `GET /bench/set?latency=S`: seconds that every answer waits from here on, from the request's last byte;
 - `GET /bench/stats`: its counters as JSON; `max_concurrent` and `cpu_s` count from the previous look.
+- anything else, such as `POST /v1/traces`: thrown away.
 """
 
 import argparse
@@ -267,6 +268,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _control(self) -> dict[str, float]:
         url = urlsplit(self._target)
+        if not url.path.startswith("/bench/"):
+            # Spans of the worker's; a look would reset the counters.
+            return {}
         if url.path == "/bench/set":
             self._counters.latency_s = float(parse_qs(url.query)["latency"][0])
         return self._counters.look()

@@ -172,7 +172,7 @@ async def test_a_result_that_comes_twice_is_told_once_and_others_are_left_out(
     gathered = await lone_cli.run("results", submitted["name"], "--json")
     assert gathered.code == 0
     assert [result["id"] for result in gathered.objects] == ["a", "b"]
-    assert gathered.err == "3 results in the queue were of no job of this submission\n"
+    assert gathered.err == "results in the queue that are of no job of this submission: 3\n"
 
 
 async def test_a_queue_that_is_gone_is_one_sentence(lone_cli: Cli, stack: Stack) -> None:
@@ -235,7 +235,7 @@ async def test_what_is_there_now_can_be_had_without_waiting(lone_cli: Cli, stack
     late = await lone_cli.run("results", submitted["name"], "--within", "0.5")
     assert late.code == 1
     assert late.lines == ["b: an answer"]
-    assert "2 results have not come within 0.5 s" in late.err
+    assert "results that have not come within 0.5 s: 2" in late.err
     assert await depth(stack, submitted["reply_to"]) == 0
 
 

@@ -171,7 +171,7 @@ async def test_a_dry_run_sends_nothing_and_says_what_it_would_cost(lone_cli: Cli
     assert told.code == 0, told.err
     assert told.lines == [
         "2 jobs about 3 images, for stand-in/vision",
-        "1 local files go to S3 first, those that are not there",
+        "local files go to S3 first, unless they are there: 1",
         "about 1,710 prompt and 250 completion tokens",
         "about $0.005920",
         ASSUMED,
@@ -195,7 +195,7 @@ async def test_a_dry_run_sends_nothing_and_says_what_it_would_cost(lone_cli: Cli
 async def test_results_may_go_to_a_queue_that_others_read(lone_cli: Cli, stack: Stack) -> None:
     queue = lone_cli.settings["VQA_RESULTS_QUEUE"]
     submitted = await lone_cli.run("submit", "s3://b/k", "What?", "--reply-to", queue, "--name", "mine")
-    assert submitted.lines == ["1 jobs submitted as mine", f"their results come to {queue}"]
+    assert submitted.lines == ["1 job submitted as mine", f"their results come to {queue}"]
     (message,) = await emptied(stack, lone_cli.jobs_queue)
     assert message.reply_to == queue
     gathered = await lone_cli.run("results", "mine")

@@ -8,6 +8,7 @@ import signal
 from deploy.local.stack import Stack
 from tests.cli.running import Cli, depth
 from tests.cli.terminal import Terminal
+from tests.conftest import BUCKET, picture
 
 
 async def test_a_person_is_asked_before_much_is_submitted(lone_cli: Cli, stack: Stack) -> None:
@@ -44,6 +45,17 @@ async def test_bars_show_what_is_done_failed_and_paid(cli: Cli) -> None:
     assert re.search(r"4 answered, 1 failed, \d+ tokens, \$0\.0\d+\r\nwritten: out.jsonl\r\n$", shown.shown)
 
 
+async def test_a_bar_shows_which_files_were_not_there(cli: Cli) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        (cli.folder / name).write_bytes(picture())
+    first = Terminal(cli, "submit", "a.png", "b.png", "What?", "--bucket", BUCKET)
+    assert await first.ended() == 0
+    assert re.search(r"uploaded .*2/2 .*2 new", first.shown)
+    second = Terminal(cli, "submit", "a.png", "c.png", "What?", "--bucket", BUCKET)
+    assert await second.ended() == 0
+    assert re.search(r"uploaded .*2/2 .*1 new", second.shown)
+
+
 async def test_bars_and_answers_share_a_terminal(cli: Cli) -> None:
     cli.write(
         "jobs.jsonl", *({"id": f"it-{n}", "messages": [{"role": "user", "content": "?"}]} for n in range(3))
@@ -67,7 +79,7 @@ async def test_answers_in_a_pipe_are_free_of_bars(cli: Cli) -> None:
 async def test_a_submission_that_waits_says_what_for(lone_cli: Cli) -> None:
     lone_cli.write("jobs.jsonl", *[{"question": "What?", "images": ["s3://b/k"]}] * 5)
     shown = Terminal(lone_cli, "submit", "jobs.jsonl", "--max-queue", "2")
-    await shown.shows(r"waiting: 2 jobs are in the queue \(--max-queue 2\)")
+    await shown.shows(r"waiting: the queue holds 2 \(--max-queue 2\)")
     shown.process.send_signal(signal.SIGINT)
     assert await shown.ended() == 130
     assert "broken off; the same command goes on" in shown.shown

@@ -162,7 +162,7 @@ async def test_a_broker_restart_keeps_a_durable_message_and_the_address(stack: S
 
 
 def test_rabbitmqctl_speaks_to_the_stacks_own_broker(stack: Stack) -> None:
-    assert stack.rabbitmq.ctl("list_users").split()[0] == "guest"
+    assert "guest" in stack.rabbitmq.ctl("list_users").split()
     with pytest.raises(RuntimeError, match="no_such_command"):
         stack.rabbitmq.ctl("no_such_command")
 

@@ -47,6 +47,7 @@ class Worker:
 
     limit: AdaptiveLimit
     in_flight: int = 0
+    leaves: bool = False
     wakes_at: float = -1.0
     answered: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
@@ -55,11 +56,21 @@ class Worker:
 class Crowd:
     """Workers at one queue; whoever has room takes the next job, and a refused job goes back to it."""
 
-    def __init__(self, provider: Provider, *, workers: int = 1, jobs: int = 10**9, seed: int = 0) -> None:
+    def __init__(
+        self,
+        provider: Provider,
+        *,
+        workers: int = 1,
+        jobs: int = 10**9,
+        seed: int = 0,
+        maximum: int = 200,
+    ) -> None:
         self.provider = provider
         self.now = 0.0
         self.workers: list[Worker] = []
         self._jobs = jobs
+        self._maximum = maximum
+        self._turn = 0
         self._chance = random.Random(seed)  # noqa: S311 - no secret
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -68,10 +79,23 @@ class Crowd:
 
     def add(self) -> Worker:
         """One more worker, from now on."""
-        worker = Worker(AdaptiveLimit(200, random.Random(self._chance.random())))  # noqa: S311
+        worker = Worker(AdaptiveLimit(self._maximum, random.Random(self._chance.random())))  # noqa: S311
         self.workers.append(worker)
         self._admit(worker)
         return worker
+
+    def publish(self, count: int) -> None:
+        """So many jobs more; they go round among those who have room."""
+        self._jobs += count
+        for _ in self.workers:
+            if not self._jobs:
+                break
+            self._turn += 1
+            self._admit(self.workers[self._turn % len(self.workers)])
+
+    def dismiss(self, worker: Worker) -> None:
+        """Let a worker end what it has begun, and take no more."""
+        worker.leaves = True
 
     def run(self, seconds: float = float("inf")) -> None:
         """Let time pass, until there is nothing more to do at the latest."""
@@ -94,6 +118,8 @@ class Crowd:
         heapq.heappush(self._events, (self.now + seconds * spread, next(self._numbers), happen))
 
     def _admit(self, worker: Worker) -> None:
+        if worker.leaves:
+            return
         closed_until = worker.limit.closed_until
         if self.now < closed_until:
             if worker.wakes_at != closed_until:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from structlog.contextvars import get_contextvars
 from structlog.testing import CapturingLogger
 
 from tests.running import until
@@ -429,3 +430,65 @@ async def test_what_says_the_same_long_after_an_ack_is_no_job_whose_ack_was_lost
     again, _ = Connection().delivers(redelivered=True, received=much_later)
     await worker.in_flight.accept(again)
     assert len(worker.publisher.results()) == 2
+
+
+async def test_what_is_in_flight_is_told_the_oldest_first(worker: Worker) -> None:
+    now = time.monotonic()
+    young, _ = worker.connection.delivers(received=now - 1, message_id="young", attempts=2)
+    old, _ = worker.connection.delivers(received=now - 5, message_id="old", body={"secret": "of the job"})
+    for delivery in (young, old):
+        worker.in_flight.accept(delivery)
+    await turns_of_the_loop()
+    young.progress.job_id, young.progress.model = "read", "m"
+    young.progress.enters("model")
+    first, second = worker.in_flight.look()
+
+    assert (first["job_id"], first["stage"], first["attempts"], first["model"]) == ("old", "read", 1, None)
+    assert (second["job_id"], second["stage"], second["attempts"], second["model"]) == (
+        "read",
+        "model",
+        3,
+        "m",
+    )
+    assert first["age_s"] == first["stage_s"] >= 5
+    assert second["age_s"] >= 1 > second["stage_s"]
+    assert "secret" not in str(first)
+
+
+async def test_a_delivery_that_is_attached_to_running_work_tells_of_that_work(worker: Worker) -> None:
+    first, _ = worker.connection.delivers()
+    worker.in_flight.accept(first)
+    await turns_of_the_loop()
+    first.progress.enters("model")
+    worker.connection.lives = False
+    worker.in_flight.accept(Connection().delivers(redelivered=True)[0])
+    await turns_of_the_loop()
+    assert [job["stage"] for job in worker.in_flight.look()] == ["model", "model"]
+    await worker.finish()
+    assert worker.in_flight.look() == []
+
+
+async def test_what_waits_for_the_broker_to_confirm_is_being_published(worker: Worker) -> None:
+    worker.publisher.let_go.clear()
+    worker.work.may_end.set()
+    handler = worker.in_flight.accept(worker.connection.delivers()[0])
+    await turns_of_the_loop(30)
+    assert [job["stage"] for job in worker.in_flight.look()] == ["publish"]
+    worker.publisher.let_go.set()
+    await handler
+
+
+async def test_the_trace_of_a_message_is_on_every_line_about_it(worker: Worker) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def looks(delivery: Delivery) -> Outcome:
+        seen.append(get_contextvars())
+        return answered(delivery)
+
+    worker.work.ends_with = looks
+    worker.work.may_end.set()
+    for trace in ({"traceparent": f"00-{'a' * 32}-{'b' * 16}-00"}, {}):
+        delivery, _ = worker.connection.delivers(trace=trace, message_id=str(trace))
+        await worker.in_flight.accept(delivery)
+    assert seen == [{"trace_id": "a" * 32}, {}]
+    assert get_contextvars() == {}

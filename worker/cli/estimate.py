@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from worker.cli.shell import counted
 from worker.job import ChatMessage, Job, TextPart
 from worker.settings import Price
 
@@ -77,9 +78,10 @@ class Estimate:
 
     def lines(self) -> Iterator[str]:
         """For a person."""
-        yield f"{self.jobs:,} jobs about {self.images:,} images, for {', '.join(sorted(self.prompt_tokens))}"
+        models = ", ".join(sorted(self.prompt_tokens))
+        yield f"{counted(self.jobs, 'job')} about {counted(self.images, 'image')}, for {models}"
         if self.uploads:
-            yield f"{self.uploads:,} local files go to S3 first, those that are not there"
+            yield f"local files go to S3 first, unless they are there: {self.uploads:,}"
         prompt, completion = self.prompt_tokens.total(), self.completion_tokens.total()
         yield f"about {prompt:,} prompt and {completion:,} completion tokens"
         usd = self.usd()

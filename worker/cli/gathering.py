@@ -36,13 +36,14 @@ class Gathering:
         self._on_new = on_new
         self._reader = ReplyReader(broker, queue, self._take)
         self._came = asyncio.Event()
+        self._is_reading = False
         self.counts = manifest.counts()
         self.strange = 0
 
     def progress(self) -> tuple[int, int, str]:
         """How many results there are, of how many, and what they come to."""
         note = results_note(self.counts)
-        waits = "" if self._reader.is_connected or not self.counts.missing else ", waiting for the broker"
+        waits = ", waiting for the broker" if self._is_reading and not self._reader.is_connected else ""
         return self.counts.in_hand, self.counts.total, note + waits
 
     async def until_complete(self) -> None:
@@ -64,9 +65,11 @@ class Gathering:
     async def _while(self, lasts: Coroutine[Any, Any, None]) -> None:
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(self._read(), name="results")
+            self._is_reading = True
             try:
                 await lasts
             finally:
+                self._is_reading = False
                 reading.cancel()
 
     async def _read(self) -> None:

@@ -65,7 +65,9 @@ class Harvest:
             async with shown(self._screen, bars):
                 await self._gather(gathering, submission, only_now=only_now, within_s=within_s)
         if gathering.strange:
-            self._screen.note(f"{gathering.strange:,} results in the queue were of no job of this submission")
+            self._screen.note(
+                f"results in the queue that are of no job of this submission: {gathering.strange:,}"
+            )
         await self._hand_over(gathering.counts)
         return EXIT_FAILURE if gathering.counts.failed or gathering.counts.missing else EXIT_OK
 
@@ -89,7 +91,9 @@ class Harvest:
                     group.create_task(submission.run(), name="submission")
                 group.create_task(gathering.until_complete(), name="gathering")
         except TimeoutError:
-            self._screen.note(f"{gathering.counts.missing:,} results have not come within {within_s:g} s")
+            self._screen.note(
+                f"results that have not come within {within_s:g} s: {gathering.counts.missing:,}"
+            )
 
     async def _hand_over(self, counts: Counts) -> None:
         files = []
@@ -116,7 +120,7 @@ class Harvest:
 
     def _tell(self, counts: Counts, files: list[str]) -> None:
         summary = f"{counts.succeeded:,} answered, {results_note(counts)}"
-        missing = f"; {counts.missing:,} results are not there yet" if counts.missing else ""
+        missing = f"; not there yet: {counts.missing:,}" if counts.missing else ""
         if self._stream is None or self._screen.is_watched:
             self._screen.note(summary + missing)
         if files or (self._stream is None and self._form != "csv"):

@@ -18,7 +18,7 @@ from worker.cli.manifest import Manifest
 from worker.cli.outputs import Output
 from worker.cli.planning import Additions, Planner
 from worker.cli.progress import Bar, shown
-from worker.cli.shell import EXIT_FAILURE, EXIT_OK, Screen, UsageError, broker_of
+from worker.cli.shell import EXIT_FAILURE, EXIT_OK, Screen, UsageError, broker_of, counted
 from worker.cli.sources import Source
 from worker.cli.submission import Submission, missing
 from worker.rabbit.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, prepare
@@ -39,6 +39,7 @@ class Order:
         additions: what is said of all jobs.
         price: in USD per million tokens, for every model, instead of the settings'.
         name, manifest: of the submission and its file; by default they follow from what is submitted.
+        exchange: where jobs are published; empty: by the default one, to the queue.
         reply_to: a queue that others read; None: one of the submission's own.
         keeps_invalid: lines that are no jobs become failed results.
         asks: whether a person is asked before much is submitted.
@@ -51,6 +52,7 @@ class Order:
     price: Price | None = None
     name: str | None = None
     manifest: Path | None = None
+    exchange: str = ""
     reply_to: str | None = None
     keep_days: int = 7
     max_queue: int = 0
@@ -146,7 +148,7 @@ async def _is_agreed(order: Order, settings: CommandSettings, manifest: Manifest
     if not order.asks or not screen.may_ask or _is_small(to_send, usd):
         return True
     price = f", about {dollars(usd)}" if usd is not None else ""
-    if screen.confirm(f"Submit {to_send:,} jobs{price}?"):
+    if screen.confirm(f"Submit {counted(to_send, 'job')}{price}?"):
         return True
     if not counts.sent + counts.confirmed:
         manifest.delete()
@@ -209,7 +211,7 @@ class _Errand:
             await self._upload()
             await self._knock()
         else:
-            self._screen.note(f"all {counts.total:,} jobs of {self.name} were submitted before")
+            self._screen.note(f"{self.name} was submitted before, all of its {counted(counts.total, 'job')}")
         if counts.sent:
             await self._clear_up(counts.sent)
         if not self._order.waits:
@@ -245,7 +247,10 @@ class _Errand:
         )
 
         prepare_all = partial(
-            prepare, jobs_queue=self._topology.jobs, replies=replies if self._head["is_private"] else None
+            prepare,
+            # Who publishes by an exchange need not be allowed to look at the queue.
+            jobs_queue=None if self._order.exchange else self._topology.jobs,
+            replies=replies if self._head["is_private"] else None,
         )
         try:
             await self._broker.within(self._order.patience_s, prepare_all)
@@ -260,8 +265,8 @@ class _Errand:
                 await Gathering(self._manifest, self._broker, self._head["reply_to"]).until_quiet()
         left = self._manifest.counts().sent
         self._screen.note(
-            f"{in_doubt:,} jobs were on their way when this was broken off, and may have arrived;"
-            f" {in_doubt - left:,} of them are answered, {left:,} are sent again under the same ids"
+            f"jobs that were on their way when this was broken off, and may have arrived: {in_doubt:,};"
+            f" answered: {in_doubt - left:,}, sent again under the same ids: {left:,}"
         )
 
     def _submission(self) -> Submission:
@@ -269,6 +274,7 @@ class _Errand:
             self._manifest,
             self._broker,
             self._topology,
+            exchange=self._order.exchange,
             reply_to=self._head["reply_to"],
             max_queue=self._order.max_queue,
         )
@@ -290,7 +296,7 @@ class _Errand:
                 "reply_to": self._head["reply_to"],
             }
         )
-        self._screen.say(f"{sent:,} jobs submitted as {self.name}")
+        self._screen.say(f"{counted(sent, 'job')} submitted as {self.name}")
         if self._head["is_private"]:
             given = self.name if self._order.manifest is None else self._order.manifest
             self._screen.say(f"their results: vqa-worker results {given}")

@@ -15,6 +15,7 @@ from worker.cli.shell import (
     Screen,
     UsageError,
     broker_of,
+    counted,
     read,
 )
 from worker.cli.submit import ErrorsPath, OutputForm, OutputPath
@@ -105,7 +106,7 @@ def _list(screen: Screen) -> int:
             }
         )
         screen.say(
-            f"{name}: {counts.confirmed:,} of {counts.total:,} jobs submitted,"
+            f"{name}: {counts.confirmed:,} of {counted(counts.total, 'job')} submitted,"
             f" {counts.succeeded:,} answered, {counts.failed:,} failed, {counts.missing:,} missing"
         )
     if not names:
@@ -119,7 +120,9 @@ def _check(manifest: "Manifest", screen: Screen) -> None:
         text = f"its results go to {head['reply_to']}, which others read: there is nothing to gather here"
         raise CommandError(text)
     if left := counts.total - counts.confirmed:
-        screen.note(f"{left:,} of {counts.total:,} jobs are not submitted yet: submit them again to go on")
+        screen.note(
+            f"not submitted yet: {left:,} of {counted(counts.total, 'job')}; submit them again to go on"
+        )
 
 
 async def _forget(manifest: "Manifest", broker: "Broker", screen: Screen, patience_s: float) -> int:

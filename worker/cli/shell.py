@@ -151,6 +151,11 @@ class Screen:
         return typer.confirm(question, default=False, err=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 job`, `1,000 jobs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def read(load: Callable[[], Kind], screen: Screen) -> Kind:
     """The settings that `load` reads; says what looks like a setting and is none.
 
@@ -248,6 +253,7 @@ def _told(error: BaseException) -> tuple[Sequence[str], int]:
     from worker.errors import DependencyDownError
     from worker.logs import describe_bug
     from worker.rabbit.connection import BrokerRefusedError, BrokerUnreachableError
+    from worker.rabbit.publisher import RefusedError
     from worker.rabbit.topology import TopologyError
     from worker.s3.aws import S3ConfigurationError
     from worker.settings import SettingsError
@@ -255,7 +261,7 @@ def _told(error: BaseException) -> tuple[Sequence[str], int]:
     match error:
         case SettingsError() | TopologyError():
             return error.faults, EXIT_CONFIG
-        case BrokerRefusedError() | S3ConfigurationError():
+        case BrokerRefusedError() | RefusedError() | S3ConfigurationError():
             return [str(error)], EXIT_CONFIG
         case BrokerUnreachableError():
             return [str(error)], EXIT_FAILURE

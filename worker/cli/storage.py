@@ -45,7 +45,7 @@ class Uploads:
 
     def progress(self) -> tuple[int, int, str]:
         """How many files are there, of how many, and how many had to be put there."""
-        return self._done, len(self._todo), f"{self._put:,} were not there"
+        return self._done, len(self._todo), f"{self._put:,} new"
 
     async def run(self) -> None:
         """Put all that is not known to be there.
@@ -64,7 +64,8 @@ class Uploads:
             bucket, _, key = url.removeprefix("s3://").partition("/")
             content = await asyncio.to_thread(_read, path, key)
             kind = media_type(content) or "application/octet-stream"
-            self._put += await put_once(self._s3, S3Object(bucket, key), content, kind)
+            is_new = await put_once(self._s3, S3Object(bucket, key), content, kind)
+            self._put += is_new
             self._manifest.is_uploaded(url)
             self._done += 1
 

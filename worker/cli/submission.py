@@ -30,13 +30,21 @@ class Submission:
     """Sends the jobs of a manifest to the queue."""
 
     def __init__(
-        self, manifest: Manifest, broker: Broker, topology: Topology, *, reply_to: str, max_queue: int
+        self,
+        manifest: Manifest,
+        broker: Broker,
+        topology: Topology,
+        *,
+        exchange: str,
+        reply_to: str,
+        max_queue: int,
     ) -> None:
         """`max_queue`: how many jobs may wait in the queue before this waits too; 0: any number."""
         self._manifest = manifest
         self._queue = topology.jobs
-        self._publisher = Publisher(broker, topology)
+        self._publisher = Publisher(broker, topology, bears_refusals=False)
         self._gauge = Gauge(broker, topology.jobs)
+        self._exchange = exchange
         self._reply_to = reply_to
         self._max_queue = max_queue
         self._waits_in_queue = 0
@@ -53,9 +61,7 @@ class Submission:
         if not self._publisher.is_connected:
             return "waiting for the broker"
         if self._waits_in_queue:
-            return (
-                f"waiting: {self._waits_in_queue:,} jobs are in the queue (--max-queue {self._max_queue:,})"
-            )
+            return f"waiting: the queue holds {self._waits_in_queue:,} (--max-queue {self._max_queue:,})"
         if time.monotonic() - self._confirmed_at > SILENCE_S:
             return "waiting: the broker takes no jobs (the queue is full, or it has an alarm)"
         return ""
@@ -65,7 +71,7 @@ class Submission:
 
         Raises:
             CommandError: the queue is missing, or takes no job of this size.
-            BrokerRefusedError, TopologyError: the broker refuses the credentials, or to be asked.
+            BrokerRefusedError, RefusedError, TopologyError: it refuses the user, or what the user does.
         """
         async with asyncio.TaskGroup() as group, aclosing(self._chunks()) as chunks:
             publishing = group.create_task(self._publisher.run(), name="publisher")
@@ -113,8 +119,13 @@ class Submission:
 
     async def _send_one(self, job: ToSend, confirmed: list[ToSend]) -> None:
         try:
-            await self._publisher.publish(job_message(job.id, job.body, self._queue, self._reply_to))
+            await self._publisher.publish(
+                job_message(job.id, job.body, self._queue, reply_to=self._reply_to, exchange=self._exchange)
+            )
         except UnroutableError:
+            if self._exchange:
+                text = f"no queue is bound to the exchange {self._exchange} for {self._queue}"
+                raise CommandError(text) from None
             raise missing(self._queue) from None
         except TooLargeError as error:
             raise CommandError(f"{job.id}: {error}") from None

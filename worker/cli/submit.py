@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from worker.settings import CommandSettings, Price
 
 STDIN: Final = "-"
+MAX_QUEUE: Final = 100_000
 UPLOAD_PREFIX: Final = "vqa-uploads/"
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -176,11 +177,22 @@ async def submit(
         ),
     ] = None,
     max_queue: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=0, help="Wait while more jobs than this are in the queue; 0: never.", rich_help_panel=_SENDING
+            min=0,
+            help="Wait while more jobs than this are in the queue; 0: never. "
+            f"[default: {MAX_QUEUE}, and 0 with --exchange]",
+            rich_help_panel=_SENDING,
         ),
-    ] = 100_000,
+    ] = None,
+    exchange: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Publish by this exchange (vqa.jobs.intake), if the default one is closed to the user.",
+            rich_help_panel=_SENDING,
+        ),
+    ] = "",
     reply_to: Annotated[
         str | None,
         typer.Option(
@@ -271,9 +283,10 @@ async def submit(
             price=_price(price) if price else None,
             name=name,
             manifest=manifest,
+            exchange=exchange,
             reply_to=reply_to,
             keep_days=keep_days,
-            max_queue=max_queue,
+            max_queue=(0 if exchange else MAX_QUEUE) if max_queue is None else max_queue,
             keeps_invalid=skip_invalid,
             asks=not yes,
             waits=wait,

@@ -18,6 +18,7 @@ from worker.redact import display_url
 from worker.s3.aws import S3Object
 from worker.s3.client import S3, Reading
 from worker.settings.model import IMAGE_ON_ITS_WAY_BYTES
+from worker.tracing import spans
 
 # An image up to this size is read before the call is made and goes out in one write; larger ones are read
 # while they are sent.
@@ -30,6 +31,11 @@ class Located:
 
     name: str
     source: Source
+
+    @property
+    def where(self) -> str:
+        """Its place in the job, which tells nothing of what the job asks for."""
+        return self.name.partition(" ")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,16 +181,20 @@ class Images:
             match image.source:
                 case Link(url):
                     return UrlText(json_text(url))
-                case S3Object() as source if self._links is not None:
-                    return UrlText(json_text(await self._link(source, self._links)))
                 case S3Object() as source:
-                    reading = await self._reads.open(source)
-                    opened.readings.append(reading)
-                    return await self._read(reading, image.name, opened)
+                    with spans().fetch(image.where):
+                        return await self._open_object(source, image.name, opened)
                 case Embedded(text):
                     return self._decode(text, opened)
                 case _ as never:
                     assert_never(never)
+
+    async def _open_object(self, source: S3Object, name: str, opened: OpenImages) -> UrlText | UrlStream:
+        if self._links is not None:
+            return UrlText(json_text(await self._link(source, self._links)))
+        reading = await self._reads.open(source)
+        opened.readings.append(reading)
+        return await self._read(reading, name, opened)
 
     async def _link(self, source: S3Object, policy: LinkPolicy) -> str:
         if policy.look:

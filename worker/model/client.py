@@ -14,7 +14,7 @@ import aiohttp
 import httpx2
 import openai
 
-from worker import __version__, metrics
+from worker import __version__
 from worker.errors import (
     Dependency,
     DependencyDownError,
@@ -25,6 +25,7 @@ from worker.errors import (
 )
 from worker.http_client import open_session
 from worker.model.answer import Answer, MalformedAnswerError, Price, listed_models, parse_answer
+from worker.model.call import Call, observed
 from worker.model.request import RequestBody
 from worker.model.transport import AiohttpClient, parsed
 from worker.redact import Redactor
@@ -105,7 +106,7 @@ class Model:
             DependencyDownError: the API, or an image's source, is out of reach or refuses everybody.
         """
         started = time.monotonic()
-        with metrics.model_call(model, self._provider, lambda: body.is_sent) as call:
+        with observed(model, self._provider, lambda: body.is_sent) as call:
             try:
                 async with asyncio.timeout(min(self._timeout_s, time_left_s)):
                     response = await self._client.post(
@@ -121,7 +122,7 @@ class Model:
                     # The API never had the whole request: there is nothing to count, and nothing was paid.
                     raise failure from None
                 raise self._translate(error, call, time.monotonic() - started, is_sent=body.is_sent) from None
-            call.answered(answer.usage)
+            call.answered(answer)
             return answer
 
     async def names(self) -> frozenset[str] | None:
@@ -147,9 +148,7 @@ class Model:
         """Close the connections."""
         await self._client.close()
 
-    def _translate(
-        self, error: Exception, call: metrics.ModelCall, took_s: float, *, is_sent: bool
-    ) -> Exception:
+    def _translate(self, error: Exception, call: Call, took_s: float, *, is_sent: bool) -> Exception:
         match error:
             case openai.APIStatusError():
                 call.failed(str(error.status_code))

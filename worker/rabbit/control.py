@@ -35,10 +35,11 @@ class Control:
         # A channel of its own: a refusal closes it.
         channel = await connection.channel(publisher_confirms=False)
         try:
-            exchange = await self._topology.control.declare(channel, passive=not self._topology.declare)
+            if self._topology.declare:
+                await self._topology.control.declare(channel, passive=False)
             # The server names it: amq.gen-…; it goes with the connection.
             queue = await channel.declare_queue(exclusive=True)
-            await queue.bind(exchange)
+            await queue.bind(self._topology.control.name)
             await queue.consume(self._receive, no_ack=True)
         except ChannelClosed as error:
             log.warning(

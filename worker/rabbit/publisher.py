@@ -6,7 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from weakref import WeakValueDictionary
 
@@ -23,8 +23,10 @@ from pamqp.common import FieldValue
 
 from worker.errors import Dependency
 from worker.metrics import DEPENDENCY_UP
+from worker.rabbit import wire
 from worker.rabbit.connection import DIAL_TIMEOUT_S, Broker, Complaints, explain, heed_cancellation, losses
 from worker.rabbit.topology import Topology, TopologyError, establish
+from worker.tracing import spans
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +45,10 @@ class UnroutableError(Exception):
 
 class GivenUpError(UnroutableError):
     """The message's `tries` are used up; what went wrong was logged."""
+
+
+class RefusedError(Exception):
+    """The broker lets nobody publish there, or not this user; the message says why."""
 
 
 class TooLargeError(Exception):
@@ -80,8 +86,10 @@ class Outgoing:
 class Publisher:
     """One connection for publishing, kept up by `run`; `publish` waits for it as long as it takes."""
 
-    def __init__(self, broker: Broker, topology: Topology) -> None:
+    def __init__(self, broker: Broker, topology: Topology, *, bears_refusals: bool = True) -> None:
+        """`bears_refusals`: what this user may not do is tried until it may, as all other trouble is."""
         self._broker = broker
+        self._bears_refusals = bears_refusals
         self._topology = topology
         DEPENDENCY_UP.labels(Dependency.RABBITMQ).set(0)
         self._connection: AbstractConnection | None = None
@@ -127,7 +135,14 @@ class Publisher:
             UnroutableError: `message` is mandatory and no queue takes it.
             GivenUpError: its `tries` are used up.
             TooLargeError: the broker takes no message of this size.
+            RefusedError: this user may not publish there, and that is not to be borne.
         """
+        with spans().publish(message.exchange, message.routing_key, message.message_id) as span:
+            if span.headers:
+                message = replace(message, headers=wire.with_trace(message.headers, span.headers))
+            await self._until_confirmed(message)
+
+    async def _until_confirmed(self, message: Outgoing) -> None:
         delay_s, tried = FIRST_DELAY_S, 0
         async with self._turns.setdefault(message.message_id, asyncio.Lock()):
             while True:
@@ -138,6 +153,8 @@ class Publisher:
                     raise UnroutableError(message.routing_key) from None
                 except (DeliveryError, *CONNECTION_EXCEPTIONS) as error:
                     raise_if_too_large(error, message)
+                    if not self._bears_refusals:
+                        raise_if_refused(error)
                     self._complain(error, message)
                 else:
                     return self._praise(message)
@@ -292,6 +309,19 @@ def raise_if_too_large(error: BaseException, message: Outgoing) -> None:
     found = _TOO_LARGE.search(str(error)) if isinstance(error, ChannelClosed) else None
     if found and len(message.body) == int(found[1]):
         raise TooLargeError(int(found[2]))
+
+
+def raise_if_refused(error: BaseException, user: str = "the user of VQA_RABBITMQ_URL") -> None:
+    """Tell what the broker will not take from this user, or to this exchange, from what passes.
+
+    Raises:
+        RefusedError: the broker closed the channel over that.
+    """
+    words = str(error.args[-1]) if isinstance(error, ChannelClosed) and error.args else ""
+    if words.startswith("ACCESS_REFUSED"):
+        raise RefusedError(f"{user} may not publish jobs: {words}")
+    if words.startswith("NOT_FOUND"):
+        raise RefusedError(f"jobs cannot be published: {words}")
 
 
 def _reason(error: BaseException) -> str:

@@ -36,11 +36,14 @@ class QueueMissingError(Exception):
         self.queue = queue
 
 
-def job_message(job_id: str, body: bytes, queue: str, reply_to: str | None) -> Outgoing:
+def job_message(
+    job_id: str, body: bytes, queue: str, *, reply_to: str | None = None, exchange: str = ""
+) -> Outgoing:
     """A job as a message. Sent again after a doubt it has the same ids, so that the copies can be told."""
     now = datetime.now(UTC)
     message = Outgoing(
         body=body,
+        exchange=exchange,
         routing_key=queue,
         content_type=CONTENT_TYPE,
         reply_to=reply_to,
@@ -142,13 +145,16 @@ class ReplyQueue:
                     await queue.bind(self.exchange, routing_key=self.name)
 
 
-async def prepare(connection: AbstractConnection, *, jobs_queue: str, replies: ReplyQueue | None) -> None:
-    """See that there is a queue for jobs, and make the one for their results, before any job is sent.
+async def prepare(
+    connection: AbstractConnection, *, jobs_queue: str | None, replies: ReplyQueue | None
+) -> None:
+    """See that there is the queue for jobs, and make the one for their results, before any job is sent.
 
     Raises:
         QueueMissingError, TopologyError: as `depth`.
     """
-    await depth(connection, jobs_queue)
+    if jobs_queue is not None:
+        await depth(connection, jobs_queue)
     if replies is not None:
         await replies.make(connection)
 

@@ -13,7 +13,7 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMe
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed, PublishError
 
 from worker.rabbit.connection import Broker, BrokerRefusedError, explain, heed_cancellation, losses
-from worker.rabbit.publisher import Outgoing, UnroutableError, raise_if_too_large, to_amqp
+from worker.rabbit.publisher import Outgoing, UnroutableError, raise_if_refused, raise_if_too_large, to_amqp
 from worker.rabbit.replies import PRIVATE_PREFIX, ReplyQueue
 from worker.rabbit.topology import TopologyError
 
@@ -96,6 +96,7 @@ class Requests:
         Raises:
             UnroutableError: there is no such queue.
             TooLargeError: the broker takes no message of this size.
+            RefusedError: this user may not publish there, or there is no such exchange.
         """
         delay_s = FIRST_DELAY_S
         while True:
@@ -106,6 +107,7 @@ class Requests:
                 raise UnroutableError(self._jobs_queue) from None
             except CONNECTION_EXCEPTIONS as error:
                 raise_if_too_large(error, message)
+                raise_if_refused(error, "the client's user")
                 log.debug("a job was not confirmed, and is sent again: %s", explain(error))
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
@@ -196,7 +198,12 @@ class Requests:
         amqp.reply_to = self.reply_to
         try:
             with losses():
-                await channel.default_exchange.publish(amqp, self._jobs_queue, mandatory=True)
+                exchange = (
+                    await channel.get_exchange(message.exchange, ensure=False)
+                    if message.exchange
+                    else channel.default_exchange
+                )
+                await exchange.publish(amqp, message.routing_key, mandatory=True)
         except ChannelClosed as error:
             raise_if_too_large(error, message)
             raise

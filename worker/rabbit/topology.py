@@ -4,12 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
+import structlog
 from aio_pika import ExchangeType
-from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
+from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelClosed
 from pamqp.common import FieldValue
 
 from worker.settings import BROKER_DELIVERY_LIMIT, BrokerSettings, retry_queue
+
+log = structlog.get_logger(__name__)
 
 
 class TopologyError(Exception):
@@ -58,9 +61,9 @@ class ExchangeSpec:
     def __str__(self) -> str:
         return f"exchange {self.name} ({self.setting})" if self.setting else f"exchange {self.name}"
 
-    async def declare(self, channel: AbstractChannel, *, passive: bool) -> AbstractExchange:
+    async def declare(self, channel: AbstractChannel, *, passive: bool) -> None:
         """Make it, or see that it is as it would be made; `passive`: only look that it is there."""
-        return await channel.declare_exchange(self.name, self.type, durable=True, passive=passive)
+        await channel.declare_exchange(self.name, self.type, durable=True, passive=passive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +166,26 @@ def _to(queue: str) -> dict[str, FieldValue]:
 async def establish(connection: AbstractConnection, topology: Topology) -> None:
     """Declare what a worker cannot do without, or only look that it is there (`VQA_DECLARE_TOPOLOGY=false`).
 
-    Somebody else's exchange is only looked for.
+    Somebody else's exchange is only looked for. RabbitMQ 4.3 shows nothing to users without a right to it
+    (4.3.0 and 4.2.6: to those who may not configure it), which a worker need not have: that is no fault.
 
     Raises:
         TopologyError: with every fault found, a line each.
     """
     looks = not topology.declare
     hint = "" if looks else "; or create it and set VQA_DECLARE_TOPOLOGY=false"
+    faults, unseen = [], []
     parts: list[Part] = [*topology.queues(), *topology.exchanges()]
-    _raise_if_any(
-        [await _fault(connection, part, passive=looks or part.may_differ, hint=hint) for part in parts]
-    )
+    for part in parts:
+        only_looks = looks or part.may_differ
+        refusal = await _refusal(connection, part, passive=only_looks)
+        if refusal and only_looks and _reason(refusal).startswith("ACCESS_REFUSED"):
+            unseen.append(str(part))
+        elif refusal:
+            faults.append(_explain(refusal, part, hint))
+    if unseen:
+        log.info("topology_not_shown", parts=unseen, reason="RabbitMQ does not let this user look for them")
+    _raise_if_any(faults)
     if topology.declare:
         _raise_if_any([await _fault(connection, binding, hint=hint) for binding in topology.bindings()])
 
@@ -200,25 +212,27 @@ async def create(connection: AbstractConnection, topology: Topology) -> list[tup
 
 
 async def _is_there(connection: AbstractConnection, part: Part) -> bool:
-    channel = await connection.channel()
-    try:
-        await part.declare(channel, passive=True)
-    except ChannelClosed as error:
-        # Whatever else it says, the declaration will meet and tell.
-        return not _reason(error).startswith("NOT_FOUND")
-    await channel.close()
-    return True
+    refusal = await _refusal(connection, part, passive=True)
+    # Whatever else it says, the declaration will meet and tell.
+    return refusal is None or not _reason(refusal).startswith("NOT_FOUND")
 
 
 async def _fault(
     connection: AbstractConnection, part: Part | BindingSpec, *, passive: bool = False, hint: str = ""
 ) -> str | None:
+    refusal = await _refusal(connection, part, passive=passive)
+    return _explain(refusal, part, hint) if refusal else None
+
+
+async def _refusal(
+    connection: AbstractConnection, part: Part | BindingSpec, *, passive: bool
+) -> ChannelClosed | None:
     # A refused declaration closes its channel, so that each gets one of its own.
     channel = await connection.channel()
     try:
         await part.declare(channel, passive=passive)
     except ChannelClosed as error:
-        return _explain(error, part, hint)
+        return error
     await channel.close()
     return None
 

@@ -99,6 +99,12 @@ def trace_headers(headers: Mapping[str, Any]) -> dict[str, str]:
     return trace
 
 
+def with_trace(headers: Mapping[str, FieldValue], trace: Mapping[str, str]) -> dict[str, FieldValue]:
+    """A message's headers, going on with another step of the trace than they did."""
+    kept = {name: value for name, value in headers.items() if name not in {TRACEPARENT, TRACESTATE}}
+    return {**kept, **trace}
+
+
 def queued_s(enqueued_ms: int | None, timestamp: datetime | None, now: datetime) -> float | None:
     """Seconds in the queue: by the interceptor's milliseconds, else by the timestamp's whole seconds."""
     if enqueued_ms is not None:

@@ -1,7 +1,8 @@
 """The settings: one frozen object, checked as a whole before any connection is made.
 
 `model` says what there is, `broker` and `commands` are parts of it for commands that need no more; `values`,
-`urls` and `tls` check it, `sources` reads it, `faults` says what is wrong with it.
+`urls` and `tls` check it, `sources` reads it, `faults` says what is wrong with it; `traces` reads
+OpenTelemetry's variables.
 """
 
 import ssl
@@ -12,6 +13,7 @@ from worker.settings.faults import SettingsError, variable
 from worker.settings.model import BROKER_DELIVERY_LIMIT, Price, Settings
 from worker.settings.sources import load_broker_settings, load_command_settings, load_settings
 from worker.settings.tls import tls_context
+from worker.settings.traces import trace_secrets, wants_traces
 from worker.settings.values import retry_queue
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "load_command_settings",
     "load_settings",
     "retry_queue",
+    "trace_secrets",
     "variable",
+    "wants_traces",
 ]
 
 

@@ -22,6 +22,7 @@ from worker.settings.faults import shown, variable
 from worker.settings.urls import ApiKey, HttpUrl, StoreUrl, shows_key
 from worker.settings.values import (
     DERIVED,
+    METADATA,
     AnyCase,
     Buckets,
     CommaList,
@@ -29,6 +30,7 @@ from worker.settings.values import (
     Headers,
     Hosts,
     JsonObject,
+    MetadataField,
     Printable,
     Seconds,
     default,
@@ -176,6 +178,13 @@ class Settings(BrokerSettings):
     """Whether every result carries the API's whole response body. Otherwise only those do whose answer is
     more than plain text."""
 
+    tenant_from: MetadataField | None = None
+    """Where a job names the tenant that it is for: `metadata.` and the name of a field of its metadata, e.g.
+    `metadata.team`. Jobs, tokens and costs are then counted by tenant as well (`vqa_tenant_…`)."""
+    tenants: CommaList = ()
+    """Comma list of the tenants that are told apart; the jobs of all others count as `other`. Each is a
+    handful of time series for each model."""
+
     http_host: Printable = "0.0.0.0"  # noqa: S104  # probes and scrapes come from outside the container
     """The address that `/livez`, `/readyz` and `/metrics` are served on."""
     http_port: Annotated[int, Field(ge=0, le=65_535)] = 8080
@@ -198,6 +207,11 @@ class Settings(BrokerSettings):
         """The library's own sources in its own order, and before them the lists that say none."""
         usual = super().settings_customise_sources(settings_cls, *args, **sources)
         return (usual[0], _SaysNone(settings_cls), *usual[1:])
+
+    @property
+    def tenant_key(self) -> str | None:
+        """The field of a job's metadata that names its tenant."""
+        return self.tenant_from and self.tenant_from.removeprefix(METADATA)
 
     def secret_values(self) -> tuple[str, ...]:
         """Every value that must never be shown: those of the broker, the API's key, and extra headers."""
@@ -227,5 +241,9 @@ class Settings(BrokerSettings):
                 f"VQA_IMAGE_BUFFER_BYTES: a job of VQA_MAX_IMAGES_PER_JOB ({self.max_images_per_job}) images"
                 f" takes up to {needed} bytes, whatever this says"
             )
+        if self.tenants and self.tenant_from is None:
+            yield "VQA_TENANTS: means nothing without VQA_TENANT_FROM, which says where jobs name them"
+        if self.tenant_from is not None and not self.tenants:
+            yield "VQA_TENANT_FROM: without VQA_TENANTS the jobs of all tenants count as `other`"
         if shows_key(self.model_base_url):
             yield "VQA_MODEL_BASE_URL: the API key goes over the network in clear; use https://"

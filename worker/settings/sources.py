@@ -15,6 +15,7 @@ from worker.settings.broker import BrokerSettings
 from worker.settings.commands import CommandSettings
 from worker.settings.faults import PREFIX, SettingsError, fault_lines, variable
 from worker.settings.model import Settings
+from worker.settings.traces import trace_faults
 
 Kind = TypeVar("Kind", bound=BrokerSettings)
 
@@ -65,12 +66,14 @@ def _load(kind: type[Kind], env_file: Path | None) -> Kind:
             settings = kind(_env_file=env_file, _secrets_dir=folder)
     except ValidationError as error:
         # The original is not chained: a traceback would show the values that it holds.
-        raise SettingsError(list(fault_lines(error))) from None
+        raise SettingsError([*fault_lines(error), *trace_faults(os.environ)]) from None
     except (OSError, ValueError) as error:
         raise SettingsError([f"VQA_SECRETS_DIR: {folder!r} cannot be read: {_reason(error)}"]) from None
     if doubts:
         # What the library only warns of, such as a folder where it looks for a file.
         raise SettingsError([f"{variable('secrets_dir')}: {doubt.message}" for doubt in doubts])
+    if faults := list(trace_faults(os.environ)):
+        raise SettingsError(faults)
     settings.strays.extend([*_strays("the environment", os.environ), *_strays(str(env_file), written)])
     return settings
 

@@ -20,6 +20,9 @@ CLIENT_HEADERS: Final = frozenset(
     {"connection", "content-length", "content-type", "host", "transfer-encoding"}
 )
 
+# What a setting begins with that names a field of the jobs' metadata.
+METADATA: Final = "metadata."
+
 # Stands for a default that is worked out from other settings; no field keeps it.
 DERIVED: Final[Any] = None
 
@@ -58,6 +61,14 @@ def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("must be printable text")
     return text
+
+
+def _metadata_field(text: str) -> str:
+    if not text.startswith(METADATA) or text == METADATA:
+        raise ValueError(
+            "must be `metadata.` and the name of a field of the jobs' metadata, e.g. metadata.team"
+        )
+    return _printable(text)
 
 
 def _name(text: str) -> str:
@@ -134,6 +145,7 @@ AnyCase: Final = BeforeValidator(_lower)
 CommaList: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_items)]
 JsonObject: Final = BeforeValidator(_json_object)
 Printable: TypeAlias = Annotated[str, AfterValidator(_printable)]
+MetadataField: TypeAlias = Annotated[str, AfterValidator(_metadata_field)]
 ExchangeName: TypeAlias = Annotated[str, AfterValidator(_name)]
 QueueName: TypeAlias = Annotated[str, AfterValidator(_name), AfterValidator(_queue_of_its_own)]
 RetryDelays: TypeAlias = Annotated[

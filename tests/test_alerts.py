@@ -1,0 +1,92 @@
+"""The alerts: that they are well-formed, that each fires and does not fire, and that each has its runbook."""
+
+import re
+import subprocess
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import debian
+from tests.running import ROOT
+from tests.seeing import rules
+from tests.seeing.prometheus import PACKAGES, RULES
+
+RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
+ALERTS = rules.alerts()
+NAMES = {alert["alert"] for alert in ALERTS}
+TESTS = yaml.safe_load(rules.TESTS.read_text())
+
+
+def _promtool(*arguments: str) -> None:
+    debian.install(PACKAGES)
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)  # noqa: S603, S607 - on PATH
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_promtool_finds_the_rules_in_order() -> None:
+    _promtool("check", "rules", str(RULES))
+
+
+def test_each_alert_fires_when_it_should_and_only_then() -> None:
+    _promtool("test", "rules", str(rules.TESTS))
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: f"{alert['alert']} {alert['labels']['severity']}")
+def test_an_alert_is_tried_both_ways(alert: dict[str, Any]) -> None:
+    tries = [
+        each["exp_alerts"]
+        for case in TESTS["tests"]
+        for each in case["alert_rule_test"]
+        if each["alertname"] == alert["alert"]
+    ]
+    severity = alert["labels"]["severity"]
+    fired = [[one for one in them if one["exp_labels"]["severity"] == severity] for them in tries]
+    assert any(fired)
+    assert not all(fired)
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: f"{alert['alert']} {alert['labels']['severity']}")
+def test_an_alert_says_how_bad_it_is_what_it_is_about_and_what_to_do(alert: dict[str, Any]) -> None:
+    assert alert["labels"] in ({"severity": "critical"}, {"severity": "warning"})
+    annotations = alert["annotations"]
+    assert set(annotations) == {"summary", "description", "runbook_url"}
+    # Raw numbers have a dozen digits, and more or fewer of them by Prometheus's version.
+    assert re.findall(r"\$value (?!\| (?:humanize|printf))", annotations["summary"]) == []
+    assert annotations["runbook_url"] == f"docs/runbook.md#{alert['alert'].lower()}"
+
+
+def test_every_alert_has_a_section_in_the_runbook_and_every_section_an_alert() -> None:
+    sections = re.findall(r"^## (VqaWorker\w+)$", RUNBOOK, re.MULTILINE)
+    assert len(set(sections)) == len(sections)
+    assert set(sections) == NAMES
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_section_says_what_it_means_how_to_look_and_what_to_do(name: str) -> None:
+    section = RUNBOOK.split(f"\n## {name}\n", 1)[1].split("\n## ", 1)[0]
+    parts = re.findall(r"^\*\*(.*?)\.\*\*", section, re.MULTILINE)
+    assert parts == ["What it means", "How to look", "What to do"]
+    assert "```sh\n" in section or "```promql\n" in section
+
+
+def test_the_runbook_s_links_lead_somewhere() -> None:
+    for file, anchor in re.findall(r"\]\(([^)#]*)#([\w-]+)\)", re.sub(r"\s+", " ", RUNBOOK)):
+        page = (ROOT / "docs" / file).read_text() if file else RUNBOOK
+        headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", it).lower().replace(" ", "-") for it in headings}
+    for file in re.findall(r"\]\(([^)#]+)\)", RUNBOOK):
+        assert (ROOT / "docs" / file).exists(), file
+
+
+def test_what_users_have_to_change_stands_in_one_place() -> None:
+    text = RULES.read_text()
+    first = yaml.safe_load(text)["groups"][0]
+    rest = yaml.safe_dump(yaml.safe_load(text)["groups"][1:])
+    assert [rule["record"] for rule in first["rules"]] == [
+        "vqa:jobs_queue:ready",
+        "vqa:jobs_queue:consumers",
+        "vqa:cost_usd_per_hour:bound",
+    ]
+    assert "vqa.jobs" not in rest
+    assert 'queue="' not in rest

@@ -1,0 +1,118 @@
+"""What docs/chart.py makes of the chart's values: a table, descriptions, copies."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from docs import chart
+from tests.running import ROOT
+
+VALUES = (ROOT / chart.VALUES).read_text()
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The files that it reads and writes, in a folder of their own."""
+    for folder in (chart.CHART, Path("deploy/prometheus"), Path("deploy/grafana")):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    return tmp_path
+
+
+def test_what_is_made_is_up_to_date() -> None:
+    assert chart.outdated(ROOT) == []
+
+
+def test_it_writes_what_it_then_finds_in_order(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = copy / chart.VALUES
+    values.write_text(VALUES.replace("# -- Labels for every object.", "# -- Said in other words."))
+    for rules in (copy / "deploy/prometheus").glob("*.rules.yaml"):
+        rules.write_text("groups: []\n")
+    (copy / chart.CHART / "files/vqa-worker.json").unlink()
+    assert chart.main(["--check"], copy) == 1
+    shown = capsys.readouterr().err
+    assert all(f"{path} is out of date" in shown for path in chart.FILES)
+    assert chart.main([], copy) == 0
+    assert chart.main(["--check"], copy) == 0
+    assert (
+        "| `commonLabels` | `{}` | Said in other words. |" in (copy / chart.CHART / "README.md").read_text()
+    )
+    schema = json.loads((copy / chart.CHART / "values.schema.json").read_text())
+    assert schema["properties"]["commonLabels"]["description"] == "Said in other words."
+
+
+def test_a_readme_without_a_place_for_the_table_is_a_mistake(copy: Path) -> None:
+    (copy / chart.CHART / "README.md").write_text("# Nothing\n")
+    with pytest.raises(ValueError, match="must have the lines"):
+        chart.main([], copy)
+
+
+def _leaves(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from _leaves(value, (*path, key))
+    else:
+        yield path
+
+
+def test_every_value_has_a_comment_itself_or_one_level_up() -> None:
+    described = {value.path for value in chart.documented_values(VALUES)}
+    for leaf in _leaves(yaml.safe_load(VALUES)):
+        assert any(leaf[:length] in described for length in range(1, len(leaf) + 1)), leaf
+
+
+def test_every_row_of_the_table_has_three_cells() -> None:
+    values = chart.documented_values(VALUES)
+    rows = chart.table(values).splitlines()[2:]
+    assert len(rows) == len(values) > 100
+    assert all(row.replace("&#124;", "").count("|") == 4 for row in rows)
+
+
+def test_comments_of_several_lines_become_one() -> None:
+    (value,) = chart.documented_values("# About all.\nouter:\n  # -- One\n  # and two.\n  inner: [1, 2]\n")
+    assert value == chart.Value(("outer", "inner"), [1, 2], "One and two.")
+
+
+def test_the_schema_has_a_property_for_every_value_and_the_other_way_round() -> None:
+    schema = json.loads((ROOT / chart.CHART / "values.schema.json").read_text())
+    described = {value.path for value in chart.documented_values(VALUES)}
+    # What is a part of a described value is not listed apart.
+    of_schema = {path for path in _properties(schema, schema) if not described & set(_above(path)[:-1])}
+    assert of_schema - {("global",)} == {above for path in described for above in _above(path)}
+
+
+def _above(path: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [path[:length] for length in range(1, len(path) + 1)]
+
+
+def _properties(
+    whole: dict[str, Any], part: dict[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    if "$ref" in part:
+        part = whole["definitions"][part["$ref"].rsplit("/", 1)[1]]
+    for name, inner in part.get("properties", {}).items():
+        yield (*path, name)
+        yield from _properties(whole, inner, (*path, name))
+
+
+def test_the_schema_takes_no_key_that_it_does_not_name() -> None:
+    """Except where Kubernetes itself checks what is handed on to it."""
+    schema = json.loads((ROOT / chart.CHART / "values.schema.json").read_text())
+    for part in _objects(schema):
+        if "properties" in part and part.get("required") != ["name"]:
+            assert part.get("additionalProperties") is False, part
+
+
+def _objects(part: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(part, dict):
+        if part.get("type") in ("object", ["object", "null"]):
+            yield part
+        for inner in part.values():
+            yield from _objects(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            yield from _objects(inner)

@@ -1,0 +1,72 @@
+"""The table of events in docs/logging.md is what the code logs."""
+
+import ast
+import re
+from collections.abc import Iterator
+from typing import get_args
+
+from tests.running import ROOT
+from worker.report import Stage
+
+LEVELS = ("debug", "info", "warning", "error", "critical")
+PAGE = (ROOT / "docs/logging.md").read_text()
+
+
+def _levels(call: ast.Call, tree: ast.Module) -> set[str]:
+    """The levels that a call logs at; none if it is no logging."""
+    match call.func:
+        case ast.Attribute(value=ast.Name(id="log" | "asked") | ast.Call(), attr="log"):
+            return {"of what repeats"}
+        case ast.Attribute(value=ast.Name(id="log" | "asked") | ast.Call(), attr=level) if level in LEVELS:
+            return {level}
+        case ast.Name(id="tell"):
+            # A variable for one of two methods.
+            return {
+                node.attr
+                for assigned in ast.walk(tree)
+                if isinstance(assigned, ast.Assign) and isinstance(assigned.value, ast.IfExp)
+                for node in ast.walk(assigned.value)
+                if isinstance(node, ast.Attribute) and node.attr in LEVELS
+            }
+    return set()
+
+
+def _logged() -> Iterator[tuple[str, set[str]]]:
+    for path in sorted((ROOT / "worker").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and (levels := _levels(node, tree)):
+                texts = [
+                    it.value for it in node.args if isinstance(it, ast.Constant) and isinstance(it.value, str)
+                ]
+                assert len(texts) == 1, f"{path}:{node.lineno}: an event is a word in the code"
+                yield texts[0], levels
+
+
+def _table(heading: str) -> list[list[str]]:
+    section = PAGE.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_the_table_has_each_event_with_its_levels() -> None:
+    logged: dict[str, set[str]] = {}
+    for event, levels in _logged():
+        logged.setdefault(event, set()).update(levels)
+    told = {
+        event: set(levels.split(", "))
+        for events, levels, _ in _table("What the lines are")
+        for event in re.findall(r"`(\w+)`", events)
+    }
+    assert told == logged
+    assert len(logged) > 30
+
+
+def test_the_table_of_levels_has_all() -> None:
+    assert [row[0].strip("`") for row in _table("Levels")] == list(LEVELS)
+
+
+def test_the_table_of_stages_has_all_that_a_job_goes_through() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "worker").rglob("*.py"))
+    entered = set(re.findall(r'\.enters\("(\w+)"\)', source))
+    assert {row[0].strip("`") for row in _table("What is in flight")} == {"read", *get_args(Stage), *entered}

@@ -1,0 +1,184 @@
+"""What spans say, sent by the library to a receiver on this machine."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from tests.otlp import Receiver, Seen
+from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
+from worker import tracing
+from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
+from worker.inflight import InFlight
+from worker.outcome import Answered, GiveBack, Outcome
+from worker.result import Result, Usage
+from worker.settlement import ReplyPolicy, Settlement
+from worker.tracing.otlp import MAX_CHARS, Otlp, Scene
+
+TRACE = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+SCENE = Scene("jobs", frozenset({"jobs", "results"}), "amqp://broker:5672/", "https://api.example/v1")
+ANSWERED = Answered(job_id="j", model="m", result=Result(id="j", status="succeeded", answer="a"))
+
+
+class Traced:
+    """A tracer and the receiver of its spans, which have come when the tracer is closed."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self.receiver = receiver
+        self.tracer = Otlp(SCENE)
+
+    async def spans(self) -> list[Seen]:
+        await self.tracer.close()
+        return sorted(self.receiver.spans, key=lambda span: span.began)
+
+    async def only_span(self) -> Seen:
+        (span,) = await self.spans()
+        return span
+
+
+@pytest.fixture
+async def traced(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Traced]:
+    async with Receiver.serving() as receiver:
+        for name, value in receiver.environment().items():
+            monkeypatch.setenv(name, value)
+        yield Traced(receiver)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (JobError(ErrorCode.IMAGE_NOT_FOUND, "s3://secret/place is not there"), "image_not_found"),
+        (TransientError(Dependency.S3, "timeout", "s3://secret/place is slow"), "timeout"),
+        (DependencyDownError(Dependency.S3, "no secret/place is there"), "s3_down"),
+        (ValueError("a secret/place"), "ValueError"),
+        (asyncio.CancelledError("a secret/place"), "cancelled"),
+    ],
+)
+async def test_an_error_that_leaves_a_span_is_told_by_its_kind_and_not_by_its_message(
+    traced: Traced, error: BaseException, kind: str
+) -> None:
+    with suppress(type(error)), traced.tracer.fetch("images[0]"):
+        raise error
+    span = await traced.only_span()
+    assert span.is_error
+    assert span.attributes == {"vqa.image": "images[0]", "error.type": kind}
+    assert b"secret" not in b"".join(traced.receiver.bodies)
+
+
+async def test_what_is_told_of_a_failure_comes_before_the_error_that_follows_from_it(traced: Traced) -> None:
+    with suppress(TransientError), traced.tracer.call("m", "deepinfra") as span:
+        span.failed("503")
+        raise TransientError(Dependency.MODEL, "5xx", "the API answered 503")
+    assert (await traced.only_span()).attributes["error.type"] == "503"
+
+
+@pytest.mark.parametrize(
+    ("response", "finish_reason", "usage", "expected"),
+    [
+        ({}, None, None, {}),
+        ({"model": 7, "id": ["x"]}, None, None, {}),
+        (
+            {"model": "m" * 1000, "id": "i" * 1000},
+            "f" * 1000,
+            None,
+            {
+                "gen_ai.response.model": "m" * MAX_CHARS,
+                "gen_ai.response.id": "i" * MAX_CHARS,
+                "gen_ai.response.finish_reasons": ["f" * MAX_CHARS],
+            },
+        ),
+        (
+            {"id": "1"},
+            "stop",
+            Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7),
+            {
+                "gen_ai.response.id": "1",
+                "gen_ai.response.finish_reasons": ["stop"],
+                "gen_ai.usage.input_tokens": 3,
+                "gen_ai.usage.output_tokens": 4,
+            },
+        ),
+    ],
+)
+async def test_what_the_api_says_of_its_answer_is_taken_as_far_as_it_makes_sense(
+    traced: Traced,
+    response: dict[str, Any],
+    finish_reason: str | None,
+    usage: Usage | None,
+    expected: Mapping[str, Any],
+) -> None:
+    with traced.tracer.call("m", "deepinfra") as span:
+        span.answered(usage, finish_reason, response)
+    seen = await traced.only_span()
+    assert seen.attributes == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "deepinfra",
+        "gen_ai.request.model": "m",
+        "server.address": "api.example",
+        "server.port": 443,
+        **expected,
+    }
+
+
+@pytest.mark.parametrize(
+    ("exchange", "routing_key", "name", "attribute"),
+    [
+        ("", "results", "publish results", "messaging.destination.name"),
+        ("replies", "results", "publish replies:results", "messaging.destination.name"),
+        ("", "vqa.results.ann", "publish {reply_to}", "messaging.destination.template"),
+        ("replies", "vqa.results.ann", "publish replies:{reply_to}", "messaging.destination.template"),
+    ],
+)
+async def test_only_the_worker_s_own_queues_are_named(
+    traced: Traced, exchange: str, routing_key: str, name: str, attribute: str
+) -> None:
+    with traced.tracer.publish(exchange, routing_key, "1") as span:
+        assert span.headers.keys() == {"traceparent"}
+    seen = await traced.only_span()
+    assert seen.name == name
+    assert seen.attributes[attribute] == name.removeprefix("publish ")
+
+
+async def test_a_job_that_goes_back_is_no_failure(traced: Traced) -> None:
+    with traced.tracer.process(a_delivery(trace=TRACE, queued_s=1.5, deliveries=2)) as span:
+        span.became(GiveBack(job_id="j", model="m", reason="the worker stops"))
+    seen = await traced.only_span()
+    assert not seen.is_error
+    assert seen.attributes["vqa.outcome"] == "giveback"
+    assert (seen.attributes["vqa.queued_s"], seen.attributes["vqa.deliveries"]) == (1.5, 2)
+
+
+async def test_a_job_that_is_delivered_again_while_it_runs_has_a_span_for_each_delivery(
+    traced: Traced, uses: Callable[[tracing.Tracer], None]
+) -> None:
+    """The call belongs to the first, which began it; the outcome is told once, as it is published once."""
+    uses(traced.tracer)
+    may_end, lives = asyncio.Event(), True
+
+    async def process(_: object) -> Outcome:
+        with tracing.spans().call("m", "deepinfra"):
+            await may_end.wait()
+        return ANSWERED
+
+    async with asyncio.TaskGroup() as tasks:
+        settlement = Settlement(FakePublisher(), TOPOLOGY, ReplyPolicy(["results"]))
+        in_flight = InFlight(tasks, process, settlement)
+        in_flight.accept(a_delivery(trace=TRACE, is_alive=lambda: lives))
+        await turns_of_the_loop()
+        in_flight.accept(a_delivery(trace=TRACE, redelivered=True))
+        await turns_of_the_loop()
+        lives = False
+        may_end.set()
+    first, call, second = await traced.spans()
+    assert [span.name for span in (first, call, second)] == ["process jobs", "chat m", "process jobs"]
+    assert {span.trace_id for span in (first, call, second)} == {"a" * 32}
+    assert [span.parent_id for span in (first, call, second)] == ["b" * 16, first.span_id, "b" * 16]
+    assert [span.attributes.get("vqa.outcome") for span in (first, second)] == ["answered", None]
+
+
+@pytest.fixture
+def uses(monkeypatch: pytest.MonkeyPatch) -> Callable[[tracing.Tracer], None]:
+    """Lets a tracer begin the spans until the test ends."""
+    return lambda tracer: monkeypatch.setattr(tracing, "_tracer", tracer)
