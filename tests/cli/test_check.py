@@ -68,7 +68,7 @@ async def test_where_all_is_well_each_part_has_a_tick(
     assert findings["broker"][1].startswith("RabbitMQ ")
     assert vhost in findings["broker"][1]
     assert findings["broker"][1].endswith("as user guest")
-    assert findings["queue jobs"][1] == "0 waiting, 1 consumer, as it must be"
+    assert findings["queue jobs"][1] == "0 waiting, 1 consumer; as the worker needs it"
     assert findings["cancellations"] == ("ok", "can be heard")
     assert findings[f"bucket {BUCKET}"] == ("ok", "may be read")
     assert findings[f"image {image}"][1].startswith("image/png, ")

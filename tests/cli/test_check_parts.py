@@ -124,7 +124,7 @@ async def test_jobs_that_nobody_takes_and_dead_letters_are_told(doctor: Doctor) 
         message = await jobs.get()
         assert not message.redelivered
         await message.nack()
-    assert findings["queue jobs"][1] == "1 waiting, 0 consumers, as it must be"
+    assert findings["queue jobs"][1] == "1 waiting, 0 consumers; as the worker needs it"
     assert findings["workers"] == ("warning", "none takes jobs from jobs at the moment")
     assert findings["dead letters"] == ("warning", "1 letter on jobs.dead: `vqa-worker dead list`")
 

@@ -191,7 +191,7 @@ def fleet_figures(**changed: object) -> FleetFigures:
 def test_a_line_says_it_all() -> None:
     line = shown.line(shown.Figures("vqa.jobs", QUEUES, "", fleet_figures()), NOW)
     assert line.partition(" ")[2].split(" · ") == [
-        "queues 1,200 waiting, 3 for their next attempt, 2 dead, 1 result, 4 consumers",
+        "queues 1,200 waiting, 3 for their next attempt, 2 dead, results: 1, 4 consumers",
         "workers 3 answering, 1 silent (10.0.0.9:8080)",
         "jobs 10.0/s, 0.5/s failed, 60 in flight of 96, the rest in 2 min",
         "latency p50 250 ms, p90 1.2 s, p99 -",
@@ -203,6 +203,8 @@ def test_a_line_says_it_all() -> None:
 
 def test_without_workers_only_the_queues_are_told_and_a_broker_in_trouble_is() -> None:
     assert shown.line(shown.Figures("q", QUEUES, "", None), NOW).count("·") == 0
+    unseen = shown.line(shown.Figures("q", shown.QueueFigures(jobs=7), "", None), NOW)
+    assert "queues 7 waiting, ? for their next attempt, ? dead, results: ?, 0 consumers" in unseen
     line = shown.line(shown.Figures("q", None, "it is away", fleet_figures()), NOW)
     assert "queues it is away · workers" in line
     assert "the rest in" not in line

@@ -78,7 +78,7 @@ async def _part(probes: Probes, topology: Topology, part: Part, found: Found | N
             return failed(check, f"{error}; or set VQA_DECLARE_TOPOLOGY=false")
         return ok(check, f"{told} (its arguments were not compared: this user may not declare it)")
     if difference is None:
-        return ok(check, f"{told}, as it must be")
+        return ok(check, f"{told}; as the worker needs it")
     text = f"other arguments than the worker's: {difference}"
     return (failed if topology.declare else warning)(
         check, f"{text}; delete it, change it by a policy, or name another"

@@ -345,7 +345,7 @@ async def _work_off(
     async def recorded(dead: "DeadLetters", held: "Held") -> None:
         await step(dead, held)
         line = {"action": action, "done": True, **shown.in_json(held.letter)}
-        lines.add({"at": datetime.now(UTC).isoformat(), "queue": desk.topology.dead_letters, **line})
+        lines.add({"at": shown.plain(datetime.now(UTC)), "queue": desk.topology.dead_letters, **line})
         desk.screen.emit(line)
         done[held.letter.name] += 1
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from worker.redact import Redactor
 
 HEADS: Final = ("LETTER", "DIED AT", "CODE", "MODEL", "ATTEMPTS", "JOB", "WHY")
+# Of a column on a terminal; `show` and pipes have all of it.
+MAX_CELL: Final = 24
 LONG_TEXT_CHARS: Final = 200
 MAX_PLAIN_CHARS: Final = 2000
 
@@ -35,7 +37,7 @@ def _clean(text: str) -> str:
 def in_json(letter: "Letter") -> dict[str, Any]:
     """What is known of a letter."""
     known = asdict(letter)
-    return {"letter": known.pop("name"), **{name: _plain(value) for name, value in known.items()}}
+    return {"letter": known.pop("name"), **{name: plain(value) for name, value in known.items()}}
 
 
 def whole(held: "Held") -> dict[str, Any]:
@@ -48,34 +50,40 @@ def whole(held: "Held") -> dict[str, Any]:
 
 
 def _rest(held: "Held") -> dict[str, Any]:
-    return {"timestamp": _plain(held.delivery.timestamp), "headers": _plain(dict(held.headers))}
+    return {"timestamp": plain(held.delivery.timestamp), "headers": plain(dict(held.headers))}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Whatever AMQP can carry, as JSON can hold it."""
     match value:
         case None | bool() | int() | float() | str():
             return value
         case datetime():
             return value.isoformat().replace("+00:00", "Z")
         case Mapping():
-            return {str(name): _plain(item) for name, item in value.items()}
+            return {str(name): plain(item) for name, item in value.items()}
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [plain(item) for item in value]
         case bytes() | bytearray():
             return base64.b64encode(value).decode()
     return str(value)
 
 
 def table(letters: Iterable["Letter"]) -> Iterator[str]:
-    """A line for each letter under a line of heads; on a terminal no line is longer than it is wide."""
+    """A line for each letter under a line of heads; long texts are cut where a terminal is narrow."""
     from rich.cells import cell_len, set_cell_size
     from rich.text import Text
 
+    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     rows = [HEADS, *map(_row, letters)]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if most is not None:
+        widths = [min(width, MAX_CELL) for width in widths]
     for row in rows:
-        cells = [set_cell_size(cell, width) for cell, width in zip(row[:-1], widths, strict=False)]
+        cells = [
+            set_cell_size(cell if cell_len(cell) <= width else f"{cell[: width - 1]}…", width)
+            for cell, width in zip(row[:-1], widths, strict=False)
+        ]
         line = Text("  ".join([*cells, row[-1]]).rstrip())
         if most is not None:
             line.truncate(most, overflow="ellipsis")

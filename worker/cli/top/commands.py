@@ -131,10 +131,12 @@ def _queue_figures(topology: "Topology", found: "Mapping[str, Found | None]") ->
     if jobs is None:
         text = "does not exist, or not for this user: is VQA_JOBS_QUEUE the workers' own?"
         raise CommandError(f"the queue {topology.jobs} {text}")
-    count = {name: it.messages if it else 0 for name, it in found.items()}
+    count = {name: it.messages if it else None for name, it in found.items()}
+    delayed = [count[topology.retry(delay_s)] for delay_s in topology.retry_delays_s]
+    seen = [it for it in delayed if it is not None]
     return QueueFigures(
         jobs=jobs.messages,
-        retries=sum(count[topology.retry(delay_s)] for delay_s in topology.retry_delays_s),
+        retries=sum(seen) if seen else None,
         results=count[topology.results],
         dead=count[topology.dead_letters],
         consumers=jobs.consumers,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class QueueFigures:
-    """What waits where.
+    """What waits where; None of queues that are not there, or are not shown to this user.
 
     Attributes:
         jobs: jobs that wait for a worker; those that workers hold are not among them.
@@ -25,9 +25,9 @@ class QueueFigures:
     """
 
     jobs: int = 0
-    retries: int = 0
-    results: int = 0
-    dead: int = 0
+    retries: int | None = None
+    results: int | None = None
+    dead: int | None = None
     consumers: int = 0
 
 
@@ -56,7 +56,7 @@ class Figures:
         if self.queues is None or self.fleet is None or self.fleet.per_s is None:
             return None
         rate = self.fleet.per_s.get("succeeded", 0.0) + self.fleet.per_s.get("failed", 0.0)
-        waiting = self.queues.jobs + self.queues.retries + self.fleet.in_flight
+        waiting = self.queues.jobs + (self.queues.retries or 0) + self.fleet.in_flight
         return waiting / rate if waiting and rate else None
 
 
@@ -133,10 +133,15 @@ def _queues(figures: Figures) -> tuple[str, str]:
     if queues is None:
         return figures.trouble, "red"
     text = (
-        f"{queues.jobs:,} waiting, {queues.retries:,} for their next attempt, {queues.dead:,} dead,"
-        f" {counted(queues.results, 'result')}, {counted(queues.consumers, 'consumer')}"
+        f"{queues.jobs:,} waiting, {_or_unknown(queues.retries)} for their next attempt,"
+        f" {_or_unknown(queues.dead)} dead, results: {_or_unknown(queues.results)},"
+        f" {counted(queues.consumers, 'consumer')}"
     )
     return text, "" if queues.consumers else "yellow"
+
+
+def _or_unknown(count: int | None) -> str:
+    return "?" if count is None else f"{count:,}"
 
 
 def _jobs(figures: Figures, fleet: FleetFigures) -> str:
