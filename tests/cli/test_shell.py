@@ -42,16 +42,16 @@ async def test_the_help_lists_every_command(cli: Cli) -> None:
 async def test_without_the_extra_other_commands_say_what_to_install(bare: Cli) -> None:
     ended = await bare.run("submit", "s3://bucket/key", "What?")
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == (
-        "vqa-worker submit: commands other than run and topology need more: pip install 'vqa-worker[cli]'\n"
-    )
+    (sentence,) = ended.err.splitlines()
+    assert sentence.startswith("vqa-worker submit: commands other than run, topology and ")
+    assert sentence.endswith(" need more: pip install 'vqa-worker[cli]'")
 
 
 async def test_without_the_extra_a_worker_and_its_topology_lack_nothing(bare: Cli) -> None:
     assert (await bare.run("--version")).out.startswith("vqa-worker ")
     helped = await bare.run("--help")
     assert helped.code == 0
-    assert "pip install 'vqa-worker[cli]'" in " ".join(helped.out.split())
+    assert "pipinstall'vqa-worker[cli]'" in "".join(helped.out.split())
     assert (await bare.run("topology", "show")).code == 0
     started = await bare.run("run", VQA_MODEL_BASE_URL="https://api.example/v1")
     assert started.code == 78
@@ -94,7 +94,9 @@ async def test_a_broker_that_cannot_be_reached_is_one_sentence(cli: Cli) -> None
     cli.settings["VQA_RABBITMQ_URL"] = NOBODY
     for end in await _side_by_side(cli, *((*command, "--timeout", "0.5") for command in REACHING_OUT)):
         assert (end.code, end.out) == (1, "")
-        (line,) = end.err.splitlines()
+        # `results` says first that this is not the broker it was submitted to.
+        *noted, line = end.err.splitlines()
+        assert len(noted) <= 1
         assert line.startswith("VQA_RABBITMQ_URL: the broker was out of reach for 0.5 s")
 
 
