@@ -20,7 +20,7 @@ EXIT_OK, EXIT_FAILURE = 0, 1
 EXIT_CONFIG = 78
 EXIT_USAGE = 2
 BASIC_COMMANDS = ("run", "topology", "schema")
-_ONLY_WITH_SHELL = "commands other than run, topology and schema need more: pip install 'vqa-worker[cli]'"
+_ONLY_WITH_SHELL = "all commands but run, topology and schema need: pip install 'vqa-worker[cli]'"
 APPLY_TIMEOUT_S = 60.0
 # For idle threads to notice the end.
 THREADS_GRACE_S = 0.5

@@ -120,7 +120,7 @@ def at_time(samples: Sequence[Sample], at: float) -> Sample:
 
 
 def seen(samples: Sequence[Sample]) -> list[tuple[float, float]]:
-    """At each moment, the one that the broker's figure was of: the last that fits best, never an earlier."""
+    """At each moment, the one that the broker's figure was of: the last that fits it, in their order."""
     found, of = [], 0
     for number, sample in enumerate(samples):
         of = min(range(of, number + 1), key=lambda it: (abs(samples[it].backlog - sample.messages), -it))

@@ -12,6 +12,7 @@ from worker.cli.dead import commands as dead
 from worker.cli.results import results
 from worker.cli.shell import Json, add
 from worker.cli.submit import submit
+from worker.cli.top import commands as top
 
 # What works without this shell too: takes arguments, returns the exit code.
 Basics = Callable[[Sequence[str]], int]
@@ -51,7 +52,7 @@ def build(basics: Basics) -> typer.Typer:
     add(app, "submit", submit)
     add(app, "results", results)
     _add_basics(app, basics)
-    for command in (check, dead):
+    for command in (check, dead, top):
         command.register(app)
     return app
 

@@ -293,7 +293,7 @@ def _with_cause(held: Held) -> Mapping[str, Any]:
     said: dict[str, Any] = {messages.ERROR_CODE_HEADER: held.letter.code}
     if held.letter.died_at is not None:
         said[wire.DIED_AT_HEADER] = messages.rfc3339(held.letter.died_at)
-    return {**said, **held.headers}
+    return {**said, **{name: value for name, value in held.headers.items() if wire.can_be_said(name, value)}}
 
 
 async def _at_once() -> None:

@@ -6,15 +6,20 @@ consumer that can never be, tell whether others could.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from aio_pika.abc import AbstractChannel, AbstractConnection
-from aio_pika.exceptions import ChannelClosed, ChannelNotFoundEntity, ChannelPreconditionFailed
+from aio_pika.exceptions import (
+    CONNECTION_EXCEPTIONS,
+    ChannelClosed,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+)
 from pamqp.commands import Basic
 
-from worker.rabbit.connection import explain, losses
+from worker.rabbit.connection import Broker, BrokerUnreachableError, explain, losses
 from worker.rabbit.topology import ExchangeSpec, Part, QueueSpec
 
 # A broker that is out of memory or disk takes no message, and says nothing to whoever sends one.
@@ -151,6 +156,39 @@ class Probes:
             yield channel
             # Not where the question was refused, which has closed it, nor where nobody answers.
             await channel.close()
+
+
+class QueueWatch:
+    """The figures of some queues, read again and again over one connection, which is made anew when lost."""
+
+    def __init__(self, broker: Broker, queues: Sequence[QueueSpec]) -> None:
+        self._broker = broker
+        self._queues = queues
+        self._stack = AsyncExitStack()
+        self._probes: Probes | None = None
+
+    async def read(self, patience_s: float) -> dict[str, Found | None]:
+        """What there is of each queue, by its name.
+
+        Raises:
+            BrokerRefusedError, BrokerUnreachableError: as `Broker.reached`.
+            NotAllowedError: as `Probes.find`.
+        """
+        try:
+            if self._probes is None:
+                reached = self._broker.reached(patience_s)
+                self._probes = Probes(await self._stack.enter_async_context(reached))
+            return {queue.name: await self._probes.find(queue) for queue in self._queues}
+        except CONNECTION_EXCEPTIONS as error:
+            await self.close()
+            raise BrokerUnreachableError(
+                f"the connection to the broker was lost ({type(error).__name__})"
+            ) from None
+
+    async def close(self) -> None:
+        """Close the connection."""
+        self._probes = None
+        await self._stack.aclose()
 
 
 async def _never(_: object) -> None:

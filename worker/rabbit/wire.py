@@ -7,11 +7,13 @@ come out empty instead. Each kind says its own length on the wire, so that what 
 """
 
 import re
+import struct
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import pamqp.decode
+import pamqp.encode
 from aio_pika import DeliveryMode
 from pamqp.common import FieldValue
 
@@ -63,6 +65,15 @@ class _Tolerant:
             return self._decode(data)
         except (ValueError, OverflowError, OSError, KeyError, IndexError, RecursionError):
             return self._length_of(data), None
+
+
+def can_be_said(name: str, value: FieldValue) -> bool:
+    """Whether a header that came can go out again: the library reads some that it cannot write."""
+    try:
+        pamqp.encode.field_table({name: value})
+    except (TypeError, ValueError, OverflowError, struct.error):
+        return False
+    return True
 
 
 def text(value: object) -> str | None:

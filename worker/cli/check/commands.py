@@ -1,7 +1,7 @@
 """The command itself."""
 
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,9 @@ from worker.cli.shell import (
     broker_of,
     read,
 )
-from worker.settings import BrokerSettings, Settings, SettingsError, load_broker_settings, load_settings
+
+if TYPE_CHECKING:
+    from worker.settings import BrokerSettings, Settings
 
 
 def register(app: typer.Typer) -> None:
@@ -71,8 +73,10 @@ async def _all(report: Report, findings: AsyncIterator[Finding]) -> None:
         report.add(finding)
 
 
-def _settings(screen: Screen, report: Report) -> tuple[Settings | None, BrokerSettings | None]:
+def _settings(screen: Screen, report: Report) -> "tuple[Settings | None, BrokerSettings | None]":
     """All settings; where some are wrong, those of the broker, if they are not."""
+    from worker.settings import SettingsError, load_broker_settings, load_settings
+
     try:
         settings = read(load_settings, screen)
     except SettingsError as error:

@@ -11,7 +11,6 @@ from typing import Final
 import typer
 
 from worker.cli.shell import Screen
-from worker.redact import Redactor
 
 
 class Status(StrEnum):
@@ -70,6 +69,8 @@ class Report:
     """Tells each finding when it comes, and counts them."""
 
     def __init__(self, screen: Screen) -> None:
+        from worker.redact import Redactor
+
         self._screen = screen
         self._clean = Redactor(())
         self.count: Counter[Status] = Counter()

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from worker.job import parse_deadline
-
 if TYPE_CHECKING:
     from worker.rabbit.letters import Letter
 
@@ -25,6 +23,8 @@ def moment(text: str) -> datetime:
     Raises:
         BadParameter: it is none of these.
     """
+    from worker.job import parse_deadline
+
     try:
         if ago := _AGO.fullmatch(text):
             return datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: float(ago[1])})

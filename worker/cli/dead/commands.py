@@ -24,7 +24,6 @@ from worker.cli.shell import (
     broker_of,
     read,
 )
-from worker.settings import load_broker_settings
 
 if TYPE_CHECKING:
     from worker.rabbit.connection import Broker
@@ -248,6 +247,8 @@ async def purge(
 
 
 def _desk(screen: Screen, patience_s: float) -> _Desk:
+    from worker.settings import load_broker_settings
+
     settings = read(load_broker_settings, screen)
     from worker.rabbit.topology import Topology
     from worker.rabbit.wire import install_tolerant_decoders

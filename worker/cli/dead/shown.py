@@ -8,18 +8,28 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
-
-from worker.redact import Redactor
 
 if TYPE_CHECKING:
     from worker.rabbit.letters import Held, Letter
+    from worker.redact import Redactor
 
 HEADS: Final = ("LETTER", "DIED AT", "CODE", "MODEL", "ATTEMPTS", "JOB", "WHY")
 LONG_TEXT_CHARS: Final = 200
 MAX_PLAIN_CHARS: Final = 2000
 
-_clean = Redactor(())
+
+@cache
+def _redactor() -> "Redactor":
+    from worker.redact import Redactor
+
+    return Redactor(())
+
+
+def _clean(text: str) -> str:
+    """One line, without anything secret or unprintable."""
+    return _redactor()(text)
 
 
 def in_json(letter: "Letter") -> dict[str, Any]:

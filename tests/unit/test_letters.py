@@ -1,0 +1,240 @@
+"""Dead letters as they come off the wire, whatever stands in them, and as commands choose and show them."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aio_pika
+import pamqp.frame
+import pytest
+import typer
+from aiormq.abc import DeliveredMessage
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
+
+from worker.cli.dead import shown
+from worker.cli.dead.choice import Choice, moment
+from worker.cli.dead.records import Lines
+from worker.cli.shell import CommandError
+from worker.rabbit import messages
+from worker.rabbit.letters import Held, Letter, _with_cause
+from worker.rabbit.publisher import Outgoing, to_amqp
+from worker.rabbit.wire import can_be_said, install_tolerant_decoders
+
+NOW = datetime(2030, 1, 31, 12, 0, tzinfo=UTC)
+
+install_tolerant_decoders()
+
+
+def arrived(body: bytes, properties: Basic.Properties) -> Held:
+    """What a look gets when a message with these properties, as the library has read them, has come."""
+    get = Basic.GetOk(1, False, "", "dead", 0)  # noqa: FBT003 - the library's own order
+    header = ContentHeader(0, len(body), properties)
+    message: Any = DeliveredMessage(delivery=get, header=header, body=body, channel=None)  # type: ignore[arg-type]
+    return Held(aio_pika.IncomingMessage(message))
+
+
+def letter(body: bytes = b"{}", headers: Mapping[str, Any] | None = None, **properties: Any) -> Letter:
+    return arrived(body, Basic.Properties(headers=dict(headers or {}), **properties)).letter
+
+
+def sent(message: Outgoing) -> Held:
+    """The same for a message that the worker's own publisher sends, over the wire."""
+    made = to_amqp(message)
+    frame = pamqp.frame.marshal(ContentHeader(0, len(made.body), made.properties), 1)
+    _, _, header = pamqp.frame.unmarshal(frame)
+    assert isinstance(header, ContentHeader)
+    return arrived(message.body, header.properties)
+
+
+_names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5) | st.sampled_from(
+    [
+        "vqa-error-code",
+        "vqa-error-message",
+        "vqa-died-at",
+        "vqa-attempts",
+        "vqa-copy",
+        "x-death",
+        "CC",
+        "traceparent",
+    ]
+)
+_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8"), max_size=5)
+    | st.binary(max_size=5)
+    | st.datetimes(datetime(1971, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_names, inner, max_size=2),
+    max_leaves=4,
+)
+_bodies = st.binary(max_size=8) | st.sampled_from(
+    [
+        b'{"id": "a", "model": "m"}',
+        b'{"model": 1, "deadline": []}',
+        b"[" * 100_000,
+        b'{"id": "\\ud800"}',
+        b"null",
+    ]
+)
+
+
+@given(
+    _bodies, st.dictionaries(_names, _values, max_size=4), st.none() | st.text("ab", min_size=1, max_size=3)
+)
+@example(b"{}", {"x-death": [{"reason": "rejected", "time": NOW, "count": 1}]}, None)
+@example(b"{}", {"vqa-died-at": "2030-01-31T12:00:00.5+01:00", "vqa-error-code": 7}, "a")
+def test_any_letter_can_be_read_and_is_the_same_letter_when_renewed(
+    body: bytes, headers: dict[str, Any], message_id: str | None
+) -> None:
+    held = arrived(body, Basic.Properties(headers=headers, message_id=message_id))
+    new = sent(messages.renewed(held.delivery, "dead", _with_cause(held)))
+    assert new.letter == held.letter
+    assert new.body == body
+    for name, value in held.headers.items():
+        if name not in {"CC", "vqa-copy"} and can_be_said(name, value):
+            # Floating-point numbers go out in single precision.
+            assert new.headers[name] == value or "." in repr(value)
+    json.dumps(shown.whole(held))
+    assert all(line.isprintable() for line in [*shown.table([held.letter]), *shown.page(held)])
+
+
+def test_a_letter_that_the_worker_wrote_says_it_all() -> None:
+    body = json.dumps({"id": "a", "model": "m", "deadline": "2030-01-31T12:00:00Z"}).encode()
+    headers = {
+        "vqa-error-code": "attempts_exhausted",
+        "vqa-error-message": "the API answered 500",
+        "vqa-attempts": 5,
+        "vqa-died-at": "2030-01-31T13:00:00.250+01:00",
+        "x-delivery-count": 2,
+    }
+    found = letter(body, headers, message_id="i", correlation_id="c", reply_to="r")
+    assert (found.job_id, found.model, found.code) == ("a", "m", "attempts_exhausted")
+    assert (found.message, found.attempts, found.returns) == ("the API answered 500", 5, 2)
+    assert found.died_at == NOW + timedelta(milliseconds=250)
+    assert found.deadline == NOW
+    assert (found.message_id, found.correlation_id, found.reply_to) == ("i", "c", "r")
+
+
+def test_what_nobody_said_is_unknown() -> None:
+    found = letter(b"\xff")
+    assert (found.job_id, found.model, found.code, found.died_at) == (None, "unknown", "unknown", None)
+    assert letter(b"{}").model == "default"
+    assert letter(b'{"model": 3}').model == "unknown"
+    assert letter(b"{}", message_id="by-property").job_id == "by-property"
+
+
+def test_letters_are_told_apart_by_all_that_makes_them() -> None:
+    names = {
+        letter(b"1").name,
+        letter(b"2").name,
+        letter(b"1", message_id="a").name,
+        letter(b"1", correlation_id="a").name,
+        letter(b"1", reply_to="a").name,
+        letter(b"1", {"vqa-error-code": "a"}).name,
+        letter(b"1", {"vqa-died-at": "2030-01-31T12:00:00Z"}).name,
+    }
+    assert len(names) == 7
+    assert letter(b"1", {"vqa-copy": "a", "x-delivery-count": 3}).name == letter(b"1").name
+
+
+# Choosing
+
+
+def buried(
+    code: str = "attempts_exhausted", died_at: datetime | None = NOW, body: str = "{}", **more: Any
+) -> Letter:
+    headers = {"vqa-error-code": code}
+    if died_at is not None:
+        headers["vqa-died-at"] = messages.rfc3339(died_at)
+    return letter(body.encode(), headers, **more)
+
+
+def test_every_part_of_a_choice_has_to_hold_and_one_of_several_of_a_kind() -> None:
+    one, other = buried(body='{"model": "m/a"}'), buried("invalid_job", body='{"model": "m/b"}')
+    assert one in Choice(codes=["attempts_*"])
+    assert other not in Choice(codes=["attempts_*"])
+    assert other in Choice(codes=["attempts_*", "invalid_job"], models=["m/*"])
+    assert one not in Choice(codes=["attempts_*"], models=["m/b"])
+    assert buried() in Choice(models=["default"])
+    assert Choice().is_any
+    assert not Choice(ids=["a"]).is_any
+
+
+def test_times_are_taken_with_their_ends_and_letters_without_a_time_are_not_chosen_by_it() -> None:
+    assert buried() in Choice(since=NOW, until=NOW)
+    assert buried() not in Choice(since=NOW + timedelta(seconds=1))
+    assert buried() not in Choice(until=NOW - timedelta(seconds=1))
+    assert buried(died_at=None) not in Choice(since=NOW)
+    assert buried(died_at=None) in Choice()
+
+
+def test_a_letter_goes_by_its_job_s_id_and_by_the_beginning_of_its_name() -> None:
+    it = buried(message_id="the-job")
+    for name in ("the-job", it.name, it.name[:4]):
+        assert it in Choice(ids=["another", name])
+    for name in ("the", it.name[:3], ""):
+        assert it not in Choice(ids=[name])
+
+
+def test_a_time_may_be_said_in_several_ways() -> None:
+    assert moment("2030-01-31T13:00:00+01:00") == NOW
+    assert moment("2030-01-31") == NOW.replace(hour=0)
+    for text, ago in {"90s": 90, "2m": 120, "1.5h": 5400, "1d": 86400, "1w": 604800}.items():
+        assert abs(moment(text) - (datetime.now(UTC) - timedelta(seconds=ago))) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2", "h", "2030-02-30", "2030-01-31T12:00:00", "999999999w", "-2h", "2 h"]
+)
+def test_what_is_no_time_is_told(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is no time"):
+        moment(text)
+
+
+# Showing
+
+
+def test_long_images_are_told_by_their_length_and_the_rest_in_full() -> None:
+    url = "data:image/png;base64," + "A" * 1000
+    body = json.dumps({"id": "a", "question": "q" * 500, "images": [url, {"url": url}], "more": 1.5}).encode()
+    page = "\n".join(shown.page(arrived(body, Basic.Properties())))
+    assert page.count("data:image/png;base64,[1000 characters]") == 2
+    assert "q" * 500 in page
+    assert "AAAA" not in page
+
+
+def test_a_body_that_is_no_json_is_shown_as_far_as_it_can_be() -> None:
+    page = list(shown.page(arrived(b"\x1b[31m\xff" + b"x" * 5000, Basic.Properties())))
+    assert page[-1] == "… (5009 characters)"
+    assert page[-2].startswith("\\x1b[31m\\xffxxx")
+
+
+# Records
+
+
+def test_lines_are_added_to_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lines.jsonl"
+    for number in range(2):
+        with Lines(path, keeps=True) as lines:
+            lines.add({"number": number, "text": "ä\n\ud800"})
+    assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_ends_the_command() -> None:
+    with pytest.raises(CommandError, match="/dev/full: cannot be written to: No space left"):  # noqa: SIM117
+        with Lines(Path("/dev/full")) as lines:
+            lines.add({})
+
+
+async def test_a_letter_waits_for_nothing_before_it_goes_back() -> None:
+    async with asyncio.timeout(1):
+        await arrived(b"{}", Basic.Properties()).delivery.may_go_back()

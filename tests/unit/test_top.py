@@ -1,0 +1,240 @@
+"""A fleet's figures, from what its workers say."""
+
+from datetime import UTC, datetime
+from math import inf
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker import metrics
+from worker.cli.top import shown
+from worker.cli.top.figures import WINDOW_S, Fleet, FleetFigures, Latencies, Sample, quantile, read_sample
+from worker.cli.top.workers import DEFAULT_PORT, WorkerUrl
+from worker.settings import Settings
+
+NOW = datetime(2030, 1, 31, 12, 0, tzinfo=UTC)
+
+
+def sample(
+    *,
+    jobs: float = 0,
+    cost: float = 0,
+    in_flight: float = 0,
+    limit: float = 8,
+    down: frozenset[str] = frozenset(),
+) -> Sample:
+    counts = {"succeeded": jobs, "failed": 0.0, "prompt_tokens": jobs * 100, "cost_usd": cost}
+    return Sample(counts, {1.0: jobs / 2, 2.0: jobs, inf: jobs}, in_flight, limit, down)
+
+
+def figures_of(*observed: tuple[float, dict[str, Sample]]) -> FleetFigures:
+    fleet = Fleet()
+    for now, samples in observed:
+        fleet.observe(now, samples, ())
+    return fleet.figures()
+
+
+# One worker
+
+
+def test_what_a_worker_says_is_read_with_all_its_models_together() -> None:
+    before = read_sample(metrics.exposition()[0].decode())
+    for model in ("m/a", "m/b"):
+        metrics.JOBS.labels("succeeded", "", model).inc()
+        metrics.JOBS.labels("failed", "empty_answer", model).inc()
+        metrics.JOB_DURATION.labels("succeeded", model).observe(0.2)
+        metrics.TOKENS.labels(model, "prompt").inc(100)
+        metrics.TOKENS.labels(model, "completion").inc(7)
+        metrics.COST.labels(model).inc(0.5)
+    metrics.JOBS_IN_FLIGHT.set(3)
+    metrics.CONCURRENCY_LIMIT.set(32)
+    metrics.DEPENDENCY_UP.labels("s3").set(0)
+    metrics.DEPENDENCY_UP.labels("model").set(1)
+    after = read_sample(metrics.exposition()[0].decode())
+    assert {name: after.counts[name] - before.counts.get(name, 0.0) for name in after.counts} == {
+        "succeeded": 2,
+        "failed": 2,
+        "prompt_tokens": 200,
+        "completion_tokens": 14,
+        "cost_usd": 1.0,
+    }
+    grown = {bound: count - before.buckets.get(bound, 0.0) for bound, count in after.buckets.items()}
+    assert (grown[0.1], grown[0.25], grown[inf]) == (0, 2, 2)
+    assert (after.in_flight, after.limit) == (3, 32)
+    assert "s3" in after.down
+    assert "model" not in after.down
+
+
+@pytest.mark.parametrize("text", ["", "<html></html>", "up 1\n", "vqa_jobs_in_flight 1\n"])
+def test_what_is_no_worker_is_told(text: str) -> None:
+    with pytest.raises(ValueError, match=r"no metrics|."):
+        read_sample(text)
+
+
+# All together
+
+
+def test_rates_are_those_of_the_time_between_the_readings_summed_over_the_workers() -> None:
+    figures = figures_of(
+        (0.0, {"a": sample(jobs=10, cost=1), "b": sample(jobs=0)}),
+        (10.0, {"a": sample(jobs=30, cost=3, in_flight=2), "b": sample(jobs=5, in_flight=1, limit=4)}),
+    )
+    assert figures.per_s is not None
+    assert figures.per_s["succeeded"] == pytest.approx(2.5)
+    assert figures.per_s["prompt_tokens"] == pytest.approx(250)
+    assert figures.per_s["cost_usd"] == pytest.approx(0.2)
+    assert (figures.workers, figures.in_flight, figures.limit) == (2, 3, 12)
+    assert figures.cost_usd == pytest.approx(3.0)
+    assert figures.latencies == Latencies(1.0, 1.8, 1.98)
+
+
+def test_one_reading_gives_no_rate() -> None:
+    figures = figures_of((0.0, {"a": sample(jobs=10, cost=1)}))
+    assert (figures.per_s, figures.latencies) == (None, Latencies(None, None, None))
+    assert figures.cost_usd == 1.0
+
+
+def test_old_readings_are_forgotten() -> None:
+    readings = [(float(second), {"a": sample(jobs=1000 if second else 0)}) for second in range(0, 100, 5)]
+    figures = figures_of(*readings)
+    assert figures.per_s is not None
+    assert figures.per_s["succeeded"] == 0
+    busy = figures_of(*((float(second), {"a": sample(jobs=second)}) for second in range(100)))
+    assert busy.per_s is not None
+    assert busy.per_s["succeeded"] == pytest.approx(1.0)
+    fleet = Fleet()
+    for second in range(1000):
+        fleet.observe(float(second), {"a": sample(jobs=second)}, ())
+    assert len(fleet._workers["a"].samples) <= WINDOW_S + 2  # noqa: SLF001
+
+
+def test_a_worker_that_was_started_anew_counts_from_zero_and_its_cost_is_kept() -> None:
+    figures = figures_of(
+        (0.0, {"a": sample(jobs=100, cost=5)}),
+        (10.0, {"a": sample(jobs=110, cost=6)}),
+        (20.0, {"a": sample(jobs=4, cost=0.5)}),
+    )
+    assert figures.per_s is not None
+    assert figures.per_s["succeeded"] == pytest.approx(14 / 20)
+    assert figures.cost_usd == pytest.approx(6.5)
+
+
+def test_a_worker_that_is_gone_counts_no_more_and_its_cost_is_kept() -> None:
+    fleet = Fleet()
+    fleet.observe(0.0, {"a": sample(jobs=0, cost=1), "b": sample(jobs=0, cost=2)}, ())
+    fleet.observe(10.0, {"a": sample(jobs=10, cost=1)}, ("b",))
+    figures = fleet.figures()
+    assert (figures.workers, figures.silent, figures.cost_usd) == (1, ["b"], 3.0)
+    assert figures.per_s is not None
+    assert figures.per_s["succeeded"] == pytest.approx(1.0)
+
+
+def test_what_workers_pause_for_is_counted() -> None:
+    down = frozenset({"model"})
+    figures = figures_of((0.0, {"a": sample(down=down), "b": sample(down=down | {"s3"}), "c": sample()}))
+    assert figures.down == {"model": 2, "s3": 1}
+
+
+def test_no_worker_at_all_has_figures_too() -> None:
+    figures = figures_of((0.0, {}))
+    assert (figures.workers, figures.per_s, figures.cost_usd) == (0, None, 0)
+
+
+# Quantiles
+
+
+def test_quantiles_are_what_prometheus_would_say() -> None:
+    buckets = {0.1: 10.0, 0.5: 30.0, 1.0: 30.0, inf: 40.0}
+    assert quantile(0.25, buckets) == pytest.approx(0.1)
+    assert quantile(0.5, buckets) == pytest.approx(0.3)
+    # Beyond the last bound nothing is known but that bound.
+    assert quantile(0.99, buckets) == 1.0
+    assert quantile(0.5, {}) is None
+    assert quantile(0.5, {1.0: 0.0, inf: 0.0}) is None
+
+
+@given(st.lists(st.floats(0.001, 99.0), min_size=1, max_size=30), st.floats(0.01, 0.99))
+def test_a_quantile_lies_in_the_bucket_where_it_is(values: list[float], share: float) -> None:
+    bounds = [0.01, 0.1, 1.0, 10.0, 100.0]
+    buckets = {bound: float(sum(value <= bound for value in values)) for bound in bounds}
+    found = quantile(share, {**buckets, inf: float(len(values))})
+    assert found is not None
+    rank = share * len(values)
+    upper = next(bound for bound in bounds if buckets[bound] >= rank)
+    lower = max([0.0, *(bound for bound in bounds if bound < upper)])
+    assert lower <= found <= upper * (1 + 1e-9)
+
+
+# Shown
+
+
+QUEUES = shown.QueueFigures(jobs=1200, retries=3, results=1, dead=2, consumers=4)
+
+
+def fleet_figures(**changed: object) -> FleetFigures:
+    values: dict[str, object] = {
+        "workers": 3,
+        "silent": ["10.0.0.9:8080"],
+        "per_s": {"succeeded": 10.0, "failed": 0.5, "prompt_tokens": 1234.4, "cost_usd": 0.001},
+        "latencies": Latencies(0.25, 1.25, None),
+        "in_flight": 60,
+        "limit": 96,
+        "cost_usd": 1.5,
+        "down": {"model": 1},
+        **changed,
+    }
+    return FleetFigures(**values)  # type: ignore[arg-type]
+
+
+def test_a_line_says_it_all() -> None:
+    line = shown.line(shown.Figures("vqa.jobs", QUEUES, "", fleet_figures()), NOW)
+    assert line.partition(" ")[2].split(" · ") == [
+        "queues 1,200 waiting, 3 for their next attempt, 2 dead, 1 result, 4 consumers",
+        "workers 3 answering, 1 silent (10.0.0.9:8080)",
+        "jobs 10.0/s, 0.5/s failed, 60 in flight of 96, the rest in 2 min",
+        "latency p50 250 ms, p90 1.2 s, p99 -",
+        "tokens 1,234 + 0/s",
+        "cost $1.5000 so far, $3.60/h",
+        "paused for model (1 of 3)",
+    ]
+
+
+def test_without_workers_only_the_queues_are_told_and_a_broker_in_trouble_is() -> None:
+    assert shown.line(shown.Figures("q", QUEUES, "", None), NOW).count("·") == 0
+    line = shown.line(shown.Figures("q", None, "it is away", fleet_figures()), NOW)
+    assert "queues it is away · workers" in line
+    assert "the rest in" not in line
+
+
+def test_programs_get_numbers() -> None:
+    told = shown.in_json(shown.Figures("q", QUEUES, "", fleet_figures(per_s=None)), NOW)
+    assert told["at"] == "2030-01-31T12:00:00.000Z"
+    assert told["queues"] == {"jobs": 1200, "retries": 3, "results": 1, "dead": 2, "consumers": 4}
+    assert told["workers"]["per_s"] is None
+    assert told["workers"]["latency_s"] == {"p50": 0.25, "p90": 1.25, "p99": None}
+    assert told["workers"]["paused"] == {"model": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port", "path"),
+    [
+        ("http://host:1", "host", 1, "/metrics"),
+        ("host", "host", DEFAULT_PORT, "/metrics"),
+        ("host:9/some/where", "host", 9, "/some/where"),
+        ("http://[::1]:9/", "::1", 9, "/metrics"),
+    ],
+)
+def test_a_worker_s_url_may_be_short(text: str, host: str, port: int, path: str) -> None:
+    assert WorkerUrl.parse(text) == WorkerUrl(host, port, path)
+
+
+@pytest.mark.parametrize("text", ["", "https://host", "http://", "host:port", "http://host:99999", "[::1"])
+def test_what_is_no_worker_s_url_is_told(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is no http:// URL of a worker"):
+        WorkerUrl.parse(text)
+
+
+def test_the_usual_port_is_the_worker_s() -> None:
+    assert Settings.model_fields["http_port"].default == DEFAULT_PORT

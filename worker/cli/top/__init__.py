@@ -1,0 +1,1 @@
+"""`vqa-worker top`: a running fleet, by the broker's figures and the workers' own."""

@@ -1,0 +1,162 @@
+"""How a fleet's figures are shown: on a terminal, as a line, as JSON."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from worker.cli.top.figures import FleetFigures
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFigures:
+    """What waits where.
+
+    Attributes:
+        jobs: jobs that wait for a worker; those that workers hold are not among them.
+        retries: jobs that wait for their next attempt.
+        results: results that nobody has fetched from the results queue.
+        dead: dead letters.
+        consumers: of the jobs queue; a worker has one or more.
+    """
+
+    jobs: int = 0
+    retries: int = 0
+    results: int = 0
+    dead: int = 0
+    consumers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """All of it, at one moment.
+
+    Attributes:
+        queues: None while the broker cannot be asked; `trouble` says why.
+        fleet: None where no worker was named.
+    """
+
+    queue: str
+    queues: QueueFigures | None
+    trouble: str
+    fleet: FleetFigures | None
+
+    @property
+    def has_rates(self) -> bool:
+        """Whether there is all to show that there will be: rates need two readings of a worker."""
+        return self.fleet is None or self.fleet.per_s is not None or not self.fleet.workers
+
+    @property
+    def done_in_s(self) -> float | None:
+        """Seconds until what waits is worked off, if nothing is added and all goes on as it does."""
+        if self.queues is None or self.fleet is None or self.fleet.per_s is None:
+            return None
+        rate = self.fleet.per_s.get("succeeded", 0.0) + self.fleet.per_s.get("failed", 0.0)
+        waiting = self.queues.jobs + self.queues.retries + self.fleet.in_flight
+        return waiting / rate if waiting and rate else None
+
+
+def in_json(figures: Figures, now: datetime) -> dict[str, Any]:
+    """For programs; rates are null before there are two readings, latencies where no job has ended."""
+    fleet = figures.fleet
+    return {
+        "at": now.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "queues": asdict(figures.queues) if figures.queues else None,
+        "workers": _workers(fleet) if fleet else None,
+    }
+
+
+def _workers(fleet: FleetFigures) -> dict[str, Any]:
+    rates = {"succeeded": "jobs_succeeded", "failed": "jobs_failed"}
+    names = ("succeeded", "failed", "prompt_tokens", "completion_tokens", "cost_usd")
+    per_s = fleet.per_s
+    return {
+        "answering": fleet.workers,
+        "silent": list(fleet.silent),
+        "in_flight": fleet.in_flight,
+        "limit": fleet.limit,
+        "per_s": None
+        if per_s is None
+        else {rates.get(name, name): round(per_s.get(name, 0.0), 6) for name in names},
+        "latency_s": asdict(fleet.latencies),
+        "cost_usd": fleet.cost_usd,
+        "paused": dict(fleet.down),
+    }
+
+
+def line(figures: Figures, now: datetime) -> str:
+    """For logs and pipes."""
+    said = (f"{name} {text}" for name, text, _ in _rows(figures))
+    return f"{now.astimezone():%H:%M:%S} {' · '.join(said)}"
+
+
+def table(figures: Figures, now: datetime) -> "Table":
+    """For a person who watches."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    title = Text(f"{figures.queue}  {now.astimezone():%H:%M:%S}", style="bold")
+    grid.add_row(title, Text("q or Ctrl-C ends", style="dim"))
+    for name, text, style in _rows(figures):
+        grid.add_row(Text(name, style="cyan"), Text(text, style=style))
+    return grid
+
+
+def _rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
+    """What it is, how it is, and in which style."""
+    yield ("queues", *_queues(figures))
+    fleet = figures.fleet
+    if fleet is None:
+        return
+    silent = f", {len(fleet.silent)} silent ({', '.join(fleet.silent)})" if fleet.silent else ""
+    yield "workers", f"{fleet.workers} answering{silent}", "yellow" if silent else ""
+    yield "jobs", _jobs(figures, fleet), ""
+    times = (_seconds(value) for value in (fleet.latencies.p50, fleet.latencies.p90, fleet.latencies.p99))
+    yield "latency", "p50 {}, p90 {}, p99 {}".format(*times), ""
+    per_s = fleet.per_s or {}
+    prompt, completion = per_s.get("prompt_tokens", 0.0), per_s.get("completion_tokens", 0.0)
+    yield "tokens", f"{prompt:,.0f} + {completion:,.0f}/s", ""
+    hourly = per_s.get("cost_usd", 0.0) * 3600
+    yield "cost", f"${fleet.cost_usd:,.4f} so far, ${hourly:,.2f}/h", ""
+    if fleet.down:
+        paused = (f"{name} ({count} of {fleet.workers})" for name, count in sorted(fleet.down.items()))
+        yield "paused", f"for {', '.join(paused)}", "red"
+
+
+def _queues(figures: Figures) -> tuple[str, str]:
+    queues = figures.queues
+    if queues is None:
+        return figures.trouble, "red"
+    text = (
+        f"{queues.jobs:,} waiting, {queues.retries:,} for their next attempt, {queues.dead:,} dead,"
+        f" {queues.results:,} result{_s(queues.results)}, {queues.consumers:,} consumer{_s(queues.consumers)}"
+    )
+    return text, "" if queues.consumers else "yellow"
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def _jobs(figures: Figures, fleet: FleetFigures) -> str:
+    per_s = fleet.per_s or {}
+    rates = f"{per_s.get('succeeded', 0.0):,.1f}/s, {per_s.get('failed', 0.0):,.1f}/s failed"
+    left = "" if figures.done_in_s is None else f", the rest in {_duration(figures.done_in_s)}"
+    return f"{rates}, {fleet.in_flight:,} in flight of {fleet.limit:,}{left}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{minutes:.0f} min" if minutes >= 1 else f"{seconds:.0f} s"
