@@ -172,6 +172,16 @@ async def test_a_reader_that_goes_away_is_not_complained_of(cli: Cli, put_image_
     assert (gone.code, gone.err) == (141, "")
 
 
+async def test_a_reader_that_goes_away_is_not_complained_of_without_the_extra_either(bare: Cli) -> None:
+    for command in (("topology", "show"), ("schema",)):
+        process = bare.start(*command)
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        gone = await ended(process)
+        assert (gone.code, gone.err) == (141, "")
+
+
 async def test_ctrl_c_ends_at_once_and_says_how_to_go_on(lone_cli: Cli) -> None:
     process = lone_cli.start("submit", "s3://bucket/key", "What?", "--name", "mine", "--wait")
 
