@@ -18,6 +18,7 @@ from tests.cli.terminal import Terminal
 from tests.proxy import Proxy
 from tests.running import until
 from worker.rabbit import letters, rounds
+from worker.rabbit.connection import BrokerUnreachableError
 from worker.rabbit.letters import Held
 
 BASIC_ACK = b"\x00\x3c\x00\x50"
@@ -146,6 +147,26 @@ async def test_letters_that_are_passed_over_are_not_held_for_longer_than_a_round
     await rounds.work_off(broker_of(stack), queues.topology, wanted, step, rate=None, patience_s=15.0)
     assert (wanted.total(), len(begun)) == (0, 4)
     assert sorted(ids_of(await queues.emptied(queues.dead))) == sorted(others)
+
+
+async def test_a_broker_that_goes_away_again_and_again_is_given_up(
+    stack: Stack, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "PAUSE_S", 0.0)
+    await buried(queues, 3)
+    wanted = Counter(held.letter.name for held in await looked(stack, queues))
+    tried = []
+
+    async def step(_: letters.DeadLetters, held: Held) -> None:
+        tried.append(held.letter.name)
+        if len(tried) > 1:
+            raise ConnectionResetError
+
+    with pytest.raises(BrokerUnreachableError, match="the broker went away 3 times in a row"):
+        await rounds.work_off(broker_of(stack), queues.topology, wanted, step, rate=None, patience_s=15.0)
+    # The first was worked off, before the broker went away for the first time.
+    assert (len(tried), wanted.total()) == (5, 2)
+    await queues.filled(queues.dead, 2)
 
 
 async def test_letters_that_somebody_else_took_meanwhile_are_told(cli: Cli, queues: Queues) -> None:

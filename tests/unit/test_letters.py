@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import aio_pika
+import pamqp.decode
+import pamqp.encode
 import pamqp.frame
 import pytest
 import typer
@@ -71,7 +73,7 @@ _values = st.recursive(
     | st.floats(allow_nan=False)
     | st.text(st.characters(codec="utf-8"), max_size=5)
     | st.binary(max_size=5)
-    | st.datetimes(datetime(1971, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001
+    | st.integers(0, 2**32 - 1).map(lambda seconds: datetime.fromtimestamp(seconds, UTC)),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_names, inner, max_size=2),
     max_leaves=4,
 )
@@ -99,9 +101,10 @@ def test_any_letter_can_be_read_and_is_the_same_letter_when_renewed(
     assert new.letter == held.letter
     assert new.body == body
     for name, value in held.headers.items():
-        if name not in {"CC", "vqa-copy"} and can_be_said(name, value):
+        if name not in messages.NOT_REPEATED | {"vqa-copy"} and can_be_said(name, value):
             # Floating-point numbers go out in single precision.
-            assert new.headers[name] == value or "." in repr(value)
+            _, said = pamqp.decode.field_table(pamqp.encode.field_table({name: value}))
+            assert new.headers[name] == said[name]
     json.dumps(shown.whole(held))
     assert all(line.isprintable() for line in [*shown.table([held.letter]), *shown.page(held)])
 

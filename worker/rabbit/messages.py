@@ -26,7 +26,7 @@ ERROR_MESSAGE_HEADER = "vqa-error-message"
 # To some made-up names of direct reply-to RabbitMQ answers by closing the connection (3.10: 541), each time.
 DIRECT_REPLY_TRIES = 3
 # What RabbitMQ routes by, and what it counts.
-_NOT_REPEATED = frozenset({"CC", "BCC", "x-delivery-count", "x-acquired-count"})
+NOT_REPEATED = frozenset({"CC", "BCC", "x-delivery-count", "x-acquired-count"})
 # About ten seconds with the publisher's growing delays: longer than a broker's restart cuts connections.
 PRIVATE_QUEUE_TRIES = 7
 # As long for a copy of a job: the broker still has the job itself.
@@ -103,7 +103,7 @@ def put_back(delivery: Delivery, queue: str) -> Outgoing:
 
 def renewed(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> Outgoing:
     """A dead letter once more, with its headers but those that route it or are RabbitMQ's to count."""
-    kept = {name: value for name, value in headers.items() if name not in _NOT_REPEATED}
+    kept = {name: value for name, value in headers.items() if name not in NOT_REPEATED}
     return _copy(delivery, queue, kept)
 
 

@@ -119,7 +119,7 @@ async def list_(
     - `vqa-worker dead list --code attempts_exhausted --since 2h`
     - `vqa-worker dead list --json | jq -r .job_id`
 
-    During the look, which takes about a second for a thousand small letters, nobody else can fetch them.
+    During the look, a few seconds for a thousand letters, nobody else can fetch them.
     """
     desk = _desk(Screen(as_json=as_json), patience)
     choice = _choice(code, model, ids, since, until)

@@ -29,7 +29,7 @@ def _redactor() -> "Redactor":
 
 def _clean(text: str) -> str:
     """One line, without anything secret or unprintable."""
-    return _redactor()(text)
+    return printable(_redactor()(text))
 
 
 def in_json(letter: "Letter") -> dict[str, Any]:
