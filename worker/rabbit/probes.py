@@ -170,20 +170,27 @@ class QueueWatch:
     async def read(self, patience_s: float) -> dict[str, Found | None]:
         """What there is of each queue, by its name.
 
+        What RabbitMQ does not show to this user is as if it were not there.
+
         Raises:
             BrokerRefusedError, BrokerUnreachableError: as `Broker.reached`.
-            NotAllowedError: as `Probes.find`.
         """
         try:
             if self._probes is None:
                 reached = self._broker.reached(patience_s)
                 self._probes = Probes(await self._stack.enter_async_context(reached))
-            return {queue.name: await self._probes.find(queue) for queue in self._queues}
+            return {queue.name: await self._find(self._probes, queue) for queue in self._queues}
         except CONNECTION_EXCEPTIONS as error:
             await self.close()
             raise BrokerUnreachableError(
                 f"the connection to the broker was lost ({type(error).__name__})"
             ) from None
+
+    async def _find(self, probes: Probes, queue: QueueSpec) -> Found | None:
+        try:
+            return await probes.find(queue)
+        except NotAllowedError:
+            return None
 
     async def close(self) -> None:
         """Close the connection."""

@@ -5,6 +5,7 @@ from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from worker.cli.check.finding import Finding, failed, ok, skipped, warning
+from worker.cli.shell import counted
 from worker.rabbit.connection import Broker, BrokerRefusedError, BrokerUnreachableError
 from worker.rabbit.probes import BlockedError, Found, NotAllowedError, Probes
 from worker.rabbit.topology import Part, QueueSpec, Topology
@@ -37,12 +38,15 @@ def _user(settings: BrokerSettings) -> str:
 async def _behind(probes: Probes, topology: Topology) -> AsyncIterator[Finding]:
     queues: dict[str, Found] = {}
     exchanges: set[str] = set()
+    unseen: set[str] = set()
     parts: list[Part] = [*topology.queues(), topology.control, *topology.exchanges()]
     for part in parts:
         try:
             found = await probes.find(part)
         except NotAllowedError as error:
-            yield failed(str(part), str(error))
+            # What may be done with it shows without seeing it.
+            unseen.add(part.name)
+            yield _unseen(topology, part, str(error))
             continue
         if found is not None and isinstance(part, QueueSpec):
             queues[part.name] = found
@@ -51,7 +55,7 @@ async def _behind(probes: Probes, topology: Topology) -> AsyncIterator[Finding]:
         yield await _part(probes, topology, part, found)
     for finding in _life(topology, queues):
         yield finding
-    async for finding in _rights(probes, topology, {*queues, *exchanges}):
+    async for finding in _rights(probes, topology, {*queues, *exchanges, *unseen}):
         yield finding
 
 
@@ -61,7 +65,7 @@ async def _part(probes: Probes, topology: Topology, part: Part, found: Found | N
         return _missing(topology, part)
     told = "is there"
     if isinstance(part, QueueSpec):
-        told = f"{found.messages} waiting, {_count(found.consumers, 'consumer')}"
+        told = f"{found.messages} waiting, {counted(found.consumers, 'consumer')}"
     if part.may_differ:
         return ok(check, told)
     try:
@@ -81,6 +85,13 @@ async def _part(probes: Probes, topology: Topology, part: Part, found: Found | N
     )
 
 
+def _unseen(topology: Topology, part: Part, reason: str) -> Finding:
+    """RabbitMQ 4.3 shows nothing to a user without any right to it; one that declares it has one."""
+    if topology.declare and not part.may_differ and part != topology.control:
+        return failed(str(part), f"{reason}; or set VQA_DECLARE_TOPOLOGY=false")
+    return skipped(str(part), f"this user may not look for it: {reason}")
+
+
 def _missing(topology: Topology, part: Part) -> Finding:
     if part.may_differ:
         return failed(str(part), "does not exist: create it (`vqa-worker topology apply` does)")
@@ -98,7 +109,7 @@ def _life(topology: Topology, found: Mapping[str, Found]) -> list[Finding]:
     if jobs is not None and not jobs.consumers:
         findings.append(warning("workers", f"none takes jobs from {topology.jobs} at the moment"))
     if dead is not None and dead.messages:
-        text = f"{_count(dead.messages, 'letter')} on {topology.dead_letters}: `vqa-worker dead list`"
+        text = f"{counted(dead.messages, 'letter')} on {topology.dead_letters}: `vqa-worker dead list`"
         findings.append(warning("dead letters", text))
     return findings
 
@@ -144,7 +155,3 @@ async def _right(check: str, probe: Awaitable[None], how: str = "") -> Finding:
     except NotAllowedError as error:
         return failed(check, str(error))
     return ok(check, f"granted {how}".rstrip())
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"

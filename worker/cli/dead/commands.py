@@ -22,6 +22,7 @@ from worker.cli.shell import (
     UsageError,
     add,
     broker_of,
+    counted,
     read,
 )
 
@@ -283,7 +284,7 @@ async def _chosen(desk: _Desk, choice: Choice, most: int | None) -> Sequence["Le
     found = await _told(look(desk.broker, desk.topology, pick, most=most, patience_s=desk.patience_s))
     chosen = f"{len(found.picked)} of them chosen" if not choice.is_any else ""
     part = f"{found.seen} of them looked at (--most)" if found.seen < found.there else ""
-    there = f"{desk.topology.dead_letters}: {found.there} letter{'' if found.there == 1 else 's'}"
+    there = f"{desk.topology.dead_letters}: {counted(found.there, 'letter')}"
     desk.screen.note(", ".join(filter(None, (there, part, chosen))))
     return sorted(found.picked, key=lambda letter: letter.died_at or datetime.min.replace(tzinfo=UTC))
 

@@ -110,7 +110,6 @@ class _Watch:
 
     async def _look_at_queues(self) -> "tuple[QueueFigures | None, str]":
         from worker.rabbit.connection import BrokerRefusedError, BrokerUnreachableError
-        from worker.rabbit.probes import NotAllowedError
 
         try:
             found = await self._queues.read(self._patience_s if self._is_first else LATER_PATIENCE_S)
@@ -119,9 +118,9 @@ class _Watch:
             if self._is_first:
                 raise
             return None, str(error)
-        except (NotAllowedError, CommandError) as error:
+        except CommandError as error:
             if self._is_first:
-                raise CommandError(str(error)) from None
+                raise
             return None, str(error)
 
 
@@ -130,7 +129,8 @@ def _queue_figures(topology: "Topology", found: "Mapping[str, Found | None]") ->
 
     jobs = found[topology.jobs]
     if jobs is None:
-        raise CommandError(f"the queue {topology.jobs} does not exist: is VQA_JOBS_QUEUE the workers' own?")
+        text = "does not exist, or not for this user: is VQA_JOBS_QUEUE the workers' own?"
+        raise CommandError(f"the queue {topology.jobs} {text}")
     count = {name: it.messages if it else 0 for name, it in found.items()}
     return QueueFigures(
         jobs=jobs.messages,

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from worker.cli.shell import counted
 from worker.cli.top.figures import FleetFigures
 
 if TYPE_CHECKING:
@@ -133,13 +134,9 @@ def _queues(figures: Figures) -> tuple[str, str]:
         return figures.trouble, "red"
     text = (
         f"{queues.jobs:,} waiting, {queues.retries:,} for their next attempt, {queues.dead:,} dead,"
-        f" {queues.results:,} result{_s(queues.results)}, {queues.consumers:,} consumer{_s(queues.consumers)}"
+        f" {counted(queues.results, 'result')}, {counted(queues.consumers, 'consumer')}"
     )
     return text, "" if queues.consumers else "yellow"
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"
 
 
 def _jobs(figures: Figures, fleet: FleetFigures) -> str:
