@@ -30,9 +30,11 @@ demo: $(INSTALLED) $(OCR) ## start RabbitMQ, S3 and a model, ask questions about
 stack: $(INSTALLED) ## start RabbitMQ, S3 and the stand-in model to try things with, until Ctrl-C
 	@$(BIN)/python -m deploy.local up
 
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
+
 test: $(INSTALLED) ## run the tests, on real services
 	$(BIN)/coverage erase
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
+	$(PYTEST) $(IF_IT_FAILS)
 	$(BIN)/coverage report
 
 $(BENCH): requirements-bench.lock $(INSTALLED)
@@ -110,4 +112,7 @@ lock: ## take the latest releases into the locks (needs uv)
 	  -o requirements-bench.lock
 LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
+# Real services on a machine that others load can be slower than a test's patience: in CI what failed is tried once more,
+# alone and one after the other. What fails twice has failed.
+ci: IF_IT_FAILS = || $(BIN)/pytest --last-failed --last-failed-no-failures none
 ci: lint test ## what CI runs: the checks and the tests

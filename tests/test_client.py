@@ -253,6 +253,26 @@ async def test_where_a_result_is_lost_with_the_connection_that_is_said(
             assert (await client.ask_job(words("Again?"), timeout=20)).succeeded
 
 
+@pytest.mark.parametrize("replies", ["queue", "exclusive"])
+async def test_a_queue_for_results_that_is_deleted_is_made_again(
+    stack: Stack, worker: Worker, replies: Replies
+) -> None:
+    async with (
+        client_of(stack, worker, replies=replies) as client,
+        await aio_pika.connect(stack.rabbitmq.url) as connection,
+    ):
+        requests = client._requests  # noqa: SLF001 - nobody else needs to know its queue
+        first = requests.reply_to
+        if replies == "queue":
+            await (await connection.channel()).queue_delete(first)
+        else:
+            # Nobody else may delete it.
+            assert requests._channel is not None  # noqa: SLF001
+            await requests._channel.queue_delete(first)  # noqa: SLF001
+        await until(lambda: not requests.connected.is_set(), "the session ends")
+        assert (await client.ask_job(words("Still there?"), timeout=20)).succeeded
+
+
 async def test_the_queue_for_results_is_gone_with_the_client(stack: Stack, worker: Worker) -> None:
     async with client_of(stack, worker) as client:
         assert (await client.ask_job(words("Hello?"))).succeeded

@@ -19,6 +19,8 @@ EXIT_OK, EXIT_FAILURE = 0, 1
 # sysexits.h: something is wrong with the configuration.
 EXIT_CONFIG = 78
 EXIT_USAGE = 2
+# What a shell says of a process that SIGPIPE has ended.
+EXIT_CLOSED_PIPE = 141
 BASIC_COMMANDS = ("run", "topology", "schema")
 _ONLY_WITH_SHELL = "all commands but run, topology and schema need: pip install 'vqa-worker[cli]'"
 APPLY_TIMEOUT_S = 60.0
@@ -174,8 +176,7 @@ def topology(given: argparse.Namespace) -> int:
     except BrokerUnreachableError as error:
         _say([str(error)])
         return EXIT_FAILURE
-    print(told)  # noqa: T201
-    return EXIT_OK
+    return _print(told)
 
 
 def _ignore_questions() -> None:
@@ -194,8 +195,7 @@ def schema(given: argparse.Namespace) -> int:
     from worker.cli.schema import show
 
     _say(settings.strays)
-    print(show(settings, given.document, compact=given.json))  # noqa: T201
-    return EXIT_OK
+    return _print(show(settings, given.document, compact=given.json))
 
 
 def _threads_linger() -> bool:
@@ -205,6 +205,17 @@ def _threads_linger() -> bool:
     for thread in others:
         thread.join(max(0.0, ends - time.monotonic()))
     return any(thread.is_alive() and not thread.daemon for thread in others)
+
+
+def _print(text: str) -> int:
+    """What was asked for, on stdout; nothing is said to a reader that has gone away (`| head`)."""
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        # Python flushes stdout once more in the end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+    return EXIT_OK
 
 
 def _refuse(faults: Sequence[str]) -> int:

@@ -61,7 +61,7 @@ class Cli:
         self.folder = folder
         self.settings = dict(settings)
         self.command = [sys.executable, "-m", "worker"]
-        self._started: list[subprocess.Popen[str]] = []
+        self._started: list[subprocess.Popen[Any]] = []
 
     @classmethod
     def of(cls, stack: Stack, folder: Path, worker: Worker | None = None, **settings: str) -> "Cli":
@@ -133,8 +133,12 @@ class Cli:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._started.append(process)
+        self.adopt(process)
         return process
+
+    def adopt(self, process: "subprocess.Popen[Any]") -> None:
+        """Have it killed in the end, if it still runs."""
+        self._started.append(process)
 
     def write(self, name: str, *lines: Mapping[str, Any] | str) -> str:
         """A file of these lines; returns its name."""

@@ -23,6 +23,7 @@ class Terminal:
             stdout=subprocess.PIPE if pipes else command_side,
             stderr=command_side,
         )
+        cli.adopt(self.process)
         os.close(command_side)
         os.set_blocking(self._side, False)
 

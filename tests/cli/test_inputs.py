@@ -94,10 +94,11 @@ async def test_a_table_is_a_file_of_jobs(lone_cli: Cli, stack: Stack, delimiter:
 
 
 async def test_a_column_of_images_holds_several(lone_cli: Cli, stack: Stack) -> None:
-    lone_cli.write("jobs.csv", "images", "s3://b/1; s3://b/2", '"[""s3://b/3;4""]"')
+    long = f"data:image/png;base64,{'A' * 200_000}"
+    lone_cli.write("jobs.csv", "images,image", "s3://b/1; s3://b/2,", '"[""s3://b/3;4""]",', f',"{long}"')
     await lone_cli.run("submit", "jobs.csv", "--question", "What?")
     bodies = [json.loads(message.body) for message in await emptied(stack, lone_cli.jobs_queue)]
-    assert [body["images"] for body in bodies] == [["s3://b/1", "s3://b/2"], ["s3://b/3;4"]]
+    assert [body["images"] for body in bodies] == [["s3://b/1", "s3://b/2"], ["s3://b/3;4"], [long]]
     assert {body["question"] for body in bodies} == {"What?"}
 
 

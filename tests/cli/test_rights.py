@@ -11,7 +11,7 @@ from tests.breaking import BrokerUser
 from tests.cli.running import Cli, channel_of
 from tests.conftest import StartWorker
 from tests.running import Worker
-from worker.client import Client, RefusedError, Replies
+from worker.client import Client, RefusedError, Replies, TopologyError
 
 # In the form of the broker's rights.
 SUBMITTING = {"configure": r"^vqa\.results\..*$", "read": r"^vqa\.results\..*$"}
@@ -80,6 +80,21 @@ async def test_what_a_submission_may_not_do_is_one_sentence_and_it_goes_on_later
     assert "jobs cannot be published: NOT_FOUND - no exchange 'no-such-exchange'" in missing.err
     user.permit()
     assert (await cli.run("submit", "jobs.jsonl", "--wait")).code == 0
+
+
+async def test_who_may_not_read_results_is_told_so(cli: Cli, user: BrokerUser) -> None:
+    user.permit(configure=".*", write=".*", read="^$")
+    cli.settings["VQA_RABBITMQ_URL"] = user.url
+    cli.write("jobs.jsonl", QUESTION)
+    submitted = await cli.run("submit", "jobs.jsonl", "--name", "unread")
+    unread = await cli.run("results", "unread")
+    assert (submitted.code, unread.code, unread.out) == (0, 78, "")
+    assert unread.err.startswith("queue vqa.results.unread-")
+    assert "lacks a permission: ACCESS_REFUSED" in unread.err
+    for replies in ("queue", "exclusive"):
+        with pytest.raises(TopologyError, match="lacks a permission: ACCESS_REFUSED"):
+            async with Client(user.url, replies=replies):
+                pass
 
 
 async def test_a_client_needs_no_more_than_it_is_said_to_need(

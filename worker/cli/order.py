@@ -109,8 +109,14 @@ async def carry_out(order: Order, settings: CommandSettings, screen: Screen) -> 
         try:
             return await errand.run()
         except asyncio.CancelledError:
-            screen.note(f"broken off; the same command goes on with {errand.name}, and sends nothing twice")
+            screen.note(f"broken off; {_how_to_go_on(order, errand.name)}")
             raise
+
+
+def _how_to_go_on(order: Order, name: str) -> str:
+    if order.is_passing:
+        return f"`vqa-worker results {name}` gathers what was asked"
+    return f"the same command goes on with {name}, and sends nothing twice"
 
 
 def _begun(order: Order, settings: CommandSettings, path: Path, name: str, digest: str) -> Manifest:

@@ -123,12 +123,14 @@ class Planner:
         self._max_job_bytes = max_job_bytes
         self._keeps_invalid = keeps_invalid
         self._number = 0
+        self._may_be_there = False
         self.faults: list[str] = []
         self.fault_count = 0
 
     async def plan(self, source: Source) -> None:
         """Put down all jobs of the source that are not there; within a transaction of the manifest."""
         place = _Place(source.folder, self._additions.uploads_to)
+        self._may_be_there = source.may_grow
         async for item in source:
             self._number += 1
             if self._number % BREATH_JOBS == 0:
@@ -137,11 +139,11 @@ class Planner:
                 self._fault(item)
                 continue
             try:
-                self._put_down(item, place, may_be_there=source.may_grow)
+                self._put_down(item, place)
             except (InvalidJobError, ValueError) as error:
                 self._fault(Fault(item.where, str(error), item.custom_id), item)
 
-    def _put_down(self, item: Entry, place: "_Place", *, may_be_there: bool) -> None:
+    def _put_down(self, item: Entry, place: "_Place") -> None:
         job = self._additions.applied(item.job)
         job.setdefault("id", self._id(item.key))
         for holder, key in _images(job):
@@ -150,7 +152,7 @@ class Planner:
         checked = decode(body, None, self._max_job_bytes)
         if self._manifest.add(Planned(str(checked.id), body, item.custom_id)):
             self._estimate.add(checked)
-        elif not may_be_there:
+        elif not self._may_be_there:
             raise ValueError(
                 f"there is another job with the {'custom_id' if item.custom_id else 'id'} before it"
             )
@@ -174,8 +176,11 @@ class Planner:
             self.faults.append(f"{fault.where}: {fault.reason}")
         if self._keeps_invalid:
             given = readable_id(item.job.get("id")) if item is not None else None
-            for job_id in (given or self._id(fault.custom_id), f"{self._name}-{self._number}-invalid"):
-                if self._manifest.add(Planned(job_id, None, fault.custom_id, _failed(job_id, fault.reason))):
+            own = given or self._id(fault.custom_id)
+            # A second job of the same id fails, too, and its result has to be told from the first one's.
+            for job_id in (own,) if self._may_be_there else (own, f"{self._name}-{self._number}-invalid"):
+                failed = _failed(job_id, fault.reason)
+                if self._manifest.add(Planned(job_id, None, fault.custom_id, failed)):
                     break
 
 

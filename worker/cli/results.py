@@ -78,7 +78,7 @@ async def results(
         with manifest.locked("gathering"):
             if forget:
                 return await _forget(manifest, broker, screen, timeout)
-            _check(manifest, screen)
+            _check(manifest, settings.rabbitmq_address, screen)
             harvest = Harvest(
                 manifest, broker, screen, Output(output, errors, output_form), patience_s=timeout
             )
@@ -114,11 +114,13 @@ def _list(screen: Screen) -> int:
     return EXIT_OK
 
 
-def _check(manifest: "Manifest", screen: Screen) -> None:
+def _check(manifest: "Manifest", broker: str, screen: Screen) -> None:
     head, counts = manifest.head(), manifest.counts()
     if not head["is_private"]:
         text = f"its results go to {head['reply_to']}, which others read: there is nothing to gather here"
         raise CommandError(text)
+    if head["broker"] != broker:
+        screen.note(f"it was submitted to {head['broker']}, and VQA_RABBITMQ_URL names {broker}")
     if left := counts.total - counts.confirmed:
         screen.note(
             f"not submitted yet: {left:,} of {counted(counts.total, 'job')}; submit them again to go on"

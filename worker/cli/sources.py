@@ -188,6 +188,8 @@ class File:
         beginning = self._beginning()
         delimiter = max(",;\t", key=beginning.count)
         with self.path.open(encoding="utf-8-sig", newline="") as file:
+            # A picture within a cell is longer than the library expects.
+            csv.field_size_limit(_MAX_LINE_CHARS)
             rows = csv.reader(file, delimiter=delimiter)
             try:
                 columns = [name.strip() for name in next(rows, [])]

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -76,13 +76,28 @@ async def _channel(connection: AbstractConnection, queue: str) -> AsyncIterator[
         TopologyError: the broker does not allow it.
     """
     channel = await connection.channel(publisher_confirms=False)
-    try:
+    with told_of(queue):
         yield channel
+    await channel.close()
+
+
+@contextmanager
+def told_of(queue: str) -> Iterator[None]:
+    """Tell what the broker says of a queue from the loss of a channel.
+
+    Raises:
+        QueueMissingError: there is no queue of this name.
+        TopologyError: the broker does not allow it.
+    """
+    try:
+        yield
     except ChannelNotFoundEntity:
         raise QueueMissingError(queue) from None
     except ChannelClosed as error:
+        words = str(error.args[-1]) if error.args else ""
+        if not words.startswith(("ACCESS_REFUSED", "PRECONDITION_FAILED", "RESOURCE_LOCKED")):
+            raise
         raise TopologyError([f"queue {queue}: {explain(error)}"]) from None
-    await channel.close()
 
 
 class Gauge:
@@ -188,16 +203,15 @@ class ReplyReader:
         Raises:
             QueueMissingError: there is no such queue, or it was deleted.
             BrokerRefusedError: at the first connection, the broker refuses the credentials.
+            TopologyError: this user may not read it.
         """
         is_first = True
         while True:
             async with self._broker.connection("results", refusal_is_final=is_first) as connection:
                 is_first = False
                 try:
-                    with losses():
+                    with losses(), told_of(self._queue):
                         await self._read(connection)
-                except ChannelNotFoundEntity:
-                    raise QueueMissingError(self._queue) from None
                 except CONNECTION_EXCEPTIONS:
                     pass  # the next session gets what was not acked
                 finally:

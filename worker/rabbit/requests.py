@@ -14,7 +14,7 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed, PublishErr
 
 from worker.rabbit.connection import Broker, BrokerRefusedError, explain, heed_cancellation, losses
 from worker.rabbit.publisher import Outgoing, UnroutableError, raise_if_refused, raise_if_too_large, to_amqp
-from worker.rabbit.replies import PRIVATE_PREFIX, ReplyQueue
+from worker.rabbit.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, told_of
 from worker.rabbit.topology import TopologyError
 
 # Whoever uses this may have set up nothing but the standard library's logging.
@@ -83,7 +83,7 @@ class Requests:
                 if not self._has_served:
                     raise
                 self.trouble = str(error)
-            except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
+            except (*CONNECTION_EXCEPTIONS, TimeoutError, QueueMissingError) as error:
                 self.trouble = explain(error)
             log.warning("there is no session with the broker, and one is tried for: %s", self.trouble)
             delay_s = FIRST_DELAY_S if self._has_served_now else min(delay_s * 2, LONGEST_DELAY_S)
@@ -167,10 +167,11 @@ class Requests:
     async def _consume(self, connection: AbstractConnection, channel: AbstractChannel) -> None:
         queue = await self._reply_queue(connection, channel)
         self.reply_to = queue.name
-        if self._replies == "direct":
-            await queue.consume(self._receive_direct, no_ack=True)
-        else:
-            self._consumer = queue, await queue.consume(self._receive)
+        with told_of(queue.name):
+            if self._replies == "direct":
+                await queue.consume(self._receive_direct, no_ack=True)
+            else:
+                self._consumer = queue, await queue.consume(self._receive)
 
     async def _reply_queue(self, connection: AbstractConnection, channel: AbstractChannel) -> AbstractQueue:
         if self._replies == "direct":
@@ -178,9 +179,10 @@ class Requests:
         if self._replies == "queue":
             await self._own.make(connection)
             return await channel.get_queue(self._own.name, ensure=False)
-        queue = await channel.declare_queue(exclusive=True)
-        if self._reply_exchange:
-            await queue.bind(self._reply_exchange, routing_key=queue.name)
+        with told_of("for replies"):
+            queue = await channel.declare_queue(exclusive=True)
+            if self._reply_exchange:
+                await queue.bind(self._reply_exchange, routing_key=queue.name)
         return queue
 
     async def _receive(self, message: AbstractIncomingMessage) -> None:
