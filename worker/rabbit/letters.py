@@ -123,7 +123,7 @@ class DeadLetters:
         """
         with _explained(topology), losses():
             # Before anything is fetched: who may not renew letters would use up their returns.
-            await Probes(connection).may_publish(topology.jobs_exchange)
+            await Probes(connection).may_publish(topology.jobs_exchange, topology.jobs)
             reading = await connection.channel(publisher_confirms=False)
             writing = await connection.channel(publisher_confirms=True, on_return_raises=True)
             letters = cls(topology, reading, writing)

@@ -109,8 +109,8 @@ class Probes:
         except ChannelClosed as error:
             raise NotAllowedError(explain(error)) from None
 
-    async def may_publish(self, exchange: str) -> None:
-        """Find out whether messages may be published to an exchange; none is.
+    async def may_publish(self, exchange: str, routing_key: str) -> None:
+        """Find out whether messages may be published to an exchange, for this queue; none is.
 
         Raises:
             NotAllowedError: they may not, there is no such exchange, or the broker takes no messages.
@@ -119,7 +119,9 @@ class Probes:
         async def publish(channel: AbstractChannel) -> None:
             properties = Basic.Properties(expiration="never", message_id="probe")
             underlay = await channel.get_underlay_channel()
-            await underlay.basic_publish(b"", exchange=exchange, routing_key="probe", properties=properties)
+            await underlay.basic_publish(
+                b"", exchange=exchange, routing_key=routing_key, properties=properties
+            )
 
         await self._ask_in_vain(publish)
 

@@ -127,10 +127,13 @@ async def _rights(probes: Probes, topology: Topology, there: Collection[str]) ->
             yield ok("cancellations", "can be heard")
     # Last, because a broker that takes no messages says nothing more to whoever has sent one.
     try:
-        for what, exchange in (("results", topology.reply_exchange), ("jobs back", topology.jobs_exchange)):
+        for what, exchange, queue in (
+            ("results", topology.reply_exchange, topology.results),
+            ("jobs back", topology.jobs_exchange, topology.jobs),
+        ):
             if not exchange or exchange in there:
                 by = f"by exchange {exchange}" if exchange else f"by {DEFAULT}"
-                yield await _right(f"right to publish {what}", probes.may_publish(exchange), by)
+                yield await _right(f"right to publish {what}", probes.may_publish(exchange, queue), by)
         if topology.reply_exchange and topology.jobs_exchange:
             yield await _direct_replies(probes)
     except BlockedError as error:
@@ -139,7 +142,7 @@ async def _rights(probes: Probes, topology: Topology, there: Collection[str]) ->
 
 async def _direct_replies(probes: Probes) -> Finding:
     try:
-        await probes.may_publish("")
+        await probes.may_publish("", "amq.rabbitmq.reply-to")
     except BlockedError:
         raise
     except NotAllowedError:

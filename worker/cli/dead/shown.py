@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from worker.redact import Redactor
 
 HEADS: Final = ("LETTER", "DIED AT", "CODE", "MODEL", "ATTEMPTS", "JOB", "WHY")
-# Of a column on a terminal; `show` and pipes have all of it.
-MAX_CELL: Final = 24
+GAP: Final = "  "
 LONG_TEXT_CHARS: Final = 200
 MAX_PLAIN_CHARS: Final = 2000
 
@@ -70,24 +69,21 @@ def plain(value: Any) -> Any:
 
 
 def table(letters: Iterable["Letter"]) -> Iterator[str]:
-    """A line for each letter under a line of heads; long texts are cut where a terminal is narrow."""
+    """A line for each letter under a line of heads; on a narrow terminal, why it died is told below it."""
     from rich.cells import cell_len, set_cell_size
-    from rich.text import Text
 
-    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     rows = [HEADS, *map(_row, letters)]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    if most is not None:
-        widths = [min(width, MAX_CELL) for width in widths]
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    is_narrow = columns is not None and sum(widths) + len(GAP) * len(widths) > columns
     for row in rows:
-        cells = [
-            set_cell_size(cell if cell_len(cell) <= width else f"{cell[: width - 1]}…", width)
-            for cell, width in zip(row[:-1], widths, strict=False)
-        ]
-        line = Text("  ".join([*cells, row[-1]]).rstrip())
-        if most is not None:
-            line.truncate(most, overflow="ellipsis")
-        yield line.plain
+        cells = [set_cell_size(cell, width) for cell, width in zip(row[:-1], widths, strict=False)]
+        if not is_narrow:
+            yield GAP.join([*cells, row[-1]])
+            continue
+        yield GAP.join(cells).rstrip()
+        if row is not HEADS:
+            yield f"{' ' * widths[0]}{GAP}{row[-1]}"
 
 
 def _row(letter: "Letter") -> Sequence[str]:
