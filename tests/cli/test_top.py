@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import uuid
@@ -166,3 +167,32 @@ async def test_what_answers_and_is_no_worker_is_silent(cli: Cli, stack: Stack) -
     (told,) = await cli.told("top", "--once", "--worker", other, "--worker", "no.such.host.invalid")
     assert told["workers"]["answering"] == 0
     assert told["workers"]["silent"] == sorted([other.removeprefix("http://"), "no.such.host.invalid:8080"])
+
+
+# Gives a name to several addresses of this machine, for one command.
+NAMED = """
+hosts=$1; shift
+exec unshare --mount sh -c 'mount --bind "$0" /etc/hosts && exec "$@"' "$hosts" "$@"
+"""
+
+
+def may_name_addresses() -> bool:
+    """Whether this user may have a /etc/hosts of its own for a command."""
+    tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)  # noqa: S607
+    return tried.returncode == 0
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or not may_name_addresses(),
+    reason="a name for several addresses of this machine takes root and `unshare`",
+)
+async def test_a_name_with_several_addresses_stands_for_a_worker_each(
+    cli: Cli, busy: Worker, start_worker: StartWorker
+) -> None:
+    await start_worker(like=busy, VQA_HTTP_HOST="127.0.0.2", VQA_HTTP_PORT=str(busy.port))
+    hosts = cli.folder / "hosts"
+    hosts.write_text("127.0.0.1 localhost fleet\n127.0.0.2 fleet\n127.0.0.3 fleet\n")
+    cli.command = ["sh", "-c", NAMED, "sh", str(hosts), *cli.command]
+    (told,) = await cli.told("top", "--once", "--every", "0.2", f"--worker=fleet:{busy.port}")
+    assert told["workers"]["answering"] == 2
+    assert told["workers"]["silent"] == [f"127.0.0.3:{busy.port}"]

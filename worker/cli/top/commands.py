@@ -57,7 +57,7 @@ async def top(
     """Watch a running fleet: what waits, how fast it goes, how long jobs take, what it costs.
 
     - `vqa-worker top --worker localhost:8080`
-    - `vqa-worker top --worker vqa-worker-headless.prod.svc:8080` (a worker for each address of the name)
+    - `vqa-worker top --worker workers.prod.svc:8080` (a worker for each address of the name)
     - `vqa-worker top --once --json | jq .queues.jobs`
 
     What waits is the broker's word; rates, latencies and tokens are of the last 30 seconds, and the cost is
