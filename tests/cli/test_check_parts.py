@@ -13,14 +13,15 @@ from PIL import Image
 from deploy.local.stack import Stack
 from tests.breaking import BrokerUser, administer, own_vhost, url_as
 from tests.conftest import BUCKET, PutImage
-from tests.fake_s3 import FakeS3, give, refuse
+from tests.fake_s3 import Answer, FakeS3, give, refuse
 from worker.cli.check.api import api_findings, red_square
 from worker.cli.check.broker import broker_findings
 from worker.cli.check.finding import Finding
 from worker.cli.check.storage import storage_findings
 from worker.cli.shell import broker_of
 from worker.rabbit import connection, probes
-from worker.rabbit.topology import Topology, create
+from worker.rabbit.probes import NotAllowedError, Probes
+from worker.rabbit.topology import Part, Topology, create
 from worker.settings import Settings, load_settings
 
 Findings = dict[str, tuple[str, str]]
@@ -171,6 +172,28 @@ async def test_rights_that_are_missing_are_told_one_by_one(stack: Stack, doctor:
         assert findings["cancellations"][0] == "warning"
 
 
+async def test_what_the_broker_does_not_show_is_not_taken_for_missing(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As RabbitMQ 4.3 does: here every version.
+    async def find(_: Probes, part: Part) -> None:
+        raise NotAllowedError(f"{part} is not for you")
+
+    await doctor.make()
+    monkeypatch.setattr(Probes, "find", find)
+    findings = await doctor.broker(VQA_DECLARE_TOPOLOGY="false")
+    assert findings["queue jobs"] == ("skipped", "this user may not look for it: queue jobs is not for you")
+    assert troubles(findings) == []
+    assert findings["right to take jobs"] == ("ok", "granted")
+    assert findings["cancellations"] == ("ok", "can be heard")
+    declaring = await doctor.broker()
+    assert declaring["queue jobs"] == (
+        "failed",
+        "queue jobs is not for you; or set VQA_DECLARE_TOPOLOGY=false",
+    )
+    assert declaring["exchange jobs.control"][0] == "skipped"
+
+
 # S3
 
 
@@ -226,6 +249,40 @@ async def test_a_result_store_that_cannot_be_used_is_told_with_the_reason(doctor
         findings = await doctor.storage(**store)
         assert findings["result store"][1].startswith("VQA_RESULT_STORE: it does not heed If-None-Match")
         assert s3.asked[-1].method == "DELETE"
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ({"PUT": refuse(412, "PreconditionFailed")}, "a new object was taken for an old one"),
+        ({"GET": give(b"other", ETag='"1"')}, "what was put is not what is read"),
+        ({"list": give(b"<ListBucketResult/>")}, "what was put is not listed"),
+    ],
+)
+async def test_a_result_store_that_does_otherwise_than_s3_is_told_with_what_it_does(
+    doctor: Doctor, answers: Mapping[str, Answer], told: str
+) -> None:
+    put: list[str] = []
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        """A store that does one thing only wrong."""
+        kind = "list" if "list-type" in request.rel_url.query else request.method
+        if kind in answers:
+            return await answers[kind](request)
+        if kind == "PUT" and request.headers.get("If-None-Match") and put:
+            return await refuse(412, "PreconditionFailed")(request)
+        if kind == "PUT":
+            put.append(request.path)
+        return await give(b"check", ETag='"1"')(request)
+
+    async with FakeS3.serving(b"") as s3:
+        s3.answer = answer
+        findings = await doctor.storage(VQA_S3_ENDPOINT_URL=s3.url, VQA_RESULT_STORE=f"s3://{BUCKET}/answers")
+    status, message = findings["result store"]
+    assert (status, message) == (
+        "failed",
+        f"VQA_RESULT_STORE: {told}: answers cannot be kept safely in such a store",
+    )
 
 
 # The API
