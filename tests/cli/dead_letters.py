@@ -108,9 +108,9 @@ def broker_of(stack: Stack) -> Broker:
     return Broker(url=stack.rabbitmq.url, ssl_context=None, name="test")
 
 
-async def looked(stack: Stack, queues: Queues) -> list[Held]:
+async def looked(stack: Stack, queues: Queues, most: int | None = None) -> list[Held]:
     found = await rounds.look(
-        broker_of(stack), queues.topology, lambda held: held, most=None, patience_s=15.0
+        broker_of(stack), queues.topology, lambda held: held, most=most, patience_s=15.0
     )
     return found.picked
 

@@ -106,6 +106,14 @@ async def test_no_number_of_looks_loses_a_letter(stack: Stack, queues: Queues) -
 
 
 @pytest.mark.usefixtures("twenty_returns")
+async def test_no_number_of_looks_at_some_of_them_loses_one(stack: Stack, queues: Queues) -> None:
+    await buried(queues, 2)
+    for _ in range(50):
+        assert len(await looked(stack, queues, most=1)) == 1
+    assert await queues.depth(queues.dead) == 2
+
+
+@pytest.mark.usefixtures("twenty_returns")
 async def test_without_renewal_the_broker_would_drop_them(
     stack: Stack, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
