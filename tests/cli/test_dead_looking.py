@@ -141,6 +141,18 @@ async def test_during_and_after_a_killed_look_everything_is_there(
         await queues.filled(queues.dead, 4)
 
 
+async def test_a_letter_that_cannot_be_renewed_is_told_and_stays(stack: Stack, queues: Queues) -> None:
+    await buried(queues, 2)
+    for _ in range(letters.MOST_RETURNS):
+        await looked(stack, queues)
+    full = {"max-length": 1, "overflow": "reject-publish"}
+    policy = {"pattern": f"^{queues.dead}$", "definition": full, "apply-to": "queues"}
+    administer(stack, "PUT", f"/api/policies/%2F/{queues.dead}", policy)
+    with pytest.raises(letters.LettersError, match=r"came back 3 times and cannot be renewed, .* is full"):
+        await looked(stack, queues)
+    assert await queues.depth(queues.dead) == 2
+
+
 async def test_who_may_not_put_letters_back_may_not_look_either_so_that_no_returns_are_used_up(
     stack: Stack, cli: Cli, queues: Queues
 ) -> None:

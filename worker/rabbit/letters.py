@@ -175,7 +175,14 @@ class DeadLetters:
         held, self._last = self._last, None
         if held is None or held.is_settled or held.letter.returns < MOST_RETURNS:
             return
-        await self._put(messages.renewed(held.delivery, self._topology.dead_letters, _with_cause(held)))
+        copy = messages.renewed(held.delivery, self._topology.dead_letters, _with_cause(held))
+        try:
+            await self._put(copy)
+        except LettersError as error:
+            raise LettersError(
+                f"the letter {held.letter.name} came back {held.letter.returns} times and cannot be renewed,"
+                f" and RabbitMQ 4 drops it after 20; before the next look, see to this: {error}"
+            ) from None
         await held.ack()
 
     async def _put(self, message: Outgoing) -> None:
