@@ -23,7 +23,7 @@ SAMPLING_S: Final = 1
 _POLICIES: Final = ", ".join(
     f"{{{kind}, [{{605, {SAMPLING_S}}}]}}" for kind in ("global", "basic", "detailed")
 )
-# The statistics are kept by processes that read these variables when they start.
+# Read by the processes that keep the statistics when they start, and by queues when they are declared.
 _HASTEN: Final = f"""
 application:set_env(rabbit, quorum_tick_interval, {int(REPORT_S * 1000)}),
 Applications = [rabbitmq_management_agent, rabbitmq_management],
@@ -33,13 +33,17 @@ Applications = [rabbitmq_management_agent, rabbitmq_management],
 """
 
 
+async def hasten(stack: Stack) -> None:
+    """Make the figures of queues that are declared from now on as fast as they can be."""
+    await asyncio.to_thread(stack.rabbitmq.ctl, "eval", _HASTEN)
+
+
 @contextlib.asynccontextmanager
 async def looking(stack: Stack, release: Release) -> AsyncIterator[Look]:
     """Ask for the length of the queue as `getQueueInfoViaHTTP` of rabbitmq_scaler.go does.
 
-    It is there already. The broker gets a user for KEDA, who may look and nothing else, and fast figures.
+    It is there already. The broker gets a user for KEDA, who may look and nothing else.
     """
-    await asyncio.to_thread(stack.rabbitmq.ctl, "eval", _HASTEN)
     await _add_user(stack, release)
     numbers = release.numbers
     vhost, queue = quote_plus(numbers.vhost), quote_plus(numbers.queue)

@@ -32,6 +32,7 @@ class Cluster:
 @contextlib.asynccontextmanager
 async def installed(stack: Stack, folder: Path, release: Release) -> AsyncIterator[Cluster]:
     """Installed for as long as the context lasts; the workers' logs go to the folder."""
+    await broker.hasten(stack)
     settings = {**release.settings, "VQA_HTTP_HOST": "127.0.0.1", "VQA_HTTP_PORT": "0"}
     hook = Worker.of(stack, folder, **settings)
     hook.command[-1:] = release.hook
