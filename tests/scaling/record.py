@@ -124,7 +124,8 @@ def seen(samples: Sequence[Sample]) -> list[tuple[float, float]]:
     found, of = [], 0
     for number, sample in enumerate(samples):
         of = min(range(of, number + 1), key=lambda it: (abs(samples[it].backlog - sample.messages), -it))
-        found.append((sample.at, samples[of].at))
+        # It was looked at before it was written down.
+        found.append((samples[max(0, number - 1)].at, samples[of].at))
     return found
 
 

@@ -160,7 +160,7 @@ def test_how_old_figures_were_is_seen_from_the_backlog() -> None:
         sample(at, messages=messages, published=count)
         for at, (messages, count) in enumerate(zip(shown, backlog, strict=True))
     ]
-    assert seen(samples) == [(0, 0), (1, 0), (2, 0), (3, 2), (4, 2), (5, 4), (6, 6)]
+    assert seen(samples) == [(0, 0), (0, 0), (1, 0), (2, 2), (3, 2), (4, 4), (5, 6)]
 
 
 def test_jobs_come_at_the_rate_of_their_phase() -> None:
