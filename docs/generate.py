@@ -16,15 +16,15 @@ from pydantic import BaseModel, SecretStr
 
 from deploy.rabbitmq.__main__ import PLACE, STRICT, STRICT_SETTINGS, topology_with
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER, intake, users
-from worker.cancellation import REMEMBERED
 from worker.cli.schema import asyncapi
 from worker.errors import COUNTS_AGAINST_THE_SERVICE, MEANING, ErrorCode
-from worker.instruments import Declaration
-from worker.job import Job
-from worker.metrics import DECLARED
-from worker.rabbit import messages, wire
-from worker.rabbit.topology import Topology
-from worker.result import Result
+from worker.jobs.cancellation import REMEMBERED
+from worker.messages.job import Job
+from worker.messages.result import Result
+from worker.observability.instruments import Declaration
+from worker.observability.metrics import DECLARED
+from worker.rabbitmq import messages, properties
+from worker.rabbitmq.topology import Topology
 from worker.settings import Settings, variable
 
 HERE: Final = Path(__file__).parent
@@ -222,11 +222,11 @@ def messages_page() -> str:
         undeliverable_header=messages.UNDELIVERABLE_HEADER,
         error_code_header=messages.ERROR_CODE_HEADER,
         error_message_header=messages.ERROR_MESSAGE_HEADER,
-        attempts_header=wire.ATTEMPTS_HEADER,
-        died_at_header=wire.DIED_AT_HEADER,
-        enqueued_header=wire.ENQUEUED_HEADER,
-        traceparent=wire.TRACEPARENT,
-        tracestate=wire.TRACESTATE,
+        attempts_header=properties.ATTEMPTS_HEADER,
+        died_at_header=properties.DIED_AT_HEADER,
+        enqueued_header=properties.ENQUEUED_HEADER,
+        traceparent=properties.TRACEPARENT,
+        tracestate=properties.TRACESTATE,
     )
 
 

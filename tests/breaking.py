@@ -82,7 +82,7 @@ async def said(worker: Worker, status: str) -> tuple[int, list[str]]:
 def hasty(worker: Worker) -> Worker:
     """Let a worker that is yet to start make its trials within fractions of a second."""
     code = (
-        "import sys, worker.pause as pause; from worker.__main__ import main;"
+        "import sys, worker.resilience.pause as pause; from worker.__main__ import main;"
         "pause.FIRST_TRIAL_S, pause.LONGEST_TRIAL_S = 0.05, 0.1; sys.exit(main())"
     )
     worker.command = [sys.executable, "-c", code, "run"]

@@ -90,7 +90,8 @@ async def test_a_retry_queue_and_a_results_queue_that_are_gone_when_they_are_nee
         await delete(client, scene.worker.results_queue)
         scene.model.thaw()
         await until(
-            lambda: [line for line in events(scene.worker, "job") if line["job_id"] == job_id], "its end"
+            lambda: [line for line in events(scene.worker, "job_finished") if line["job_id"] == job_id],
+            "its end",
         )
     async with Client.of(scene.stack, scene.worker) as client:
         assert statuses(await results(client, [job_id])) == {"succeeded": 1}

@@ -37,9 +37,9 @@ from tests.running import Worker, calls_with, until
 # The worker with less patience for queues that take nothing: two tries instead of a minute's.
 IMPATIENT = """
 import sys
-from worker import settlement
+from worker.rabbitmq import settlement
 from worker.__main__ import main
-from worker.rabbit import messages
+from worker.rabbitmq import messages
 messages.COPY_TRIES, settlement.COPY_ROUNDS = 2, 1
 sys.exit(main(["run"]))
 """
@@ -151,7 +151,7 @@ TAKEN: dict[str, tuple[Change, Change, str, str]] = {
     "permission to consume": (
         lambda realm: realm.user.permit(read="^$"),
         lambda realm: realm.user.permit(),
-        "rabbitmq_lost",
+        "rabbitmq_connection_lost",
         "lacks a permission",
     ),
 }
@@ -238,8 +238,8 @@ async def test_a_jobs_queue_that_is_made_anew_with_other_arguments_is_named_unti
         await until(lambda: model.held == 1, "the job has begun")
         await channel.queue_delete(worker.jobs_queue)
         await channel.declare_queue(worker.jobs_queue, durable=True)
-        await until(lambda: events(worker, "topology_wrong"), "it is named")
-        assert worker.jobs_queue in str(events(worker, "topology_wrong")[0]["faults"])
+        await until(lambda: events(worker, "topology_mismatch"), "it is named")
+        assert worker.jobs_queue in str(events(worker, "topology_mismatch")[0]["faults"])
         assert (await said(worker, "no_broker"))[0] == 503
         model.thaw()
         assert statuses(await results(client, ids)) == {"succeeded": 1}
@@ -335,7 +335,7 @@ async def test_jobs_that_a_full_queue_does_not_take_back_are_put_back_by_the_bro
         filling = json.dumps(job("filling", id="filling")).encode()
         await until(lambda: is_full(channel, worker.jobs_queue, filling), "it is full")
         model.thaw()
-        await until(lambda: len(events(worker, "job_handed_over")) == 3, "the broker has them back")
+        await until(lambda: len(events(worker, "job_left_to_broker")) == 3, "the broker has them back")
         await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "the worker has none")
         own_stack.model.configure(rules=[])
         # All in the queue are answered, now that it flows.
@@ -358,7 +358,7 @@ async def test_what_the_dead_letter_queue_does_not_take_the_broker_keeps(
         channel = await open_channel(resources, own_stack.rabbitmq.url)
         await until(lambda: is_full(channel, worker.dead_letter_queue, b"filling"), "it is full")
         await client.publish(b"no job")
-        await until(lambda: events(worker, "job_handed_over"), "the broker has it back")
+        await until(lambda: events(worker, "job_left_to_broker"), "the broker has it back")
         await until(
             lambda: worker.metric("vqa_dead_letters_total", reason="invalid_job") == 1, "it is counted"
         )
@@ -421,7 +421,7 @@ async def test_a_result_that_is_too_large_for_the_broker_ends_as_a_failed_one_an
     assert len(calls_with(strict.stack, large)) == 1
     assert len(calls_with(strict.stack, small)) == 3
     assert strict.worker.metric("vqa_jobs_total", status="failed", error="result_too_large") == 1
-    told = [line["error"] for line in events(strict.worker, "job") if line["job_id"] == large_id]
+    told = [line["error"] for line in events(strict.worker, "job_finished") if line["job_id"] == large_id]
     assert told == ["result_too_large"]
 
 

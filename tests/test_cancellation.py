@@ -57,7 +57,7 @@ async def test_a_running_call_is_aborted_and_its_job_gets_one_result(
     workers = (first, second)
     assert sum(worker.metric("vqa_ambiguous_calls_total") for worker in workers) == 1
     assert sum(worker.metric("vqa_jobs_total", error="cancelled") for worker in workers) == 1
-    await until(lambda: all(events(worker, "cancelled") for worker in workers), "both hear of it")
+    await until(lambda: all(events(worker, "job_cancelled") for worker in workers), "both hear of it")
     # Whatever comes after it is worked on as ever.
     await client.publish(other)
     assert (await client.result(other["id"])).body["status"] == "succeeded"
@@ -121,7 +121,7 @@ async def test_what_is_done_or_unknown_or_makes_no_sense_disturbs_nobody(
         await tell(stack, worker, body)
     await cancel(stack, worker, done)
     await cancel(stack, worker, "nobody's")
-    await until(lambda: len(events(worker, "cancelled")) == 2, "what makes sense is heard")
+    await until(lambda: len(events(worker, "job_cancelled")) == 2, "what makes sense is heard")
 
     assert len(events(worker, "control_message_ignored")) == len(bodies)
     assert statuses(await results(client, await publish(client, 2, "What is it?"))) == {"succeeded": 2}
@@ -138,11 +138,11 @@ async def test_a_worker_started_later_knows_from_the_result_store_what_was_cance
     gone, kept = job(marker), job(marker)
     await cancel(stack, early, gone["id"])
 
-    def tombstones() -> int:
+    def cancelled_jobs() -> int:
         found = stack.s3.client().list_objects_v2(Bucket=BUCKET, Prefix=f"{marker}/cancelled/")
         return found["KeyCount"]
 
-    await until(tombstones, "the tombstone")
+    await until(cancelled_jobs, "the tombstone")
     assert await early.stop() == 0
     for it in (gone, kept):
         await client.publish(it)
@@ -167,14 +167,14 @@ async def test_a_worker_that_may_not_listen_says_so_and_works_all_the_same(
         worker = await start_worker(like=maker, VQA_RABBITMQ_URL=user.url)
         client = await client_of(worker)
         assert statuses(await results(client, await publish(client, 1, "What is it?"))) == {"succeeded": 1}
-        (line,) = events(worker, "cancellations_not_heard")
+        (line,) = events(worker, "cancellation_forbidden")
         assert "ACCESS_REFUSED" in line["reason"]
         assert worker.ready() == (200, {"status": "ready", "reasons": []})
 
     with BrokerUser.of(stack, configure="^(t[0-9a-f]+\\..*|amq\\.gen-.*)$") as user:
         worker = await start_worker(like=maker, VQA_RABBITMQ_URL=user.url)
         await cancel(stack, worker, "some job's")
-        await until(lambda: events(worker, "cancelled"), "it hears")
+        await until(lambda: events(worker, "job_cancelled"), "it hears")
 
 
 async def test_without_the_right_to_declare_an_exchange_that_is_missing_is_no_fault(
@@ -189,6 +189,6 @@ async def test_without_the_right_to_declare_an_exchange_that_is_missing_is_no_fa
     worker = await start_worker(like=maker, VQA_DECLARE_TOPOLOGY="false")
     client = await client_of(worker)
     assert statuses(await results(client, await publish(client, 1, "What is it?"))) == {"succeeded": 1}
-    (line,) = events(worker, "cancellations_not_heard")
+    (line,) = events(worker, "cancellation_forbidden")
     assert line["exchange"] == f"{worker.jobs_queue}.control"
     assert ChannelNotFoundEntity.__name__ not in line["reason"]

@@ -26,7 +26,7 @@ from tests.chaos.scene import WORKER_HEADER, Life
 from tests.chaos.soak import Sample, Soaked
 from tests.chaos.verdict import Records, judge
 from tests.running import Worker
-from worker import metrics
+from worker.observability import metrics
 
 IMPORTANT = (
     "worker killed",

@@ -14,11 +14,11 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from deploy.local.stack import Stack
 from tests.running import ROOT, Worker
-from worker import metrics
 from worker.errors import ErrorCode
-from worker.job import RESERVED_PARAMS, InvalidJobError, Job, decode
-from worker.rabbit.topology import QueueSpec, Topology
-from worker.result import JobFailure, Result, Timings, Usage
+from worker.messages.job import RESERVED_PARAMS, InvalidJobError, Job, decode
+from worker.messages.result import JobFailure, Result, Timings, Usage
+from worker.observability import metrics
+from worker.rabbitmq.topology import QueueSpec, Topology
 
 CONTRACT = ROOT.parent / "shared" / "contract.md"
 pytestmark = pytest.mark.skipif(not CONTRACT.exists(), reason="the contract is not beside this copy")
@@ -26,11 +26,11 @@ pytestmark = pytest.mark.skipif(not CONTRACT.exists(), reason="the contract is n
 # Added since, as the contract allows: codes and metrics that readers may not know.
 ADDED_CODES = {ErrorCode.CANCELLED, ErrorCode.RESULT_TOO_LARGE}
 ADDED_METRICS: dict[str, tuple[str, set[str]]] = {
-    "vqa_result_store_total": ("counter", {"event"}),
-    "vqa_given_back_total": ("counter", set()),
+    "vqa_result_store_operations_total": ("counter", {"event"}),
+    "vqa_jobs_requeued_total": ("counter", set()),
     "vqa_concurrency_in_use": ("gauge", set()),
     "vqa_event_loop_lag_seconds": ("histogram", set()),
-    "vqa_job_queue_longest_seconds": ("gauge", set()),
+    "vqa_job_queue_wait_max_seconds": ("gauge", set()),
     "vqa_tenant_jobs_total": ("counter", {"tenant", "status"}),
     "vqa_tenant_tokens_total": ("counter", {"tenant", "model", "type"}),
     "vqa_tenant_cost_usd_total": ("counter", {"tenant", "model"}),

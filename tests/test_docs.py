@@ -5,8 +5,8 @@ import pytest
 
 from docs import generate
 from worker.errors import MEANING, ErrorCode
-from worker.job import Job
-from worker.result import Result
+from worker.messages.job import Job
+from worker.messages.result import Result
 from worker.settings import Settings, variable
 
 ROOT = Path(__file__).parent.parent

@@ -416,7 +416,7 @@ async def test_model_rejected_when_403_is_for_this_job_only(
     job_id, marker = uuid.uuid4().hex, uuid.uuid4().hex
     stack.model.play(Error(status=403, message="not your picture"), marker=marker, times=None)
     await client.publish({"id": job_id, "question": marker, "images": [_data_url(picture())]})
-    await until(lambda: worker.metric("vqa_retries_total", reason="403") > 0, "the first 403")
+    await until(lambda: worker.metric("vqa_retries_total", reason="http_403") > 0, "the first 403")
     # Somebody else's success is what tells it from an outage.
     other = await client.ask(question="?", images=[_data_url(picture())])
     body = _failure(await client.result(job_id), "model_rejected")

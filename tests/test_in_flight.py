@@ -17,7 +17,7 @@ from tests.breaking import calls_begun, events, publish, results, said, statuses
 from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Client, Worker, until
-from worker.app import MOST_TOLD
+from worker.app.runner import MOST_TOLD
 
 ALARM = ("set_vm_memory_high_watermark", "0.00001")
 NO_ALARM = ("set_vm_memory_high_watermark", "0.4")
@@ -54,12 +54,12 @@ class Seen:
 
 async def asked(worker: Worker) -> Seen:
     """Send SIGUSR1 and return what it said."""
-    states, jobs = len(events(worker, "in_flight")), len(events(worker, "in_flight_job"))
+    states, jobs = len(events(worker, "in_flight_summary")), len(events(worker, "in_flight_job"))
     assert worker.process is not None
     worker.process.send_signal(signal.SIGUSR1)
 
     def all_of_it() -> Seen | None:
-        told = events(worker, "in_flight")[states:]
+        told = events(worker, "in_flight_summary")[states:]
         listed = events(worker, "in_flight_job")[jobs:]
         is_all = told and len(listed) == told[0]["jobs"] - told[0]["not_shown"]
         return Seen(told[0], listed) if is_all else None
@@ -190,7 +190,7 @@ async def test_asked_before_it_can_answer_or_when_it_cannot_any_more_it_goes_on(
     worker.command = [sys.executable, "-c", ASKED_TOO_EARLY_AND_TOO_LATE]
     await worker.start()
     assert await worker.stop() == 0, worker.output()
-    assert events(worker, "in_flight") == []
+    assert events(worker, "in_flight_summary") == []
 
 
 async def test_sigusr2_shows_where_in_the_code_the_worker_is(scene: Scene) -> None:

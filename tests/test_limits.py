@@ -17,10 +17,10 @@ from tests.breaking import publish, results, statuses
 from tests.conftest import MakeClient, StartWorker
 from tests.running import Worker, calls_with, until
 from tests.unit.fakes import TOPOLOGY
-from worker.delivery import Delivery
-from worker.rabbit.connection import Broker
-from worker.rabbit.consumer import Consumer
-from worker.rabbit.control import Control
+from worker.jobs.delivery import Delivery
+from worker.rabbitmq.consumer import Consumer
+from worker.rabbitmq.control import Control
+from worker.rabbitmq.session import Broker
 
 JOBS = 800
 TAKES = 20

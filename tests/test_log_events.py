@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from tests.running import ROOT
-from worker.report import Stage
+from worker.jobs.attempt import Stage
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 # How the client logs, in whatever program it is used: these lines are not the worker's.

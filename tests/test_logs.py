@@ -21,9 +21,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from worker.logs import ASKED, DISCREET_LIBRARIES, configure_logging, describe_bug, tell_repeated
-from worker.redact import MARK, Redactor
-from worker.repeats import SHOWN
+from worker.observability.log_sampling import SHOWN
+from worker.observability.logs import (
+    ASKED,
+    DISCREET_LIBRARIES,
+    configure_logging,
+    describe_exception,
+    log_suppressed_events,
+)
+from worker.observability.redaction import MARK, Redactor
 
 SECRET = "sk-very-secret"
 QUESTION = "what is on this picture of mine?"
@@ -201,7 +207,7 @@ def test_stdout_is_where_lines_go(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_stdout_is_utf8_whatever_the_locale() -> None:
     code = (
-        "import structlog; from worker.logs import configure_logging;"
+        "import structlog; from worker.observability.logs import configure_logging;"
         "configure_logging('info', None, str); structlog.get_logger('worker').info('猫 \\ud800')"
     )
     shown = subprocess.run(  # noqa: S603  # our own code
@@ -288,38 +294,38 @@ def test_what_somebody_has_asked_for_is_shown_at_any_level(stream: io.StringIO) 
 
 def test_a_fault_that_repeats_is_told_a_few_times_and_then_counted(lines: Lines) -> None:
     for number in range(SHOWN + 5):
-        our_log().warning("job_retry", job_id=str(number), reason="5xx")
-    our_log().warning("job_retry", job_id="another", reason="timeout")
-    tell_repeated()
-    assert [line["reason"] for line in lines()] == ["5xx"] * SHOWN + ["timeout"]
-    tell_repeated(all_of_it=True)
+        our_log().warning("job_retried", job_id=str(number), reason="http_5xx")
+    our_log().warning("job_retried", job_id="another", reason="timeout")
+    log_suppressed_events()
+    assert [line["reason"] for line in lines()] == ["http_5xx"] * SHOWN + ["timeout"]
+    log_suppressed_events(all_of_it=True)
     told = lines()[-1]
     assert told.pop("timestamp")
     assert told.pop("within_s") < 60
     assert told == {
         "level": "warning",
-        "event": "repeated",
+        "event": "events_suppressed",
         "logger": "worker.tests",
-        "of": "job_retry",
-        "reason": "5xx",
+        "of": "job_retried",
+        "reason": "http_5xx",
         "times": 5,
     }
-    tell_repeated(all_of_it=True)
-    assert lines()[-1]["event"] == "repeated"
+    log_suppressed_events(all_of_it=True)
+    assert lines()[-1]["event"] == "events_suppressed"
     assert len(lines()) == SHOWN + 2
 
 
 def test_one_bug_that_all_jobs_meet_is_one_kind_of_line_and_another_bug_another(lines: Lines) -> None:
     for number in range(SHOWN + 5):
-        our_log().error("bug", job_id=str(number), exception="ValueError at a.py:1")
-    our_log().error("bug", job_id="1", exception="ValueError at b.py:1")
+        our_log().error("internal_error", job_id=str(number), exception="ValueError at a.py:1")
+    our_log().error("internal_error", job_id="1", exception="ValueError at b.py:1")
     assert len(lines()) == SHOWN + 1
 
 
 def test_the_same_of_a_library_is_counted_whatever_values_it_has(lines: Lines) -> None:
     for number in range(SHOWN + 5):
         logging.getLogger("opentelemetry.exporter").error("Failed to export %s", number)
-    tell_repeated(all_of_it=True)
+    log_suppressed_events(all_of_it=True)
     assert len(lines()) == SHOWN + 1
     told = lines()[-1]
     assert (told["logger"], told["level"]) == ("opentelemetry.exporter", "error")
@@ -330,7 +336,7 @@ def test_the_same_of_a_library_is_counted_whatever_values_it_has(lines: Lines) -
 @pytest.mark.parametrize("level", ["info", "warning", "error"])
 def test_each_job_s_end_is_told_however_many_end_alike(lines: Lines, level: str) -> None:
     for number in range(SHOWN * 3):
-        getattr(our_log(), level)("job", job_id=str(number), error="model_rejected")
+        getattr(our_log(), level)("job_finished", job_id=str(number), error="model_rejected")
     assert len(lines()) == SHOWN * 3
 
 
@@ -343,7 +349,7 @@ def test_what_is_no_trouble_may_repeat(lines: Lines) -> None:
 def test_at_level_debug_every_line_is_shown(stream: io.StringIO) -> None:
     configure_logging("debug", "json", Redactor([]), stream=stream)
     for _ in range(SHOWN * 3):
-        our_log().warning("job_retry", reason="5xx")
+        our_log().warning("job_retried", reason="http_5xx")
     assert len(stream.getvalue().splitlines()) == SHOWN * 3
 
 
@@ -485,18 +491,18 @@ def caught(function: Callable[[str], NoReturn]) -> BaseException:
 
 
 def test_a_bug_is_described_by_type_and_frames_innermost_first() -> None:
-    shown = describe_bug(caught(fail))
+    shown = describe_exception(caught(fail))
     assert shown.startswith("KeyError at tests/test_logs.py:")
     places = [place.split(" in ")[1] for place in shown.split("; from ")]
     assert places == ["fail", "caught"]
 
 
 def test_a_bug_s_message_is_not_shown() -> None:
-    assert QUESTION not in describe_bug(caught(fail_because))
+    assert QUESTION not in describe_exception(caught(fail_because))
 
 
 def test_a_bug_s_causes_are_described() -> None:
-    first, second = describe_bug(caught(fail_because)).split("; caused by ")
+    first, second = describe_exception(caught(fail_because)).split("; caused by ")
     assert first.startswith("RuntimeError at ")
     assert second.startswith("KeyError at ")
 
@@ -504,15 +510,15 @@ def test_a_bug_s_causes_are_described() -> None:
 def test_a_context_that_was_suppressed_stays_out() -> None:
     error = ValueError()
     error.__context__ = KeyError()
-    assert describe_bug(error) == "ValueError; caused by KeyError"
+    assert describe_exception(error) == "ValueError; caused by KeyError"
     error.__suppress_context__ = True
-    assert describe_bug(error) == "ValueError"
+    assert describe_exception(error) == "ValueError"
 
 
 def test_a_circle_of_causes_ends() -> None:
     one, two = ValueError(), KeyError()
     one.__cause__, two.__cause__ = two, one
-    assert describe_bug(one).startswith("ValueError; caused by KeyError")
+    assert describe_exception(one).startswith("ValueError; caused by KeyError")
 
 
 def test_a_long_chain_of_causes_is_cut() -> None:
@@ -521,20 +527,20 @@ def test_a_long_chain_of_causes_is_cut() -> None:
         outer = ValueError()
         outer.__cause__ = error
         error = outer
-    assert describe_bug(error).count("caused by") == 4
+    assert describe_exception(error).count("caused by") == 4
 
 
 def test_types_of_libraries_are_named_in_full() -> None:
-    assert describe_bug(json.JSONDecodeError("x", "y", 0)) == "json.decoder.JSONDecodeError"
+    assert describe_exception(json.JSONDecodeError("x", "y", 0)) == "json.decoder.JSONDecodeError"
 
 
 def test_the_members_of_a_group_are_described() -> None:
     group = ExceptionGroup(QUESTION, [KeyError(QUESTION), ExceptionGroup("x", [OSError(2, QUESTION)])])
-    assert describe_bug(group) == "ExceptionGroup [KeyError] [ExceptionGroup [FileNotFoundError]]"
+    assert describe_exception(group) == "ExceptionGroup [KeyError] [ExceptionGroup [FileNotFoundError]]"
 
 
 def test_a_large_group_is_cut() -> None:
-    assert describe_bug(ExceptionGroup("x", [KeyError()] * 7)).count("[KeyError]") == 5
+    assert describe_exception(ExceptionGroup("x", [KeyError()] * 7)).count("[KeyError]") == 5
 
 
 def test_a_recursion_shows_its_innermost_frames() -> None:
@@ -542,7 +548,7 @@ def test_a_recursion_shows_its_innermost_frames() -> None:
         dig(message)
         raise AssertionError
 
-    assert describe_bug(caught(dig)).count("; from ") == 11
+    assert describe_exception(caught(dig)).count("; from ") == 11
 
 
 def test_a_library_s_frames_are_named_from_its_package_on() -> None:
@@ -550,7 +556,7 @@ def test_a_library_s_frames_are_named_from_its_package_on() -> None:
         structlog.get_context(None)  # type: ignore[arg-type]  # a failure inside a library
         raise AssertionError
 
-    assert " at structlog/_base.py:" in describe_bug(caught(wrong))
+    assert " at structlog/_base.py:" in describe_exception(caught(wrong))
 
 
 @pytest.mark.parametrize("log", [our_log, lambda: logging.getLogger("lib")])

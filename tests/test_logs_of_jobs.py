@@ -34,7 +34,7 @@ class Scene:
         return dict(line)
 
     def _ends(self, job_id: str) -> list[dict[str, Any]]:
-        return [line for line in events(self.worker, "job") if line["job_id"] == job_id]
+        return [line for line in events(self.worker, "job_finished") if line["job_id"] == job_id]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ async def test_a_job_s_line_has_its_ids(scene: Scene, put_image: PutImage) -> No
         job=job, headers={"traceparent": f"00-{trace_id}-{'1' * 16}-00"}, correlation_id="request 7"
     )
     assert (line["job_id"], line["trace_id"], line["correlation_id"]) == (job["id"], trace_id, "request 7")
-    assert (line["level"], line["outcome"], line["attempts"]) == ("info", "answered", 1)
+    assert (line["level"], line["outcome"], line["attempts"]) == ("info", "succeeded", 1)
 
 
 async def test_without_a_trace_and_with_the_usual_correlation_id_the_line_says_nothing_of_them(
@@ -79,15 +79,15 @@ async def test_how_a_job_ends_is_the_level_of_its_line(scene: Scene, put_image: 
     scene.stack.model.play(Error(status=500), marker=marker, times=2)
     buried = a_job(marker, put_image())
     dead = await scene.line(job=buried)
-    assert (dead["level"], dead["outcome"], dead["error"]) == ("error", "deadletter", "attempts_exhausted")
+    assert (dead["level"], dead["outcome"], dead["error"]) == ("error", "dead_lettered", "attempts_exhausted")
     refused = await scene.line(job=a_job("What?", f"s3://{BUCKET}/missing"))
     assert (refused["level"], refused["outcome"], refused["error"]) == (
         "warning",
-        "refused",
+        "failed",
         "image_not_found",
     )
-    (retry,) = (line for line in events(scene.worker, "job_retry") if line["job_id"] == buried["id"])
-    assert (retry["level"], retry["reason"], retry["attempts"]) == ("warning", "5xx", 1)
+    (retry,) = (line for line in events(scene.worker, "job_retried") if line["job_id"] == buried["id"])
+    assert (retry["level"], retry["reason"], retry["attempts"]) == ("warning", "http_5xx", 1)
 
 
 async def test_a_trace_is_on_the_lines_before_the_end_too(scene: Scene, put_image: PutImage) -> None:
@@ -95,7 +95,7 @@ async def test_a_trace_is_on_the_lines_before_the_end_too(scene: Scene, put_imag
     scene.stack.model.play(Error(status=500), marker=marker)
     await scene.line(job=a_job(marker, put_image()), headers={"traceparent": f"00-{trace_id}-{'1' * 16}-01"})
     about = [line["event"] for line in scene.worker.log() if line.get("trace_id") == trace_id]
-    assert about == ["job_retry", "job"]
+    assert about == ["job_retried", "job"]
 
 
 async def test_nothing_of_a_job_s_content_is_logged_even_at_level_debug(
@@ -127,7 +127,7 @@ async def test_nothing_of_a_job_s_content_is_logged_even_at_level_debug(
         job=json.dumps({"question": SECRET}).encode()[:-1], job_id=unreadable, message_id=unreadable
     )
 
-    assert len(events(scene.worker, "job_retry")) >= 2
+    assert len(events(scene.worker, "job_retried")) >= 2
     output = scene.worker.output()
     assert SECRET not in output
     assert scene.stack.s3.secret_key not in output

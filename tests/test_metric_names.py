@@ -15,7 +15,7 @@ from tests.running import ROOT, Worker, until
 from tests.seeing import board, promql, rules
 from tests.seeing.prometheus import PACKAGES
 from worker.errors import COUNTS_AGAINST_THE_SERVICE, COUNTS_FOR_NOTHING
-from worker.metrics import DECLARED
+from worker.observability.metrics import DECLARED
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()

@@ -168,7 +168,11 @@ def test_jobs_are_counted_by_status_error_and_model(told: Told) -> None:
 
 
 def test_retries_and_dead_letters_are_counted_by_reason(told: Told) -> None:
-    assert told.counted("vqa_retries_total") == {("5xx",): 1, ("connection",): 1, ("malformed",): 1}
+    assert told.counted("vqa_retries_total") == {
+        ("http_5xx",): 1,
+        ("connection_error",): 1,
+        ("malformed_response",): 1,
+    }
     assert told.counted("vqa_dead_letters_total") == {("attempts_exhausted",): 1, ("invalid_job",): 1}
 
 
@@ -289,8 +293,8 @@ def test_gauges_tell_the_present(told: Told) -> None:
     # It fell with a 429, and may be back by now.
     assert 1 <= told.values("vqa_concurrency_limit")[()] <= MAX_CONCURRENCY
     assert told.values("vqa_jobs_in_flight") == told.values("vqa_concurrency_in_use") == {(): 0}
-    assert told.before["vqa_job_queue_longest_seconds"] == {frozenset(): 0}
-    assert 0 < told.values("vqa_job_queue_longest_seconds")[()] < 120
+    assert told.before["vqa_job_queue_wait_max_seconds"] == {frozenset(): 0}
+    assert 0 < told.values("vqa_job_queue_wait_max_seconds")[()] < 120
     for samples in (told.before, told.after):
         assert samples["vqa_dependency_up"] == {
             frozenset({("dependency", dependency)}): 1 for dependency in ("model", "s3", "rabbitmq")

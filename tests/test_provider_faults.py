@@ -61,7 +61,7 @@ class Scene:
         await self.proxy.accept()
         self.stack.model.configure(rules=[])
 
-    def complaints(self) -> list[str]:
+    def warnings_(self) -> list[str]:
         """The events that the worker has logged as warnings or worse."""
         return [line["event"] for line in self.worker.log() if line.get("level") in ("warning", "error")]
 
@@ -112,7 +112,7 @@ async def test_an_outage_pauses_the_worker_costs_no_attempt_and_ends_by_itself(
     scene: Scene, outcome: Outcome | None, reason: str
 ) -> None:
     worker, client, marker = scene.worker, scene.client, uuid.uuid4().hex
-    resumptions, complaints = len(events(worker, "resumed")), len(scene.complaints())
+    resumptions, warnings_ = len(events(worker, "consumption_resumed")), len(scene.warnings_())
     await scene.breaks(outcome, marker)
 
     ids = await publish(client, JOBS, marker)
@@ -133,8 +133,8 @@ async def test_an_outage_pauses_the_worker_costs_no_attempt_and_ends_by_itself(
     replies = await results(client, ids)
     assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
     await until(scene.is_at_peace, "all is well again")
-    assert scene.complaints()[complaints:] == ["paused"]
-    (resumed,) = events(worker, "resumed")[resumptions:]
+    assert scene.warnings_()[warnings_:] == ["paused"]
+    (resumed,) = events(worker, "consumption_resumed")[resumptions:]
     assert resumed["after_s"] > 0.9
     assert worker.metric("vqa_dependency_up", dependency="model") == 1
     assert {len(client.replies[it]) for it in ids} == {1}
@@ -146,7 +146,7 @@ async def test_an_outage_costs_no_attempt_where_jobs_come_one_by_one(
 ) -> None:
     """The first ones are counted before anybody can know, and that is taken back."""
     worker, client, marker = narrow.worker, narrow.client, uuid.uuid4().hex
-    complaints = len(narrow.complaints())
+    warnings_ = len(narrow.warnings_())
     await narrow.breaks(outcome, marker)
     ids = await publish(client, 3, marker)
     assert re.search(f"^model: .*{reason}", await paused(narrow))
@@ -161,7 +161,7 @@ async def test_an_outage_costs_no_attempt_where_jobs_come_one_by_one(
     await until(narrow.is_at_peace, "all is well again")
     # One call each, trials after 1 s and 2 s perhaps, and the answers.
     assert len(calls_with(narrow.stack, marker)) <= 3 + 3 + 3
-    assert sorted(set(narrow.complaints()[complaints:])) in (["paused"], ["job_retry", "paused"])
+    assert sorted(set(narrow.warnings_()[warnings_:])) in (["paused"], ["job_retried", "paused"])
 
 
 async def test_an_outage_with_hundreds_of_jobs_in_flight_is_one_line_in_the_log(
@@ -186,7 +186,7 @@ async def test_an_outage_with_hundreds_of_jobs_in_flight_is_one_line_in_the_log(
     told = [
         line["event"] for line in worker.log() if line.get("level") != "info" or "job" not in line["event"]
     ]
-    assert [event for event in told if event in ("paused", "resumed", "job_retry")] == ["paused", "resumed"]
+    assert [event for event in told if event in ("paused", "resumed", "job_retried")] == ["paused", "resumed"]
     assert len(told) < 10
 
 
@@ -287,7 +287,7 @@ async def test_jobs_that_always_fail_exhaust_their_own_attempts_and_disturb_no_o
 async def exhaust(scene: Scene, poison: str, count: int) -> None:
     """Publish poisonous jobs while all is well; they all come to their own end, and stop nobody."""
     await until(scene.is_at_peace, "all is well")
-    pauses, calls = len(events(scene.worker, "paused")), len(calls_with(scene.stack, poison))
+    pauses, calls = len(events(scene.worker, "consumption_paused")), len(calls_with(scene.stack, poison))
     ids = await publish(scene.client, count, poison)
     for reply in await results(scene.client, ids):
         assert reply.body["error"]["code"] in ("attempts_exhausted", "model_rejected")
@@ -299,7 +299,7 @@ async def exhaust(scene: Scene, poison: str, count: int) -> None:
             assert dead.headers["vqa-error-code"] == "attempts_exhausted"
             assert dead.headers["vqa-attempts"] == 3
     assert len(calls_with(scene.stack, poison)) - calls <= 3 * count
-    assert len(events(scene.worker, "paused")) == pauses
+    assert len(events(scene.worker, "consumption_paused")) == pauses
     await until(scene.is_at_peace, "nothing is left")
 
 

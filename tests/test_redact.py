@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from worker.redact import DEFAULT_LIMIT, MARK, MAX_DISPLAY_CHARS, Redactor, display_url
+from worker.observability.redaction import DEFAULT_LIMIT, MARK, MAX_DISPLAY_CHARS, Redactor, display_url
 
 KEY = "sk-abcdefghijklmnop"
 PASSWORD = "p%40ss/w+rd-of-the-broker"

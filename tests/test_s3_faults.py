@@ -86,7 +86,7 @@ async def test_jobs_wait_for_an_s3_that_is_gone_and_lose_no_attempt(own_stack: S
 
     assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
     assert len(calls_with(own_stack, marker)) == 8
-    assert [event["dependency"] for event in events(worker, "paused")] == ["s3"]
+    assert [event["dependency"] for event in events(worker, "consumption_paused")] == ["s3"]
     assert worker.ready() == (200, {"status": "ready", "reasons": []})
     assert worker.metric("vqa_dependency_up", dependency="s3") == 1
     assert await client.depth(worker.jobs_queue) == await client.depth(worker.dead_letter_queue) == 0
@@ -118,11 +118,11 @@ async def test_an_image_that_breaks_off_is_read_again(scene: Scene, *, politely:
     scene.proxy.cuts_politely, scene.proxy.cut_after = politely, PICTURE_BYTES // 2
     # A connection that was kept from before would not be cut.
     scene.proxy.reset()
-    retries = scene.worker.metric("vqa_retries_total", reason="connection")
+    retries = scene.worker.metric("vqa_retries_total", reason="connection_error")
     asked = asyncio.create_task(ask(scene, image))
     try:
         await until(
-            lambda: scene.worker.metric("vqa_retries_total", reason="connection") > retries, "a retry"
+            lambda: scene.worker.metric("vqa_retries_total", reason="connection_error") > retries, "a retry"
         )
     finally:
         scene.proxy.cut_after = None
@@ -150,7 +150,7 @@ async def test_a_missing_object_is_an_answer_and_no_fault_of_s3(scene: Scene) ->
 
 async def test_an_s3_that_is_silent_for_everybody_costs_no_attempt(scene: Scene) -> None:
     images = [put(scene.stack) for _ in range(5)]
-    pauses = len(events(scene.worker, "paused"))
+    pauses = len(events(scene.worker, "consumption_paused"))
     scene.proxy.freeze()
     try:
         ids = [(await publish(scene.client, 1, "What is it?", image=image))[0] for image in images]
@@ -160,7 +160,7 @@ async def test_an_s3_that_is_silent_for_everybody_costs_no_attempt(scene: Scene)
         scene.proxy.thaw()
     replies = await results(scene.client, ids)
     assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
-    assert len(events(scene.worker, "paused")) == pauses + 1
+    assert len(events(scene.worker, "consumption_paused")) == pauses + 1
 
 
 async def test_an_s3_that_says_nothing_more_holds_up_neither_the_job_nor_the_end(scene: Scene) -> None:
@@ -203,7 +203,7 @@ class Fiction:
         await said(self.worker, "ready")
 
     def pauses(self) -> list[str]:
-        return [event["dependency"] for event in events(self.worker, "paused")]
+        return [event["dependency"] for event in events(self.worker, "consumption_paused")]
 
 
 @pytest.fixture(scope="module")

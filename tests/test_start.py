@@ -187,7 +187,7 @@ async def test_the_worker_s_connections_are_named_after_its_host(guest: Guest, o
 
 
 def test_a_grace_that_cuts_off_calls_earns_a_warning(guest: Guest) -> None:
-    (warning,) = events(guest.worker, "setting")
+    (warning,) = events(guest.worker, "configuration_warning")
     assert warning["level"] == "warning"
     assert warning["warning"].startswith("VQA_SHUTDOWN_GRACE: ")
 

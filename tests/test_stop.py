@@ -82,7 +82,7 @@ async def test_what_outlasts_the_grace_goes_back_and_counts_neither_as_attempt_n
     for calls, number in ((2, signal.SIGTERM), (4, signal.SIGINT)):
         await calls_begun(own_stack, marker, calls)
         assert await worker.stop(number) == 0, worker.output()
-        assert [event["after_s"] for event in events(worker, "cut_off")] == [0.5]
+        assert [event["after_s"] for event in events(worker, "grace_period_expired")] == [0.5]
         assert await client.depth(worker.jobs_queue) == 2
         worker = await start_own_worker(like=worker, **settings)
 
@@ -222,13 +222,13 @@ async def test_jobs_go_back_only_when_the_broker_has_ended_the_flow_so_that_it_c
         # The flow has not ended for the broker: this one still comes, and waits to go back like the rest.
         await publish(client, 1, barred)
         await until(lambda: worker.metric("vqa_stage_duration_seconds_count", stage="wait") >= 9, "it comes")
-        assert events(worker, "job_given_back") == []
+        assert events(worker, "job_requeued") == []
         assert await client.depth(worker.jobs_queue) == 0
         signal_to(worker, signal.SIGTERM) if why == "it is paused" else model.thaw()
         broker.thaw()
         assert await worker.ended() == 0, worker.output()
 
-    assert len(events(worker, "job_given_back")) == 41
+    assert len(events(worker, "job_requeued")) == 41
     messages = [await client.take(worker.jobs_queue) for _ in range(41)]
     assert {name for message in messages for name, value in message.headers.items() if value} == {"vqa-copy"}
 

@@ -195,7 +195,7 @@ async def test_a_large_image_that_breaks_off_is_told_as_such_and_the_call_was_no
     scene: Scene, broken: str
 ) -> None:
     calls, ambiguous = scene.metric("vqa_model_requests_total"), scene.metric("vqa_ambiguous_calls_total")
-    retries = scene.metric("vqa_retries_total", reason="connection")
+    retries = scene.metric("vqa_retries_total", reason="connection_error")
     images = scene.metric("vqa_image_bytes_total")
     question = f"What is {uuid.uuid4().hex}?"
     reply = await ask(scene, BROKEN[broken](), question)
@@ -204,7 +204,7 @@ async def test_a_large_image_that_breaks_off_is_told_as_such_and_the_call_was_no
     assert f"images[0] (s3://{BUCKET}/large.png): " in reply.body["error"]["message"]
     assert "S3" in reply.body["error"]["message"]
     assert reply.body["attempts"] == 2
-    assert scene.metric("vqa_retries_total", reason="connection") == retries + 1
+    assert scene.metric("vqa_retries_total", reason="connection_error") == retries + 1
     # The API had half a request at most, and never an image.
     assert calls_with(scene.stack, question) == []
     assert scene.metric("vqa_model_requests_total") == calls
@@ -388,7 +388,7 @@ async def test_many_jobs_about_one_image_read_it_together(scene: Scene) -> None:
 async def test_a_shared_image_that_breaks_off_is_told_by_each_job_in_its_own_words(scene: Scene) -> None:
     # As many in a row that fail for reasons of their own would be an outage.
     jobs = 8
-    pauses = len(events(scene.worker, "paused"))
+    pauses = len(events(scene.worker, "consumption_paused"))
 
     async def when_all_are_there(request: web.BaseRequest) -> web.StreamResponse:
         await until(lambda: scene.metric("vqa_jobs_in_flight") >= jobs, "all jobs are in flight")
@@ -406,7 +406,7 @@ async def test_a_shared_image_that_breaks_off_is_told_by_each_job_in_its_own_wor
         assert reply.body["attempts"] == 2
     # It is one fault of S3's, however many jobs it meets.
     assert scene.metric("vqa_dependency_up", dependency="s3") == 1
-    assert len(events(scene.worker, "paused")) == pauses
+    assert len(events(scene.worker, "consumption_paused")) == pauses
 
 
 async def test_no_more_images_are_on_their_way_than_the_buffer_has_room_for(

@@ -10,7 +10,7 @@ from deploy.local.stack import Stack
 from deploy.local.standin.behaviour import Error
 from tests.conftest import StartWorker
 from tests.running import Client, Worker, until
-from worker.tenants import Tenants
+from worker.observability.tenants import Tenants
 
 LINK = "https://example.com/x.png"
 

@@ -26,7 +26,7 @@ QUEUES = ["vqa.jobs.dead", "vqa.results", "vqa.jobs", *(f"vqa.jobs.retry.{n}s" f
 IMPATIENT = """
 import sys
 from worker.__main__ import main
-from worker.rabbit import messages
+from worker.rabbitmq import messages
 messages.COPY_TRIES = 2
 sys.exit(main(["run"]))
 """
@@ -205,7 +205,7 @@ async def test_workers_that_only_check_run_with_what_it_made_whatever_that_setti
         reply: Any = await until(lambda: results.get(fail=False, no_ack=True), "the result")
     assert (json.loads(reply.body)["status"], json.loads(reply.body)["attempts"]) == ("succeeded", 2)
     assert reply.exchange == "vqa.replies"
-    assert not events(worker, "cancellations_not_heard")
+    assert not events(worker, "cancellation_forbidden")
     assert await worker.stop() == 0
 
 

@@ -112,7 +112,7 @@ async def test_what_the_spans_say(scene: Scene, put_image: PutImage) -> None:
         "messaging.message.body.size": size,
         "vqa.deliveries": 1,
         "vqa.job.id": reply.body["id"],
-        "vqa.outcome": "answered",
+        "vqa.outcome": "succeeded",
         "vqa.attempts": 1,
     }
     assert fetch.attributes == {"vqa.image": "images[0]"}
@@ -167,8 +167,8 @@ async def test_a_retry_is_in_the_same_trace(scene: Scene, put_image: PutImage) -
     assert second.parent_id == retry.span_id
     assert [span.parent_id for span in (succeeded, result)] == [second.span_id] * 2
     assert failed.attributes["error.type"] == "500"
-    assert first.attributes["error.type"] == "5xx"
-    assert first.attributes["vqa.outcome"] == "retry"
+    assert first.attributes["error.type"] == "http_5xx"
+    assert first.attributes["vqa.outcome"] == "retried"
     assert [span.attributes["vqa.attempts"] for span in (first, second)] == [1, 2]
     assert [span.is_error for span in (first, failed, second, succeeded)] == [True, True, False, False]
     assert reply.message.headers["traceparent"] == f"00-{trace_id}-{result.span_id}-01"
@@ -189,7 +189,7 @@ async def test_a_trace_begins_with_a_job_that_brings_none_and_goes_on_over_its_r
     (line,) = (
         line
         for line in scene.worker.log()
-        if line.get("job_id") == reply.body["id"] and line["event"] == "job"
+        if line.get("job_id") == reply.body["id"] and line["event"] == "job_finished"
     )
     assert line["trace_id"] == trace_id
 
@@ -219,7 +219,7 @@ async def test_each_image_that_is_fetched_has_a_span(scene: Scene, put_image: Pu
     assert not fetched["images[0]"].is_error
     (process,) = (span for span in spans if span.name == scene.process)
     assert (process.attributes["vqa.outcome"], process.attributes["error.type"]) == (
-        "refused",
+        "failed",
         "image_unsupported_type",
     )
     assert process.is_error
@@ -238,7 +238,7 @@ async def test_a_dead_letter_carries_the_trace_on(scene: Scene, put_image: PutIm
     assert reply.message.headers["traceparent"] == f"00-{trace_id}-{told.span_id}-01"
     last = [span for span in spans if span.name == scene.process][-1]
     assert (last.attributes["vqa.outcome"], last.attributes["error.type"]) == (
-        "deadletter",
+        "dead_lettered",
         "attempts_exhausted",
     )
 

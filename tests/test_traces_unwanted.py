@@ -13,7 +13,7 @@ from tests.conftest import MakeClient, PutImage, StartWorker
 from tests.otlp import Receiver
 from tests.running import Client, Worker, until
 from worker.__main__ import EXIT_CONFIG
-from worker.repeats import SHOWN
+from worker.observability.log_sampling import SHOWN
 
 # Runs the worker, and says in the end what it has loaded.
 TELLING = """
@@ -122,7 +122,7 @@ async def test_a_collector_that_refuses_costs_no_job_and_few_lines(
     lines = Counter(line["event"] for line in worker.log() if line["logger"].startswith("opentelemetry."))
     (failures,) = (event for event in lines if event.startswith("Failed to export spans batch code: 500"))
     assert lines[failures] == SHOWN
-    (repeated,) = (line for line in worker.log() if line["event"] == "repeated")
+    (repeated,) = (line for line in worker.log() if line["event"] == "events_suppressed")
     assert repeated["of"].startswith("Failed to export %s batch")
     assert repeated["times"] >= 3
 
@@ -140,7 +140,7 @@ async def test_a_collector_that_is_silent_holds_up_neither_jobs_nor_the_stop(
         # The receiver never answers, and the library would wait for ten minutes.
         assert await worker.stop() == 0, worker.output()
         assert not receiver.answering.is_set()
-    assert [line["level"] for line in worker.log() if line["event"] == "spans_not_sent"] == ["warning"]
+    assert [line["level"] for line in worker.log() if line["event"] == "trace_export_failed"] == ["warning"]
 
 
 async def test_a_collector_that_is_not_there_costs_no_job(

@@ -24,7 +24,7 @@ from pamqp.header import ContentHeader
 
 from deploy.local.stack import Stack
 from tests.running import Client, Reply, Worker, calls_with, until
-from worker.rabbit.wire import install_tolerant_decoders
+from worker.rabbitmq.properties import install_tolerant_decoders
 
 MAX_JOB_BYTES = 5000
 
@@ -187,7 +187,7 @@ async def post_is_clean(worker: Worker, client: Client) -> None:
     """After all that was sent to it, the worker holds no message, and lost its connection never."""
     await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "no job is in flight")
     assert await client.depth(worker.jobs_queue) == 0
-    told = [line for line in worker.log() if line["level"] != "info" and line["event"] != "job"]
+    told = [line for line in worker.log() if line["level"] != "info" and line["event"] != "job_finished"]
     assert told == []
 
 

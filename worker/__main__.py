@@ -118,11 +118,11 @@ def run() -> int:
         return _refuse(error.faults)
     import structlog
 
-    from worker import app
-    from worker.logs import configure_logging, describe_bug
-    from worker.rabbit.connection import BrokerRefusedError
-    from worker.rabbit.topology import TopologyError
-    from worker.redact import Redactor
+    from worker.app import runner as app
+    from worker.observability.logs import configure_logging, describe_exception
+    from worker.observability.redaction import Redactor
+    from worker.rabbitmq.session import BrokerRefusedError
+    from worker.rabbitmq.topology import TopologyError
 
     redact = Redactor([*settings.secret_values(), *trace_secrets(os.environ)])
     configure_logging(settings.log_level, settings.log_format, redact)
@@ -134,7 +134,7 @@ def run() -> int:
                 return _refuse(cause.faults)
             case BrokerRefusedError() | app.StartError():
                 return _refuse([str(cause)])
-        structlog.get_logger(__name__).critical("died", exception=describe_bug(cause))
+        structlog.get_logger(__name__).critical("crashed", exception=describe_exception(cause))
         return EXIT_FAILURE
     finally:
         _ignore_questions()
@@ -154,10 +154,10 @@ def topology(given: argparse.Namespace) -> int:
     except SettingsError as error:
         return _refuse(error.faults)
     from worker.cli.topology import apply, show
-    from worker.logs import configure_logging
-    from worker.rabbit.connection import BrokerRefusedError, BrokerUnreachableError
-    from worker.rabbit.topology import TopologyError
-    from worker.redact import Redactor
+    from worker.observability.logs import configure_logging
+    from worker.observability.redaction import Redactor
+    from worker.rabbitmq.session import BrokerRefusedError, BrokerUnreachableError
+    from worker.rabbitmq.topology import TopologyError
 
     _say(settings.strays)
     # What goes wrong is told in lines of its own, without what the libraries say of it.

@@ -11,8 +11,6 @@ from typing import Protocol
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from worker.cancellation import Cancellations
-from worker.delivery import Delivery
 from worker.errors import (
     Dependency,
     DependencyDownError,
@@ -21,21 +19,23 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
-from worker.failures import Failures
-from worker.health import Health
-from worker.images.budget import Share
-from worker.images.load import Located
-from worker.job import Conversation, ImageRef, InvalidJobError, Job, decode
-from worker.limiter import Gate, GateClosedError, Slot
-from worker.logs import describe_bug
+from worker.images.load import ImageSource
+from worker.images.memory_budget import Reservation
+from worker.jobs.attempt import Report
+from worker.jobs.cancellation import Cancellations
+from worker.jobs.delivery import Delivery
+from worker.jobs.outcome import Outcome
+from worker.messages.job import Conversation, ImageRef, InvalidJobError, Job, decode
 from worker.model.answer import Answer, from_kept, to_kept
 from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, fingerprint, frame
-from worker.outcome import Outcome
-from worker.redact import Redactor
-from worker.report import Report
-from worker.retry import RetryPolicy
+from worker.observability.logs import describe_exception
+from worker.observability.redaction import Redactor
+from worker.observability.tenants import Tenants
+from worker.resilience.concurrency_limiter import AdmissionClosedError, ConcurrencyLimiter, Slot
+from worker.resilience.failures import Failures
+from worker.resilience.outage_detector import Health
+from worker.resilience.retry_policy import RetryPolicy
 from worker.s3.aws import S3Object
-from worker.tenants import Tenants
 
 log = structlog.get_logger(__name__)
 
@@ -75,13 +75,15 @@ class OpenImages(Protocol):
 class ImageLoader(Protocol):
     """Where images come from."""
 
-    def check(self, refs: Sequence[ImageRef], body: bytes) -> list[Located]:
+    def check(self, refs: Sequence[ImageRef], body: bytes) -> list[ImageSource]:
         """Tell where each image is, or raise JobError."""
 
-    def room(self, images: Sequence[Located]) -> AbstractAsyncContextManager[Share]:
+    def room(self, images: Sequence[ImageSource]) -> AbstractAsyncContextManager[Reservation]:
         """Wait until they may be held, and hold their place."""
 
-    def open(self, images: Sequence[Located], room: Share) -> AbstractAsyncContextManager[OpenImages]:
+    def open(
+        self, images: Sequence[ImageSource], room: Reservation
+    ) -> AbstractAsyncContextManager[OpenImages]:
         """Begin to read them."""
 
 
@@ -118,7 +120,7 @@ class _Question:
 
     deadline: datetime | None
     frame: Sequence[bytes]
-    images: Sequence[Located]
+    images: Sequence[ImageSource]
     # Its name in the result store, if there is one.
     name: str = ""
 
@@ -145,7 +147,7 @@ class Processor:
         images: ImageLoader,
         model: ModelApi,
         *,
-        gate: Gate,
+        gate: ConcurrencyLimiter,
         health: Health,
         rules: Rules,
         redact: Redactor,
@@ -186,14 +188,16 @@ class Processor:
             fault = error.let_go()
         except DependencyDownError as error:
             return self._failures.after_refusal(report, error)
-        except GateClosedError as error:
+        except AdmissionClosedError as error:
             return report.given_back(str(error))
         except MemoryError:
             # No fault of this job alone: the whole process is in trouble.
             raise
         except Exception as error:  # noqa: BLE001 - a bug must not lose the job, nor loop for ever
-            log.error("bug", job_id=report.job_id, exception=describe_bug(error))  # noqa: TRY400
-            return self._failures.try_again(report, "bug", f"the worker failed: {type(error).__name__}")
+            log.error("internal_error", job_id=report.job_id, exception=describe_exception(error))  # noqa: TRY400
+            return self._failures.try_again(
+                report, "internal_error", f"the worker failed: {type(error).__name__}"
+            )
         else:
             return report.answered(answer)
         return await self._failures.after_fault(report, fault)
@@ -274,7 +278,7 @@ class Processor:
 
     async def _take_slot(
         self, stack: AsyncExitStack, question: _Question, report: Report, patience_s: float
-    ) -> tuple[Slot, Share]:
+    ) -> tuple[Slot, Reservation]:
         """Wait for a slot and for room for the images, for half of the delivery's time at most.
 
         For a slot it waits until the delivery is `patience_s` old, whatever came of it before. The other half
@@ -288,14 +292,14 @@ class Processor:
         try:
             async with _patience(report, question, min(half_s, patience_s), _NO_SLOT):
                 slot = await stack.enter_async_context(self._gate.slot(report.model))
-        except GateClosedError:
+        except AdmissionClosedError:
             _check_deadline(question.deadline, self._gate.closed_s(report.model))
             raise
         async with _patience(report, question, half_s, _NO_ROOM):
             return slot, await stack.enter_async_context(self._images.room(question.images))
 
     async def _open(
-        self, stack: AsyncExitStack, question: _Question, room: Share, report: Report
+        self, stack: AsyncExitStack, question: _Question, room: Reservation, report: Report
     ) -> OpenImages:
         started = time.monotonic()
         try:
@@ -346,7 +350,7 @@ async def _patience(report: Report, question: _Question, seconds: float, reason:
     """
     left_s = report.received + seconds - time.monotonic()
     if left_s <= 0:
-        raise GateClosedError(reason)
+        raise AdmissionClosedError(reason)
     if question.deadline is not None:
         left_s = min(left_s, (question.deadline - datetime.now(UTC)).total_seconds() + TIMER_SLACK_S)
     try:
@@ -354,7 +358,7 @@ async def _patience(report: Report, question: _Question, seconds: float, reason:
             yield
     except TimeoutError:
         _check_deadline(question.deadline)
-        raise GateClosedError(reason) from None
+        raise AdmissionClosedError(reason) from None
 
 
 def _check_deadline(deadline: datetime | None, in_s: float = 0.0) -> None:

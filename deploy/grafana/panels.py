@@ -218,7 +218,7 @@ QUEUE: Final = Row(
             about="How long the oldest job had waited among those delivered lately. Falls to 0 in a minute or"
             " two when nothing is delivered.",
             unit="s",
-            queries=(Query("max(vqa_job_queue_longest_seconds{@here})", "oldest"),),
+            queries=(Query("max(vqa_job_queue_wait_max_seconds{@here})", "oldest"),),
         ),
     ),
 )
@@ -480,9 +480,9 @@ RETRIES: Final = Row(
             " (VQA_RESULT_STORE).",
             unit="cps",
             queries=(
-                Query(_rate("vqa_given_back_total{@here}"), "given back"),
+                Query(_rate("vqa_jobs_requeued_total{@here}"), "given back"),
                 Query(
-                    _rate("vqa_result_store_total{@here}", "event"),
+                    _rate("vqa_result_store_operations_total{@here}", "event"),
                     "store: {{event}}",
                 ),
             ),

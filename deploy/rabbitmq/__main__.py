@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from deploy.rabbitmq.files import Place, files
-from worker.rabbit.topology import Topology
+from worker.rabbitmq.topology import Topology
 from worker.settings import BrokerSettings, SettingsError, load_broker_settings
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ import yaml
 
 from deploy.rabbitmq.rights import User, intake, own_names, regex, users
 from worker.cli.topology import definitions
-from worker.rabbit.topology import Topology
+from worker.rabbitmq.topology import Topology
 
 API_VERSION = "rabbitmq.com/v1beta1"
 # Leaders of queues that are declared from then on are spread over the nodes of a cluster.
@@ -195,8 +195,8 @@ class _Indented(yaml.SafeDumper):
         super().increase_indent(flow, indentless=False)
 
 
-def _yaml(documents: list[dict[str, Any]]) -> str:
+def _yaml(objects: list[dict[str, Any]]) -> str:
     text = yaml.dump_all(
-        documents, Dumper=_Indented, sort_keys=False, explicit_start=True, width=1000, allow_unicode=True
+        objects, Dumper=_Indented, sort_keys=False, explicit_start=True, width=1000, allow_unicode=True
     )
     return str(text)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from worker.rabbit.topology import Topology
+from worker.rabbitmq.topology import Topology
 
 NOTHING = "^$"
 DEFAULT_EXCHANGE = r"amq\.default"

@@ -16,7 +16,7 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMe
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, DeliveryError, PublishError
 
 from tests.chaos.jobs import Asked
-from worker.rabbit.connection import losses
+from worker.rabbitmq.session import connection_losses
 
 # What goes wrong while the broker is away or coming back.
 _TROUBLE: Final = (*CONNECTION_EXCEPTIONS, DeliveryError, PublishError, TimeoutError)
@@ -147,7 +147,7 @@ class Backend:
         if channel is None:
             return False
         try:
-            with losses():
+            with connection_losses():
                 target = (
                     await channel.get_exchange(exchange, ensure=False)
                     if exchange
@@ -187,7 +187,7 @@ class Backend:
         self, serve: Callable[[AbstractConnection], Awaitable[None]], is_up: asyncio.Event
     ) -> None:
         while True:
-            with contextlib.suppress(*_TROUBLE), losses():
+            with contextlib.suppress(*_TROUBLE), connection_losses():
                 connection = await self._connect()
                 async with connection:
                     await serve(connection)
@@ -198,7 +198,7 @@ class Backend:
         self._reads_results = on
         while self._reads_results == on:
             await self._can_read.wait()
-            with contextlib.suppress(*_TROUBLE), losses():
+            with contextlib.suppress(*_TROUBLE), connection_losses():
                 assert self._reading is not None
                 await (self._consume if on else self._cancel)(self._reading, self._results)
                 return

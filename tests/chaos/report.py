@@ -7,7 +7,7 @@ from tests.chaos.scene import Life
 from tests.chaos.verdict import Records, Verdict, calls_by_job, is_paid
 
 _SHOWN = 20
-_STORE = "vqa_result_store_total"
+_STORE = "vqa_result_store_operations_total"
 _STORE_EVENTS = {
     "reused": "that were taken from the store",
     "kept_by_another": "that another worker had stored meanwhile (the race)",
@@ -31,25 +31,25 @@ def tables(records: Records, verdict: Verdict, noticed: Mapping[str, int]) -> st
         table("Results", _results(records).most_common()),
         table("Figures", _figures(records, verdict)),
         table("Paid for again, because", verdict.paid_again.most_common()),
-        *_complaints(verdict),
+        *_warnings(verdict),
     ]
     return "\n\n".join(parts)
 
 
 def noticed(logs: Mapping[str, Sequence[Mapping[str, object]]], lives: Sequence[Life]) -> dict[str, int]:
     """How often the workers logged what the faults must have made them log."""
-    paused = Counter(line["dependency"] for line in logs["paused"])
-    broken = sum(line["reason"] == "connection" for line in logs["job_retry"])
+    paused = Counter(line["dependency"] for line in logs["consumption_paused"])
+    broken = sum(line["reason"] == "connection_error" for line in logs["job_retried"])
     return {
         "workers killed": sum(life.code == -9 for life in lives),
         "workers that stopped when they were told to": sum(life.ending == "told to stop" for life in lives),
         "connections to the broker made": len(logs["rabbitmq_connected"]),
-        "connections to the broker lost": len(logs["rabbitmq_lost"]),
+        "connections to the broker lost": len(logs["rabbitmq_connection_lost"]),
         "publishes that failed and were repeated": len(logs["publish_failed"]),
         "pauses for the model": paused["model"],
         "pauses for S3": paused["s3"],
-        "times they resumed": len(logs["resumed"]),
-        "retries": len(logs["job_retry"]),
+        "times they resumed": len(logs["consumption_resumed"]),
+        "retries": len(logs["job_retried"]),
         "retries after a connection broke off": broken,
     }
 
@@ -92,7 +92,7 @@ def _figures(records: Records, verdict: Verdict) -> list[tuple[str, object]]:
     ]
 
 
-def _complaints(verdict: Verdict) -> list[str]:
+def _warnings(verdict: Verdict) -> list[str]:
     named = {
         "LOST": verdict.lost,
         "WRONG": verdict.wrong,

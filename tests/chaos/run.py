@@ -30,7 +30,14 @@ HARMLESS: Final = ("one image in S3", "a private reply queue")
 _SMALL: Final = ((24, 16), (40, 30), (100, 80), (180, 120))
 _LARGE: Final = ((400, 300), (800, 600))
 _SIZES: Final = (*(_SMALL * 5), *(_LARGE * 2))
-_LOGGED: Final = ("paused", "resumed", "rabbitmq_connected", "rabbitmq_lost", "publish_failed", "job_retry")
+_LOGGED: Final = (
+    "consumption_paused",
+    "consumption_resumed",
+    "rabbitmq_connected",
+    "rabbitmq_connection_lost",
+    "publish_failed",
+    "job_retried",
+)
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ class Scene:
         life.ended = time.time()
         assert life.worker.process is not None
         life.code = life.worker.process.returncode
-        life.was_cut_off = any(line.get("event") == "cut_off" for line in life.worker.log())
+        life.was_cut_off = any(line.get("event") == "grace_period_expired" for line in life.worker.log())
 
     async def _scrape_for_ever(self) -> None:
         while True:

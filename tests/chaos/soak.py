@@ -15,7 +15,7 @@ from tests.chaos.run import Options, Watch
 from tests.chaos.run import run as run_chaos
 from tests.chaos.scene import Scene
 from tests.running import Worker
-from worker.http_client import KEEP_ALIVE_S
+from worker.http.client import KEEP_ALIVE_S
 
 WARM_UP_S: Final = 120.0
 SAMPLE_S: Final = 30.0

@@ -14,10 +14,10 @@ from deploy.local.stack import Stack
 from tests.breaking import job
 from tests.cli.running import Cli
 from tests.running import until
-from worker.rabbit import rounds
-from worker.rabbit.connection import Broker
-from worker.rabbit.letters import Held
-from worker.rabbit.topology import Topology, create
+from worker.rabbitmq import bulk
+from worker.rabbitmq.dead_letters import Held
+from worker.rabbitmq.session import Broker
+from worker.rabbitmq.topology import Topology, create
 
 
 class Queues:
@@ -109,9 +109,7 @@ def broker_of(stack: Stack) -> Broker:
 
 
 async def looked(stack: Stack, queues: Queues, most: int | None = None) -> list[Held]:
-    found = await rounds.look(
-        broker_of(stack), queues.topology, lambda held: held, most=most, patience_s=15.0
-    )
+    found = await bulk.look(broker_of(stack), queues.topology, lambda held: held, most=most, patience_s=15.0)
     return found.picked
 
 

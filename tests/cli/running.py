@@ -18,7 +18,7 @@ import aio_pika
 
 from deploy.local.stack import Stack
 from tests.running import ROOT, Worker
-from worker.cli.manifest import Counts, Manifest
+from worker.cli.submit.manifest import Counts, Manifest
 
 PATIENCE_S = 60.0
 # What lets the commands' coverage be seen, and nothing else of the surroundings.
@@ -39,7 +39,7 @@ class Ended:
         return self.out.splitlines()
 
     @property
-    def complaints(self) -> list[str]:
+    def warnings_(self) -> list[str]:
         """What it said beside that, a line each."""
         return self.err.splitlines()
 

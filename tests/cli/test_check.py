@@ -91,7 +91,7 @@ async def test_a_person_sees_marks_and_a_summary(cli: Cli) -> None:
     assert lines[0] == "✓ settings: make sense"
     assert lines[1].startswith("! settings: VQA_SHUTDOWN_GRACE: 3 s are less than")
     count = Counter(line[0] for line in lines)
-    assert ended.complaints == [f"{count['✓']} ok, {count['!']} warning"]
+    assert ended.warnings_ == [f"{count['✓']} ok, {count['!']} warning"]
     plain = await cli.having(PYTHONIOENCODING="ascii", VQA_SHUTDOWN_GRACE="3").run("check")
     assert plain.out.startswith("[ok] settings: make sense\n! settings: ")
     seen = Terminal(cli, "check")

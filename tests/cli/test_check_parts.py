@@ -19,9 +19,9 @@ from worker.cli.check.broker import broker_findings
 from worker.cli.check.finding import Finding
 from worker.cli.check.storage import storage_findings
 from worker.cli.shell import broker_of
-from worker.rabbit import connection, probes
-from worker.rabbit.probes import NotAllowedError, Probes
-from worker.rabbit.topology import Part, Topology, create
+from worker.rabbitmq import permission_checks, session
+from worker.rabbitmq.permission_checks import NotAllowedError, Probes
+from worker.rabbitmq.topology import Part, Topology, create
 from worker.settings import Settings, load_settings
 
 Findings = dict[str, tuple[str, str]]
@@ -327,13 +327,13 @@ def test_the_picture_in_the_question_is_one() -> None:
 async def test_a_broker_that_takes_no_messages_is_told(
     own_stack: Stack, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "ANSWER_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(connection, "DIAL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(permission_checks, "ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(session, "DIAL_TIMEOUT_S", 1.0)
     await doctor.make(VQA_RABBITMQ_URL=own_stack.rabbitmq.url)
     own_stack.rabbitmq.ctl("set_vm_memory_high_watermark", "absolute", "1")
     try:
         findings = await doctor.broker(VQA_RABBITMQ_URL=own_stack.rabbitmq.url)
     finally:
         own_stack.rabbitmq.ctl("set_vm_memory_high_watermark", "0.9")
-    assert findings["publishing"] == ("failed", probes.BLOCKED)
+    assert findings["publishing"] == ("failed", permission_checks.BLOCKED)
     assert findings["cancellations"][0] == "ok"

@@ -107,7 +107,7 @@ async def test_letters_are_thrown_away_by_choice_and_kept_in_a_file_if_wished(
     await queues.bury(b"\xffno job", "invalid_job", message_id="gone", reply_to="r")
     ended = await cli.run("dead", "purge", "--yes")
     assert ended.code == 2
-    assert ended.complaints == ["say which letters, e.g. --code invalid_job or --until 30d; or --all"]
+    assert ended.warnings_ == ["say which letters, e.g. --code invalid_job or --until 30d; or --all"]
     done = await cli.told("dead", "purge", "--code", "invalid_job", "--save", "saved.jsonl", "--yes")
     assert [(it["action"], it["done"], it["job_id"]) for it in done] == [("purge", True, "gone")]
     (saved,) = map(json.loads, (cli.folder / "saved.jsonl").read_text().splitlines())
@@ -122,7 +122,7 @@ async def test_without_a_file_for_the_record_nothing_is_touched(cli: Cli, queues
     for option in ("--record", "--save"):
         ended = await cli.run("dead", "purge", "--all", "--yes", option, "/dev/null/letters.jsonl")
         assert ended.code == 1
-        assert ended.complaints[-1] == (
+        assert ended.warnings_[-1] == (
             "/dev/null/letters.jsonl: cannot be written to: File exists; name another file"
         )
     assert await queues.depth(queues.dead) == 1

@@ -13,7 +13,7 @@ from tests.cli.dead_letters import Queues, buried, looked
 from tests.cli.running import Cli, commands, killed
 from tests.proxy import Proxy
 from tests.running import until
-from worker.rabbit import letters
+from worker.rabbitmq import dead_letters
 
 
 @pytest.fixture
@@ -38,17 +38,17 @@ async def test_letters_are_chosen_by_error_model_time_and_id(cli: Cli, queues: Q
     assert [letter["job_id"] for letter in await cli.told("dead", "list", *chosen, "--id", "a")] == ["a"]
     ended = await cli.run("dead", "list", "--code", "nothing", "--most", "3")
     assert (ended.code, ended.out) == (0, "")
-    assert ended.complaints == [f"{queues.dead}: 4 letters, 3 of them looked at (--most), 0 of them chosen"]
+    assert ended.warnings_ == [f"{queues.dead}: 4 letters, 3 of them looked at (--most), 0 of them chosen"]
 
 
 async def test_an_unknown_letter_and_a_time_that_is_none_are_told(cli: Cli, queues: Queues) -> None:
     await buried(queues, 2)
     ended = await cli.run("dead", "show", "nobody")
     assert (ended.code, ended.out) == (1, "")
-    assert ended.complaints == ["nobody: none of the 2 letters looked at has this id or name"]
+    assert ended.warnings_ == ["nobody: none of the 2 letters looked at has this id or name"]
     ended = await cli.run("dead", "list", "--since", "yesterday")
     assert ended.code == 2
-    assert "'yesterday' is no time" in " ".join(ended.complaints)
+    assert "'yesterday' is no time" in " ".join(ended.warnings_)
 
 
 async def test_what_strangers_wrote_cannot_control_the_terminal(cli: Cli, queues: Queues) -> None:
@@ -62,7 +62,7 @@ async def test_what_strangers_wrote_cannot_control_the_terminal(cli: Cli, queues
     for arguments in (["list"], ["show", "evil"], ["replay", "--dry-run"]):
         ended = await cli.run("dead", *arguments)
         assert ended.code == 0
-        for line in [*ended.out.splitlines(), *ended.complaints]:
+        for line in [*ended.out.splitlines(), *ended.warnings_]:
             assert line.isprintable(), line
 
 
@@ -118,7 +118,7 @@ async def test_without_renewal_the_broker_would_drop_them(
     stack: Stack, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Shows that the test above can fail.
-    monkeypatch.setattr(letters, "MOST_RETURNS", 1000)
+    monkeypatch.setattr(dead_letters, "MOST_RETURNS", 1000)
     await buried(queues, 3)
     for _ in range(22):
         await looked(stack, queues)
@@ -143,12 +143,14 @@ async def test_during_and_after_a_killed_look_everything_is_there(
 
 async def test_a_letter_that_cannot_be_renewed_is_told_and_stays(stack: Stack, queues: Queues) -> None:
     await buried(queues, 2)
-    for _ in range(letters.MOST_RETURNS):
+    for _ in range(dead_letters.MOST_RETURNS):
         await looked(stack, queues)
     full = {"max-length": 1, "overflow": "reject-publish"}
     policy = {"pattern": f"^{queues.dead}$", "definition": full, "apply-to": "queues"}
     administer(stack, "PUT", f"/api/policies/%2F/{queues.dead}", policy)
-    with pytest.raises(letters.LettersError, match=r"came back 3 times and cannot be renewed, .* is full"):
+    with pytest.raises(
+        dead_letters.LettersError, match=r"came back 3 times and cannot be renewed, .* is full"
+    ):
         await looked(stack, queues)
     assert await queues.depth(queues.dead) == 2
 
@@ -162,15 +164,15 @@ async def test_who_may_not_put_letters_back_may_not_look_either_so_that_no_retur
         for arguments in (["list"], ["show", "x"], ["replay", "--yes"], ["purge", "--all", "--yes"]):
             ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dead", *arguments)
             assert ended.code == 1
-            (line,) = ended.complaints
+            (line,) = ended.warnings_
             assert line.startswith(
                 "letters are looked at only where they can be put back too, by the default"
             )
             assert "lacks a permission" in line
         user.permit(read="^$")
         ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dead", "list")
-        assert (ended.code, len(ended.complaints)) == (1, 1)
-        assert f"queue {queues.dead}" in ended.complaints[0]
+        assert (ended.code, len(ended.warnings_)) == (1, 1)
+        assert f"queue {queues.dead}" in ended.warnings_[0]
     (held,) = await looked(stack, queues)
     assert held.letter.returns == 0
 
@@ -185,7 +187,7 @@ async def test_what_the_broker_itself_has_moved_is_told_and_stays_told(
         await message.reject(requeue=False)
         await queues.filled(queues.dead, 1)
     (held,) = await looked(stack, queues)
-    for _ in range(letters.MOST_RETURNS * 2):
+    for _ in range(dead_letters.MOST_RETURNS * 2):
         (held,) = await looked(stack, queues)
     assert (held.letter.code, held.letter.job_id) == ("rejected", "rejected")
     assert held.letter.died_at is not None
@@ -197,5 +199,5 @@ async def test_what_the_broker_itself_has_moved_is_told_and_stays_told(
 async def test_a_queue_that_is_not_there_is_told(cli: Cli) -> None:
     ended = await cli.run("dead", "list")
     assert (ended.code, ended.out) == (1, "")
-    (line,) = ended.complaints
+    (line,) = ended.warnings_
     assert line.startswith(f"the queue {cli.settings['VQA_JOBS_QUEUE']}.dead does not exist")

@@ -17,9 +17,9 @@ from tests.cli.running import Cli, commands, ended, killed
 from tests.cli.terminal import Terminal
 from tests.proxy import Proxy
 from tests.running import until
-from worker.rabbit import letters, rounds
-from worker.rabbit.connection import BrokerUnreachableError
-from worker.rabbit.letters import Held
+from worker.rabbitmq import bulk, dead_letters
+from worker.rabbitmq.dead_letters import Held
+from worker.rabbitmq.session import BrokerUnreachableError
 
 BASIC_ACK = b"\x00\x3c\x00\x50"
 
@@ -43,7 +43,7 @@ async def test_nothing_is_done_before_it_is_agreed_to(cli: Cli, queues: Queues) 
         assert [(it["action"], it["done"], it["job_id"]) for it in dry] == [(action, False, it) for it in ids]
         result = await cli.run("dead", action, "--code", "*")
         assert result.code == 2
-        assert result.complaints[-1].endswith("nothing was done: add --yes to do it")
+        assert result.warnings_[-1].endswith("nothing was done: add --yes to do it")
         assert all(it in result.out for it in ids)
         asked = Terminal(cli, "dead", action, "--code", "*")
         await asked.shows(r"Go on\? \[y/N\]")
@@ -68,7 +68,7 @@ async def test_only_what_was_chosen_is_put_back_and_what_will_fail_again_is_told
     await queues.bury(b"{", "invalid_job", message_id="broken")
     result = await cli.run("dead", "replay", "--code", "a*", "--code", "inv*", "--yes")
     assert result.code == 0
-    assert result.complaints == [
+    assert result.warnings_ == [
         f"{queues.dead}: 4 letters, 2 of them chosen",
         "1 with a deadline that has passed: the worker will refuse them (deadline_exceeded)",
         "1 that are no jobs (invalid_job): they will be back, unless the worker has changed",
@@ -108,7 +108,7 @@ async def test_ctrl_c_ends_a_replay_between_two_letters(cli: Cli, queues: Queues
     process.send_signal(signal.SIGINT)
     done = await ended(process)
     assert done.code == 130
-    assert done.complaints[-1] == f"replay: 1 of 5 done, recorded in {state(cli)}/replayed.jsonl"
+    assert done.warnings_[-1] == f"replay: 1 of 5 done, recorded in {state(cli)}/replayed.jsonl"
     assert "Traceback" not in done.err
     await queues.filled(queues.dead, 4)
     found = ids_of(await queues.emptied(queues.jobs) + await queues.emptied(queues.dead))
@@ -134,17 +134,17 @@ async def test_a_replay_goes_on_after_the_connection_was_lost(stack: Stack, cli:
 async def test_letters_that_are_passed_over_are_not_held_for_longer_than_a_round(
     stack: Stack, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "HOLD_S", 0.0)
+    monkeypatch.setattr(bulk, "HOLD_S", 0.0)
     others = await buried(queues, 3, code="other")
     await buried(queues, 4)
     wanted = Counter(held.letter.name for held in await looked(stack, queues) if held.letter.code != "other")
     begun = []
 
-    async def step(dead: letters.DeadLetters, held: Held) -> None:
+    async def step(dead: dead_letters.DeadLetters, held: Held) -> None:
         begun.append(held.letter.returns)
         await dead.put_back(held)
 
-    await rounds.work_off(broker_of(stack), queues.topology, wanted, step, rate=None, patience_s=15.0)
+    await bulk.work_off(broker_of(stack), queues.topology, wanted, step, rate=None, patience_s=15.0)
     assert (wanted.total(), len(begun)) == (0, 4)
     assert sorted(ids_of(await queues.emptied(queues.dead))) == sorted(others)
 
@@ -152,18 +152,18 @@ async def test_letters_that_are_passed_over_are_not_held_for_longer_than_a_round
 async def test_a_broker_that_goes_away_again_and_again_is_given_up(
     stack: Stack, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "PAUSE_S", 0.0)
+    monkeypatch.setattr(bulk, "PAUSE_S", 0.0)
     await buried(queues, 3)
     wanted = Counter(held.letter.name for held in await looked(stack, queues))
     tried = []
 
-    async def step(_: letters.DeadLetters, held: Held) -> None:
+    async def step(_: dead_letters.DeadLetters, held: Held) -> None:
         tried.append(held.letter.name)
         if len(tried) > 1:
             raise ConnectionResetError
 
     with pytest.raises(BrokerUnreachableError, match="the broker went away 3 times in a row"):
-        await rounds.work_off(broker_of(stack), queues.topology, wanted, step, rate=None, patience_s=15.0)
+        await bulk.work_off(broker_of(stack), queues.topology, wanted, step, rate=None, patience_s=15.0)
     # The first was worked off, before the broker went away for the first time.
     assert (len(tried), wanted.total()) == (5, 2)
     await queues.filled(queues.dead, 2)
@@ -185,7 +185,7 @@ async def test_without_a_jobs_queue_letters_stay_where_they_are(cli: Cli, queues
     await queues.delete(queues.jobs)
     result = await cli.run("dead", "replay", "--yes")
     assert result.code == 1
-    assert result.complaints[-2:] == [
+    assert result.warnings_[-2:] == [
         f"replay: 0 of 2 done, recorded in {state(cli)}/replayed.jsonl",
         (
             f"nothing gets to the queue {queues.jobs} by the default exchange:"
@@ -203,7 +203,7 @@ async def test_letters_go_back_by_the_exchange_for_jobs(stack: Stack, tmp_path: 
         with BrokerUser.of(stack) as user:
             user.permit(write=f"^{exchange}$")
             by_user = cli.having(VQA_RABBITMQ_URL=user.url)
-            for _ in range(letters.MOST_RETURNS + 2):
+            for _ in range(dead_letters.MOST_RETURNS + 2):
                 assert len(await by_user.told("dead", "list")) == 1
             assert (await by_user.run("dead", "replay", "--yes")).code == 0
         (message,) = await queues.emptied(queues.jobs)

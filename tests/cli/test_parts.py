@@ -10,10 +10,10 @@ import pytest
 
 from deploy.local.stack import Stack
 from tests.conftest import BUCKET, PutImage
-from worker.cli.estimate import dollars
-from worker.cli.manifest import Manifest, Planned, Received
 from worker.cli.shell import CommandError
 from worker.cli.storage import open_s3
+from worker.cli.submit.estimate import dollars
+from worker.cli.submit.manifest import Manifest, Planned, Received
 from worker.s3.uploads import keys
 from worker.settings import CommandSettings, Settings, load_command_settings
 

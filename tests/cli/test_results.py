@@ -14,7 +14,7 @@ from deploy.local.standin.behaviour import Error
 from tests.cli.running import Cli, channel_of, depth, ended, killed
 from tests.conftest import PutImage, StartWorker
 from tests.running import Client, until
-from worker.cli.manifest import Counts
+from worker.cli.submit.manifest import Counts
 
 
 def question(marker: str) -> dict[str, Any]:

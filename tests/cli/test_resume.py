@@ -9,7 +9,7 @@ from tests.cli.running import Cli, depth, emptied, ended, killed
 from tests.conftest import BUCKET, picture
 from tests.proxy import Proxy
 from tests.running import until
-from worker.cli.submission import CHUNK_JOBS
+from worker.cli.submit.submission import CHUNK_JOBS
 
 
 def many(cli: Cli, count: int) -> list[str]:

@@ -28,7 +28,7 @@ async def test_each_document_is_printed_for_programs(cli: Cli) -> None:
     }
     for name, document in expected.items():
         ended = await cli.run("schema", name)
-        assert (ended.code, ended.complaints, json.loads(ended.out)) == (0, [], document)
+        assert (ended.code, ended.warnings_, json.loads(ended.out)) == (0, [], document)
     (everything,) = await cli.told("schema")
     assert everything == expected
     Draft202012Validator.check_schema(everything["job"])
@@ -37,11 +37,11 @@ async def test_each_document_is_printed_for_programs(cli: Cli) -> None:
 async def test_settings_that_it_needs_are_checked(cli: Cli) -> None:
     ended = await cli.having(VQA_RETRY_DELAYS="soon", VQA_MAX_ATTEMPTS="many").run("schema")
     assert (ended.code, ended.out) == (78, "")
-    (line,) = ended.complaints
+    (line,) = ended.warnings_
     assert line.startswith("VQA_RETRY_DELAYS")
     ended = await cli.run("schema", "answer")
     assert ended.code == 2
-    assert "'answer' is not one of" in " ".join(ended.complaints)
+    assert "'answer' is not one of" in " ".join(ended.warnings_)
 
 
 def test_it_needs_nothing_but_what_the_worker_needs(cli: Cli) -> None:

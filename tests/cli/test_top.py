@@ -155,10 +155,10 @@ async def test_what_is_not_there_at_the_start_is_told(cli: Cli) -> None:
     missing = cli.having(VQA_JOBS_QUEUE=f"no-{uuid.uuid4().hex}")
     result = await missing.run("top", "--once")
     assert result.code == 1
-    (line,) = result.complaints
+    (line,) = result.warnings_
     assert line.startswith(f"the queue {missing.jobs_queue} does not exist, or not for this user")
     away = await cli.having(VQA_RABBITMQ_URL="amqp://127.0.0.1:1/").run("top", "--once", "--timeout", "0.3")
-    assert (away.code, len(away.complaints)) == (1, 1)
+    assert (away.code, len(away.warnings_)) == (1, 1)
     assert "out of reach for 0.3 s" in away.err
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.helm.rendering import CI_FILES, Object, ci_values, minimal, refusal, render
 from tests.running import ROOT
-from worker.app import GIVE_BACK_S, HOLD_TIMEOUT_S
+from worker.app.runner import GIVE_BACK_S, HOLD_TIMEOUT_S
+from worker.observability.tracing.otlp import FLUSH_S
 from worker.settings import Settings
-from worker.tracing.otlp import FLUSH_S
 
 NAMES = [path.name.removesuffix("-values.yaml") for path in CI_FILES]
 MIB = 1024 * 1024

@@ -13,7 +13,7 @@ from deploy.rabbitmq.__main__ import HERE, STRICT, main, topology_with
 from deploy.rabbitmq.files import Place, files
 from deploy.rabbitmq.rights import Right, regex, users
 from worker.cli.topology import definitions
-from worker.rabbit.topology import Topology
+from worker.rabbitmq.topology import Topology
 
 FOLDERS = {"plain": (HERE, topology_with({})), "strict": (HERE / "strict", topology_with(STRICT))}
 REFERENCE = "rabbitmqClusterReference"

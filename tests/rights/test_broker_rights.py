@@ -21,14 +21,14 @@ from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
 from tests.breaking import administer, calls_begun, events, job, url_as
 from tests.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Worker, calls_with, until
-from worker.rabbit.connection import Broker, BrokerRefusedError
+from worker.rabbitmq.session import Broker, BrokerRefusedError
 
 # Looking for queues and exchanges is refused to users who may not configure them, as by RabbitMQ 4.3.0: here
 # it is really declaring, which every version refuses to those.
 MAY_NOT_LOOK = """
 import sys
 from worker.__main__ import main
-from worker.rabbit.topology import ExchangeSpec, QueueSpec
+from worker.rabbitmq.topology import ExchangeSpec, QueueSpec
 def refused(declare):
     return lambda self, channel, *, passive: declare(self, channel, passive=False)
 for kind in (ExchangeSpec, QueueSpec):
@@ -66,7 +66,7 @@ async def scene(realm: Realm, stack: Stack, tmp_path_factory: pytest.TempPathFac
         async with Client.of(stack, worker, url=realm.url(PUBLISHER), exchange=INTAKE) as client:
             yield Scene(realm, stack, worker, client)
         assert not events(worker, "publish_failed")
-        assert not events(worker, "cancellations_not_heard")
+        assert not events(worker, "cancellation_forbidden")
         assert "ACCESS_REFUSED" not in worker.output()
 
 
@@ -116,10 +116,10 @@ async def test_a_job_becomes_a_dead_letter_which_the_operator_puts_back(scene: S
 async def test_a_worker_that_pauses_gives_back_what_it_holds(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=401), marker=marker)
-    before = len(events(scene.worker, "resumed"))
+    before = len(events(scene.worker, "consumption_resumed"))
     reply = await scene.client.ask(**job(marker))
     assert (reply.body["status"], reply.body["attempts"]) == ("succeeded", 1)
-    await until(lambda: len(events(scene.worker, "resumed")) > before, "the pause is over")
+    await until(lambda: len(events(scene.worker, "consumption_resumed")) > before, "the pause is over")
 
 
 async def test_a_worker_that_stops_gives_back_what_it_cannot_end(scene: Scene, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ async def test_a_worker_that_stops_gives_back_what_it_cannot_end(scene: Scene, t
         await stopping.start()
         await until(has_one, "the worker that is to stop has a job, too")
         assert await stopping.stop() == 0
-        assert events(stopping, "cut_off")
+        assert events(stopping, "grace_period_expired")
         assert "ACCESS_REFUSED" not in stopping.output()
     finally:
         stopping.kill()
@@ -198,11 +198,11 @@ async def test_a_worker_that_may_not_look_for_its_queues_works_with_them_all_the
     try:
         await worker.start()
         await until(has_answered, "one of the jobs was its own")
-        (line,) = events(worker, "topology_not_shown")
+        (line,) = events(worker, "topology_check_forbidden")
         exchanges = {f"exchange {BACK} (VQA_JOBS_EXCHANGE)", f"exchange {REPLIES} (VQA_REPLY_EXCHANGE)"}
         assert exchanges & set(line["parts"]) == (exchanges if scene.realm.is_strict else set())
         assert {"queue vqa.jobs", "queue vqa.jobs.retry.120s", "queue vqa.results"} <= set(line["parts"])
-        assert not events(worker, "cancellations_not_heard")
+        assert not events(worker, "cancellation_forbidden")
         assert await worker.stop() == 0
     finally:
         worker.kill()

@@ -168,7 +168,7 @@ async def test_the_result_store_is_kept_with_the_rights_of_its_policy(
     await client.publish(asked)
     await client.result(asked["id"])
     await client.publish(asked)
-    await until(lambda: early.metric("vqa_result_store_total", event="reused") == 1, "found again")
+    await until(lambda: early.metric("vqa_result_store_operations_total", event="reused") == 1, "found again")
     # Claimed, and left to others since there is no answer.
     refused = f"refused {marker}"
     stack.model.play(Error(status=400), marker=refused)
@@ -197,7 +197,7 @@ def keys(stack: Stack, buckets: Buckets, folder: str) -> list[str]:
 
 def done(line: Mapping[str, Any]) -> bool:
     """Whether a line only tells how a job ended."""
-    return line["event"] in ("job", "cancelled")
+    return line["event"] in ("job_finished", "job_cancelled")
 
 
 # Each right is needed
@@ -217,7 +217,7 @@ async def finds_nothing(worker: Worker, client: Client, image: str) -> None:
 
 
 async def misses_cancellations(worker: Worker, client: Client, image: str) -> None:
-    await until(lambda: events(worker, "tombstones_out_of_reach"), "it says so")
+    await until(lambda: events(worker, "cancelled_jobs_unavailable"), "it says so")
     assert (await client.ask(**job(image=image))).body["status"] == "succeeded"
 
 

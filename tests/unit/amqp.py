@@ -10,8 +10,8 @@ from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from worker.delivery import Delivery
-from worker.rabbit.consumer import to_delivery
+from worker.jobs.delivery import Delivery
+from worker.rabbitmq.consumer import to_delivery
 
 
 def short(content: bytes) -> bytes:

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from worker.limiter import AdaptiveLimit
+from worker.resilience.concurrency_limiter import AdaptiveLimit
 
 # There and back again, and from one call's end to the next one's start; seconds.
 NETWORK_S = 0.01

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from worker.delivery import Delivery
-from worker.images.budget import Budget
-from worker.rabbit.publisher import GivenUpError, Outgoing, TooLargeError, UnroutableError
-from worker.rabbit.topology import Topology
+from worker.images.memory_budget import MemoryBudget
+from worker.jobs.delivery import Delivery
+from worker.rabbitmq.publisher import OutgoingMessage, PublishAbandonedError, TooLargeError, UnroutableError
+from worker.rabbitmq.topology import Topology
 
 JOB: dict[str, Any] = {"id": "job-1", "question": "What is it?", "images": ["s3://photos/cat.png"]}
 
@@ -71,7 +71,7 @@ class FakePublisher:
 
     def __init__(self, events: list[str] | None = None) -> None:
         self.events: list[str] = [] if events is None else events
-        self.published: list[Outgoing] = []
+        self.published: list[OutgoingMessage] = []
         self.unroutable: set[str] = set()
         self.fatal: set[str] = set()
         self.full: set[str] = set()
@@ -81,7 +81,7 @@ class FakePublisher:
         self.let_go = asyncio.Event()
         self.let_go.set()
 
-    async def publish(self, message: Outgoing) -> None:
+    async def publish(self, message: OutgoingMessage) -> None:
         await self.let_go.wait()
         if self.broken is not None:
             raise self.broken
@@ -90,7 +90,7 @@ class FakePublisher:
         # A name that costs the connection each time, or a full queue; with tries, there is an end to that.
         if message.tries is not None and message.routing_key in self.fatal | self.full:
             self.events.append(f"given up {message.routing_key}")
-            raise GivenUpError(message.routing_key)
+            raise PublishAbandonedError(message.routing_key)
         if message.mandatory and message.routing_key in self.unroutable:
             self.events.append(f"returned {message.routing_key}")
             raise UnroutableError(message.routing_key)
@@ -101,7 +101,7 @@ class FakePublisher:
         self.restored += 1
         self.unroutable.clear()
 
-    def to(self, queue: str) -> list[Outgoing]:
+    def to(self, queue: str) -> list[OutgoingMessage]:
         return [message for message in self.published if message.routing_key == queue]
 
     def results(self, queue: str = "results") -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def free(budget: Budget) -> int:
+def free(budget: MemoryBudget) -> int:
     """How many bytes nobody has; nobody may be waiting."""
     low, high = 0, 1 << 40
     while low < high:

@@ -8,16 +8,16 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.unit.fakes import cancel_all, free, turns_of_the_loop
-from worker.images.budget import Budget, Share
+from worker.images.memory_budget import MemoryBudget, Reservation
 
 
 class Holders:
     """Tasks that hold a share each until told to leave."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
         self.holding: list[int] = []
-        self.shares: dict[int, Share] = {}
+        self.shares: dict[int, Reservation] = {}
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self._leave: dict[int, asyncio.Event] = {}
 
@@ -43,7 +43,7 @@ class Holders:
 
 
 @asynccontextmanager
-async def holders(budget: Budget) -> AsyncIterator[Holders]:
+async def holders(budget: MemoryBudget) -> AsyncIterator[Holders]:
     them = Holders(budget)
     try:
         yield them
@@ -52,7 +52,7 @@ async def holders(budget: Budget) -> AsyncIterator[Holders]:
 
 
 async def test_who_fits_in_passes_and_the_others_wait_in_their_order() -> None:
-    async with holders(Budget(10)) as them:
+    async with holders(MemoryBudget(10)) as them:
         for name, wanted in enumerate([6, 4, 5, 1, 1]):
             them.come(name, wanted)
         await turns_of_the_loop()
@@ -67,7 +67,7 @@ async def test_who_fits_in_passes_and_the_others_wait_in_their_order() -> None:
 
 
 async def test_more_than_there_can_ever_be_is_all_there_is() -> None:
-    budget = Budget(10)
+    budget = MemoryBudget(10)
     async with holders(budget) as them:
         them.come(0, 1000)
         them.come(1, 1)
@@ -81,7 +81,7 @@ async def test_more_than_there_can_ever_be_is_all_there_is() -> None:
 
 
 async def test_who_needs_nothing_waits_for_nobody() -> None:
-    async with holders(Budget(10)) as them:
+    async with holders(MemoryBudget(10)) as them:
         them.come(0, 10)
         them.come(1, 5)
         them.come(2, 0)
@@ -90,7 +90,7 @@ async def test_who_needs_nothing_waits_for_nobody() -> None:
 
 
 async def test_what_is_given_back_early_is_the_next_one_s() -> None:
-    budget = Budget(10)
+    budget = MemoryBudget(10)
     async with holders(budget) as them:
         them.come(0, 10)
         them.come(1, 7)
@@ -112,7 +112,7 @@ async def test_what_is_given_back_early_is_the_next_one_s() -> None:
 
 @pytest.mark.parametrize("gone", [[1], [2], [1, 2], [3]])
 async def test_who_stops_waiting_leaves_no_gap_and_blocks_nobody(gone: list[int]) -> None:
-    budget = Budget(10)
+    budget = MemoryBudget(10)
     async with holders(budget) as them:
         them.come(0, 6)
         for name, wanted in ((1, 9), (2, 8), (3, 2)):
@@ -129,7 +129,7 @@ async def test_who_stops_waiting_leaves_no_gap_and_blocks_nobody(gone: list[int]
 
 
 async def test_who_is_cancelled_when_its_turn_has_just_come_passes_it_on() -> None:
-    budget = Budget(10)
+    budget = MemoryBudget(10)
     async with holders(budget) as them:
         them.come(0, 10)
         them.come(1, 10)
@@ -145,7 +145,7 @@ async def test_who_is_cancelled_when_its_turn_has_just_come_passes_it_on() -> No
 
 
 async def test_at_once_means_without_overtaking_and_without_waiting() -> None:
-    budget = Budget(10)
+    budget = MemoryBudget(10)
     share = budget.share_at_once(8)
     assert share is not None
     assert budget.share_at_once(3) is None
@@ -164,7 +164,7 @@ async def test_at_once_means_without_overtaking_and_without_waiting() -> None:
 async def test_whatever_happens_the_limit_holds_and_nothing_leaks() -> None:
     chance = random.Random(2)  # noqa: S311 - no secret
     for _ in range(100):
-        budget, sizes = Budget(20), [chance.randint(0, 25) for _ in range(30)]
+        budget, sizes = MemoryBudget(20), [chance.randint(0, 25) for _ in range(30)]
         async with holders(budget) as them:
             for name, wanted in enumerate(sizes):
                 them.come(name, wanted)

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from worker import cancellation
-from worker.cancellation import Cancellations, name_of
 from worker.errors import ErrorCode, JobError
+from worker.jobs import cancellation
+from worker.jobs.cancellation import Cancellations, name_of
 
 
 class Keeper:

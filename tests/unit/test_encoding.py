@@ -104,7 +104,7 @@ async def test_however_it_is_cut_only_the_end_is_padded(pieces: list[bytes]) -> 
 async def test_a_fault_of_the_source_comes_through_as_it_is() -> None:
     async def broken() -> AsyncIterator[bytes]:
         yield b"12345"
-        raise TransientError(Dependency.S3, "connection", "it broke off")
+        raise TransientError(Dependency.S3, "connection_error", "it broke off")
 
     got: list[bytes] = []
     with pytest.raises(TransientError, match="it broke off"):
@@ -233,7 +233,7 @@ async def test_a_body_tells_when_it_is_handed_over_and_not_before() -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        TransientError(Dependency.S3, "connection", "it broke off"),
+        TransientError(Dependency.S3, "connection_error", "it broke off"),
         DependencyDownError(Dependency.S3, "it is gone"),
     ],
 )

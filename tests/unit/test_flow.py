@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from tests.running import until
 from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, cancel_all
-from worker import flow
-from worker.delivery import Delivery
-from worker.flow import FlowKeeper, next_allowance
-from worker.inflight import InFlight
-from worker.limiter import Gate, GateClosedError
-from worker.outcome import GiveBack, Outcome
-from worker.settlement import ReplyPolicy, Settlement
+from worker.jobs.delivery import Delivery
+from worker.jobs.in_flight_jobs import InFlightJobs
+from worker.jobs.outcome import Outcome, Requeued
+from worker.rabbitmq.settlement import ReplyPolicy, Settlement
+from worker.resilience import flow
+from worker.resilience.concurrency_limiter import AdmissionClosedError, ConcurrencyLimiter
+from worker.resilience.flow import FlowKeeper, next_allowance
 
 
 @pytest.mark.parametrize(
@@ -75,21 +75,21 @@ class Scene:
     """A keeper at work, with jobs that wait at the gate."""
 
     def __init__(self, tasks: asyncio.TaskGroup) -> None:
-        self.gate = Gate(200)
+        self.gate = ConcurrencyLimiter(200)
         self.tap = Tap()
         self.leave = asyncio.Event()
         self.publisher = FakePublisher()
         settlement = Settlement(self.publisher, TOPOLOGY, ReplyPolicy([]))
-        self.in_flight = InFlight(tasks, self._process, settlement)
+        self.in_flight = InFlightJobs(tasks, self._process, settlement)
         self.keeping = tasks.create_task(FlowKeeper(self.gate, self.tap, self.in_flight, 200).run())
 
     async def _process(self, delivery: Delivery) -> Outcome:
         try:
             async with self.gate.slot("m"):
                 await self.leave.wait()
-        except GateClosedError:
+        except AdmissionClosedError:
             pass
-        return GiveBack(job_id=delivery.message_id, model="m", reason="test")
+        return Requeued(job_id=delivery.message_id, model="m", reason="test")
 
     async def allows(self, *numbers: int) -> None:
         await until(lambda: self.tap.allowed == [*numbers], f"{numbers} jobs may come: {self.tap.allowed}")
@@ -160,6 +160,6 @@ async def test_while_the_api_may_not_be_called_for_long_none_come_and_shortly_be
     await scene.allows(0)
     await asyncio.sleep(0.1)
     assert scene.tap.allowed == [0]
-    monkeypatch.setattr("worker.limiter.SOON_S", 3601.0)
+    monkeypatch.setattr("worker.resilience.concurrency_limiter.SOON_S", 3601.0)
     await until(lambda: len(scene.tap.allowed) > 1, "jobs may come again")
     assert scene.tap.allowed == [0, 2]

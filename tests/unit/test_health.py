@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.fakes import turns_of_the_loop
-from worker import metrics
 from worker.errors import Dependency
-from worker.health import (
+from worker.observability import metrics
+from worker.resilience.outage_detector import (
     CROWD,
     DISTINCT_JOBS,
     FAIR_CHANCES,
@@ -42,7 +42,7 @@ def jobs(count: int) -> list[str]:
 def failing(
     health: Health, dependency: Dependency, count: int, now: float = 0.0, others: int = 0
 ) -> list[Verdict]:
-    return [health.failed(dependency, job, "5xx", now, others=others) for job in jobs(count)]
+    return [health.failed(dependency, job, "http_5xx", now, others=others) for job in jobs(count)]
 
 
 @BOTH
@@ -57,7 +57,7 @@ def test_everything_is_up_until_told_otherwise(dependency: Dependency) -> None:
 @given(times=st.integers(1, 200))
 def test_a_lone_job_that_fails_again_and_again_is_never_an_outage(dependency: Dependency, times: int) -> None:
     health = Health()
-    assert {health.failed(dependency, "job", "5xx", float(now)) for now in range(times)} == {OPEN}
+    assert {health.failed(dependency, "job", "http_5xx", float(now)) for now in range(times)} == {OPEN}
     assert health.outages == {}
 
 
@@ -76,7 +76,7 @@ def test_three_different_jobs_in_a_row_are_one(dependency: Dependency) -> None:
     assert failing(health, dependency, DISTINCT_JOBS) == [OPEN] * (DISTINCT_JOBS - 1) + [DOWN]
     assert health.changed.is_set()
     assert set(health.outages) == {dependency}
-    assert "5xx" in health.outages[dependency].reason
+    assert "http_5xx" in health.outages[dependency].reason
     assert up(dependency) == 0
 
 
@@ -86,23 +86,23 @@ def test_a_success_in_between_starts_the_count_anew(dependency: Dependency) -> N
     failing(health, dependency, DISTINCT_JOBS - 1)
     health.succeeded(dependency, 0.0, 1.0)
     assert set(failing(health, dependency, DISTINCT_JOBS - 1)) == {OPEN}
-    assert health.failed(dependency, "one more", "5xx", 2.0) is DOWN
+    assert health.failed(dependency, "one more", "http_5xx", 2.0) is DOWN
 
 
 def test_bad_jobs_that_come_to_their_end_one_after_the_other_are_an_outage_only_after_five() -> None:
     health = Health()
     for job in jobs(4):
-        assert {health.failed(MODEL, job, "5xx", float(now)) for now in range(3)} == {OPEN}
+        assert {health.failed(MODEL, job, "http_5xx", float(now)) for now in range(3)} == {OPEN}
         health.ended(MODEL, job)
     health.ended(MODEL, "nobody")
-    assert health.failed(MODEL, "fifth", "5xx", 9.0) is DOWN
-    assert health.outages[MODEL].reason == "5 different jobs in a row failed: 5xx"
+    assert health.failed(MODEL, "fifth", "http_5xx", 9.0) is DOWN
+    assert health.outages[MODEL].reason == "5 different jobs in a row failed: http_5xx"
 
 
 def test_those_that_are_no_more_are_forgotten_with_a_success() -> None:
     health = Health()
     for job in jobs(4):
-        health.failed(MODEL, job, "5xx", 0.0)
+        health.failed(MODEL, job, "http_5xx", 0.0)
         health.ended(MODEL, job)
     health.succeeded(MODEL, 1.0, 1.0)
     assert set(failing(health, MODEL, 2, 2.0)) == {OPEN}
@@ -120,7 +120,7 @@ def test_sporadic_failures_among_many_calls_are_never_an_outage(others: int, rat
     health, chance = Health(), Random(7)  # noqa: S311 - it guards nothing
     for n in range(5000):
         if chance.random() < rate:
-            assert health.failed(MODEL, f"job {n}", "5xx", float(n), others=others) is OPEN
+            assert health.failed(MODEL, f"job {n}", "http_5xx", float(n), others=others) is OPEN
         else:
             health.succeeded(MODEL, n - 20.0, float(n))
 
@@ -220,7 +220,7 @@ def test_the_list_of_outages_is_a_copy() -> None:
 def test_a_first_403_is_never_the_jobs_own_whatever_went_well_before() -> None:
     health = Health()
     health.succeeded(MODEL, 0.0, 1.0)
-    health.failed(MODEL, "job", "5xx", 1.5)
+    health.failed(MODEL, "job", "http_5xx", 1.5)
     health.succeeded(MODEL, 2.0, 2.5)
     assert not health.is_forbidden_alone(MODEL, "job", 3.0)
     assert not health.is_forbidden_alone(MODEL, "job", 4.0)
@@ -352,11 +352,11 @@ def test_a_batch_of_bad_jobs_stops_the_worker_a_few_times_and_then_no_more() -> 
 def test_what_is_known_of_bad_jobs_is_no_reason_to_count_them_in_an_outage() -> None:
     health = Health()
     for now in range(10):
-        health.failed(MODEL, "bad", "5xx", float(now))
+        health.failed(MODEL, "bad", "http_5xx", float(now))
         health.succeeded(MODEL, now + 0.5, now + 0.5)
-    assert health.failed(MODEL, "bad", "5xx", 20.0) is OWN
+    assert health.failed(MODEL, "bad", "http_5xx", 20.0) is OWN
     health.down(MODEL, "gone", 21.0)
-    assert health.failed(MODEL, "bad", "5xx", 22.0) is DOWN
+    assert health.failed(MODEL, "bad", "http_5xx", 22.0) is DOWN
 
 
 # Verdicts that are waited for

@@ -11,16 +11,16 @@ from structlog.testing import CapturingLogger
 
 from tests.running import until
 from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
-from worker import metrics
-from worker.delivery import Delivery
-from worker.inflight import LOST_ACK_S, InFlight
-from worker.outcome import Answered, GiveBack, Outcome, Retry
-from worker.result import Result
-from worker.settlement import ReplyPolicy, Settlement
+from worker.jobs.delivery import Delivery
+from worker.jobs.in_flight_jobs import LOST_ACK_S, InFlightJobs
+from worker.jobs.outcome import Outcome, Requeued, Retried, Succeeded
+from worker.messages.result import Result
+from worker.observability import metrics
+from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 
 
 def answered(delivery: Delivery) -> Outcome:
-    return Answered(
+    return Succeeded(
         job_id="j", model="m", result=Result(id="j", status="succeeded", answer=str(delivery.body))
     )
 
@@ -63,7 +63,7 @@ class Worker:
         self.work = Work()
         self.publisher = FakePublisher()
         settlement = Settlement(self.publisher, TOPOLOGY, ReplyPolicy(["results"]))
-        self.in_flight = InFlight(tasks, self.work, settlement)
+        self.in_flight = InFlightJobs(tasks, self.work, settlement)
         self.connection = Connection()
 
     async def finish(self) -> None:
@@ -75,7 +75,7 @@ class Worker:
 
 @pytest.fixture(autouse=True)
 def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.settlement.UNROUTABLE_DELAY_S", 0)
+    monkeypatch.setattr("worker.rabbitmq.settlement.UNROUTABLE_DELAY_S", 0)
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ async def test_what_cannot_even_be_given_back_is_let_go_of_unsettled(worker: Wor
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
     log = CapturingLogger()
-    monkeypatch.setattr("worker.inflight.log", log)
+    monkeypatch.setattr("worker.jobs.in_flight_jobs.log", log)
     return log
 
 
@@ -343,7 +343,7 @@ async def test_after_a_failed_settlement_the_message_can_come_again(
 async def test_a_job_that_the_broker_has_back_and_delivers_again_is_worked_on_again(worker: Worker) -> None:
     """Also when the connection is lost meanwhile: there is no lost ack to make good."""
     worker.publisher.full.add("jobs")
-    worker.work.ends_with = lambda _: GiveBack(job_id="j", model="m", reason="paused")
+    worker.work.ends_with = lambda _: Requeued(job_id="j", model="m", reason="paused")
     worker.work.may_end.set()
     delivery, events = worker.connection.delivers()
     assert await worker.in_flight.accept(delivery) is None
@@ -384,7 +384,7 @@ async def test_the_time_in_the_queue_is_measured_once_a_job(worker: Worker) -> N
 
 
 async def test_given_back_or_retried_a_job_is_remembered_like_any_other(worker: Worker) -> None:
-    worker.work.ends_with = lambda _: GiveBack(job_id="j", model="m", reason="paused")
+    worker.work.ends_with = lambda _: Requeued(job_id="j", model="m", reason="paused")
     worker.work.may_end.set()
     await worker.in_flight.accept(worker.connection.delivers()[0])
     worker.connection.lives = False
@@ -400,8 +400,8 @@ async def test_given_back_or_retried_a_job_is_remembered_like_any_other(worker: 
 @pytest.mark.parametrize(
     "outcome",
     [
-        GiveBack(job_id="j", model="m", reason="paused"),
-        Retry(job_id="j", model="m", delay_s=1, attempts=1, reason="5xx"),
+        Requeued(job_id="j", model="m", reason="paused"),
+        Retried(job_id="j", model="m", delay_s=1, attempts=1, reason="http_5xx"),
     ],
     ids=["given back", "to be retried"],
 )

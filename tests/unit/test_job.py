@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.job import (
+from worker.messages.job import (
     MAX_ID_CHARS,
     MAX_METADATA_BYTES,
     RESERVED_PARAMS,

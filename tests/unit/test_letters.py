@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from worker.cli.dead import shown
-from worker.cli.dead.choice import Choice, moment
-from worker.cli.dead.records import Lines
+from worker.cli.dlq import render
+from worker.cli.dlq.records import Lines
+from worker.cli.dlq.selection import Choice, moment
 from worker.cli.shell import CommandError
-from worker.rabbit import messages
-from worker.rabbit.letters import Held, Letter, _with_cause
-from worker.rabbit.publisher import Outgoing, to_amqp
-from worker.rabbit.wire import can_be_said, install_tolerant_decoders
+from worker.rabbitmq import messages
+from worker.rabbitmq.dead_letters import Held, Letter, _with_cause
+from worker.rabbitmq.properties import can_be_said, install_tolerant_decoders
+from worker.rabbitmq.publisher import OutgoingMessage, to_amqp
 
 NOW = datetime(2030, 1, 31, 12, 0, tzinfo=UTC)
 
@@ -45,7 +45,7 @@ def letter(body: bytes = b"{}", headers: Mapping[str, Any] | None = None, **prop
     return arrived(body, Basic.Properties(headers=dict(headers or {}), **properties)).letter
 
 
-def sent(message: Outgoing) -> Held:
+def sent(message: OutgoingMessage) -> Held:
     """The same for a message that the worker's own publisher sends, over the wire."""
     made = to_amqp(message)
     frame = pamqp.frame.marshal(ContentHeader(0, len(made.body), made.properties), 1)
@@ -105,8 +105,8 @@ def test_any_letter_can_be_read_and_is_the_same_letter_when_renewed(
             # Floating-point numbers go out in single precision.
             _, said = pamqp.decode.field_table(pamqp.encode.field_table({name: value}))
             assert new.headers[name] == said[name]
-    json.dumps(shown.whole(held))
-    assert all(line.isprintable() for line in [*shown.table([held.letter]), *shown.page(held)])
+    json.dumps(render.whole(held))
+    assert all(line.isprintable() for line in [*render.table([held.letter]), *render.page(held)])
 
 
 def test_a_letter_that_the_worker_wrote_says_it_all() -> None:
@@ -208,14 +208,14 @@ def test_what_is_no_time_is_told(text: str) -> None:
 def test_long_images_are_told_by_their_length_and_the_rest_in_full() -> None:
     url = "data:image/png;base64," + "A" * 1000
     body = json.dumps({"id": "a", "question": "q" * 500, "images": [url, {"url": url}], "more": 1.5}).encode()
-    page = "\n".join(shown.page(arrived(body, Basic.Properties())))
+    page = "\n".join(render.page(arrived(body, Basic.Properties())))
     assert page.count("data:image/png;base64,[1000 characters]") == 2
     assert "q" * 500 in page
     assert "AAAA" not in page
 
 
 def test_a_body_that_is_no_json_is_shown_as_far_as_it_can_be() -> None:
-    page = list(shown.page(arrived(b"\x1b[31m\xff" + b"x" * 5000, Basic.Properties())))
+    page = list(render.page(arrived(b"\x1b[31m\xff" + b"x" * 5000, Basic.Properties())))
     assert page[-1] == "… (5009 characters)"
     assert page[-2].startswith("\\x1b[31m\\xffxxx")
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.running import until
 from tests.unit.crowd import Crowd, Provider
 from tests.unit.fakes import cancel_all, turns_of_the_loop
-from worker import metrics
-from worker.limiter import (
+from worker.observability import metrics
+from worker.resilience.concurrency_limiter import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
     SIEVE,
@@ -23,8 +23,8 @@ from worker.limiter import (
     SPREAD,
     STARTING_LIMIT,
     AdaptiveLimit,
-    Gate,
-    GateClosedError,
+    AdmissionClosedError,
+    ConcurrencyLimiter,
     Slot,
 )
 
@@ -338,7 +338,7 @@ def test_a_provider_that_counts_calls_by_the_minute_is_used_and_not_stormed(
 class Visitors:
     """Tasks that go through a gate and stay inside until told to leave."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: ConcurrencyLimiter) -> None:
         self.gate = gate
         self.inside: list[int] = []
         self.turned_away: list[int] = []
@@ -360,7 +360,7 @@ class Visitors:
                     await self._leave[name].wait()
                 finally:
                     self.inside.remove(name)
-        except GateClosedError:
+        except AdmissionClosedError:
             self.turned_away.append(name)
 
     def leave(self, *names: int) -> None:
@@ -372,7 +372,7 @@ class Visitors:
 
 
 @asynccontextmanager
-async def visitors(gate: Gate) -> AsyncIterator[Visitors]:
+async def visitors(gate: ConcurrencyLimiter) -> AsyncIterator[Visitors]:
     """All of them are gone at the end, whatever the test did."""
     them = Visitors(gate)
     try:
@@ -382,7 +382,7 @@ async def visitors(gate: Gate) -> AsyncIterator[Visitors]:
 
 
 async def test_as_many_pass_as_the_limit_allows_and_the_others_in_their_order() -> None:
-    async with visitors(Gate(2)) as them:
+    async with visitors(ConcurrencyLimiter(2)) as them:
         them.come(1, 2, 3, 4, 5)
         await turns_of_the_loop()
         assert them.inside == [1, 2]
@@ -395,7 +395,7 @@ async def test_as_many_pass_as_the_limit_allows_and_the_others_in_their_order() 
 
 
 async def test_whoever_comes_later_does_not_overtake_those_who_wait() -> None:
-    async with visitors(Gate(1)) as them:
+    async with visitors(ConcurrencyLimiter(1)) as them:
         them.come(1, 2)
         await turns_of_the_loop()
         them.leave(1)
@@ -405,7 +405,7 @@ async def test_whoever_comes_later_does_not_overtake_those_who_wait() -> None:
 
 
 async def test_one_who_gives_up_waiting_takes_no_place() -> None:
-    async with visitors(Gate(1)) as them:
+    async with visitors(ConcurrencyLimiter(1)) as them:
         them.come(1, 2, 3)
         await turns_of_the_loop()
         them.tasks[2].cancel()
@@ -416,7 +416,7 @@ async def test_one_who_gives_up_waiting_takes_no_place() -> None:
 
 
 async def test_one_who_gives_up_at_the_moment_of_being_let_in_leaves_the_place_to_the_next() -> None:
-    gate = Gate(1)
+    gate = ConcurrencyLimiter(1)
     async with visitors(gate) as them:
         async with gate.slot("m"):
             them.come(1, 2)
@@ -429,7 +429,7 @@ async def test_one_who_gives_up_at_the_moment_of_being_let_in_leaves_the_place_t
 
 
 async def test_an_error_inside_gives_the_place_back() -> None:
-    gate = Gate(1)
+    gate = ConcurrencyLimiter(1)
     for _ in range(3):
         with pytest.raises(ZeroDivisionError):
             async with asyncio.timeout(PATIENCE_S), gate.slot("m"):
@@ -437,7 +437,7 @@ async def test_an_error_inside_gives_the_place_back() -> None:
 
 
 async def test_a_closed_gate_turns_everybody_away_but_those_inside() -> None:
-    gate = Gate(1)
+    gate = ConcurrencyLimiter(1)
     async with visitors(gate) as them:
         them.come(1, 2, 3)
         await turns_of_the_loop()
@@ -446,7 +446,7 @@ async def test_a_closed_gate_turns_everybody_away_but_those_inside() -> None:
         await turns_of_the_loop()
         assert them.inside == [1]
         assert sorted(them.turned_away) == [2, 3, 4]
-        with pytest.raises(GateClosedError, match="the worker is paused"):
+        with pytest.raises(AdmissionClosedError, match="the worker is paused"):
             async with gate.slot("m"):
                 pass
         # The place of the one inside is not lost.
@@ -459,16 +459,16 @@ async def test_a_closed_gate_turns_everybody_away_but_those_inside() -> None:
 
 
 async def test_closed_once_more_it_says_the_newer_reason() -> None:
-    gate = Gate(1)
+    gate = ConcurrencyLimiter(1)
     gate.close("paused")
     gate.close("stopping")
-    with pytest.raises(GateClosedError, match="stopping"):
+    with pytest.raises(AdmissionClosedError, match="stopping"):
         async with gate.slot("m"):
             pass
 
 
 async def test_a_trial_is_for_exactly_one() -> None:
-    gate = Gate(5)
+    gate = ConcurrencyLimiter(5)
     gate.close("paused")
     async with visitors(gate) as them:
         gate.allow_trial()
@@ -485,20 +485,20 @@ async def test_a_trial_is_for_exactly_one() -> None:
 
 
 async def test_a_trial_that_nobody_used_is_over_with_the_next_closing() -> None:
-    gate = Gate(5)
+    gate = ConcurrencyLimiter(5)
     for reopen in (True, False):
         gate.close("paused")
         gate.allow_trial()
         if reopen:
             gate.open()
         gate.close("stopping")
-        with pytest.raises(GateClosedError):
+        with pytest.raises(AdmissionClosedError):
             async with gate.slot("m"):
                 pass
 
 
 async def test_those_on_trial_count_as_inside_when_the_gate_opens() -> None:
-    gate = Gate(1)
+    gate = ConcurrencyLimiter(1)
     gate.close("paused")
     async with visitors(gate) as them:
         gate.allow_trial()
@@ -513,7 +513,7 @@ async def test_those_on_trial_count_as_inside_when_the_gate_opens() -> None:
         assert them.inside == [2]
 
 
-async def refuse(gate: Gate, retry_after_s: float | None, model: str = "m") -> float:
+async def refuse(gate: ConcurrencyLimiter, retry_after_s: float | None, model: str = "m") -> float:
     """Have a single call meet a 429; returns when."""
     async with gate.slot(model) as slot:
         slot.refused(retry_after_s)
@@ -521,7 +521,7 @@ async def refuse(gate: Gate, retry_after_s: float | None, model: str = "m") -> f
 
 
 async def test_after_a_429_nobody_passes_until_the_api_said_so() -> None:
-    gate = Gate(5)
+    gate = ConcurrencyLimiter(5)
     async with visitors(gate) as them:
         refused_at = await refuse(gate, 0.3)
         them.come(1)
@@ -532,7 +532,7 @@ async def test_after_a_429_nobody_passes_until_the_api_said_so() -> None:
 
 
 async def test_a_longer_pause_that_comes_during_a_shorter_one_is_kept() -> None:
-    gate = Gate(5)
+    gate = ConcurrencyLimiter(5)
     async with visitors(gate) as them:
         them.come(1, 2)
         await turns_of_the_loop()
@@ -547,7 +547,7 @@ async def test_a_longer_pause_that_comes_during_a_shorter_one_is_kept() -> None:
 
 
 async def test_a_pause_ends_for_those_who_wait_although_others_left_meanwhile() -> None:
-    async with visitors(Gate(1)) as them:
+    async with visitors(ConcurrencyLimiter(1)) as them:
         them.come(1, 2)
         await turns_of_the_loop()
         them.slots[1].refused(0.05)
@@ -560,9 +560,9 @@ async def test_a_pause_that_ends_while_the_gate_looks_leaves_nobody_standing(
 ) -> None:
     """The clock goes on between two looks at it."""
     readings = itertools.count()
-    monkeypatch.setattr("worker.limiter.time.monotonic", lambda: 0.01 * next(readings))
+    monkeypatch.setattr("worker.resilience.concurrency_limiter.time.monotonic", lambda: 0.01 * next(readings))
     for nth in range(20):
-        gate = Gate(5)
+        gate = ConcurrencyLimiter(5)
         async with asyncio.timeout(PATIENCE_S), gate.slot("usual") as slot:
             slot.refused(None)
         gate._lanes["usual"].limit.closed_until = 0.01 * next(readings) + 0.005 * nth  # noqa: SLF001 - to the tick
@@ -571,7 +571,7 @@ async def test_a_pause_that_ends_while_the_gate_looks_leaves_nobody_standing(
 
 
 async def test_who_was_let_in_before_the_api_asked_for_a_pause_must_not_begin_a_call() -> None:
-    async with visitors(Gate(5)) as them:
+    async with visitors(ConcurrencyLimiter(5)) as them:
         them.come(1, 2)
         them.come(3, model="another")
         await turns_of_the_loop()
@@ -585,7 +585,7 @@ async def test_who_was_let_in_before_the_api_asked_for_a_pause_must_not_begin_a_
 
 
 async def test_successes_widen_the_gate_for_those_who_wait() -> None:
-    async with visitors(Gate(40)) as them:
+    async with visitors(ConcurrencyLimiter(40)) as them:
         them.come(*range(40))
         await turns_of_the_loop()
         assert len(them.inside) == STARTING_LIMIT
@@ -596,7 +596,7 @@ async def test_successes_widen_the_gate_for_those_who_wait() -> None:
 
 
 async def test_a_narrower_gate_drives_nobody_out_and_waits_for_room() -> None:
-    async with visitors(Gate(4)) as them:
+    async with visitors(ConcurrencyLimiter(4)) as them:
         them.come(*range(6))
         await turns_of_the_loop()
         them.slots[0].refused(1e-6)
@@ -610,7 +610,7 @@ async def test_a_narrower_gate_drives_nobody_out_and_waits_for_room() -> None:
 
 
 async def test_a_429_for_one_model_does_not_slow_another() -> None:
-    gate = Gate(40)
+    gate = ConcurrencyLimiter(40)
     async with visitors(gate) as them:
         them.come(*range(5), model="busy")
         await turns_of_the_loop()
@@ -626,7 +626,7 @@ async def test_a_429_for_one_model_does_not_slow_another() -> None:
 
 
 async def test_all_models_together_are_no_more_than_may_be_at_once() -> None:
-    async with visitors(Gate(3)) as them:
+    async with visitors(ConcurrencyLimiter(3)) as them:
         them.come(1, 2, model="a")
         them.come(3, 4, model="b")
         them.come(5, model="a")
@@ -640,11 +640,11 @@ async def test_all_models_together_are_no_more_than_may_be_at_once() -> None:
 
 
 async def test_the_limit_that_is_shown_is_that_of_the_models_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(64)
+    gate = ConcurrencyLimiter(64)
     await refuse(gate, 1e-6, "a")
     await refuse(gate, 1e-6, "b")
     assert metrics.REGISTRY.get_sample_value("vqa_concurrency_limit") == 2
-    monkeypatch.setattr("worker.limiter.FORGOTTEN_AFTER_S", -1.0)
+    monkeypatch.setattr("worker.resilience.concurrency_limiter.FORGOTTEN_AFTER_S", -1.0)
     async with gate.slot("a"):
         gate.publish_limit()
         assert metrics.REGISTRY.get_sample_value("vqa_concurrency_limit") == 1
@@ -654,7 +654,7 @@ async def test_the_limit_that_is_shown_is_that_of_the_models_in_use(monkeypatch:
 
 
 async def test_as_long_as_nothing_is_known_the_gate_wants_all_it_may_have() -> None:
-    gate = Gate(200)
+    gate = ConcurrencyLimiter(200)
     assert gate.wanted() == 200
     async with gate.slot("m"):
         assert gate.wanted() == 200
@@ -671,7 +671,7 @@ async def test_as_long_as_nothing_is_known_the_gate_wants_all_it_may_have() -> N
 async def test_the_gate_wants_what_can_be_started_soon(
     took_s: float, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with visitors(Gate(200)) as them:
+    async with visitors(ConcurrencyLimiter(200)) as them:
         them.come(*range(STARTING_LIMIT))
         await turns_of_the_loop()
         monkeypatch.setattr(them.slots[0], "started", time.monotonic() - took_s)
@@ -680,7 +680,7 @@ async def test_the_gate_wants_what_can_be_started_soon(
 
 
 async def test_once_refused_it_wants_no_more_than_twice_what_may_run() -> None:
-    async with visitors(Gate(200)) as them:
+    async with visitors(ConcurrencyLimiter(200)) as them:
         them.come(*range(STARTING_LIMIT))
         await turns_of_the_loop()
         them.slots[0].succeeded()
@@ -693,7 +693,7 @@ async def test_once_refused_it_wants_no_more_than_twice_what_may_run() -> None:
 
 
 async def test_while_the_api_may_not_be_called_for_long_the_gate_wants_nothing() -> None:
-    gate = Gate(200)
+    gate = ConcurrencyLimiter(200)
     await refuse(gate, SOON_S - 1)
     assert gate.wanted() == 2
     await refuse_at_once(gate, SOON_S + 60)
@@ -701,7 +701,7 @@ async def test_while_the_api_may_not_be_called_for_long_the_gate_wants_nothing()
 
 
 async def test_while_one_of_several_models_may_not_be_called_there_are_still_jobs_for_the_others() -> None:
-    gate = Gate(200, models=2)
+    gate = ConcurrencyLimiter(200, models=2)
     await refuse(gate, 3600.0, "a")
     assert gate.wanted() == SIEVE
     async with gate.slot("b"):
@@ -710,7 +710,7 @@ async def test_while_one_of_several_models_may_not_be_called_there_are_still_job
     assert gate.wanted() == 0
 
 
-async def refuse_at_once(gate: Gate, retry_after_s: float) -> None:
+async def refuse_at_once(gate: ConcurrencyLimiter, retry_after_s: float) -> None:
     """The same while the gate would let nobody pass."""
     gate.close("paused")
     gate.allow_trial()
@@ -746,7 +746,7 @@ OPERATIONS = st.lists(
 async def no_pauses() -> AsyncIterator[None]:
     """The worker's own pauses are over before anybody looks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worker.limiter.LONGEST_PAUSE_S", 1e-9)
+        patch.setattr("worker.resilience.concurrency_limiter.LONGEST_PAUSE_S", 1e-9)
         yield
 
 
@@ -754,7 +754,7 @@ async def no_pauses() -> AsyncIterator[None]:
 async def test_no_place_is_lost_or_made_up_whatever_happens_in_which_order(
     maximum: int, operations: list[tuple[str, int, int]]
 ) -> None:
-    gate, trials = Gate(maximum), 0
+    gate, trials = ConcurrencyLimiter(maximum), 0
     async with visitors(gate) as them, no_pauses():
         for name, (operation, which, turns) in enumerate(operations):
             known = list(them.tasks)

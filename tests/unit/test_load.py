@@ -13,10 +13,10 @@ import pytest
 from tests.fake_s3 import Answer, FakeS3, give, head, say
 from tests.unit.fakes import turns_of_the_loop
 from worker.errors import TransientError
-from worker.http_client import proxy_options
-from worker.images.load import Images, LinkPolicy, Located, OpenImages, UrlStream, UrlText, name_of
+from worker.http.client import proxy_options
+from worker.images.load import Images, ImageSource, LinkPolicy, OpenImages, UrlStream, UrlText, name_of
 from worker.images.source import SourcePolicy
-from worker.job import ImageRef
+from worker.messages.job import ImageRef
 from worker.model.request import PLACEHOLDER, RequestBody, frame
 from worker.s3.aws import Aws, Endpoint
 from worker.s3.client import S3
@@ -57,7 +57,7 @@ async def loader(
         await s3.close()
 
 
-def located(images: Images, *urls: str) -> list[Located]:
+def located(images: Images, *urls: str) -> list[ImageSource]:
     refs = [ImageRef(f"images[{n}]", url) for n, url in enumerate(urls)]
     return images.check(refs, " ".join(urls).encode())
 
@@ -175,5 +175,5 @@ async def test_an_image_that_breaks_off_for_many_is_told_by_each_in_its_own_word
     async with loader(fake, buffer_bytes=100 * 1024 * KIB) as images:
         faults = await asyncio.gather(*[one(images, number) for number in range(jobs)])
     assert len(fake.asked) == 1
-    assert [it.reason for it in faults] == ["connection"] * jobs
+    assert [it.reason for it in faults] == ["connection_error"] * jobs
     assert sum(not it.is_echo for it in faults) == 1

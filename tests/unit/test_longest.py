@@ -1,6 +1,6 @@
 """The longest wait of the last one to two minutes."""
 
-from worker.metrics import Longest
+from worker.observability.metrics import Longest
 
 
 def test_the_longest_of_those_seen_is_told() -> None:

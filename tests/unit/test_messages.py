@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from tests.unit.amqp import delivered, short
 from tests.unit.fakes import a_delivery
-from worker.delivery import Delivery
 from worker.errors import ErrorCode
-from worker.outcome import DeadLetter
-from worker.rabbit import messages
-from worker.rabbit.publisher import Outgoing
-from worker.result import Result
+from worker.jobs.delivery import Delivery
+from worker.jobs.outcome import DeadLettered
+from worker.messages.result import Result
+from worker.rabbitmq import messages
+from worker.rabbitmq.publisher import OutgoingMessage
 
 SENT = datetime(2030, 1, 1, tzinfo=UTC)
 TRACE = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "x=1"}
 RESULT = Result(id="job-1", status="succeeded", answer="A cat.")
-DIED = DeadLetter(
+DIED = DeadLettered(
     job_id="job-1",
     model="m",
     result=Result(id="job-1", status="failed"),
@@ -44,7 +44,7 @@ FULL: dict[str, Any] = {
 }
 
 
-def copies_of(delivery: Delivery) -> list[Outgoing]:
+def copies_of(delivery: Delivery) -> list[OutgoingMessage]:
     return [
         messages.retry_copy(delivery, "q", 3),
         messages.given_back_copy(delivery, "q"),
@@ -123,7 +123,7 @@ def test_a_copy_of_a_job_is_the_job(nth: int) -> None:
     assert copy.headers["timestamp_in_ms"] == 1234
 
 
-def own_headers(message: Outgoing) -> dict[str, Any]:
+def own_headers(message: OutgoingMessage) -> dict[str, Any]:
     return {name: value for name, value in message.headers.items() if name.startswith("vqa-")}
 
 
@@ -162,7 +162,7 @@ def test_a_dead_letter_says_why_and_when_it_died() -> None:
     }
 
 
-def wired(message: Outgoing) -> Delivery:
+def wired(message: OutgoingMessage) -> Delivery:
     """The message as a consumer gets it."""
     properties = {
         name: value
@@ -240,4 +240,4 @@ def test_no_header_of_a_job_goes_on_unless_it_is_meant_to(headers: dict[str, Any
             "traceparent", "tracestate", "timestamp_in_ms", "vqa-attempts", "vqa-deliveries", "vqa-copy",
             "vqa-error-code", "vqa-error-message", "vqa-died-at",
         }  # fmt: skip
-        assert not {"expiration", "user_id", "priority"} & set(Outgoing.__dataclass_fields__)
+        assert not {"expiration", "user_id", "priority"} & set(OutgoingMessage.__dataclass_fields__)

@@ -19,7 +19,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.running import until
-from worker import metrics
 from worker.errors import (
     Dependency,
     DependencyDownError,
@@ -28,10 +27,11 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
-from worker.http_client import proxy_options
+from worker.http.client import proxy_options
 from worker.model.client import MAX_API_MESSAGE_CHARS, MAX_RETRY_AFTER_S, Model
 from worker.model.request import RequestBody, frame
-from worker.redact import Redactor
+from worker.observability import metrics
+from worker.observability.redaction import Redactor
 
 KEY = "sk-secret-of-the-worker"
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "What is it? 猫"}]
@@ -319,7 +319,11 @@ async def test_a_200_that_is_no_completion_is_malformed_and_may_pass(
     before, unclear = calls("malformed"), ambiguous()
     error = await fault(model)
     assert isinstance(error, TransientError)
-    assert (error.dependency, error.reason, error.forbidden) == (Dependency.MODEL, "malformed", False)
+    assert (error.dependency, error.reason, error.forbidden) == (
+        Dependency.MODEL,
+        "malformed_response",
+        False,
+    )
     assert calls("malformed") == before + 1
     # Something was made there, and is likely to be billed.
     assert ambiguous() == unclear + 1
@@ -360,10 +364,11 @@ async def test_what_everybody_is_refused_for_is_an_outage(
 @pytest.mark.parametrize(
     ("status", "reason", "forbidden"),
     [
-        (403, "403", True), (408, "408", False), (409, "409", False), (500, "5xx", False),
-        (501, "5xx", False),
-        (502, "5xx", False), (503, "5xx", False), (504, "5xx", False), (507, "5xx", False),
-        (529, "5xx", False),
+        (403, "http_403", True), (408, "http_408", False), (409, "http_409", False), (500, "http_5xx", False),
+        (501, "http_5xx", False),
+        (502, "http_5xx", False), (503, "http_5xx", False), (504, "http_5xx", False),
+        (507, "http_5xx", False),
+        (529, "http_5xx", False),
     ],
 )  # fmt: skip
 async def test_what_may_pass_is_to_be_tried_again(
@@ -530,7 +535,7 @@ async def test_a_reset_is_a_fault_that_may_pass(api: Api, model: Model, part: st
         writer.transport.abort()
 
     api.says = reset
-    assert (await broken_off(model)).reason == "connection"
+    assert (await broken_off(model)).reason == "connection_error"
 
 
 @pytest.mark.parametrize(
@@ -552,18 +557,18 @@ async def test_half_an_answer_is_a_fault_that_may_pass(api: Api, model: Model, s
         await writer.drain()
 
     api.says = half
-    assert (await broken_off(model)).reason == "connection"
+    assert (await broken_off(model)).reason == "connection_error"
 
 
 async def test_a_body_longer_than_its_length_says_is_no_http_and_may_have_been_paid_for(api: Api) -> None:
     api.says = response(length=20)
     async with a_model(api.url) as model:
-        assert (await broken_off(model)).reason == "connection"
+        assert (await broken_off(model)).reason == "connection_error"
 
 
 async def test_what_cannot_be_decompressed_is_a_fault_that_may_pass(api: Api, model: Model) -> None:
     api.says = response(body=b"this is not gzip", Content_Encoding="gzip")
-    assert (await broken_off(model)).reason == "connection"
+    assert (await broken_off(model)).reason == "connection_error"
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,17 @@ import pytest
 
 from tests.otlp import Receiver, Seen
 from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
-from worker import tracing
 from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
-from worker.inflight import InFlight
-from worker.outcome import Answered, GiveBack, Outcome
-from worker.result import Result, Usage
-from worker.settlement import ReplyPolicy, Settlement
-from worker.tracing.otlp import MAX_CHARS, Otlp, Scene
+from worker.jobs.in_flight_jobs import InFlightJobs
+from worker.jobs.outcome import Outcome, Requeued, Succeeded
+from worker.messages.result import Result, Usage
+from worker.observability import tracing
+from worker.observability.tracing.otlp import MAX_CHARS, Otlp, Scene
+from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 
 TRACE = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
 SCENE = Scene("jobs", frozenset({"jobs", "results"}), "amqp://broker:5672/", "https://api.example/v1")
-ANSWERED = Answered(job_id="j", model="m", result=Result(id="j", status="succeeded", answer="a"))
+ANSWERED = Succeeded(job_id="j", model="m", result=Result(id="j", status="succeeded", answer="a"))
 
 
 class Traced:
@@ -70,7 +70,7 @@ async def test_an_error_that_leaves_a_span_is_told_by_its_kind_and_not_by_its_me
 async def test_what_is_told_of_a_failure_comes_before_the_error_that_follows_from_it(traced: Traced) -> None:
     with suppress(TransientError), traced.tracer.call("m", "deepinfra") as span:
         span.failed("503")
-        raise TransientError(Dependency.MODEL, "5xx", "the API answered 503")
+        raise TransientError(Dependency.MODEL, "http_5xx", "the API answered 503")
     assert (await traced.only_span()).attributes["error.type"] == "503"
 
 
@@ -143,10 +143,10 @@ async def test_only_the_worker_s_own_queues_are_named(
 
 async def test_a_job_that_goes_back_is_no_failure(traced: Traced) -> None:
     with traced.tracer.process(a_delivery(trace=TRACE, queued_s=1.5, deliveries=2)) as span:
-        span.became(GiveBack(job_id="j", model="m", reason="the worker stops"))
+        span.became(Requeued(job_id="j", model="m", reason="the worker stops"))
     seen = await traced.only_span()
     assert not seen.is_error
-    assert seen.attributes["vqa.outcome"] == "giveback"
+    assert seen.attributes["vqa.outcome"] == "requeued"
     assert (seen.attributes["vqa.queued_s"], seen.attributes["vqa.deliveries"]) == (1.5, 2)
 
 
@@ -164,7 +164,7 @@ async def test_a_job_that_is_delivered_again_while_it_runs_has_a_span_for_each_d
 
     async with asyncio.TaskGroup() as tasks:
         settlement = Settlement(FakePublisher(), TOPOLOGY, ReplyPolicy(["results"]))
-        in_flight = InFlight(tasks, process, settlement)
+        in_flight = InFlightJobs(tasks, process, settlement)
         in_flight.accept(a_delivery(trace=TRACE, is_alive=lambda: lives))
         await turns_of_the_loop()
         in_flight.accept(a_delivery(trace=TRACE, redelivered=True))
@@ -175,7 +175,7 @@ async def test_a_job_that_is_delivered_again_while_it_runs_has_a_span_for_each_d
     assert [span.name for span in (first, call, second)] == ["process jobs", "chat m", "process jobs"]
     assert {span.trace_id for span in (first, call, second)} == {"a" * 32}
     assert [span.parent_id for span in (first, call, second)] == ["b" * 16, first.span_id, "b" * 16]
-    assert [span.attributes.get("vqa.outcome") for span in (first, second)] == ["answered", None]
+    assert [span.attributes.get("vqa.outcome") for span in (first, second)] == ["succeeded", None]
 
 
 @pytest.fixture

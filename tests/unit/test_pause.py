@@ -11,14 +11,14 @@ from structlog.testing import CapturingLogger
 
 from tests.running import until
 from tests.unit.fakes import a_delivery, turns_of_the_loop
-from worker import pause
-from worker.delivery import Delivery
 from worker.errors import Dependency
-from worker.health import FIRST_SUCCESSES, Health
-from worker.inflight import InFlight
-from worker.limiter import Gate, GateClosedError
-from worker.outcome import GiveBack, Outcome, Retry
-from worker.pause import PauseKeeper
+from worker.jobs.delivery import Delivery
+from worker.jobs.in_flight_jobs import InFlightJobs
+from worker.jobs.outcome import Outcome, Requeued, Retried
+from worker.resilience import pause
+from worker.resilience.concurrency_limiter import AdmissionClosedError, ConcurrencyLimiter
+from worker.resilience.outage_detector import FIRST_SUCCESSES, Health
+from worker.resilience.pause import PauseKeeper
 
 MODEL, S3 = Dependency.MODEL, Dependency.S3
 FIRST_S, LONGEST_S = 0.01, 0.04
@@ -48,9 +48,9 @@ class Worker:
 
     def __init__(self, tasks: asyncio.TaskGroup, jobs: int) -> None:
         self.health = Health()
-        self.gate = Gate(8)
+        self.gate = ConcurrencyLimiter(8)
         self.queue = Queue(jobs)
-        self.in_flight = InFlight(tasks, self._process, self)
+        self.in_flight = InFlightJobs(tasks, self._process, self)
         self.tried: list[str | None] = []
         self.given_back: list[str | None] = []
         self.succeeds = False
@@ -66,21 +66,21 @@ class Worker:
             async with self.gate.slot("m"):
                 self.tried.append(delivery.message_id)
                 await self.may_end.wait()
-        except GateClosedError:
+        except AdmissionClosedError:
             self.given_back.append(delivery.message_id)
         else:
             if self.succeeds:
                 for dependency in self.health.outages:
                     self.health.succeeded(dependency, started, time.monotonic())
-        return self.outcome or GiveBack(job_id=delivery.message_id, model="m", reason="down")
+        return self.outcome or Requeued(job_id=delivery.message_id, model="m", reason="down")
 
     async def publish(self, delivery: Delivery, outcome: Outcome) -> Outcome:
-        if isinstance(outcome, GiveBack):
+        if isinstance(outcome, Requeued):
             self.queue.jobs.append(delivery.message_id or "")
         return outcome
 
     async def finish(self, delivery: Delivery, outcome: Outcome) -> None:
-        assert isinstance(outcome, GiveBack | Retry)
+        assert isinstance(outcome, Requeued | Retried)
         await delivery.ack()
 
     def down(self, dependency: Dependency = MODEL) -> None:
@@ -110,7 +110,7 @@ async def worker() -> AsyncIterator[Worker]:
 
 async def test_as_long_as_everything_is_up_nothing_is_held(worker: Worker) -> None:
     worker.health.succeeded(MODEL, 0.0, 1.0)
-    worker.health.failed(MODEL, "job", "5xx", 2.0)
+    worker.health.failed(MODEL, "job", "http_5xx", 2.0)
     await asyncio.sleep(3 * FIRST_S)
     assert worker.queue.events == []
     async with worker.gate.slot("m"):
@@ -121,11 +121,11 @@ async def test_an_outage_closes_the_gate_and_holds_the_flow(worker: Worker, log:
     worker.may_end.clear()
     worker.down()
     await until(lambda: worker.queue.events == ["hold"], "the flow is held")
-    with pytest.raises(GateClosedError, match="paused"):
+    with pytest.raises(AdmissionClosedError, match="paused"):
         async with worker.gate.slot("m"):
             pass
     assert log.calls[0].method_name == "error"
-    assert log.calls[0].args == ("paused",)
+    assert log.calls[0].args == ("consumption_paused",)
     assert log.calls[0].kwargs == {"dependency": MODEL, "reason": "the key is wrong"}
 
 
@@ -156,7 +156,7 @@ async def test_a_job_that_ends_without_meeting_what_is_down_lets_the_next_try_at
 ) -> None:
     monkeypatch.setattr(pause, "LONGEST_TRIAL_S", 1000.0)
     worker.queue.jobs.extend(f"more-{n}" for n in range(10))
-    worker.outcome = Retry(job_id="j", model="m", delay_s=1, attempts=1, reason="5xx")
+    worker.outcome = Retried(job_id="j", model="m", delay_s=1, attempts=1, reason="http_5xx")
     worker.down()
     # With growing intervals the thirteenth would come after a minute and a half.
     await until(lambda: len(worker.tried) == 13, "thirteen trials")
@@ -247,7 +247,7 @@ async def test_each_outage_is_told_once_when_it_comes_and_at_the_end_how_long_it
     worker.succeeds = True
     await worker.resumed()
     told = [(call.args[0], call.kwargs.get("dependency")) for call in log.calls]
-    assert told == [("paused", MODEL), ("paused", S3), ("resumed", None)]
+    assert told == [("consumption_paused", MODEL), ("consumption_paused", S3), ("consumption_resumed", None)]
     assert log.calls[-1].kwargs["after_s"] >= FIRST_S
 
 
@@ -271,7 +271,7 @@ async def test_after_a_success_everything_flows_again(worker: Worker, log: Captu
     worker.succeeds = True
     await worker.resumed()
     assert worker.queue.events == ["hold", "resume"]
-    assert (log.calls[-1].method_name, log.calls[-1].args) == ("info", ("resumed",))
+    assert (log.calls[-1].method_name, log.calls[-1].args) == ("info", ("consumption_resumed",))
     count = len(worker.tried)
     for n in range(5):
         worker.in_flight.accept(a_delivery(message_id=f"new-{n}"))

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from structlog.testing import CapturingLogger
 
 from tests.unit.fakes import JOB, a_delivery, turns_of_the_loop
-from worker.cancellation import Cancellations
 from worker.errors import (
     Dependency,
     DependencyDownError,
@@ -25,20 +24,21 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
-from worker.health import Health
-from worker.images.budget import Budget, Share
 from worker.images.encoding import later
-from worker.images.load import Located
+from worker.images.load import ImageSource
+from worker.images.memory_budget import MemoryBudget, Reservation
 from worker.images.source import Embedded, Link, Source
-from worker.job import ImageRef
-from worker.limiter import Gate
+from worker.jobs.cancellation import Cancellations
+from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
+from worker.messages.job import ImageRef
+from worker.messages.result import Usage
 from worker.model.answer import Answer
 from worker.model.request import RequestBody
-from worker.outcome import Answered, DeadLetter, GiveBack, Outcome, Refused, Retry
+from worker.observability.redaction import Redactor
 from worker.processor import Processor, ResultStore, Rules
-from worker.redact import Redactor
-from worker.result import Usage
-from worker.retry import RetryPolicy
+from worker.resilience.concurrency_limiter import ConcurrencyLimiter
+from worker.resilience.outage_detector import Health
+from worker.resilience.retry_policy import RetryPolicy
 from worker.s3.aws import S3Object
 
 MODEL, S3 = Dependency.MODEL, Dependency.S3
@@ -109,17 +109,17 @@ class Images:
         self.opened: list[Opened] = []
         self.loaded = 0
 
-    def check(self, refs: Sequence[ImageRef], body: bytes) -> list[Located]:
+    def check(self, refs: Sequence[ImageRef], body: bytes) -> list[ImageSource]:
         assert body
         self.checked += 1
         if self.fault is not None:
             raise self.fault
-        return [Located(ref.url, self.source) for ref in refs]
+        return [ImageSource(ref.url, self.source) for ref in refs]
 
     @asynccontextmanager
-    async def room(self, images: Sequence[Located]) -> AsyncIterator[Share]:
+    async def room(self, images: Sequence[ImageSource]) -> AsyncIterator[Reservation]:
         await _do(self.room_deeds)
-        async with Budget(1000).share(len(images)) as room:
+        async with MemoryBudget(1000).share(len(images)) as room:
             self.rooms += 1
             try:
                 yield room
@@ -127,8 +127,8 @@ class Images:
                 self.rooms -= 1
 
     @asynccontextmanager
-    async def open(self, images: Sequence[Located], room: Share) -> AsyncIterator[Opened]:
-        assert isinstance(room, Share)
+    async def open(self, images: Sequence[ImageSource], room: Reservation) -> AsyncIterator[Opened]:
+        assert isinstance(room, Reservation)
         assert self.rooms
         self.loaded += 1
         await _do(self.deeds)
@@ -173,7 +173,7 @@ class Scene:
         self.images = Images()
         self.model = Model()
         self.health = Health()
-        self.gate = Gate(limit)
+        self.gate = ConcurrencyLimiter(limit)
         self.processor = Processor(
             self.images,
             self.model,
@@ -225,7 +225,7 @@ def in_(seconds: float) -> str:
 
 def refusal(outcome: Outcome) -> tuple[ErrorCode, str]:
     """The code and the message of a refused job, which its result says too."""
-    assert isinstance(outcome, Refused)
+    assert isinstance(outcome, Failed)
     error = outcome.result.error
     assert error is not None
     assert (outcome.result.status, outcome.result.answer, error.code) == ("failed", None, outcome.code)
@@ -234,7 +234,7 @@ def refusal(outcome: Outcome) -> tuple[ErrorCode, str]:
 
 
 def transient(
-    reason: str = "5xx", *, dependency: Dependency = MODEL, forbidden: bool = False
+    reason: str = "http_5xx", *, dependency: Dependency = MODEL, forbidden: bool = False
 ) -> TransientError:
     return TransientError(dependency, reason, f"it said {reason}", forbidden=forbidden)
 
@@ -249,7 +249,7 @@ async def test_a_job_is_fetched_asked_and_answered(scene: Scene) -> None:
         metadata={"order": 9},
         delivery={"queued_s": 1.5, "attempts": 1},
     )
-    assert isinstance(outcome, Answered)
+    assert isinstance(outcome, Succeeded)
     assert (outcome.job_id, outcome.model) == ("job-1", "usual")
     ((model, messages, params, time_left_s),) = scene.model.asked
     assert (model, params) == ("usual", {"seed": 7})
@@ -293,14 +293,14 @@ async def test_the_responses_body_comes_with_more_than_plain_text_or_on_demand()
         scene = Scene(include_response=include)
         scene.model.deeds = [replace(ANSWER, is_plain=is_plain)]
         outcome = await scene.process()
-        assert isinstance(outcome, Answered)
+        assert isinstance(outcome, Succeeded)
         assert outcome.result.response == expected
 
 
 async def test_a_tool_call_is_an_answer_without_text(scene: Scene) -> None:
     scene.model.deeds = [replace(ANSWER, text=None, calls_tools=True, is_plain=False)]
     outcome = await scene.process()
-    assert isinstance(outcome, Answered)
+    assert isinstance(outcome, Succeeded)
     assert (outcome.result.answer, outcome.result.response) == (None, {"id": "r-1"})
 
 
@@ -321,7 +321,7 @@ async def test_an_empty_answer_was_paid_for_and_is_not_tried_again(
     code, message = refusal(outcome)
     assert code is ErrorCode.EMPTY_ANSWER
     assert words in message
-    assert isinstance(outcome, Refused)
+    assert isinstance(outcome, Failed)
     assert outcome.result.usage == ANSWER.usage
     assert outcome.result.finish_reason == answer["finish_reason"]
     assert len(scene.model.asked) == 1
@@ -333,7 +333,7 @@ async def test_an_empty_answer_was_paid_for_and_is_not_tried_again(
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"id":"\\n"}', b'{"question":"?"}'])
 async def test_what_has_no_readable_id_is_kept(scene: Scene, body: bytes) -> None:
     outcome = await scene.process(body, delivery={"message_id": "m-9", "attempts": 2})
-    assert isinstance(outcome, DeadLetter)
+    assert isinstance(outcome, DeadLettered)
     assert (outcome.code, outcome.job_id, outcome.attempts) == (ErrorCode.INVALID_JOB, "m-9", 2)
     assert outcome.result.id == "m-9"
     assert outcome.result.error is not None
@@ -373,15 +373,15 @@ async def test_a_job_that_stops_the_worker_when_it_is_read_is_buried_unread() ->
     scene = Scene(delivery_limit=3)
     unread = {"deliveries": 7, "message_id": "its sender's"}
     outcome = await scene.process(b"no job", delivery=unread)
-    assert isinstance(outcome, DeadLetter)
+    assert isinstance(outcome, DeadLettered)
     assert (outcome.code, outcome.job_id) == (ErrorCode.ATTEMPTS_EXHAUSTED, "its sender's")
 
 
 async def test_a_job_that_is_delivered_too_often_is_buried_unasked() -> None:
     scene = Scene(delivery_limit=3)
-    assert isinstance(await scene.process(delivery={"deliveries": 3}), Answered)
+    assert isinstance(await scene.process(delivery={"deliveries": 3}), Succeeded)
     outcome = await scene.process(delivery={"deliveries": 4})
-    assert isinstance(outcome, DeadLetter)
+    assert isinstance(outcome, DeadLettered)
     assert outcome.code is ErrorCode.ATTEMPTS_EXHAUSTED
     assert outcome.result.error is not None
     assert outcome.result.error.retryable
@@ -402,7 +402,7 @@ async def test_past_its_deadline_a_job_costs_nothing(scene: Scene, deadline: str
 
 @pytest.mark.parametrize("deadline", ["9999-12-31T23:59:59-23:59", "2999-01-01T00:00:00Z"])
 async def test_before_its_deadline_a_job_is_asked(scene: Scene, deadline: str) -> None:
-    assert isinstance(await scene.process(deadline=deadline), Answered)
+    assert isinstance(await scene.process(deadline=deadline), Succeeded)
 
 
 async def test_a_deadline_that_passes_while_waiting_for_a_slot_is_the_end() -> None:
@@ -454,35 +454,35 @@ async def test_a_fault_that_may_pass_is_counted_and_tried_again(
     dependency = S3 if part == "images" else MODEL
     getattr(scene, part).deeds = [transient("timeout", dependency=dependency)]
     outcome = await scene.process(delivery={"attempts": attempts})
-    assert outcome == Retry(
+    assert outcome == Retried(
         job_id="job-1", model="usual", delay_s=delay_s, attempts=attempts + 1, reason="timeout"
     )
     assert await scene.is_free()
 
 
 async def test_an_image_that_breaks_off_while_it_is_sent_is_a_fault_of_its_source(scene: Scene) -> None:
-    scene.images.breaks_off = transient("connection", dependency=S3)
+    scene.images.breaks_off = transient("connection_error", dependency=S3)
     outcome = await scene.process()
-    assert isinstance(outcome, Retry)
-    assert outcome.reason == "connection"
+    assert isinstance(outcome, Retried)
+    assert outcome.reason == "connection_error"
     (opened,) = scene.images.opened
     assert (opened.was_sent, opened.was_closed) == (False, True)
     assert await scene.is_free()
     scene.images.breaks_off = None
-    assert isinstance(await scene.process(), Answered)
+    assert isinstance(await scene.process(), Succeeded)
     assert scene.images.opened[-1].was_sent
 
 
 async def test_a_source_that_is_gone_while_an_image_is_sent_stops_the_worker(scene: Scene) -> None:
     scene.images.breaks_off = DependencyDownError(S3, "it is gone")
-    assert isinstance(await scene.process(), GiveBack)
+    assert isinstance(await scene.process(), Requeued)
     assert set(scene.health.outages) == {S3}
 
 
 async def test_the_last_attempt_is_the_end_and_says_why(scene: Scene) -> None:
-    scene.model.deeds = [TransientError(MODEL, "5xx", "the API answered 500: s3cr3t-key")]
+    scene.model.deeds = [TransientError(MODEL, "http_5xx", "the API answered 500: s3cr3t-key")]
     outcome = await scene.process(delivery={"attempts": 2})
-    assert isinstance(outcome, DeadLetter)
+    assert isinstance(outcome, DeadLettered)
     assert (outcome.code, outcome.attempts) == (ErrorCode.ATTEMPTS_EXHAUSTED, 3)
     assert outcome.message == "3 attempts failed, the last one because the API answered 500: [redacted]"
     error = outcome.result.error
@@ -499,7 +499,7 @@ async def test_images_that_take_longer_than_a_delivery_may_are_a_fault_that_may_
     scene = Scene(job_timeout_s=0.5)
     scene.images.deeds = [for_ever]
     outcome = await scene.process()
-    assert isinstance(outcome, Retry)
+    assert isinstance(outcome, Retried)
     assert outcome.reason == "timeout"
     assert scene.model.asked == []
 
@@ -510,7 +510,7 @@ async def test_without_room_for_its_images_in_time_a_job_goes_back_uncounted() -
     scene.images.room_deeds = [for_ever]
     for n in range(6):
         outcome = await scene.process(id=f"job-{n}", delivery={"attempts": 2})
-        assert isinstance(outcome, GiveBack)
+        assert isinstance(outcome, Requeued)
         assert "VQA_JOB_TIMEOUT" in outcome.reason
     assert scene.health.outages == {}
     assert (scene.images.loaded, scene.model.asked) == (0, [])
@@ -528,7 +528,7 @@ async def test_room_that_comes_late_leaves_the_other_half_of_the_time_for_the_wo
     scene.images.room_deeds = [a_while]
     outcome = await scene.process()
     assert waited.is_set()
-    assert isinstance(outcome, Answered)
+    assert isinstance(outcome, Succeeded)
     assert scene.images.rooms == 0
     # It is time spent waiting, not fetching.
     timings = json.loads(outcome.result.to_body())["timings"]
@@ -561,14 +561,14 @@ async def test_the_time_for_a_delivery_runs_from_its_receipt(scene: Scene) -> No
 
 async def test_a_call_is_not_begun_in_the_second_half_of_a_delivery_s_time(scene: Scene) -> None:
     outcome = await scene.process(delivery={"received": time.monotonic() - 31})
-    assert isinstance(outcome, GiveBack)
+    assert isinstance(outcome, Requeued)
     assert scene.model.asked == []
 
 
 async def test_a_lone_job_that_fails_again_and_again_stops_nobody(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     for attempts in (0, 1, 2, 0, 1, 2):
-        assert not isinstance(await scene.process(delivery={"attempts": attempts}), GiveBack)
+        assert not isinstance(await scene.process(delivery={"attempts": attempts}), Requeued)
     assert scene.health.outages == {}
 
 
@@ -577,25 +577,25 @@ async def test_three_different_jobs_that_fail_in_a_row_are_an_outage_and_the_res
 ) -> None:
     scene.model.deeds = [transient()]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(7)]
-    assert [type(outcome) for outcome in outcomes] == [Retry] * 2 + [GiveBack] * 5
+    assert [type(outcome) for outcome in outcomes] == [Retried] * 2 + [Requeued] * 5
     assert set(scene.health.outages) == {MODEL}
 
 
 async def test_bad_jobs_come_to_their_own_end_one_after_the_other(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     for n in range(4):
-        assert isinstance(await scene.process(id=f"job-{n}", delivery={"attempts": 2}), DeadLetter)
+        assert isinstance(await scene.process(id=f"job-{n}", delivery={"attempts": 2}), DeadLettered)
     assert scene.health.outages == {}
 
 
 async def test_what_was_counted_for_an_outage_is_taken_back_when_the_job_comes_again(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     for n in range(2):
-        assert isinstance(await scene.process(id=f"job-{n}"), Retry)
-    assert isinstance(await scene.process(id="job-1", delivery={"attempts": 1}), Retry)
-    assert isinstance(await scene.process(id="job-2"), GiveBack)
+        assert isinstance(await scene.process(id=f"job-{n}"), Retried)
+    assert isinstance(await scene.process(id="job-1", delivery={"attempts": 1}), Retried)
+    assert isinstance(await scene.process(id="job-2"), Requeued)
     again = await scene.process(id="job-0", delivery={"attempts": 1})
-    assert isinstance(again, GiveBack)
+    assert isinstance(again, Requeued)
     assert again.refunded == 1
     scene.model.deeds = [ANSWER]
     answered = [
@@ -603,14 +603,14 @@ async def test_what_was_counted_for_an_outage_is_taken_back_when_the_job_comes_a
         # The copy that went back has less, and nothing is taken back twice.
         for name, attempts in (("job-0", 0), ("job-1", 2), ("job-1", 2), ("job-2", 0))
     ]
-    assert [it.result.attempts for it in answered if isinstance(it, Answered)] == [1, 1, 3, 1]
+    assert [it.result.attempts for it in answered if isinstance(it, Succeeded)] == [1, 1, 3, 1]
 
 
 async def test_more_is_not_taken_back_than_there_is(scene: Scene) -> None:
     scene.health.counted(MODEL, "job-1", time.monotonic())
     scene.health.down(MODEL, "gone", time.monotonic())
     outcome = await scene.process()
-    assert isinstance(outcome, Answered)
+    assert isinstance(outcome, Succeeded)
     assert outcome.result.attempts == 1
 
 
@@ -633,13 +633,13 @@ async def suspect(scene: Scene, **job: Any) -> AsyncIterator[asyncio.Task[Outcom
 
 @pytest.fixture(autouse=True)
 def nobody_waits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.failures.ALONE_S", 0.0)
+    monkeypatch.setattr("worker.resilience.failures.ALONE_S", 0.0)
 
 
 @pytest.fixture
 def patiently(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody's patience ends within a test."""
-    monkeypatch.setattr("worker.failures.VERDICT_S", 1000.0)
+    monkeypatch.setattr("worker.resilience.failures.VERDICT_S", 1000.0)
 
 
 def succeeds(scene: Scene) -> None:
@@ -659,10 +659,10 @@ async def test_who_waits_for_a_verdict_holds_neither_its_slot_nor_its_images(sce
 @pytest.mark.usefixtures("patiently")
 @pytest.mark.parametrize("is_echo", [False, True])
 async def test_the_jobs_that_reveal_an_outage_lose_no_attempt(scene: Scene, is_echo: bool) -> None:
-    scene.model.deeds = [TransientError(MODEL, "5xx", "no", is_echo=is_echo)]
+    scene.model.deeds = [TransientError(MODEL, "http_5xx", "no", is_echo=is_echo)]
     async with suspect(scene, delivery={"attempts": 2}) as task:
         scene.health.down(MODEL, "gone", time.monotonic())
-        assert isinstance(await task, GiveBack)
+        assert isinstance(await task, Requeued)
 
 
 @pytest.mark.usefixtures("patiently")
@@ -671,7 +671,7 @@ async def test_a_failure_that_others_do_not_share_is_counted_for_good(scene: Sce
     async with suspect(scene) as task:
         succeeds(scene)
         outcome = await task
-        assert isinstance(outcome, Retry)
+        assert isinstance(outcome, Retried)
         assert outcome.attempts == 1
     scene.health.down(MODEL, "gone", time.monotonic())
     assert scene.health.take_refund("job-1") == 0
@@ -679,19 +679,19 @@ async def test_a_failure_that_others_do_not_share_is_counted_for_good(scene: Sce
 
 @pytest.mark.usefixtures("patiently")
 async def test_a_403_is_the_jobs_own_as_soon_as_another_succeeds(scene: Scene) -> None:
-    scene.model.deeds = [transient("403", forbidden=True)]
+    scene.model.deeds = [transient("http_403", forbidden=True)]
     async with suspect(scene) as task:
         succeeds(scene)
-        assert refusal(await task) == (ErrorCode.MODEL_REJECTED, "it said 403")
+        assert refusal(await task) == (ErrorCode.MODEL_REJECTED, "it said http_403")
 
 
 async def test_without_a_verdict_the_attempt_is_counted_until_there_is_one(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.failures.VERDICT_S", 0.3)
+    monkeypatch.setattr("worker.resilience.failures.VERDICT_S", 0.3)
     scene.model.deeds = [transient()]
     async with suspect(scene) as task:
-        assert isinstance(await task, Retry)
+        assert isinstance(await task, Retried)
     scene.health.down(MODEL, "gone", time.monotonic())
     assert scene.health.take_refund("job-1") == 1
 
@@ -701,27 +701,27 @@ async def test_a_stop_is_not_held_up_by_a_verdict(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     async with suspect(scene) as task:
         scene.health.end_verdicts()
-        assert isinstance(await task, Retry)
+        assert isinstance(await task, Retried)
 
 
 @pytest.mark.usefixtures("patiently")
 async def test_where_nobody_else_calls_a_verdict_is_hardly_waited_for(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.failures.ALONE_S", 0.1)
+    monkeypatch.setattr("worker.resilience.failures.ALONE_S", 0.1)
     scene.model.deeds = [transient()]
-    assert isinstance(await scene.process(), Retry)
+    assert isinstance(await scene.process(), Retried)
     alone = asyncio.create_task(scene.process(id="another"))
     await turns_of_the_loop()
     scene.health.down(MODEL, "gone", time.monotonic())
-    assert isinstance(await alone, GiveBack)
+    assert isinstance(await alone, Requeued)
 
 
 @pytest.mark.usefixtures("patiently")
 async def test_a_verdict_is_not_waited_for_longer_than_a_retry_can_come_in_time(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     async with suspect(scene, deadline=in_(1.6)) as task:
-        assert isinstance(await task, Retry)
+        assert isinstance(await task, Retried)
 
 
 @pytest.mark.usefixtures("patiently")
@@ -729,7 +729,7 @@ async def test_a_verdict_is_not_waited_for_longer_than_a_delivery_may_take() -> 
     scene = Scene(job_timeout_s=1.0)
     scene.model.deeds = [transient()]
     async with suspect(scene) as task:
-        assert isinstance(await task, Retry)
+        assert isinstance(await task, Retried)
 
 
 # What may be the trouble of one bucket or one model
@@ -742,13 +742,13 @@ def partial_refusal(*, is_echo: bool = False) -> DependencyDownError:
 async def test_a_hiccup_between_successes_goes_back_uncounted_and_stops_nobody(scene: Scene) -> None:
     await scene.process(id="another")
     scene.images.deeds = [partial_refusal()]
-    assert isinstance(await scene.process(delivery={"attempts": 2}), GiveBack)
+    assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
     for n in range(10):
         scene.images.deeds = [partial_refusal(is_echo=True)]
-        assert isinstance(await scene.process(id=f"echo-{n}"), GiveBack)
+        assert isinstance(await scene.process(id=f"echo-{n}"), Requeued)
     assert scene.health.outages == {}
     scene.images.deeds = [partial_refusal()]
-    assert isinstance(await scene.process(delivery={"attempts": 2}), GiveBack)
+    assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
     assert set(scene.health.outages) == {S3}
 
 
@@ -759,7 +759,7 @@ async def test_an_object_that_is_refused_again_and_again_is_counted_in_the_end(s
         await scene.process(id="another")
         scene.images.deeds = [partial_refusal()]
         found.append(type(await scene.process()))
-    assert found == [GiveBack] * 4 + [Retry] * 2
+    assert found == [Requeued] * 4 + [Retried] * 2
     assert scene.health.outages == {}
 
 
@@ -769,27 +769,27 @@ async def test_echoes_of_one_fault_are_no_outage_and_fail_each_job_all_the_same(
 ) -> None:
     """Jobs that read one image together fail together, by one fault of S3's."""
     for n in range(10):
-        scene.images.deeds = [TransientError(S3, "connection", "it broke off", is_echo=n > 0)]
+        scene.images.deeds = [TransientError(S3, "connection_error", "it broke off", is_echo=n > 0)]
         outcome = await scene.process(id=f"job-{n}", delivery={"attempts": attempts})
         if attempts:
-            assert isinstance(outcome, DeadLetter)
+            assert isinstance(outcome, DeadLettered)
             assert "it broke off" in outcome.message
         else:
-            assert isinstance(outcome, Retry)
-            assert (outcome.reason, outcome.attempts) == ("connection", 1)
+            assert isinstance(outcome, Retried)
+            assert (outcome.reason, outcome.attempts) == ("connection_error", 1)
     assert scene.health.outages == {}
 
 
 async def test_an_echo_in_an_outage_gives_the_job_back(scene: Scene) -> None:
     scene.health.down(S3, "gone", time.monotonic())
-    scene.images.breaks_off = TransientError(S3, "connection", "it broke off", is_echo=True)
-    assert isinstance(await scene.process(delivery={"attempts": 2}), GiveBack)
+    scene.images.breaks_off = TransientError(S3, "connection_error", "it broke off", is_echo=True)
+    assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
 
 
 async def test_an_image_that_breaks_off_for_many_while_it_is_sent_is_no_outage(scene: Scene) -> None:
     for n in range(10):
-        scene.images.breaks_off = TransientError(S3, "connection", "it broke off", is_echo=n > 0)
-        assert isinstance(await scene.process(id=f"job-{n}"), Retry)
+        scene.images.breaks_off = TransientError(S3, "connection_error", "it broke off", is_echo=n > 0)
+        assert isinstance(await scene.process(id=f"job-{n}"), Retried)
     assert scene.health.outages == {}
 
 
@@ -837,41 +837,44 @@ async def test_only_what_s3_has_said_is_a_sign_of_its_life(
 
 
 async def test_a_403_is_the_jobs_own_once_others_have_succeeded(scene: Scene) -> None:
-    scene.model.deeds = [transient("403", forbidden=True)]
-    assert isinstance(await scene.process(), Retry)
-    assert isinstance(await scene.process(delivery={"attempts": 1}), Retry)
+    scene.model.deeds = [transient("http_403", forbidden=True)]
+    assert isinstance(await scene.process(), Retried)
+    assert isinstance(await scene.process(delivery={"attempts": 1}), Retried)
     scene.model.deeds = [ANSWER]
     await scene.process(id="another")
-    scene.model.deeds = [transient("403", forbidden=True)]
-    assert refusal(await scene.process(delivery={"attempts": 1})) == (ErrorCode.MODEL_REJECTED, "it said 403")
+    scene.model.deeds = [transient("http_403", forbidden=True)]
+    assert refusal(await scene.process(delivery={"attempts": 1})) == (
+        ErrorCode.MODEL_REJECTED,
+        "it said http_403",
+    )
 
 
 async def test_jobs_that_were_rejected_for_good_do_not_add_up_to_an_outage(scene: Scene) -> None:
-    forbidden = transient("403", forbidden=True)
+    forbidden = transient("http_403", forbidden=True)
     for n in range(4):
         scene.model.deeds = [forbidden, ANSWER, forbidden]
-        assert isinstance(await scene.process(id=f"job-{n}"), Retry)
-        assert isinstance(await scene.process(id=f"good-{n}"), Answered)
+        assert isinstance(await scene.process(id=f"job-{n}"), Retried)
+        assert isinstance(await scene.process(id=f"good-{n}"), Succeeded)
         assert refusal(await scene.process(id=f"job-{n}"))[0] is ErrorCode.MODEL_REJECTED
 
 
 async def test_a_key_that_is_revoked_in_a_quiet_hour_rejects_no_job(scene: Scene) -> None:
     succeeds(scene)
-    scene.model.deeds = [transient("403", forbidden=True)]
+    scene.model.deeds = [transient("http_403", forbidden=True)]
     outcomes = [
         await scene.process(id=f"job-{n}", delivery={"attempts": a}) for n in range(5) for a in (0, 1)
     ]
-    assert {type(outcome) for outcome in outcomes} <= {Retry, GiveBack}
-    assert isinstance(outcomes[-1], GiveBack)
+    assert {type(outcome) for outcome in outcomes} <= {Retried, Requeued}
+    assert isinstance(outcomes[-1], Requeued)
 
 
 async def test_an_outage_that_goes_on_as_403_rejects_no_job(scene: Scene) -> None:
     succeeds(scene)
     scene.model.deeds = [DependencyDownError(MODEL, "cannot be reached")]
-    assert isinstance(await scene.process(), GiveBack)
-    scene.model.deeds = [transient("403", forbidden=True)]
+    assert isinstance(await scene.process(), Requeued)
+    scene.model.deeds = [transient("http_403", forbidden=True)]
     for _ in range(3):
-        assert isinstance(await scene.process(), GiveBack)
+        assert isinstance(await scene.process(), Requeued)
     assert set(scene.health.outages) == {MODEL}
 
 
@@ -880,11 +883,11 @@ async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scen
     found = []
     for _ in range(7):
         scene.model.deeds = [ANSWER, gone]
-        assert isinstance(await scene.process(id="another"), Answered)
+        assert isinstance(await scene.process(id="another"), Succeeded)
         found.append(await scene.process(delivery={"attempts": 1}))
-    assert isinstance(found[0], GiveBack)
+    assert isinstance(found[0], Requeued)
     # After the longest of the delays, and with as many attempts behind it as before.
-    expected = Retry(job_id="job-1", model="usual", delay_s=5, attempts=1, reason="model_refused")
+    expected = Retried(job_id="job-1", model="usual", delay_s=5, attempts=1, reason="model_unavailable")
     assert found[-2:] == [expected] * 2
     assert scene.health.outages == {}
     scene.model.deeds = [ANSWER, gone]
@@ -927,7 +930,7 @@ async def test_that_the_store_is_well_says_nothing_of_the_images_s3() -> None:
     scene = Scene(store=Places())
     scene.images.deeds = [transient("timeout", dependency=S3)]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(5)]
-    assert isinstance(outcomes[-1], GiveBack)
+    assert isinstance(outcomes[-1], Requeued)
     assert set(scene.health.outages) == {S3}
     await scene.process(id="the next")
     assert set(scene.health.outages) == {S3}
@@ -937,10 +940,10 @@ async def test_behind_a_closed_gate_nothing_is_claimed_but_for_a_trial() -> None
     store = Places()
     scene = Scene(store=store)
     scene.gate.close("paused")
-    assert isinstance(await scene.process(), GiveBack)
+    assert isinstance(await scene.process(), Requeued)
     assert store.claims == 0
     scene.gate.allow_trial()
-    assert isinstance(await scene.process(), Answered)
+    assert isinstance(await scene.process(), Succeeded)
     assert store.claims == 1
 
 
@@ -959,14 +962,14 @@ async def test_when_the_gate_closes_nobody_waits_for_another_worker_any_more() -
     await waits.wait()
     scene.gate.close("the worker stops")
     outcome = await job
-    assert isinstance(outcome, GiveBack)
+    assert isinstance(outcome, Requeued)
     assert outcome.reason == "the worker stops"
 
 
 async def test_a_403_for_everyone_is_an_outage(scene: Scene) -> None:
-    scene.model.deeds = [transient("403", forbidden=True)]
+    scene.model.deeds = [transient("http_403", forbidden=True)]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(5)]
-    assert isinstance(outcomes[-1], GiveBack)
+    assert isinstance(outcomes[-1], Requeued)
     assert set(scene.health.outages) == {MODEL}
 
 
@@ -975,7 +978,7 @@ async def test_what_is_down_for_everybody_gives_the_job_back_uncounted(scene: Sc
     dependency = S3 if part == "images" else MODEL
     getattr(scene, part).deeds = [DependencyDownError(dependency, "check the key")]
     outcome = await scene.process(delivery={"attempts": 2})
-    assert outcome == GiveBack(job_id="job-1", model="usual", reason="check the key")
+    assert outcome == Requeued(job_id="job-1", model="usual", reason="check the key")
     assert scene.health.outages[dependency].reason == "check the key"
     assert await scene.is_free()
 
@@ -987,7 +990,7 @@ async def test_a_429_is_waited_out_and_not_counted(scene: Scene) -> None:
     scene.model.deeds = [RateLimitedError(0.1), RateLimitedError(0.1), ANSWER]
     started = time.monotonic()
     outcome = await scene.process()
-    assert isinstance(outcome, Answered)
+    assert isinstance(outcome, Succeeded)
     assert outcome.result.attempts == 1
     assert time.monotonic() - started >= 0.2
     assert len(scene.model.asked) == 3
@@ -1002,14 +1005,14 @@ async def test_a_429_makes_room_for_fewer(scene: Scene) -> None:
         task = asyncio.create_task(scene.process())
         await asyncio.sleep(0.5)
         assert len(scene.model.asked) == 1
-    assert isinstance(await task, Answered)
+    assert isinstance(await task, Succeeded)
 
 
 async def test_429s_without_end_give_the_job_back_when_its_time_is_over() -> None:
     scene = Scene(job_timeout_s=0.8)
     scene.model.deeds = [RateLimitedError(0.05)]
     outcome = await scene.process(delivery={"attempts": 2})
-    assert isinstance(outcome, GiveBack)
+    assert isinstance(outcome, Requeued)
     assert "VQA_JOB_TIMEOUT" in outcome.reason
     assert len(scene.model.asked) > 1
     assert scene.health.outages == {}
@@ -1018,7 +1021,7 @@ async def test_429s_without_end_give_the_job_back_when_its_time_is_over() -> Non
 async def test_a_long_pause_gives_the_job_back_when_its_time_is_over() -> None:
     scene = Scene(job_timeout_s=0.5)
     scene.model.deeds = [RateLimitedError(3600.0)]
-    assert isinstance(await scene.process(), GiveBack)
+    assert isinstance(await scene.process(), Requeued)
     assert len(scene.model.asked) == 1
 
 
@@ -1027,7 +1030,7 @@ async def test_a_long_pause_gives_the_job_back_when_its_time_is_over() -> None:
 
 async def test_while_the_worker_is_paused_a_job_goes_back(scene: Scene) -> None:
     scene.gate.close("the worker is paused")
-    assert await scene.process() == GiveBack(job_id="job-1", model="usual", reason="the worker is paused")
+    assert await scene.process() == Requeued(job_id="job-1", model="usual", reason="the worker is paused")
     assert (scene.images.loaded, scene.model.asked) == (0, [])
 
 
@@ -1058,9 +1061,9 @@ async def test_a_bug_is_a_counted_attempt_and_its_words_stay_inside(
 ) -> None:
     getattr(scene, part).deeds = [KeyError(CANARY)]
     outcome = await scene.process(question=CANARY)
-    assert outcome == Retry(job_id="job-1", model="usual", delay_s=1, attempts=1, reason="bug")
+    assert outcome == Retried(job_id="job-1", model="usual", delay_s=1, attempts=1, reason="internal_error")
     (call,) = log.calls
-    assert (call.method_name, call.args, call.kwargs["job_id"]) == ("error", ("bug",), "job-1")
+    assert (call.method_name, call.args, call.kwargs["job_id"]) == ("error", ("internal_error",), "job-1")
     assert "KeyError" in call.kwargs["exception"]
     assert "test_processor.py" in call.kwargs["exception"]
     assert CANARY not in str(log.calls)
@@ -1071,7 +1074,7 @@ async def test_a_bug_is_a_counted_attempt_and_its_words_stay_inside(
 async def test_a_bug_that_stays_buries_the_job(scene: Scene, log: CapturingLogger) -> None:
     scene.model.deeds = [KeyError(CANARY)]
     outcome = await scene.process(question=CANARY, delivery={"attempts": 2})
-    assert isinstance(outcome, DeadLetter)
+    assert isinstance(outcome, DeadLettered)
     assert outcome.code is ErrorCode.ATTEMPTS_EXHAUSTED
     assert "KeyError" in outcome.message
     assert CANARY not in outcome.message
@@ -1082,7 +1085,7 @@ async def test_a_bug_that_stays_buries_the_job(scene: Scene, log: CapturingLogge
 async def test_bugs_of_many_jobs_are_no_outage(scene: Scene, log: CapturingLogger) -> None:
     scene.model.deeds = [KeyError(CANARY)]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(10)]
-    assert {type(outcome) for outcome in outcomes} == {Retry}
+    assert {type(outcome) for outcome in outcomes} == {Retried}
     assert len(log.calls) == 10
 
 
@@ -1091,7 +1094,7 @@ DEEDS: st.SearchStrategy[Deed] = st.sampled_from(
         ANSWER,
         replace(ANSWER, text=None),
         transient("timeout"),
-        transient("403", forbidden=True),
+        transient("http_403", forbidden=True),
         transient("timeout", dependency=S3),
         DependencyDownError(MODEL, "gone"),
         DependencyDownError(S3, "gone"),
@@ -1120,13 +1123,13 @@ async def test_whatever_happens_a_job_has_an_outcome_and_leaves_no_slot_behind(
     for number in jobs:
         outcome = await scene.process(id=f"job-{number}", delivery={"attempts": attempts})
         assert outcome.job_id == f"job-{number}"
-        if isinstance(outcome, GiveBack):
+        if isinstance(outcome, Requeued):
             assert scene.health.outages
-        if isinstance(outcome, Retry):
+        if isinstance(outcome, Retried):
             # Attempts that turned out to have been an outage's are taken back.
             assert 1 <= outcome.attempts <= attempts + 1
             assert outcome.attempts < RULES.retry.max_attempts
-        if isinstance(outcome, Answered | Refused | DeadLetter):
+        if isinstance(outcome, Succeeded | Failed | DeadLettered):
             outcome.result.to_body()
     assert await scene.is_free()
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
-from worker.repeats import MOST_KINDS, SHOWN, WINDOW_S, Kind, Repeats
+from worker.observability.log_sampling import MOST_KINDS, SHOWN, WINDOW_S, Kind, Repeats
 
 
-def kind(reason: str = "5xx") -> Kind:
-    return Kind("worker.settlement", logging.WARNING, "job_retry", reason)
+def kind(reason: str = "http_5xx") -> Kind:
+    return Kind("worker.rabbitmq.settlement", logging.WARNING, "job_retried", reason)
 
 
 RETRY = kind()
@@ -51,7 +51,7 @@ def test_each_kind_counts_for_itself(shown: Callable[..., int]) -> None:
     assert shown(100) == SHOWN
     assert shown(100, kind("timeout")) == SHOWN
     assert shown(1, RETRY._replace(level=logging.ERROR)) == 1
-    assert shown(1, RETRY._replace(event="bug")) == 1
+    assert shown(1, RETRY._replace(event="internal_error")) == 1
     assert shown(1, RETRY._replace(logger="another")) == 1
 
 

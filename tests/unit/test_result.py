@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from tests.unit.fakes import a_delivery
 from worker.errors import ErrorCode
+from worker.jobs.attempt import Report
+from worker.jobs.outcome import Failed, Succeeded
+from worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.model.answer import MalformedAnswerError, parse_answer
-from worker.outcome import Answered, Refused
-from worker.redact import Redactor
-from worker.report import Report
-from worker.result import JobFailure, Result, Timings, Usage
+from worker.observability.redaction import Redactor
 
 # Every character, lone surrogates too: a model may be cut off in the middle of an emoji.
 ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=10)
@@ -74,9 +74,9 @@ def test_whatever_the_api_answers_the_result_is_strict_json(
     except MalformedAnswerError:
         return
     outcome = report.answered(answer)
-    assert isinstance(outcome, Answered | Refused)
+    assert isinstance(outcome, Succeeded | Failed)
     body = strictly(outcome.result.to_body())
-    assert body["status"] == ("succeeded" if isinstance(outcome, Answered) else "failed")
+    assert body["status"] == ("succeeded" if isinstance(outcome, Succeeded) else "failed")
     assert body["answer"] is None or body["answer"].strip()
     usage = body["usage"]
     if usage is not None:
@@ -89,7 +89,7 @@ def test_a_lone_surrogate_becomes_a_question_mark_and_loses_no_answer() -> None:
         b'{"choices":[{"message":{"content":"cut \\ud83d","x":{"\\udc00":["\\ud83d"]}}}]}', None
     )
     outcome = Report(a_delivery(), Redactor([]), include_response=True, timeout_s=60).answered(answer)
-    assert isinstance(outcome, Answered)
+    assert isinstance(outcome, Succeeded)
     body = strictly(outcome.result.to_body())
     assert body["answer"] == "cut ?"
     assert body["response"]["choices"][0]["message"]["x"] == {"?": ["?"]}

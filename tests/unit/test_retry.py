@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.retry import Exhausted, RetryPolicy, TooLate, TryAgain, after_attempt
+from worker.resilience.retry_policy import Exhausted, RetryPolicy, TooLate, TryAgain, after_attempt
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 USUAL = RetryPolicy(max_attempts=5, delays_s=(1, 5, 30, 120))

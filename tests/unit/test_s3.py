@@ -19,10 +19,10 @@ from tests.authority import Authority
 from tests.fake_s3 import Answer, Asked, FakeS3, give, head, refuse, say
 from tests.running import until
 from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
-from worker.http_client import proxy_options
+from worker.http.client import proxy_options
 from worker.s3.aws import AddressingStyle, Aws, Endpoint, S3ConfigurationError, S3Object, ca_bundle
 from worker.s3.client import S3
-from worker.s3.documents import Documents
+from worker.s3.conditional_store import ConditionalStore
 
 CONTENT = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 100
 IMAGE = S3Object("photos", "cats/cat.png")
@@ -648,7 +648,7 @@ async def test_what_is_not_all_of_the_object_is_a_fault_that_may_pass(
     fake.answer = answer
     error = await fault(fake.url)
     assert isinstance(error, TransientError)
-    assert (error.dependency, error.reason) == (Dependency.S3, "connection")
+    assert (error.dependency, error.reason) == (Dependency.S3, "connection_error")
     assert words in error.message
 
 
@@ -691,9 +691,9 @@ async def test_a_read_that_is_given_up_lets_go_of_its_connection(fake: FakeS3) -
 async def test_what_is_no_longer_as_it_was_is_not_replaced(fake: FakeS3, status: int, code: str) -> None:
     fake.answer = refuse(status, code)
     async with an_s3(fake.url) as s3:
-        documents = Documents(s3, "answers", "", named="VQA_RESULT_STORE")
-        assert await documents.replace("jobs/1", b"answer", '"etag"') is None
-        await documents.delete("jobs/1", '"etag"')
+        objects = ConditionalStore(s3, "answers", "", named="VQA_RESULT_STORE")
+        assert await objects.replace("jobs/1", b"answer", '"etag"') is None
+        await objects.delete("jobs/1", '"etag"')
 
 
 @pytest.mark.parametrize(("status", "code"), [(404, "NoSuchBucket"), (403, "AccessDenied")])
@@ -702,14 +702,14 @@ async def test_a_store_that_is_not_there_or_refuses_is_no_condition_that_failed(
 ) -> None:
     fake.answer = refuse(status, code)
     async with an_s3(fake.url) as s3:
-        documents = Documents(s3, "answers", "", named="VQA_RESULT_STORE")
+        objects = ConditionalStore(s3, "answers", "", named="VQA_RESULT_STORE")
         with pytest.raises(
             DependencyDownError, match=f"VQA_RESULT_STORE: .*{code}.*get, put, delete and list"
         ):
-            await documents.replace("jobs/1", b"answer", '"etag"')
+            await objects.replace("jobs/1", b"answer", '"etag"')
         # Where there is no such object to make, something is wrong.
         with pytest.raises(DependencyDownError):
-            await documents.create("jobs/1", b"answer")
+            await objects.create("jobs/1", b"answer")
 
 
 # Proxies and authorities

@@ -15,8 +15,8 @@ from jsonschema import Draft7Validator, Draft202012Validator
 from docs import generate
 from worker.cli import schema
 from worker.errors import ErrorCode
-from worker.job import RESERVED_PARAMS, InvalidJobError, Job, decode
-from worker.result import JobFailure, Result, Usage
+from worker.messages.job import RESERVED_PARAMS, InvalidJobError, Job, decode
+from worker.messages.result import JobFailure, Result, Usage
 from worker.settings import BrokerSettings, load_broker_settings
 
 TESTS = Path(__file__).parents[1]
@@ -204,7 +204,7 @@ def test_known_error_codes_are_named() -> None:
 
 
 @cache
-def documents() -> Draft7Validator:
+def objects() -> Draft7Validator:
     return Draft7Validator(json.loads((TESTS / "data" / "asyncapi-3.0.0.json").read_text()))
 
 
@@ -222,9 +222,9 @@ def references(value: Any) -> Iterator[str]:
 
 def test_the_document_is_one_of_asyncapi_3() -> None:
     document = schema.asyncapi(generate.default_settings())
-    documents().validate(document)
+    objects().validate(document)
     document["operations"]["receiveJob"]["action"] = "take"
-    assert not documents().is_valid(document)
+    assert not objects().is_valid(document)
 
 
 def test_every_reference_in_the_document_leads_somewhere() -> None:
@@ -248,7 +248,7 @@ def test_the_document_speaks_of_the_queues_and_the_broker_of_the_settings(
     monkeypatch.setenv("VQA_JOBS_QUEUE", "pictures")
     settings: BrokerSettings = load_broker_settings(env_file=None)
     document = schema.asyncapi(settings)
-    documents().validate(document)
+    objects().validate(document)
     server = document["servers"]["rabbitmq"]
     assert (server["host"], server["protocol"]) == ("broker.example:5671", "amqps")
     channels = document["channels"]

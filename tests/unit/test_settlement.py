@@ -10,13 +10,14 @@ from structlog.testing import CapturingLogger
 
 from tests.running import until
 from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
-from worker import metrics, settlement
 from worker.errors import ErrorCode
-from worker.outcome import Answered, DeadLetter, GiveBack, Outcome, Refused, Retry
-from worker.rabbit.publisher import Outgoing
-from worker.rabbit.topology import Topology
-from worker.result import JobFailure, Result, Timings, Usage
-from worker.settlement import ReplyPolicy, Settlement
+from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
+from worker.messages.result import JobFailure, Result, Timings, Usage
+from worker.observability import metrics
+from worker.rabbitmq import settlement
+from worker.rabbitmq.publisher import OutgoingMessage
+from worker.rabbitmq.settlement import ReplyPolicy, Settlement
+from worker.rabbitmq.topology import Topology
 
 POLICY = ReplyPolicy(["results", "results.*", "amq.rabbitmq.reply-to.*", "amq.gen-*"])
 ANSWER = "The answer that nobody else may read."
@@ -27,16 +28,16 @@ SUCCEEDED = Result(
 FAILED = Result(
     id="j", status="failed", error=JobFailure(code=ErrorCode.INVALID_JOB, message=ANSWER, retryable=False)
 )
-ANSWERED = Answered(job_id="j", model="m", result=SUCCEEDED)
-REFUSED = Refused(job_id="j", model="m", result=FAILED, code=ErrorCode.MODEL_REJECTED)
-DEAD = DeadLetter(
+ANSWERED = Succeeded(job_id="j", model="m", result=SUCCEEDED)
+REFUSED = Failed(job_id="j", model="m", result=FAILED, code=ErrorCode.MODEL_REJECTED)
+DEAD = DeadLettered(
     job_id="j", model="m", result=FAILED, code=ErrorCode.ATTEMPTS_EXHAUSTED, message="why", attempts=5
 )
 UNREADABLE = replace(
     DEAD, job_id=None, code=ErrorCode.INVALID_JOB, result=FAILED.model_copy(update={"id": None})
 )
-RETRY = Retry(job_id="j", model="m", delay_s=5, attempts=2, reason="timeout")
-GIVEN_BACK = GiveBack(job_id="j", model="m", reason="paused")
+RETRY = Retried(job_id="j", model="m", delay_s=5, attempts=2, reason="timeout")
+JOBS_REQUEUED = Requeued(job_id="j", model="m", reason="paused")
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ async def settled(
     topology: Topology = TOPOLOGY,
     publisher: FakePublisher | None = None,
     **properties: Any,
-) -> tuple[list[Outgoing], list[str]]:
+) -> tuple[list[OutgoingMessage], list[str]]:
     """Settle a delivery; what was published, and everything that happened in its order."""
     events: list[str] = []
     publisher = publisher or FakePublisher()
@@ -74,7 +75,7 @@ async def settled(
         (REFUSED, ["results"]),
         (DEAD, ["results", "jobs.dead"]),
         (RETRY, ["jobs.retry.5s"]),
-        (GIVEN_BACK, ["jobs"]),
+        (JOBS_REQUEUED, ["jobs"]),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -89,7 +90,7 @@ async def test_what_goes_where_is_a_result_or_the_job_itself() -> None:
     for outcome in (ANSWERED, REFUSED):
         (reply,), _ = await settled(outcome, body=body)
         assert reply.body == outcome.result.to_body()
-    for unsettled in (RETRY, GIVEN_BACK):
+    for unsettled in (RETRY, JOBS_REQUEUED):
         (copy,), _ = await settled(unsettled, body=body)
         assert json.loads(copy.body) == body
     (reply, letter), _ = await settled(DEAD, body=body)
@@ -105,7 +106,7 @@ async def test_what_goes_where_is_a_result_or_the_job_itself() -> None:
 async def test_a_retry_carries_its_attempts_and_a_job_given_back_those_it_had() -> None:
     (retry,), _ = await settled(RETRY, attempts=1)
     assert retry.headers["vqa-attempts"] == 2
-    (back,), _ = await settled(GIVEN_BACK, attempts=1)
+    (back,), _ = await settled(JOBS_REQUEUED, attempts=1)
     assert back.headers["vqa-attempts"] == 1
 
 
@@ -180,7 +181,7 @@ async def test_results_go_by_the_reply_exchange_and_jobs_by_the_default_one() ->
     for reply_to in (None, "results.a"):
         (reply, letter), _ = await settled(DEAD, topology=REPLY_EXCHANGE, reply_to=reply_to)
         assert (reply.exchange, letter.exchange) == ("replies", "")
-    for outcome in (RETRY, GIVEN_BACK):
+    for outcome in (RETRY, JOBS_REQUEUED):
         (copy,), _ = await settled(outcome, topology=REPLY_EXCHANGE)
         assert copy.exchange == ""
 
@@ -189,7 +190,7 @@ async def test_with_an_exchange_for_jobs_they_go_back_by_that_one_and_results_do
     topology = replace(TOPOLOGY, jobs_exchange="back")
     (reply, letter), _ = await settled(DEAD, topology=topology)
     assert (reply.exchange, letter.exchange) == ("", "back")
-    for outcome in (RETRY, GIVEN_BACK):
+    for outcome in (RETRY, JOBS_REQUEUED):
         (copy,), _ = await settled(outcome, topology=topology)
         assert copy.exchange == "back"
 
@@ -229,7 +230,7 @@ async def test_a_result_whose_queue_is_gone_goes_to_the_results_queue() -> None:
 
 @pytest.mark.parametrize(
     ("outcome", "queue"),
-    [(ANSWERED, "results"), (RETRY, "jobs.retry.5s"), (GIVEN_BACK, "jobs"), (DEAD, "jobs.dead")],
+    [(ANSWERED, "results"), (RETRY, "jobs.retry.5s"), (JOBS_REQUEUED, "jobs"), (DEAD, "jobs.dead")],
     ids=lambda value: str(value) if isinstance(value, str) else type(value).__name__,
 )
 async def test_a_queue_of_the_workers_own_that_is_gone_is_made_again_and_then_used(
@@ -270,7 +271,7 @@ async def test_the_publisher_is_told_before_the_job_is_buried() -> None:
 
 @pytest.mark.parametrize(
     ("outcome", "queue", "last"),
-    [(RETRY, "jobs.retry.5s", "requeue"), (GIVEN_BACK, "jobs", "requeue"), (DEAD, "jobs.dead", "reject")],
+    [(RETRY, "jobs.retry.5s", "requeue"), (JOBS_REQUEUED, "jobs", "requeue"), (DEAD, "jobs.dead", "reject")],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 @pytest.mark.parametrize("fault", ["full", "gone for good", "too large"])
@@ -290,7 +291,7 @@ async def test_a_job_that_no_queue_takes_a_copy_of_is_handed_back_to_the_broker_
     settlings = [event for event in events if event in {"ack", "reject", "requeue"}]
     # What comes after the first settling of a delivery has no effect.
     assert settlings[0] == last
-    assert ("job_handed_over",) in [call.args for call in log.calls]
+    assert ("job_left_to_broker",) in [call.args for call in log.calls]
 
 
 class Stubborn(FakePublisher):
@@ -309,10 +310,10 @@ async def test_a_copy_of_a_job_that_the_broker_no_longer_has_is_tried_without_en
     publisher, lives = Stubborn("jobs"), True
     delivery = a_delivery(is_alive=lambda: lives)
     lives = False
-    task = asyncio.create_task(Settlement(publisher, TOPOLOGY, POLICY).publish(delivery, GIVEN_BACK))
+    task = asyncio.create_task(Settlement(publisher, TOPOLOGY, POLICY).publish(delivery, JOBS_REQUEUED))
     await until(lambda: publisher.restored > 20, "many tries")
     publisher.unroutable.clear()
-    assert await task == GIVEN_BACK
+    assert await task == JOBS_REQUEUED
     assert [message.routing_key for message in publisher.published] == ["jobs"]
 
 
@@ -325,7 +326,7 @@ async def test_a_result_waits_for_its_queue_without_end() -> None:
 
 
 async def test_a_queue_that_is_missing_is_named_once(log: CapturingLogger) -> None:
-    await settled(GIVEN_BACK, publisher=Stubborn("jobs"))
+    await settled(JOBS_REQUEUED, publisher=Stubborn("jobs"))
     assert [call.args for call in log.calls].count(("queue_missing",)) == 1
 
 
@@ -353,11 +354,11 @@ async def test_a_job_goes_back_only_when_it_may() -> None:
     publisher = FakePublisher()
     delivery = a_delivery(may_go_back=may_go_back.wait)
     settlement = Settlement(publisher, TOPOLOGY, POLICY)
-    task = asyncio.create_task(settlement.publish(delivery, GIVEN_BACK))
+    task = asyncio.create_task(settlement.publish(delivery, JOBS_REQUEUED))
     await turns_of_the_loop()
     assert publisher.published == []
     may_go_back.set()
-    assert await task == GIVEN_BACK
+    assert await task == JOBS_REQUEUED
     assert [message.routing_key for message in publisher.published] == ["jobs"]
 
 
@@ -378,7 +379,7 @@ def value(name: str, **labels: str) -> float:
         (RETRY, "vqa_retries_total", {"reason": "timeout"}),
         (ANSWERED, "vqa_job_duration_seconds_count", {"status": "succeeded", "model": "m"}),
         (REFUSED, "vqa_job_duration_seconds_count", {"status": "failed", "model": "m"}),
-        (GIVEN_BACK, "vqa_stage_duration_seconds_count", {"stage": "publish", "model": "m"}),
+        (JOBS_REQUEUED, "vqa_stage_duration_seconds_count", {"stage": "publish", "model": "m"}),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -388,7 +389,7 @@ async def test_each_outcome_is_counted(outcome: Outcome, name: str, labels: dict
     assert value(name, **labels) == before + 1
 
 
-@pytest.mark.parametrize("outcome", [RETRY, GIVEN_BACK], ids=lambda outcome: type(outcome).__name__)
+@pytest.mark.parametrize("outcome", [RETRY, JOBS_REQUEUED], ids=lambda outcome: type(outcome).__name__)
 async def test_a_job_that_has_not_ended_counts_as_no_ended_job(outcome: Outcome) -> None:
     def ended() -> float:
         samples = [sample for metric in metrics.JOBS.collect() for sample in metric.samples]
@@ -402,11 +403,11 @@ async def test_a_job_that_has_not_ended_counts_as_no_ended_job(outcome: Outcome)
 @pytest.mark.parametrize(
     ("outcome", "level", "event"),
     [
-        (ANSWERED, "info", "job"),
-        (REFUSED, "warning", "job"),
-        (DEAD, "error", "job"),
-        (RETRY, "warning", "job_retry"),
-        (GIVEN_BACK, "debug", "job_given_back"),
+        (ANSWERED, "info", "job_finished"),
+        (REFUSED, "warning", "job_finished"),
+        (DEAD, "error", "job_finished"),
+        (RETRY, "warning", "job_retried"),
+        (JOBS_REQUEUED, "debug", "job_requeued"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -7,10 +7,10 @@ import pytest
 
 from tests.unit.fakes import free, turns_of_the_loop
 from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
-from worker.images.budget import Budget
-from worker.images.shared import SharedReads
+from worker.images.coalesced_reads import CoalescedReads
+from worker.images.memory_budget import MemoryBudget
 from worker.s3.aws import S3Object
-from worker.s3.client import Reading
+from worker.s3.client import ObjectStream
 
 IMAGE = S3Object("photos", "cat.png")
 PIECES = [b"one", b"two", b"three"]
@@ -54,7 +54,7 @@ class FakeS3:
         self.failure: Exception | None = None
         self.may_open = asyncio.Event()
 
-    async def open(self, source: S3Object) -> Reading:
+    async def open(self, source: S3Object) -> ObjectStream:
         self.asked += 1
         try:
             await self.may_open.wait()
@@ -71,9 +71,9 @@ class FakeS3:
 class Scene:
     def __init__(self, budget: int = 1000) -> None:
         self.s3 = FakeS3()
-        self.budget = Budget(budget)
+        self.budget = MemoryBudget(budget)
         self.limit = budget
-        self.reads = SharedReads(self.s3.open, self.budget, own_bytes=0)
+        self.reads = CoalescedReads(self.s3.open, self.budget, own_bytes=0)
 
     def readers(self, count: int, source: S3Object = IMAGE) -> "list[asyncio.Task[bytes]]":
         return [asyncio.create_task(self._read(source)) for _ in range(count)]
@@ -282,7 +282,7 @@ async def test_a_read_that_breaks_off_breaks_off_for_every_reader(kept: bool) ->
     scene.s3.may_open.set()
     await turns_of_the_loop()
     for reading in scene.s3.opened:
-        reading.failure = TransientError(Dependency.S3, "connection", "it broke off")
+        reading.failure = TransientError(Dependency.S3, "connection_error", "it broke off")
         reading.finish()
     found = await ended(tasks)
     assert [type(it) for it in found] == [TransientError] * 3
@@ -294,7 +294,7 @@ async def test_a_read_that_breaks_off_breaks_off_for_every_reader(kept: bool) ->
 async def test_a_fault_that_readers_share_is_one_sign_of_an_outage_and_not_many(
     count: int, moment: str
 ) -> None:
-    scene, fault = Scene(), TransientError(Dependency.S3, "connection", "it broke off")
+    scene, fault = Scene(), TransientError(Dependency.S3, "connection_error", "it broke off")
     scene.s3.failure = fault if moment == "opening" else None
     tasks = scene.readers(count)
     await turns_of_the_loop()
@@ -308,7 +308,7 @@ async def test_a_fault_that_readers_share_is_one_sign_of_an_outage_and_not_many(
     assert len(told) == count
     assert sum(not it.is_echo for it in told) == 1
     assert {(it.dependency, it.reason, it.message) for it in told} == {
-        (Dependency.S3, "connection", "it broke off")
+        (Dependency.S3, "connection_error", "it broke off")
     }
     # One object that several tasks raise would gather the traceback of each.
     assert len({id(it) for it in told}) == count
@@ -321,7 +321,7 @@ async def test_faults_of_reads_of_ones_own_are_no_echoes() -> None:
     scene.s3.may_open.set()
     await turns_of_the_loop()
     for reading in scene.s3.opened:
-        reading.failure = TransientError(Dependency.S3, "connection", "it broke off")
+        reading.failure = TransientError(Dependency.S3, "connection_error", "it broke off")
         reading.finish()
     found = await ended(tasks)
     assert [it.is_echo for it in found if isinstance(it, TransientError)] == [False] * 3

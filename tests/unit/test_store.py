@@ -7,16 +7,16 @@ from collections.abc import Callable  # noqa: TC003 - an attribute's
 
 import pytest
 
-from worker import store as rooms
 from worker.errors import Dependency, DependencyDownError
-from worker.limiter import GateClosedError
-from worker.s3.documents import Document, Documents
-from worker.store import AnswerStore
+from worker.resilience.concurrency_limiter import AdmissionClosedError
+from worker.result_store import store as rooms
+from worker.result_store.store import ResultStore
+from worker.s3.conditional_store import ConditionalStore, StoredObject
 
 PATIENCE_S = 10
 
 
-class Memory(Documents):
+class Memory(ConditionalStore):
     """Objects in memory, with conditions as S3 has them."""
 
     def __init__(self) -> None:
@@ -37,10 +37,10 @@ class Memory(Documents):
     async def write(self, name: str, body: bytes) -> None:
         self._written("write", name, body, may=True)
 
-    async def read(self, name: str) -> Document | None:
+    async def read(self, name: str) -> StoredObject | None:
         self._asked("read", name)
         found = self.objects.get(name)
-        return Document(found[0], etag_of(found[0]), time.monotonic() - found[1]) if found else None
+        return StoredObject(found[0], etag_of(found[0]), time.monotonic() - found[1]) if found else None
 
     async def delete(self, name: str, etag: str | None = None) -> None:
         self._asked("delete", name)
@@ -77,7 +77,7 @@ def down() -> DependencyDownError:
 
 
 @pytest.fixture
-def documents(monkeypatch: pytest.MonkeyPatch) -> Memory:
+def objects(monkeypatch: pytest.MonkeyPatch) -> Memory:
     monkeypatch.setattr(rooms, "FIRST_LOOK_S", 0.01)
     monkeypatch.setattr(rooms, "LONGEST_LOOK_S", 0.02)
     monkeypatch.setattr(rooms, "KEEP_PAUSE_S", 0.01)
@@ -86,11 +86,11 @@ def documents(monkeypatch: pytest.MonkeyPatch) -> Memory:
     return Memory()
 
 
-def a_worker(documents: Memory, *, claims_last_s: float = 600.0) -> AnswerStore:
-    return AnswerStore(documents, claims_last_s=claims_last_s)
+def a_worker(objects: Memory, *, claims_last_s: float = 600.0) -> ResultStore:
+    return ResultStore(objects, claims_last_s=claims_last_s)
 
 
-def living(store: AnswerStore) -> asyncio.Task[None]:
+def living(store: ResultStore) -> asyncio.Task[None]:
     """What runs beside the jobs, until it is cancelled."""
 
     async def live() -> None:
@@ -99,7 +99,7 @@ def living(store: AnswerStore) -> asyncio.Task[None]:
     return asyncio.create_task(live())
 
 
-async def ask(store: AnswerStore, answer: bytes, name: str = "job") -> tuple[bytes | None, bytes | None]:
+async def ask(store: ResultStore, answer: bytes, name: str = "job") -> tuple[bytes | None, bytes | None]:
     """What was there already, and what is there after this worker came with its answer."""
     async with asyncio.timeout(PATIENCE_S), store.claimed(name) as claim:
         if claim.answer is not None:
@@ -107,43 +107,43 @@ async def ask(store: AnswerStore, answer: bytes, name: str = "job") -> tuple[byt
         return None, await claim.keep(answer)
 
 
-async def test_the_first_one_asks_and_the_second_gets_the_answer(documents: Memory) -> None:
-    assert await ask(a_worker(documents), b"cat") == (None, b"cat")
-    assert await ask(a_worker(documents), b"dog") == (b"cat", None)
-    assert await ask(a_worker(documents), b"dog", "another job") == (None, b"dog")
+async def test_the_first_one_asks_and_the_second_gets_the_answer(objects: Memory) -> None:
+    assert await ask(a_worker(objects), b"cat") == (None, b"cat")
+    assert await ask(a_worker(objects), b"dog") == (b"cat", None)
+    assert await ask(a_worker(objects), b"dog", "another job") == (None, b"dog")
 
 
-async def test_a_worker_that_lives_is_waited_for(documents: Memory) -> None:
-    first, second = a_worker(documents), a_worker(documents)
+async def test_a_worker_that_lives_is_waited_for(objects: Memory) -> None:
+    first, second = a_worker(objects), a_worker(objects)
     life = living(first)
     async with first.claimed("job") as claim:
         waiting = asyncio.create_task(ask(second, b"dog"))
-        await documents.is_asked("read jobs", 10)
+        await objects.is_asked("read jobs", 10)
         assert not waiting.done()
         await claim.keep(b"cat")
     assert await waiting == (b"cat", None)
     life.cancel()
 
 
-async def test_within_one_worker_the_second_waits_without_asking_the_store(documents: Memory) -> None:
-    store = a_worker(documents)
+async def test_within_one_worker_the_second_waits_without_asking_the_store(objects: Memory) -> None:
+    store = a_worker(objects)
     async with store.claimed("job") as claim:
         waiting = asyncio.create_task(ask(store, b"dog"))
         await asyncio.sleep(0)
-        asked = len(documents.asked)
+        asked = len(objects.asked)
         await asyncio.sleep(0.1)
-        assert len(documents.asked) == asked
+        assert len(objects.asked) == asked
         await claim.keep(b"cat")
     assert await waiting == (b"cat", None)
 
 
 @pytest.mark.parametrize("how", ["silent for long", "its life was taken away", "far too old a claim"])
 async def test_a_dead_worker_s_claim_is_taken_over(
-    documents: Memory, monkeypatch: pytest.MonkeyPatch, how: str
+    objects: Memory, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    dead = a_worker(documents)
+    dead = a_worker(objects)
     await dead.claimed("job").__aenter__()
-    heir = a_worker(documents, claims_last_s=0.1 if how == "far too old a claim" else 600)
+    heir = a_worker(objects, claims_last_s=0.1 if how == "far too old a claim" else 600)
     monkeypatch.setattr(rooms, "DEAD_AFTER_S", 0.1 if how == "silent for long" else 20)
     if how == "its life was taken away":
         await dead.close()
@@ -152,25 +152,25 @@ async def test_a_dead_worker_s_claim_is_taken_over(
     assert await ask(heir, b"dog") == (None, b"dog")
 
 
-async def test_of_two_heirs_only_one_asks(documents: Memory) -> None:
-    dead = a_worker(documents)
+async def test_of_two_heirs_only_one_asks(objects: Memory) -> None:
+    dead = a_worker(objects)
     await dead.claimed("job").__aenter__()
     await dead.close()
-    ends = await asyncio.gather(*(ask(a_worker(documents), b"%d" % n) for n in range(5)))
+    ends = await asyncio.gather(*(ask(a_worker(objects), b"%d" % n) for n in range(5)))
     assert sorted(there is None for there, _ in ends) == [False] * 4 + [True]
     assert len({there or kept for there, kept in ends}) == 1
 
 
-async def test_a_worker_taken_for_dead_gets_the_answer_of_its_heir(documents: Memory) -> None:
-    slow, heir = a_worker(documents), a_worker(documents)
+async def test_a_worker_taken_for_dead_gets_the_answer_of_its_heir(objects: Memory) -> None:
+    slow, heir = a_worker(objects), a_worker(objects)
     async with slow.claimed("job") as claim:
         await slow.close()
         assert await ask(heir, b"dog") == (None, b"dog")
         assert await claim.keep(b"cat") == b"dog"
 
 
-async def test_an_heir_that_is_slower_gets_the_answer_of_the_worker_taken_for_dead(documents: Memory) -> None:
-    slow, heir = a_worker(documents), a_worker(documents)
+async def test_an_heir_that_is_slower_gets_the_answer_of_the_worker_taken_for_dead(objects: Memory) -> None:
+    slow, heir = a_worker(objects), a_worker(objects)
     async with slow.claimed("job") as claim:
         await slow.close()
         async with heir.claimed("job") as heirs:
@@ -179,135 +179,135 @@ async def test_an_heir_that_is_slower_gets_the_answer_of_the_worker_taken_for_de
             assert await heirs.keep(b"dog") == b"cat"
 
 
-async def test_a_job_without_an_answer_leaves_no_claim(documents: Memory) -> None:
-    first, second = a_worker(documents), a_worker(documents)
+async def test_a_job_without_an_answer_leaves_no_claim(objects: Memory) -> None:
+    first, second = a_worker(objects), a_worker(objects)
     with pytest.raises(ValueError, match="no such image"):
         async with first.claimed("job"):
             raise ValueError("no such image")
     assert await ask(second, b"cat") == (None, b"cat")
 
 
-async def test_a_claim_that_could_not_be_given_up_is_given_up_later(documents: Memory) -> None:
-    first, second = a_worker(documents), a_worker(documents)
-    documents.fails = lambda method, name: method == "delete" and name.startswith("jobs/")
+async def test_a_claim_that_could_not_be_given_up_is_given_up_later(objects: Memory) -> None:
+    first, second = a_worker(objects), a_worker(objects)
+    objects.fails = lambda method, name: method == "delete" and name.startswith("jobs/")
     async with first.claimed("job"):
         pass
-    documents.fails = lambda _method, _name: False
+    objects.fails = lambda _method, _name: False
     life = living(first)
     async with first.claimed("another job, so that it is seen to live"):
         assert await ask(second, b"cat") == (None, b"cat")
     life.cancel()
 
 
-async def test_a_claim_whose_answer_was_lost_is_this_worker_s_own(documents: Memory) -> None:
-    store = a_worker(documents)
-    documents.forgets = lambda method, name: method == "create" and name.startswith("jobs/")
+async def test_a_claim_whose_answer_was_lost_is_this_worker_s_own(objects: Memory) -> None:
+    store = a_worker(objects)
+    objects.forgets = lambda method, name: method == "create" and name.startswith("jobs/")
     with pytest.raises(DependencyDownError):
         await ask(store, b"cat")
-    documents.forgets = lambda _method, _name: False
+    objects.forgets = lambda _method, _name: False
     assert await ask(store, b"cat") == (None, b"cat")
 
 
-async def test_an_answer_whose_receipt_was_lost_is_kept_once(documents: Memory) -> None:
-    store, lost = a_worker(documents), [True]
-    documents.forgets = lambda method, name: name == "jobs/job" and method == "replace" and lost.pop(0)
+async def test_an_answer_whose_receipt_was_lost_is_kept_once(objects: Memory) -> None:
+    store, lost = a_worker(objects), [True]
+    objects.forgets = lambda method, name: name == "jobs/job" and method == "replace" and lost.pop(0)
     async with store.claimed("job") as claim:
         lost.append(False)
         assert await claim.keep(b"cat") == b"cat"
-    assert documents.objects["jobs/job"][0] == b"cat"
+    assert objects.objects["jobs/job"][0] == b"cat"
 
 
-async def test_an_answer_that_cannot_be_kept_is_handed_on_and_its_claim_given_up(documents: Memory) -> None:
-    store = a_worker(documents)
-    documents.fails = lambda method, name: method == "replace" and name == "jobs/job"
+async def test_an_answer_that_cannot_be_kept_is_handed_on_and_its_claim_given_up(objects: Memory) -> None:
+    store = a_worker(objects)
+    objects.fails = lambda method, name: method == "replace" and name == "jobs/job"
     assert await ask(store, b"cat") == (None, b"cat")
-    assert "jobs/job" not in documents.objects
+    assert "jobs/job" not in objects.objects
 
 
-async def test_a_store_that_heeds_no_condition_is_refused(documents: Memory) -> None:
+async def test_a_store_that_heeds_no_condition_is_refused(objects: Memory) -> None:
     async def create(name: str, body: bytes) -> str:
-        await documents.write(name, body)
+        await objects.write(name, body)
         return "etag"
 
-    documents.create = create  # type: ignore[method-assign]
+    objects.create = create  # type: ignore[method-assign]
     with pytest.raises(DependencyDownError, match="If-None-Match"):
-        await ask(a_worker(documents), b"cat")
-    assert "jobs/job" not in documents.objects
+        await ask(a_worker(objects), b"cat")
+    assert "jobs/job" not in objects.objects
 
 
-async def test_a_fresh_job_costs_one_small_request_and_one_that_keeps_its_answer(documents: Memory) -> None:
-    store = a_worker(documents)
+async def test_a_fresh_job_costs_one_small_request_and_one_that_keeps_its_answer(objects: Memory) -> None:
+    store = a_worker(objects)
     await ask(store, b"cat", "the first")
-    documents.asked.clear()
+    objects.asked.clear()
     await ask(store, b"cat", "the second")
-    assert documents.asked == ["create jobs", "replace jobs"]
+    assert objects.asked == ["create jobs", "replace jobs"]
 
 
-async def test_a_life_is_shown_while_there_are_claims_and_not_otherwise(documents: Memory) -> None:
-    store = a_worker(documents)
+async def test_a_life_is_shown_while_there_are_claims_and_not_otherwise(objects: Memory) -> None:
+    store = a_worker(objects)
     life = living(store)
     await asyncio.sleep(0.2)
-    assert documents.asked == []
+    assert objects.asked == []
     async with store.claimed("job"):
-        await documents.is_asked("write workers", 2)
+        await objects.is_asked("write workers", 2)
     life.cancel()
 
 
-async def test_a_store_out_of_reach_does_not_end_the_worker(documents: Memory) -> None:
-    store = a_worker(documents)
+async def test_a_store_out_of_reach_does_not_end_the_worker(objects: Memory) -> None:
+    store = a_worker(objects)
     life = living(store)
     async with store.claimed("job"):
-        documents.fails = lambda _method, _name: True
-        await documents.is_asked("write workers", 2)
+        objects.fails = lambda _method, _name: True
+        await objects.is_asked("write workers", 2)
     assert not life.done()
     life.cancel()
     await store.close()
 
 
 async def test_many_claims_left_behind_and_a_slow_s3_do_not_keep_a_worker_from_showing_that_it_lives(
-    documents: Memory,
+    objects: Memory,
 ) -> None:
-    store, is_slow = a_worker(documents), asyncio.Event()
-    documents.fails = lambda method, name: method == "delete" and name.startswith("jobs/")
+    store, is_slow = a_worker(objects), asyncio.Event()
+    objects.fails = lambda method, name: method == "delete" and name.startswith("jobs/")
     await asyncio.gather(*[_left_behind(store, f"job {n}") for n in range(5)])
-    documents.fails = lambda _method, _name: False
+    objects.fails = lambda _method, _name: False
 
-    async def read(name: str) -> Document | None:
+    async def read(name: str) -> StoredObject | None:
         assert name.startswith("jobs/")
         is_slow.set()
         await asyncio.Event().wait()
         return None
 
-    documents.read = read  # type: ignore[method-assign]
+    objects.read = read  # type: ignore[method-assign]
     life = living(store)
     async with asyncio.timeout(PATIENCE_S):
         await is_slow.wait()
     async with store.claimed("another job"):
-        await documents.is_asked("write workers", 2)
+        await objects.is_asked("write workers", 2)
     life.cancel()
 
 
-async def _left_behind(store: AnswerStore, name: str) -> None:
+async def _left_behind(store: ResultStore, name: str) -> None:
     async with store.claimed(name):
         pass
 
 
-async def test_an_answer_outlives_even_a_bug_of_the_store(documents: Memory) -> None:
-    store = a_worker(documents)
+async def test_an_answer_outlives_even_a_bug_of_the_store(objects: Memory) -> None:
+    store = a_worker(objects)
     async with store.claimed("job") as claim:
-        documents.objects["jobs/job"] = b"another's", time.monotonic()
-        documents.read = None  # type: ignore[method-assign, assignment]
+        objects.objects["jobs/job"] = b"another's", time.monotonic()
+        objects.read = None  # type: ignore[method-assign, assignment]
         assert await claim.keep(b"cat") == b"cat"
 
 
-async def test_who_may_not_wait_for_another_worker_does_not(documents: Memory) -> None:
-    first, second = a_worker(documents), a_worker(documents)
+async def test_who_may_not_wait_for_another_worker_does_not(objects: Memory) -> None:
+    first, second = a_worker(objects), a_worker(objects)
 
     def may_wait() -> None:
-        raise GateClosedError("the worker stops")
+        raise AdmissionClosedError("the worker stops")
 
     async with first.claimed("job"):
-        with pytest.raises(GateClosedError):
+        with pytest.raises(AdmissionClosedError):
             async with second.claimed("job", may_wait):
                 pass
         # What nobody is at may be claimed all the same.
@@ -316,9 +316,9 @@ async def test_who_may_not_wait_for_another_worker_does_not(documents: Memory) -
 
 
 async def test_a_store_in_which_nothing_may_be_deleted_is_refused_before_a_call_is_paid(
-    documents: Memory,
+    objects: Memory,
 ) -> None:
-    documents.fails = lambda method, _: method == "delete"
+    objects.fails = lambda method, _: method == "delete"
     with pytest.raises(DependencyDownError):
-        await ask(a_worker(documents), b"cat")
-    assert "jobs/job" not in documents.objects
+        await ask(a_worker(objects), b"cat")
+    assert "jobs/job" not in objects.objects

@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from worker.cancellation import Cancellations
 from worker.errors import Dependency, DependencyDownError, JobError
-from worker.s3.documents import Documents
-from worker.tombstones import FOLDER, Tombstones
+from worker.jobs.cancellation import Cancellations
+from worker.result_store.cancelled_jobs import FOLDER, CancelledJobs
+from worker.s3.conditional_store import ConditionalStore
 
 
-class Slow(Documents):
+class Slow(ConditionalStore):
     """Takes an object when it is let; lists what `names` has, or refuses."""
 
     def __init__(self) -> None:
@@ -32,41 +32,41 @@ class Slow(Documents):
 
 
 async def test_cancellations_that_come_while_one_is_written_are_all_kept() -> None:
-    documents = Slow()
-    tombstones = Tombstones(documents, Cancellations())
-    tombstones.add("first")
-    catching_up = asyncio.create_task(tombstones.catch_up())
+    objects = Slow()
+    cancelled_jobs = CancelledJobs(objects, Cancellations())
+    cancelled_jobs.add("first")
+    catching_up = asyncio.create_task(cancelled_jobs.catch_up())
     for name in ("second", "third", "fourth"):
         await asyncio.sleep(0)
-        tombstones.add(name)
-        documents.may_write.release()
-    documents.may_write.release()
+        cancelled_jobs.add(name)
+        objects.may_write.release()
+    objects.may_write.release()
     async with asyncio.timeout(10):
         await catching_up
-    assert documents.written == [f"{FOLDER}{name}" for name in ("first", "second", "third", "fourth")]
+    assert objects.written == [f"{FOLDER}{name}" for name in ("first", "second", "third", "fourth")]
 
 
 async def test_what_is_new_is_kept_even_where_nothing_may_be_listed() -> None:
-    documents = Slow()
-    documents.there = None
-    tombstones = Tombstones(documents, Cancellations())
-    tombstones.add("first")
-    documents.may_write.release()
+    objects = Slow()
+    objects.there = None
+    cancelled_jobs = CancelledJobs(objects, Cancellations())
+    cancelled_jobs.add("first")
+    objects.may_write.release()
     with pytest.raises(DependencyDownError):
-        await tombstones.catch_up()
-    assert documents.written == [f"{FOLDER}first"]
+        await cancelled_jobs.catch_up()
+    assert objects.written == [f"{FOLDER}first"]
 
 
 async def test_what_was_cancelled_while_nobody_listened_is_heeded() -> None:
-    documents, cancellations = Slow(), Cancellations()
+    objects, cancellations = Slow(), Cancellations()
     other = Cancellations()
     other.heard("invoice-4711")
-    tombstones = Tombstones(documents, cancellations)
-    other.keep_with(tombstones)
-    documents.may_write.release()
-    await tombstones.catch_up()
-    documents.there = [name.removeprefix(FOLDER) for name in documents.written]
-    tombstones.look_again()
-    await tombstones.catch_up()
+    cancelled_jobs = CancelledJobs(objects, cancellations)
+    other.keep_with(cancelled_jobs)
+    objects.may_write.release()
+    await cancelled_jobs.catch_up()
+    objects.there = [name.removeprefix(FOLDER) for name in objects.written]
+    cancelled_jobs.look_again()
+    await cancelled_jobs.catch_up()
     with pytest.raises(JobError), cancellations.heeded("invoice-4711"):
         pass

@@ -8,10 +8,10 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker import metrics
-from worker.cli.top import shown
+from worker.cli.top import render
 from worker.cli.top.figures import WINDOW_S, Fleet, FleetFigures, Latencies, Sample, quantile, read_sample
 from worker.cli.top.workers import DEFAULT_PORT, WorkerUrl
+from worker.observability import metrics
 from worker.settings import Settings
 
 NOW = datetime(2030, 1, 31, 12, 0, tzinfo=UTC)
@@ -170,7 +170,7 @@ def test_a_quantile_lies_in_the_bucket_where_it_is(values: list[float], share: f
 # Shown
 
 
-QUEUES = shown.QueueFigures(jobs=1200, retries=3, results=1, dead=2, consumers=4)
+QUEUES = render.QueueFigures(jobs=1200, retries=3, results=1, dead=2, consumers=4)
 
 
 def fleet_figures(**changed: object) -> FleetFigures:
@@ -189,7 +189,7 @@ def fleet_figures(**changed: object) -> FleetFigures:
 
 
 def test_a_line_says_it_all() -> None:
-    line = shown.line(shown.Figures("vqa.jobs", QUEUES, "", fleet_figures()), NOW)
+    line = render.line(render.Figures("vqa.jobs", QUEUES, "", fleet_figures()), NOW)
     assert line.partition(" ")[2].split(" · ") == [
         "queues 1,200 waiting, 3 for their next attempt, 2 dead, results: 1, 4 consumers",
         "workers 3 answering, 1 silent (10.0.0.9:8080)",
@@ -202,16 +202,16 @@ def test_a_line_says_it_all() -> None:
 
 
 def test_without_workers_only_the_queues_are_told_and_a_broker_in_trouble_is() -> None:
-    assert shown.line(shown.Figures("q", QUEUES, "", None), NOW).count("·") == 0
-    unseen = shown.line(shown.Figures("q", shown.QueueFigures(jobs=7), "", None), NOW)
+    assert render.line(render.Figures("q", QUEUES, "", None), NOW).count("·") == 0
+    unseen = render.line(render.Figures("q", render.QueueFigures(jobs=7), "", None), NOW)
     assert "queues 7 waiting, ? for their next attempt, ? dead, results: ?, 0 consumers" in unseen
-    line = shown.line(shown.Figures("q", None, "it is away", fleet_figures()), NOW)
+    line = render.line(render.Figures("q", None, "it is away", fleet_figures()), NOW)
     assert "queues it is away · workers" in line
     assert "the rest in" not in line
 
 
 def test_programs_get_numbers() -> None:
-    told = shown.in_json(shown.Figures("q", QUEUES, "", fleet_figures(per_s=None)), NOW)
+    told = render.in_json(render.Figures("q", QUEUES, "", fleet_figures(per_s=None)), NOW)
     assert told["at"] == "2030-01-31T12:00:00.000Z"
     assert told["queues"] == {"jobs": 1200, "retries": 3, "results": 1, "dead": 2, "consumers": 4}
     assert told["workers"]["per_s"] is None

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pamqp.commands import Basic
 
 from tests.unit.amqp import delivered, received, short, table
-from worker.delivery import Delivery
-from worker.rabbit import wire
+from worker.jobs.delivery import Delivery
+from worker.rabbitmq import properties
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -24,7 +24,7 @@ PARENT = "b7ad6b7169203331"
 @pytest.fixture(scope="module", autouse=True)
 def _tolerant_decoders() -> Iterator[None]:
     before = dict(pamqp.decode.METHODS)
-    wire.install_tolerant_decoders()
+    properties.install_tolerant_decoders()
     yield
     pamqp.decode.METHODS.update(before)
 
@@ -123,7 +123,7 @@ def test_a_header_that_cannot_be_read_takes_the_others_along_and_no_property() -
 
 def test_decoders_are_installed_once_however_often_it_is_asked() -> None:
     before = dict(pamqp.decode.METHODS)
-    wire.install_tolerant_decoders()
+    properties.install_tolerant_decoders()
     assert before == pamqp.decode.METHODS
 
 
@@ -139,8 +139,9 @@ def with_headers(**headers: Any) -> Delivery:
 @pytest.mark.parametrize(
     ("value", "counted"),
     [
-        (0, 0), (1, 1), (7, 7), (wire.MAX_ATTEMPTS_BELIEVED, wire.MAX_ATTEMPTS_BELIEVED),
-        (wire.MAX_ATTEMPTS_BELIEVED + 1, 0), (2**62, 0), (-1, 0), (True, 0), ("3", 0), (3.0, 0), (None, 0),
+        (0, 0), (1, 1), (7, 7), (properties.MAX_ATTEMPTS_BELIEVED, properties.MAX_ATTEMPTS_BELIEVED),
+        (properties.MAX_ATTEMPTS_BELIEVED + 1, 0), (2**62, 0), (-1, 0), (True, 0),
+        ("3", 0), (3.0, 0), (None, 0),
         ([3], 0), ({"a": 3}, 0), (bytearray(b"3"), 0), (Decimal(3), 0),
     ],
 )  # fmt: skip
@@ -216,7 +217,7 @@ NOW = datetime(2030, 1, 1, tzinfo=UTC)
 def test_the_time_in_the_queue_is_never_negative(
     enqueued_ms: int | None, timestamp: datetime | None, seconds: float | None
 ) -> None:
-    assert wire.queued_s(enqueued_ms, timestamp, NOW) == seconds
+    assert properties.queued_s(enqueued_ms, timestamp, NOW) == seconds
 
 
 def test_the_brokers_own_time_comes_before_the_publishers() -> None:
@@ -241,8 +242,8 @@ def test_the_brokers_own_time_comes_before_the_publishers() -> None:
 )
 def test_a_trace_is_continued(traceparent: str) -> None:
     headers = {"traceparent": traceparent, "tracestate": "a=1,b=2", "other": "x"}
-    assert wire.trace_headers(headers) == {"traceparent": traceparent, "tracestate": "a=1,b=2"}
-    assert wire.trace_headers({"traceparent": traceparent}) == {"traceparent": traceparent}
+    assert properties.trace_headers(headers) == {"traceparent": traceparent, "tracestate": "a=1,b=2"}
+    assert properties.trace_headers({"traceparent": traceparent}) == {"traceparent": traceparent}
 
 
 @pytest.mark.parametrize(
@@ -255,11 +256,11 @@ def test_a_trace_is_continued(traceparent: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_trace_is_dropped_with_its_state(traceparent: Any) -> None:
-    assert wire.trace_headers({"traceparent": traceparent, "tracestate": "a=1"}) == {}
+    assert properties.trace_headers({"traceparent": traceparent, "tracestate": "a=1"}) == {}
 
 
 @pytest.mark.parametrize("tracestate", [5, None, "a=1\n", "a=\x00", "a=" + "x" * 511, b"a=1"])
 def test_a_broken_trace_state_costs_no_trace(tracestate: Any) -> None:
     traceparent = f"00-{TRACE}-{PARENT}-01"
     headers = {"traceparent": traceparent, "tracestate": tracestate}
-    assert wire.trace_headers(headers) == {"traceparent": traceparent}
+    assert properties.trace_headers(headers) == {"traceparent": traceparent}

@@ -8,17 +8,17 @@ import typer
 
 from worker import __version__
 from worker.cli.check import commands as check
-from worker.cli.dead import commands as dead
+from worker.cli.dlq import commands as dead
 from worker.cli.results import results
 from worker.cli.shell import Json, add
-from worker.cli.submit import submit
+from worker.cli.submit.commands import submit
 from worker.cli.top import commands as top
 
 # What works without this shell too: takes arguments, returns the exit code.
 Basics = Callable[[Sequence[str]], int]
 
 
-class Document(StrEnum):
+class StoredObject(StrEnum):
     """What `schema` can print."""
 
     JOB = "job"
@@ -95,7 +95,7 @@ def _add_basics(app: typer.Typer, basics: Basics) -> None:
     add(topology, "apply", apply)
     app.add_typer(topology, name="topology")
 
-    def schema(document: Annotated[Document | None, DOCUMENT] = None, as_json: Json = False) -> int:
+    def schema(document: Annotated[StoredObject | None, DOCUMENT] = None, as_json: Json = False) -> int:
         """Print the JSON Schemas of jobs and results, and an AsyncAPI 3 document of the worker.
 
         - `vqa-worker schema job > job.schema.json`

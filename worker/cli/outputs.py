@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from worker.cli import batch
-from worker.cli.manifest import Kept, Manifest, Received
 from worker.cli.shell import Screen
-from worker.cli.sources import FORMS_BY_SUFFIX, Form
+from worker.cli.submit import batch
+from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Form
+from worker.cli.submit.manifest import Kept, Manifest, Received
 
 _COLUMNS: Final = (
     "id",

@@ -18,9 +18,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from worker.cli.estimate import dollars
-from worker.cli.manifest import Counts
 from worker.cli.shell import Screen
+from worker.cli.submit.estimate import dollars
+from worker.cli.submit.manifest import Counts
 
 DRAWN_EACH_S: Final = 0.25
 

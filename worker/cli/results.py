@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli import places
+from worker.cli import state_dir
 from worker.cli.shell import (
     DEFAULT_PATIENCE_S,
     EXIT_OK,
@@ -18,15 +18,15 @@ from worker.cli.shell import (
     counted,
     read,
 )
-from worker.cli.submit import ErrorsPath, OutputForm, OutputPath
+from worker.cli.submit.commands import ErrorsPath, OutputForm, OutputPath
 
 if TYPE_CHECKING:
-    from worker.cli.manifest import Manifest
-    from worker.rabbit.connection import Broker
+    from worker.cli.submit.manifest import Manifest
+    from worker.rabbitmq.session import Broker
 
 
 def _known_names() -> list[str]:
-    return places.names()
+    return state_dir.names()
 
 
 async def results(
@@ -67,12 +67,12 @@ async def results(
         return _list(screen)
     if now and within is not None:
         raise UsageError("--now and --within don't go together")
-    from worker.cli.harvest import Harvest
     from worker.cli.outputs import Output
+    from worker.cli.submit.collect import Harvest
     from worker.settings import load_command_settings
 
     settings = read(load_command_settings, screen)
-    manifest = places.find(name)
+    manifest = state_dir.find(name)
     try:
         broker = broker_of(settings)
         with manifest.locked("gathering"):
@@ -89,8 +89,8 @@ async def results(
 
 def _list(screen: Screen) -> int:
     """Say which submissions there are."""
-    for name in (names := places.names()):
-        manifest = places.find(name)
+    for name in (names := state_dir.names()):
+        manifest = state_dir.find(name)
         counts, head = manifest.counts(), manifest.head()
         manifest.close()
         screen.emit(
@@ -110,7 +110,7 @@ def _list(screen: Screen) -> int:
             f" {counts.succeeded:,} answered, {counts.failed:,} failed, {counts.missing:,} missing"
         )
     if not names:
-        screen.note(f"no submissions in {places.folder()}")
+        screen.note(f"no submissions in {state_dir.folder()}")
     return EXIT_OK
 
 
@@ -128,7 +128,7 @@ def _check(manifest: "Manifest", broker: str, screen: Screen) -> None:
 
 
 async def _forget(manifest: "Manifest", broker: "Broker", screen: Screen, patience_s: float) -> int:
-    from worker.rabbit.replies import delete_queue
+    from worker.rabbitmq.replies import delete_queue
 
     head, missing = manifest.head(), manifest.counts().missing
     if head["is_private"]:

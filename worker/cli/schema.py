@@ -13,10 +13,10 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaV
 from pydantic_core import core_schema
 
 from worker import __version__
-from worker.job import Job
-from worker.rabbit import messages, wire
-from worker.rabbit.topology import QueueSpec, Topology
-from worker.result import Result
+from worker.messages.job import Job
+from worker.messages.result import Result
+from worker.rabbitmq import messages, properties
+from worker.rabbitmq.topology import QueueSpec, Topology
 from worker.settings import BrokerSettings
 
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
@@ -24,11 +24,11 @@ ASYNCAPI: Final = "3.0.0"
 BINDINGS: Final = "0.3.0"
 
 _TRACE: Final = {
-    wire.TRACEPARENT: {"type": "string", "description": "W3C Trace Context."},
-    wire.TRACESTATE: {"type": "string", "description": "W3C Trace Context."},
+    properties.TRACEPARENT: {"type": "string", "description": "W3C Trace Context."},
+    properties.TRACESTATE: {"type": "string", "description": "W3C Trace Context."},
 }
 _ENQUEUED: Final = {
-    wire.ENQUEUED_HEADER: {
+    properties.ENQUEUED_HEADER: {
         "type": "integer",
         "description": "When the job was published, in Unix milliseconds; set by RabbitMQ's interceptor.",
     }
@@ -178,8 +178,8 @@ def _messages() -> dict[str, Any]:
     died = {
         messages.ERROR_CODE_HEADER: {"type": "string", "description": "The error's code."},
         messages.ERROR_MESSAGE_HEADER: {"type": "string", "description": "The last fault, for a person."},
-        wire.ATTEMPTS_HEADER: {"type": "integer", "description": "How many attempts were counted."},
-        wire.DIED_AT_HEADER: {"type": "string", "format": "date-time", "description": "When it died."},
+        properties.ATTEMPTS_HEADER: {"type": "integer", "description": "How many attempts were counted."},
+        properties.DIED_AT_HEADER: {"type": "string", "format": "date-time", "description": "When it died."},
     }
     undeliverable = {
         messages.UNDELIVERABLE_HEADER: {
@@ -230,6 +230,6 @@ def _schemas() -> dict[str, Any]:
 
 def show(settings: BrokerSettings, what: str | None, *, compact: bool) -> str:
     """`job`, `result` or `asyncapi`, or all of them under their names."""
-    documents = {"job": job_schema(), "result": result_schema(), "asyncapi": asyncapi(settings)}
-    document = documents[what] if what else documents
+    objects = {"job": job_schema(), "result": result_schema(), "asyncapi": asyncapi(settings)}
+    document = objects[what] if what else objects
     return json.dumps(document, ensure_ascii=False, indent=None if compact else 2)

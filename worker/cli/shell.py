@@ -43,7 +43,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from worker.rabbit.connection import Broker
+    from worker.rabbitmq.session import Broker
     from worker.settings import BrokerSettings
 
 EXIT_OK: Final = 0
@@ -164,8 +164,8 @@ def read(load: Callable[[], Kind], screen: Screen) -> Kind:
     Raises:
         SettingsError: some are wrong.
     """
-    from worker.logs import configure_logging
-    from worker.redact import Redactor
+    from worker.observability.logs import configure_logging
+    from worker.observability.redaction import Redactor
 
     settings = load()
     screen.note(*settings.strays)
@@ -178,7 +178,7 @@ def broker_of(settings: "BrokerSettings") -> "Broker":
     """The broker that the settings name."""
     import socket
 
-    from worker.rabbit.connection import Broker
+    from worker.rabbitmq.session import Broker
     from worker.settings import broker_ssl_context
 
     return Broker(
@@ -251,10 +251,10 @@ def _told(error: BaseException) -> tuple[Sequence[str], int]:
     if isinstance(error, CommandError):
         return error.lines, error.code
     from worker.errors import DependencyDownError
-    from worker.logs import describe_bug
-    from worker.rabbit.connection import BrokerRefusedError, BrokerUnreachableError
-    from worker.rabbit.publisher import RefusedError
-    from worker.rabbit.topology import TopologyError
+    from worker.observability.logs import describe_exception
+    from worker.rabbitmq.publisher import RefusedError
+    from worker.rabbitmq.session import BrokerRefusedError, BrokerUnreachableError
+    from worker.rabbitmq.topology import TopologyError
     from worker.s3.aws import S3ConfigurationError
     from worker.settings import SettingsError
 
@@ -271,4 +271,4 @@ def _told(error: BaseException) -> tuple[Sequence[str], int]:
             return [f"{error.filename}: {error.strerror}"], EXIT_FAILURE
         case KeyboardInterrupt():
             return [], EXIT_INTERRUPTED
-    return [f"vqa-worker has a bug, please report it: {describe_bug(error)}"], EXIT_FAILURE
+    return [f"vqa-worker has a bug, please report it: {describe_exception(error)}"], EXIT_FAILURE

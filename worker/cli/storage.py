@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from worker.cli.manifest import Manifest
 from worker.cli.shell import CommandError
+from worker.cli.submit.manifest import Manifest
 from worker.images.content import media_type
 from worker.s3.aws import Aws, Endpoint, S3Object
 from worker.s3.client import S3

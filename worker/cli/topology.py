@@ -5,8 +5,8 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from worker.rabbit.connection import Broker
-from worker.rabbit.topology import Part, Topology, create
+from worker.rabbitmq.session import Broker
+from worker.rabbitmq.topology import Part, Topology, create
 from worker.settings import BrokerSettings, broker_ssl_context
 
 Definitions = dict[str, list[dict[str, Any]]]

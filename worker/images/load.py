@@ -6,19 +6,19 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass
 from typing import Self, assert_never
 
-from worker import metrics
 from worker.errors import ErrorCode, JobError, TransientError
-from worker.images.budget import Budget, Share
+from worker.images.coalesced_reads import CoalescedReads
 from worker.images.content import SIGNATURE_BYTES, media_type
 from worker.images.encoding import EncodedStream, decode_slices, encode, encoded_length, later
-from worker.images.shared import SharedReads
+from worker.images.memory_budget import MemoryBudget, Reservation
 from worker.images.source import Embedded, Link, Source, SourcePolicy, parse_source
-from worker.job import ImageRef, json_text
-from worker.redact import display_url
+from worker.messages.job import ImageRef, json_text
+from worker.observability import metrics
+from worker.observability.redaction import display_url
+from worker.observability.tracing import spans
 from worker.s3.aws import S3Object
-from worker.s3.client import S3, Reading
+from worker.s3.client import S3, ObjectStream
 from worker.settings.model import IMAGE_ON_ITS_WAY_BYTES
-from worker.tracing import spans
 
 # An image up to this size is read before the call is made and goes out in one write; larger ones are read
 # while they are sent.
@@ -26,7 +26,7 @@ SMALL_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class ImageSource:
     """An image of a job: how messages call it, and where it is."""
 
     name: str
@@ -79,9 +79,9 @@ class UrlStream:
 class OpenImages:
     """The images of one call, ready to be sent."""
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: Reservation) -> None:
         self.urls: list[UrlText | UrlStream] = []
-        self.readings: list[Reading] = []
+        self.readings: list[ObjectStream] = []
         self.inline_bytes = 0
         self._share = share
 
@@ -117,10 +117,10 @@ class Images:
         self._policy = policy
         self._max_bytes = max_bytes
         self._max_per_job = max_per_job
-        self._budget = Budget(buffer_bytes)
-        self._reads = SharedReads(s3.open, self._budget, own_bytes=IMAGE_ON_ITS_WAY_BYTES)
+        self._budget = MemoryBudget(buffer_bytes)
+        self._reads = CoalescedReads(s3.open, self._budget, own_bytes=IMAGE_ON_ITS_WAY_BYTES)
 
-    def check(self, refs: Sequence[ImageRef], body: bytes) -> list[Located]:
+    def check(self, refs: Sequence[ImageRef], body: bytes) -> list[ImageSource]:
         """Tell where each image is, before anything is fetched or paid for.
 
         What is returned refers to the message's `body` and holds no copy of a data URL in it.
@@ -136,16 +136,16 @@ class Images:
         located = []
         for ref in refs:
             name = name_of(ref)
-            located.append(Located(name, parse_source(ref.url, name, self._policy, body)))
+            located.append(ImageSource(name, parse_source(ref.url, name, self._policy, body)))
         return located
 
-    def room(self, images: Sequence[Located]) -> AbstractAsyncContextManager[Share]:
+    def room(self, images: Sequence[ImageSource]) -> AbstractAsyncContextManager[Reservation]:
         """Wait for room in the buffer for a job's images, and hold it."""
         inline = sum(not self._is_link(image.source) for image in images)
         return self._budget.share(inline * IMAGE_ON_ITS_WAY_BYTES)
 
     @asynccontextmanager
-    async def open(self, images: Sequence[Located], room: Share) -> AsyncIterator[OpenImages]:
+    async def open(self, images: Sequence[ImageSource], room: Reservation) -> AsyncIterator[OpenImages]:
         """Open all images of a job, in order; what they don't need of their room is given back.
 
         Raises:
@@ -165,7 +165,7 @@ class Images:
     def _is_link(self, source: Source) -> bool:
         return isinstance(source, Link) or (self._links is not None and isinstance(source, S3Object))
 
-    async def _open_all(self, images: Sequence[Located], opened: OpenImages) -> list[UrlText | UrlStream]:
+    async def _open_all(self, images: Sequence[ImageSource], opened: OpenImages) -> list[UrlText | UrlStream]:
         if len(images) == 1:
             return [await self._open_one(images[0], opened)]
         opening = [self._open_one(image, opened) for image in images]
@@ -176,7 +176,7 @@ class Images:
                 raise url
         return [url for url in urls if not isinstance(url, BaseException)]
 
-    async def _open_one(self, image: Located, opened: OpenImages) -> UrlText | UrlStream:
+    async def _open_one(self, image: ImageSource, opened: OpenImages) -> UrlText | UrlStream:
         with named(image.name):
             match image.source:
                 case Link(url):
@@ -203,7 +203,7 @@ class Images:
             _prefix(beginning)
         return await self._s3.link(source, policy.expires_s)
 
-    async def _read(self, reading: Reading, name: str, opened: OpenImages) -> UrlText | UrlStream:
+    async def _read(self, reading: ObjectStream, name: str, opened: OpenImages) -> UrlText | UrlStream:
         """Begin to read; what is small is read to its end."""
         self._check_size(reading.size)
         opened.inline_bytes += reading.size

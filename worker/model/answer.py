@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
-from worker.job import to_json
-from worker.result import Usage
+from worker.messages.job import to_json
+from worker.messages.result import Usage
 
 # Fields of a choice's message that plain text comes with; anything else that is set is "more".
 _PLAIN_MESSAGE_FIELDS = frozenset({"role", "content", "name"})

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from worker import metrics
 from worker.model.answer import Answer
-from worker.tracing import Span, spans
+from worker.observability import metrics
+from worker.observability.tracing import Span, spans
 
 
 class Call:

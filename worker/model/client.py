@@ -23,12 +23,12 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
-from worker.http_client import open_session
+from worker.http.client import open_session
 from worker.model.answer import Answer, MalformedAnswerError, Price, listed_models, parse_answer
 from worker.model.call import Call, observed
 from worker.model.request import RequestBody
 from worker.model.transport import AiohttpClient, parsed
-from worker.redact import Redactor
+from worker.observability.redaction import Redactor
 
 CONNECT_TIMEOUT_S = 10.0
 # The API's word is obeyed, but a mistaken one must not silence a worker for days.
@@ -156,7 +156,9 @@ class Model:
             case MalformedAnswerError():
                 # Whatever it was meant to say, it is likely to be billed.
                 call.failed("malformed", ambiguous=True)
-                return TransientError(Dependency.MODEL, "malformed", f"the API answered 200, but {error}")
+                return TransientError(
+                    Dependency.MODEL, "malformed_response", f"the API answered 200, but {error}"
+                )
             case _ if _was_never_sent(error):
                 call.failed("connection")
                 return DependencyDownError(
@@ -170,7 +172,9 @@ class Model:
             case _:
                 call.failed("connection", ambiguous=is_sent)
                 return TransientError(
-                    Dependency.MODEL, "connection", f"the connection to the API broke off: {_name_of(error)}"
+                    Dependency.MODEL,
+                    "connection_error",
+                    f"the connection to the API broke off: {_name_of(error)}",
                 )
 
     def _translate_status(self, error: openai.APIStatusError) -> Exception:
@@ -193,11 +197,11 @@ class Model:
             text = f"the API answered with a redirect ({status}): check VQA_MODEL_BASE_URL"
             return DependencyDownError(Dependency.MODEL, text)
         if status == httpx2.codes.FORBIDDEN:
-            return TransientError(Dependency.MODEL, "403", message, forbidden=True)
+            return TransientError(Dependency.MODEL, "http_403", message, forbidden=True)
         if status in _TRANSIENT_STATUS:
-            return TransientError(Dependency.MODEL, str(status), message)
+            return TransientError(Dependency.MODEL, f"http_{status}", message)
         if status >= httpx2.codes.INTERNAL_SERVER_ERROR:
-            return TransientError(Dependency.MODEL, "5xx", message)
+            return TransientError(Dependency.MODEL, "http_5xx", message)
         return JobError(ErrorCode.MODEL_REJECTED, message)
 
 

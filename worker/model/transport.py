@@ -14,7 +14,7 @@ import aiohttp
 import httpx2
 from yarl import URL
 
-from worker.http_client import proxy_options
+from worker.http.client import proxy_options
 
 # The first that fits. The first five are from before anything was sent.
 _ERRORS: tuple[tuple[type[Exception], type[httpx2.TransportError]], ...] = (

@@ -12,7 +12,7 @@ import aiohttp
 from yarl import URL
 
 from worker.errors import Dependency, TransientError
-from worker.http_client import open_session, proxy_options
+from worker.http.client import open_session, proxy_options
 from worker.s3.aws import REMEMBERED_BUCKETS, Aws, S3ConfigurationError, S3Object, ca_bundle
 from worker.s3.refusals import FAILURES, S3Refusal, translate
 from worker.s3.sdk import Sdk, is_directory_bucket
@@ -49,7 +49,7 @@ class Request:
         return (_OK, _PARTIAL, _NO_SUCH_RANGE) if "Range" in self.headers else (_OK,)
 
 
-class Reading(Protocol):
+class ObjectStream(Protocol):
     """An object that is being read; iterated over once.
 
     Attributes:
@@ -85,7 +85,7 @@ class S3:
         # Buckets that are not where plain requests go, and the region that they are in, as far as is known.
         self._elsewhere: dict[str, str | None] = {}
 
-    async def open(self, source: S3Object) -> Reading:
+    async def open(self, source: S3Object) -> ObjectStream:
         """Begin to read an object.
 
         Raises:
@@ -155,7 +155,7 @@ class S3:
         response = await self._request(Request("GET", source))
         if response.content_length is None:
             response.close()
-            raise TransientError(Dependency.S3, "connection", "S3 did not tell the object's size")
+            raise TransientError(Dependency.S3, "connection_error", "S3 did not tell the object's size")
         return _Response(response, response.content_length)
 
     async def _get_beginning(self, source: S3Object, length: int) -> tuple[int, bytes]:
@@ -241,7 +241,7 @@ class _Response:
 class _Checked:
     """A reading that ends with an error unless it gave what was announced."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: ObjectStream) -> None:
         self._reading = reading
         self._pieces = aiter(reading)
         self._got = 0
@@ -260,7 +260,7 @@ class _Checked:
             return piece
         if self._got != self.size:
             text = f"S3 announced {self.size} bytes and sent {self._got}"
-            raise TransientError(Dependency.S3, "connection", text)
+            raise TransientError(Dependency.S3, "connection_error", text)
         raise StopAsyncIteration
 
     def close(self) -> None:

@@ -149,7 +149,7 @@ def _from_failure(error: Exception) -> Exception:
         case TimeoutError() | ReadTimeoutError():
             return TransientError(Dependency.S3, "timeout", f"S3 took too long ({kind})")
         case _ if isinstance(error, _BROKE_OFF):
-            return TransientError(Dependency.S3, "connection", f"reading from S3 broke off ({kind})")
+            return TransientError(Dependency.S3, "connection_error", f"reading from S3 broke off ({kind})")
         case _:
             return DependencyDownError(
                 Dependency.S3, f"S3 cannot be asked ({kind}): check the AWS configuration"

@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack
 from typing import Final
 
-from worker.assembly import open_model
+from worker.app.assembly import open_model
 from worker.cli.check.finding import Finding, failed, ok, skipped
 from worker.errors import DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.model.answer import Answer
 from worker.model.client import Model
 from worker.model.request import RequestBody, frame
-from worker.redact import Redactor
+from worker.observability.redaction import Redactor
 from worker.settings import Settings
 
 QUESTION: Final = "Which colour is this? Answer with one word."

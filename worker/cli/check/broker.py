@@ -6,9 +6,9 @@ from urllib.parse import unquote, urlsplit
 
 from worker.cli.check.finding import Finding, failed, ok, skipped, warning
 from worker.cli.shell import counted
-from worker.rabbit.connection import Broker, BrokerRefusedError, BrokerUnreachableError
-from worker.rabbit.probes import BlockedError, Found, NotAllowedError, Probes
-from worker.rabbit.topology import Part, QueueSpec, Topology
+from worker.rabbitmq.permission_checks import BlockedError, Found, NotAllowedError, Probes
+from worker.rabbitmq.session import Broker, BrokerRefusedError, BrokerUnreachableError
+from worker.rabbitmq.topology import Part, QueueSpec, Topology
 from worker.settings import BrokerSettings
 
 DEFAULT: Final = "the default exchange"

@@ -69,7 +69,7 @@ class Report:
     """Tells each finding when it comes, and counts them."""
 
     def __init__(self, screen: Screen) -> None:
-        from worker.redact import Redactor
+        from worker.observability.redaction import Redactor
 
         self._screen = screen
         self._clean = Redactor(())

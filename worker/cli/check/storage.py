@@ -5,18 +5,18 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
-from worker.assembly import documents_at, open_s3
+from worker.app.assembly import conditional_store_at, open_s3
 from worker.cli.check.finding import Finding, failed, ok, skipped, warning
 from worker.errors import DependencyDownError, ErrorCode, JobError, TransientError
 from worker.images.content import SIGNATURE_BYTES, media_type
 from worker.images.source import Link, SourcePolicy, parse_source
-from worker.redact import display_url
+from worker.observability.redaction import display_url
 from worker.s3.aws import S3ConfigurationError, S3Object
 from worker.settings import Settings
 
 if TYPE_CHECKING:
     from worker.s3.client import S3
-    from worker.s3.documents import Documents
+    from worker.s3.conditional_store import ConditionalStore
 
 _GLOB: Final = frozenset("*?[")
 
@@ -40,7 +40,7 @@ async def storage_findings(settings: Settings, images: Sequence[str]) -> AsyncIt
         for image in images:
             yield await _image(s3, settings, image)
         if settings.result_store is not None:
-            yield await _store(documents_at(settings.result_store, s3))
+            yield await _store(conditional_store_at(settings.result_store, s3))
 
 
 async def _credentials(s3: "S3", settings: Settings) -> Finding:
@@ -92,15 +92,15 @@ async def _image(s3: "S3", settings: Settings, url: str) -> Finding:
     return ok(check, f"{kind}, {size} bytes")
 
 
-async def _store(documents: "Documents") -> Finding:
+async def _store(objects: "ConditionalStore") -> Finding:
     """Do once what the worker does there, with an object that goes again."""
     check, name = "result store", f"check/{uuid.uuid4().hex}"
     try:
         try:
-            trouble = await _use(documents, name)
+            trouble = await _use(objects, name)
         finally:
-            await documents.delete(name)
-        trouble = trouble or ("it did not go when deleted" if await documents.read(name) else "")
+            await objects.delete(name)
+        trouble = trouble or ("it did not go when deleted" if await objects.read(name) else "")
     except DependencyDownError as error:
         return failed(check, error.message)
     if trouble:
@@ -108,20 +108,20 @@ async def _store(documents: "Documents") -> Finding:
     return ok(check, "objects can be put, read, listed and deleted, and conditions are heeded")
 
 
-async def _use(documents: "Documents", name: str) -> str:
+async def _use(objects: "ConditionalStore", name: str) -> str:
     """What is wrong; empty if nothing is."""
-    etag = await documents.create(name, b"check")
+    etag = await objects.create(name, b"check")
     if etag is None:
         return "a new object was taken for an old one"
-    if await documents.create(name, b"other") is not None:
+    if await objects.create(name, b"other") is not None:
         return "it does not heed If-None-Match"
-    found = await documents.read(name)
+    found = await objects.read(name)
     if found is None or found.body != b"check":
         return "what was put is not what is read"
-    if name.rpartition("/")[2] not in await documents.names("check/"):
+    if name.rpartition("/")[2] not in await objects.names("check/"):
         return "what was put is not listed"
-    if await documents.replace(name, b"newer", etag) is None:
+    if await objects.replace(name, b"newer", etag) is None:
         return "a replacement with the right ETag was refused"
-    if await documents.replace(name, b"too late", etag) is not None:
+    if await objects.replace(name, b"too late", etag) is not None:
         return "it does not heed If-Match"
     return ""

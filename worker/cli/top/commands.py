@@ -24,10 +24,10 @@ from worker.cli.shell import (
 from worker.cli.top.workers import WorkerUrl
 
 if TYPE_CHECKING:
-    from worker.cli.top.shown import Figures, QueueFigures
+    from worker.cli.top.render import Figures, QueueFigures
     from worker.cli.top.sources import Scraper
-    from worker.rabbit.probes import Found, QueueWatch
-    from worker.rabbit.topology import Topology
+    from worker.rabbitmq.permission_checks import Found, QueueWatch
+    from worker.rabbitmq.topology import Topology
 
 SHORTEST_S: Final = 0.2
 # A broker that goes away meanwhile must not hold up the workers' figures.
@@ -96,7 +96,7 @@ class _Watch:
             BrokerRefusedError, BrokerUnreachableError, CommandError: the first time, the broker or the queue
                 is not there.
         """
-        from worker.cli.top.shown import Figures
+        from worker.cli.top.render import Figures
 
         (queues, trouble), _ = await asyncio.gather(self._look_at_queues(), self._look_at_workers())
         self._is_first = False
@@ -109,7 +109,7 @@ class _Watch:
             self._fleet.observe(time.monotonic(), found.samples, found.silent)
 
     async def _look_at_queues(self) -> "tuple[QueueFigures | None, str]":
-        from worker.rabbit.connection import BrokerRefusedError, BrokerUnreachableError
+        from worker.rabbitmq.session import BrokerRefusedError, BrokerUnreachableError
 
         try:
             found = await self._queues.read(self._patience_s if self._is_first else LATER_PATIENCE_S)
@@ -125,7 +125,7 @@ class _Watch:
 
 
 def _queue_figures(topology: "Topology", found: "Mapping[str, Found | None]") -> "QueueFigures":
-    from worker.cli.top.shown import QueueFigures
+    from worker.cli.top.render import QueueFigures
 
     jobs = found[topology.jobs]
     if jobs is None:
@@ -149,8 +149,8 @@ async def _watch(screen: Screen, workers: Sequence[WorkerUrl], patience_s: float
 
     settings = read(load_broker_settings, screen)
     from worker.cli.top.sources import Scraper
-    from worker.rabbit.probes import QueueWatch
-    from worker.rabbit.topology import Topology
+    from worker.rabbitmq.permission_checks import QueueWatch
+    from worker.rabbitmq.topology import Topology
 
     topology = Topology.from_settings(settings)
     async with AsyncExitStack() as stack:
@@ -164,14 +164,14 @@ async def _watch(screen: Screen, workers: Sequence[WorkerUrl], patience_s: float
 
 async def _lines(screen: Screen, watch: _Watch, every_s: float, *, once: bool) -> None:
     """A line or an object for each interval."""
-    from worker.cli.top import shown
+    from worker.cli.top import render
 
     figures = await watch.look()
     while True:
         if figures.has_rates:
             now = datetime.now(UTC)
-            screen.emit(shown.in_json(figures, now))
-            screen.say(shown.line(figures, now))
+            screen.emit(render.in_json(figures, now))
+            screen.say(render.line(figures, now))
             if once:
                 return
         await asyncio.sleep(every_s)
@@ -183,11 +183,11 @@ async def _live(watch: _Watch, every_s: float, ended: asyncio.Event) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from worker.cli.top import shown
+    from worker.cli.top import render
 
     with Live(console=Console(highlight=False), auto_refresh=False) as live:
         while not ended.is_set():
-            live.update(shown.table(await watch.look(), datetime.now(UTC)), refresh=True)
+            live.update(render.table(await watch.look(), datetime.now(UTC)), refresh=True)
             with suppress(TimeoutError):
                 async with asyncio.timeout(every_s):
                     await ended.wait()

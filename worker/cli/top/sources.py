@@ -9,7 +9,7 @@ import aiohttp
 
 from worker.cli.top.figures import Sample, read_sample
 from worker.cli.top.workers import WorkerUrl
-from worker.http_client import open_session, proxy_options
+from worker.http.client import open_session, proxy_options
 
 CONNECT_TIMEOUT_S: Final = 2.0
 READ_TIMEOUT_S: Final = 5.0

@@ -1,0 +1,1 @@
+"""The composition root: build everything, run it, stop it in two phases."""

@@ -1,0 +1,141 @@
+"""Puts together what answers jobs. Importing it loads the SDKs, half a second's work: see `app.run`."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+from worker.errors import DependencyDownError
+from worker.images.load import Images, LinkPolicy
+from worker.images.source import SourcePolicy
+from worker.jobs.cancellation import Cancellations
+from worker.model.client import Model
+from worker.observability.redaction import Redactor
+from worker.observability.tenants import Tenants
+from worker.processor import Processor, Rules
+from worker.resilience.concurrency_limiter import ConcurrencyLimiter
+from worker.resilience.outage_detector import Health
+from worker.resilience.retry_policy import RetryPolicy
+from worker.result_store.cancelled_jobs import CancelledJobs
+from worker.result_store.store import ResultStore
+from worker.s3.aws import Aws, Endpoint
+from worker.s3.client import S3
+from worker.s3.conditional_store import ConditionalStore
+from worker.settings import Settings
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What answers jobs, and what has to run beside it, by name."""
+
+    processor: Processor
+    background: Mapping[str, Callable[[], Awaitable[None]]]
+
+
+async def assemble(
+    settings: Settings,
+    *,
+    gate: ConcurrencyLimiter,
+    health: Health,
+    cancellations: Cancellations,
+    tenants: Tenants,
+    stack: AsyncExitStack,
+) -> Assembled:
+    """The processor with its clients, which `stack` closes.
+
+    Raises:
+        S3ConfigurationError: the AWS configuration makes no sense; the message names what is wrong.
+    """
+    redact = Redactor(settings.secret_values())
+    s3 = await open_s3(settings, stack)
+    store, background = None, {}
+    if settings.result_store is not None:
+        objects = conditional_store_at(settings.result_store, s3)
+        store = ResultStore(objects, claims_last_s=settings.job_timeout)
+        stack.push_async_callback(store.close)
+        cancelled_jobs = CancelledJobs(objects, cancellations)
+        await _catch_up(cancelled_jobs)
+        cancellations.keep_with(cancelled_jobs)
+        background = {
+            "result-store": store.beat,
+            "result-store-leftovers": store.tidy_up,
+            "tombstones": cancelled_jobs.run,
+        }
+    processor = Processor(
+        _images(settings, s3),
+        open_model(settings, redact, stack),
+        gate=gate,
+        health=health,
+        rules=_rules(settings),
+        redact=redact,
+        cancellations=cancellations,
+        store=store,
+        tenants=tenants,
+    )
+    return Assembled(processor, background)
+
+
+async def open_s3(settings: Settings, stack: AsyncExitStack) -> S3:
+    """The S3 of the settings, closed by `stack`.
+
+    Raises:
+        S3ConfigurationError: the AWS configuration makes no sense.
+    """
+    endpoint = Endpoint(settings.s3_endpoint_url, settings.s3_addressing_style)
+    # In a thread: it reads the AWS configuration, and the SDK's rules where they are needed.
+    s3 = S3(await asyncio.to_thread(Aws, endpoint))
+    stack.push_async_callback(s3.close)
+    return s3
+
+
+def conditional_store_at(url: str, s3: S3) -> ConditionalStore:
+    """What is kept under `VQA_RESULT_STORE`."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    return ConditionalStore(s3, bucket, f"{prefix}/" if prefix else "", named="VQA_RESULT_STORE")
+
+
+async def _catch_up(cancelled_jobs: CancelledJobs) -> None:
+    """Before the first job: it may be one that was cancelled. An S3 in trouble is not waited for."""
+    with suppress(DependencyDownError):
+        await cancelled_jobs.catch_up()
+
+
+def _images(settings: Settings, s3: S3) -> Images:
+    # A presigned link has to outlive the job and the last call made for it.
+    outlives_job_s = int(settings.job_timeout + settings.model_timeout)
+    by_link = settings.image_delivery == "link"
+    return Images(
+        s3,
+        SourcePolicy(settings.allowed_buckets, settings.allowed_link_hosts),
+        max_bytes=settings.max_image_bytes,
+        max_per_job=settings.max_images_per_job,
+        buffer_bytes=settings.image_buffer_bytes,
+        links=LinkPolicy(outlives_job_s, look=settings.check_linked_images) if by_link else None,
+    )
+
+
+def open_model(settings: Settings, redact: Redactor, stack: AsyncExitStack) -> Model:
+    """The API of the settings, closed by `stack`."""
+    model = Model(
+        base_url=settings.model_base_url,
+        api_key=settings.model_api_key.get_secret_value(),
+        headers={name: value.get_secret_value() for name, value in settings.model_headers.items()},
+        timeout_s=settings.model_timeout,
+        prices=settings.prices,
+        redact=redact,
+    )
+    stack.push_async_callback(model.close)
+    return model
+
+
+def _rules(settings: Settings) -> Rules:
+    return Rules(
+        default_model=settings.model,
+        allowed_models=frozenset(settings.allowed_models),
+        max_job_bytes=settings.max_job_bytes,
+        delivery_limit=settings.delivery_limit,
+        job_timeout_s=settings.job_timeout,
+        send_image_detail=settings.send_image_detail,
+        include_response=settings.include_response,
+        retry=RetryPolicy(settings.max_attempts, settings.retry_delays),
+    )

@@ -1,0 +1,340 @@
+"""The composition root: builds everything, runs it, stops it in two phases."""
+
+import asyncio
+import gc
+import importlib
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from worker import __version__
+from worker.jobs.cancellation import Cancellations
+from worker.jobs.in_flight_jobs import InFlightJobs
+from worker.observability import endpoints, metrics, tracing
+from worker.observability.endpoints import Heartbeat, Readiness
+from worker.observability.logs import ASKED, log_suppressed_events
+from worker.observability.tenants import Tenants
+from worker.rabbitmq.consumer import Consumer
+from worker.rabbitmq.control import Control
+from worker.rabbitmq.properties import install_tolerant_decoders
+from worker.rabbitmq.publisher import Publisher
+from worker.rabbitmq.session import Broker
+from worker.rabbitmq.settlement import ReplyPolicy, Settlement
+from worker.rabbitmq.topology import Topology
+from worker.resilience.concurrency_limiter import ConcurrencyLimiter
+from worker.resilience.flow import FlowKeeper
+from worker.resilience.outage_detector import Health
+from worker.resilience.pause import PauseKeeper
+from worker.settings import Settings, broker_ssl_context, wants_traces
+
+if TYPE_CHECKING:
+    from aiohttp.web import Application
+
+    from worker.app.assembly import Assembled
+    from worker.jobs.outcome import Outcome
+    from worker.processor import Processor
+
+log = structlog.get_logger(__name__)
+asked = structlog.get_logger(ASKED)
+
+# After the grace: time to hand back what was cut off. Kubernetes' own grace must leave room for it.
+GIVE_BACK_S = 10.0
+HOLD_TIMEOUT_S = 5.0
+# Of the jobs in flight, to whoever asks by SIGUSR1.
+MOST_TOLD = 200
+REPEATED_TICK_S = 5.0
+# Objects that come to be, less those that go, before the youngest are looked through; Python's own is 700.
+GC_THRESHOLD = 20_000
+
+
+class StartError(Exception):
+    """The worker cannot start as it is set up; the message names the setting."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What lives as long as the worker does."""
+
+    publisher: Publisher
+    consumer: Consumer
+    in_flight: InFlightJobs
+    pause: PauseKeeper
+    flow: FlowKeeper
+    health: Health
+    gate: ConcurrencyLimiter
+    cancellations: Cancellations
+    topology: Topology
+    tenants: Tenants
+
+
+async def run(settings: Settings) -> bool:
+    """Work until SIGTERM or SIGINT, then finish what is in flight.
+
+    Returns:
+        Whether everything came to its end; False if something had to be cut off.
+
+    Raises:
+        StartError: the HTTP address cannot be bound, or the AWS configuration, or OpenTelemetry's, makes no
+            sense.
+        BrokerRefusedError, TopologyError: see `Consumer.run`; in an ExceptionGroup.
+    """
+    stop = asyncio.Event()
+    _handle_stop_signals(stop)
+    for warning in settings.warnings():
+        log.warning("configuration_warning", warning=warning)
+    async with AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        processor: asyncio.Future[Processor] = asyncio.Future()
+        parts = _build(settings, tasks, processor)
+        _handle_questions(parts, stop)
+        stack.callback(log_suppressed_events, all_of_it=True)
+        background = _Background(tasks)
+        background.start("repeated", _tell_repeated)
+        background.start("publisher", parts.publisher.run)
+        background.start("consumer", parts.consumer.run)
+        # Takes longer than to connect, so it is done at the same time.
+        traced = wants_traces(os.environ)
+        await asyncio.to_thread(_load_slow_modules, traced=traced)
+        if traced:
+            _begin_traces(settings, parts.topology, stack)
+        assembled = await _assembled(settings, parts, stack)
+        processor.set_result(assembled.processor)
+        for name, keep_going in assembled.background.items():
+            background.start(name, keep_going)
+        heartbeat = Heartbeat()
+        background.start("heartbeat", heartbeat.run)
+        app = endpoints.application(heartbeat, lambda: _readiness(parts, stopping=stop.is_set()))
+        port = await _serve_http(stack, app, settings)
+        log.info("started", version=__version__, rabbitmq=settings.rabbitmq_address, http_port=port)
+        background.start("pause", parts.pause.run)
+        background.start("flow", parts.flow.run)
+        if not stop.is_set():
+            await parts.consumer.resume()
+        await stop.wait()
+        background.stop("pause")
+        all_done = await _drain(parts, settings.shutdown_grace)
+        background.stop_all()
+    log.info("stopped", everything_finished=all_done)
+    return all_done
+
+
+def _load_slow_modules(*, traced: bool) -> None:
+    """Import the SDKs and the HTTP server: half a second's work, which is not needed to connect."""
+    for module in (
+        "aiohttp.web",
+        "worker.app.assembly",
+        *(["worker.observability.tracing.otlp"] if traced else []),
+    ):
+        importlib.import_module(module)
+    # What is loaded stays: no collection has to look at it again. (They are off since the start.)
+    gc.freeze()
+    # A job makes thousands of short-lived objects and hardly a cycle.
+    gc.set_threshold(GC_THRESHOLD)
+    gc.enable()
+
+
+def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Future[Processor]") -> _Parts:
+    """All but the processor, which is there when the consumer is let loose."""
+    install_tolerant_decoders()
+    topology = Topology.from_settings(settings)
+    broker = Broker(
+        url=settings.rabbitmq_url.get_secret_value(),
+        ssl_context=broker_ssl_context(settings),
+        name=f"vqa-worker@{socket.gethostname()}",
+    )
+    health = Health()
+    gate = ConcurrencyLimiter(settings.max_concurrency, len(settings.allowed_models))
+    publisher = Publisher(broker, topology)
+    tenants = Tenants(settings.tenant_key, settings.tenants)
+    metrics.initialize_series(settings.allowed_models)
+    tenants.initialize_series(settings.allowed_models)
+    settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to), tenants)
+    in_flight = InFlightJobs(tasks, lambda delivery: processor.result().process(delivery), settlement)
+    cancellations = Cancellations()
+    consumer = Consumer(
+        broker,
+        topology,
+        Control(topology, on_cancel=cancellations.heard, on_listening=cancellations.listening),
+        prefetch=settings.max_concurrency,
+        on_delivery=lambda delivery: _ignore(in_flight.accept(delivery)),
+    )
+    pause = PauseKeeper(health, gate, consumer, in_flight)
+    flow = FlowKeeper(gate, consumer, in_flight, settings.max_concurrency)
+    return _Parts(publisher, consumer, in_flight, pause, flow, health, gate, cancellations, topology, tenants)
+
+
+def _begin_traces(settings: Settings, topology: Topology, stack: AsyncExitStack) -> None:
+    from worker.observability.tracing.otlp import Otlp, Scene
+
+    queues = frozenset(queue.name for queue in topology.queues())
+    scene = Scene(topology.jobs, queues, settings.rabbitmq_address, settings.model_base_url)
+    try:
+        tracer = Otlp(scene)
+    except ValueError as error:
+        raise StartError(f"OTEL_BSP_…, or another of OpenTelemetry's variables: {error}") from None
+    tracing.use(tracer)
+    stack.push_async_callback(tracer.close)
+
+
+async def _assembled(settings: Settings, parts: _Parts, stack: AsyncExitStack) -> "Assembled":
+    from worker.app.assembly import assemble
+    from worker.s3.aws import S3ConfigurationError
+
+    try:
+        return await assemble(
+            settings,
+            gate=parts.gate,
+            health=parts.health,
+            cancellations=parts.cancellations,
+            tenants=parts.tenants,
+            stack=stack,
+        )
+    except S3ConfigurationError as error:
+        raise StartError(str(error)) from None
+
+
+async def _serve_http(stack: AsyncExitStack, app: "Application", settings: Settings) -> int:
+    try:
+        return await stack.enter_async_context(endpoints.serve(app, settings.http_host, settings.http_port))
+    except OSError as error:
+        address = f"{settings.http_host}:{settings.http_port}"
+        raise StartError(
+            f"VQA_HTTP_HOST, VQA_HTTP_PORT: cannot listen on {address}: {error.strerror}"
+        ) from None
+
+
+async def _drain(parts: _Parts, grace_s: float) -> bool:
+    """Stop taking jobs, give the unstarted back, finish the rest in `grace_s` seconds or cut it off."""
+    ends = time.monotonic() + grace_s
+    log.info("stopping", grace_s=grace_s)
+    parts.gate.close("the worker stops")
+    parts.health.end_verdicts()
+    try:
+        async with asyncio.timeout(HOLD_TIMEOUT_S):
+            await parts.consumer.hold()
+    except TimeoutError:
+        log.warning("rabbitmq_shutdown_timeout", what="did not answer to the end of consuming")
+    if await _in_time(parts.in_flight.drained(), max(0.0, ends - time.monotonic())):
+        return True
+    log.warning("grace_period_expired", after_s=grace_s)
+    parts.in_flight.cut_off()
+    if not await _in_time(parts.in_flight.drained(), GIVE_BACK_S):
+        parts.in_flight.abandon()
+    return False
+
+
+class _Background:
+    """The tasks that run as long as the worker does."""
+
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self._group = tasks
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
+        """Start one; if it ever ends by itself, so does the worker."""
+        self._tasks[name] = self._group.create_task(_without_end(name, run), name=name)
+
+    def stop(self, name: str) -> None:
+        """End one of them."""
+        self._tasks.pop(name).cancel()
+
+    def stop_all(self) -> None:
+        """End those that still run."""
+        for name in list(self._tasks):
+            self.stop(name)
+
+
+async def _without_end(name: str, run: Callable[[], Awaitable[None]]) -> None:
+    """Run a background task; one that ends by itself ends the worker, loudly.
+
+    Raises:
+        RuntimeError: it returned, or was cancelled by somebody else, which a TaskGroup passes over.
+    """
+    try:
+        await run()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+    raise RuntimeError(f"the background task {name} ended")
+
+
+async def _in_time(waiting: Awaitable[None], seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await waiting
+    except TimeoutError:
+        return False
+    return True
+
+
+def _readiness(parts: _Parts, *, stopping: bool) -> Readiness:
+    if stopping:
+        return Readiness(is_ready=False, status="stopping", reasons=("the worker was told to stop",))
+    if not parts.consumer.is_connected:
+        return Readiness(is_ready=False, status="no_broker", reasons=("not connected to RabbitMQ",))
+    if outages := parts.health.outages:
+        reasons = tuple(f"{dependency.label}: {outage.reason}" for dependency, outage in outages.items())
+        return Readiness(is_ready=True, status="paused", reasons=reasons)
+    # Obeying the API's word is no outage; it is said why nothing is taken.
+    waits = parts.gate.pauses().items()
+    reasons = tuple(f"model: {model} may not be called for {seconds:.0f} s" for model, seconds in waits)
+    return Readiness(is_ready=True, status="ready", reasons=reasons)
+
+
+def _handle_questions(parts: _Parts, stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, lambda: _tell(parts, stopping=stop.is_set()))
+
+
+def _tell(parts: _Parts, *, stopping: bool) -> None:
+    """Log what is in flight: how many jobs, and the oldest of them."""
+    jobs, state = parts.in_flight.look(), _readiness(parts, stopping=stopping)
+    asked.info(
+        "in_flight_summary",
+        status=state.status,
+        reasons=state.reasons,
+        jobs=len(jobs),
+        stages=Counter(job["stage"] for job in jobs),
+        not_shown=max(0, len(jobs) - MOST_TOLD),
+    )
+    for job in jobs[:MOST_TOLD]:
+        asked.info("in_flight_job", **job)
+
+
+async def _tell_repeated() -> None:
+    while True:
+        await asyncio.sleep(REPEATED_TICK_S)
+        log_suppressed_events()
+
+
+def _handle_stop_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, number, stop)
+
+
+def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
+    if stop.is_set():
+        # Told twice: go at once. Whatever is unsettled, the broker delivers again.
+        os._exit(128 + number)
+    stop.set()
+
+
+def _ignore(_: "asyncio.Task[Outcome | None]") -> None:
+    """The task group watches the task."""
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The first single exception in a group of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

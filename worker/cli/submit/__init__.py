@@ -1,0 +1,1 @@
+"""Commands that submit jobs, list submissions and collect results."""

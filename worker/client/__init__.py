@@ -1,0 +1,35 @@
+"""The Python client for programs that publish jobs."""
+
+from worker.client.client import (
+    BrokerRefusedError,
+    BrokerUnreachableError,
+    Client,
+    ErrorCode,
+    Failure,
+    InvalidJobError,
+    Job,
+    NoSuchQueueError,
+    RefusedError,
+    Replies,
+    ReplyLostError,
+    Result,
+    TooLargeError,
+    TopologyError,
+)
+
+__all__ = [
+    "BrokerRefusedError",
+    "BrokerUnreachableError",
+    "Client",
+    "ErrorCode",
+    "Failure",
+    "InvalidJobError",
+    "Job",
+    "NoSuchQueueError",
+    "RefusedError",
+    "Replies",
+    "ReplyLostError",
+    "Result",
+    "TooLargeError",
+    "TopologyError",
+]

@@ -1,0 +1,1 @@
+"""The HTTP client sessions that the S3 and model clients share."""

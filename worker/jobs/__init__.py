@@ -1,0 +1,1 @@
+"""Jobs: deliveries, attempts, outcomes and how they are settled."""

@@ -1,0 +1,263 @@
+"""A publisher's side of the broker: its jobs' messages, a queue for its own results, and who reads that."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING
+
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed, ChannelNotFoundEntity
+
+from worker.rabbitmq import properties
+from worker.rabbitmq.messages import CONTENT_TYPE
+from worker.rabbitmq.publisher import OutgoingMessage
+from worker.rabbitmq.session import Broker, connection_losses, explain, raise_if_cancelled
+from worker.rabbitmq.topology import TopologyError
+
+if TYPE_CHECKING:
+    from pamqp.common import FieldValue
+
+# What `VQA_ALLOWED_REPLY_TO` allows unless told otherwise.
+PRIVATE_PREFIX = "vqa.results."
+PREFETCH = 500
+# Between two sessions, so that a broker that drops connections is not called in a busy loop.
+PAUSE_S = 0.5
+
+
+class QueueMissingError(Exception):
+    """There is no such queue."""
+
+    def __init__(self, queue: str) -> None:
+        super().__init__(f"the queue {queue} does not exist")
+        self.queue = queue
+
+
+def job_message(
+    job_id: str, body: bytes, queue: str, *, reply_to: str | None = None, exchange: str = ""
+) -> OutgoingMessage:
+    """A job as a message. Sent again after a doubt it has the same ids, so that the copies can be told."""
+    now = datetime.now(UTC)
+    message = OutgoingMessage(
+        body=body,
+        exchange=exchange,
+        routing_key=queue,
+        content_type=CONTENT_TYPE,
+        reply_to=reply_to,
+        timestamp=now,
+        # The timestamp counts in whole seconds only.
+        headers={properties.ENQUEUED_HEADER: int(now.timestamp() * 1000)},
+    )
+    if len(job_id.encode()) > properties.MAX_SHORT_BYTES:
+        return message
+    return replace(message, message_id=job_id, correlation_id=job_id)
+
+
+async def depth(connection: AbstractConnection, queue: str) -> int:
+    """How many messages wait in a queue.
+
+    Raises:
+        QueueMissingError: there is none of this name.
+    """
+    async with _channel(connection, queue) as channel:
+        found = await channel.declare_queue(queue, durable=True, passive=True)
+        return found.declaration_result.message_count or 0
+
+
+@asynccontextmanager
+async def _channel(connection: AbstractConnection, queue: str) -> AsyncIterator[AbstractChannel]:
+    """A channel for something that may be refused, which closes it.
+
+    Raises:
+        QueueMissingError: there is no queue of this name.
+        TopologyError: the broker does not allow it.
+    """
+    channel = await connection.channel(publisher_confirms=False)
+    with told_of(queue):
+        yield channel
+    await channel.close()
+
+
+@contextmanager
+def told_of(queue: str) -> Iterator[None]:
+    """Tell what the broker says of a queue from the loss of a channel.
+
+    Raises:
+        QueueMissingError: there is no queue of this name.
+        TopologyError: the broker does not allow it.
+    """
+    try:
+        yield
+    except ChannelNotFoundEntity:
+        raise QueueMissingError(queue) from None
+    except ChannelClosed as error:
+        words = str(error.args[-1]) if error.args else ""
+        if not words.startswith(("ACCESS_REFUSED", "PRECONDITION_FAILED", "RESOURCE_LOCKED")):
+            raise
+        raise TopologyError([f"queue {queue}: {explain(error)}"]) from None
+
+
+class Gauge:
+    """Tells how many messages wait in a queue, over one connection as long as that lasts."""
+
+    def __init__(self, broker: Broker, queue: str) -> None:
+        self._broker = broker
+        self._queue = queue
+        self._stack = AsyncExitStack()
+        self._connection: AbstractConnection | None = None
+
+    async def read(self) -> int:
+        """How many there are now; waits for a broker that is out of reach.
+
+        Raises:
+            QueueMissingError, TopologyError: as `depth`.
+        """
+        while True:
+            try:
+                with connection_losses():
+                    if self._connection is None:
+                        dialled = self._broker.connection("look", refusal_is_final=False)
+                        self._connection = await self._stack.enter_async_context(dialled)
+                    return await depth(self._connection, self._queue)
+            except CONNECTION_EXCEPTIONS:
+                await self.close()
+                await asyncio.sleep(PAUSE_S)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        self._connection = None
+        await self._stack.aclose()
+
+
+@dataclass(frozen=True)
+class ReplyQueue:
+    """A durable queue for one reader's results, which goes by itself when nobody has used it for long.
+
+    Attributes:
+        exchange: the one that workers publish results to (`VQA_REPLY_EXCHANGE`); empty: the default one.
+        expires_s: after so many seconds without a reader it is gone.
+    """
+
+    name: str
+    exchange: str
+    expires_s: int
+
+    async def make(self, connection: AbstractConnection) -> None:
+        """Make it, if it is not there."""
+        try:
+            await depth(connection, self.name)
+        except QueueMissingError:
+            arguments: dict[str, FieldValue] = {
+                "x-queue-type": "quorum",
+                "x-expires": self.expires_s * 1000,
+            }
+            async with _channel(connection, self.name) as channel:
+                queue = await channel.declare_queue(self.name, durable=True, arguments=arguments)
+                if self.exchange:
+                    await queue.bind(self.exchange, routing_key=self.name)
+
+
+async def prepare(
+    connection: AbstractConnection, *, jobs_queue: str | None, replies: ReplyQueue | None
+) -> None:
+    """See that there is the queue for jobs, and make the one for their results, before any job is sent.
+
+    Raises:
+        QueueMissingError, TopologyError: as `depth`.
+    """
+    if jobs_queue is not None:
+        await depth(connection, jobs_queue)
+    if replies is not None:
+        await replies.make(connection)
+
+
+async def delete_queue(connection: AbstractConnection, name: str) -> None:
+    """Delete a queue, if it is there, and what is in it."""
+    async with _channel(connection, name) as channel:
+        await channel.queue_delete(name, if_unused=False, if_empty=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A result's body, and when it was published, in seconds since 1970."""
+
+    body: bytes
+    at: int
+
+
+class ReplyReader:
+    """Hands the results in a queue to `take`, some at a time; when that returns they are acked."""
+
+    def __init__(self, broker: Broker, queue: str, take: Callable[[Sequence[Reply]], None]) -> None:
+        self._broker = broker
+        self._queue = queue
+        self._take = take
+        self.is_connected = False
+
+    async def run(self) -> None:
+        """Read until cancelled, over lost connections.
+
+        Raises:
+            QueueMissingError: there is no such queue, or it was deleted.
+            BrokerRefusedError: at the first connection, the broker refuses the credentials.
+            TopologyError: this user may not read it.
+        """
+        is_first = True
+        while True:
+            async with self._broker.connection("results", refusal_is_final=is_first) as connection:
+                is_first = False
+                try:
+                    with connection_losses(), told_of(self._queue):
+                        await self._read(connection)
+                except CONNECTION_EXCEPTIONS:
+                    pass  # the next session gets what was not acked
+                finally:
+                    self.is_connected = False
+            await asyncio.sleep(PAUSE_S)
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        channel = await connection.channel(publisher_confirms=False)
+        await channel.set_qos(prefetch_count=PREFETCH)
+        queue = await channel.get_queue(self._queue, ensure=False)
+        arrivals: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
+        underlay = await channel.get_underlay_channel()
+        # What ends the reading comes as a None.
+        underlay.on_consumer_cancel_callbacks.add(lambda _: arrivals.put_nowait(None))
+        closed = asyncio.ensure_future(channel.closed())
+        closed.add_done_callback(lambda _: arrivals.put_nowait(None))
+        try:
+            await queue.consume(partial(_put, arrivals))
+            self.is_connected = True
+            raise_if_cancelled()
+            await self._take_all(arrivals)
+        finally:
+            closed.cancel()
+
+    async def _take_all(self, arrivals: "asyncio.Queue[AbstractIncomingMessage | None]") -> None:
+        while True:
+            messages = [await arrivals.get()]
+            while not arrivals.empty():
+                messages.append(arrivals.get_nowait())
+            came = [message for message in messages if message is not None]
+            if came:
+                self._take([Reply(message.body, _published_at(message)) for message in came])
+                # One consumer on one channel: this one's tag stands for all before it.
+                await came[-1].ack(multiple=True)
+            if len(came) < len(messages):
+                return
+
+
+async def _put(
+    arrivals: "asyncio.Queue[AbstractIncomingMessage | None]", message: AbstractIncomingMessage
+) -> None:
+    # The library cancels this coroutine with the channel: nothing may be awaited here.
+    arrivals.put_nowait(message)
+
+
+def _published_at(message: AbstractIncomingMessage) -> int:
+    if isinstance(message.timestamp, datetime):
+        return int(message.timestamp.timestamp())
+    return int(time.time())

@@ -1,0 +1,217 @@
+"""Jobs out and their results in, over one connection: for a program that asks and waits for answers."""
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, Literal, TypeAlias
+
+import aio_pika
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed, PublishError
+
+from worker.rabbitmq.publisher import (
+    OutgoingMessage,
+    UnroutableError,
+    raise_if_refused,
+    raise_if_too_large,
+    to_amqp,
+)
+from worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, told_of
+from worker.rabbitmq.session import Broker, BrokerRefusedError, connection_losses, explain, raise_if_cancelled
+from worker.rabbitmq.topology import TopologyError
+
+# Whoever uses this may have set up nothing but the standard library's logging.
+log = logging.getLogger(__name__)
+
+Replies: TypeAlias = Literal["queue", "exclusive", "direct"]
+
+FIRST_DELAY_S: Final = 0.25
+LONGEST_DELAY_S: Final = 3.0
+DIRECT: Final = "amq.rabbitmq.reply-to"
+
+
+class Requests:
+    """A session with the broker, made anew whenever it is lost, while `run` runs.
+
+    `replies` says where results come: `queue`, a durable queue of its own that outlives lost connections, and
+    goes when nobody has used it for `expires_s` seconds; `exclusive`, a queue that goes with the connection;
+    or `direct`, RabbitMQ's direct reply-to, which has no queue.
+
+    Attributes:
+        trouble: why there is no session, as far as that is known.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        jobs_queue: str,
+        replies: Replies,
+        *,
+        reply_exchange: str,
+        expires_s: int,
+        on_result: Callable[[bytes], None],
+        on_loss: Callable[[], None],
+    ) -> None:
+        """`on_result` gets each result's body; `on_loss` hears that results on their way will not come."""
+        self._broker = broker
+        self._jobs_queue = jobs_queue
+        self._replies = replies
+        self._reply_exchange = reply_exchange
+        self._own = ReplyQueue(f"{PRIVATE_PREFIX}client-{uuid.uuid4().hex}", reply_exchange, expires_s)
+        self._on_result = on_result
+        self._on_loss = on_loss
+        self._connection: AbstractConnection | None = None
+        self._channel: AbstractChannel | None = None
+        self._consumer: tuple[AbstractQueue, str] | None = None
+        # Ever, and since the last loss.
+        self._has_served = self._has_served_now = False
+        self.reply_to = ""
+        self.connected = asyncio.Event()
+        self.trouble = ""
+
+    async def run(self) -> None:
+        """Keep a session up until cancelled; then the reply queue is deleted.
+
+        Raises:
+            BrokerRefusedError: the broker refuses the credentials, at the first connection.
+            TopologyError: it does not allow a queue for results, at the first connection.
+        """
+        delay_s = FIRST_DELAY_S
+        while True:
+            try:
+                async with self._broker.try_connection() as connection:
+                    with connection_losses():
+                        await self._serve(connection)
+            except (BrokerRefusedError, TopologyError) as error:
+                if not self._has_served:
+                    raise
+                self.trouble = str(error)
+            except (*CONNECTION_EXCEPTIONS, TimeoutError, QueueMissingError) as error:
+                self.trouble = explain(error)
+            log.warning("there is no session with the broker, and one is tried for: %s", self.trouble)
+            delay_s = FIRST_DELAY_S if self._has_served_now else min(delay_s * 2, LONGEST_DELAY_S)
+            self._has_served_now = False
+            await asyncio.sleep(delay_s)
+
+    async def publish(self, message: OutgoingMessage) -> None:
+        """Publish a job and wait for the confirm, over lost connections; its `reply_to` is added.
+
+        Raises:
+            UnroutableError: there is no such queue.
+            TooLargeError: the broker takes no message of this size.
+            RefusedError: this user may not publish there, or there is no such exchange.
+        """
+        delay_s = FIRST_DELAY_S
+        while True:
+            await self.connected.wait()
+            try:
+                return await self._publish_once(message)
+            except PublishError:
+                raise UnroutableError(self._jobs_queue) from None
+            except CONNECTION_EXCEPTIONS as error:
+                raise_if_too_large(error, message)
+                raise_if_refused(error, "the client's user")
+                log.debug("a job was not confirmed, and is sent again: %s", explain(error))
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+
+    async def cancel(self, job_id: str) -> None:
+        """Tell all workers that nobody wants a job's answer any more.
+
+        Raises:
+            ConnectionError: there is no session with the broker, or nobody can be told.
+        """
+        if self._connection is None:
+            raise ConnectionError("there is no connection to the broker")
+        body = json.dumps({"cancel": job_id}).encode()
+        exchange_name = f"{self._jobs_queue}.control"
+        try:
+            with connection_losses():
+                # On a channel of its own: an exchange that is not there closes it.
+                channel = await self._connection.channel(publisher_confirms=True)
+                exchange = await channel.get_exchange(exchange_name, ensure=False)
+                await exchange.publish(aio_pika.Message(body), "", mandatory=False)
+                await channel.close()
+        except CONNECTION_EXCEPTIONS as error:
+            raise ConnectionError(f"exchange {exchange_name}: {explain(error)}") from None
+
+    async def close(self) -> None:
+        """Delete the reply queue, as far as there is a connection."""
+        if self._replies == "queue" and self._channel is not None and self._consumer is not None:
+            with suppress(*CONNECTION_EXCEPTIONS), connection_losses():
+                queue, tag = self._consumer
+                await queue.cancel(tag)
+                await self._channel.queue_delete(self._own.name, if_unused=False, if_empty=False)
+
+    async def _serve(self, connection: AbstractConnection) -> None:
+        channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+        ended = asyncio.Event()
+        underlay = await channel.get_underlay_channel()
+        underlay.on_consumer_cancel_callbacks.add(lambda _: ended.set())
+        closed = asyncio.ensure_future(channel.closed())
+        closed.add_done_callback(lambda _: ended.set())
+        try:
+            await self._consume(connection, channel)
+            self._connection, self._channel = connection, channel
+            self.trouble = ""
+            self._has_served = self._has_served_now = True
+            self.connected.set()
+            raise_if_cancelled()
+            await ended.wait()
+        finally:
+            closed.cancel()
+            was_connected = self.connected.is_set()
+            self.connected.clear()
+            self._connection = self._channel = None
+            if was_connected and self._replies != "queue":
+                self._on_loss()
+        raise ConnectionError("the channel was closed, or the reply queue deleted")
+
+    async def _consume(self, connection: AbstractConnection, channel: AbstractChannel) -> None:
+        queue = await self._reply_queue(connection, channel)
+        self.reply_to = queue.name
+        with told_of(queue.name):
+            if self._replies == "direct":
+                await queue.consume(self._receive_direct, no_ack=True)
+            else:
+                self._consumer = queue, await queue.consume(self._receive)
+
+    async def _reply_queue(self, connection: AbstractConnection, channel: AbstractChannel) -> AbstractQueue:
+        if self._replies == "direct":
+            return await channel.get_queue(DIRECT, ensure=False)
+        if self._replies == "queue":
+            await self._own.make(connection)
+            return await channel.get_queue(self._own.name, ensure=False)
+        with told_of("for replies"):
+            queue = await channel.declare_queue(exclusive=True)
+            if self._reply_exchange:
+                await queue.bind(self._reply_exchange, routing_key=queue.name)
+        return queue
+
+    async def _receive(self, message: AbstractIncomingMessage) -> None:
+        self._on_result(message.body)
+        await message.ack()
+
+    async def _receive_direct(self, message: AbstractIncomingMessage) -> None:
+        self._on_result(message.body)
+
+    async def _publish_once(self, message: OutgoingMessage) -> None:
+        channel = self._channel
+        if channel is None or channel.is_closed:
+            raise ConnectionError("the channel is closed")
+        amqp = to_amqp(message)
+        amqp.reply_to = self.reply_to
+        try:
+            with connection_losses():
+                exchange = (
+                    await channel.get_exchange(message.exchange, ensure=False)
+                    if message.exchange
+                    else channel.default_exchange
+                )
+                await exchange.publish(amqp, message.routing_key, mandatory=True)
+        except ChannelClosed as error:
+            raise_if_too_large(error, message)
+            raise

@@ -1,0 +1,245 @@
+"""The one place that settles deliveries: publish, wait for the confirm, then ack."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Protocol, assert_never
+
+import structlog
+
+from worker.errors import ErrorCode
+from worker.jobs.delivery import Delivery
+from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
+from worker.messages.result import JobFailure, Result
+from worker.observability import metrics
+from worker.observability.tenants import Tenants
+from worker.rabbitmq import messages
+from worker.rabbitmq.publisher import OutgoingMessage, PublishAbandonedError, TooLargeError, UnroutableError
+from worker.rabbitmq.session import RateLimitedWarnings
+from worker.rabbitmq.topology import Topology
+
+log = structlog.get_logger(__name__)
+
+DIRECT_REPLY_TO = "amq.rabbitmq.reply-to."
+# How long to wait before a message is tried again that no queue took, though the queues were made anew.
+UNROUTABLE_DELAY_S = 5.0
+# How often that is done for a copy of a job that the broker still has: a minute at most.
+COPY_ROUNDS = 4
+
+
+class Publisher(Protocol):
+    """Where messages go."""
+
+    async def publish(self, message: OutgoingMessage) -> None:
+        """Publish, confirmed, or raise UnroutableError, GivenUpError or TooLargeError."""
+
+    async def restore_topology(self) -> None:
+        """Make queues again that have gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyPolicy:
+    """Which `reply_to` names are honoured (`VQA_ALLOWED_REPLY_TO`)."""
+
+    allowed: Sequence[str]
+
+    def queue_for(self, delivery: Delivery, default: str) -> str:
+        """The queue that the result goes to."""
+        reply_to = delivery.reply_to
+        if reply_to is not None and any(fnmatchcase(reply_to, glob) for glob in self.allowed):
+            return reply_to
+        return default
+
+
+class Settlement:
+    """Turns outcomes into messages, and acks when the broker has them."""
+
+    def __init__(
+        self, publisher: Publisher, topology: Topology, replies: ReplyPolicy, tenants: Tenants | None = None
+    ) -> None:
+        self._publisher = publisher
+        self._topology = topology
+        self._replies = replies
+        self._tenants = tenants or Tenants()
+        self._warnings = RateLimitedWarnings()
+
+    async def publish(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
+        """Publish what the outcome calls for.
+
+        Returns, when the broker has confirmed all of it: what was published, which is a failed result in
+        place of one that is larger than the broker takes. Or None: the broker has the job itself back, since
+        it did not take a copy of it.
+        """
+        with metrics.stage("publish", outcome.model):
+            try:
+                is_out = await self._publish(delivery, outcome)
+            except TooLargeError as error:
+                outcome = _failed_as_too_large(outcome, str(error))
+                is_out = await self._publish(delivery, outcome)
+            if not is_out:
+                return await self._hand_over(delivery, outcome)
+        return outcome
+
+    async def _publish(self, delivery: Delivery, outcome: Outcome) -> bool:
+        match outcome:
+            case Succeeded(result=result) | Failed(result=result):
+                return await self._reply(delivery, result)
+            case DeadLettered():
+                return await self._bury(delivery, outcome)
+            case Retried(delay_s=delay_s, attempts=attempts):
+                copy = messages.retry_copy(delivery, self._topology.retry(delay_s), attempts)
+            case Requeued(refunded=refunded):
+                await delivery.may_go_back()
+                copy = messages.given_back_copy(delivery, self._topology.jobs, refunded)
+            case _:
+                assert_never(outcome)
+        return await self._put(copy, delivery)
+
+    async def _hand_over(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
+        """The last resort: the broker moves the job itself, and nobody sits on it until it loses patience."""
+        log.error("job_left_to_broker", **_facts(delivery, outcome))
+        if isinstance(outcome, DeadLettered):
+            await delivery.reject()
+            return outcome
+        await delivery.requeue()
+        return None
+
+    async def finish(self, delivery: Delivery, outcome: Outcome) -> None:
+        """Ack, then count and log what became of the job."""
+        await delivery.ack()
+        took_s = time.monotonic() - delivery.received
+        match outcome:
+            case Succeeded(result=result):
+                self._count(result, "", outcome.model, took_s)
+                log.info("job_finished", **_facts(delivery, outcome), **_details(result))
+            case Failed(result=result, code=code):
+                self._count(result, code, outcome.model, took_s)
+                log.warning("job_finished", **_facts(delivery, outcome), error=code, **_details(result))
+            case DeadLettered(result=result, code=code):
+                self._count(result, code, outcome.model, took_s)
+                metrics.series(metrics.DEAD_LETTERS, code).inc()
+                log.error(
+                    "job_finished",
+                    **_facts(delivery, outcome),
+                    error=code,
+                    dead_letter=True,
+                    **_details(result),
+                )
+            case Retried(delay_s=delay_s, attempts=attempts, reason=reason):
+                metrics.series(metrics.RETRIES, reason).inc()
+                log.warning(
+                    "job_retried",
+                    **_facts(delivery, outcome),
+                    reason=reason,
+                    attempts=attempts,
+                    delay_s=delay_s,
+                )
+            case Requeued():
+                metrics.JOBS_REQUEUED.inc()
+                log.debug("job_requeued", **_facts(delivery, outcome), total_s=round(took_s, 3))
+            case _:
+                assert_never(outcome)
+
+    def _count(self, result: Result, error: str, model: str, took_s: float) -> None:
+        metrics.series(metrics.JOBS, result.status, error, model).inc()
+        metrics.series(metrics.JOB_DURATION, result.status, model).observe(took_s)
+        self._tenants.ended(result.metadata, result.status)
+
+    async def _reply(self, delivery: Delivery, result: Result) -> bool:
+        queue = self._replies.queue_for(delivery, self._topology.results)
+        reply = messages.reply(delivery, result, queue, exchange=self._topology.reply_exchange)
+        if queue != self._topology.results:
+            is_direct = queue.startswith(DIRECT_REPLY_TO)
+            try:
+                # Direct replies are at most once by nature, and only the default exchange knows them.
+                await self._publisher.publish(
+                    messages.to_direct_reply(reply) if is_direct else messages.to_private_queue(reply)
+                )
+            except UnroutableError:
+                reply = messages.undeliverable(reply, self._topology.results)
+            else:
+                return True
+        return await self._deliver(reply)
+
+    async def _bury(self, delivery: Delivery, outcome: DeadLettered) -> bool:
+        """The result first: a publisher that waits is told even if the worker dies in between."""
+        if outcome.code is not ErrorCode.INVALID_JOB or _has_somebody_to_tell(delivery, outcome):
+            await self._reply(delivery, outcome.result)
+        letter = messages.dead_letter(delivery, self._topology.dead_letters, outcome)
+        return await self._put(letter, delivery)
+
+    async def _put(self, copy: OutgoingMessage, delivery: Delivery) -> bool:
+        """Publish a copy of a job that the broker has until then; returns whether it took the copy."""
+        copy = replace(copy, exchange=self._topology.jobs_exchange)
+        return await self._deliver(copy, lets_go=delivery.is_alive)
+
+    async def _deliver(
+        self, message: OutgoingMessage, *, lets_go: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Publish to a queue of the worker's own, which is made again if it has gone; tried without end.
+
+        Unless `lets_go`, after some rounds, since the broker still has what this is a copy of: returns False.
+        """
+        delay_s, rounds = 0.0, 0
+        while True:
+            try:
+                await self._publisher.publish(message)
+            except PublishAbandonedError:
+                pass
+            except UnroutableError:
+                self._say_missing(message)
+            except TooLargeError:
+                if lets_go():
+                    return False
+                raise
+            else:
+                self._warnings.is_over(message.routing_key)
+                return True
+            rounds += 1
+            if rounds >= COPY_ROUNDS and lets_go():
+                return False
+            await self._publisher.restore_topology()
+            await asyncio.sleep(delay_s)
+            delay_s = UNROUTABLE_DELAY_S
+
+    def _say_missing(self, message: OutgoingMessage) -> None:
+        if self._warnings.is_news(message.routing_key, "missing"):
+            log.error("queue_missing", queue=message.routing_key, exchange=message.exchange)
+
+
+def _has_somebody_to_tell(delivery: Delivery, outcome: DeadLettered) -> bool:
+    return any((outcome.job_id, delivery.message_id, delivery.reply_to, delivery.correlation_id))
+
+
+def _failed_as_too_large(outcome: Outcome, why: str) -> Outcome:
+    """What is published in place of a result that is too large; what was paid for it is told.
+
+    Raises:
+        TypeError: the outcome has no result.
+    """
+    if not isinstance(outcome, Succeeded | Failed | DeadLettered):
+        raise TypeError(outcome)
+    text = f"the result has {len(outcome.result.to_body())} bytes, and {why}: ask for less"
+    failure = JobFailure(code=ErrorCode.RESULT_TOO_LARGE, message=text, retryable=False)
+    failed = {"status": "failed", "answer": None, "response": None, "error": failure}
+    result = outcome.result.model_copy(update=failed)
+    return Failed(job_id=outcome.job_id, model=outcome.model, result=result, code=failure.code)
+
+
+def _facts(delivery: Delivery, outcome: Outcome) -> Mapping[str, Any]:
+    """What a log line says of a job, beside the trace's id, which all lines of a delivery have."""
+    facts = {"job_id": outcome.job_id, "outcome": outcome.name, "model": outcome.model}
+    if delivery.correlation_id not in (None, outcome.job_id):
+        facts["correlation_id"] = delivery.correlation_id
+    return facts
+
+
+def _details(result: Result) -> Mapping[str, Any]:
+    """What a log line says of a result; never the question, the answer or the API's own words."""
+    usage = result.usage.model_dump() if result.usage else {}
+    details = {"attempts": result.attempts, "finish_reason": result.finish_reason, **usage}
+    return {
+        name: value for name, value in {**details, **result.timings.model_dump()}.items() if value is not None
+    }

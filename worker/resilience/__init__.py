@@ -1,0 +1,1 @@
+"""Decisions about retries, concurrency and outages."""

@@ -1,0 +1,143 @@
+"""Small objects under one prefix, written on conditions: who comes second is told so."""
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+
+from worker.errors import Dependency, DependencyDownError
+from worker.s3.aws import S3Object
+from worker.s3.client import S3, Request
+from worker.s3.refusals import FAILURES, S3Refusal, translate
+
+# For one request with its quick retries: these objects are small, and jobs wait for them.
+TIMEOUT_S = 20.0
+
+_NOT_FOUND = 404
+# 409: another conditional write to the same object is just under way (Amazon S3 user guide, "Conditional
+# writes"); whoever meets it looks again.
+_CONDITION_FAILED = (409, 412)
+_KEY = re.compile(rb"<Key>([^<]*)</Key>")
+_NEXT = re.compile(rb"<NextContinuationToken>([^<]+)</NextContinuationToken>")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object as it was read; `age_s` is by S3's own clock."""
+
+    body: bytes
+    etag: str
+    age_s: float
+
+
+class ConditionalStore:
+    """The objects of one bucket under one prefix.
+
+    All methods raise DependencyDownError if S3 is out of reach, fails or refuses: whatever it is, it is no
+    job's fault.
+    """
+
+    def __init__(self, s3: S3, bucket: str, prefix: str, *, named: str) -> None:
+        """`named`: the setting that a person has to look at if something is wrong."""
+        self._s3 = s3
+        self._bucket = bucket
+        self._prefix = prefix
+        self._named = named
+
+    async def create(self, name: str, body: bytes) -> str | None:
+        """Write it unless it is there; returns its ETag, or None if it was there."""
+        return await self._put(name, body, {"If-None-Match": "*"})
+
+    async def replace(self, name: str, body: bytes, etag: str) -> str | None:
+        """Write it if it is still the one that has this ETag; returns the new one, or None if it is not."""
+        return await self._put(name, body, {"If-Match": etag})
+
+    async def write(self, name: str, body: bytes) -> None:
+        """Write it, whatever is there."""
+        await self._put(name, body, {})
+
+    async def read(self, name: str) -> StoredObject | None:
+        """What is there, if anything."""
+        try:
+            headers, body = await self._ask("GET", name)
+        except S3Refusal as error:
+            if _is_missing(error):
+                return None
+            raise self._down(error) from None
+        return StoredObject(body, headers.get("ETag", ""), _age_s(headers))
+
+    async def delete(self, name: str, etag: str | None = None) -> None:
+        """Take it away, if it is still the one that has this ETag (where S3 heeds that)."""
+        try:
+            await self._ask("DELETE", name, {"If-Match": etag} if etag else {})
+        except S3Refusal as error:
+            if error.status not in (*_CONDITION_FAILED, _NOT_FOUND):
+                raise self._down(error) from None
+
+    async def names(self, folder: str) -> list[str]:
+        """The names of all that is in a folder, which ends with a slash."""
+        names: list[str] = []
+        query = {"list-type": "2", "prefix": f"{self._prefix}{folder}"}
+        while True:
+            try:
+                _, page = await self._exchange(Request("GET", S3Object(self._bucket, ""), query=query))
+            except S3Refusal as error:
+                raise self._down(error) from None
+            names += [key.decode().rpartition("/")[2] for key in _KEY.findall(page)]
+            if not (more := _NEXT.search(page)):
+                return names
+            query["continuation-token"] = more[1].decode()
+
+    async def _put(self, name: str, body: bytes, condition: Mapping[str, str]) -> str | None:
+        try:
+            headers, _ = await self._ask("PUT", name, condition, body)
+        except S3Refusal as error:
+            # AWS has no 412 for If-Match on what is gone.
+            is_gone = "If-Match" in condition and _is_missing(error)
+            if is_gone or error.status in _CONDITION_FAILED:
+                return None
+            raise self._down(error) from None
+        return headers.get("ETag", "")
+
+    async def _ask(
+        self, method: str, name: str, headers: Mapping[str, str] | None = None, body: bytes = b""
+    ) -> tuple[Mapping[str, str], bytes]:
+        source = S3Object(self._bucket, f"{self._prefix}{name}")
+        return await self._exchange(Request(method, source, headers or {}, body=body))
+
+    async def _exchange(self, request: Request) -> tuple[Mapping[str, str], bytes]:
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                return await self._s3.exchange(request)
+        except S3Refusal:
+            raise
+        except FAILURES as error:
+            raise DependencyDownError(Dependency.RESULT_STORE, f"{self._named}: {translate(error)}") from None
+
+    def _down(self, error: S3Refusal) -> DependencyDownError:
+        """Any refusal: even one that an image would be at fault for is about the settings here."""
+        what = f"{error.status} {error.code}".rstrip()
+        if error.is_elsewhere:
+            where = f" ({error.region})" if error.region else ""
+            text = f"its bucket is in another region{where} than the worker's S3 ({what})"
+        elif error.is_busy:
+            text = f"S3 answered {what}"
+        else:
+            text = (
+                f"S3 answered {what}: the worker must be allowed to get, put, delete and list objects there"
+            )
+        return DependencyDownError(Dependency.RESULT_STORE, f"{self._named}: {text}")
+
+
+def _is_missing(error: S3Refusal) -> bool:
+    return error.status == _NOT_FOUND and error.code != "NoSuchBucket"
+
+
+def _age_s(headers: Mapping[str, str]) -> float:
+    """Seconds since it was written; without usable dates it is as if written now."""
+    try:
+        dates = [parsedate_to_datetime(headers[name]) for name in ("Date", "Last-Modified")]
+    except (KeyError, ValueError, TypeError):
+        return 0.0
+    return (dates[0] - dates[1]).total_seconds()
