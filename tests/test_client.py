@@ -335,7 +335,7 @@ def test_programs_that_use_the_client_are_checked_by_their_types(tmp_path: Path)
     )
     shown = checked.stdout
     assert '"str | None"' in shown, shown + checked.stderr
-    assert '"worker.client.Result"' in shown
+    assert '"worker.client.client.Result"' in shown
     assert 'Missing positional argument "question" in call to "ask" of "Client"' in shown
     assert "Found 1 error in 1 file" in shown
 

@@ -53,7 +53,7 @@ MAX_FRAMES: Final = 12  # of one exception, the innermost ones
 MAX_CAUSES: Final = 5
 MAX_GROUP_MEMBERS: Final = 5
 
-_PROJECT: Final = f"{Path(__file__).parent.parent}/"
+_PROJECT: Final = f"{Path(__file__).parents[2]}/"
 
 
 def configure_logging(
