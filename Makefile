@@ -27,7 +27,7 @@ $(OCR): requirements-ocr.lock $(INSTALLED)
 demo: $(INSTALLED) $(OCR) ## start RabbitMQ, S3 and a model, ask questions about pictures, show the answers
 	@$(BIN)/python -m deploy.local.demo
 
-stack: $(INSTALLED) ## start RabbitMQ, S3 and the stand-in model to try things with, until Ctrl-C
+stack: $(INSTALLED) ## start RabbitMQ, S3 and a model simulator locally (stop with Ctrl-C)
 	@$(BIN)/python -m deploy.local up
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
@@ -106,7 +106,7 @@ lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml --extra tracing --group local --group dev -o requirements-dev.lock
 	uv pip compile $(LOCK) pyproject.toml --extra tracing -c requirements-dev.lock -o requirements-tracing.lock
 	uv pip compile $(LOCK) --group build -c requirements-dev.lock -o requirements-build.lock
-	uv pip compile $(LOCK) --group standin -c requirements-dev.lock -o requirements-standin.lock
+	uv pip compile $(LOCK) --group simulator -c requirements-dev.lock -o requirements-simulator.lock
 	uv pip compile $(LOCK) pyproject.toml --group ocr -c requirements-dev.lock -o requirements-ocr.lock
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -c requirements-ocr.lock \
 	  -o requirements-bench.lock

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
 
+from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
-from deploy.local.standin.calls import Call
 from tests.conftest import picture
 from tests.running import PATIENCE_S, Client, Reply, Worker, calls_with, until
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.install import one_at_a_time
+from deploy.local.install import exclusive_lock
 
 INSTALL_TIMEOUT_S = 900
 
 
 def install(packages: Mapping[str, str]) -> None:
     """Have these programs or files, each from its Debian package; skip the test where that cannot be."""
-    with one_at_a_time():
+    with exclusive_lock():
         missing = sorted({package for it, package in packages.items() if not _is_here(it)})
         if not missing:
             return

@@ -20,8 +20,8 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue, HeadersType
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
-from deploy.local.standin.calls import Call
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 30.0

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from deploy.local.model_simulator.behavior import Answer, Error
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error
 from tests.breaking import calls_begun, events, model_answered, publish, results, said, statuses
 from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy

@@ -14,8 +14,8 @@ import pytest
 from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import DeliveryError
 
+from deploy.local.model_simulator.behavior import Answer, Error
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error
 from tests.breaking import (
     BrokerUser,
     administer,

@@ -7,8 +7,8 @@ from typing import Any
 import aio_pika
 from aio_pika.exceptions import ChannelNotFoundEntity
 
+from deploy.local.model_simulator.behavior import Error, Hang
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error, Hang
 from tests.breaking import BrokerUser, calls_begun, events, job, publish, results, statuses
 from tests.conftest import BUCKET, MakeClient, StartWorker
 from tests.running import Client, Worker, calls_with, until

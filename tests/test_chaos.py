@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
-from deploy.local.standin.calls import Call
 from tests.chaos import faults, plan, verdict
 from tests.chaos.backend import Got
 from tests.chaos.faults import Happened
@@ -99,7 +99,7 @@ def test_the_jobs_are_the_same_for_the_same_seed() -> None:
 JOB = Asked("1" * 16, "a job", b"{}", frozenset({"succeeded"}), ("a" * 12,), sent_at=[0.0])
 
 
-def result(answer: str = f"[stand-in model] (sha256 {'a' * 12})", **changes: Any) -> Got:
+def result(answer: str = f"[simulated model] (sha256 {'a' * 12})", **changes: Any) -> Got:
     body: dict[str, Any] = {
         "id": JOB.id,
         "status": "succeeded",
@@ -161,7 +161,7 @@ def test_the_verdict_finds_what_is_lost() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(result(f"[stand-in model] (sha256 {'b' * 12})"), id="another image"),
+        pytest.param(result(f"[simulated model] (sha256 {'b' * 12})"), id="another image"),
         pytest.param(result("Nonsense"), id="no answer of the model's"),
         pytest.param(result(status="failed", error={"code": "model_rejected", "message": ""}), id="failed"),
         pytest.param(

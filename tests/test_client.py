@@ -14,8 +14,8 @@ from typing import Any
 import aio_pika
 import pytest
 
+from deploy.local.model_simulator.behavior import Answer
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer
 from tests.breaking import BrokerUser, url_as
 from tests.cli.running import depth
 from tests.conftest import PutImage, StartWorker
@@ -78,7 +78,7 @@ async def test_everything_that_a_job_can_say_is_said(
         marker,
         id=f"id-{marker}",
         system="Be brief.",
-        model="stand-in/vision-small",
+        model="simulated/vision-small",
         params={"max_tokens": 9},
         metadata={"order": 17},
         deadline=datetime.now(UTC) + timedelta(minutes=1),

@@ -13,8 +13,8 @@ import aio_pika
 import pytest
 from aio_pika.abc import AbstractIncomingMessage
 
+from deploy.local.model_simulator.behavior import Answer, Error, Hang, Malformed, Outcome, Reset
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error, Hang, Malformed, Outcome, Reset
 from tests.conftest import BUCKET, PutImage, picture
 from tests.running import Client, Reply, Worker, calls_with, until
 

@@ -9,8 +9,8 @@ import uuid
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.local.model_simulator.behavior import Answer
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer
 from tests.conftest import BUCKET, MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Worker, calls_with, until

@@ -13,8 +13,8 @@ from urllib.parse import parse_qs, quote, urlsplit
 import pytest
 from aiohttp import web
 
+from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
-from deploy.local.standin.calls import Call
 from tests.conftest import BUCKET, PutImage, picture
 from tests.fake_s3 import FakeS3
 from tests.running import Client, Worker, calls_with

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from deploy.local.model_simulator.behavior import Error, Hang
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error, Hang
 from tests.breaking import calls_begun, events, publish, results, said, statuses
 from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from deploy.local.model_simulator.behavior import Error
+from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error
-from deploy.local.standin.calls import Call
 from tests.conftest import PutImage, picture
 from tests.running import Client, Reply, Worker, calls_with, until
 

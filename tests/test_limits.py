@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 import aio_pika
 import pytest
 
+from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error
 from tests.breaking import publish, results, statuses
 from tests.conftest import MakeClient, StartWorker
 from tests.running import Worker, calls_with, until

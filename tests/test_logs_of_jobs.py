@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from deploy.local.model_simulator.behavior import Answer, Error, Malformed, Outcome
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error, Malformed, Outcome
 from tests.breaking import events
 from tests.conftest import BUCKET, PutImage
 from tests.running import Client, Worker, until

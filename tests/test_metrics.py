@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.local.model_simulator.behavior import Answer, Error, Hang, Malformed, Outcome, Reset
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error, Hang, Malformed, Outcome, Reset
 from tests.conftest import BUCKET, PutImage, picture
 from tests.running import Client, Reply, Worker, until
 from worker import __version__
@@ -345,5 +345,5 @@ def test_neither_metrics_nor_log_tell_what_was_asked_or_what_is_secret(told: Tol
     """At the level debug, which is when libraries talk."""
     assert "botocore" in told.log
     for text in (told.exposition, told.log):
-        for secret in (*SECRETS, told.api_key, stack.s3.secret_key, "evil", "data:image", "[stand-in"):
+        for secret in (*SECRETS, told.api_key, stack.s3.secret_key, "evil", "data:image", "[simulated"):
             assert secret not in text

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.local.model_simulator.behavior import Answer, Error, Hang, Outcome, Reset
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error, Hang, Outcome, Reset
 from tests.breaking import calls_begun, events, hasty, job, publish, results, said, statuses
 from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy

@@ -15,8 +15,8 @@ import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.exceptions import QueueEmpty
 
+from deploy.local.model_simulator.behavior import Answer, Error, Outcome
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error, Outcome
 from tests.conftest import BUCKET, picture
 from tests.running import Client, Reply, Worker, calls_with, until
 

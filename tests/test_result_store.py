@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from deploy.local.model_simulator.behavior import Answer, Error
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error
 from tests.breaking import calls_begun, job, model_answered, publish, results, said, statuses
 from tests.conftest import BUCKET, MakeClient, PutImage, StartWorker
 from tests.fake_s3 import FakeS3

@@ -10,8 +10,8 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
+from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error
 from tests.breaking import events, hasty, publish, results, said
 from tests.conftest import BUCKET, MakeClient, StartWorker, picture
 from tests.fake_s3 import FakeS3, refuse

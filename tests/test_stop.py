@@ -7,8 +7,8 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from deploy.local.model_simulator.behavior import Answer, Error, Hang
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error, Hang
 from tests.breaking import calls_begun, events, job, publish, results, said
 from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from deploy.local.model_simulator.behavior import Error
+from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error
-from deploy.local.standin.calls import Call
 from tests.authority import Authority
 from tests.breaking import events
 from tests.conftest import BUCKET, PutImage, picture

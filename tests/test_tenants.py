@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error
 from tests.conftest import StartWorker
 from tests.running import Client, Worker, until
 from worker.observability.tenants import Tenants

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from aio_pika import Message, connect
 
+from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error
 from tests.breaking import BrokerUser, administer, events, job, own_vhost, url_as
 from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy

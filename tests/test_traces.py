@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from deploy.local.model_simulator.behavior import Answer, Error
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error
 from tests.conftest import BUCKET, PutImage
 from tests.otlp import Receiver, Seen
 from tests.running import ROOT, Client, Reply, Worker, calls_with, until

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.local.model_simulator.behavior import Answer, Hang
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Hang
 from tests.breaking import (
     calls_begun,
     events,

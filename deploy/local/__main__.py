@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from deploy.local.install import RabbitMQMissingError
-from deploy.local.processes import DidNotStartError
+from deploy.local.install import RabbitMQNotInstalledError
+from deploy.local.processes import ServiceStartError
 from deploy.local.stack import Stack
-from deploy.local.terminal import interrupt, tell
+from deploy.local.terminal import print_status, raise_keyboard_interrupt
 
 _CHECK_SECONDS = 0.5
 
@@ -29,32 +29,32 @@ def main() -> int:
     up.add_argument("--folder", type=Path, help="keep data and logs in this new folder")
     arguments = parser.parse_args()
     # Also when they were ignored before, as in the background of a script.
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, raise_keyboard_interrupt)
+    signal.signal(signal.SIGTERM, raise_keyboard_interrupt)
     try:
         return _up(use_environment=not arguments.own, folder=arguments.folder)
     except KeyboardInterrupt:
         return 0
-    except (DidNotStartError, RabbitMQMissingError, RuntimeError) as error:
-        tell(str(error))
+    except (ServiceStartError, RabbitMQNotInstalledError, RuntimeError) as error:
+        print_status(str(error))
         return 1
 
 
 def _up(*, use_environment: bool, folder: Path | None) -> int:
-    tell("Starting the local stack …")
-    with Stack.start(use_environment=use_environment, folder=folder, tell=tell) as stack:
+    print_status("Starting the local stack …")
+    with Stack.start(use_environment=use_environment, folder=folder, on_progress=print_status) as stack:
         for name, value in stack.environment().items():
             print(f"export {name}={shlex.quote(value)}")
         sys.stdout.flush()
-        tell(_summary(stack))
+        print_status(_summary(stack))
         while not (dead := stack.dead_parts()):
             time.sleep(_CHECK_SECONDS)
-        tell(f"Ended unexpectedly: {', '.join(dead)}. Stopping the rest.")
+        print_status(f"Ended unexpectedly: {', '.join(dead)}. Stopping the rest.")
         return 1
 
 
 def _summary(stack: Stack) -> str:
-    model = "stand-in, not a real model" if stack.model_api.is_stand_in else "real, and paid for"
+    model = "stand-in, not a real model" if stack.model_api.is_simulated else "real, and paid for"
     return (
         f"Up. Model API: {model}. Bucket: {stack.s3.bucket}. "
         f"RabbitMQ management: {stack.rabbitmq.management_url or 'unknown'}\n"

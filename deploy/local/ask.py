@@ -1,4 +1,4 @@
-"""`python -m deploy.local.ask`: asks a worker that runs already about a handful of pictures.
+"""`python -m deploy.local.sample_jobs`: asks a worker that runs already about a handful of pictures.
 
 It uses the broker and the S3 server that the environment names, by the variables of the worker itself.
 """
@@ -9,10 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.local.given import IncompleteError, given_rabbitmq, given_s3
-from deploy.local.pictures import make_pictures
-from deploy.local.questions import UnansweredError, answers, show, upload
-from deploy.local.terminal import tell
+from deploy.local.external import IncompleteConfigurationError, external_rabbitmq, external_s3
+from deploy.local.sample_images import create_sample_images
+from deploy.local.sample_jobs import UnansweredError, answers, show, upload
+from deploy.local.terminal import print_status
 
 _USUAL_QUEUE = "vqa.jobs"
 
@@ -22,17 +22,19 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="vqa-ask-") as folder:
             _ask(Path(folder))
-    except (IncompleteError, UnansweredError) as error:
-        tell(str(error))
+    except (IncompleteConfigurationError, UnansweredError) as error:
+        print_status(str(error))
         return 1
     return 0
 
 
 def _ask(folder: Path) -> None:
-    rabbitmq, s3 = given_rabbitmq(os.environ), given_s3(os.environ)
+    rabbitmq, s3 = external_rabbitmq(os.environ), external_s3(os.environ)
     if rabbitmq is None or s3 is None:
-        raise IncompleteError("Set VQA_RABBITMQ_URL and VQA_S3_ENDPOINT_URL as they are set for the worker.")
-    jobs = upload(s3, make_pictures(folder))
+        raise IncompleteConfigurationError(
+            "Set VQA_RABBITMQ_URL and VQA_S3_ENDPOINT_URL as they are set for the worker."
+        )
+    jobs = upload(s3, create_sample_images(folder))
     queue = os.environ.get("VQA_JOBS_QUEUE") or _USUAL_QUEUE
     show(jobs, asyncio.run(answers(rabbitmq.url, queue, jobs)))
 

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from deploy.local.ports import PortBlock
-from deploy.local.processes import DidNotStartError, GuardedProcess
+from deploy.local.processes import ServiceStartError, SupervisedProcess
 from deploy.local.rabbitmq import GUEST, broker_answers
 
 IMAGE = "rabbitmq:4-management"
@@ -29,7 +29,7 @@ class RabbitMQContainer:
         # The container belongs to the Docker engine, so something has to remove it when this program is
         # killed: a shell that waits for its own end.
         remove = f"docker rm --force --volumes {shlex.quote(self._name)}"
-        self._keeper = GuardedProcess(
+        self._keeper = SupervisedProcess(
             "RabbitMQ container",
             ["sh", "-c", f"trap '{remove}; exit' TERM; while :; do sleep 1; done"],
             environment=os.environ,
@@ -85,7 +85,7 @@ class RabbitMQContainer:
         """Return when clients, the management interface and the metrics are answered.
 
         Raises:
-            DidNotStartError: It was not ready in time.
+            ServiceStartError: It was not ready in time.
         """
         self._keeper.wait_until(self._ready, timeout_seconds=_READY_SECONDS, advice=_ADVICE)
 
@@ -121,7 +121,7 @@ class RabbitMQContainer:
 
     def close(self) -> None:
         """Remove the container and its data."""
-        with contextlib.suppress(DidNotStartError):
+        with contextlib.suppress(ServiceStartError):
             _docker("rm", "--force", "--volumes", self._name, check=False)
         self._created = False
         self._keeper.kill()
@@ -135,5 +135,5 @@ def _docker(*arguments: str, check: bool = True) -> str:
         ["docker", *arguments], capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False
     )
     if check and done.returncode:
-        raise DidNotStartError(f"docker {' '.join(arguments)}: {done.stderr.strip()}")
+        raise ServiceStartError(f"docker {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout

@@ -22,11 +22,11 @@ from types import FrameType
 import aio_pika
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.local.given import IncompleteError
-from deploy.local.install import RabbitMQMissingError
-from deploy.local.pictures import make_pictures
-from deploy.local.processes import DidNotStartError
-from deploy.local.questions import UnansweredError, answers, console, show, upload
+from deploy.local.external import IncompleteConfigurationError
+from deploy.local.install import RabbitMQNotInstalledError
+from deploy.local.processes import ServiceStartError
+from deploy.local.sample_images import create_sample_images
+from deploy.local.sample_jobs import UnansweredError, answers, console, show, upload
 from deploy.local.stack import Stack
 from worker.settings import retry_queue
 
@@ -53,7 +53,13 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("Interrupted; everything that was started here is stopped.")
         return 130
-    except (DemoError, UnansweredError, DidNotStartError, IncompleteError, RabbitMQMissingError) as error:
+    except (
+        DemoError,
+        UnansweredError,
+        ServiceStartError,
+        IncompleteConfigurationError,
+        RabbitMQNotInstalledError,
+    ) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
     return 0
@@ -64,9 +70,9 @@ def _run(folder: Path) -> None:
     console.print(
         "[bold]Starting[/bold] RabbitMQ, S3 and a model (what the environment names is used instead)"
     )
-    with Stack.start(use_environment=True, tell=lambda line: console.print(f"   {line}")) as stack:
+    with Stack.start(use_environment=True, on_progress=lambda line: console.print(f"   {line}")) as stack:
         _say_what_runs(stack, time.monotonic() - started)
-        pictures = make_pictures(folder / "pictures")
+        pictures = create_sample_images(folder / "pictures")
         jobs = upload(stack.s3, pictures)
         with _worker(stack, folder) as worker:
             results = asyncio.run(answers(stack.rabbitmq.url, worker.environment["VQA_JOBS_QUEUE"], jobs))
@@ -78,10 +84,10 @@ def _run(folder: Path) -> None:
 def _say_what_runs(stack: Stack, took_s: float) -> None:
     model = (
         "a [bold]stand-in[/bold], which tells what is in the picture file and understands nothing"
-        if stack.model_api.is_stand_in
+        if stack.model_api.is_simulated
         else f"{stack.model_api.models[0]} at {stack.model_api.base_url} (real, and paid for)"
     )
-    if stack.model_api.is_stand_in:
+    if stack.model_api.is_simulated:
         stack.model.configure(latency=STAND_IN_LATENCY_S)
     console.print(f"   up after {took_s:.0f} s; the model is {model}")
 

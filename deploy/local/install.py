@@ -38,7 +38,7 @@ HOW_TO_INSTALL = (
 )
 
 
-class RabbitMQMissingError(RuntimeError):
+class RabbitMQNotInstalledError(RuntimeError):
     """There is no RabbitMQ and no way to get one; the message is one line that says what to install."""
 
 
@@ -107,20 +107,20 @@ def plan(machine: Machine) -> Plan:
     return TellPerson()
 
 
-def ensure_rabbitmq(tell: Callable[[str], None] = lambda _: None) -> Installation | UseContainer:
+def ensure_rabbitmq(on_progress: Callable[[str], None] = lambda _: None) -> Installation | UseContainer:
     """Return where RabbitMQ is, after installing it if need be, or that it has to be run as a container.
 
     Args:
-        tell: Called with a line for a person before anything that takes long.
+        on_progress: Called with a line for a person before anything that takes long.
 
     Raises:
-        RabbitMQMissingError: There is no way to get it from here.
+        RabbitMQNotInstalledError: There is no way to get it from here.
     """
-    with one_at_a_time():
-        return _ensure(tell)
+    with exclusive_lock():
+        return _ensure(on_progress)
 
 
-def _ensure(tell: Callable[[str], None]) -> Installation | UseContainer:
+def _ensure(on_progress: Callable[[str], None]) -> Installation | UseContainer:
     chosen = plan(look_around())
     match chosen:
         case UseInstalled(installation):
@@ -128,16 +128,16 @@ def _ensure(tell: Callable[[str], None]) -> Installation | UseContainer:
         case UseContainer():
             return chosen
         case Install():
-            tell(f"RabbitMQ is not installed: {' '.join(chosen.commands[0])}")
+            on_progress(f"RabbitMQ is not installed: {' '.join(chosen.commands[0])}")
             return _install(chosen)
         case TellPerson(message):
-            raise RabbitMQMissingError(message)
+            raise RabbitMQNotInstalledError(message)
         case _:
             assert_never(chosen)
 
 
 @contextmanager
-def one_at_a_time(folder: str | Path | None = None) -> Iterator[None]:
+def exclusive_lock(folder: str | Path | None = None) -> Iterator[None]:
     """Keep others waiting who want the same: half an installation is none, and two are not made at once.
 
     They are told by the folder, by default the one for temporary files.
@@ -206,12 +206,12 @@ def _apt(become_root: tuple[str, ...]) -> Install:
 def _install(chosen: Install) -> Installation:
     first, *rest = chosen.commands
     if not _runs(first) and not (chosen.refresh and _runs(chosen.refresh) and _runs(first)):
-        raise RabbitMQMissingError(HOW_TO_INSTALL)
+        raise RabbitMQNotInstalledError(HOW_TO_INSTALL)
     for command in rest:
         _runs(command)
     found = find_installation()
     if found is None:
-        raise RabbitMQMissingError(HOW_TO_INSTALL)
+        raise RabbitMQNotInstalledError(HOW_TO_INSTALL)
     return found
 
 

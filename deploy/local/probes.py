@@ -16,7 +16,7 @@ _AMQP_METHOD_FRAME = b"\x01"
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def amqp_answers(port: int) -> bool:
+def amqp_ok(port: int) -> bool:
     """Tell whether a broker on this machine greets back."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=_TIMEOUT_SECONDS) as connection:
@@ -26,7 +26,7 @@ def amqp_answers(port: int) -> bool:
         return False
 
 
-def http_answers(url: str, *, user: str = "", password: str = "") -> bool:
+def http_ok(url: str, *, user: str = "", password: str = "") -> bool:
     """Tell whether a GET succeeds."""
     request = urllib.request.Request(url)  # noqa: S310 - the caller's own http:// URL
     if user:

@@ -10,17 +10,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-_GUARD = Path(__file__).with_name("guard.py")
+_GUARD = Path(__file__).with_name("supervisor.py")
 _POLL_SECONDS = 0.05
 _LOG_TAIL_LINES = 15
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
-class DidNotStartError(RuntimeError):
+class ServiceStartError(RuntimeError):
     """A service is not up; the message says which, shows the end of its log, and what to do."""
 
 
-class GuardedProcess:
+class SupervisedProcess:
     """One service in a process group of its own, ended with everything it started.
 
     Ctrl-C in a terminal does not reach it: this program decides when it stops.
@@ -90,7 +90,7 @@ class GuardedProcess:
         """Return when `ready` says so.
 
         Raises:
-            DidNotStartError: The service ended, or was not ready in time and has been killed.
+            ServiceStartError: The service ended, or was not ready in time and has been killed.
         """
         give_up = time.monotonic() + timeout_seconds
         while not ready():
@@ -127,10 +127,10 @@ class GuardedProcess:
         if self.running:
             os.killpg(self._pid, signal.SIGCONT)
 
-    def _given_up(self, what: str) -> DidNotStartError:
+    def _given_up(self, what: str) -> ServiceStartError:
         """End the service; return an error for a person, with the end of the service's log."""
         self.kill()
-        return DidNotStartError(f"{self.name} {what}\nThe end of its log ({self.log}):\n{self._log_tail()}")
+        return ServiceStartError(f"{self.name} {what}\nThe end of its log ({self.log}):\n{self._log_tail()}")
 
     def _end(self, number: signal.Signals, grace_seconds: float) -> None:
         guard = self._guard

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from deploy.local.install import Installation
 from deploy.local.ports import PortBlock
-from deploy.local.probes import amqp_answers, http_answers
-from deploy.local.processes import GuardedProcess
+from deploy.local.probes import amqp_ok, http_ok
+from deploy.local.processes import SupervisedProcess
 
 _READY_SECONDS = 90
 _CTL_SECONDS = 60
@@ -33,9 +33,9 @@ GUEST = "guest"
 def broker_answers(port: int, management_url: str, prometheus_url: str) -> bool:
     """Tell whether a broker answers clients, on its management interface and on its metrics."""
     return (
-        amqp_answers(port)
-        and http_answers(f"{management_url}/api/overview", user=GUEST, password=GUEST)
-        and http_answers(f"{prometheus_url}/metrics")
+        amqp_ok(port)
+        and http_ok(f"{management_url}/api/overview", user=GUEST, password=GUEST)
+        and http_ok(f"{prometheus_url}/metrics")
     )
 
 
@@ -56,14 +56,14 @@ class RabbitMQ:
         environment = self._environment()
         leftovers = [folder] if temporary else []
         # RabbitMQ would start the port mapper itself, but as a daemon that outlives it.
-        self._epmd = GuardedProcess(
+        self._epmd = SupervisedProcess(
             "epmd",
             [str(installation.epmd), "-port", str(self._epmd_port), "-address", "127.0.0.1"],
             environment=environment,
             folder=folder,
             leftovers=leftovers,
         )
-        self._server = GuardedProcess(
+        self._server = SupervisedProcess(
             "RabbitMQ",
             [str(installation.server)],
             environment=environment,
@@ -105,7 +105,7 @@ class RabbitMQ:
         """Return when clients, the management interface and the metrics are answered.
 
         Raises:
-            DidNotStartError: With the end of the log.
+            ServiceStartError: With the end of the log.
         """
         self._server.wait_until(self._ready, timeout_seconds=_READY_SECONDS, advice=_ADVICE)
 

@@ -14,7 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from deploy.local.ports import PortBlock
-from deploy.local.processes import DidNotStartError, GuardedProcess
+from deploy.local.processes import ServiceStartError, SupervisedProcess
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -73,7 +73,7 @@ class S3:
         self._sockets = _socket_files(used_ports)
         (folder / "data").mkdir(parents=True)
         (folder / _IDENTITIES).write_text(json.dumps(self._identities()))
-        self._server = GuardedProcess(
+        self._server = SupervisedProcess(
             "SeaweedFS",
             [str(_find_weed()), *arguments],
             environment=_environment(folder),
@@ -118,7 +118,7 @@ class S3:
         """Return when an object can really be written and read: the port is open long before that.
 
         Raises:
-            DidNotStartError: With the end of the log.
+            ServiceStartError: With the end of the log.
         """
         client = self.client()
         try:
@@ -188,7 +188,7 @@ def _find_weed() -> Path:
         return beside_python
     found = shutil.which("weed")
     if found is None:
-        raise DidNotStartError("SeaweedFS is not installed: run `make setup`.")
+        raise ServiceStartError("SeaweedFS is not installed: run `make setup`.")
     return Path(found)
 
 

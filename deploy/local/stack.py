@@ -10,17 +10,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from deploy.local.container import RabbitMQContainer
-from deploy.local.given import GivenModel, given_model, given_rabbitmq, given_s3
+from deploy.local.external import ExternalModel, external_model, external_rabbitmq, external_s3
 from deploy.local.install import UseContainer, ensure_rabbitmq
-from deploy.local.model import StandInModel, StandInOptions
 from deploy.local.ports import PortBlock
 from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.s3 import S3, Certificate
+from deploy.local.simulated_model import SimulatedModel, SimulatorOptions
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-__all__ = ["Stack", "StandInOptions"]
+__all__ = ["SimulatorOptions", "Stack"]
 
 
 class Part(Protocol):
@@ -79,7 +79,7 @@ class Stack:
     """
 
     def __init__(
-        self, rabbitmq: Broker, s3: ObjectStore, model: StandInModel | GivenModel, resources: ExitStack
+        self, rabbitmq: Broker, s3: ObjectStore, model: SimulatedModel | ExternalModel, resources: ExitStack
     ) -> None:
         self.rabbitmq = rabbitmq
         self.s3 = s3
@@ -91,10 +91,10 @@ class Stack:
         cls,
         *,
         use_environment: bool = False,
-        standin_options: StandInOptions | None = None,
+        simulator_options: SimulatorOptions | None = None,
         s3_certificate: Certificate | None = None,
         folder: Path | None = None,
-        tell: Callable[[str], None] = lambda _: None,
+        on_progress: Callable[[str], None] = lambda _: None,
     ) -> Self:
         """Start everything at once and return when all of it works.
 
@@ -103,15 +103,15 @@ class Stack:
                 ones (`VQA_RABBITMQ_URL`, `VQA_S3_ENDPOINT_URL`, `VQA_MODEL_BASE_URL` with
                 a key, or just a key: `VQA_MODEL_API_KEY`, `DEEPINFRA_TOKEN`, `OPENAI_API_KEY`). A real
                 model costs money.
-            standin_options: How the stand-in model starts.
+            simulator_options: How the stand-in model starts.
             s3_certificate: With it, an own S3 server speaks TLS as well, on a second port.
             folder: Where data and logs go and stay; by default a temporary folder that is removed.
-            tell: Called with a line for a person when something takes long.
+            on_progress: Called with a line for a person when something takes long.
 
         Raises:
-            DidNotStartError: A service is not up; nothing of the others is left either.
-            IncompleteError: The environment names a server or an API without what is needed to use it.
-            RabbitMQMissingError: There is no RabbitMQ here and no way to get it.
+            ServiceStartError: A service is not up; nothing of the others is left either.
+            IncompleteConfigurationError: A variable that a named server or API needs is missing.
+            RabbitMQNotInstalledError: There is no RabbitMQ here and no way to get it.
         """
         given = os.environ if use_environment else {}
         with ExitStack() as resources:
@@ -119,13 +119,13 @@ class Stack:
             ports = PortBlock()
             resources.callback(ports.close)
             temporary = folder is None
-            s3 = given_s3(given) or S3(root / "s3", ports, temporary=temporary, certificate=s3_certificate)
-            model = given_model(given) or StandInModel(
-                root / "model", ports, standin_options, temporary=temporary
+            s3 = external_s3(given) or S3(root / "s3", ports, temporary=temporary, certificate=s3_certificate)
+            model = external_model(given) or SimulatedModel(
+                root / "model", ports, simulator_options, temporary=temporary
             )
             # Last, because it may install RabbitMQ: in vain, if what is given is incomplete.
-            rabbitmq = given_rabbitmq(given) or _own_broker(
-                root / "rabbitmq", ports, tell, temporary=temporary
+            rabbitmq = external_rabbitmq(given) or _own_broker(
+                root / "rabbitmq", ports, on_progress, temporary=temporary
             )
             parts: tuple[Part, ...] = (rabbitmq, s3, model)
             for part in parts:
@@ -137,18 +137,18 @@ class Stack:
         raise AssertionError  # mypy: the block above does not swallow exceptions
 
     @property
-    def model(self) -> StandInModel:
+    def model(self) -> SimulatedModel:
         """The stand-in model.
 
         Raises:
             RuntimeError: The environment names a real model: there is `model_api` for what both have.
         """
-        if isinstance(self._model, GivenModel):
+        if isinstance(self._model, ExternalModel):
             raise RuntimeError(f"{self._model!r} is real: it cannot be told how to behave.")  # noqa: TRY004
         return self._model
 
     @property
-    def model_api(self) -> StandInModel | GivenModel:
+    def model_api(self) -> SimulatedModel | ExternalModel:
         """The model API in use, real or not."""
         return self._model
 
@@ -196,11 +196,11 @@ def _temporary_folder(resources: ExitStack) -> Path:
 
 
 def _own_broker(
-    folder: Path, ports: PortBlock, tell: Callable[[str], None], *, temporary: bool
+    folder: Path, ports: PortBlock, on_progress: Callable[[str], None], *, temporary: bool
 ) -> RabbitMQ | RabbitMQContainer:
-    found = ensure_rabbitmq(tell)
+    found = ensure_rabbitmq(on_progress)
     if isinstance(found, UseContainer):
-        tell("RabbitMQ is not installed; running its official image in Docker")
+        on_progress("RabbitMQ is not installed; running its official image in Docker")
         return RabbitMQContainer(folder, ports, temporary=temporary)
     return RabbitMQ(found, folder, ports, temporary=temporary)
 

@@ -4,12 +4,12 @@ import sys
 from types import FrameType
 
 
-def tell(line: str) -> None:
+def print_status(line: str) -> None:
     """Print a line beside the output proper."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 
-def interrupt(_number: int, _frame: FrameType | None) -> None:
+def raise_keyboard_interrupt(_number: int, _frame: FrameType | None) -> None:
     """A signal handler: end as with Ctrl-C."""
     raise KeyboardInterrupt

@@ -10,9 +10,9 @@ from typing import Final
 
 import uvloop
 
-from deploy.local.install import RabbitMQMissingError
-from deploy.local.processes import DidNotStartError
-from deploy.local.terminal import interrupt, tell
+from deploy.local.install import RabbitMQNotInstalledError
+from deploy.local.processes import ServiceStartError
+from deploy.local.terminal import print_status, raise_keyboard_interrupt
 from tests.bench import charts, contenders, machine, report
 from tests.bench.contenders import Contender
 from tests.bench.figures import Notebook
@@ -33,19 +33,19 @@ def main() -> int:
         _write(Notebook.load(arguments.redraw / "performance" / FIGURES), arguments.redraw)
         return 0
     if not machine.is_supported():
-        tell("The benchmark reads CPU and memory from /proc, so it runs on Linux only.")
+        print_status("The benchmark reads CPU and memory from /proc, so it runs on Linux only.")
         return 1
-    # Connections to a broker that goes away with the benchmark are nothing to tell about.
+    # Connections to a broker that goes away with the benchmark are expected and not logged.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Also when they were ignored before, as in the background of a script.
-        signal.signal(number, interrupt)
-    notebook = Notebook(tell=tell)
+        signal.signal(number, raise_keyboard_interrupt)
+    notebook = Notebook(tell=print_status)
     try:
         _measure(arguments, notebook)
-    except (WrongError, DidNotStartError, RabbitMQMissingError) as error:
-        tell(f"\nThe benchmark broke off, and its figures mean nothing:\n{error}")
+    except (WrongError, ServiceStartError, RabbitMQNotInstalledError) as error:
+        print_status(f"\nThe benchmark broke off, and its figures mean nothing:\n{error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -104,12 +104,12 @@ def _measure(arguments: argparse.Namespace, notebook: Notebook) -> None:
     scenarios = asked or [it for it in SCENARIOS if not arguments.quick or it in QUICK_SCENARIOS]
     if cores.are_shared:
         notebook.remark("This machine has one core, which all share: read the figures with that in mind.")
-    with Bench.start(cores, tell) as bench:
+    with Bench.start(cores, print_status) as bench:
         notebook.about |= report.about(bench, cores)
         if arguments.worker:
             notebook.about["worker command"] = arguments.worker
         for name in scenarios:
-            tell(f"\n{name}: {(SCENARIOS[name].__doc__ or '').strip()}")
+            print_status(f"\n{name}: {(SCENARIOS[name].__doc__ or '').strip()}")
             uvloop.run(SCENARIOS[name](bench, plan, notebook))
     notebook.about["took"] = f"{(time.monotonic() - began) / 60:.0f} minutes"
 
@@ -145,7 +145,9 @@ def _write(notebook: Notebook, folder: Path) -> None:
     notebook.save(pictures / FIGURES)
     drawn = charts.draw(notebook, pictures)
     (folder / "performance.md").write_text(report.page(notebook, drawn))
-    tell(f"Written: {folder / 'performance.md'}, {', '.join(f'performance/{name}' for name in drawn)}")
+    print_status(
+        f"Written: {folder / 'performance.md'}, {', '.join(f'performance/{name}' for name in drawn)}"
+    )
 
 
 if __name__ == "__main__":

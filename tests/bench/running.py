@@ -17,7 +17,7 @@ import trustme
 from botocore.config import Config
 
 from deploy.local.ports import PortBlock
-from deploy.local.processes import GuardedProcess
+from deploy.local.processes import SupervisedProcess
 from deploy.local.s3 import S3, Certificate
 from deploy.local.stack import Stack
 from tests.bench import machine
@@ -49,7 +49,7 @@ class StandIn:
         self._port, self._tls_port = ports.take(), ports.take()
         addresses = ("--port", str(self._port), "--tls-port", str(self._tls_port))
         tls = ("--certificate", str(certificate.certificate), "--key", str(certificate.key))
-        self._process = GuardedProcess(
+        self._process = SupervisedProcess(
             "stand-in",
             [sys.executable, "-m", "tests.bench.standin", *addresses, *tls],
             environment={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -95,7 +95,7 @@ class StandIn:
 class Running:
     """A contender with queues of its own; its process runs from `launch` to the end of the context."""
 
-    def __init__(self, process: GuardedProcess, cores: Cores, http_port: int, as_link: bool) -> None:
+    def __init__(self, process: SupervisedProcess, cores: Cores, http_port: int, as_link: bool) -> None:
         self._process = process
         self._cores = cores
         self._http_port = http_port
@@ -166,7 +166,7 @@ class Bench:
             ports = PortBlock()
             resources.callback(ports.close)
             ca_file, certificate = _certificate(folder)
-            stack = resources.enter_context(Stack.start(s3_certificate=certificate, tell=tell))
+            stack = resources.enter_context(Stack.start(s3_certificate=certificate, on_progress=tell))
             standin = StandIn(folder / "stand-in", ports, certificate)
             resources.callback(standin.stop)
             standin.start()
@@ -178,7 +178,7 @@ class Bench:
         self._runs += 1
         name = f"bench{self._runs}"
         run = self._run(name, setup)
-        process = GuardedProcess(
+        process = SupervisedProcess(
             name,
             contender.command,
             environment={**_inherited(), **contender.environment(run)},

@@ -9,9 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.local.model import StandInOptions
+from deploy.local.simulated_model import SimulatorOptions
 from deploy.local.stack import Stack
-from deploy.local.terminal import interrupt, tell
+from deploy.local.terminal import print_status, raise_keyboard_interrupt
 from tests.chaos import soak
 from tests.chaos.report import FOOTNOTE
 from tests.chaos.run import Options, run
@@ -24,12 +24,12 @@ def main() -> int:
     if arguments.plan:
         sys.stdout.writelines(f"{fault}\n" for fault in options.plan())
         return 0
-    # Connections that break are what this is about: nothing to tell of each.
+    # Connections that break are what this is about: nothing to print_status of each.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Also when they were ignored before, as in the background of a script.
-        signal.signal(number, interrupt)
+        signal.signal(number, raise_keyboard_interrupt)
     try:
         return _run(arguments, options)
     except KeyboardInterrupt:
@@ -77,15 +77,15 @@ def _run(arguments: argparse.Namespace, options: Options) -> int:
     again += f" WORKERS={arguments.workers} RATE={options.rate:g} EVERY={arguments.every:g}"
     again += "" if options.with_store else " STORE=no"
     size = f"{options.seconds:g} s, {options.workers} worker(s), {options.rate:g} jobs/s"
-    tell(f"{what}: seed {options.seed}, {size}")
+    print_status(f"{what}: seed {options.seed}, {size}")
     with tempfile.TemporaryDirectory(prefix="vqa-chaos-") as temporary:
         folder = arguments.logs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        with Stack.start(standin_options=StandInOptions(decode=False, read_text=False)) as stack:
+        with Stack.start(simulator_options=SimulatorOptions(decode=False, read_text=False)) as stack:
             if arguments.soak:
-                text, is_good = asyncio.run(soak.run(stack, folder, options, tell))
+                text, is_good = asyncio.run(soak.run(stack, folder, options, print_status))
             else:
-                ended = asyncio.run(run(stack, folder, options, tell))
+                ended = asyncio.run(run(stack, folder, options, print_status))
                 text, is_good = f"{ended}\n\n{FOOTNOTE}", ended.verdict.is_good
     sys.stdout.write(f"\n{text}\n\n{'PASSED' if is_good else 'FAILED'}. Again with: {again}\n")
     return 0 if is_good else 1

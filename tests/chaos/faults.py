@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final
 
-from deploy.local.standin.behaviour import Error, Hang, Malformed, Outcome, Reset, Rule
+from deploy.local.model_simulator.behavior import Error, Hang, Malformed, Outcome, Reset, Rule
 from tests.chaos.backend import Backend
 from tests.chaos.plan import Fault
 from tests.chaos.scene import Place, Scene
@@ -225,7 +225,7 @@ def _late(of: Callable[[Place], Proxy]) -> Inject:
 
 
 def _model(**behaviour: Callable[[Fault], object]) -> Inject:
-    """The stand-in behaves otherwise: settings of `standin.behaviour.Behaviour`."""
+    """The stand-in behaves otherwise: settings of `model_simulator.behavior.Behavior`."""
 
     @contextlib.asynccontextmanager
     async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:

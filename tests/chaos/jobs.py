@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from PIL import Image
 
-from deploy.local.standin.answers import PREFIX
-from deploy.local.standin.behaviour import Answer, Error, Rule
+from deploy.local.model_simulator.answers import PREFIX
+from deploy.local.model_simulator.behavior import Answer, Error, Rule
 
 SUCCEEDED: Final = "succeeded"
 # What makes the stand-in answer a job in its own way, whatever else is wrong.

@@ -14,9 +14,9 @@ from typing import Any, Final, Literal, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.local.model_simulator.behavior import Rule
+from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Rule
-from deploy.local.standin.calls import Call
 from tests.chaos import jobs
 from tests.proxy import Proxy
 from tests.running import Worker

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from deploy.local.standin.calls import Call
+from deploy.local.model_simulator.calls import Call
 from tests.chaos.backend import Got, by_job
 from tests.chaos.faults import Happened
 from tests.chaos.jobs import Asked, job_of

@@ -293,12 +293,12 @@ async def test_an_api_that_refuses_or_has_not_the_model_is_told(stack: Stack, do
     assert wrong["model API"][1].endswith("the API answered 401: check the key in VQA_MODEL_API_KEY")
     far = await doctor.api(VQA_MODEL_BASE_URL=f"{FAR}/v1")
     assert "the model API cannot be reached" in far["model API"][1]
-    names = "stand-in/visio,stand-in/vision-small"
-    findings = await doctor.api(ask=True, VQA_MODEL="stand-in/visio", VQA_ALLOWED_MODELS=names)
-    assert findings["model stand-in/visio"][1].endswith("did you mean stand-in/vision?")
-    assert findings["model stand-in/vision-small"] == ("ok", "is there")
-    assert findings["question to stand-in/visio"][0] == "failed"
-    assert stack.model_api.models[0] == "stand-in/vision"
+    names = "simulated/visio,simulated/vision-small"
+    findings = await doctor.api(ask=True, VQA_MODEL="simulated/visio", VQA_ALLOWED_MODELS=names)
+    assert findings["model simulated/visio"][1].endswith("did you mean simulated/vision?")
+    assert findings["model simulated/vision-small"] == ("ok", "is there")
+    assert findings["question to simulated/visio"][0] == "failed"
+    assert stack.model_api.models[0] == "simulated/vision"
 
 
 async def test_an_api_without_a_list_of_models_is_left_to_a_question(doctor: Doctor) -> None:
@@ -314,7 +314,7 @@ async def test_an_api_without_a_list_of_models_is_left_to_a_question(doctor: Doc
         assert findings["model API"][0] == "skipped"
         assert findings["model API"][1].endswith("--ask does")
         findings = await doctor.api(ask=True, VQA_MODEL_BASE_URL=bare)
-    assert findings["question to stand-in/vision"][1].endswith(" s, without telling the tokens")
+    assert findings["question to simulated/vision"][1].endswith(" s, without telling the tokens")
     assert not any(check.startswith("model stand-in") for check in findings)
 
 

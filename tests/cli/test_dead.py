@@ -10,8 +10,8 @@ from typing import Any
 import aio_pika
 import pytest
 
+from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error
 from tests.breaking import job
 from tests.cli.dead_letters import Queues, buried, ids_of, state
 from tests.cli.running import Cli, commands

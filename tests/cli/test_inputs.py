@@ -16,7 +16,7 @@ from tests.running import calls_with
 
 def line(custom_id: str, content: Any, **fields: Any) -> dict[str, Any]:
     """A line of an input file of the Batch API."""
-    body = {"model": "stand-in/vision", "messages": [{"role": "user", "content": content}]}
+    body = {"model": "simulated/vision", "messages": [{"role": "user", "content": content}]}
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body, **fields}
 
 
@@ -27,7 +27,7 @@ async def test_a_file_of_jobs_is_submitted_as_it_is(cli: Cli, stack: Stack, put_
         "question": "Größe? \u2028",
         "images": [url],
         "metadata": {"n": 1},
-        "model": "stand-in/vision",
+        "model": "simulated/vision",
     }
     cli.write("jobs.jsonl", json.dumps(job, ensure_ascii=False), "", {"question": "No id?", "images": [url]})
     submitted = await cli.run("submit", "jobs.jsonl", "--json")
@@ -128,7 +128,7 @@ async def test_a_batch_s_requests_are_jobs_with_all_their_params(lone_cli: Cli, 
     first, second = [json.loads(message.body) for message in await emptied(stack, lone_cli.jobs_queue)]
     assert first == {
         "id": "batch-request 1/ü",
-        "model": "stand-in/vision",
+        "model": "simulated/vision",
         "messages": [{"role": "user", "content": content}],
         "params": {"max_completion_tokens": 50, "temperature": 0},
     }

@@ -9,8 +9,8 @@ from typing import Any
 import aio_pika
 from openai.types.chat import ChatCompletion
 
+from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error
 from tests.cli.running import Cli, channel_of, depth, ended, killed
 from tests.conftest import PutImage, StartWorker
 from tests.running import Client, until
@@ -28,7 +28,7 @@ def request(custom_id: str, content: str, **body: Any) -> dict[str, Any]:
         "custom_id": custom_id,
         "method": "POST",
         "url": "/v1/chat/completions",
-        "body": {"model": "stand-in/vision", "messages": messages, **body},
+        "body": {"model": "simulated/vision", "messages": messages, **body},
     }
 
 
@@ -63,7 +63,7 @@ async def test_a_batch_is_answered_with_an_output_and_an_error_file(cli: Cli) ->
     # OpenAI's own SDK takes the body for what it is.
     body = ChatCompletion.model_validate(first["response"]["body"], strict=True)
     assert body.object == "chat.completion"
-    assert body.model == "stand-in/vision"
+    assert body.model == "simulated/vision"
     assert "Hello?" in str(body.choices[0].message.content)
     assert body.choices[0].message.role == "assistant"
     assert body.choices[0].finish_reason == "stop"

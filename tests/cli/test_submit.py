@@ -16,7 +16,7 @@ ASSUMED = (
     "assumed: 500 tokens an image (--image-tokens), 4 characters of text a token,"
     " 200 tokens an answer (--answer-tokens) or what limits it"
 )
-PRICES = {"VQA_PRICES": json.dumps({"stand-in/vision": [2.0, 10.0]})}
+PRICES = {"VQA_PRICES": json.dumps({"simulated/vision": [2.0, 10.0]})}
 
 
 # By hand
@@ -51,12 +51,12 @@ async def test_what_the_command_line_says_of_a_job_reaches_the_model(
 ) -> None:
     question = "Is it 17?"
     said = [
-        "--system=Be brief.", "--model=stand-in/vision-small", "--max-tokens=7",
+        "--system=Be brief.", "--model=simulated/vision-small", "--max-tokens=7",
         '--param=stop=["x"]', "--metadata=order=17", "--deadline=1h",
     ]  # fmt: skip
     asked = await cli.run("submit", put_image(), "-q", question, *said, "--wait", "--json")
     (result,) = asked.objects
-    assert result["model"] == "stand-in/vision-small"
+    assert result["model"] == "simulated/vision-small"
     assert result["metadata"]["order"] == "17"
     (call,) = calls_with(stack, question)
     assert call.messages[0] == {"role": "system", "content": "Be brief."}
@@ -170,7 +170,7 @@ async def test_a_dry_run_sends_nothing_and_says_what_it_would_cost(lone_cli: Cli
     told = await lone_cli.run(*asked, **PRICES)
     assert told.code == 0, told.err
     assert told.lines == [
-        "2 jobs about 3 images, for stand-in/vision",
+        "2 jobs about 3 images, for simulated/vision",
         "local files go to S3 first, unless they are there: 1",
         "about 1,710 prompt and 250 completion tokens",
         "about $0.005920",
@@ -182,7 +182,7 @@ async def test_a_dry_run_sends_nothing_and_says_what_it_would_cost(lone_cli: Cli
     assert estimate["completion_tokens"] == 50 + 200
     assert estimate["cost_usd"] == pytest.approx((1710 * 2 + 250 * 10) / 1e6)
     unknown = await lone_cli.run(*asked)
-    assert "cost: not known, because VQA_PRICES has no price for stand-in/vision" in unknown.out
+    assert "cost: not known, because VQA_PRICES has no price for simulated/vision" in unknown.out
     given = await lone_cli.run(*asked, "--json", "--price", "1,1")
     assert given.summary["cost_usd"] == pytest.approx(1960 / 1e6)
     assert await depth(stack, lone_cli.jobs_queue) == 0

@@ -63,7 +63,7 @@ async def test_bars_and_answers_share_a_terminal(cli: Cli) -> None:
     shown = Terminal(cli, "submit", "jobs.jsonl", "--wait")
     assert await shown.ended() == 0
     for number in range(3):
-        assert f"it-{number}: [stand-in model]" in shown.shown
+        assert f"it-{number}: [simulated model]" in shown.shown
 
 
 async def test_answers_in_a_pipe_are_free_of_bars(cli: Cli) -> None:

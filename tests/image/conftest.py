@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from tests.image.engine import ROOT, Engine, an_engine, run
 
 IMAGE = "localhost/vqa-worker:under-test"
-STAND_IN_IMAGE = "localhost/vqa-standin:under-test"
+SIMULATOR_IMAGE = "localhost/vqa-model-simulator:under-test"
 INSIDE = Path(__file__).with_name("inside.py")
 
 
@@ -36,12 +36,12 @@ def image(engine: Engine) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def standin_image(engine: Engine) -> Iterator[str]:
-    """The stand-in model's image, as Compose builds it."""
+def simulator_image(engine: Engine) -> Iterator[str]:
+    """The model simulator's image, as Compose builds it."""
     dockerfile = str(ROOT / "deploy" / "compose" / "Dockerfile")
-    engine("build", *engine.build_flags, "--file", dockerfile, "--tag", STAND_IN_IMAGE, str(ROOT))
-    yield STAND_IN_IMAGE
-    engine("rmi", "--force", STAND_IN_IMAGE)
+    engine("build", *engine.build_flags, "--file", dockerfile, "--tag", SIMULATOR_IMAGE, str(ROOT))
+    yield SIMULATOR_IMAGE
+    engine("rmi", "--force", SIMULATOR_IMAGE)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from deploy.local.install import one_at_a_time
+from deploy.local.install import exclusive_lock
 from tests.image.machine import debian_mirror
 
 TIMEOUT_S = 600
@@ -37,7 +37,7 @@ def python_base() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqa-worker"
     archive = folder / f"python-{SUITE}-{recipe}.tar"
     folder.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(folder):
+    with exclusive_lock(folder):
         if not archive.exists():
             _make(archive.with_suffix(".making.tar")).rename(archive)
     return archive

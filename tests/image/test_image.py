@@ -255,24 +255,24 @@ def test_wrong_settings_end_it_with_78_and_a_line_for_each(engine: Engine, image
 
 
 @pytest.fixture
-def standin(engine: Engine, standin_image: str) -> Iterator[str]:
-    """The name of a container with the stand-in model, started as Compose does, away from all networks."""
-    name = f"standin-{uuid.uuid4().hex[:8]}"
+def simulator(engine: Engine, simulator_image: str) -> Iterator[str]:
+    """The name of a container with the model simulator, started as Compose does, away from all networks."""
+    name = f"simulator-{uuid.uuid4().hex[:8]}"
     process = subprocess.Popen(
-        engine.start(standin_image, flags=(f"--name={name}",), network="none"), stdout=subprocess.DEVNULL
+        engine.start(simulator_image, flags=(f"--name={name}",), network="none"), stdout=subprocess.DEVNULL
     )
     yield name
     engine.remove(name)
     process.wait()
 
 
-async def test_the_image_of_the_stand_in_serves_the_model(
-    engine: Engine, services: dict[str, Any], standin: str
+async def test_the_image_of_the_model_simulator_serves_the_model(
+    engine: Engine, services: dict[str, Any], simulator: str
 ) -> None:
     assert "command" not in services["model"]
-    await until(lambda: engine.tries("exec", standin, *check_of(services["model"])), "it is healthy")
-    assert engine("exec", standin, "id", "-u").strip() == "10001"
-    listed = engine("exec", standin, "python", "-c", LIST_MODELS)
+    await until(lambda: engine.tries("exec", simulator, *check_of(services["model"])), "it is healthy")
+    assert engine("exec", simulator, "id", "-u").strip() == "10001"
+    listed = engine("exec", simulator, "python", "-c", LIST_MODELS)
     assert services["worker"]["environment"]["VQA_MODEL"].endswith(f":-{listed.split()[0]}}}")
 
 
@@ -283,10 +283,10 @@ for model in json.load(urllib.request.urlopen("http://127.0.0.1:8000/v1/models")
 """
 
 
-async def test_the_image_of_the_stand_in_asks_a_worker_about_pictures(
+async def test_the_image_of_the_model_simulator_asks_a_worker_about_pictures(
     stack: Stack,
     engine: Engine,
-    standin_image: str,
+    simulator_image: str,
     services: dict[str, Any],
     start_container: StartContainer,
 ) -> None:
@@ -296,7 +296,7 @@ async def test_the_image_of_the_stand_in_asks_a_worker_about_pictures(
     flags += [f"--tmpfs={folder}" for folder in services["ask"]["tmpfs"]]
     done = await asyncio.to_thread(
         subprocess.run,
-        engine.start(standin_image, *services["ask"]["command"], flags=tuple(flags)),
+        engine.start(simulator_image, *services["ask"]["command"], flags=tuple(flags)),
         env=told,
         capture_output=True,
         text=True,

@@ -7,21 +7,21 @@ from typing import Any
 import aiohttp
 import pytest
 
-from deploy.local.model import StandInModel
-from deploy.local.pictures import draw_plain
+from deploy.local.sample_images import draw_plain
+from deploy.local.simulated_model import SimulatedModel
 from deploy.local.stack import Stack
 from tests.local.asking import Ask, Inline, Plain, encoded
 
 
 @pytest.fixture
-def model(stack: Stack) -> Iterator[StandInModel]:
+def model(stack: Stack) -> Iterator[SimulatedModel]:
     stack.model.reset()
     yield stack.model
     stack.model.reset()
 
 
 @pytest.fixture
-async def http(model: StandInModel) -> AsyncIterator[aiohttp.ClientSession]:
+async def http(model: SimulatedModel) -> AsyncIterator[aiohttp.ClientSession]:
     headers = {"Authorization": f"Bearer {model.api_key}"}
     async with aiohttp.ClientSession(
         headers=headers,
@@ -32,7 +32,7 @@ async def http(model: StandInModel) -> AsyncIterator[aiohttp.ClientSession]:
 
 
 @pytest.fixture
-def ask(model: StandInModel, http: aiohttp.ClientSession) -> Ask:
+def ask(model: SimulatedModel, http: aiohttp.ClientSession) -> Ask:
     async def ask(question: str, *images: str, **fields: Any) -> tuple[int, dict[str, Any]]:
         parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
         parts += [{"type": "image_url", "image_url": {"url": url}} for url in images]

@@ -7,29 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.processes import DidNotStartError, GuardedProcess
+from deploy.local.processes import ServiceStartError, SupervisedProcess
 from tests.local.processes_seen import alive, wait_until_gone
 
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from deploy.local.processes import GuardedProcess
+from deploy.local.processes import SupervisedProcess
 folder = Path(sys.argv[1]) / "stack" / "part"
 command = ["sh", "-c", "sleep 600 & sleep 600"]
-process = GuardedProcess("sleeper", command, environment=os.environ, folder=folder, leftovers=[folder])
+process = SupervisedProcess("sleeper", command, environment=os.environ, folder=folder, leftovers=[folder])
 process.launch()
 print(process.pid, flush=True)
 time.sleep(600)
 """
 
 
-def start(folder: Path, *command: str) -> GuardedProcess:
-    process = GuardedProcess("Sleeper", command, environment=os.environ, folder=folder, leftovers=[])
+def start(folder: Path, *command: str) -> SupervisedProcess:
+    process = SupervisedProcess("Sleeper", command, environment=os.environ, folder=folder, leftovers=[])
     process.launch()
     return process
 
 
-def wait_until_ready(process: GuardedProcess, *, timeout_seconds: float = 0.2) -> None:
+def wait_until_ready(process: SupervisedProcess, *, timeout_seconds: float = 0.2) -> None:
     process.wait_until(lambda: False, timeout_seconds=timeout_seconds, advice="Have a rest.")
 
 
@@ -76,19 +76,19 @@ def test_a_service_can_be_started_again(tmp_path: Path) -> None:
 
 def test_a_service_that_ends_while_it_starts_shows_the_end_of_its_log_and_what_to_do(tmp_path: Path) -> None:
     process = start(tmp_path, "sh", "-c", "printf '\\033[31mno disk left\\033[0m'; exit 3")
-    with pytest.raises(DidNotStartError, match=r"Sleeper ended .*Have a rest(.|\n)*  no disk left"):
+    with pytest.raises(ServiceStartError, match=r"Sleeper ended .*Have a rest(.|\n)*  no disk left"):
         wait_until_ready(process, timeout_seconds=5)
 
 
 def test_a_service_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
     process = start(tmp_path, "sleep", "600")
-    with pytest.raises(DidNotStartError, match="was not ready"):
+    with pytest.raises(ServiceStartError, match="was not ready"):
         wait_until_ready(process)
     process.kill()
 
 
 def test_a_program_that_is_missing_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DidNotStartError, match="no-such-program"):
+    with pytest.raises(ServiceStartError, match="no-such-program"):
         start(tmp_path, "/no-such-program")
 
 

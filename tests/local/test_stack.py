@@ -17,7 +17,7 @@ import pytest
 
 from deploy.local import stack as stack_module
 from deploy.local.install import Installation
-from deploy.local.processes import DidNotStartError
+from deploy.local.processes import ServiceStartError
 from deploy.local.stack import Stack
 from tests.local.processes_seen import alive, family, wait_until_gone
 
@@ -138,7 +138,7 @@ def test_a_stack_that_fails_half_way_takes_down_what_it_had_started(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     before = set(family(os.getpid()))
-    with pytest.raises(DidNotStartError, match=r"RabbitMQ ended(.|\n)*the disk is full"):
+    with pytest.raises(ServiceStartError, match=r"RabbitMQ ended(.|\n)*the disk is full"):
         Stack.start()
     assert wait_until_gone(set(family(os.getpid())) - before) == []
     assert list((tmp_path / "temporary").iterdir()) == []

@@ -15,8 +15,8 @@ import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.exceptions import ChannelClosed
 
+from deploy.local.model_simulator.behavior import Answer, Error, Hang
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error, Hang
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
 from tests.breaking import administer, calls_begun, events, job, url_as
 from tests.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm

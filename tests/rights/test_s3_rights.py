@@ -15,8 +15,8 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from deploy.local.model_simulator.behavior import Error, Hang
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Error, Hang
 from tests.breaking import calls_begun, events, job, said
 from tests.conftest import MakeClient, StartWorker, picture
 from tests.running import ROOT, Client, Worker, calls_with, until

@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from deploy.local.install import RabbitMQMissingError
-from deploy.local.model import StandInOptions
-from deploy.local.processes import DidNotStartError
+from deploy.local.install import RabbitMQNotInstalledError
+from deploy.local.processes import ServiceStartError
+from deploy.local.simulated_model import SimulatorOptions
 from deploy.local.stack import Stack
-from deploy.local.terminal import interrupt, tell
+from deploy.local.terminal import print_status, raise_keyboard_interrupt
 from tests.bench import machine
 from tests.bench.machine import Cores
 from tests.scaling import charts, costs, report, study
@@ -48,18 +48,18 @@ def main() -> int:
         _write(Findings.load(arguments.redraw / "scaling" / FIGURES), arguments.redraw)
         return 0
     if not machine.is_supported():
-        tell("CPU and memory are read from /proc, so this runs on Linux only.")
+        print_status("CPU and memory are read from /proc, so this runs on Linux only.")
         return 1
-    # Connections to a broker that goes away in the end are nothing to tell about.
+    # Connections to a broker that goes away in the end are expected and not logged.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Also when they were ignored before, as in the background of a script.
-        signal.signal(number, interrupt)
+        signal.signal(number, raise_keyboard_interrupt)
     try:
         findings = _find()
-    except (AssertionError, DidNotStartError, RabbitMQMissingError) as error:
-        tell(f"\nIt broke off, and there is nothing to show:\n{error}")
+    except (AssertionError, ServiceStartError, RabbitMQNotInstalledError) as error:
+        print_status(f"\nIt broke off, and there is nothing to show:\n{error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -82,23 +82,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _find() -> Findings:
-    options = StandInOptions(decode=False, read_text=False)
+    options = SimulatorOptions(decode=False, read_text=False)
     with (
         tempfile.TemporaryDirectory(prefix="vqa-scaling-") as folder,
-        Stack.start(standin_options=options) as stack,
+        Stack.start(simulator_options=options) as stack,
     ):
         about = _about(stack)
         image, size = _upload(stack)
         ended = asyncio.run(_run(stack, Path(folder), image))
         if faults := ended.faults():
             raise AssertionError("\n".join(faults[:20]))
-        tell("Measuring what a job and a pod cost")
+        print_status("Measuring what a job and a pod cost")
         cost = asyncio.run(costs.measure(stack, Path(folder), image, size))
     return Findings(
         about=about,
         run=Run.of(ended),
         costs=cost,
-        sizes=study.sizes(tell),
+        sizes=study.sizes(print_status),
         variants=[Variant(*it) for it in study.variants()],
         beyond=study.beyond_the_provider(),
     )
@@ -109,8 +109,8 @@ async def _run(stack: Stack, folder: Path, image: str) -> Ended:
     phases = study.times(TIDES, study.most_per_s(PODS, CONCURRENCY, CALL_S))
     plan = Plan(release, FACTOR, CALL_S, phases, image)
     seconds = sum(it.seconds for it in phases)
-    tell(f"Jobs come for {seconds:g} s; then the queue is worked off, and the pods go")
-    return await run(stack, folder, plan, tell)
+    print_status(f"Jobs come for {seconds:g} s; then the queue is worked off, and the pods go")
+    return await run(stack, folder, plan, print_status)
 
 
 def _upload(stack: Stack) -> tuple[str, int]:
@@ -139,7 +139,7 @@ def _write(findings: Findings, folder: Path) -> None:
     findings.save(pictures / FIGURES)
     drawn = charts.draw(findings, pictures)
     (folder / "scaling.md").write_text(report.page(findings))
-    tell(f"Written: {folder / 'scaling.md'}, {', '.join(f'scaling/{name}' for name in drawn)}")
+    print_status(f"Written: {folder / 'scaling.md'}, {', '.join(f'scaling/{name}' for name in drawn)}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from deploy.local.model_simulator.behavior import Answer
+from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer
-from deploy.local.standin.calls import Call
 from tests.running import calls_with
 from tests.scaling.autoscaler import Autoscaler
 from tests.scaling.cluster import Cluster, installed

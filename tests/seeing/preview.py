@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 
 from deploy.local.stack import Stack
-from deploy.local.terminal import tell
+from deploy.local.terminal import print_status
 from tests import debian
 from tests.conftest import BUCKET
 from tests.running import ROOT
@@ -41,17 +41,19 @@ def main() -> int:
     try:
         debian.install(PACKAGES)
     except pytest.skip.Exception as missing:
-        tell(str(missing))
+        print_status(str(missing))
         return 1
     found = asyncio.run(_played())
     drawing.draw(board.load(), found, file, SAYS)
-    tell(f"wrote {file}")
+    print_status(f"wrote {file}")
     return 0
 
 
 async def _played() -> dict[int, list[drawing.Line]]:
     seconds = sum(value for name, value in vars(PACE).items() if name != "jobs_per_s")
-    tell(f"Starting RabbitMQ, S3, the stand-in model and Prometheus; then {seconds:.0f} seconds of jobs")
+    print_status(
+        f"Starting RabbitMQ, S3, the stand-in model and Prometheus; then {seconds:.0f} seconds of jobs"
+    )
     with Stack.start() as stack, tempfile.TemporaryDirectory() as folder:
         stack.s3.client().create_bucket(Bucket=BUCKET)
         async with Scene.set_up(stack, Path(folder)) as scene:

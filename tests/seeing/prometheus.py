@@ -15,8 +15,8 @@ from typing import Any, Final
 import yaml
 
 from deploy.local.ports import PortBlock
-from deploy.local.probes import http_answers
-from deploy.local.processes import GuardedProcess
+from deploy.local.probes import http_ok
+from deploy.local.processes import SupervisedProcess
 from tests.running import ROOT
 
 RULES: Final = ROOT / "deploy" / "prometheus" / "vqa-worker.rules.yaml"
@@ -57,7 +57,7 @@ class Prometheus:
             resources.callback(ports.close)
             port = ports.take()
             _configure(folder, jobs, rules)
-            server = GuardedProcess(
+            server = SupervisedProcess(
                 "Prometheus",
                 _command(folder, port),
                 environment={"PATH": "/usr/bin:/bin"},
@@ -67,9 +67,7 @@ class Prometheus:
             resources.callback(server.kill)
             server.launch()
             ready = f"http://127.0.0.1:{port}/-/ready"
-            server.wait_until(
-                lambda: http_answers(ready), timeout_seconds=_READY_S, advice="Is it installed?"
-            )
+            server.wait_until(lambda: http_ok(ready), timeout_seconds=_READY_S, advice="Is it installed?")
             yield cls(port)
 
     def now(self, expr: str) -> list[Series]:

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from aio_pika import ExchangeType, Message, connect
 
+from deploy.local.model_simulator.behavior import Answer, Error, Outcome, Reset
 from deploy.local.stack import Stack
-from deploy.local.standin.behaviour import Answer, Error, Outcome, Reset
 from tests.conftest import BUCKET, picture
 from tests.running import Client, Worker, until
 from tests.seeing.prometheus import RULES, Prometheus

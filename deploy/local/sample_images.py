@@ -25,7 +25,7 @@ class Picture:
     media_type: str
 
 
-def make_pictures(folder: Path) -> list[Picture]:
+def create_sample_images(folder: Path) -> list[Picture]:
     """Draw all pictures into a folder, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     return [_save(folder, *description) for description in _PICTURES]

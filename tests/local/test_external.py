@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.given import IncompleteError, NotOursError, given_model, given_rabbitmq, given_s3
+from deploy.local.external import (
+    ExternalServiceError,
+    IncompleteConfigurationError,
+    external_model,
+    external_rabbitmq,
+    external_s3,
+)
 from deploy.local.stack import Stack
 
 ROOT = Path(__file__).parents[2]
@@ -24,16 +30,16 @@ def no_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_an_empty_environment_gives_nothing() -> None:
     empty = {"VQA_RABBITMQ_URL": "", "OPENAI_API_KEY": ""}
-    assert given_rabbitmq(empty) is None
-    assert given_s3(empty) is None
-    assert given_model(empty) is None
+    assert external_rabbitmq(empty) is None
+    assert external_s3(empty) is None
+    assert external_model(empty) is None
 
 
 def test_a_broker_of_somebody_else_is_used_and_never_stopped() -> None:
-    broker = given_rabbitmq({"VQA_RABBITMQ_URL": "amqp://u:secret@broker.example/"})
+    broker = external_rabbitmq({"VQA_RABBITMQ_URL": "amqp://u:secret@broker.example/"})
     assert broker is not None
     assert broker.running
-    with pytest.raises(NotOursError):
+    with pytest.raises(ExternalServiceError):
         broker.restart()
     assert "secret" not in repr(broker)
 
@@ -81,9 +87,9 @@ def test_a_broker_of_somebody_else_is_used_and_never_stopped() -> None:
     ],
 )
 def test_a_key_goes_to_its_own_provider(environment: dict[str, str], url: str, key: str) -> None:
-    model = given_model(environment)
+    model = external_model(environment)
     assert model is not None
-    assert (model.base_url, model.api_key, model.is_stand_in) == (url, key, False)
+    assert (model.base_url, model.api_key, model.is_simulated) == (url, key, False)
     assert key not in repr(model).split()
 
 
@@ -100,8 +106,8 @@ def test_a_key_goes_to_its_own_provider(environment: dict[str, str], url: str, k
     ],
 )
 def test_a_url_without_its_key_is_not_sent_another_providers(url: str, other: str, wanted: str) -> None:
-    with pytest.raises(IncompleteError, match=wanted):
-        given_model({"VQA_MODEL_BASE_URL": url, other: "key-of-another"})
+    with pytest.raises(IncompleteConfigurationError, match=wanted):
+        external_model({"VQA_MODEL_BASE_URL": url, other: "key-of-another"})
 
 
 @pytest.mark.usefixtures("no_aws")
@@ -111,8 +117,8 @@ def test_an_s3_server_without_usable_credentials_is_refused(
 ) -> None:
     for name, value in half.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(IncompleteError, match="VQA_S3_ENDPOINT_URL"):
-        given_s3({"VQA_S3_ENDPOINT_URL": "http://s3.example"})
+    with pytest.raises(IncompleteConfigurationError, match="VQA_S3_ENDPOINT_URL"):
+        external_s3({"VQA_S3_ENDPOINT_URL": "http://s3.example"})
 
 
 @pytest.mark.parametrize(
@@ -148,9 +154,9 @@ def test_what_is_missing_is_told_in_a_sentence(
 
 
 def test_the_model_is_one_of_the_providers() -> None:
-    openai = given_model({"OPENAI_API_KEY": "o"})
-    chosen = given_model({"OPENAI_API_KEY": "o", "VQA_MODEL": "mine"})
-    by_url = given_model({"OPENAI_API_KEY": "o", "VQA_MODEL_BASE_URL": "https://api.openai.com/v1"})
+    openai = external_model({"OPENAI_API_KEY": "o"})
+    chosen = external_model({"OPENAI_API_KEY": "o", "VQA_MODEL": "mine"})
+    by_url = external_model({"OPENAI_API_KEY": "o", "VQA_MODEL_BASE_URL": "https://api.openai.com/v1"})
     assert by_url == openai
     assert openai is not None
     assert chosen is not None

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from deploy.local.pictures import Picture
+from deploy.local.sample_images import Picture
 
 if TYPE_CHECKING:
     from deploy.local.stack import ObjectStore

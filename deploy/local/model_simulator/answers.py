@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from deploy.local.standin.behaviour import Answer
-from deploy.local.standin.calls import Picture
-from deploy.local.standin.request import Conversation, RefusedError
+from deploy.local.model_simulator.behavior import Answer
+from deploy.local.model_simulator.calls import Picture
+from deploy.local.model_simulator.request import Conversation, RefusedError
 
-PREFIX = "[stand-in model]"
+PREFIX = "[simulated model]"
 
 # The made-up price list: the order of magnitude of hosted vision models, in USD per token.
 _PROMPT_PRICE = 0.35e-6
@@ -85,18 +85,18 @@ def body(
         "logprobs": _logprobs(text, request) if request.get("logprobs") else None,
     }
     answer: dict[str, Any] = {
-        "id": f"chatcmpl-standin-{uuid.uuid4().hex}",
+        "id": f"chatcmpl-simulated-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": request["model"],
-        "system_fingerprint": "stand-in",
+        "system_fingerprint": "model-simulator",
         "choices": [] if changes.no_choices else [choice],
     }
     if changes.usage != "none":
         prompt_tokens = prompt_tokens_of(conversation, pictures)
         with_cost = estimated_cost and changes.usage == "full"
         answer["usage"] = _usage(prompt_tokens, completion_tokens, with_cost=with_cost)
-    answer["standin"] = {
+    answer["simulator"] = {
         "images": [picture.model_dump() for picture in pictures],
         "links": conversation.links,
     }

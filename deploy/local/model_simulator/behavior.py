@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-DEFAULT_MODELS = ("stand-in/vision", "stand-in/vision-small")
+DEFAULT_MODELS = ("simulated/vision", "simulated/vision-small")
 
 
 class _Strict(BaseModel):
@@ -95,7 +95,7 @@ class Rule(_Strict):
     """Only calls whose messages contain this text."""
 
 
-class Behaviour(_Strict):
+class Behavior(_Strict):
     """Everything that can be changed while the stand-in runs."""
 
     models: list[str] = list(DEFAULT_MODELS)

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from deploy.local.standin.calls import Picture
-from deploy.local.standin.request import InlinePicture, RefusedError
+from deploy.local.model_simulator.calls import Picture
+from deploy.local.model_simulator.request import InlinePicture, RefusedError
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000

@@ -1,9 +1,9 @@
 import pytest
 from PIL import Image
 
-from deploy.local.pictures import draw_bar_chart, draw_receipt, draw_seascape, draw_street_sign
-from deploy.local.standin.looking import in_reading_order, look_at, main_colours, name_of
-from deploy.local.standin.request import InlinePicture
+from deploy.local.model_simulator.image_analysis import in_reading_order, look_at, main_colours, name_of
+from deploy.local.model_simulator.request import InlinePicture
+from deploy.local.sample_images import draw_bar_chart, draw_receipt, draw_seascape, draw_street_sign
 from tests.local.asking import encoded
 
 

@@ -14,10 +14,10 @@ from typing import Any, assert_never
 from aiohttp import web
 from pydantic import ValidationError
 
-from deploy.local.standin import answers, looking
-from deploy.local.standin.behaviour import (
+from deploy.local.model_simulator import answers, image_analysis
+from deploy.local.model_simulator.behavior import (
     Answer,
-    Behaviour,
+    Behavior,
     Drip,
     Error,
     Hang,
@@ -26,23 +26,28 @@ from deploy.local.standin.behaviour import (
     Reset,
     Rule,
 )
-from deploy.local.standin.calls import Call, Picture, State
-from deploy.local.standin.request import Conversation, RefusedError, read_conversation, without_pictures
+from deploy.local.model_simulator.calls import Call, Picture, State
+from deploy.local.model_simulator.request import (
+    Conversation,
+    RefusedError,
+    read_conversation,
+    without_pictures,
+)
 
-SERVER_NAME = "vqa-stand-in-model"
+SERVER_NAME = "vqa-model-simulator"
 _MAX_BODY_BYTES = 1 << 30
 _REMEMBERED_CALLS = 100_000
 _BUSY = {"error": {"message": "Model busy, retry later"}}
 
 
-class StandIn:
+class ModelSimulator:
     """The state of one stand-in, and its request handlers."""
 
-    def __init__(self, behaviour: Behaviour, *, api_key: str | None) -> None:
-        self._initial = behaviour
+    def __init__(self, behavior: Behavior, *, api_key: str | None) -> None:
+        self._initial = behavior
         self._api_key = api_key
         self._changed = asyncio.Condition()
-        self._behaviour = behaviour.model_copy(deep=True)
+        self._behavior = behavior.model_copy(deep=True)
         self._calls: deque[Call] = deque(maxlen=_REMEMBERED_CALLS)
         self._state = State()
 
@@ -53,11 +58,11 @@ class StandIn:
             [
                 web.get("/v1/models", self.list_models),
                 web.post("/v1/chat/completions", self.complete),
-                web.post("/standin/configure", self.configure),
-                web.post("/standin/play", self.play),
-                web.post("/standin/reset", self.reset),
-                web.get("/standin/calls", self.list_calls),
-                web.get("/standin/state", self.tell_state),
+                web.post("/simulator/configure", self.configure),
+                web.post("/simulator/play", self.play),
+                web.post("/simulator/reset", self.reset),
+                web.get("/simulator/calls", self.list_calls),
+                web.get("/simulator/state", self.tell_state),
             ]
         )
         return application
@@ -87,14 +92,14 @@ class StandIn:
             return _error(refused)
         models = [
             {"id": model, "object": "model", "created": 0, "owned_by": SERVER_NAME}
-            for model in self._behaviour.models
+            for model in self._behavior.models
         ]
         return web.json_response({"object": "list", "data": models})
 
     async def configure(self, request: web.Request) -> web.Response:
-        """Change the given fields of the behaviour."""
+        """Change the given fields of the behavior."""
         try:
-            self._behaviour = Behaviour.model_validate(self._behaviour.model_dump() | await request.json())
+            self._behavior = Behavior.model_validate(self._behavior.model_dump() | await request.json())
         except ValidationError as error:
             return web.Response(status=422, text=str(error))
         return web.json_response({})
@@ -105,7 +110,7 @@ class StandIn:
             rule = Rule.model_validate(await request.json())
         except ValidationError as error:
             return web.Response(status=422, text=str(error))
-        self._behaviour.rules.append(rule)
+        self._behavior.rules.append(rule)
         return web.json_response({})
 
     async def reset(self, _request: web.Request) -> web.Response:
@@ -134,7 +139,7 @@ class StandIn:
         return web.json_response(self._state.model_dump())
 
     def _forget(self) -> None:
-        self._behaviour = self._initial.model_copy(deep=True)
+        self._behavior = self._initial.model_copy(deep=True)
         self._calls.clear()
         # A new object: calls that are still in progress count down on the old one.
         self._state = State()
@@ -174,9 +179,9 @@ class StandIn:
         call.question, call.links = conversation.question, conversation.links
         if busy:
             call.error = _BUSY["error"]["message"]
-            headers = {"Retry-After": self._behaviour.retry_after} if self._behaviour.retry_after else {}
+            headers = {"Retry-After": self._behavior.retry_after} if self._behavior.retry_after else {}
             return web.json_response(_BUSY, status=429, headers=headers)
-        outcome = self._behaviour.next_outcome(conversation.text)
+        outcome = self._behavior.next_outcome(conversation.text)
         call.played = outcome.kind if outcome else None
         call.images = await self._look(conversation)
         call.messages = without_pictures(body["messages"], iter(picture.sha256 for picture in call.images))
@@ -184,17 +189,17 @@ class StandIn:
         return await self._play(outcome, request, call, body, conversation)
 
     def _is_busy(self) -> bool:
-        limit = self._behaviour.max_concurrent
+        limit = self._behavior.max_concurrent
         return limit is not None and self._state.in_progress > limit
 
     async def _look(self, conversation: Conversation) -> list[Picture]:
-        read_text = self._behaviour.read_text and answers.asks_for_text(conversation.question)
+        read_text = self._behavior.read_text and answers.asks_for_text(conversation.question)
         return [
             await asyncio.to_thread(
-                looking.look_at,
+                image_analysis.look_at,
                 picture,
                 f"image {number}",
-                decode=self._behaviour.decode,
+                decode=self._behavior.decode,
                 read_text=read_text,
             )
             for number, picture in enumerate(conversation.pictures, start=1)
@@ -209,13 +214,13 @@ class StandIn:
         conversation: Conversation,
     ) -> web.StreamResponse:
         """Give the answer that was asked for, or the usual one."""
-        await asyncio.sleep(outcome.after if outcome else self._behaviour.latency)
+        await asyncio.sleep(outcome.after if outcome else self._behavior.latency)
         usual = answers.body(
             body,
             conversation,
             call.images,
             changes=outcome if isinstance(outcome, Answer) else None,
-            estimated_cost=self._behaviour.estimated_cost,
+            estimated_cost=self._behavior.estimated_cost,
         )
         match outcome:
             case None | Answer():
@@ -232,10 +237,10 @@ class StandIn:
 
     def _check_model(self, body: dict[str, Any]) -> None:
         model = body.get("model")
-        if model not in self._behaviour.models:
+        if model not in self._behavior.models:
             raise RefusedError(f"The model {model!r} does not exist", status=404, code="model_not_found")
         if body.get("stream"):
-            raise RefusedError("The stand-in does not stream", param="stream")
+            raise RefusedError("The model simulator does not stream", param="stream")
 
 
 @web.middleware

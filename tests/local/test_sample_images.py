@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deploy.local.pictures import Picture, make_pictures
+from deploy.local.sample_images import Picture, create_sample_images
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Picture]:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
+    return create_sample_images(tmp_path_factory.mktemp("pictures"))
 
 
 def test_every_picture_is_what_its_name_and_its_media_type_say(pictures: list[Picture]) -> None:
@@ -25,5 +25,5 @@ def test_pictures_have_the_sizes_of_real_ones(pictures: list[Picture]) -> None:
 
 
 def test_the_same_bytes_come_out_every_time(pictures: list[Picture], tmp_path: Path) -> None:
-    for first, second in zip(pictures, make_pictures(tmp_path), strict=True):
+    for first, second in zip(pictures, create_sample_images(tmp_path), strict=True):
         assert first.path.read_bytes() == second.path.read_bytes()

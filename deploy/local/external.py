@@ -17,11 +17,11 @@ _DEEPINFRA = "https://api.deepinfra.com/v1/openai"
 _OPENAI = "https://api.openai.com/v1"
 
 
-class NotOursError(RuntimeError):
+class ExternalServiceError(RuntimeError):
     """This part belongs to somebody else, so it is neither stopped nor restarted nor configured from here."""
 
 
-class IncompleteError(RuntimeError):
+class IncompleteConfigurationError(RuntimeError):
     """The environment names a server or an API without all that it takes to use it; the message says what."""
 
 
@@ -49,13 +49,13 @@ class _Given:
 
     def stop(self) -> None:
         """Refuse."""
-        raise NotOursError(f"{self!r} was not started here, so it is not stopped here.")
+        raise ExternalServiceError(f"{self!r} was not started here, so it is not stopped here.")
 
     kill = restart = pause = resume = stop
 
 
 @dataclass(frozen=True)
-class GivenRabbitMQ(_Given):
+class ExternalRabbitMQ(_Given):
     """The broker of `VQA_RABBITMQ_URL`."""
 
     url: str
@@ -64,14 +64,14 @@ class GivenRabbitMQ(_Given):
 
     def ctl(self, *arguments: str) -> str:
         """Refuse."""
-        raise NotOursError(f"rabbitmqctl {' '.join(arguments)}: the broker was not started here.")
+        raise ExternalServiceError(f"rabbitmqctl {' '.join(arguments)}: the broker was not started here.")
 
     def __repr__(self) -> str:
         return "the broker of VQA_RABBITMQ_URL"
 
 
 @dataclass(frozen=True)
-class GivenS3(_Given):
+class ExternalS3(_Given):
     """The server of `VQA_S3_ENDPOINT_URL`, with the credentials that boto3 finds."""
 
     endpoint_url: str
@@ -98,29 +98,29 @@ class GivenS3(_Given):
 
 
 @dataclass(frozen=True)
-class GivenModel(_Given):
+class ExternalModel(_Given):
     """A real model API. It is paid for by whoever owns the key."""
 
     base_url: str
     api_key: str
     models: tuple[str, ...]
-    is_stand_in = False
+    is_simulated = False
 
     def __repr__(self) -> str:
         return f"the model API at {self.base_url}"
 
 
-def given_rabbitmq(environment: Mapping[str, str]) -> GivenRabbitMQ | None:
+def external_rabbitmq(environment: Mapping[str, str]) -> ExternalRabbitMQ | None:
     """Return the broker that the environment names, if any."""
     url = environment.get("VQA_RABBITMQ_URL")
-    return GivenRabbitMQ(url) if url else None
+    return ExternalRabbitMQ(url) if url else None
 
 
-def given_s3(environment: Mapping[str, str]) -> GivenS3 | None:
+def external_s3(environment: Mapping[str, str]) -> ExternalS3 | None:
     """Return the S3 server that the environment names, if any.
 
     Raises:
-        IncompleteError: There are no credentials for it.
+        IncompleteConfigurationError: There are no credentials for it.
     """
     endpoint = environment.get("VQA_S3_ENDPOINT_URL")
     if not endpoint:
@@ -130,13 +130,15 @@ def given_s3(environment: Mapping[str, str]) -> GivenS3 | None:
         credentials = session.get_credentials()
         frozen = credentials.get_frozen_credentials() if credentials else None
     except BotoCoreError as error:
-        raise IncompleteError(f"VQA_S3_ENDPOINT_URL is set, but its credentials fail: {error}") from error
+        raise IncompleteConfigurationError(
+            f"VQA_S3_ENDPOINT_URL is set, but its credentials fail: {error}"
+        ) from error
     if frozen is None:
-        raise IncompleteError(
+        raise IncompleteConfigurationError(
             "VQA_S3_ENDPOINT_URL is set without credentials: set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or unset it to have an S3 server started here."
         )
-    return GivenS3(
+    return ExternalS3(
         endpoint_url=endpoint,
         access_key=frozen.access_key or "",
         secret_key=frozen.secret_key or "",
@@ -146,14 +148,14 @@ def given_s3(environment: Mapping[str, str]) -> GivenS3 | None:
     )
 
 
-def given_model(environment: Mapping[str, str]) -> GivenModel | None:
+def external_model(environment: Mapping[str, str]) -> ExternalModel | None:
     """Return the model API that the environment names by URL or by key, if any.
 
     The common variables stand in for a missing `VQA_MODEL_API_KEY` as they do for the worker: a key of one
     provider is never sent to another.
 
     Raises:
-        IncompleteError: There is a URL but no key for it.
+        IncompleteConfigurationError: There is a URL but no key for it.
     """
     deepinfra, openai = environment.get("DEEPINFRA_TOKEN"), environment.get("OPENAI_API_KEY")
     own_url, own_key = environment.get("VQA_MODEL_BASE_URL"), environment.get("VQA_MODEL_API_KEY")
@@ -163,15 +165,17 @@ def given_model(environment: Mapping[str, str]) -> GivenModel | None:
         key = own_key or (common and environment.get(common))
         if not key:
             wanted = f"{common} or VQA_MODEL_API_KEY" if common else "VQA_MODEL_API_KEY"
-            raise IncompleteError(
+            raise IncompleteConfigurationError(
                 f"VQA_MODEL_BASE_URL is set without a key for it: set {wanted}, "
                 "or unset it to have a stand-in for the model started here."
             )
-        return GivenModel(own_url, key, (own_model or _default_model(own_url),))
+        return ExternalModel(own_url, key, (own_model or _default_model(own_url),))
     if own_key or deepinfra:
-        return GivenModel(_DEEPINFRA, own_key or deepinfra or "", (own_model or _default_model(_DEEPINFRA),))
+        return ExternalModel(
+            _DEEPINFRA, own_key or deepinfra or "", (own_model or _default_model(_DEEPINFRA),)
+        )
     if openai:
-        return GivenModel(_OPENAI, openai, (own_model or _default_model(_OPENAI),))
+        return ExternalModel(_OPENAI, openai, (own_model or _default_model(_OPENAI),))
     return None
 
 

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from PIL import Image
 
-from deploy.local.model import StandInModel
+from deploy.local.simulated_model import SimulatedModel
 from tests.local.asking import Ask, Inline, Plain, encoded
 
 
@@ -39,19 +39,19 @@ async def test_the_answer_proves_that_the_bytes_arrived_unchanged(
     digest = hashlib.sha256(content).hexdigest()
     assert f"a {kind} picture of 120x80 pixels" in text_of(answer)
     assert digest[:12] in text_of(answer)
-    [seen] = answer["standin"]["images"]
+    [seen] = answer["simulator"]["images"]
     assert (seen["sha256"], seen["bytes"], seen["declared_type"]) == (digest, len(content), media_type)
 
 
 async def test_it_says_what_it_is_wherever_it_appears(
-    ask: Ask, model: StandInModel, http: aiohttp.ClientSession
+    ask: Ask, model: SimulatedModel, http: aiohttp.ClientSession
 ) -> None:
     _, answer = await ask("Hello")
-    assert text_of(answer).startswith("[stand-in model]")
+    assert text_of(answer).startswith("[simulated model]")
     async with http.get(f"{model.base_url}/models") as response:
-        assert "stand-in" in response.headers["Server"]
+        assert "model-simulator" in response.headers["Server"]
         listed = await response.json()
-    assert all(entry["id"].startswith("stand-in/") for entry in listed["data"])
+    assert all(entry["id"].startswith("simulated/") for entry in listed["data"])
 
 
 async def test_several_pictures_are_described_in_their_order(ask: Ask, plain: Plain, inline: Inline) -> None:
@@ -61,7 +61,7 @@ async def test_several_pictures_are_described_in_their_order(ask: Ask, plain: Pl
     assert text.index("red") < text.index("blue")
 
 
-async def test_a_link_is_not_opened(ask: Ask, model: StandInModel) -> None:
+async def test_a_link_is_not_opened(ask: Ask, model: SimulatedModel) -> None:
     _, answer = await ask("What is this?", "https://pictures.example/cat.jpg")
     assert "a link to pictures.example, not opened" in text_of(answer)
     assert model.calls()[0].links == ["https://pictures.example/cat.jpg"]
@@ -131,7 +131,7 @@ async def test_logprobs_come_on_request(ask: Ask) -> None:
     assert first["logprob"] < 0
 
 
-async def test_a_wrong_key_is_refused(model: StandInModel) -> None:
+async def test_a_wrong_key_is_refused(model: SimulatedModel) -> None:
     async with (
         aiohttp.ClientSession(headers={"Authorization": "Bearer wrong"}) as session,
         session.post(f"{model.base_url}/chat/completions", json={}) as response,
@@ -209,7 +209,7 @@ async def test_messages_of_another_shape_are_refused(ask: Ask, messages: object)
 
 
 async def test_a_call_is_remembered_with_everything_but_its_key(
-    model: StandInModel, ask: Ask, http: aiohttp.ClientSession, plain: Plain, inline: Inline
+    model: SimulatedModel, ask: Ask, http: aiohttp.ClientSession, plain: Plain, inline: Inline
 ) -> None:
     http.headers["Traceparent"] = "00-1-2-01"
     content = plain("red")
@@ -227,10 +227,13 @@ async def test_a_call_is_remembered_with_everything_but_its_key(
 
 
 async def test_decoding_can_be_switched_off_for_measurements(
-    model: StandInModel, ask: Ask, plain: Plain, inline: Inline
+    model: SimulatedModel, ask: Ask, plain: Plain, inline: Inline
 ) -> None:
     model.configure(decode=False)
     content = plain("red", size=(333, 222))
     status, answer = await ask("?", inline(content[:-20]))
     assert status == 200
-    assert (answer["standin"]["images"][0]["width"], answer["standin"]["images"][0]["colours"]) == (333, [])
+    assert (answer["simulator"]["images"][0]["width"], answer["simulator"]["images"][0]["colours"]) == (
+        333,
+        [],
+    )

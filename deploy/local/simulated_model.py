@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from deploy.local.model_simulator.behavior import DEFAULT_MODELS, Outcome, Rule
+from deploy.local.model_simulator.calls import Call, State
 from deploy.local.ports import PortBlock
-from deploy.local.probes import http_answers
-from deploy.local.processes import GuardedProcess
-from deploy.local.standin.behaviour import DEFAULT_MODELS, Outcome, Rule
-from deploy.local.standin.calls import Call, State
+from deploy.local.probes import http_ok
+from deploy.local.processes import SupervisedProcess
 
 _READY_SECONDS = 30
 _ADVICE = "Is the log about a missing module? Then run `make setup`."
@@ -29,8 +29,8 @@ _calls: TypeAdapter[list[Call]] = TypeAdapter(list[Call])
 
 
 @dataclass(frozen=True)
-class StandInOptions:
-    """How the stand-in starts; `StandInModel.configure` changes most of it while it runs."""
+class SimulatorOptions:
+    """How the stand-in starts; `SimulatedModel.configure` changes most of it while it runs."""
 
     models: tuple[str, ...] = DEFAULT_MODELS
     max_concurrent: int | None = None
@@ -41,27 +41,27 @@ class StandInOptions:
     """Whether it reads the pictures' text where the optional OCR package is installed."""
 
 
-class StandInModel:
-    """The stand-in on a free port. A restart keeps port, key and options and forgets calls and behaviour."""
+class SimulatedModel:
+    """The stand-in on a free port. A restart keeps port, key and options and forgets calls and behavior."""
 
-    is_stand_in = True
+    is_simulated = True
 
     def __init__(
         self,
         folder: Path,
         ports: PortBlock,
-        options: StandInOptions | None = None,
+        options: SimulatorOptions | None = None,
         *,
         temporary: bool = True,
     ) -> None:
-        options = options or StandInOptions()
+        options = options or SimulatorOptions()
         port = ports.take()
         self._root = f"http://127.0.0.1:{port}"
         self.base_url = f"{self._root}/v1"
-        self.api_key = f"stand-in-{secrets.token_hex(8)}"
+        self.api_key = f"simulator-{secrets.token_hex(8)}"
         self.models = options.models
-        self._server = GuardedProcess(
-            "stand-in model",
+        self._server = SupervisedProcess(
+            "model simulator",
             _command(port, options),
             environment=_environment(self.api_key),
             folder=folder,
@@ -86,10 +86,10 @@ class StandInModel:
         """Return when it answers.
 
         Raises:
-            DidNotStartError: With the end of the log.
+            ServiceStartError: With the end of the log.
         """
         self._server.wait_until(
-            lambda: http_answers(f"{self._root}/standin/state"),
+            lambda: http_ok(f"{self._root}/simulator/state"),
             timeout_seconds=_READY_SECONDS,
             advice=_ADVICE,
         )
@@ -124,13 +124,13 @@ class StandInModel:
         """End it for good."""
         self._server.kill()
 
-    def configure(self, **behaviour: object) -> None:
-        """Change some of the stand-in's behaviour; see `standin.behaviour.Behaviour` for the names.
+    def configure(self, **behavior: object) -> None:
+        """Change some of the stand-in's behavior; see `model_simulator.behavior.Behavior` for the names.
 
         Raises:
             ValueError: A name or a value that the stand-in does not know.
         """
-        self._ask("POST", "/standin/configure", _plain(behaviour))
+        self._ask("POST", "/simulator/configure", _plain(behavior))
 
     def play(self, outcome: Outcome, *, times: int | None = 1, marker: str | None = None) -> None:
         """Add an outcome to play for coming calls.
@@ -141,11 +141,11 @@ class StandInModel:
             marker: Only for calls whose messages contain this text.
         """
         rule = Rule(outcome=outcome, times=times, marker=marker)
-        self._ask("POST", "/standin/play", rule.model_dump(mode="json"))
+        self._ask("POST", "/simulator/play", rule.model_dump(mode="json"))
 
     def calls(self) -> list[Call]:
         """Return every call so far, those in progress included, in the order of their arrival."""
-        return _calls.validate_python(self._ask("GET", "/standin/calls"))
+        return _calls.validate_python(self._ask("GET", "/simulator/calls"))
 
     def wait_for_calls(self, count: int, *, ended: bool = False, timeout_seconds: float = 10) -> list[Call]:
         """Return the calls as soon as there are `count` of them.
@@ -158,16 +158,16 @@ class StandInModel:
         Raises:
             TimeoutError: There were not so many in time.
         """
-        path = f"/standin/calls?at_least={count}&ended={int(ended)}&timeout={timeout_seconds}"
+        path = f"/simulator/calls?at_least={count}&ended={int(ended)}&timeout={timeout_seconds}"
         return _calls.validate_python(self._ask("GET", path, timeout_seconds=timeout_seconds + 5))
 
     def state(self) -> State:
         """Return the counters: calls, calls in progress, the most there ever were at once."""
-        return State.model_validate(self._ask("GET", "/standin/state"))
+        return State.model_validate(self._ask("GET", "/simulator/state"))
 
     def reset(self) -> None:
-        """Forget all calls and go back to the behaviour it started with."""
-        self._ask("POST", "/standin/reset")
+        """Forget all calls and go back to the behavior it started with."""
+        self._ask("POST", "/simulator/reset")
 
     def _ask(self, method: str, path: str, body: object = None, *, timeout_seconds: float = 10) -> Any:
         request = urllib.request.Request(  # noqa: S310 - our own http:// URL
@@ -187,7 +187,7 @@ class StandInModel:
 def _environment(api_key: str) -> dict[str, str]:
     """Return an environment in which this package can be imported from any folder."""
     path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "STANDIN_API_KEY": api_key}
+    return os.environ | {"PYTHONPATH": path, "SIMULATOR_API_KEY": api_key}
 
 
 def _refusal(error: urllib.error.HTTPError) -> Exception:
@@ -197,17 +197,17 @@ def _refusal(error: urllib.error.HTTPError) -> Exception:
     return ValueError(message)
 
 
-def _plain(behaviour: Mapping[str, object]) -> dict[str, object]:
-    """Return the behaviour as JSON data; rules may be given as objects."""
-    plain = dict(behaviour)
+def _plain(behavior: Mapping[str, object]) -> dict[str, object]:
+    """Return the behavior as JSON data; rules may be given as objects."""
+    plain = dict(behavior)
     rules = plain.get("rules")
     if isinstance(rules, Iterable):
         plain["rules"] = [rule.model_dump(mode="json") if isinstance(rule, Rule) else rule for rule in rules]
     return plain
 
 
-def _command(port: int, options: StandInOptions) -> list[str]:
-    command = [sys.executable, "-m", "deploy.local.standin", "--port", str(port)]
+def _command(port: int, options: SimulatorOptions) -> list[str]:
+    command = [sys.executable, "-m", "deploy.local.model_simulator", "--port", str(port)]
     command += [f"--model={model}" for model in options.models]
     command += [f"--latency={options.latency}"]
     if options.max_concurrent is not None:

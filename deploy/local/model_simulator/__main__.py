@@ -1,4 +1,4 @@
-"""`python -m deploy.local.standin`: serves the stand-in model on this machine."""
+"""`python -m deploy.local.model_simulator`: serves the stand-in model on this machine."""
 
 import argparse
 import asyncio
@@ -10,10 +10,10 @@ import sys
 from aiohttp import web
 from PIL import Image
 
-from deploy.local.standin.behaviour import DEFAULT_MODELS, Behaviour
-from deploy.local.standin.server import StandIn
+from deploy.local.model_simulator.behavior import DEFAULT_MODELS, Behavior
+from deploy.local.model_simulator.server import ModelSimulator
 
-_KEY_VARIABLE = "STANDIN_API_KEY"
+_KEY_VARIABLE = "SIMULATOR_API_KEY"
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     # Pillow would only warn about pictures of too many pixels; `looking` refuses them.
     Image.MAX_IMAGE_PIXELS = None
-    behaviour = Behaviour(
+    behavior = Behavior(
         models=arguments.model or list(DEFAULT_MODELS),
         latency=arguments.latency,
         max_concurrent=arguments.max_concurrent,
@@ -30,23 +30,23 @@ def main() -> None:
     )
     # Not as an argument by default: arguments can be read by everybody on the machine.
     api_key = arguments.api_key or os.environ.get(_KEY_VARIABLE) or None
-    asyncio.run(_serve(behaviour, arguments.host, arguments.port, api_key))
+    asyncio.run(_serve(behavior, arguments.host, arguments.port, api_key))
 
 
-async def _serve(behaviour: Behaviour, host: str, port: int, api_key: str | None) -> None:
+async def _serve(behavior: Behavior, host: str, port: int, api_key: str | None) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # With handler cancellation a call notices that its caller has left.
     runner = web.AppRunner(
-        StandIn(behaviour, api_key=api_key).application(),
+        ModelSimulator(behavior, api_key=api_key).application(),
         access_log=None,
         handler_cancellation=True,
         shutdown_timeout=0.2,
     )
     await runner.setup()
     await web.TCPSite(runner, host, port, backlog=1024).start()
-    sys.stderr.write(f"Stand-in model (no real model) at http://{host}:{port}/v1\n")
+    sys.stderr.write(f"Model simulator at http://{host}:{port}/v1\n")
     with contextlib.suppress(asyncio.CancelledError):
         await stop.wait()
     await runner.cleanup()
@@ -54,7 +54,7 @@ async def _serve(behaviour: Behaviour, host: str, port: int, api_key: str | None
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.local.standin",
+        prog="python -m deploy.local.model_simulator",
         description="A stand-in for a multimodal model behind an OpenAI-compatible API. It is no model: it "
         "decodes the pictures it gets, says what is in their pixels, and fails in scripted ways for tests.",
     )
