@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not CONTRACT.exists(), reason="the contract is n
 # Added since, as the contract allows: codes and metrics that readers may not know.
 ADDED_CODES = {ErrorCode.CANCELLED, ErrorCode.RESULT_TOO_LARGE}
 ADDED_METRICS: dict[str, tuple[str, set[str]]] = {
-    "vqa_result_store_operations_total": ("counter", {"event"}),
+    "vqa_result_store_operations_total": ("counter", {"result"}),
     "vqa_jobs_requeued_total": ("counter", set()),
     "vqa_concurrency_in_use": ("gauge", set()),
     "vqa_event_loop_lag_seconds": ("histogram", set()),

@@ -59,7 +59,7 @@ async def test_a_job_submitted_again_is_answered_from_the_store(
     assert told(replies[1]) == {**told(first), "metadata": {"n": 2}}
     assert replies[1].message.correlation_id == "another sender's"
     assert len(calls_with(stack, marker)) == 1
-    assert worker.metric("vqa_result_store_operations_total", event="reused") == 1
+    assert worker.metric("vqa_result_store_operations_total", result="reused") == 1
     assert worker.metric("vqa_model_requests_total") == 1
     # An answer that comes from the store costs nothing.
     assert worker.metric("vqa_tokens_total", type="prompt") == first.body["usage"]["prompt_tokens"]
@@ -83,7 +83,7 @@ async def test_the_same_id_with_other_content_is_another_job(
         await client.publish({**original, **changes})
     await until(lambda: len(client.replies.get(original["id"], ())) == 7, "the results")
     assert len(calls_with(stack, marker)) == 7
-    assert worker.metric("vqa_result_store_operations_total", event="kept") == 7
+    assert worker.metric("vqa_result_store_operations_total", result="stored") == 7
 
 
 async def test_only_what_was_paid_for_is_kept(
@@ -122,7 +122,7 @@ async def test_an_answer_outlives_a_worker_that_is_killed_before_it_could_publis
         broker.freeze()
         await model_answered(own_stack, marker)
         await until(
-            lambda: doomed.metric("vqa_result_store_operations_total", event="kept") == 3, "they are kept"
+            lambda: doomed.metric("vqa_result_store_operations_total", result="stored") == 3, "they are kept"
         )
         doomed.kill()
         broker.reset()
@@ -130,7 +130,7 @@ async def test_an_answer_outlives_a_worker_that_is_killed_before_it_could_publis
         worker = await start_own_worker(like=doomed, VQA_RESULT_STORE=kept_at)
         assert statuses(await results(client, ids)) == {"succeeded": 3}
     assert len(calls_with(own_stack, marker)) == 3
-    assert worker.metric("vqa_result_store_operations_total", event="reused") == 3
+    assert worker.metric("vqa_result_store_operations_total", result="reused") == 3
     assert worker.metric("vqa_model_requests_total") == 0
 
 
@@ -151,7 +151,7 @@ async def test_of_two_workers_with_the_same_job_at_once_one_asks_and_the_other_w
     assert len({reply.body["answer"] for reply in client.replies[it["id"]]}) == 1
     assert len(calls_with(stack, marker)) == 1
     assert {worker.metric("vqa_jobs_total", status="succeeded") for worker in workers} == {2}
-    assert sum(worker.metric("vqa_result_store_operations_total", event="waited") for worker in workers) >= 1
+    assert sum(worker.metric("vqa_result_store_operations_total", result="waited") for worker in workers) >= 1
     assert await asyncio.gather(*(worker.stop() for worker in workers)) == [0, 0]
     # What told of them that they live goes with them.
     listed = stack.s3.client().list_objects_v2(Bucket=BUCKET, Prefix=kept_at.partition(f"{BUCKET}/")[2])
@@ -176,7 +176,10 @@ async def test_a_hundred_jobs_that_all_come_twice_at_once_are_paid_for_once(
         assert first.body["answer"] == second.body["answer"]
     assert len(calls_with(stack, marker)) == 100
     assert (
-        sum(worker.metric("vqa_result_store_operations_total", event="kept_by_another") for worker in workers)
+        sum(
+            worker.metric("vqa_result_store_operations_total", result="stored_by_another")
+            for worker in workers
+        )
         == 0
     )
     done = [worker.metric("vqa_jobs_total", status="succeeded") for worker in workers]
@@ -197,7 +200,7 @@ async def test_a_job_that_is_given_back_leaves_nothing_that_others_would_wait_fo
     assert await barred.stop() == 0
     worker = await start_worker(like=barred, VQA_RESULT_STORE=kept_at)
     assert statuses(await results(client, ids)) == {"succeeded": 3}
-    assert worker.metric("vqa_result_store_operations_total", event="waited") == 0
+    assert worker.metric("vqa_result_store_operations_total", result="waited") == 0
 
 
 @pytest.mark.parametrize("code", ["NoSuchBucket", "AccessDenied", "SignatureDoesNotMatch"])
@@ -256,7 +259,7 @@ async def test_an_answer_that_cannot_be_kept_is_published_all_the_same(
         await s3.refuse()
         s3.reset()
         assert statuses(await results(client, ids, patience_s=60)) == {"succeeded": 1}
-        assert worker.metric("vqa_result_store_operations_total", event="not_kept") == 1
+        assert worker.metric("vqa_result_store_operations_total", result="store_failed") == 1
         assert len(calls_with(own_stack, marker)) == 1
 
 

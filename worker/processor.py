@@ -87,24 +87,24 @@ class ImageLoader(Protocol):
         """Begin to read them."""
 
 
-class Kept(Protocol):
-    """A job's place in the result store.
+class Lease(Protocol):
+    """The right to answer one job.
 
     Attributes:
-        answer: what is kept there already, if anything.
+        answer: the stored answer, if there is one.
     """
 
     answer: bytes | None
 
-    async def keep(self, answer: bytes) -> bytes:
-        """Keep an answer; returns it, or the one that another worker has kept meanwhile."""
+    async def put(self, answer: bytes) -> bytes:
+        """Store an answer; return it, or the one that another worker stored first."""
 
 
 class ResultStore(Protocol):
-    """Where answers are kept that were paid for."""
+    """Stored answers."""
 
-    def claimed(self, name: str, may_wait: Callable[[], None]) -> AbstractAsyncContextManager[Kept]:
-        """The place of the job of this name; waits while anybody else is at the same job, as it may."""
+    def acquire(self, name: str, check_admission: Callable[[], None]) -> AbstractAsyncContextManager[Lease]:
+        """Acquire the job's lease; wait while another job or worker holds it."""
 
 
 class ModelApi(Protocol):
@@ -241,15 +241,15 @@ class Processor:
             self._gate.check(also_trials=False)
             with report.stage("wait"):
                 async with _patience(report, question, self._rules.job_timeout_s / 2, _NO_TURN):
-                    claimed = self._store.claimed(question.name, self._gate.check)
-                    place = await stack.enter_async_context(claimed)
+                    acquired = self._store.acquire(question.name, self._gate.check)
+                    lease = await stack.enter_async_context(acquired)
             self._health.succeeded(Dependency.RESULT_STORE, started, time.monotonic())
-            kept = from_kept(place.answer) if place.answer is not None else None
+            kept = from_kept(lease.answer) if lease.answer is not None else None
             if kept is not None:
                 return kept
             answer = await self._ask(question, report)
-            report.enters("keep")
-            return from_kept(await place.keep(to_kept(answer))) or answer
+            report.enters("store")
+            return from_kept(await lease.put(to_kept(answer))) or answer
 
     async def _ask(self, question: _Question, report: Report) -> Answer:
         """Fetch and ask until there is an answer or an error other than 429."""

@@ -482,7 +482,7 @@ RETRIES: Final = Row(
             queries=(
                 Query(_rate("vqa_jobs_requeued_total{@here}"), "given back"),
                 Query(
-                    _rate("vqa_result_store_operations_total{@here}", "event"),
+                    _rate("vqa_result_store_operations_total{@here}", "result"),
                     "store: {{event}}",
                 ),
             ),

@@ -10,8 +10,8 @@ _SHOWN = 20
 _STORE = "vqa_result_store_operations_total"
 _STORE_EVENTS = {
     "reused": "that were taken from the store",
-    "kept_by_another": "that another worker had stored meanwhile (the race)",
-    "not_kept": "that could not be stored",
+    "stored_by_another": "that another worker had stored meanwhile (the race)",
+    "store_failed": "that could not be stored",
 }
 
 
@@ -65,8 +65,8 @@ def _figures(records: Records, verdict: Verdict) -> list[tuple[str, object]]:
     ambiguous = sum(life.total("vqa_ambiguous_calls_total") for life in records.lives)
     calls = len(records.calls)
     stored = [
-        (f"answers {what}", round(sum(life.total(_STORE, event=event) for life in records.lives)))
-        for event, what in _STORE_EVENTS.items()
+        (f"answers {what}", round(sum(life.total(_STORE, result=result) for life in records.lives)))
+        for result, what in _STORE_EVENTS.items()
         if records.with_store
     ]
     return [

@@ -168,7 +168,9 @@ async def test_the_result_store_is_kept_with_the_rights_of_its_policy(
     await client.publish(asked)
     await client.result(asked["id"])
     await client.publish(asked)
-    await until(lambda: early.metric("vqa_result_store_operations_total", event="reused") == 1, "found again")
+    await until(
+        lambda: early.metric("vqa_result_store_operations_total", result="reused") == 1, "found again"
+    )
     # Claimed, and left to others since there is no answer.
     refused = f"refused {marker}"
     stack.model.play(Error(status=400), marker=refused)

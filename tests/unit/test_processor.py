@@ -899,13 +899,13 @@ async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scen
 # The result store
 
 
-class Kept:
+class StoredLease:
     """A job's place: nothing is there yet, and what is kept there stays."""
 
     def __init__(self) -> None:
         self.answer: bytes | None = None
 
-    async def keep(self, answer: bytes) -> bytes:
+    async def put(self, answer: bytes) -> bytes:
         self.answer = answer
         return answer
 
@@ -914,16 +914,16 @@ class Places:
     """A result store in which every job has a place of its own; what it `waits` for comes first."""
 
     def __init__(self) -> None:
-        self.places: dict[str, Kept] = {}
+        self.places: dict[str, StoredLease] = {}
         self.claims = 0
         self.waits: Callable[[Callable[[], None]], Awaitable[None]] | None = None
 
     @asynccontextmanager
-    async def claimed(self, name: str, may_wait: Callable[[], None]) -> AsyncIterator[Kept]:
+    async def acquire(self, name: str, check_admission: Callable[[], None]) -> AsyncIterator[StoredLease]:
         self.claims += 1
         if self.waits is not None:
-            await self.waits(may_wait)
-        yield self.places.setdefault(name, Kept())
+            await self.waits(check_admission)
+        yield self.places.setdefault(name, StoredLease())
 
 
 async def test_that_the_store_is_well_says_nothing_of_the_images_s3() -> None:

@@ -12,7 +12,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from worker.errors import ErrorCode, JobError
-from worker.images.source import MAX_KEY_BYTES, Embedded, Link, Source, SourcePolicy, parse_source
+from worker.images.source import (
+    MAX_KEY_BYTES,
+    Embedded,
+    Link,
+    MessageBody,
+    Source,
+    SourcePolicy,
+    parse_source,
+)
 from worker.s3.aws import S3Object
 
 NAME = "images[0] (…)"
@@ -25,7 +33,7 @@ GOOD = SourcePolicy(
 
 def where(url: str, policy: SourcePolicy = GOOD, body: bytes | None = None) -> Source:
     """Where a job says the image is; its message says nothing but the URL, unless given."""
-    return parse_source(url, NAME, policy, json.dumps(url).encode() if body is None else body)
+    return parse_source(url, NAME, policy, MessageBody(json.dumps(url).encode() if body is None else body))
 
 
 def refusal(url: str, policy: SourcePolicy = GOOD) -> ErrorCode:

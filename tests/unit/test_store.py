@@ -78,33 +78,35 @@ def down() -> DependencyDownError:
 
 @pytest.fixture
 def objects(monkeypatch: pytest.MonkeyPatch) -> Memory:
-    monkeypatch.setattr(rooms, "FIRST_LOOK_S", 0.01)
-    monkeypatch.setattr(rooms, "LONGEST_LOOK_S", 0.02)
-    monkeypatch.setattr(rooms, "KEEP_PAUSE_S", 0.01)
-    monkeypatch.setattr(rooms, "KEEP_FOR_S", 0.1)
-    monkeypatch.setattr(rooms, "BEAT_S", 0.05)
+    monkeypatch.setattr(rooms, "ADMISSION_CHECK_S", 0.01)
+    monkeypatch.setattr(rooms, "RELEASE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(rooms, "FIRST_POLL_S", 0.01)
+    monkeypatch.setattr(rooms, "MAX_POLL_S", 0.02)
+    monkeypatch.setattr(rooms, "STORE_RETRY_S", 0.01)
+    monkeypatch.setattr(rooms, "STORE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(rooms, "HEARTBEAT_S", 0.05)
     return Memory()
 
 
-def a_worker(objects: Memory, *, claims_last_s: float = 600.0) -> ResultStore:
-    return ResultStore(objects, claims_last_s=claims_last_s)
+def a_worker(objects: Memory, *, max_job_s: float = 600.0) -> ResultStore:
+    return ResultStore(objects, max_job_s=max_job_s)
 
 
 def living(store: ResultStore) -> asyncio.Task[None]:
     """What runs beside the jobs, until it is cancelled."""
 
     async def live() -> None:
-        await asyncio.gather(store.beat(), store.tidy_up())
+        await asyncio.gather(store.send_heartbeats(), store.tidy_up())
 
     return asyncio.create_task(live())
 
 
 async def ask(store: ResultStore, answer: bytes, name: str = "job") -> tuple[bytes | None, bytes | None]:
     """What was there already, and what is there after this worker came with its answer."""
-    async with asyncio.timeout(PATIENCE_S), store.claimed(name) as claim:
-        if claim.answer is not None:
-            return claim.answer, None
-        return None, await claim.keep(answer)
+    async with asyncio.timeout(PATIENCE_S), store.acquire(name) as lease:
+        if lease.answer is not None:
+            return lease.answer, None
+        return None, await lease.put(answer)
 
 
 async def test_the_first_one_asks_and_the_second_gets_the_answer(objects: Memory) -> None:
@@ -116,24 +118,24 @@ async def test_the_first_one_asks_and_the_second_gets_the_answer(objects: Memory
 async def test_a_worker_that_lives_is_waited_for(objects: Memory) -> None:
     first, second = a_worker(objects), a_worker(objects)
     life = living(first)
-    async with first.claimed("job") as claim:
+    async with first.acquire("job") as lease:
         waiting = asyncio.create_task(ask(second, b"dog"))
         await objects.is_asked("read jobs", 10)
         assert not waiting.done()
-        await claim.keep(b"cat")
+        await lease.put(b"cat")
     assert await waiting == (b"cat", None)
     life.cancel()
 
 
 async def test_within_one_worker_the_second_waits_without_asking_the_store(objects: Memory) -> None:
     store = a_worker(objects)
-    async with store.claimed("job") as claim:
+    async with store.acquire("job") as lease:
         waiting = asyncio.create_task(ask(store, b"dog"))
         await asyncio.sleep(0)
         asked = len(objects.asked)
         await asyncio.sleep(0.1)
         assert len(objects.asked) == asked
-        await claim.keep(b"cat")
+        await lease.put(b"cat")
     assert await waiting == (b"cat", None)
 
 
@@ -142,19 +144,19 @@ async def test_a_dead_worker_s_claim_is_taken_over(
     objects: Memory, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     dead = a_worker(objects)
-    await dead.claimed("job").__aenter__()
-    heir = a_worker(objects, claims_last_s=0.1 if how == "far too old a claim" else 600)
+    await dead.acquire("job").__aenter__()
+    heir = a_worker(objects, max_job_s=0.1 if how == "far too old a claim" else 600)
     monkeypatch.setattr(rooms, "DEAD_AFTER_S", 0.1 if how == "silent for long" else 20)
     if how == "its life was taken away":
         await dead.close()
     if how == "far too old a claim":
-        monkeypatch.setattr(heir, "_claims_last_s", 0.1)
+        monkeypatch.setattr(heir, "_claim_expires_s", 0.1)
     assert await ask(heir, b"dog") == (None, b"dog")
 
 
 async def test_of_two_heirs_only_one_asks(objects: Memory) -> None:
     dead = a_worker(objects)
-    await dead.claimed("job").__aenter__()
+    await dead.acquire("job").__aenter__()
     await dead.close()
     ends = await asyncio.gather(*(ask(a_worker(objects), b"%d" % n) for n in range(5)))
     assert sorted(there is None for there, _ in ends) == [False] * 4 + [True]
@@ -163,26 +165,26 @@ async def test_of_two_heirs_only_one_asks(objects: Memory) -> None:
 
 async def test_a_worker_taken_for_dead_gets_the_answer_of_its_heir(objects: Memory) -> None:
     slow, heir = a_worker(objects), a_worker(objects)
-    async with slow.claimed("job") as claim:
+    async with slow.acquire("job") as lease:
         await slow.close()
         assert await ask(heir, b"dog") == (None, b"dog")
-        assert await claim.keep(b"cat") == b"dog"
+        assert await lease.put(b"cat") == b"dog"
 
 
 async def test_an_heir_that_is_slower_gets_the_answer_of_the_worker_taken_for_dead(objects: Memory) -> None:
     slow, heir = a_worker(objects), a_worker(objects)
-    async with slow.claimed("job") as claim:
+    async with slow.acquire("job") as lease:
         await slow.close()
-        async with heir.claimed("job") as heirs:
+        async with heir.acquire("job") as heirs:
             assert heirs.answer is None
-            assert await claim.keep(b"cat") == b"cat"
-            assert await heirs.keep(b"dog") == b"cat"
+            assert await lease.put(b"cat") == b"cat"
+            assert await heirs.put(b"dog") == b"cat"
 
 
 async def test_a_job_without_an_answer_leaves_no_claim(objects: Memory) -> None:
     first, second = a_worker(objects), a_worker(objects)
     with pytest.raises(ValueError, match="no such image"):
-        async with first.claimed("job"):
+        async with first.acquire("job"):
             raise ValueError("no such image")
     assert await ask(second, b"cat") == (None, b"cat")
 
@@ -190,11 +192,11 @@ async def test_a_job_without_an_answer_leaves_no_claim(objects: Memory) -> None:
 async def test_a_claim_that_could_not_be_given_up_is_given_up_later(objects: Memory) -> None:
     first, second = a_worker(objects), a_worker(objects)
     objects.fails = lambda method, name: method == "delete" and name.startswith("jobs/")
-    async with first.claimed("job"):
+    async with first.acquire("job"):
         pass
     objects.fails = lambda _method, _name: False
     life = living(first)
-    async with first.claimed("another job, so that it is seen to live"):
+    async with first.acquire("another job, so that it is seen to live"):
         assert await ask(second, b"cat") == (None, b"cat")
     life.cancel()
 
@@ -211,9 +213,9 @@ async def test_a_claim_whose_answer_was_lost_is_this_worker_s_own(objects: Memor
 async def test_an_answer_whose_receipt_was_lost_is_kept_once(objects: Memory) -> None:
     store, lost = a_worker(objects), [True]
     objects.forgets = lambda method, name: name == "jobs/job" and method == "replace" and lost.pop(0)
-    async with store.claimed("job") as claim:
+    async with store.acquire("job") as lease:
         lost.append(False)
-        assert await claim.keep(b"cat") == b"cat"
+        assert await lease.put(b"cat") == b"cat"
     assert objects.objects["jobs/job"][0] == b"cat"
 
 
@@ -248,7 +250,7 @@ async def test_a_life_is_shown_while_there_are_claims_and_not_otherwise(objects:
     life = living(store)
     await asyncio.sleep(0.2)
     assert objects.asked == []
-    async with store.claimed("job"):
+    async with store.acquire("job"):
         await objects.is_asked("write workers", 2)
     life.cancel()
 
@@ -256,7 +258,7 @@ async def test_a_life_is_shown_while_there_are_claims_and_not_otherwise(objects:
 async def test_a_store_out_of_reach_does_not_end_the_worker(objects: Memory) -> None:
     store = a_worker(objects)
     life = living(store)
-    async with store.claimed("job"):
+    async with store.acquire("job"):
         objects.fails = lambda _method, _name: True
         await objects.is_asked("write workers", 2)
     assert not life.done()
@@ -282,37 +284,37 @@ async def test_many_claims_left_behind_and_a_slow_s3_do_not_keep_a_worker_from_s
     life = living(store)
     async with asyncio.timeout(PATIENCE_S):
         await is_slow.wait()
-    async with store.claimed("another job"):
+    async with store.acquire("another job"):
         await objects.is_asked("write workers", 2)
     life.cancel()
 
 
 async def _left_behind(store: ResultStore, name: str) -> None:
-    async with store.claimed(name):
+    async with store.acquire(name):
         pass
 
 
 async def test_an_answer_outlives_even_a_bug_of_the_store(objects: Memory) -> None:
     store = a_worker(objects)
-    async with store.claimed("job") as claim:
+    async with store.acquire("job") as lease:
         objects.objects["jobs/job"] = b"another's", time.monotonic()
         objects.read = None  # type: ignore[method-assign, assignment]
-        assert await claim.keep(b"cat") == b"cat"
+        assert await lease.put(b"cat") == b"cat"
 
 
 async def test_who_may_not_wait_for_another_worker_does_not(objects: Memory) -> None:
     first, second = a_worker(objects), a_worker(objects)
 
-    def may_wait() -> None:
+    def check_admission() -> None:
         raise AdmissionClosedError("the worker stops")
 
-    async with first.claimed("job"):
+    async with first.acquire("job"):
         with pytest.raises(AdmissionClosedError):
-            async with second.claimed("job", may_wait):
+            async with second.acquire("job", check_admission):
                 pass
         # What nobody is at may be claimed all the same.
-        async with second.claimed("another job", may_wait) as claim:
-            assert claim.answer is None
+        async with second.acquire("another job", check_admission) as lease:
+            assert lease.answer is None
 
 
 async def test_a_store_in_which_nothing_may_be_deleted_is_refused_before_a_call_is_paid(
@@ -322,3 +324,73 @@ async def test_a_store_in_which_nothing_may_be_deleted_is_refused_before_a_call_
     with pytest.raises(DependencyDownError):
         await ask(a_worker(objects), b"cat")
     assert "jobs/job" not in objects.objects
+
+
+class Hanging(Memory):
+    """A store that answers a request only with an error, when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = 0
+        self.is_asked_once = asyncio.Event()
+        self.fails_now = asyncio.Event()
+
+    async def write(self, name: str, body: bytes) -> None:  # noqa: ARG002 - the port's signature
+        await self.hang()
+
+    async def delete(self, name: str, etag: str | None = None) -> None:  # noqa: ARG002 - the port's signature
+        await self.hang()
+
+    async def hang(self) -> None:
+        self.requests += 1
+        self.is_asked_once.set()
+        await self.fails_now.wait()
+        raise down()
+
+
+async def test_one_failed_heartbeat_fails_all_jobs_that_wait_for_it() -> None:
+    objects = Hanging()
+    store = a_worker(objects)
+    jobs = [asyncio.create_task(ask(store, b"cat", f"job {n}")) for n in range(12)]
+    async with asyncio.timeout(PATIENCE_S):
+        await objects.is_asked_once.wait()
+        objects.fails_now.set()
+        ends = await asyncio.gather(*jobs, return_exceptions=True)
+    assert all(isinstance(end, DependencyDownError) for end in ends)
+    assert objects.requests == 1
+
+
+@pytest.mark.parametrize("name", ["the same job", "another job"])
+async def test_jobs_that_wait_for_a_hanging_store_leave_when_admission_closes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "ADMISSION_CHECK_S", 0.01)
+    objects, is_closed = Hanging(), asyncio.Event()
+    store = a_worker(objects)
+
+    def check_admission() -> None:
+        if is_closed.is_set():
+            raise AdmissionClosedError("the worker stops")
+
+    async def wait(name: str) -> None:
+        async with store.acquire(name, check_admission):
+            pass
+
+    jobs = [asyncio.create_task(wait("the same job")), asyncio.create_task(wait(name))]
+    async with asyncio.timeout(PATIENCE_S):
+        await objects.is_asked_once.wait()
+        is_closed.set()
+        ends = await asyncio.gather(*jobs, return_exceptions=True)
+    assert all(isinstance(end, AdmissionClosedError) for end in ends)
+    await store.close()
+
+
+async def test_releasing_and_closing_do_not_wait_for_a_hanging_store(
+    objects: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, hanging = a_worker(objects), Hanging()
+    async with asyncio.timeout(PATIENCE_S):
+        async with store.acquire("job"):
+            monkeypatch.setattr(objects, "delete", hanging.delete)
+        await store.close()
+    assert hanging.requests == 2

@@ -23,6 +23,9 @@ from worker.s3.client import S3
 from worker.s3.conditional_store import ConditionalStore
 from worker.settings import Settings
 
+# A stop signal takes effect only after the start.
+CATCH_UP_TIMEOUT_S = 10.0
+
 
 @dataclass(frozen=True)
 class Assembled:
@@ -51,13 +54,13 @@ async def assemble(
     store, background = None, {}
     if settings.result_store is not None:
         objects = conditional_store_at(settings.result_store, s3)
-        store = ResultStore(objects, claims_last_s=settings.job_timeout)
+        store = ResultStore(objects, max_job_s=settings.job_timeout)
         stack.push_async_callback(store.close)
         cancelled_jobs = CancelledJobs(objects, cancellations)
         await _catch_up(cancelled_jobs)
         cancellations.keep_with(cancelled_jobs)
         background = {
-            "result-store": store.beat,
+            "result-store": store.send_heartbeats,
             "result-store-leftovers": store.tidy_up,
             "tombstones": cancelled_jobs.run,
         }
@@ -95,9 +98,10 @@ def conditional_store_at(url: str, s3: S3) -> ConditionalStore:
 
 
 async def _catch_up(cancelled_jobs: CancelledJobs) -> None:
-    """Before the first job: it may be one that was cancelled. An S3 in trouble is not waited for."""
-    with suppress(DependencyDownError):
-        await cancelled_jobs.catch_up()
+    """Read the cancelled jobs before the first job; a failing or slow S3 does not delay the start further."""
+    with suppress(DependencyDownError, TimeoutError):
+        async with asyncio.timeout(CATCH_UP_TIMEOUT_S):
+            await cancelled_jobs.catch_up()
 
 
 def _images(settings: Settings, s3: S3) -> Images:

@@ -11,7 +11,7 @@ from worker.images.coalesced_reads import CoalescedReads
 from worker.images.content import SIGNATURE_BYTES, media_type
 from worker.images.encoding import EncodedStream, decode_slices, encode, encoded_length, later
 from worker.images.memory_budget import MemoryBudget, Reservation
-from worker.images.source import Embedded, Link, Source, SourcePolicy, parse_source
+from worker.images.source import Embedded, Link, MessageBody, Source, SourcePolicy, parse_source
 from worker.messages.job import ImageRef, json_text
 from worker.observability import metrics
 from worker.observability.redaction import display_url
@@ -121,7 +121,7 @@ class Images:
         self._reads = CoalescedReads(s3.open, self._budget, own_bytes=IMAGE_ON_ITS_WAY_BYTES)
 
     def check(self, refs: Sequence[ImageRef], body: bytes) -> list[ImageSource]:
-        """Tell where each image is, before anything is fetched or paid for.
+        """Return where each image is, before anything is fetched or paid for.
 
         What is returned refers to the message's `body` and holds no copy of a data URL in it.
 
@@ -133,11 +133,12 @@ class Images:
                 ErrorCode.TOO_MANY_IMAGES,
                 f"the job has {len(refs)} images; VQA_MAX_IMAGES_PER_JOB allows {self._max_per_job}",
             )
-        located = []
+        message = MessageBody(body)
+        sources = []
         for ref in refs:
             name = name_of(ref)
-            located.append(ImageSource(name, parse_source(ref.url, name, self._policy, body)))
-        return located
+            sources.append(ImageSource(name, parse_source(ref.url, name, self._policy, message)))
+        return sources
 
     def room(self, images: Sequence[ImageSource]) -> AbstractAsyncContextManager[Reservation]:
         """Wait for room in the buffer for a job's images, and hold it."""

@@ -1,4 +1,4 @@
-"""Where a job says an image is, and whether the worker may use it from there."""
+"""Parse the URL of an image and check it against the allow-lists."""
 
 import re
 from collections.abc import Sequence
@@ -10,11 +10,14 @@ from worker.s3.aws import S3Object
 
 # S3: object keys are at most 1,024 bytes of UTF-8 (Amazon S3 user guide, "Naming objects").
 MAX_KEY_BYTES = 1024
-# Of a data URL, to find it in the message: a kilobyte of an image is hardly ever there twice.
+MAX_S3_URL_CHARS = 2048
+MAX_LINK_CHARS = 16 * 1024
+# Of a data URL, to find it in the message: two images seldom begin with the same kilobyte.
 SEARCHED_BYTES = 1024
+MAX_CANDIDATES = 4
 
 _S3 = re.compile(r"s3://(?P<bucket>[^/]*)/?(?P<key>.*)", re.IGNORECASE | re.DOTALL)
-# Strict on purpose: where readers of URLs disagree (backslashes, blanks), an allow-list can be fooled.
+# Strict, because URL parsers disagree about backslashes and blanks, which could bypass an allow-list.
 _LINK = re.compile(
     r"(?ai:https)://(?:[^/?#@\\\s\x00-\x1f\x7f]*@)?(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
     r"(?:[/?#][^\s\\\x00-\x1f\x7f]*)?",
@@ -26,14 +29,14 @@ _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link that the API is given as it is; the worker never fetches it."""
+    """A link that is passed on to the API; the worker never fetches it."""
 
     url: str
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Base64 that the job itself carries: a part of the message's body, wherever that can be."""
+    """Base64 of a data URL; a view into the message where possible."""
 
     text: memoryview
 
@@ -43,19 +46,55 @@ Source = S3Object | Link | Embedded
 
 @dataclass(frozen=True, slots=True)
 class SourcePolicy:
-    """Globs of what a job may point at."""
+    """Globs of the buckets and link hosts that a job may use."""
 
     allowed_buckets: Sequence[str]
     allowed_link_hosts: Sequence[str]
 
 
-def parse_source(url: str, name: str, policy: SourcePolicy, body: bytes) -> Source:
-    """Tell where the image is; `name` is how messages call it, `body` the message that has the URL in it.
+class MessageBody:
+    """A job's message, searched once from front to back for the data URLs of its images.
+
+    Embedded images then refer to the message instead of holding a copy.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self._position = 0
+
+    def find(self, text: bytes) -> int | None:
+        """Return where `text` is, after the text found last; None where a quick search does not find it."""
+        at = self._position
+        for _ in range(MAX_CANDIDATES):
+            at = self.content.find(text[:SEARCHED_BYTES], at)
+            if at < 0:
+                break
+            if self.content.startswith(text, at):
+                self._position = at + len(text)
+                return at
+            at += 1
+        # JSON escaped, as PHP does, or out of order: the other images are most likely too.
+        self._position = len(self.content)
+        return None
+
+
+def parse_source(url: str, name: str, policy: SourcePolicy, body: MessageBody) -> Source:
+    """Return where the image is.
+
+    Args:
+        url: the image's URL, as the job gives it.
+        name: the image's name in error messages.
+        policy: the buckets and hosts that are allowed.
+        body: the message that contains the URL.
 
     Raises:
         JobError: the URL is malformed, or the policy does not allow it.
     """
     scheme = url[:8].lower()
+    if len(url) > (
+        MAX_S3_URL_CHARS if scheme.startswith("s3://") else MAX_LINK_CHARS
+    ) and not scheme.startswith("data:"):
+        raise JobError(ErrorCode.INVALID_JOB, f"{name}: the URL is too long")
     if scheme.startswith("s3://"):
         return _parse_s3(url, name, policy.allowed_buckets)
     if scheme.startswith("https://"):
@@ -64,7 +103,7 @@ def parse_source(url: str, name: str, policy: SourcePolicy, body: bytes) -> Sour
         return _parse_data(url, name, body)
     raise JobError(
         ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
-        f"{name}: only s3://bucket/key, https:// links and data: URLs are taken",
+        f"{name}: must be an s3://bucket/key, https:// or data: URL",
     )
 
 
@@ -74,13 +113,13 @@ def _parse_s3(url: str, name: str, allowed: Sequence[str]) -> S3Object:
     if not _BUCKET.fullmatch(bucket) or not key:
         raise JobError(ErrorCode.INVALID_JOB, f"{name}: must be s3://bucket/key with a bucket and a key")
     if _CONTROL.search(key):
-        raise JobError(ErrorCode.INVALID_JOB, f"{name}: the object key holds control characters")
+        raise JobError(ErrorCode.INVALID_JOB, f"{name}: the object key contains control characters")
     if len(key.encode()) > MAX_KEY_BYTES:
         raise JobError(ErrorCode.INVALID_JOB, f"{name}: the object key is longer than {MAX_KEY_BYTES} bytes")
     if not _matches(bucket, allowed):
         raise JobError(
             ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
-            f"{name}: bucket {bucket} is not among VQA_ALLOWED_BUCKETS",
+            f"{name}: bucket {bucket} is not in VQA_ALLOWED_BUCKETS",
         )
     return S3Object(bucket, key)
 
@@ -88,34 +127,25 @@ def _parse_s3(url: str, name: str, allowed: Sequence[str]) -> S3Object:
 def _parse_link(url: str, name: str, allowed: Sequence[str]) -> Link:
     match = _LINK.fullmatch(url)
     if match is None:
-        raise JobError(ErrorCode.INVALID_JOB, f"{name}: is not a well-formed https:// URL")
-    # Globs name an IPv6 address without its brackets, which would be a set of characters in a glob.
+        raise JobError(ErrorCode.INVALID_JOB, f"{name}: must be a valid https:// URL")
+    # Globs contain IPv6 addresses without brackets, since brackets are a character class in a glob.
     host = match["host"].lower().strip("[]").rstrip(".")
     if not _matches(host, [pattern.lower() for pattern in allowed]):
         raise JobError(
             ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
-            f"{name}: host {host} is not among VQA_ALLOWED_LINK_HOSTS",
+            f"{name}: host {host} is not in VQA_ALLOWED_LINK_HOSTS",
         )
     return Link(url)
 
 
-def _parse_data(url: str, name: str, body: bytes) -> Embedded:
+def _parse_data(url: str, name: str, body: MessageBody) -> Embedded:
     if _DATA.match(url) is None:
-        raise JobError(ErrorCode.INVALID_JOB, f"{name}: a data: URL must read data:image/…;base64,…")
+        raise JobError(ErrorCode.INVALID_JOB, f"{name}: a data: URL must have the form data:image/…;base64,…")
     encoded = url.encode()
     start = encoded.index(b",") + 1
-    if (at := _find(encoded, body)) is not None:
-        return Embedded(memoryview(body)[at + start : at + len(encoded)])
-    # JSON can say it in other characters, as PHP does: backslash and slash for a slash.
+    if (at := body.find(encoded)) is not None:
+        return Embedded(memoryview(body.content)[at + start : at + len(encoded)])
     return Embedded(memoryview(encoded)[start:])
-
-
-def _find(text: bytes, body: bytes) -> int | None:
-    """Where a long text stands in the body: by its beginning first, as a search for all of it is slow."""
-    at = body.find(text[:SEARCHED_BYTES])
-    while at >= 0 and not body.startswith(text, at):
-        at = body.find(text[:SEARCHED_BYTES], at + 1)
-    return at if at >= 0 else None
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

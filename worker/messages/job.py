@@ -5,7 +5,6 @@ the only form that the rest of the worker knows.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,11 +24,19 @@ from pydantic import (
     model_validator,
 )
 
+from worker.messages.limits import MAX_TEXT_CHARS, excess, holds_infinity, text_chars
+
 MAX_ID_CHARS = 256
 MAX_METADATA_BYTES = 16 * 1024
 # These four decide what is paid for and how it is read, so they are the worker's to set.
 RESERVED_PARAMS = frozenset({"model", "messages", "stream", "n"})
 MAX_FAULTS_NAMED = 5
+MAX_PLACE_CHARS = 100
+MAX_DEADLINE_CHARS = 64
+# Of a body that is refused, to read its id without reading all of it.
+BEGINNING_BYTES = 64 * 1024
+# Of a damaged body that is read as far as possible.
+LENIENT_BYTES = 1024 * 1024
 
 _Location = tuple[int | str, ...]
 
@@ -59,7 +66,7 @@ def parse_deadline(value: object) -> datetime | None:
     """
     if value is None:
         return None
-    if not isinstance(value, str) or not _RFC3339.fullmatch(value):
+    if not isinstance(value, str) or len(value) > MAX_DEADLINE_CHARS or not _RFC3339.fullmatch(value):
         raise ValueError("must be an RFC 3339 time with an offset, such as 2030-01-31T12:00:00Z")
     text = value.upper().replace(" ", "T")
     if text[17:19] == "60":
@@ -73,6 +80,16 @@ def parse_deadline(value: object) -> datetime | None:
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown_fields(cls, value: object) -> object:
+        """Name the first of many unknown fields; pydantic would report each one."""
+        unknown = [name for name in value if name not in cls.model_fields] if isinstance(value, dict) else []
+        if len(unknown) > MAX_FAULTS_NAMED:
+            named = "; ".join(f"{_shortened(name)}: unknown field" for name in unknown[:MAX_FAULTS_NAMED])
+            raise ValueError(f"{named}; and {len(unknown) - MAX_FAULTS_NAMED} more")
+        return value
 
 
 class _Open(BaseModel):
@@ -121,7 +138,7 @@ class ChatMessage(_Open):
     """One turn in the OpenAI format; fields not named here (`name`, `tool_calls`, …) are passed on."""
 
     role: Annotated[str, StringConstraints(min_length=1)]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
 
 # The two forms of a job, for its JSON Schema; a field that is null is none.
@@ -148,13 +165,15 @@ class Job(_Strict):
         description="The job's identity, 1 to 256 printable characters. Falls back to the AMQP message_id.",
         json_schema_extra={"minLength": 1, "maxLength": MAX_ID_CHARS, "pattern": _ID_PATTERN},
     )
-    question: Annotated[str, StringConstraints(pattern=r"\S")] | None = Field(
-        default=None, description="Short form: what is asked about the images."
+    question: str | None = Field(
+        default=None,
+        description="Short form: what is asked about the images.",
+        json_schema_extra={"pattern": r"\S"},
     )
-    images: Annotated[list[str | ImageObject], Field(min_length=1)] | None = Field(
+    images: Annotated[list[str | ImageObject], Field(min_length=1, fail_fast=True)] | None = Field(
         default=None, description="Short form: at least one image, as a URL or as an object with `url`."
     )
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = Field(
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = Field(
         default=None, description="Long form: chat messages in the OpenAI format."
     )
     system: str | None = Field(default=None, description="Short form only: a system message.")
@@ -173,6 +192,14 @@ class Job(_Strict):
         default=None, description="At most 16 KiB of JSON, echoed in the result and never interpreted."
     )
 
+    @field_validator("question")
+    @classmethod
+    def _question_has_text(cls, value: str | None) -> str | None:
+        # Not a pattern: pydantic would make a second copy of the text for it.
+        if value is not None and (not value or value.isspace()):
+            raise ValueError("must contain text")
+        return value
+
     @field_validator("params")
     @classmethod
     def _no_reserved_params(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -183,7 +210,9 @@ class Job(_Strict):
     @field_validator("metadata")
     @classmethod
     def _metadata_is_small(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value and len(to_json(value)) > MAX_METADATA_BYTES:
+        if value and (
+            text_chars(list(value.values())) > MAX_METADATA_BYTES or len(to_json(value)) > MAX_METADATA_BYTES
+        ):
             raise ValueError(f"must be at most {MAX_METADATA_BYTES} bytes of JSON")
         return value
 
@@ -222,9 +251,10 @@ def decode(body: bytes, message_id: str | None, max_bytes: int) -> Job:
     """
     fallback = readable_id(message_id)
     if len(body) > max_bytes:
-        own = _id_of_beginning(body[:max_bytes])
         message = f"the body has {len(body)} bytes; VQA_MAX_JOB_BYTES allows {max_bytes}"
-        raise InvalidJobError(message, job_id=own or fallback, id_in_body=own is not None)
+        raise _oversized(message, body[:max_bytes], fallback)
+    if (too_much := excess(body)) is not None:
+        raise _oversized(too_much, body, fallback)
     try:
         job = Job.model_validate(_parse_json(body))
     except (ValueError, RecursionError) as error:
@@ -238,26 +268,20 @@ def decode(body: bytes, message_id: str | None, max_bytes: int) -> Job:
     return job.model_copy(update={"id": fallback})
 
 
+def _oversized(message: str, body: bytes, fallback: str | None) -> InvalidJobError:
+    own = _id_of_beginning(body)
+    return InvalidJobError(message, job_id=own or fallback, id_in_body=own is not None)
+
+
 def _parse_json(body: bytes) -> Any:
     value = pydantic_core.from_json(body, allow_inf_nan=False)
     if not isinstance(value, dict):
         raise ValueError("the body must be a JSON object")  # noqa: TRY004 - one type for all of it
-    if _holds_infinity(value):
+    if holds_infinity(value):
         raise ValueError("a number is too large for a 64-bit float")
+    if text_chars(value) > MAX_TEXT_CHARS:
+        raise ValueError(f"the text is longer than {MAX_TEXT_CHARS} characters")
     return value
-
-
-def _holds_infinity(value: Any) -> bool:
-    """Whether a number such as 1e999 was read as infinity, which JSON cannot say again."""
-    match value:
-        case float():
-            return math.isinf(value)
-        case dict():
-            return any(map(_holds_infinity, value.values()))
-        case list():
-            return any(map(_holds_infinity, value))
-        case _:
-            return False
 
 
 def read_leniently(body: bytes) -> dict[str, Any] | None:
@@ -271,14 +295,16 @@ def read_leniently(body: bytes) -> dict[str, Any] | None:
 
 
 def _id_of(body: bytes) -> str | None:
-    """The id of a body that is not a valid job."""
+    """Return the id of a body that is not a valid job, if it can be read."""
+    if len(body) > LENIENT_BYTES:
+        return _id_of_beginning(body)
     return readable_id((read_leniently(body) or {}).get("id"))
 
 
 def _id_of_beginning(body: bytes) -> str | None:
-    """The id of a body that is too large, if it stands within the bytes that are looked at."""
+    """Return the id of a body that is refused unread, if it is near its beginning."""
     try:
-        value = pydantic_core.from_json(body, allow_partial=True)
+        value = pydantic_core.from_json(body[:BEGINNING_BYTES], allow_partial=True)
     except ValueError:
         return None
     return readable_id(value.get("id")) if isinstance(value, dict) else None
@@ -331,7 +357,12 @@ def _place(location: _Location) -> str:
     value, inside = _split(location)
     # In a message's content, the part's number is followed by its kind: a member again.
     members = (0, 2) if value[:1] == ("messages",) else (0,)
-    return ".".join(map(str, [*value, *(part for n, part in enumerate(inside) if n not in members)]))
+    parts = [*value, *(part for n, part in enumerate(inside) if n not in members)]
+    return ".".join(_shortened(str(part)) for part in parts)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= MAX_PLACE_CHARS else f"{name[: MAX_PLACE_CHARS - 1]}…"
 
 
 def _explain_fault(fault: Any) -> str:

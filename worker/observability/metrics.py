@@ -193,11 +193,12 @@ AMBIGUOUS_CALLS = _made.counter(
 RESULT_STORE = _made.counter(
     "vqa_result_store_operations_total",
     "jobs",
-    "What became of jobs at the result store.",
+    "Operations on the result store.",
     Label(
-        "event",
-        "`claimed`, `reused` (answered from it), `waited` (for another's answer), `taken_over` (from a dead"
-        " worker), `kept`, `kept_by_another` (paid twice), `not_kept` (S3 failed)",
+        "result",
+        "`claimed`, `reused` (the stored answer was published), `waited` (for another worker's answer),"
+        " `taken_over` (from a dead worker), `stored`, `stored_by_another` (paid twice),"
+        " `store_failed` (S3 failed)",
     ),
 )
 IMAGE_BYTES = _made.counter(

@@ -97,6 +97,7 @@ def display_url(url: str) -> str:
     scheme = url[:5].lower()
     if scheme == "data:":
         return "data: URL"
+    url = url[: 64 * 1024]
     shown = url if scheme == "s3://" else _without_secrets(url)
     return _cut(_CONTROL.sub(_escape, _SURROGATE.sub(_escape, shown)), MAX_DISPLAY_CHARS)
 

@@ -1,4 +1,4 @@
-"""Cancellations in the result store, for workers that were not there to hear of them."""
+"""Cancelled jobs in the result store, for workers that missed the cancel message."""
 
 import asyncio
 from collections import deque
@@ -16,30 +16,30 @@ NEXT_TRY_S = 5.0
 
 
 class CancelledJobs:
-    """Keeps what is cancelled, and tells what was: an empty object for each, named by the id's hash."""
+    """Store and read cancelled jobs: one empty object for each, named by the hash of its id."""
 
     def __init__(self, objects: ConditionalStore, cancellations: Cancellations) -> None:
         self._objects = objects
         self._cancellations = cancellations
         self._new: deque[str] = deque()
         self._is_behind = True
-        self._news = asyncio.Event()
-        self._news.set()
+        self._has_work = asyncio.Event()
+        self._has_work.set()
 
     def add(self, name: str) -> None:
-        """Keep one. Every worker that hears of it does; it is the same object."""
+        """Store one. Every worker that receives the message writes the same object."""
         self._new.append(name)
-        self._news.set()
+        self._has_work.set()
 
     def look_again(self) -> None:
-        """There may be some that this worker did not hear."""
+        """Read all of them again, since this worker may have missed messages."""
         self._is_behind = True
-        self._news.set()
+        self._has_work.set()
 
     async def run(self) -> None:
-        """Read and write until cancelled; what S3 does not take now is tried again."""
+        """Read and write until cancelled, and try again after a failure."""
         while True:
-            await self._news.wait()
+            await self._has_work.wait()
             try:
                 await self.catch_up()
             except DependencyDownError as error:
@@ -47,25 +47,24 @@ class CancelledJobs:
                 await asyncio.sleep(NEXT_TRY_S)
 
     async def catch_up(self) -> None:
-        """Read what may have been missed, and write what is new.
+        """Write what is new, and read what may have been missed.
 
         Raises:
-            DependencyDownError: S3 is out of reach, or refuses it.
+            DependencyDownError: S3 is unreachable or refuses.
         """
-        self._news.clear()
+        self._has_work.clear()
         try:
-            # What is new comes last: it can be kept only once, and be told of by S3 any time.
+            # Writing comes first: unlike reading, nobody else may be able to do it later.
             await self._write()
             if self._is_behind:
                 self._is_behind = False
                 self._cancellations.remember(await self._objects.names(FOLDER))
-        except DependencyDownError:
+        except (DependencyDownError, asyncio.CancelledError):
             self._is_behind = True
-            self._news.set()
+            self._has_work.set()
             raise
 
     async def _write(self) -> None:
         while self._new:
             await self._objects.create(f"{FOLDER}{self._new[0]}", b"")
-            # Meanwhile others may have come, behind it.
             self._new.popleft()

@@ -1,17 +1,18 @@
-"""The result store: answers that were paid for, kept in S3 so that no worker asks a second time.
+"""The result store: paid answers in S3, so that no worker pays for the same call again.
 
-Each job has one object, named by a hash of its id and its whole request. Before the call the worker writes a
-claim there, on the condition that nothing is there yet; the answer then takes the claim's place, on the
-condition that it is still this claim. Who finds a claim waits for its holder, as long as that one lives:
-every worker that holds claims rewrites an object of its own every few seconds.
+Each job has one object, named by a hash of its id and its whole request. Before the call, a worker creates
+the object with a claim in it (`If-None-Match: *`). The answer then replaces the claim (`If-Match`). A worker
+that finds another worker's claim waits for the answer while that worker is alive: each worker with claims
+rewrites a heartbeat object every few seconds.
 """
 
 import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, TypeVar
 
 import structlog
 
@@ -22,28 +23,34 @@ from worker.s3.conditional_store import ConditionalStore, StoredObject
 
 log = structlog.get_logger(__name__)
 
-BEAT_S = 5.0
-# A holder that missed so many seconds' beats is dead, or cut off from S3 and unable to keep its answer.
-DEAD_AFTER_S = 20.0
-# How often a worker looks whether another one's answer has come.
-FIRST_LOOK_S, LONGEST_LOOK_S = 0.25, 2.0
-# How long to try to keep an answer before it is published all the same.
-KEEP_FOR_S = 10.0
-KEEP_PAUSE_S = 1.0
+T = TypeVar("T")
 
-_HEEDLESS = (
-    "VQA_RESULT_STORE: this S3 does not heed If-None-Match and If-Match, without which two workers would pay"
-    " for one job: name another store, or none"
+HEARTBEAT_S = 5.0
+# A worker without a heartbeat for this long is dead, or cannot reach S3 to store its answer.
+DEAD_AFTER_S = 20.0
+# How often a waiting worker reads the object of another worker's job.
+FIRST_POLL_S, MAX_POLL_S = 0.25, 2.0
+# How often a job that waits for the store checks whether it may go on waiting.
+ADMISSION_CHECK_S = 0.5
+# How long to try to store an answer before it is published without being stored.
+STORE_TIMEOUT_S = 10.0
+STORE_RETRY_S = 1.0
+# For giving up a claim or the heartbeat. What is left behind expires, or `tidy_up` deletes it.
+RELEASE_TIMEOUT_S = 2.0
+
+_NO_PRECONDITIONS = (
+    "VQA_RESULT_STORE: this S3 ignores If-None-Match and If-Match, so two workers could pay for the same job:"
+    " use another store, or none"
 )
 _CLAIM = re.compile(rb'\{"claimed_by": ?"([0-9a-f-]{36})"\}')
 
 
 class Lease:
-    """A job's place in the store.
+    """The right to answer one job.
 
     Attributes:
-        answer: what is kept there already; None: the job is the holder's to ask, and `keep` is to be called.
-        is_settled: whether an answer is there now.
+        answer: the stored answer; None: the holder makes the call and then calls `put`.
+        is_settled: whether an answer is stored.
     """
 
     def __init__(self, store: "ResultStore", name: str, etag: str, answer: bytes | None) -> None:
@@ -53,136 +60,143 @@ class Lease:
         self.answer = answer
         self.is_settled = answer is not None
 
-    async def keep(self, answer: bytes) -> bytes:
-        """Keep an answer; returns it, or the one that another worker has kept meanwhile.
+    async def put(self, answer: bytes) -> bytes:
+        """Store an answer; return it, or the one that another worker stored first.
 
-        It never fails: an answer that cannot be kept is still paid for and wanted.
+        Never raises: an answer that cannot be stored is still paid for, and is published.
         """
-        ends = time.monotonic() + KEEP_FOR_S
+        ends = time.monotonic() + STORE_TIMEOUT_S
         while True:
             try:
-                kept = await self._store.keep_once(self, answer)
+                stored = await self._store.put_once(self, answer)
             except DependencyDownError as error:
                 if time.monotonic() > ends:
-                    _count("not_kept")
-                    log.error("result_store_write_failed", reason=error.message)  # noqa: TRY400 - the reason says it all
+                    _count("store_failed")
+                    log.error("result_store_write_failed", reason=error.message)  # noqa: TRY400 - needs no traceback
                     return answer
-            except Exception as error:  # noqa: BLE001 - a bug must not lose what was paid for
-                _count("not_kept")
-                log.error("result_store_write_failed", exception=describe_exception(error))  # noqa: TRY400
+            except Exception as error:  # noqa: BLE001 - a bug must not lose a paid answer
+                _count("store_failed")
+                log.error("result_store_write_failed", exception=describe_exception(error))  # noqa: TRY400 - the same
                 return answer
             else:
                 self.is_settled = True
-                return kept
-            await asyncio.sleep(KEEP_PAUSE_S)
+                return stored
+            await asyncio.sleep(STORE_RETRY_S)
 
 
 class ResultStore:
     """The answers in `VQA_RESULT_STORE`."""
 
-    def __init__(self, objects: ConditionalStore, *, claims_last_s: float) -> None:
-        """`claims_last_s`: the longest that a worker can be at one job, `VQA_JOB_TIMEOUT`."""
+    def __init__(self, objects: ConditionalStore, *, max_job_s: float) -> None:
+        """`max_job_s`: the longest time that a worker works on one delivery, `VQA_JOB_TIMEOUT`."""
         self._objects = objects
-        self._claims_last_s = claims_last_s + DEAD_AFTER_S
+        self._claim_expires_s = max_job_s + DEAD_AFTER_S
         self._id = str(uuid.uuid4())
-        # The jobs that this worker holds, and who waits here for their end.
+        # The jobs that this worker holds; the event is set when the holder is done.
         self._held: dict[str, asyncio.Event] = {}
-        # Jobs that ended here and whose claims may still stand there.
+        # Jobs that are done here and whose claims may still exist.
         self._leftovers: set[str] = set()
-        self._beaten_at = float("-inf")
-        self._beating = asyncio.Lock()
-        self._is_tried = False
+        self._last_heartbeat = float("-inf")
+        self._ensuring: asyncio.Task[None] | None = None
+        self._is_verified = False
 
     @property
-    def _mark(self) -> bytes:
+    def _claim_body(self) -> bytes:
         return b'{"claimed_by": "%s"}' % self._id.encode()
 
     @asynccontextmanager
-    async def claimed(self, name: str, may_wait: Callable[[], None] = lambda: None) -> AsyncIterator[Lease]:
-        """The place of the job that `name` stands for; waits while anybody else is at the same job.
+    async def acquire(
+        self, name: str, check_admission: Callable[[], None] = lambda: None
+    ) -> AsyncIterator[Lease]:
+        """Acquire the lease of a job; wait while another job or worker holds it.
 
-        `may_wait` is asked each time before it waits for another worker, and raises if it must not.
+        Args:
+            name: the job's name in the store.
+            check_admission: called while waiting; raises if the job must not wait any longer.
 
         Raises:
-            DependencyDownError: the store is out of reach, or refuses the worker.
+            DependencyDownError: the store is unreachable or refuses.
         """
         while (held := self._held.get(name)) is not None:
-            await held.wait()
-        ended = self._held[name] = asyncio.Event()
+            await _while_admitted(held.wait(), check_admission)
+        done = self._held[name] = asyncio.Event()
         try:
-            # Until it has been released, it may stand there, whatever comes between.
+            # From here on the claim may exist, even if the request fails.
             self._leftovers.add(name)
-            claim = await self._claim(name, may_wait)
+            lease = await _while_admitted(self._claim(name, check_admission), check_admission)
             try:
-                yield claim
+                yield lease
             finally:
-                await self._release(claim)
+                await self._release(lease)
         finally:
             del self._held[name]
-            ended.set()
+            done.set()
 
-    async def beat(self) -> None:
-        """Show that this worker lives while it holds claims; until cancelled."""
+    async def send_heartbeats(self) -> None:
+        """Show other workers that this one is alive while it holds claims; run until cancelled."""
         while True:
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(HEARTBEAT_S)
             if self._held:
-                with _said():
-                    await self._beat()
+                with _log_unreachable():
+                    await self._send_heartbeat()
 
     async def tidy_up(self) -> None:
-        """Give up the claims that were left behind; until cancelled."""
+        """Delete claims that could not be deleted at once; run until cancelled."""
         while True:
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(HEARTBEAT_S)
             for name in self._leftovers - self._held.keys():
-                with _said():
-                    await self._give_up(name)
+                with _log_unreachable():
+                    await self._delete_leftover(name)
 
     async def close(self) -> None:
-        """Let others have at once what this worker still claims, if anything."""
-        if self._beaten_at > float("-inf"):
-            with suppress(DependencyDownError):
-                await self._objects.delete(_life(self._id))
+        """Delete the heartbeat, so that other workers take over remaining claims at once."""
+        if self._ensuring is not None:
+            self._ensuring.cancel()
+        if self._last_heartbeat > float("-inf"):
+            with suppress(DependencyDownError, TimeoutError):
+                async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                    await self._objects.delete(_heartbeat(self._id))
 
-    async def _claim(self, name: str, may_wait: Callable[[], None]) -> Lease:
-        """Claim a job, or find its answer; waits while another worker that lives has it."""
-        await self._be_alive()
-        look_s = FIRST_LOOK_S
+    async def _claim(self, name: str, check_admission: Callable[[], None]) -> Lease:
+        """Claim a job or find its answer; wait while another worker that is alive has it."""
+        await self._ensure_alive()
+        poll_s = FIRST_POLL_S
         while True:
-            if (etag := await self._objects.create(_job(name), self._mark)) is not None:
-                return self._taken(name, etag, "claimed")
+            if (etag := await self._objects.create(_job(name), self._claim_body)) is not None:
+                return self._lease(name, etag, "claimed")
             found = await self._objects.read(_job(name))
             if found is not None:
                 holder = _CLAIM.fullmatch(found.body)
                 if holder is None:
-                    return self._taken(name, found.etag, "reused", answer=found.body)
-                if not await self._is_at_it(holder[1].decode(), found):
-                    etag = await self._objects.replace(_job(name), self._mark, found.etag)
+                    return self._lease(name, found.etag, "reused", answer=found.body)
+                if not await self._is_working(holder[1].decode(), found):
+                    etag = await self._objects.replace(_job(name), self._claim_body, found.etag)
                     if etag is not None:
-                        return self._taken(name, etag, "taken_over")
-            may_wait()
-            if look_s == FIRST_LOOK_S:
+                        return self._lease(name, etag, "taken_over")
+            check_admission()
+            if poll_s == FIRST_POLL_S:
                 _count("waited")
-            await asyncio.sleep(look_s)
-            look_s = min(look_s * 2, LONGEST_LOOK_S)
+            await asyncio.sleep(poll_s)
+            poll_s = min(poll_s * 2, MAX_POLL_S)
 
-    def _taken(self, name: str, etag: str, how: str, *, answer: bytes | None = None) -> Lease:
-        _count(how)
+    def _lease(self, name: str, etag: str, result: str, *, answer: bytes | None = None) -> Lease:
+        _count(result)
         return Lease(self, name, etag, answer)
 
-    async def _is_at_it(self, holder: str, claim: StoredObject) -> bool:
-        """Whether the holder of a claim can still be at the job."""
-        if holder == self._id or claim.age_s > self._claims_last_s:
+    async def _is_working(self, holder: str, claim: StoredObject) -> bool:
+        """Return whether the worker with a claim can still be working on the job."""
+        if holder == self._id or claim.age_s > self._claim_expires_s:
             return False
-        life = await self._objects.read(_life(holder))
-        return life is not None and life.age_s <= DEAD_AFTER_S
+        heartbeat = await self._objects.read(_heartbeat(holder))
+        return heartbeat is not None and heartbeat.age_s <= DEAD_AFTER_S
 
-    async def keep_once(self, claim: Lease, answer: bytes) -> bytes:
-        """Put the answer in the place of the claim, or of the claim of who has taken the job over.
+    async def put_once(self, lease: Lease, answer: bytes) -> bytes:
+        """Replace the claim by the answer, also if another worker has taken the claim over.
 
         Raises:
-            DependencyDownError: it cannot be told whether it was.
+            DependencyDownError: it is unknown whether the answer is stored.
         """
-        name, etag = _job(claim.name), claim.etag
+        name, etag = _job(lease.name), lease.etag
         while await self._objects.replace(name, answer, etag) is None:
             found = await self._objects.read(name)
             if found is None:
@@ -191,56 +205,83 @@ class ResultStore:
             elif _CLAIM.fullmatch(found.body):
                 etag = found.etag
             else:
-                # An earlier try of this worker's own, or another one's answer: who comes first is right.
-                _count("kept" if found.body == answer else "kept_by_another")
+                # From an earlier attempt of this worker, or from another worker: the first answer wins.
+                _count("stored" if found.body == answer else "stored_by_another")
                 return found.body
-        _count("kept")
+        _count("stored")
         return answer
 
-    async def _release(self, claim: Lease) -> None:
-        """Leave a job to others, if it has no answer."""
-        if claim.is_settled:
-            self._leftovers.discard(claim.name)
+    async def _release(self, lease: Lease) -> None:
+        """Delete the claim of a job without an answer."""
+        if lease.is_settled:
+            self._leftovers.discard(lease.name)
             return
-        with suppress(DependencyDownError):
-            await self._objects.delete(_job(claim.name), claim.etag)
-            self._leftovers.discard(claim.name)
+        with suppress(DependencyDownError, TimeoutError):
+            async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                await self._objects.delete(_job(lease.name), lease.etag)
+            self._leftovers.discard(lease.name)
 
-    async def _give_up(self, name: str) -> None:
-        """Take away a claim that was left behind, if it is this worker's, and the job is not back."""
+    async def _delete_leftover(self, name: str) -> None:
+        """Delete a claim that was left behind, if it is this worker's and the job is not back."""
         found = await self._objects.read(_job(name))
-        if found is not None and found.body == self._mark and name not in self._held:
+        if found is not None and found.body == self._claim_body and name not in self._held:
             await self._objects.delete(_job(name), found.etag)
         self._leftovers.discard(name)
 
-    async def _be_alive(self) -> None:
-        """Others must not take a claim for a dead worker's."""
-        async with self._beating:
-            if not self._is_tried:
-                await self._try_out()
-            if time.monotonic() - self._beaten_at >= BEAT_S:
-                await self._beat()
+    async def _ensure_alive(self) -> None:
+        """Send a heartbeat if the last one is old; jobs that wait share one attempt and its failure."""
+        if self._ensuring is None:
+            if self._is_verified and time.monotonic() - self._last_heartbeat < HEARTBEAT_S:
+                return
+            self._ensuring = asyncio.create_task(self._verify_or_send(), name="result-store-heartbeat")
+            self._ensuring.add_done_callback(self._ensured)
+        await asyncio.shield(self._ensuring)
 
-    async def _beat(self) -> None:
+    def _ensured(self, task: asyncio.Task[None]) -> None:
+        self._ensuring = None
+        if not task.cancelled():
+            # Retrieved here, since all who waited may have left.
+            task.exception()
+
+    async def _verify_or_send(self) -> None:
+        if self._is_verified:
+            await self._send_heartbeat()
+        else:
+            await self._verify_store()
+
+    async def _send_heartbeat(self) -> None:
         began = time.monotonic()
-        await self._objects.write(_life(self._id), b"")
-        self._beaten_at = began
+        await self._objects.write(_heartbeat(self._id), b"")
+        self._last_heartbeat = began
 
-    async def _try_out(self) -> None:
-        """See that the store heeds conditions, for else every job would look new."""
-        await self._beat()
-        name = _life(self._id)
+    async def _verify_store(self) -> None:
+        """Check that the store supports preconditions: without them each job would look new."""
+        await self._send_heartbeat()
+        name = _heartbeat(self._id)
         if await self._objects.create(name, b"") or await self._objects.replace(name, b"", '"none"'):
-            raise DependencyDownError(Dependency.RESULT_STORE, _HEEDLESS)
-        # The right to take claims away is needed as soon as a job fails; better to be told of it now.
+            raise DependencyDownError(Dependency.RESULT_STORE, _NO_PRECONDITIONS)
+        # Deleting claims is needed when a job fails; a missing right shows now, before a call is paid.
         await self._objects.delete(name)
-        await self._beat()
-        self._is_tried = True
+        await self._send_heartbeat()
+        self._is_verified = True
+
+
+async def _while_admitted(waiting: Coroutine[Any, Any, T], check_admission: Callable[[], None]) -> T:
+    """Await something; cancel it when `check_admission` raises."""
+    task = asyncio.create_task(waiting)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=ADMISSION_CHECK_S)
+            if not task.done():
+                check_admission()
+        return task.result()
+    finally:
+        task.cancel()
 
 
 @contextmanager
-def _said() -> Iterator[None]:
-    """Say that the store is out of reach, and go on."""
+def _log_unreachable() -> Iterator[None]:
+    """Log that the store is unreachable, and go on."""
     try:
         yield
     except DependencyDownError as error:
@@ -251,9 +292,9 @@ def _job(name: str) -> str:
     return f"jobs/{name}"
 
 
-def _life(worker: str) -> str:
+def _heartbeat(worker: str) -> str:
     return f"workers/{worker}"
 
 
-def _count(event: str) -> None:
-    metrics.RESULT_STORE.labels(event).inc()
+def _count(result: str) -> None:
+    metrics.RESULT_STORE.labels(result).inc()

@@ -1,7 +1,6 @@
-"""Small objects under one prefix, written on conditions: who comes second is told so."""
+"""Small objects under one prefix, written with preconditions."""
 
 import asyncio
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -9,22 +8,21 @@ from email.utils import parsedate_to_datetime
 from worker.errors import Dependency, DependencyDownError
 from worker.s3.aws import S3Object
 from worker.s3.client import S3, Request
+from worker.s3.listing import keys_of, next_query
 from worker.s3.refusals import FAILURES, S3Refusal, translate
 
-# For one request with its quick retries: these objects are small, and jobs wait for them.
+# For one request with its retries: these objects are small, and jobs wait for them.
 TIMEOUT_S = 20.0
 
 _NOT_FOUND = 404
-# 409: another conditional write to the same object is just under way (Amazon S3 user guide, "Conditional
-# writes"); whoever meets it looks again.
+# 409: another conditional write to the same object is in progress (Amazon S3 user guide, "Conditional
+# writes"); the caller reads the object again.
 _CONDITION_FAILED = (409, 412)
-_KEY = re.compile(rb"<Key>([^<]*)</Key>")
-_NEXT = re.compile(rb"<NextContinuationToken>([^<]+)</NextContinuationToken>")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """An object as it was read; `age_s` is by S3's own clock."""
+    """An object and its age in seconds by S3's clock."""
 
     body: bytes
     etag: str
@@ -34,31 +32,30 @@ class StoredObject:
 class ConditionalStore:
     """The objects of one bucket under one prefix.
 
-    All methods raise DependencyDownError if S3 is out of reach, fails or refuses: whatever it is, it is no
-    job's fault.
+    All methods raise DependencyDownError if S3 is unreachable, fails or refuses: it is never a job's fault.
     """
 
     def __init__(self, s3: S3, bucket: str, prefix: str, *, named: str) -> None:
-        """`named`: the setting that a person has to look at if something is wrong."""
+        """`named`: the setting that error messages name."""
         self._s3 = s3
         self._bucket = bucket
         self._prefix = prefix
         self._named = named
 
     async def create(self, name: str, body: bytes) -> str | None:
-        """Write it unless it is there; returns its ETag, or None if it was there."""
+        """Write an object unless it exists; return its ETag, or None if it exists."""
         return await self._put(name, body, {"If-None-Match": "*"})
 
     async def replace(self, name: str, body: bytes, etag: str) -> str | None:
-        """Write it if it is still the one that has this ETag; returns the new one, or None if it is not."""
+        """Write an object if its ETag is still `etag`; return the new ETag, or None if it is not."""
         return await self._put(name, body, {"If-Match": etag})
 
     async def write(self, name: str, body: bytes) -> None:
-        """Write it, whatever is there."""
+        """Write an object without a condition."""
         await self._put(name, body, {})
 
     async def read(self, name: str) -> StoredObject | None:
-        """What is there, if anything."""
+        """Return the object, or None if it does not exist."""
         try:
             headers, body = await self._ask("GET", name)
         except S3Refusal as error:
@@ -68,7 +65,7 @@ class ConditionalStore:
         return StoredObject(body, headers.get("ETag", ""), _age_s(headers))
 
     async def delete(self, name: str, etag: str | None = None) -> None:
-        """Take it away, if it is still the one that has this ETag (where S3 heeds that)."""
+        """Delete an object if its ETag is still `etag` (where S3 supports that)."""
         try:
             await self._ask("DELETE", name, {"If-Match": etag} if etag else {})
         except S3Refusal as error:
@@ -76,26 +73,25 @@ class ConditionalStore:
                 raise self._down(error) from None
 
     async def names(self, folder: str) -> list[str]:
-        """The names of all that is in a folder, which ends with a slash."""
+        """Return the names of all objects in a folder, which ends with a slash."""
         names: list[str] = []
-        query = {"list-type": "2", "prefix": f"{self._prefix}{folder}"}
-        while True:
+        query: dict[str, str] | None = {"list-type": "2", "prefix": f"{self._prefix}{folder}"}
+        while query is not None:
             try:
                 _, page = await self._exchange(Request("GET", S3Object(self._bucket, ""), query=query))
             except S3Refusal as error:
                 raise self._down(error) from None
-            names += [key.decode().rpartition("/")[2] for key in _KEY.findall(page)]
-            if not (more := _NEXT.search(page)):
-                return names
-            query["continuation-token"] = more[1].decode()
+            names += [key.rpartition("/")[2] for key in keys_of(page)]
+            query = next_query(query, page, self._named)
+        return names
 
     async def _put(self, name: str, body: bytes, condition: Mapping[str, str]) -> str | None:
         try:
             headers, _ = await self._ask("PUT", name, condition, body)
         except S3Refusal as error:
-            # AWS has no 412 for If-Match on what is gone.
-            is_gone = "If-Match" in condition and _is_missing(error)
-            if is_gone or error.status in _CONDITION_FAILED:
+            # AWS answers 404, not 412, to If-Match on a missing object.
+            is_missing = "If-Match" in condition and _is_missing(error)
+            if is_missing or error.status in _CONDITION_FAILED:
                 return None
             raise self._down(error) from None
         return headers.get("ETag", "")
@@ -116,11 +112,11 @@ class ConditionalStore:
             raise DependencyDownError(Dependency.RESULT_STORE, f"{self._named}: {translate(error)}") from None
 
     def _down(self, error: S3Refusal) -> DependencyDownError:
-        """Any refusal: even one that an image would be at fault for is about the settings here."""
+        """Return the error for any refusal: here each one concerns the settings."""
         what = f"{error.status} {error.code}".rstrip()
         if error.is_elsewhere:
             where = f" ({error.region})" if error.region else ""
-            text = f"its bucket is in another region{where} than the worker's S3 ({what})"
+            text = f"the bucket is in another region{where} than the worker's S3 ({what})"
         elif error.is_busy:
             text = f"S3 answered {what}"
         else:
@@ -135,7 +131,7 @@ def _is_missing(error: S3Refusal) -> bool:
 
 
 def _age_s(headers: Mapping[str, str]) -> float:
-    """Seconds since it was written; without usable dates it is as if written now."""
+    """Return the seconds since the object was written, or 0 without usable dates."""
     try:
         dates = [parsedate_to_datetime(headers[name]) for name in ("Date", "Last-Modified")]
     except (KeyError, ValueError, TypeError):

@@ -1,30 +1,25 @@
-"""Putting objects into S3, and listing what is there, for people: what goes wrong is told in their words."""
+"""Put objects into S3 and list them, for the command line: errors say what to do."""
 
 import asyncio
-import html
-import re
 from collections.abc import AsyncIterator
-from urllib.parse import unquote_plus
 
 from worker.errors import Dependency, DependencyDownError
 from worker.s3.aws import S3Object
 from worker.s3.client import S3, Request
+from worker.s3.listing import keys_of, next_query
 from worker.s3.refusals import FAILURES, S3Refusal, translate
 
 # For an object of some megabytes on a slow line.
 TIMEOUT_S = 120.0
 
 _NOT_FOUND = 404
-_KEY = re.compile(rb"<Key>([^<]*)</Key>")
-_NEXT = re.compile(rb"<NextContinuationToken>([^<]+)</NextContinuationToken>")
-_IS_ENCODED = b"<EncodingType>url</EncodingType>"
 
 
 async def put_once(s3: S3, target: S3Object, content: bytes, content_type: str) -> bool:
-    """Put an object there, unless one is; returns whether it was put.
+    """Put an object unless it exists; return whether it was put.
 
     Raises:
-        DependencyDownError: S3 is out of reach or refuses; the message says what to do.
+        DependencyDownError: S3 is unreachable or refuses; the message says what to do.
     """
     try:
         async with asyncio.timeout(TIMEOUT_S):
@@ -48,29 +43,27 @@ async def _is_there(s3: S3, target: S3Object) -> bool:
 
 
 async def keys(s3: S3, bucket: str, prefix: str, *, page: int = 1000) -> AsyncIterator[str]:
-    """The keys of all objects below a prefix, in the order of S3, a page at a time.
-
-    What only marks a folder is left out.
+    """Yield the keys of all objects with a prefix, in S3's order, without folder markers.
 
     Raises:
-        DependencyDownError: S3 is out of reach or refuses; the message says what to do.
+        DependencyDownError: S3 is unreachable or refuses; the message says what to do.
     """
-    query = {"list-type": "2", "prefix": prefix, "encoding-type": "url", "max-keys": str(page)}
-    while True:
+    query: dict[str, str] | None = {
+        "list-type": "2",
+        "prefix": prefix,
+        "encoding-type": "url",
+        "max-keys": str(page),
+    }
+    while query is not None:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 _, listed = await s3.exchange(Request("GET", S3Object(bucket, ""), query=query))
         except FAILURES as error:
             raise _explained(error, bucket, "list it") from None
-        is_encoded = _IS_ENCODED in listed
-        for found in _KEY.findall(listed):
-            written = found.decode()
-            key = unquote_plus(written) if is_encoded else html.unescape(written)
+        for key in keys_of(listed):
             if not key.endswith("/"):
                 yield key
-        if not (more := _NEXT.search(listed)):
-            return
-        query["continuation-token"] = html.unescape(more[1].decode())
+        query = next_query(query, listed, f"bucket {bucket}")
 
 
 def _explained(error: Exception, bucket: str, right: str) -> DependencyDownError:
@@ -81,7 +74,7 @@ def _explained(error: Exception, bucket: str, right: str) -> DependencyDownError
         where = f" ({error.region})" if error.region else ""
         advice = f"it is in another region{where}: set AWS_REGION"
     elif error.code == "NoSuchBucket" or error.status == _NOT_FOUND:
-        advice = "there is no such bucket at this S3 (VQA_S3_ENDPOINT_URL)"
+        advice = "the bucket does not exist at this S3 (VQA_S3_ENDPOINT_URL)"
     elif error.is_busy:
         advice = "S3 is busy: try again later"
     else:

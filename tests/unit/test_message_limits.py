@@ -1,0 +1,146 @@
+"""No message within VQA_MAX_JOB_BYTES holds the event loop for long or takes much memory."""
+
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from worker.errors import JobError
+from worker.images.source import Embedded, MessageBody, SourcePolicy, parse_source
+from worker.messages.job import Conversation, InvalidJobError, decode
+
+MAX_JOB_BYTES = 16_000_000
+MAX_CPU_S = 0.05
+MAX_TIMES_ITS_SIZE = 4
+# The values that any message may have (`MAX_VALUES`), however short their JSON is.
+FIXED_BYTES = 2 * 1024 * 1024
+ANYWHERE = SourcePolicy(["*"], ["*"])
+
+SHORT = b'{"id": "a", "question": "x", "images": '
+WITH_IMAGE = b'{"id": "a", "images": ["s3://b/k"], '
+
+
+def repeated(beginning: bytes, item: bytes, end: bytes) -> Callable[[int], bytes]:
+    """Return a function that builds a body of about `size` bytes from repetitions of `item`."""
+    return lambda size: beginning + item * ((size - len(beginning) - len(end)) // len(item)) + end
+
+
+def numbered(beginning: bytes, end: bytes) -> Callable[[int], bytes]:
+    """Return a function that builds a body of distinct unknown fields."""
+    return lambda size: beginning + b",".join(b'"x%d": 1' % n for n in range(size // 16)) + end
+
+
+BODIES: dict[str, Callable[[int], bytes]] = {
+    "numbers as images": repeated(SHORT + b"[", b"1,", b"1]}"),
+    "empty strings as images": repeated(SHORT + b"[", b'"",', b'""]}'),
+    "valid images": repeated(SHORT + b"[", b'"s3://b/k",', b'"s3://b/k"]}'),
+    "objects as images": repeated(SHORT + b"[", b'{"url":"s3://b/k"},', b'"s3://b/k"]}'),
+    "images with unknown fields": repeated(SHORT + b"[", b'{"x":1},', b"1]}"),
+    "one image with many unknown fields": numbered(SHORT + b"[{", b"}]}"),
+    "wrong messages": repeated(b'{"id": "a", "messages": [', b'{"role":1},', b"{}]}"),
+    "wrong parts": repeated(b'{"id":"a","messages":[{"role":"user","content":[', b"{},", b"{}]}]}"),
+    "unknown fields": numbered(b'{"id": "a",', b"}"),
+    "metadata": repeated(WITH_IMAGE + b'"question": "x", "metadata": {"a": [', b"[],", b"1]}}"),
+    "long metadata": repeated(WITH_IMAGE + b'"question": "x", "metadata": {"a": "', b"a", b'"}}'),
+    "a long deadline": repeated(WITH_IMAGE + b'"deadline": "2030-01-01T00:00:00.', b"1", b'"}'),
+    "a long field name": repeated(b'{"id": "a", "', b"x", b'": 1}'),
+    "a long number": repeated(WITH_IMAGE + b'"question": ', b"1", b"}"),
+    "blanks": repeated(WITH_IMAGE + b'"question": "', b" ", b'"}'),
+    "nested lists": repeated(b"", b"[", b""),
+    "nested objects": repeated(b"", b'{"a":', b""),
+    "quotes": repeated(SHORT, b'"', b"}"),
+    "escaped quotes": repeated(SHORT + b'["', rb"\"", b'"]}'),
+    "backslashes": repeated(SHORT + b'["', rb"\\", b'"]}'),
+    "not UTF-8": repeated(b"", b"\xff", b""),
+    "a data URL": repeated(SHORT + b'["data:image/png;base64,', b"QUJD", b'"]}'),
+    "a long link": repeated(SHORT + b'["https://', b"a", b'"]}'),
+    "a long link with a user name": repeated(SHORT + b'["https://', b"a:", b'@"]}'),
+    "a long key": repeated(SHORT + b'["s3://b/', b"k", b'"]}'),
+}
+
+
+def read(body: bytes) -> object:
+    """Read a message as the worker does before it waits for anything."""
+    try:
+        job = decode(body, None, MAX_JOB_BYTES)
+        message = MessageBody(body)
+        return [parse_source(ref.url, "it", ANYWHERE, message) for ref in Conversation(job).images()]
+    except (InvalidJobError, JobError) as error:
+        return error.message
+
+
+def cpu_s(body: bytes) -> float:
+    """Return the least CPU time of three readings: other processes can only make it longer."""
+
+    def once() -> float:
+        began = time.process_time()
+        read(body)
+        return time.process_time() - began
+
+    return min(once() for _ in range(3))
+
+
+def peak_bytes(body: bytes) -> int:
+    tracemalloc.start()
+    try:
+        read(body)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", BODIES)
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(size=st.integers(1_000, MAX_JOB_BYTES))
+@example(size=200_000)
+@example(size=MAX_JOB_BYTES)
+def test_a_message_is_read_quickly_and_with_little_memory(kind: str, size: int) -> None:
+    body = BODIES[kind](size)
+    assert cpu_s(body) < MAX_CPU_S
+    assert peak_bytes(body) < MAX_TIMES_ITS_SIZE * len(body) + FIXED_BYTES
+
+
+def test_an_error_message_is_short_however_many_faults_there_are() -> None:
+    for build in BODIES.values():
+        answer = read(build(50_000))
+        assert not isinstance(answer, str) or len(answer) < 4_000
+
+
+def test_text_with_many_commas_and_quotes_is_not_counted_as_values() -> None:
+    question = 'a "quoted", [bracketed] text\\, ' * 10_000
+    body = b'{"images": ["s3://b/k"], "id": "a", "question": %s}' % _json(question)
+    assert decode(body, None, MAX_JOB_BYTES).question == question
+
+
+@pytest.mark.parametrize("id_comes_first", [True, False])
+def test_the_id_of_a_message_with_too_many_values_is_read_near_its_beginning(*, id_comes_first: bool) -> None:
+    values = b'"metadata": {"a": [' + b"1," * 100_000 + b"1]}"
+    body = b'{"id": "a", %s}' % values if id_comes_first else b'{%s, "id": "a"}' % values
+    with pytest.raises(InvalidJobError, match="JSON values") as caught:
+        decode(body, "fallback", MAX_JOB_BYTES)
+    assert caught.value.job_id == ("a" if id_comes_first else "fallback")
+
+
+def test_a_data_url_whose_beginning_repeats_is_found_in_linear_time() -> None:
+    # The message repeats the beginning of the URL, but not the URL itself.
+    block = b"data:image/png;base64," + b"A" * 1_002
+    escaped = block * 7_000 + rb"\u0041"
+    body = SHORT + b'["' + escaped + b'"]}'
+    assert cpu_s(body) < MAX_CPU_S
+    assert isinstance(read(body), list)
+
+
+def test_many_data_urls_are_found_in_one_pass() -> None:
+    images = b",".join(b'"data:image/png;base64,%s"' % (b"%04d" % n * 60_000) for n in range(16))
+    body = SHORT + b"[" + images + b"]}"
+    sources = read(body)
+    assert isinstance(sources, list)
+    assert all(isinstance(source, Embedded) and source.text.obj is body for source in sources)
+    assert cpu_s(body) < MAX_CPU_S
+
+
+def _json(text: str) -> bytes:
+    return b'"' + text.replace("\\", "\\\\").replace('"', '\\"').encode() + b'"'
