@@ -1,4 +1,11 @@
-"""`vqa-worker`: parse, run, exit code."""
+"""`vqa-worker`: parse the command line, run a command, return its exit code."""
+
+import os
+import signal
+
+if os.getpid() == 1:
+    # Linux ignores a signal that process 1 of a container has no handler for.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
 import argparse
 import asyncio
@@ -6,8 +13,6 @@ import faulthandler
 import gc
 import importlib.util
 import logging
-import os
-import signal
 import sys
 import threading
 import time
@@ -16,22 +21,22 @@ from collections.abc import Coroutine, Sequence
 from worker import __version__
 
 EXIT_OK, EXIT_FAILURE = 0, 1
-# sysexits.h: something is wrong with the configuration.
+# sysexits.h: EX_CONFIG, a configuration error.
 EXIT_CONFIG = 78
 EXIT_USAGE = 2
-# What a shell says of a process that SIGPIPE has ended.
+# 128 + SIGPIPE, as shells report it.
 EXIT_CLOSED_PIPE = 141
 BASIC_COMMANDS = ("run", "topology", "schema")
-_ONLY_WITH_SHELL = "all commands but run, topology and schema need: pip install 'vqa-worker[cli]'"
+_ONLY_WITH_SHELL = "all commands except run, topology and schema need: pip install 'vqa-worker[cli]'"
 APPLY_TIMEOUT_S = 60.0
-# For idle threads to notice the end.
+# For idle threads to finish.
 THREADS_GRACE_S = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run a command; return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # A worker starts without loading what only people need. (The completion's script gives no arguments.)
+    # A worker starts without loading the command line's libraries. (Shell completion passes no arguments.)
     if given[:1] == ["run"] or not _has_shell():
         return basics(given)
     from worker.cli.commands import shell
@@ -40,14 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _has_shell() -> bool:
-    """Whether the extra `cli` is installed."""
+    """Return whether the extra `cli` is installed."""
     return all(importlib.util.find_spec(name) for name in ("typer", "rich"))
 
 
 def basics(arguments: Sequence[str]) -> int:
-    """The commands that need nothing but what the worker needs."""
+    """Run a command that needs only the worker's dependencies."""
     if arguments and not arguments[0].startswith("-") and arguments[0] not in BASIC_COMMANDS:
-        _say([f"vqa-worker {arguments[0]}: {_ONLY_WITH_SHELL}"])
+        _print_errors([f"vqa-worker {arguments[0]}: {_ONLY_WITH_SHELL}"])
         return EXIT_USAGE
     given = _parser().parse_args(arguments)
     if given.command == "topology":
@@ -60,28 +65,30 @@ def basics(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vqa-worker",
-        description="Answers questions about images, from RabbitMQ to RabbitMQ.",
+        description="Answer questions about images: jobs come from RabbitMQ, results go to RabbitMQ.",
         epilog=None if _has_shell() else _ONLY_WITH_SHELL,
     )
     parser.add_argument("--version", action="version", version=f"vqa-worker {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
-        "run", help="work until SIGTERM or SIGINT; settings come from the environment (VQA_…)"
+        "run", help="run a worker until it receives SIGTERM or SIGINT; settings: VQA_… variables"
     )
-    _add_topology(commands.add_parser("topology", help="the queues and exchanges: show or make them"))
-    _add_schema(commands.add_parser("schema", help="print what messages look like; needs no broker"))
+    _add_topology(commands.add_parser("topology", help="show or declare the queues and exchanges"))
+    _add_schema(commands.add_parser("schema", help="print the schemas of the messages; needs no broker"))
     return parser
 
 
 def _add_schema(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("document", nargs="?", choices=("job", "result", "asyncapi"), help="all by default")
-    parser.add_argument("--json", action="store_true", help="print it on one line")
+    parser.add_argument("--json", action="store_true", help="print compact JSON on one line")
 
 
 def _add_topology(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="print what the settings mean; needs no broker")
-    apply = actions.add_parser("apply", help="make on the broker what is not there; changes nothing that is")
+    show = actions.add_parser("show", help="print the queues and exchanges of the settings; needs no broker")
+    apply = actions.add_parser(
+        "apply", help="declare what does not exist on the broker; change nothing that exists"
+    )
     for action in (show, apply):
         action.add_argument("--json", action="store_true", help="print JSON")
     apply.add_argument(
@@ -89,7 +96,7 @@ def _add_topology(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=APPLY_TIMEOUT_S,
         metavar="SECONDS",
-        help="how long to wait for a broker that is out of reach (default: %(default)g)",
+        help="connection timeout in seconds (default: %(default)g)",
     )
 
 
@@ -105,17 +112,17 @@ def _seconds(text: str) -> float:
 
 def run() -> int:
     """`vqa-worker run`."""
-    _ignore_questions()
+    _ignore_status_signal()
     faulthandler.register(signal.SIGUSR2)
-    # Until everything is loaded there is no garbage, and looking for it takes a sixth of the start.
+    # While modules load there is no garbage, and collections take a sixth of the start.
     gc.disable()
-    # Imported late: a wrong setting and `--help` answer at once, without loading the SDKs.
+    # Imported late, so that wrong settings and `--help` need no SDKs.
     from worker.settings import SettingsError, load_settings, trace_secrets
 
     try:
         settings = load_settings()
     except SettingsError as error:
-        return _refuse(error.faults)
+        return _report_config_errors(error.faults)
     import structlog
 
     from worker.app import runner as app
@@ -131,14 +138,14 @@ def run() -> int:
     except BaseExceptionGroup as group:
         match cause := app.unwrap(group):
             case TopologyError():
-                return _refuse(cause.faults)
+                return _report_config_errors(cause.faults)
             case BrokerRefusedError() | app.StartError():
-                return _refuse([str(cause)])
+                return _report_config_errors([str(cause)])
         structlog.get_logger(__name__).critical("crashed", exception=describe_exception(cause))
         return EXIT_FAILURE
     finally:
-        _ignore_questions()
-    if _threads_linger():
+        _ignore_status_signal()
+    if _has_blocked_threads():
         logging.shutdown()
         sys.stdout.flush()
         os._exit(EXIT_OK)
@@ -152,35 +159,35 @@ def topology(given: argparse.Namespace) -> int:
     try:
         settings = load_broker_settings()
     except SettingsError as error:
-        return _refuse(error.faults)
+        return _report_config_errors(error.faults)
     from worker.cli.topology import apply, show
     from worker.observability.logs import configure_logging
     from worker.observability.redaction import Redactor
     from worker.rabbitmq.session import BrokerRefusedError, BrokerUnreachableError
     from worker.rabbitmq.topology import TopologyError
 
-    _say(settings.strays)
-    # What goes wrong is told in lines of its own, without what the libraries say of it.
+    _print_errors(settings.strays)
+    # Errors are printed below; the libraries' own log lines would repeat them.
     configure_logging("error", None, Redactor(settings.secret_values()), stream=sys.stderr)
     logging.disable()
     try:
-        told = (
+        text = (
             show(settings, as_json=given.json)
             if given.action == "show"
             else asyncio.run(apply(settings, timeout_s=given.timeout, as_json=given.json))
         )
     except TopologyError as error:
-        return _refuse(error.faults)
+        return _report_config_errors(error.faults)
     except BrokerRefusedError as error:
-        return _refuse([str(error)])
+        return _report_config_errors([str(error)])
     except BrokerUnreachableError as error:
-        _say([str(error)])
+        _print_errors([str(error)])
         return EXIT_FAILURE
-    return _print(told)
+    return _print(text)
 
 
-def _ignore_questions() -> None:
-    """While nobody is there to answer it, SIGUSR1 must not end the process."""
+def _ignore_status_signal() -> None:
+    """Ignore SIGUSR1 while no event loop handles it; by default it ends the process."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
@@ -191,15 +198,15 @@ def schema(given: argparse.Namespace) -> int:
     try:
         settings = load_broker_settings()
     except SettingsError as error:
-        return _refuse(error.faults)
+        return _report_config_errors(error.faults)
     from worker.cli.schema import show
 
-    _say(settings.strays)
+    _print_errors(settings.strays)
     return _print(show(settings, given.document, compact=given.json))
 
 
-def _threads_linger() -> bool:
-    """Whether a thread still waits, for S3 most likely; nobody needs what it reads, and Python would wait."""
+def _has_blocked_threads() -> bool:
+    """Return whether a thread still runs, most likely in a read from S3: Python would wait for it at exit."""
     ends = time.monotonic() + THREADS_GRACE_S
     others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
     for thread in others:
@@ -208,22 +215,22 @@ def _threads_linger() -> bool:
 
 
 def _print(text: str) -> int:
-    """What was asked for, on stdout; nothing is said to a reader that has gone away (`| head`)."""
+    """Print to stdout; return an exit code, without an error if the reader has closed the pipe (`| head`)."""
     try:
         print(text, flush=True)  # noqa: T201
     except BrokenPipeError:
-        # Python flushes stdout once more in the end, and would complain.
+        # Python flushes stdout again at exit and would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CLOSED_PIPE
     return EXIT_OK
 
 
-def _refuse(faults: Sequence[str]) -> int:
-    _say(faults)
+def _report_config_errors(faults: Sequence[str]) -> int:
+    _print_errors(faults)
     return EXIT_CONFIG
 
 
-def _say(lines: Sequence[str]) -> None:
+def _print_errors(lines: Sequence[str]) -> None:
     for line in lines:
         print(line, file=sys.stderr)  # noqa: T201
 
