@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test bench bench-quick chaos soak image lint format docs golden dashboard-preview scale-demo lock ci
+.PHONY: help setup demo stack test test-slow bench bench-quick chaos soak image lint format docs golden dashboard-preview scale-demo lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -32,10 +32,13 @@ stack: $(INSTALLED) ## start RabbitMQ, S3 and a model simulator locally (stop wi
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
 
-test: $(INSTALLED) ## run the tests, on real services
+test: $(INSTALLED) ## run the unit and integration tests, on real services
 	$(BIN)/coverage erase
-	$(PYTEST) $(IF_IT_FAILS)
+	$(PYTEST) tests/unit tests/integration $(IF_IT_FAILS)
 	$(BIN)/coverage report
+
+test-slow: $(INSTALLED) ## run the slow tests: image, chart, chaos, scaling, memory, dashboard
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slow $(IF_IT_FAILS)
 
 $(BENCH): requirements-bench.lock $(INSTALLED)
 	@echo "Installing what the benchmark compares with"
@@ -98,8 +101,8 @@ docs: $(INSTALLED) ## write what is generated anew: pages of docs/, the dashboar
 dashboard-preview: $(BENCH) ## draw the dashboard's data under a real load into docs/ (three minutes)
 	@$(BIN)/python -m tests.seeing.preview
 
-golden: $(INSTALLED) ## write anew what the chart's ci/ files render to (tests/helm/golden): look at the difference
-	$(BIN)/python -m tests.helm.goldens
+golden: $(INSTALLED) ## write anew what the chart's ci/ files render to (tests/slow/helm/golden): look at the difference
+	$(BIN)/python -m tests.slow.helm.goldens
 
 lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml -o requirements.lock
@@ -115,4 +118,4 @@ LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --
 # Real services on a machine that others load can be slower than a test's patience: in CI what failed is tried once more,
 # alone and one after the other. What fails twice has failed.
 ci: IF_IT_FAILS = || $(BIN)/pytest --last-failed --last-failed-no-failures none
-ci: lint test ## what CI runs: the checks and the tests
+ci: lint test test-slow ## what CI runs: the checks and the tests

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from deploy.local.stack import Stack
-from tests.helm.rendering import decoded, keda, render
 from tests.scaling.scaled_object import Numbers
+from tests.slow.helm.rendering import decoded, keda, render
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Final
 from tests.bench.contenders import ROOT, WORKER
 from tests.bench.figures import Notebook
 from tests.bench.tables import number, table
-from tests.helm.rendering import keda, render
 from tests.scaling import study
 from tests.scaling.findings import Findings
 from tests.scaling.record import Summary, difference
 from tests.scaling.release import Release
 from tests.scaling.scaled_object import Rules
+from tests.slow.helm.rendering import keda, render
 
 _PAGE: Final = Path(__file__).with_name("page.md")
 _PERFORMANCE: Final = ROOT / "docs" / "performance" / "figures.json"

@@ -1,0 +1,57 @@
+"""A terminal for commands: what a person types, and what is on the screen."""
+
+import os
+import pty
+import re
+import subprocess
+
+from tests.integration.cli.running import Cli
+from tests.running import PATIENCE_S, until
+
+
+class Terminal:
+    """A command whose stdin and stderr are a terminal, and its stdout too unless told otherwise."""
+
+    def __init__(self, cli: Cli, *arguments: str, pipes: bool = False) -> None:
+        self._side, command_side = pty.openpty()
+        self.shown = ""
+        self.process = subprocess.Popen(  # noqa: S603 - a test's own
+            [*cli.command, *arguments],
+            env={**cli.environment, "TERM": "xterm", "COLUMNS": "150"},
+            cwd=cli.folder,
+            stdin=command_side,
+            stdout=subprocess.PIPE if pipes else command_side,
+            stderr=command_side,
+        )
+        cli.adopt(self.process)
+        os.close(command_side)
+        os.set_blocking(self._side, False)
+
+    def type(self, text: str) -> None:
+        """What a person types."""
+        os.write(self._side, text.encode())
+
+    async def shows(self, pattern: str) -> None:
+        """Wait until that was on the screen."""
+        await until(lambda: re.search(pattern, self._read()), f"{pattern!r} on the screen: {self.shown!r}")
+
+    async def ended(self) -> int:
+        """Wait for the end; returns the exit code."""
+
+        def has_ended() -> bool:
+            self._read()
+            return self.process.poll() is not None
+
+        await until(has_ended, f"the end: {self.shown!r}", PATIENCE_S)
+        self._read()
+        os.close(self._side)
+        return self.process.returncode
+
+    def _read(self) -> str:
+        try:
+            while some := os.read(self._side, 65536):
+                # Without what moves the cursor and colours the text.
+                self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", some.decode(errors="replace"))
+        except OSError:
+            pass  # nothing there now, or nobody at the other side any more
+        return self.shown

@@ -1,0 +1,128 @@
+"""`vqa-worker dead`: from a job's death to its answer, and throwing letters away."""
+
+import json
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aio_pika
+import pytest
+
+from deploy.local.model_simulator.behavior import Error
+from deploy.local.stack import Stack
+from tests.breaking import job
+from tests.conftest import MakeClient, StartWorker
+from tests.integration.cli.dead_letters import Queues, buried, ids_of, state
+from tests.integration.cli.running import Cli, commands
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture
+def cli(stack: Stack, tmp_path: Path) -> Iterator[Cli]:
+    with commands(stack, tmp_path) as cli:
+        yield cli
+
+
+@pytest.fixture
+async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
+    async with Queues.of(stack, cli) as queues:
+        yield queues
+
+
+async def test_a_job_that_died_is_found_looked_at_put_back_and_answered(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient, tmp_path: Path
+) -> None:
+    marker = uuid.uuid4().hex
+    worker = await start_worker(VQA_MAX_ATTEMPTS="1")
+    client = await client_of(worker)
+    stack.model.play(Error(status=500, message="overloaded, sorry"), marker=marker)
+    dead = job(f"What is it? {marker}", metadata={"order": 7})
+    first = await client.ask(**dead)
+    assert first.body["error"]["code"] == "attempts_exhausted"
+
+    cli = Cli.of(stack, tmp_path, worker)
+    (letter,) = await cli.told("dead", "list")
+    assert (letter["job_id"], letter["code"]) == (dead["id"], "attempts_exhausted")
+    assert (letter["model"], letter["attempts"]) == ("default", 1)
+    assert "overloaded, sorry" in letter["message"]
+    listed = await cli.run("dead", "list")
+    assert listed.code == 0
+    assert listed.out.splitlines()[1].split()[0] == letter["letter"]
+    shown = await cli.run("dead", "show", dead["id"])
+    assert marker in shown.out
+    assert "data:image/png;base64,[" in shown.out or "data:image/png;base64," in shown.out
+
+    client.replies.clear()
+    replayed = await cli.run("dead", "replay", "--id", letter["letter"], "--yes")
+    assert (replayed.code, replayed.out) == (0, "")
+    second = await client.result(dead["id"])
+    assert (second.body["status"], second.body["attempts"]) == ("succeeded", 1)
+    assert second.body["metadata"] == {"order": 7}
+    assert await client.depth(worker.dead_letter_queue) == 0
+    (recorded,) = map(json.loads, (state(cli) / "replayed.jsonl").read_text().splitlines())
+    assert (recorded["action"], recorded["job_id"]) == ("replay", dead["id"])
+    assert recorded["message"] == letter["message"]
+
+
+async def test_a_letter_is_put_back_as_the_job_that_it_was(cli: Cli, queues: Queues) -> None:
+    body = b'{"id": "as-it-was",  "question": "?", "images": ["s3://b/k"]}'
+    sent = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1)
+    properties: dict[str, Any] = {
+        "message_id": "the-publisher-s",
+        "correlation_id": "c-1",
+        "reply_to": "amq.gen-somewhere",
+        "timestamp": sent,
+        "content_type": "application/json",
+    }
+    trace = {"traceparent": TRACE, "tracestate": "a=b", "timestamp_in_ms": 1700000000123}
+    await queues.bury(body, headers={**trace, "CC": ["elsewhere"], "made-up": "x"}, **properties)
+    assert (await cli.run("dead", "replay", "--yes")).code == 0
+    (message,) = await queues.emptied(queues.jobs)
+    assert message.body == body
+    assert {name: getattr(message, name) for name in properties} == properties
+    headers = dict(message.headers)
+    assert headers.pop("vqa-copy")
+    headers.pop("x-delivery-count", None)
+    assert headers == trace
+    assert message.delivery_mode == aio_pika.DeliveryMode.PERSISTENT
+
+
+async def test_a_letter_without_any_id_does_not_get_one(cli: Cli, queues: Queues) -> None:
+    # The library gives every message an id; the worker marks it as not the publisher's.
+    await queues.bury(b"no job", "invalid_job", message_id="made-up", headers={"vqa-copy": "made-up"})
+    (letter,) = await cli.told("dead", "list")
+    assert (letter["job_id"], letter["message_id"], letter["model"]) == (None, None, "unknown")
+    assert (await cli.run("dead", "replay", "--id", letter["letter"], "--yes")).code == 0
+    (message,) = await queues.emptied(queues.jobs)
+    assert message.headers["vqa-copy"] == message.message_id
+
+
+async def test_letters_are_thrown_away_by_choice_and_kept_in_a_file_if_wished(
+    cli: Cli, queues: Queues
+) -> None:
+    kept = await buried(queues, 1)
+    await queues.bury(b"\xffno job", "invalid_job", message_id="gone", reply_to="r")
+    ended = await cli.run("dead", "purge", "--yes")
+    assert ended.code == 2
+    assert ended.warnings_ == ["say which letters, e.g. --code invalid_job or --until 30d; or --all"]
+    done = await cli.told("dead", "purge", "--code", "invalid_job", "--save", "saved.jsonl", "--yes")
+    assert [(it["action"], it["done"], it["job_id"]) for it in done] == [("purge", True, "gone")]
+    (saved,) = map(json.loads, (cli.folder / "saved.jsonl").read_text().splitlines())
+    assert (saved["body_base64"], saved["reply_to"]) == ("/25vIGpvYg==", "r")
+    (recorded,) = map(json.loads, (state(cli) / "purged.jsonl").read_text().splitlines())
+    assert (recorded["action"], recorded["queue"]) == ("purge", queues.dead)
+    assert ids_of(await queues.emptied(queues.dead)) == kept
+
+
+async def test_without_a_file_for_the_record_nothing_is_touched(cli: Cli, queues: Queues) -> None:
+    await buried(queues, 1)
+    for option in ("--record", "--save"):
+        ended = await cli.run("dead", "purge", "--all", "--yes", option, "/dev/null/letters.jsonl")
+        assert ended.code == 1
+        assert ended.warnings_[-1] == (
+            "/dev/null/letters.jsonl: cannot be written to: File exists; name another file"
+        )
+    assert await queues.depth(queues.dead) == 1

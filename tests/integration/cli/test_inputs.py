@@ -1,0 +1,197 @@
+"""Files of jobs for `vqa-worker submit`: JSONL, CSV, and input files of the Batch API."""
+
+import asyncio
+import base64
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from deploy.local.stack import Stack
+from tests.conftest import PutImage, picture
+from tests.integration.cli.running import Cli, depth, emptied
+from tests.running import calls_with
+
+
+def line(custom_id: str, content: Any, **fields: Any) -> dict[str, Any]:
+    """A line of an input file of the Batch API."""
+    body = {"model": "simulated/vision", "messages": [{"role": "user", "content": content}]}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body, **fields}
+
+
+async def test_a_file_of_jobs_is_submitted_as_it_is(cli: Cli, stack: Stack, put_image: PutImage) -> None:
+    url = put_image()
+    job = {
+        "id": "one",
+        "question": "Größe? \u2028",
+        "images": [url],
+        "metadata": {"n": 1},
+        "model": "simulated/vision",
+    }
+    cli.write("jobs.jsonl", json.dumps(job, ensure_ascii=False), "", {"question": "No id?", "images": [url]})
+    submitted = await cli.run("submit", "jobs.jsonl", "--json")
+    assert submitted.code == 0, submitted.err
+    name = submitted.summary["name"]
+    assert submitted.summary == {
+        "name": name,
+        "manifest": str(cli.manifests[0]),
+        "jobs": 2,
+        "submitted": 2,
+        "queue": cli.jobs_queue,
+        "reply_to": submitted.summary["reply_to"],
+    }
+    assert submitted.summary["reply_to"].startswith(f"vqa.results.{name}-")
+    gathered = await cli.run("results", name, "--json")
+    assert sorted(result["id"] for result in gathered.objects) == sorted([f"{name}-2", "one"])
+    (call,) = calls_with(stack, "Größe? \u2028")
+    assert call.ended
+
+
+async def test_messages_are_as_a_publisher_would_send_them(lone_cli: Cli, stack: Stack) -> None:
+    long_id = "ü" * 256
+    jobs = [{"id": id_, "question": "What?", "images": ["s3://b/k"]} for id_ in ("short", long_id)]
+    lone_cli.write("jobs.jsonl", *jobs)
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    submitted = await lone_cli.run("submit", "jobs.jsonl", "--json")
+    short, long = await emptied(stack, lone_cli.jobs_queue)
+    assert [json.loads(message.body) for message in (short, long)] == jobs
+    assert (short.message_id, short.correlation_id) == ("short", "short")
+    assert short.reply_to == long.reply_to == submitted.summary["reply_to"]
+    assert short.content_type == "application/json"
+    assert short.delivery_mode == 2
+    assert short.timestamp is not None
+    assert short.timestamp >= before.replace(microsecond=0)
+    assert isinstance(short.headers["timestamp_in_ms"], int)
+    # Longer than a property can be: the body has it.
+    assert long.message_id not in (None, long_id)
+    assert long.correlation_id is None
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+async def test_a_table_is_a_file_of_jobs(lone_cli: Cli, stack: Stack, delimiter: str) -> None:
+    rows = [
+        ["id", "image1", "image2", "question", "max_tokens", "order", "deadline"],
+        ["a", "s3://b/1", "s3://b/2", '"Two\nlines?"', "20", "17", "2030-01-31T12:00:00Z"],
+        ["", "s3://b/3", "", "One?", "", "", ""],
+        [""] * 7,
+    ]
+    text = "\ufeff" + "\r\n".join(delimiter.join(row) for row in rows)
+    (lone_cli.folder / "jobs.csv").write_text(text, encoding="utf-8", newline="")
+    submitted = await lone_cli.run("submit", "jobs.csv", "--name", "mine")
+    assert submitted.code == 0, submitted.err
+    assert [json.loads(message.body) for message in await emptied(stack, lone_cli.jobs_queue)] == [
+        {
+            "id": "a",
+            "images": ["s3://b/1", "s3://b/2"],
+            "question": "Two\nlines?",
+            "params": {"max_tokens": 20},
+            "metadata": {"order": "17"},
+            "deadline": "2030-01-31T12:00:00Z",
+        },
+        {"id": "mine-2", "images": ["s3://b/3"], "question": "One?"},
+    ]
+
+
+async def test_a_column_of_images_holds_several(lone_cli: Cli, stack: Stack) -> None:
+    long = f"data:image/png;base64,{'A' * 200_000}"
+    lone_cli.write("jobs.csv", "images,image", "s3://b/1; s3://b/2,", '"[""s3://b/3;4""]",', f',"{long}"')
+    await lone_cli.run("submit", "jobs.csv", "--question", "What?")
+    bodies = [json.loads(message.body) for message in await emptied(stack, lone_cli.jobs_queue)]
+    assert [body["images"] for body in bodies] == [["s3://b/1", "s3://b/2"], ["s3://b/3;4"], [long]]
+    assert {body["question"] for body in bodies} == {"What?"}
+
+
+async def test_stdin_is_a_file_of_jobs_too(lone_cli: Cli, stack: Stack) -> None:
+    jsonl = json.dumps({"question": "What?", "images": ["s3://b/k"]})
+    for text in (jsonl, "image,question\ns3://b/k,What?\n", json.dumps(line("x", "What?"))):
+        submitted = await lone_cli.run("submit", "-", "--json", stdin=text)
+        assert submitted.code == 0, submitted.err
+        assert submitted.summary["name"].startswith("stdin-")
+    assert await depth(stack, lone_cli.jobs_queue) == 3
+    again = await lone_cli.run("submit", "-", "--json", stdin=jsonl)
+    assert again.summary["submitted"] == 0
+
+
+async def test_a_batch_s_requests_are_jobs_with_all_their_params(lone_cli: Cli, stack: Stack) -> None:
+    picture_url = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+    content = [
+        {"type": "text", "text": "What?"},
+        {"type": "image_url", "image_url": {"url": picture_url, "detail": "low"}},
+    ]
+    request = line("request 1/ü", content)
+    request["body"].update({"max_completion_tokens": 50, "temperature": 0, "stream": False, "n": 1})
+    # By its content, whatever its name.
+    lone_cli.write("input.ndjson", request, line("\n", "Only words"))
+    submitted = await lone_cli.run("submit", "input.ndjson", "--name", "batch")
+    assert submitted.code == 0, submitted.err
+    first, second = [json.loads(message.body) for message in await emptied(stack, lone_cli.jobs_queue)]
+    assert first == {
+        "id": "batch-request 1/ü",
+        "model": "simulated/vision",
+        "messages": [{"role": "user", "content": content}],
+        "params": {"max_completion_tokens": 50, "temperature": 0},
+    }
+    # An id that is no printable text is stood for by its hash.
+    assert second["id"].startswith("batch-")
+    assert len(second["id"]) == len("batch-") + 32
+
+
+async def test_what_is_no_job_stops_all_of_them_and_each_is_named(lone_cli: Cli, stack: Stack) -> None:
+    fine = {"id": "fine", "question": "What?", "images": ["s3://b/k"]}
+    lone_cli.write("jobs.jsonl", fine, "{", "[]", {**fine, "id": "b", "imags": []}, fine, {**fine, "id": 7})
+    refused = await lone_cli.run("submit", "jobs.jsonl")
+    assert (refused.code, refused.out) == (2, "")
+    assert [told.split(": ", 1)[0] for told in refused.err.splitlines()[:-1]] == [
+        f"jobs line {number}" for number in (2, 3, 4, 5, 6)
+    ]
+    assert "imags: unknown field" in refused.err
+    assert "there is another job with the id before it" in refused.err
+    assert refused.err.splitlines()[-1].startswith("nothing was submitted; --skip-invalid")
+    lone_cli.write("many.jsonl", *["{"] * 30)
+    assert "and 20 more" in (await lone_cli.run("submit", "many.jsonl")).err
+    assert await depth(stack, lone_cli.jobs_queue) == 0
+    assert lone_cli.manifests == []
+
+
+async def test_requests_that_no_worker_can_answer_are_named(lone_cli: Cli) -> None:
+    embeddings = line("b", "x", url="/v1/embeddings")
+    several, streamed = line("c", "x"), line("d", "x")
+    several["body"]["n"], streamed["body"]["stream"] = 2, True
+    lone_cli.write(
+        "batch.jsonl",
+        line("a", "x"),
+        embeddings,
+        several,
+        streamed,
+        {**line("e", "x"), "body": 1},
+        line("a", "y"),
+    )
+    refused = await lone_cli.run("submit", "batch.jsonl")
+    assert refused.code == 2
+    assert [told.partition(": ")[2] for told in refused.err.splitlines()[:-1]] == [
+        "only POST /v1/chat/completions can be answered, not POST /v1/embeddings",
+        "body.n: answers come whole, and one for each request",
+        "body.stream: answers come whole, and one for each request",
+        "body: must be an object",
+        "there is another job with the custom_id before it",
+    ]
+
+
+async def test_a_table_that_names_no_images_is_refused(lone_cli: Cli) -> None:
+    tables = (
+        ("question\nWhat?", "the first line must name the columns, `image` or `images` among them"),
+        ("image,image\na,b", "two columns have the same name"),
+        ("image,seed\ns3://b/k,x", "line 2: seed: must be a number"),
+        ("image\ns3://b/k,x,y", "line 2: has 3 cells; the first line names 1 columns"),
+    )
+    for number, (text, _) in enumerate(tables):
+        lone_cli.write(f"jobs{number}.csv", text)
+    runs = (lone_cli.run("submit", f"jobs{number}.csv", "-q", "What?") for number in range(len(tables)))
+    for (_, told), refused in zip(tables, await asyncio.gather(*runs), strict=True):
+        assert refused.code == 2, refused
+        assert told in refused.err
+    (lone_cli.folder / "latin.csv").write_bytes("image\nü".encode("latin-1"))
+    assert "is not UTF-8 text" in (await lone_cli.run("submit", "latin.csv", "-q", "What?")).err
+    missing = await lone_cli.run("submit", "gone.csv")
+    assert (missing.code, missing.err) == (1, "gone.csv: No such file or directory\n")

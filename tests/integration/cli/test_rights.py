@@ -1,0 +1,131 @@
+"""What the broker must allow the user of `submit`, of `results` and of the client; and what is said else."""
+
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from aio_pika import ExchangeType
+
+from deploy.local.stack import Stack
+from tests.breaking import BrokerUser
+from tests.conftest import StartWorker
+from tests.integration.cli.running import Cli, channel_of
+from tests.running import Worker
+from worker.client import Client, RefusedError, Replies, TopologyError
+
+# In the form of the broker's rights.
+SUBMITTING = {"configure": r"^vqa\.results\..*$", "read": r"^vqa\.results\..*$"}
+REPLIES: tuple[Replies, ...] = ("queue", "exclusive", "direct")
+QUESTION = {"messages": [{"role": "user", "content": "May I?"}]}
+
+
+@pytest.fixture
+def user(stack: Stack) -> Iterator[BrokerUser]:
+    with BrokerUser.of(stack) as user:
+        yield user
+
+
+@pytest.fixture
+async def intake(stack: Stack, worker: Worker) -> AsyncIterator[str]:
+    """An exchange that hands all jobs on to the worker's queue."""
+    name = f"intake-{uuid.uuid4().hex}"
+    async with channel_of(stack) as channel:
+        exchange = await channel.declare_exchange(name, ExchangeType.FANOUT)
+        await (await channel.get_queue(worker.jobs_queue, ensure=False)).bind(exchange)
+        yield name
+        await exchange.delete()
+
+
+async def test_a_submission_needs_its_reply_queues_and_the_default_exchange(
+    cli: Cli, user: BrokerUser
+) -> None:
+    user.permit(**SUBMITTING, write=r"^amq\.default$")
+    cli.settings["VQA_RABBITMQ_URL"] = user.url
+    cli.write("jobs.jsonl", QUESTION)
+    done = await cli.run("submit", "jobs.jsonl", "--wait", "--json")
+    assert done.code == 0, done.err
+    assert done.summary["status"] == "succeeded"
+
+
+async def test_jobs_may_go_by_an_exchange_that_is_all_that_may_be_written_to(
+    cli: Cli, user: BrokerUser, intake: str
+) -> None:
+    user.permit(**SUBMITTING, write=f"^{intake}$")
+    cli.settings["VQA_RABBITMQ_URL"] = user.url
+    cli.write("jobs.jsonl", QUESTION)
+    done = await cli.run("submit", "jobs.jsonl", "--exchange", intake, "--wait", "--json")
+    assert done.code == 0, done.err
+    assert done.summary["status"] == "succeeded"
+
+
+async def test_what_a_submission_may_not_do_is_one_sentence_and_it_goes_on_later(
+    cli: Cli, user: BrokerUser
+) -> None:
+    cli.settings["VQA_RABBITMQ_URL"] = user.url
+    cli.write("jobs.jsonl", QUESTION)
+    user.permit(configure="^$", write=".*", read=".*")
+    no_queue = await cli.run("submit", "jobs.jsonl")
+    user.permit(**SUBMITTING, write="^$")
+    no_writing = await cli.run("submit", "jobs.jsonl")
+    for refused, told in (
+        (no_queue, "queue vqa.results.jobs-"),
+        (no_writing, "the user of VQA_RABBITMQ_URL may not publish jobs: ACCESS_REFUSED"),
+    ):
+        assert (refused.code, refused.out) == (78, "")
+        assert any(line.startswith(told) for line in refused.err.splitlines()), refused.err
+        assert "Traceback" not in refused.err
+    user.permit(**SUBMITTING, write=".*")
+    missing = await cli.run("submit", "jobs.jsonl", "--exchange", "no-such-exchange")
+    assert missing.code == 78
+    assert "jobs cannot be published: NOT_FOUND - no exchange 'no-such-exchange'" in missing.err
+    user.permit()
+    assert (await cli.run("submit", "jobs.jsonl", "--wait")).code == 0
+
+
+async def test_who_may_not_read_results_is_told_so(cli: Cli, user: BrokerUser) -> None:
+    user.permit(configure=".*", write=".*", read="^$")
+    cli.settings["VQA_RABBITMQ_URL"] = user.url
+    cli.write("jobs.jsonl", QUESTION)
+    submitted = await cli.run("submit", "jobs.jsonl", "--name", "unread")
+    unread = await cli.run("results", "unread")
+    assert (submitted.code, unread.code, unread.out) == (0, 78, "")
+    assert unread.err.startswith("queue vqa.results.unread-")
+    assert "lacks a permission: ACCESS_REFUSED" in unread.err
+    for replies in ("queue", "exclusive"):
+        with pytest.raises(TopologyError, match="lacks a permission: ACCESS_REFUSED"):
+            async with Client(user.url, replies=replies):
+                pass
+
+
+async def test_a_client_needs_no_more_than_it_is_said_to_need(
+    worker: Worker, user: BrokerUser, intake: str
+) -> None:
+    ways = {"configure": r"^vqa\.results\.client-.*$", "read": r"^vqa\.results\.client-.*$"}
+    user.permit(**ways, write=f"^{intake}$")
+    async with Client(user.url, jobs_queue=worker.jobs_queue, jobs_exchange=intake) as client:
+        assert (await client.ask_job(QUESTION, timeout=20)).succeeded
+        user.permit(**ways, write="^$")
+    async with Client(user.url, jobs_queue=worker.jobs_queue, jobs_exchange=intake) as client:
+        with pytest.raises(RefusedError, match="the client's user may not publish jobs"):
+            await client.ask_job(QUESTION, timeout=20)
+    user.permit(configure=r"^amq\.gen-.*$", read=r"^amq\.gen-.*$", write=r"^amq\.default$")
+    async with Client(user.url, jobs_queue=worker.jobs_queue, replies="exclusive") as client:
+        assert (await client.ask_job(QUESTION, timeout=20)).succeeded
+
+
+async def test_where_results_go_by_an_exchange_the_queue_for_them_is_bound_to_it(
+    lone_cli: Cli, start_worker: StartWorker, stack: Stack
+) -> None:
+    exchange = f"replies-{uuid.uuid4().hex}"
+    lone_cli.settings["VQA_REPLY_EXCHANGE"] = exchange
+    assert (await lone_cli.run("topology", "apply")).code == 0
+    queues = {name: lone_cli.settings[name] for name in ("VQA_JOBS_QUEUE", "VQA_RESULTS_QUEUE")}
+    await start_worker(VQA_REPLY_EXCHANGE=exchange, VQA_DECLARE_TOPOLOGY="false", **queues)
+    lone_cli.write("jobs.jsonl", QUESTION)
+    done = await lone_cli.run("submit", "jobs.jsonl", "--wait", "--json")
+    assert done.code == 0, done.err
+    for replies in REPLIES:
+        async with Client(
+            stack.rabbitmq.url, jobs_queue=lone_cli.jobs_queue, reply_exchange=exchange, replies=replies
+        ) as client:
+            assert (await client.ask_job(QUESTION, timeout=20)).succeeded

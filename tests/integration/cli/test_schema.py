@@ -1,0 +1,64 @@
+"""`vqa-worker schema`, with the extra `cli` and without."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from docs import generate
+from tests.integration.cli.running import Cli
+from worker.cli.schema import job_schema, result_schema
+
+BARE = "import sys, worker.__main__ as it; it._has_shell = lambda: False; sys.exit(it.main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path, {})
+
+
+async def test_each_document_is_printed_for_programs(cli: Cli) -> None:
+    expected = {
+        "job": job_schema(),
+        "result": result_schema(),
+        "asyncapi": json.loads(generate.asyncapi_document()),
+    }
+    for name, document in expected.items():
+        ended = await cli.run("schema", name)
+        assert (ended.code, ended.warnings_, json.loads(ended.out)) == (0, [], document)
+    (everything,) = await cli.told("schema")
+    assert everything == expected
+    Draft202012Validator.check_schema(everything["job"])
+
+
+async def test_settings_that_it_needs_are_checked(cli: Cli) -> None:
+    ended = await cli.having(VQA_RETRY_DELAYS="soon", VQA_MAX_ATTEMPTS="many").run("schema")
+    assert (ended.code, ended.out) == (78, "")
+    (line,) = ended.warnings_
+    assert line.startswith("VQA_RETRY_DELAYS")
+    ended = await cli.run("schema", "answer")
+    assert ended.code == 2
+    assert "'answer' is not one of" in " ".join(ended.warnings_)
+
+
+def test_it_needs_nothing_but_what_the_worker_needs(cli: Cli) -> None:
+    def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(  # noqa: S603 - a test's own
+            [sys.executable, "-c", BARE, *arguments],
+            env=cli.environment,
+            cwd=cli.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = bare("schema", "asyncapi")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == generate.asyncapi_document()
+    done = bare("schema", "job", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, job_schema())
+    assert len(done.stdout.splitlines()) == 1
+    assert bare("schema", "answer").returncode == 2

@@ -1,0 +1,206 @@
+"""What all commands share: help, completion, exit codes, sentences instead of tracebacks, pipes, Ctrl-C."""
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.local.stack import Stack
+from tests.breaking import url_as
+from tests.integration.cli.running import Cli, Ended, ended
+from tests.running import until
+
+NOBODY = "amqp://guest:guest@127.0.0.1:1/"
+# What each command is called with where it comes as far as the broker.
+REACHING_OUT = (
+    ("submit", "s3://bucket/key", "What?"),
+    ("results", "known"),
+)
+BARE = "import sys; sys.modules['typer'] = None; from worker.__main__ import main; sys.exit(main())"
+
+
+@pytest.fixture
+def bare(cli: Cli) -> Cli:
+    """Commands where the extra is not installed."""
+    cli.command = [sys.executable, "-c", BARE]
+    return cli
+
+
+async def test_the_help_lists_every_command(cli: Cli) -> None:
+    shown = await cli.run("--help")
+    assert shown.code == 0
+    for command in ("run", "topology", "submit", "results"):
+        assert f"│ {command} " in shown.out
+    for helped in await _side_by_side(cli, ("submit", "--help"), ("results", "--help")):
+        assert helped.code == 0
+        assert "--json" in helped.out
+        assert "vqa-worker " in helped.out.split("Arguments")[0]
+
+
+async def test_without_the_extra_other_commands_say_what_to_install(bare: Cli) -> None:
+    ended = await bare.run("submit", "s3://bucket/key", "What?")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == (
+        "vqa-worker submit: all commands but run, topology and schema need: pip install 'vqa-worker[cli]'\n"
+    )
+
+
+async def test_without_the_extra_a_worker_and_its_topology_lack_nothing(bare: Cli) -> None:
+    assert (await bare.run("--version")).out.startswith("vqa-worker ")
+    helped = await bare.run("--help")
+    assert helped.code == 0
+    assert "pipinstall'vqa-worker[cli]'" in "".join(helped.out.split())
+    assert (await bare.run("topology", "show")).code == 0
+    started = await bare.run("run", VQA_MODEL_BASE_URL="https://api.example/v1")
+    assert started.code == 78
+    assert "VQA_MODEL_API_KEY" in started.err
+
+
+async def test_a_worker_starts_without_loading_what_only_people_need(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Measuring coverage loads some of it.
+    for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    cli.command = [sys.executable, "-X", "importtime", "-m", "worker"]
+    started = await cli.run("run", VQA_MODEL_BASE_URL="https://api.example/v1")
+    assert started.code == 78
+    assert "pydantic" in started.err
+    for name in ("typer", "rich", "sqlite3"):
+        assert f" {name}\n" not in started.err
+
+
+async def test_the_version_is_told(cli: Cli) -> None:
+    told = await cli.run("--version")
+    assert told.code == 0
+    assert told.out.startswith("vqa-worker ")
+
+
+async def test_completion_knows_commands_and_submissions(cli: Cli, put_image_url: str) -> None:
+    async def complete(*words: str) -> list[str]:
+        asked = await cli.run(
+            _VQA_WORKER_COMPLETE="complete_bash",
+            COMP_WORDS=" ".join(("vqa-worker", *words)),
+            COMP_CWORD=str(len(words)),
+        )
+        return asked.lines
+
+    assert await complete("sub") == ["submit"]
+    assert "--dry-run" in await complete("submit", "--d")
+    assert await complete("topology", "a") == ["apply"]
+    await cli.run("submit", put_image_url, "What?", "--name", "mine")
+    assert await complete("results", "") == ["mine"]
+
+
+async def test_a_broker_that_cannot_be_reached_is_one_sentence(cli: Cli) -> None:
+    await _known(cli)
+    cli.settings["VQA_RABBITMQ_URL"] = NOBODY
+    for end in await _side_by_side(cli, *((*command, "--timeout", "0.5") for command in REACHING_OUT)):
+        assert (end.code, end.out) == (1, "")
+        # `results` says first that this is not the broker it was submitted to.
+        *noted, line = end.err.splitlines()
+        assert len(noted) <= 1
+        assert line.startswith("VQA_RABBITMQ_URL: the broker was out of reach for 0.5 s")
+
+
+async def test_a_broker_that_refuses_is_one_sentence(cli: Cli, stack: Stack) -> None:
+    await _known(cli)
+    cli.settings["VQA_RABBITMQ_URL"] = url_as(stack, "guest", "wr0ng")
+    for end in await _side_by_side(cli, *REACHING_OUT):
+        assert (end.code, end.out) == (78, "")
+        assert end.err == "VQA_RABBITMQ_URL: the broker refuses this user name and password\n"
+
+
+async def test_wrong_settings_are_a_sentence_each(cli: Cli) -> None:
+    cli.settings.update(VQA_RABBITMQ_URL="rabbit", VQA_S3_ENDPOINT_URL="s3")
+    for end in await _side_by_side(cli, *REACHING_OUT):
+        assert (end.code, end.out) == (78, "")
+        assert [line.split(":")[0] for line in end.err.splitlines()] == [
+            "VQA_RABBITMQ_URL",
+            "VQA_S3_ENDPOINT_URL",
+        ]
+
+
+async def test_a_name_that_looks_like_a_setting_is_told_of(cli: Cli) -> None:
+    ended = await cli.run("submit", "s3://b/k", "What?", "--dry-run", VQA_PRICE="1")
+    assert ended.code == 0
+    assert ended.err.startswith("VQA_PRICE: in the environment, is not a setting")
+
+
+async def test_a_queue_that_is_not_there_is_one_sentence(stack: Stack, tmp_path: Path) -> None:
+    cli = Cli.of(stack, tmp_path)
+    ended = await cli.run("submit", "s3://bucket/key", "What?")
+    assert ended.code == 1
+    (line,) = ended.err.splitlines()
+    assert line.startswith(f"the queue {cli.jobs_queue} does not exist: start a worker, or make it with")
+
+
+async def test_wrong_usage_is_told_and_is_code_2(cli: Cli) -> None:
+    wrong: tuple[tuple[tuple[str, ...], str], ...] = (
+        (("submit",), "nothing to submit"),
+        (("submit", "s3://b/k", "What?", "--reply-to", "q", "--wait"), "--reply-to"),
+        (("submit", "s3://b/k", "What?", "-o", "out.jsonl"), "--output"),
+        (("submit", "--prefix", "photos/", "What?"), "--prefix: photos/ is not s3://bucket/prefix"),
+        (
+            ("submit", "s3://b/k", "What?", "--param", "top_p=high"),
+            "--param: the value of top_p must be JSON",
+        ),
+        (("submit", "s3://b/k", "What?", "--price", "much"), "--price: much is not two numbers"),
+        (("submit", "s3://b/k", "What?", "--deadline", "soon"), "--deadline: soon is neither a time"),
+        (("submit", "s3://b/k", "What?", "--name", "a/b"), "must be letters"),
+        (("submit", "--nothing"), "No such option"),
+        (("results", "x", "--now", "--within", "3"), "--now and --within"),
+        (("nothing",), "No such command"),
+    )
+    for (_, told), end in zip(wrong, await _side_by_side(cli, *(it for it, _ in wrong)), strict=True):
+        assert (end.code, end.out) == (2, ""), end
+        assert told in end.err
+        assert "Traceback" not in end.err
+
+
+async def test_a_reader_that_goes_away_is_not_complained_of(cli: Cli, put_image_url: str) -> None:
+    lines = [{"id": f"{n}", "question": "What?", "images": [put_image_url]} for n in range(50)]
+    cli.write("jobs.jsonl", *lines)
+    await cli.run("submit", "jobs.jsonl", "--name", "many", "--wait", "-o", "out.jsonl")
+    process = cli.start("results", "many", "--json")
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    gone = await ended(process)
+    assert (gone.code, gone.err) == (141, "")
+
+
+async def test_a_reader_that_goes_away_is_not_complained_of_without_the_extra_either(bare: Cli) -> None:
+    for command in (("topology", "show"), ("schema",)):
+        process = bare.start(*command)
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        gone = await ended(process)
+        assert (gone.code, gone.err) == (141, "")
+
+
+async def test_ctrl_c_ends_at_once_and_says_how_to_go_on(lone_cli: Cli) -> None:
+    process = lone_cli.start("submit", "s3://bucket/key", "What?", "--name", "mine", "--wait")
+
+    def is_sent() -> bool:
+        counts = lone_cli.counts()
+        return counts is not None and counts.confirmed == 1
+
+    await until(is_sent, "the job is submitted")
+    process.send_signal(signal.SIGINT)
+    interrupted = await ended(process)
+    assert (interrupted.code, interrupted.out) == (130, "")
+    assert interrupted.err == "broken off; the same command goes on with mine, and sends nothing twice\n"
+
+
+async def _side_by_side(cli: Cli, *commands: tuple[str, ...]) -> list[Ended]:
+    return await asyncio.gather(*(cli.run(*command) for command in commands))
+
+
+async def _known(cli: Cli) -> None:
+    """Let there be a submission."""
+    known = await cli.run("submit", "s3://bucket/key", "What?", "--name", "known")
+    assert known.code == 0, known.err

@@ -1,0 +1,180 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.local.external import (
+    ExternalServiceError,
+    IncompleteConfigurationError,
+    external_model,
+    external_rabbitmq,
+    external_s3,
+)
+from deploy.local.stack import Stack
+
+ROOT = Path(__file__).parents[3]
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def no_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No AWS credentials, wherever the tests run."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+
+
+def test_an_empty_environment_gives_nothing() -> None:
+    empty = {"VQA_RABBITMQ_URL": "", "OPENAI_API_KEY": ""}
+    assert external_rabbitmq(empty) is None
+    assert external_s3(empty) is None
+    assert external_model(empty) is None
+
+
+def test_a_broker_of_somebody_else_is_used_and_never_stopped() -> None:
+    broker = external_rabbitmq({"VQA_RABBITMQ_URL": "amqp://u:secret@broker.example/"})
+    assert broker is not None
+    assert broker.running
+    with pytest.raises(ExternalServiceError):
+        broker.restart()
+    assert "secret" not in repr(broker)
+
+
+@pytest.mark.parametrize(
+    ("environment", "url", "key"),
+    [
+        ({"DEEPINFRA_TOKEN": "d"}, "https://api.deepinfra.com/v1/openai", "d"),
+        ({"OPENAI_API_KEY": "o"}, "https://api.openai.com/v1", "o"),
+        ({"DEEPINFRA_TOKEN": "d", "OPENAI_API_KEY": "o"}, "https://api.deepinfra.com/v1/openai", "d"),
+        ({"VQA_MODEL_API_KEY": "k"}, "https://api.deepinfra.com/v1/openai", "k"),
+        (
+            {"VQA_MODEL_BASE_URL": "http://m.example/v1", "VQA_MODEL_API_KEY": "k", "OPENAI_API_KEY": "o"},
+            "http://m.example/v1",
+            "k",
+        ),
+        (
+            {
+                "VQA_MODEL_BASE_URL": "https://api.deepinfra.com/v1/openai",
+                "DEEPINFRA_TOKEN": "d",
+                "OPENAI_API_KEY": "o",
+            },
+            "https://api.deepinfra.com/v1/openai",
+            "d",
+        ),
+        (
+            {
+                "VQA_MODEL_BASE_URL": "https://api.openai.com/v1",
+                "VQA_MODEL_API_KEY": "",
+                "DEEPINFRA_TOKEN": "d",
+                "OPENAI_API_KEY": "o",
+            },
+            "https://api.openai.com/v1",
+            "o",
+        ),
+        (
+            {
+                "VQA_MODEL_BASE_URL": "https://api.openai.com/v1",
+                "VQA_MODEL_API_KEY": "k",
+                "OPENAI_API_KEY": "o",
+            },
+            "https://api.openai.com/v1",
+            "k",
+        ),
+    ],
+)
+def test_a_key_goes_to_its_own_provider(environment: dict[str, str], url: str, key: str) -> None:
+    model = external_model(environment)
+    assert model is not None
+    assert (model.base_url, model.api_key, model.is_simulated) == (url, key, False)
+    assert key not in repr(model).split()
+
+
+@pytest.mark.parametrize(
+    ("url", "other", "wanted"),
+    [
+        ("http://m.example/v1", "OPENAI_API_KEY", "set VQA_MODEL_API_KEY,"),
+        (
+            "https://api.deepinfra.com/v1/openai",
+            "OPENAI_API_KEY",
+            "set DEEPINFRA_TOKEN or VQA_MODEL_API_KEY,",
+        ),
+        ("https://api.openai.com/v1", "DEEPINFRA_TOKEN", "set OPENAI_API_KEY or VQA_MODEL_API_KEY,"),
+    ],
+)
+def test_a_url_without_its_key_is_not_sent_another_providers(url: str, other: str, wanted: str) -> None:
+    with pytest.raises(IncompleteConfigurationError, match=wanted):
+        external_model({"VQA_MODEL_BASE_URL": url, other: "key-of-another"})
+
+
+@pytest.mark.usefixtures("no_aws")
+@pytest.mark.parametrize("half", [{}, {"AWS_ACCESS_KEY_ID": "only-this"}, {"AWS_PROFILE": "not-there"}])
+def test_an_s3_server_without_usable_credentials_is_refused(
+    half: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in half.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(IncompleteConfigurationError, match="VQA_S3_ENDPOINT_URL"):
+        external_s3({"VQA_S3_ENDPOINT_URL": "http://s3.example"})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"VQA_MODEL_BASE_URL": "https://api.openai.com/v1", "DEEPINFRA_TOKEN": "d"},
+        {"VQA_S3_ENDPOINT_URL": "http://s3.example"},
+    ],
+)
+@pytest.mark.usefixtures("no_aws")
+@pytest.mark.parametrize("command", ["demo", "up"])
+def test_what_is_missing_is_told_in_a_sentence(
+    command: str,
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("VQA_S3_ENDPOINT_URL", "VQA_MODEL_BASE_URL", "VQA_MODEL_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ran = subprocess.run(  # noqa: S603  # our own command
+        [sys.executable, "-m", *{"demo": ["deploy.local.demo"], "up": ["deploy.local", "up"]}[command]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    said = ran.stdout + ran.stderr
+    assert ran.returncode == 1, said
+    assert f"{next(iter(environment))} is set without" in said
+    assert "Traceback" not in said
+
+
+def test_the_model_is_one_of_the_providers() -> None:
+    openai = external_model({"OPENAI_API_KEY": "o"})
+    chosen = external_model({"OPENAI_API_KEY": "o", "VQA_MODEL": "mine"})
+    by_url = external_model({"OPENAI_API_KEY": "o", "VQA_MODEL_BASE_URL": "https://api.openai.com/v1"})
+    assert by_url == openai
+    assert openai is not None
+    assert chosen is not None
+    assert "llama" not in openai.models[0].lower()
+    assert chosen.models == ("mine",)
+
+
+def test_a_stack_takes_what_is_given_and_starts_only_the_rest(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("VQA_RABBITMQ_URL", "VQA_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, stack.environment()[name])
+    for name in ("VQA_MODEL_BASE_URL", "VQA_MODEL_API_KEY", "DEEPINFRA_TOKEN", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with Stack.start(use_environment=True) as second:
+        assert second.rabbitmq.url == stack.rabbitmq.url
+        assert stack.s3.bucket in [bucket["Name"] for bucket in second.s3.client().list_buckets()["Buckets"]]
+        assert second.rabbitmq.pids == second.s3.pids == []
+        assert second.model.base_url != stack.model.base_url
+    assert stack.rabbitmq.running
+    assert stack.s3.running

@@ -1,0 +1,113 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy.local.processes import ServiceStartError, SupervisedProcess
+from tests.integration.local.processes_seen import alive, wait_until_gone
+
+OWNER = """
+import os, sys, time
+from pathlib import Path
+from deploy.local.processes import SupervisedProcess
+folder = Path(sys.argv[1]) / "stack" / "part"
+command = ["sh", "-c", "sleep 600 & sleep 600"]
+process = SupervisedProcess("sleeper", command, environment=os.environ, folder=folder, leftovers=[folder])
+process.launch()
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def start(folder: Path, *command: str) -> SupervisedProcess:
+    process = SupervisedProcess("Sleeper", command, environment=os.environ, folder=folder, leftovers=[])
+    process.launch()
+    return process
+
+
+def wait_until_ready(process: SupervisedProcess, *, timeout_seconds: float = 0.2) -> None:
+    process.wait_until(lambda: False, timeout_seconds=timeout_seconds, advice="Have a rest.")
+
+
+def test_a_service_that_is_killed_takes_its_children_with_it(tmp_path: Path) -> None:
+    process = start(tmp_path, "sh", "-c", "sleep 600 & echo $!; wait")
+    while not process.log.read_text():
+        time.sleep(0.01)
+    child = int(process.log.read_text())
+    process.kill()
+    assert not process.running
+    assert wait_until_gone([child, process.pid]) == []
+
+
+def test_a_service_that_ignores_the_request_to_stop_is_killed_after_the_grace(tmp_path: Path) -> None:
+    process = start(tmp_path, "sh", "-c", "trap 'echo asked' TERM; while :; do sleep 0.1; done")
+    time.sleep(0.2)
+    process.stop(grace_seconds=0.5)
+    assert process.log.read_text().splitlines()[-1] == "asked"
+    assert alive([process.pid]) == []
+
+
+def test_a_service_can_be_frozen_and_go_on(tmp_path: Path) -> None:
+    process = start(tmp_path, "sh", "-c", "while :; do echo tick; sleep 0.01; done")
+    time.sleep(0.1)
+    process.pause()
+    time.sleep(0.1)
+    before = process.log.stat().st_size
+    time.sleep(0.2)
+    assert process.log.stat().st_size == before
+    process.resume()
+    time.sleep(0.2)
+    assert process.log.stat().st_size > before
+    process.kill()
+
+
+def test_a_service_can_be_started_again(tmp_path: Path) -> None:
+    process = start(tmp_path, "sleep", "600")
+    first = process.pid
+    process.kill()
+    process.launch()
+    assert process.pid != first
+    process.kill()
+
+
+def test_a_service_that_ends_while_it_starts_shows_the_end_of_its_log_and_what_to_do(tmp_path: Path) -> None:
+    process = start(tmp_path, "sh", "-c", "printf '\\033[31mno disk left\\033[0m'; exit 3")
+    with pytest.raises(ServiceStartError, match=r"Sleeper ended .*Have a rest(.|\n)*  no disk left"):
+        wait_until_ready(process, timeout_seconds=5)
+
+
+def test_a_service_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
+    process = start(tmp_path, "sleep", "600")
+    with pytest.raises(ServiceStartError, match="was not ready"):
+        wait_until_ready(process)
+    process.kill()
+
+
+def test_a_program_that_is_missing_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ServiceStartError, match="no-such-program"):
+        start(tmp_path, "/no-such-program")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_outlives_an_owner_that_dies(tmp_path: Path, how: signal.Signals) -> None:
+    owner = subprocess.Popen(  # noqa: S603 - a program of this test
+        [sys.executable, "-c", OWNER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert owner.stdout is not None
+    with owner, owner.stdout as output:
+        service = int(output.readline())
+        assert alive([service]) == [service]
+        owner.send_signal(how)
+    assert wait_until_gone([service]) == []
+    # The folder goes right after the processes.
+    give_up = time.monotonic() + 5
+    while (tmp_path / "stack").exists() and time.monotonic() < give_up:
+        time.sleep(0.02)
+    assert list(tmp_path.iterdir()) == []

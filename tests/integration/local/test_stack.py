@@ -1,0 +1,198 @@
+"""The services themselves: that they come up, keep their data, and leave nothing behind."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aio_pika
+import boto3
+import pytest
+
+from deploy.local import stack as stack_module
+from deploy.local.install import Installation
+from deploy.local.processes import ServiceStartError
+from deploy.local.stack import Stack
+from tests.integration.local.processes_seen import alive, family, wait_until_gone
+
+GIVEN = ("VQA_", "DEEPINFRA_", "OPENAI_")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+
+
+@dataclass
+class Up:
+    """`python -m deploy.local up`, running."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    environment: dict[str, str]
+    pids: list[int]
+
+
+@pytest.fixture(scope="module")
+def ups(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[signal.Signals, Up]]:
+    """Starts one stack for each signal, all at the same time; that of SIGTERM borrows the tests' broker."""
+    folders = {number: tmp_path_factory.mktemp(number.name) for number in SIGNALS}
+    processes = {
+        signal.SIGINT: start_up(folders[signal.SIGINT], "--own"),
+        signal.SIGKILL: start_up(folders[signal.SIGKILL], "--own"),
+        signal.SIGTERM: start_up(folders[signal.SIGTERM], VQA_RABBITMQ_URL=stack.rabbitmq.url),
+    }
+    try:
+        yield {
+            number: Up(process, folders[number], read_exports(process), family(process.pid))
+            for number, process in processes.items()
+        }
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.communicate()
+
+
+def start_up(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(GIVEN)}
+    return subprocess.Popen(  # noqa: S603 - a program of this repository
+        [sys.executable, "-m", "deploy.local", "up", *arguments],
+        env=inherited | {"TMPDIR": str(folder)} | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def read_exports(process: subprocess.Popen[str]) -> dict[str, str]:
+    assert process.stdout is not None
+    exports = {}
+    for line in process.stdout:
+        [word, assignment] = shlex.split(line)
+        name, _, value = assignment.partition("=")
+        assert word == "export"
+        exports[name] = value
+        if name == "VQA_ALLOWED_MODELS":
+            break
+    return exports
+
+
+def test_several_stacks_run_side_by_side(stack: Stack, ups: dict[signal.Signals, Up]) -> None:
+    environments = [stack.environment(), *(up.environment for up in ups.values())]
+    for name in ("VQA_S3_ENDPOINT_URL", "VQA_MODEL_BASE_URL"):
+        assert len({environment[name] for environment in environments}) == len(environments)
+    brokers = {environment["VQA_RABBITMQ_URL"] for environment in environments}
+    assert len(brokers) == len(environments) - 1
+    for number, up in ups.items():
+        # Each service and its guard; without a broker of its own there are two of each.
+        assert len(up.pids) >= (4 if number == signal.SIGTERM else 8)
+        assert alive(up.pids) == up.pids
+
+
+async def test_the_printed_exports_lead_to_working_services(ups: dict[signal.Signals, Up]) -> None:
+    environment = ups[signal.SIGINT].environment
+    async with await aio_pika.connect(environment["VQA_RABBITMQ_URL"]) as connection:
+        assert not connection.is_closed
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=environment["VQA_S3_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region_name=environment["AWS_REGION"],
+    )
+    assert [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]] == ["vqa-images"]
+    s3.close()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_stack_in_the_foreground_leaves_nothing_behind_however_it_ends(
+    ups: dict[signal.Signals, Up], number: signal.Signals
+) -> None:
+    up = ups[number]
+    pids = family(up.process.pid)
+    up.process.send_signal(number)
+    code = up.process.wait(20)
+    assert code == (0 if number in (signal.SIGINT, signal.SIGTERM) else -number)
+    assert wait_until_gone(pids) == []
+    assert wait_until_empty(up.folder) == []
+    port = up.environment["VQA_S3_ENDPOINT_URL"].rpartition(":")[2]
+    assert not Path(f"/tmp/seaweedfs-s3-{port}.sock").exists()  # noqa: S108 - where SeaweedFS puts it
+
+
+def wait_until_empty(folder: Path) -> list[Path]:
+    give_up = time.monotonic() + 10
+    while list(folder.iterdir()) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    return list(folder.iterdir())
+
+
+def test_a_stack_that_fails_half_way_takes_down_what_it_had_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "rabbitmq-server"
+    broken.write_text("#!/bin/sh\nsleep 0.5\necho the disk is full\nexit 1\n")
+    broken.chmod(0o755)
+    installation = Installation(broken, broken, Path("/bin/cat"))
+    monkeypatch.setattr(stack_module, "ensure_rabbitmq", lambda _: installation)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    before = set(family(os.getpid()))
+    with pytest.raises(ServiceStartError, match=r"RabbitMQ ended(.|\n)*the disk is full"):
+        Stack.start()
+    assert wait_until_gone(set(family(os.getpid())) - before) == []
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+async def test_a_broker_restart_keeps_a_durable_message_and_the_address(stack: Stack) -> None:
+    name = "kept-through-restart"
+    async with await aio_pika.connect(stack.rabbitmq.url) as connection:
+        channel = await connection.channel()
+        await channel.declare_queue(name, durable=True, arguments={"x-queue-type": "quorum"})
+        message = aio_pika.Message(b"still here", delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
+        await channel.default_exchange.publish(message, name)
+    stack.rabbitmq.restart()
+    async with await aio_pika.connect(stack.rabbitmq.url) as connection:
+        channel = await connection.channel()
+        queue = await channel.get_queue(name)
+        kept = await queue.get(timeout=10)
+        assert kept.body == b"still here"
+        await kept.ack()
+        await queue.delete(if_unused=False, if_empty=False)
+
+
+def test_rabbitmqctl_speaks_to_the_stacks_own_broker(stack: Stack) -> None:
+    assert "guest" in stack.rabbitmq.ctl("list_users").split()
+    with pytest.raises(RuntimeError, match="no_such_command"):
+        stack.rabbitmq.ctl("no_such_command")
+
+
+def test_the_object_store_keeps_its_objects_through_a_restart(stack: Stack) -> None:
+    client = stack.s3.client()
+    client.put_object(Bucket=stack.s3.bucket, Key="kept", Body=b"picture")
+    stack.s3.restart()
+    assert client.get_object(Bucket=stack.s3.bucket, Key="kept")["Body"].read() == b"picture"
+    client.delete_object(Bucket=stack.s3.bucket, Key="kept")
+    client.close()
+
+
+def test_the_environment_names_all_that_the_worker_needs(stack: Stack) -> None:
+    assert set(stack.environment()) >= {
+        "VQA_RABBITMQ_URL",
+        "VQA_S3_ENDPOINT_URL",
+        "VQA_ALLOWED_BUCKETS",
+        "VQA_MODEL_BASE_URL",
+        "VQA_MODEL_API_KEY",
+        "VQA_MODEL",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_REGION",
+    }
+
+
+def test_a_proxy_of_the_machine_is_kept_out_of_the_way(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "intranet.example")
+    assert stack.environment()["NO_PROXY"] == "intranet.example,127.0.0.1,localhost"
+    assert stack.s3.client().list_buckets()["Buckets"]
+    assert stack.model.state().in_progress == 0

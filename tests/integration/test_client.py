@@ -1,0 +1,352 @@
+"""`worker.client`: asking from a program, on the real stack."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aio_pika
+import pytest
+
+from deploy.local.model_simulator.behavior import Answer
+from deploy.local.stack import Stack
+from tests.breaking import BrokerUser, url_as
+from tests.conftest import PutImage, StartWorker
+from tests.integration.cli.running import depth
+from tests.proxy import Proxy
+from tests.running import ROOT, Worker, calls_with, until
+from worker.client import (
+    BrokerRefusedError,
+    BrokerUnreachableError,
+    Client,
+    ErrorCode,
+    InvalidJobError,
+    Job,
+    NoSuchQueueError,
+    Replies,
+    ReplyLostError,
+    Result,
+    TopologyError,
+)
+
+MODES: tuple[Replies, ...] = ("queue", "exclusive", "direct")
+
+
+def words(text: str, **fields: Any) -> dict[str, Any]:
+    """A job that is only words."""
+    return {"messages": [{"role": "user", "content": text}], **fields}
+
+
+def client_of(stack: Stack, worker: Worker, **options: Any) -> Client:
+    return Client(stack.rabbitmq.url, jobs_queue=worker.jobs_queue, **options)
+
+
+@pytest.fixture
+async def asking(stack: Stack, worker: Worker) -> AsyncIterator[Client]:
+    async with client_of(stack, worker) as client:
+        yield client
+
+
+# Asking
+
+
+@pytest.mark.parametrize("replies", MODES)
+async def test_a_question_is_answered(
+    stack: Stack, worker: Worker, put_image: PutImage, replies: Replies
+) -> None:
+    async with client_of(stack, worker, replies=replies) as client:
+        result = await client.ask(put_image(), "What is this?", timeout=30)
+        assert result.succeeded
+        assert result.error is None
+        assert "PNG" in str(result.answer)
+        assert result.usage is not None
+        assert result.usage.total_tokens > 0
+
+
+async def test_everything_that_a_job_can_say_is_said(
+    asking: Client, stack: Stack, put_image: PutImage
+) -> None:
+    marker = uuid.uuid4().hex
+    result = await asking.ask(
+        [put_image(), put_image()],
+        marker,
+        id=f"id-{marker}",
+        system="Be brief.",
+        model="simulated/vision-small",
+        params={"max_tokens": 9},
+        metadata={"order": 17},
+        deadline=datetime.now(UTC) + timedelta(minutes=1),
+    )
+    (call,) = calls_with(stack, marker)
+    assert (result.id, result.model, result.metadata) == (f"id-{marker}", call.model, {"order": 17})
+    assert call.params == {"max_tokens": 9}
+    assert call.messages[0] == {"role": "system", "content": "Be brief."}
+    assert [part["type"] for part in call.messages[1]["content"]] == ["image_url", "image_url", "text"]
+
+
+async def test_a_job_that_fails_is_a_result_too(asking: Client) -> None:
+    result = await asking.ask("s3://no-such-bucket/key", "What?")
+    assert not result.succeeded
+    assert result.answer is None
+    assert result.error is not None
+    assert result.error.code is ErrorCode.IMAGE_NOT_FOUND
+    past = await asking.ask("s3://b/k", "What?", deadline=datetime.now(UTC) - timedelta(seconds=1))
+    assert past.error is not None
+    assert past.error.code == "deadline_exceeded"
+
+
+async def test_what_is_no_job_is_refused_at_once(asking: Client) -> None:
+    for job, told in (
+        ({}, "needs question and images"),
+        (words("?", imags=[]), "imags: unknown field"),
+        (words("?", params={"stream": True}), "must not contain stream"),
+    ):
+        with pytest.raises(InvalidJobError, match=told):
+            await asking.ask_job(job)
+
+
+async def test_many_jobs_are_asked_some_at_a_time(stack: Stack, worker: Worker) -> None:
+    taken = 0
+
+    def jobs() -> Iterator[Job]:
+        nonlocal taken
+        for number in range(100):
+            taken += 1
+            yield Job.model_validate(words("Many?", id=f"{uuid.uuid4().hex}-{number}"))
+
+    async with client_of(stack, worker, max_in_flight=10) as client:
+        seen: list[Result] = []
+        async with aclosing(client.ask_many(jobs())) as results:
+            async for result in results:
+                seen.append(result)
+                assert taken - len(seen) <= 10 + 1
+    numbers = sorted(int(str(result.id).rpartition("-")[2]) for result in seen)
+    assert numbers == list(range(100))
+    assert all(result.succeeded for result in seen)
+
+
+async def test_jobs_may_come_one_by_one(asking: Client) -> None:
+    """Results don't wait for the next job to be there."""
+    more = asyncio.Event()
+
+    async def jobs() -> AsyncIterator[dict[str, Any]]:
+        yield words("First?")
+        await more.wait()
+        yield words("Second?")
+
+    async with aclosing(asking.ask_many(jobs())) as results:
+        assert (await anext(results)).succeeded
+        more.set()
+        assert (await anext(results)).succeeded
+        assert await anext(results, None) is None
+
+
+async def test_the_same_id_is_not_asked_twice_at_a_time(asking: Client, stack: Stack) -> None:
+    marker = uuid.uuid4().hex
+    stack.model.play(Answer(after=1.0), marker=marker, times=None)
+    first = asyncio.create_task(asking.ask_job(words(marker, id=marker)))
+    await until(lambda: calls_with(stack, marker), "the first is asked")
+    with pytest.raises(ValueError, match="is being asked"):
+        await asking.ask_job(words(marker, id=marker))
+    assert (await first).succeeded
+
+
+# Giving up
+
+
+async def test_who_gives_up_waiting_takes_the_job_back(stack: Stack, start_worker: StartWorker) -> None:
+    worker = await start_worker(VQA_MAX_CONCURRENCY="1")
+    marker = uuid.uuid4().hex
+    stack.model.play(Answer(after=60), marker=marker, times=None)
+    async with client_of(stack, worker) as client:
+        with pytest.raises(TimeoutError):
+            await client.ask_job(words(marker), timeout=1.0)
+        # The next one has the only slot, since the call is broken off.
+        assert (await client.ask_job(words("Next?"), timeout=20)).succeeded
+    assert worker.metric("vqa_jobs_total", error="cancelled") == 1
+
+
+async def test_an_iteration_that_ends_early_takes_back_what_is_asked(
+    stack: Stack, start_worker: StartWorker
+) -> None:
+    worker = await start_worker(VQA_MAX_CONCURRENCY="8")
+    marker = uuid.uuid4().hex
+    stack.model.play(Answer(after=60), marker=marker, times=None)
+    async with client_of(stack, worker) as client:
+        jobs = [words("Quick?"), *(words(marker) for _ in range(3))]
+        async with aclosing(client.ask_many(jobs)) as results:
+            assert (await anext(results)).succeeded
+            await until(lambda: len(calls_with(stack, marker)) == 3, "the others are asked")
+    await until(lambda: worker.metric("vqa_jobs_total", error="cancelled") == 3, "they are cancelled")
+
+
+async def test_a_job_can_be_cancelled_by_its_id(asking: Client, stack: Stack) -> None:
+    marker = uuid.uuid4().hex
+    stack.model.play(Answer(after=60), marker=marker, times=None)
+    answer = asyncio.create_task(asking.ask_job(words(marker, id=marker)))
+    await until(lambda: calls_with(stack, marker), "it is asked")
+    await asking.cancel(marker)
+    result = await answer
+    assert result.error is not None
+    assert result.error.code is ErrorCode.CANCELLED
+
+
+async def test_a_timeout_is_the_job_s_deadline(stack: Stack) -> None:
+    queue = f"lone-{uuid.uuid4().hex}"
+    async with await aio_pika.connect(stack.rabbitmq.url) as connection:
+        channel = await connection.channel()
+        declared = await channel.declare_queue(queue, exclusive=True)
+        async with Client(stack.rabbitmq.url, jobs_queue=queue) as client:
+            before = datetime.now(UTC)
+            with pytest.raises(TimeoutError):
+                await client.ask_job(words("?"), timeout=1.0)
+            message = await declared.get(no_ack=True)
+            assert message is not None
+            deadline = datetime.fromisoformat(json.loads(message.body)["deadline"])
+            assert before + timedelta(seconds=1) <= deadline <= datetime.now(UTC) + timedelta(seconds=1)
+            # Without a control exchange nobody can be told, and the client says so.
+            with pytest.raises(ConnectionError, match=rf"{queue}\.control"):
+                await client.cancel("any")
+
+
+# Connections
+
+
+async def test_what_is_asked_outlives_a_lost_connection(stack: Stack, worker: Worker) -> None:
+    marker = uuid.uuid4().hex
+    stack.model.play(Answer(after=2.0), marker=marker, times=None)
+    async with Proxy.before(stack.rabbitmq.url) as proxy:
+        url = proxy.url(stack.rabbitmq.url)
+        async with Client(url, jobs_queue=worker.jobs_queue) as client:
+            answers = [asyncio.create_task(client.ask_job(words(f"{marker} {n}"))) for n in range(5)]
+            await until(lambda: len(calls_with(stack, marker)) == 5, "all are asked")
+            await proxy.refuse()
+            proxy.reset()
+            # The answers come while nobody is there to take them.
+            await until(lambda: all(call.ended for call in calls_with(stack, marker)), "all are answered")
+            asked_meanwhile = asyncio.create_task(client.ask_job(words("Meanwhile?")))
+            await proxy.accept()
+            assert all(result.succeeded for result in await asyncio.gather(*answers, asked_meanwhile))
+    assert len(calls_with(stack, marker)) == 5
+
+
+@pytest.mark.parametrize("replies", ["exclusive", "direct"])
+async def test_where_a_result_is_lost_with_the_connection_that_is_said(
+    stack: Stack, worker: Worker, replies: Replies
+) -> None:
+    marker = uuid.uuid4().hex
+    stack.model.play(Answer(after=1.0), marker=marker, times=None)
+    async with Proxy.before(stack.rabbitmq.url) as proxy:
+        url = proxy.url(stack.rabbitmq.url)
+        async with Client(url, jobs_queue=worker.jobs_queue, replies=replies) as client:
+            answer = asyncio.create_task(client.ask_job(words(marker)))
+            await until(lambda: calls_with(stack, marker), "it is asked")
+            proxy.reset()
+            with pytest.raises(ReplyLostError):
+                await answer
+            assert (await client.ask_job(words("Again?"), timeout=20)).succeeded
+
+
+@pytest.mark.parametrize("replies", ["queue", "exclusive"])
+async def test_a_queue_for_results_that_is_deleted_is_made_again(
+    stack: Stack, worker: Worker, replies: Replies
+) -> None:
+    async with (
+        client_of(stack, worker, replies=replies) as client,
+        await aio_pika.connect(stack.rabbitmq.url) as connection,
+    ):
+        requests = client._requests  # noqa: SLF001 - nobody else needs to know its queue
+        first = requests.reply_to
+        if replies == "queue":
+            await (await connection.channel()).queue_delete(first)
+        else:
+            # Nobody else may delete it.
+            assert requests._channel is not None  # noqa: SLF001
+            await requests._channel.queue_delete(first)  # noqa: SLF001
+        await until(lambda: not requests.connected.is_set(), "the session ends")
+        assert (await client.ask_job(words("Still there?"), timeout=20)).succeeded
+
+
+async def test_the_queue_for_results_is_gone_with_the_client(stack: Stack, worker: Worker) -> None:
+    async with client_of(stack, worker) as client:
+        assert (await client.ask_job(words("Hello?"))).succeeded
+        queue = client._requests.reply_to  # noqa: SLF001 - nobody else needs to know it
+        assert queue.startswith("vqa.results.client-")
+        assert await depth(stack, queue) == 0
+    assert await depth(stack, queue) is None
+    with pytest.raises(RuntimeError, match="the client is not open"):
+        await client.ask_job(words("Hello?"))
+
+
+async def test_what_keeps_a_client_from_asking_is_told_at_once(stack: Stack) -> None:
+    with pytest.raises(BrokerUnreachableError, match="the broker is out of reach"):
+        async with Client("amqp://guest:guest@127.0.0.1:1/", connect_timeout=0.5):
+            pass
+    with pytest.raises(BrokerRefusedError, match="the broker's URL: the broker refuses this user name"):
+        async with Client(url_as(stack, "guest", "wr0ng")):
+            pass
+    with BrokerUser.of(stack, configure="^$") as user:
+        with pytest.raises(TopologyError, match="lacks a permission"):
+            async with Client(user.url):
+                pass
+        async with Client(user.url, replies="direct", jobs_queue="no-such-queue") as client:
+            with pytest.raises(NoSuchQueueError, match="no-such-queue"):
+                await client.ask_job(words("?"))
+
+
+async def test_fields_and_codes_of_a_newer_worker_are_no_trouble() -> None:
+    body = {
+        "id": "x",
+        "status": "failed",
+        "error": {"code": "new_code", "message": "…", "retryable": False, "more": 1},
+        "timings": {"total_s": 1.0, "new_s": 2.0},
+        "colour": "blue",
+    }
+    result = Result.model_validate_json(json.dumps(body), extra="ignore")
+    assert result.error is not None
+    assert result.error.code == "new_code"
+
+
+def test_programs_that_use_the_client_are_checked_by_their_types(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from worker.client import Client\n"
+        "async def main() -> None:\n"
+        "    async with Client('amqp://') as client:\n"
+        "        result = await client.ask('s3://b/k', 'What?')\n"
+        "        reveal_type(result.answer)\n"
+        "        async for one in client.ask_many([{'question': '?'}]):\n"
+        "            reveal_type(one)\n"
+        "        await client.ask('s3://b/k')\n"
+    )
+    checked = subprocess.run(  # noqa: S603 - a test's own
+        [sys.executable, "-m", "mypy", "--strict", "--config-file=", str(program)],
+        capture_output=True,
+        text=True,
+        env={"MYPYPATH": str(ROOT), "PATH": ""},
+        cwd=tmp_path,
+        check=False,
+    )
+    shown = checked.stdout
+    assert '"str | None"' in shown, shown + checked.stderr
+    assert '"worker.client.client.Result"' in shown
+    assert 'Missing positional argument "question" in call to "ask" of "Client"' in shown
+    assert "Found 1 error in 1 file" in shown
+
+
+def test_a_client_needs_none_of_the_worker_s_settings() -> None:
+    code = "import sys, worker.client; print([it for it in sys.modules if it in ('typer', 'botocore')])"
+    done = subprocess.run(  # noqa: S603 - a test's own
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "VQA_RABBITMQ_URL": "not looked at"},
+        check=True,
+    )
+    assert done.stdout == "[]\n"

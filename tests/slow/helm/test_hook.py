@@ -1,0 +1,186 @@
+"""The hook that creates the queues: it runs first, so that it may lean on nothing of the release."""
+
+import pytest
+
+from tests.slow.helm.rendering import (
+    CHART,
+    Object,
+    Rendered,
+    ci_values,
+    decoded,
+    helm,
+    minimal,
+    objects_in,
+    refusal,
+    render,
+)
+from worker.__main__ import APPLY_TIMEOUT_S, EXIT_CONFIG
+
+HOOK = "helm.sh/hook"
+# `--timeout`, if nothing is said.
+HELM_TIMEOUT_S = 300
+EVENTS = "pre-install,pre-upgrade"
+
+
+def _hooks(rendered: Rendered) -> list[Object]:
+    return [found for found in rendered.objects if HOOK in found["metadata"].get("annotations", {})]
+
+
+def _pod(rendered: Rendered) -> Object:
+    pod: Object = rendered.one("Job")["spec"]["template"]["spec"]
+    return pod
+
+
+def _container(rendered: Rendered) -> Object:
+    (container,) = _pod(rendered)["containers"]
+    found: Object = container
+    return found
+
+
+def _weight(found: Object) -> int:
+    return int(found["metadata"]["annotations"]["helm.sh/hook-weight"])
+
+
+@pytest.mark.parametrize("name", ["minimal", "keda", "full", "airgapped"])
+def test_the_job_comes_after_all_that_it_needs_and_needs_nothing_of_the_release(name: str) -> None:
+    rendered = render(ci_values(name))
+    hooks = _hooks(rendered)
+    assert {found["metadata"]["annotations"][HOOK] for found in hooks} == {EVENTS}
+    job = rendered.one("Job")
+    before = [found for found in hooks if found is not job and found["kind"] != "Job"]
+    assert all(_weight(found) < _weight(job) for found in before)
+    of_hooks = {found["metadata"]["name"] for found in hooks}
+    of_release = {found["metadata"]["name"] for found in rendered.objects if found not in hooks}
+    assert of_hooks.isdisjoint(of_release)
+    needed = _needed(_pod(rendered))
+    assert needed.isdisjoint(of_release)
+    assert needed & of_hooks == {found["metadata"]["name"] for found in before} & needed
+
+
+def _needed(pod: Object) -> set[str]:
+    """The objects that a pod refers to by name."""
+    (container,) = pod["containers"]
+    assert "envFrom" not in container
+    secrets = {
+        entry["valueFrom"]["secretKeyRef"]["name"] for entry in container["env"] if "valueFrom" in entry
+    }
+    volumes = {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    return secrets | volumes | {pod["serviceAccountName"]}
+
+
+@pytest.mark.parametrize("name", ["minimal", "full"])
+def test_helm_takes_them_for_hooks_and_keeps_them_out_of_the_release(name: str) -> None:
+    with helm.Config(namespace="vision") as config:
+        release = config.install(str(CHART), "demo", ci_values(name), dry_run="client")
+    manifest = list(objects_in(release["manifest"]))
+    rendered = render(ci_values(name))
+    hooks = _hooks(rendered)
+    assert _names(manifest) == _names([found for found in rendered.objects if found not in hooks])
+    assert release["notes"].strip() == rendered.notes.strip()
+
+
+def _names(objects: list[Object]) -> list[tuple[str, str]]:
+    return sorted((found["kind"], found["metadata"]["name"]) for found in objects)
+
+
+def test_nothing_of_it_is_left_when_it_has_succeeded_and_nothing_stands_in_the_way_of_the_next() -> None:
+    for found in _hooks(render(ci_values("full"))):
+        policy = found["metadata"]["annotations"]["helm.sh/hook-delete-policy"]
+        assert policy == "before-hook-creation,hook-succeeded"
+
+
+def test_it_runs_the_command_that_applies_the_topology() -> None:
+    rendered = render(ci_values("full"))
+    container = _container(rendered)
+    assert container["args"] == ["topology", "apply"]
+    assert "command" not in container
+    assert container["image"] == rendered.container["image"]
+
+
+def test_a_wrong_setting_ends_it_at_once_and_an_outage_is_waited_for() -> None:
+    spec = render(minimal()).one("Job")["spec"]
+    assert spec["podFailurePolicy"]["rules"][0] == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": "topology", "operator": "In", "values": [EXIT_CONFIG]},
+    }
+    assert spec["template"]["spec"]["containers"][0]["name"] == "topology"
+    # Kubernetes asks for it with such rules.
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_its_attempts_end_before_its_deadline_and_that_before_helm_gives_up() -> None:
+    """So that the last thing to be read is why, and not that it took too long."""
+    spec = render(minimal()).one("Job")["spec"]
+    attempts = spec["backoffLimit"] + 1
+    # Kubernetes waits 10 seconds after the first failure, and twice as long after each further.
+    pauses_s = sum(10 * 2**n for n in range(attempts - 1))
+    assert attempts * APPLY_TIMEOUT_S + pauses_s < spec["activeDeadlineSeconds"] < HELM_TIMEOUT_S
+
+
+def test_it_has_a_user_of_its_own_if_you_like() -> None:
+    rendered = render(ci_values("full"))
+    operator = decoded(rendered.one("Secret", "questions-topology"))
+    assert operator == {"VQA_RABBITMQ_URL": "amqps://operator:operator-password@rabbitmq.example/vision"}
+    assert "operator-password" not in "".join(rendered.secrets.values())
+
+
+def test_by_default_it_is_the_workers_user() -> None:
+    rendered = render(minimal())
+    secret = decoded(rendered.one("Secret", "demo-vqa-worker-topology"))
+    assert secret["VQA_RABBITMQ_URL"] == rendered.secrets["VQA_RABBITMQ_URL"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "secrets", "used"),
+    [
+        ({"existingSecret": "operator"}, {"existingSecret": "worker"}, "operator"),
+        ({}, {"existingSecret": "worker"}, "worker"),
+        (
+            {"rabbitmqUrl": "amqp://operator@rabbitmq/"},
+            {"existingSecret": "worker"},
+            "demo-vqa-worker-topology",
+        ),
+    ],
+)
+def test_its_url_can_come_from_a_secret_that_exists(
+    hook: dict[str, str], secrets: dict[str, str], used: str
+) -> None:
+    nothing = {"rabbitmqUrl": "", "modelApiKey": ""}
+    rendered = render(minimal({"topology": {"hook": hook}, "secrets": {**nothing, **secrets}}))
+    (url, *_) = _container(rendered)["env"]
+    assert url == {
+        "name": "VQA_RABBITMQ_URL",
+        "valueFrom": {"secretKeyRef": {"name": used, "key": "VQA_RABBITMQ_URL"}},
+    }
+    assert (used == "demo-vqa-worker-topology") == bool(rendered.all("Secret"))
+
+
+def test_it_speaks_tls_with_the_workers_certificates() -> None:
+    rendered = render(ci_values("full"))
+    environment = {entry["name"]: entry.get("value") for entry in _container(rendered)["env"]}
+    for name in ("VQA_RABBITMQ_CA_FILE", "VQA_RABBITMQ_CERT_FILE", "VQA_RABBITMQ_KEY_FILE"):
+        assert environment[name] == rendered.settings[name]
+    mounts = {mount["mountPath"] for mount in _container(rendered)["volumeMounts"]}
+    assert "/etc/vqa-worker/rabbitmq-tls" in mounts
+
+
+def test_in_a_closed_network_it_may_reach_the_broker_and_names() -> None:
+    rendered = render(ci_values("full"))
+    spec = rendered.one("NetworkPolicy", "questions-topology")["spec"]
+    labels = rendered.one("Job")["spec"]["template"]["metadata"]["labels"]
+    assert spec["podSelector"]["matchLabels"].items() <= labels.items()
+    assert [port["port"] for rule in spec["egress"] for port in rule["ports"]] == [53, 53, 5671]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in spec
+
+
+def test_without_it_there_is_nothing_of_it() -> None:
+    rendered = render(minimal({"topology": {"hook": {"enabled": False}}}))
+    assert _hooks(rendered) == []
+    assert rendered.all("Job") == []
+
+
+def test_a_hook_that_has_no_broker_is_refused() -> None:
+    environment = [{"name": "VQA_RABBITMQ_URL", "value": "amqp://rabbitmq/"}]
+    said = refusal(minimal({"secrets": {"rabbitmqUrl": ""}, "extraEnv": environment}))
+    assert "topology.hook has no broker to go to" in said

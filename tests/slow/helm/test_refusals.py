@@ -1,0 +1,134 @@
+"""Values that are wrong are refused before anything is installed, in a sentence that says which and why."""
+
+from typing import Any
+
+import pytest
+
+from tests.slow.helm.rendering import ci_values, keda, merged, minimal, refusal, render
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("replicaCount", 3, "at '': additional properties 'replicaCount' not allowed"),
+        ("autoscaling.values", 3, "at '/autoscaling': additional properties 'values' not allowed"),
+        ("autoscaling.keda.queueName", "x", "at '/autoscaling/keda': additional properties 'queueName'"),
+        ("settings.maxConcurency", 3, "at '/settings': additional properties 'maxConcurency' not allowed"),
+        ("secrets.rabbitmqURL", "x", "at '/secrets': additional properties 'rabbitmqURL' not allowed"),
+        ("autoscaling.behavior.scaleDown.policy", [], "additional properties 'policy' not allowed"),
+    ],
+)
+def test_a_misspelt_key_is_named(path: str, value: Any, said: str) -> None:
+    assert said in refusal(keda(_nested(path, value)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("autoscaling.value", "64", "at '/autoscaling/value': got string, want null or integer"),
+        ("autoscaling.value", 6.5, "at '/autoscaling/value': got number, want null or integer"),
+        ("autoscaling.value", 0, "at '/autoscaling/value': minimum: got 0, want 1"),
+        (
+            "autoscaling.keda.activationValue",
+            "0",
+            "at '/autoscaling/keda/activationValue': got string, want integer",
+        ),
+        ("autoscaling.mode", "KEDA", "at '/autoscaling/mode': value must be one of 'none', 'keda', 'hpa'"),
+        ("autoscaling.keda.cooldownPeriod", "5m", "got string, want integer"),
+        (
+            "autoscaling.keda.host",
+            "amqp://rabbitmq",
+            "at '/autoscaling/keda/host': 'amqp://rabbitmq' does not match",
+        ),
+        ("settings.allowedBuckets", "photos", "at '/settings/allowedBuckets': got string, want array"),
+        ("settings.allowedBuckets", ["a,b"], "at '/settings/allowedBuckets/0': 'a,b' does not match pattern"),
+        ("settings.retryDelays", ["5s"], "at '/settings/retryDelays/0': got string, want integer"),
+        ("settings.httpPort", 80, "at '/settings/httpPort': minimum: got 80, want 1,024"),
+        ("settings.modelTimeout", None, "at '/settings': missing property 'modelTimeout'"),
+        ("settings.jobTimeout", 1740, "at '/settings/jobTimeout': exclusiveMaximum: got 1,740, want 1,740"),
+        ("settings.prices", {"model": 3}, "at '/settings/prices/model'"),
+        ("image.digest", "sha256:abc", "at '/image/digest': 'sha256:abc' does not match pattern"),
+        ("podLabels", {"tier": 1}, "at '/podLabels/tier': got number, want string"),
+        ("podDisruptionBudget.maxUnavailable", "half", "'half' does not match pattern"),
+        ("extraEnv", [{"value": "x"}], "at '/extraEnv/0': missing property 'name'"),
+        ("fullnameOverride", "Questions", "at '/fullnameOverride': 'Questions' does not match pattern"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(path: str, value: Any, said: str) -> None:
+    assert said in refusal(keda(_nested(path, value)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": {"allowedBuckets": []}}, "settings.allowedBuckets is empty: name the buckets"),
+        ({"secrets": {"rabbitmqUrl": ""}}, "secrets.rabbitmqUrl is empty: say how to reach the broker"),
+        ({"secrets": {"modelApiKey": ""}}, "secrets.modelApiKey is empty: give the API's key"),
+        (
+            {"secrets": {"rabbitmqUrl": "rabbitmq:5672"}},
+            "secrets.rabbitmqUrl must begin with amqp:// or amqps://",
+        ),
+        (
+            {"topology": {"hook": {"rabbitmqUrl": "http://rabbitmq"}}},
+            "topology.hook.rabbitmqUrl must begin with amqp:// or amqps://",
+        ),
+        (
+            {"secrets": {"existingSecret": "own"}},
+            "secrets.existingSecret and other values of secrets exclude each other",
+        ),
+        (
+            {"secrets": {"asFiles": True}, "settings": {"secretsDir": "/mnt/secrets"}},
+            "secrets.asFiles and settings.secretsDir exclude each other",
+        ),
+        ({"rabbitmqTls": {"existingSecret": "tls"}}, "rabbitmqTls.existingSecret is of no use without TLS"),
+        (
+            {
+                "rabbitmqTls": {"existingSecret": "tls"},
+                "secrets": {"rabbitmqUrl": "amqps://rabbitmq/"},
+                "topology": {"hook": {"rabbitmqUrl": "amqp://rabbitmq/"}},
+            },
+            "rabbitmqTls.existingSecret is of no use without TLS: topology.hook.rabbitmqUrl must begin",
+        ),
+        ({"rabbitmqTls": {"certKey": "tls.crt"}}, "rabbitmqTls.certKey and rabbitmqTls.keyKey go together"),
+        (
+            {"topology": {"hook": {"existingSecret": "a", "rabbitmqUrl": "amqp://b/"}}},
+            "topology.hook.rabbitmqUrl and topology.hook.existingSecret exclude each other",
+        ),
+        ({"settings": {"modelTimeout": 150}}, "must be more than settings.modelTimeout (150 s)"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(changes: dict[str, Any], said: str) -> None:
+    refused = refusal(minimal(changes))
+    assert "These values do not fit together:\n- " in refused
+    assert said in refused
+
+
+def test_secrets_as_files_need_a_secret() -> None:
+    values = minimal({"secrets": {"rabbitmqUrl": "", "modelApiKey": "", "asFiles": True}})
+    values = merged(
+        values, {"extraEnvFrom": [{"secretRef": {"name": "own"}}], "topology": {"hook": {"enabled": False}}}
+    )
+    assert "secrets.asFiles is set, but there is no Secret to mount" in refusal(values)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    said = refusal({})
+    for fault in ("settings.allowedBuckets", "secrets.rabbitmqUrl", "secrets.modelApiKey"):
+        assert f"\n- {fault} is empty" in said
+
+
+def test_a_refusal_shows_no_secret() -> None:
+    wrong = {"secrets": {"rabbitmqUrl": "worker:top-secret@rabbitmq", "modelApiKey": 5}}
+    for changes in (wrong, {"secrets": {"rabbitmqUrl": "worker:top-secret@rabbitmq"}}):
+        assert "top-secret" not in refusal(minimal(changes))
+
+
+def test_a_chart_that_uses_this_one_may_have_global_values() -> None:
+    assert render(minimal({"global": {"anything": 1}})).texts == render(ci_values("minimal")).texts

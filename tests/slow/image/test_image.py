@@ -1,0 +1,307 @@
+"""The container image: really built, and run as it is in a cluster."""
+
+import asyncio
+import platform
+import re
+import subprocess
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from deploy.local.stack import Stack
+from tests.breaking import job
+from tests.conftest import MakeClient, PutImage, picture
+from tests.fake_s3 import FakeS3, give
+from tests.proxy import Proxy
+from tests.running import Worker, until
+from tests.slow.image.engine import ROOT, Engine, python_image, run
+from worker import __version__
+
+# The first test waits for packages, the base and the build.
+pytestmark = pytest.mark.timeout(900)
+
+NOTHING = "0000000000000000"
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+StartContainer = Callable[..., Awaitable[Worker]]
+
+
+@pytest.fixture
+async def start_container(
+    stack: Stack, engine: Engine, image: str, tmp_path: Path
+) -> AsyncIterator[StartContainer]:
+    """Starts the image's worker with the settings given; its name is that of its jobs queue."""
+    workers: list[Worker] = []
+
+    async def start(*flags: str, without: tuple[str, ...] = (), **settings: str) -> Worker:
+        worker = Worker.of(stack, tmp_path, **settings)
+        told = [
+            f"--env={name}"
+            for name in worker.environment
+            if name.startswith(("VQA_", "AWS_")) and name not in without
+        ]
+        worker.command = engine.start(image, flags=(f"--name={worker.jobs_queue}", *told, *flags))
+        workers.append(worker)
+        return await worker.start()
+
+    yield start
+    for worker in workers:
+        engine.remove(worker.jobs_queue)
+        worker.kill()
+
+
+def test_the_image_says_what_it_is(config: dict[str, Any]) -> None:
+    revision = run("git", "rev-parse", "HEAD").strip()
+    labels = {
+        name: value for name, value in config["Labels"].items() if name.startswith("org.opencontainers")
+    }
+    assert labels == {
+        "org.opencontainers.image.title": "vqa-worker",
+        "org.opencontainers.image.description": "Answers questions about images, from RabbitMQ to RabbitMQ",
+        "org.opencontainers.image.licenses": "Apache-2.0",
+        "org.opencontainers.image.version": __version__,
+        "org.opencontainers.image.revision": revision,
+        "org.opencontainers.image.base.name": python_image(),
+    }
+
+
+def test_it_runs_the_worker_itself_as_a_numeric_user_that_is_not_root(config: dict[str, Any]) -> None:
+    # In exec form, so that no shell stands between a signal and the worker.
+    assert config["Entrypoint"] == ["vqa-worker"]
+    assert config["Cmd"] == ["run"]
+    assert config["User"] == "10001:10001"
+    assert config["StopSignal"] == "SIGTERM"
+    assert list(config["ExposedPorts"]) == ["8080/tcp"]
+
+
+def test_nothing_of_the_building_machine_is_in_its_environment(config: dict[str, Any]) -> None:
+    names = {variable.split("=")[0] for variable in config["Env"]}
+    base = {"GPG_KEY", "LANG", "PYTHON_SHA256", "PYTHON_VERSION"}
+    assert names - base == {"PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
+
+
+def test_inside_the_user_has_no_rights_to_speak_of(inside: dict[str, Any]) -> None:
+    assert inside["user"] == [10001, 10001]
+    assert set(inside["groups"]) <= {10001}
+    capabilities = {name: value for name, value in inside["process"].items() if name.startswith("Cap")}
+    assert set(capabilities.values()) == {NOTHING}
+    assert inside["process"]["NoNewPrivs"] == "1"
+    assert inside["writable_to_the_user"] == []
+
+
+def test_no_folder_can_be_written_to_and_the_worker_needs_none(inside: dict[str, Any]) -> None:
+    # EACCES is for folders that the user may not even enter.
+    assert set(inside["attempts_to_write"]) <= {"EROFS", "EACCES"}
+    assert inside["attempts_to_write"]["EROFS"] > 100
+
+
+def test_the_packages_in_it_are_those_of_the_lock_and_the_worker_and_no_more(inside: dict[str, Any]) -> None:
+    minor = ".".join(inside["python"].split(".")[:2])
+    found = {(canonicalize_name(name), version) for name, version in inside["distributions"]}
+    assert found == {*locked(minor), ("vqa-worker", __version__)}
+
+
+def locked(python: str) -> Iterator[tuple[str, str]]:
+    """What the lock has for this Python: names and versions."""
+    environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+    for line in re.findall(r"^[a-z][^\\\n]+", (ROOT / "requirements.lock").read_text(), re.MULTILINE):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            yield requirement.name, str(requirement.specifier).removeprefix("==")
+
+
+def test_what_it_loads_is_its_own_or_the_standard_librarys(inside: dict[str, Any]) -> None:
+    assert inside["foreign_modules"] == []
+
+
+def test_no_tool_is_among_its_commands(inside: dict[str, Any]) -> None:
+    assert "vqa-worker" in inside["commands"]
+    assert not {"pip", "pip3", "pytest", "typer", "hatch", "cc"} & set(inside["commands"])
+
+
+def test_all_that_the_worker_loads_is_compiled_for_good(inside: dict[str, Any]) -> None:
+    assert inside["not_compiled"] == []
+
+
+def test_it_knows_the_worlds_certificate_authorities(inside: dict[str, Any]) -> None:
+    assert inside["authorities"] > 50
+
+
+def test_of_amazons_services_it_has_those_that_it_uses(inside: dict[str, Any]) -> None:
+    assert inside["clients"] == ["s3", "signin", "sso", "sso-oidc", "sts"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the figures are those of x86-64")
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ("native libraries", "native"),
+        ("compiled Python of the worker", "compiled"),
+        ("sources", "sources"),
+        ("data", "data"),
+        ("compiled Python of the standard", "standard library"),
+    ],
+)
+def test_its_size_is_the_documented_one(inside: dict[str, Any], row: str, kind: str) -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    told = re.search(rf"^\| {row}[^|]*\| (\d+) \|$", page, re.MULTILINE)
+    assert told
+    assert inside["megabytes"][kind] == pytest.approx(int(told[1]), rel=0.1, abs=1)
+
+
+async def test_the_container_answers_a_job_and_ends_well_when_the_engine_stops_it(
+    stack: Stack,
+    engine: Engine,
+    start_container: StartContainer,
+    client_of: MakeClient,
+    put_image: PutImage,
+) -> None:
+    async with Proxy.before(stack.model.base_url) as model:
+        worker = await start_container(VQA_MODEL_BASE_URL=model.url(stack.model.base_url))
+        client = await client_of(worker)
+        reply = await client.ask(question=f"What is it? {uuid.uuid4().hex}", images=[put_image()])
+        assert reply.body["status"] == "succeeded", reply.body
+        await until(lambda: worker.metric("vqa_jobs_total", status="succeeded") == 1, "it is counted")
+
+        # As an orchestrator does it: the image's own signal, then patience. What is in flight is finished.
+        model.freeze()
+        running = job()
+        await client.publish(running)
+        await until(lambda: model.held == 1, "the model is asked")
+        stopping = asyncio.create_task(
+            asyncio.to_thread(engine, "stop", "--time=60", worker.jobs_queue), name="stop"
+        )
+        await until(lambda: worker.ready()[0] == 503, "the worker drains")
+        model.thaw()
+        assert (await client.result(running["id"])).body["status"] == "succeeded"
+        await stopping
+        assert await worker.ended() == 0, worker.output()
+
+
+async def test_the_healthcheck_of_compose_tells_whether_it_takes_jobs(
+    stack: Stack, engine: Engine, services: dict[str, Any], start_container: StartContainer
+) -> None:
+    async with Proxy.before(stack.rabbitmq.url) as broker:
+        worker = await start_container(VQA_RABBITMQ_URL=broker.url(stack.rabbitmq.url))
+        check = [part.replace(":8080/", f":{worker.port}/") for part in check_of(services["worker"])]
+        assert check != check_of(services["worker"])
+        assert engine.tries("exec", worker.jobs_queue, *check)
+        await broker.refuse()
+        broker.reset()
+        await until(lambda: worker.ready()[0] == 503, "it has no broker")
+        assert not engine.tries("exec", worker.jobs_queue, *check)
+
+
+def check_of(service: dict[str, Any]) -> list[str]:
+    kind, *command = service["healthcheck"]["test"]
+    assert kind == "CMD"
+    return [str(part) for part in command]
+
+
+async def test_sigterm_ends_it_with_0(start_container: StartContainer) -> None:
+    worker = await start_container()
+    assert await worker.stop() == 0, worker.output()
+
+
+async def test_a_pods_identity_gets_it_the_credentials_of_a_role(
+    start_container: StartContainer, client_of: MakeClient, tmp_path: Path
+) -> None:
+    content = picture()
+    (tmp_path / "token").write_text("a-token-of-the-cluster")
+    (tmp_path / "token").chmod(0o444)
+    async with FakeS3.serving(content) as s3, FakeS3.serving(b"") as sts:
+        sts.answer = give(ROLE_GRANTED.encode(), Content_Type="text/xml")
+        worker = await start_container(
+            f"--volume={tmp_path / 'token'}:/var/run/secrets/token:ro",
+            without=CREDENTIALS,
+            AWS_ROLE_ARN="arn:aws:iam::123456789012:role/reader",
+            AWS_WEB_IDENTITY_TOKEN_FILE="/var/run/secrets/token",
+            AWS_ENDPOINT_URL_STS=sts.url,
+            VQA_S3_ENDPOINT_URL=s3.url,
+        )
+        client = await client_of(worker)
+        reply = await client.ask(question="What is it?", images=["s3://photos/cat.png"])
+        assert reply.body["status"] == "succeeded", reply.body
+        assert s3.asked[0].signed_by[0] == "AKIDROLE"
+        assert len(sts.asked) == 1
+
+
+ROLE_GRANTED = (
+    "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>"
+    "<AccessKeyId>AKIDROLE</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken>"
+    "<Expiration>2999-01-01T00:00:00Z</Expiration>"
+    "</Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+)
+
+
+def test_wrong_settings_end_it_with_78_and_a_line_for_each(engine: Engine, image: str) -> None:
+    done = subprocess.run(
+        engine.start(image, flags=("--env=VQA_MAX_ATTEMPTS=none",)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78
+    faults = done.stderr.splitlines()
+    assert [fault.split(":")[0] for fault in faults] == [
+        "VQA_MAX_ATTEMPTS",
+        "VQA_ALLOWED_BUCKETS",
+        "VQA_MODEL_API_KEY",
+    ]
+
+
+@pytest.fixture
+def simulator(engine: Engine, simulator_image: str) -> Iterator[str]:
+    """The name of a container with the model simulator, started as Compose does, away from all networks."""
+    name = f"simulator-{uuid.uuid4().hex[:8]}"
+    process = subprocess.Popen(
+        engine.start(simulator_image, flags=(f"--name={name}",), network="none"), stdout=subprocess.DEVNULL
+    )
+    yield name
+    engine.remove(name)
+    process.wait()
+
+
+async def test_the_image_of_the_model_simulator_serves_the_model(
+    engine: Engine, services: dict[str, Any], simulator: str
+) -> None:
+    assert "command" not in services["model"]
+    await until(lambda: engine.tries("exec", simulator, *check_of(services["model"])), "it is healthy")
+    assert engine("exec", simulator, "id", "-u").strip() == "10001"
+    listed = engine("exec", simulator, "python", "-c", LIST_MODELS)
+    assert services["worker"]["environment"]["VQA_MODEL"].endswith(f":-{listed.split()[0]}}}")
+
+
+LIST_MODELS = """
+import json, urllib.request
+for model in json.load(urllib.request.urlopen("http://127.0.0.1:8000/v1/models"))["data"]:
+    print(model["id"])
+"""
+
+
+async def test_the_image_of_the_model_simulator_asks_a_worker_about_pictures(
+    stack: Stack,
+    engine: Engine,
+    simulator_image: str,
+    services: dict[str, Any],
+    start_container: StartContainer,
+) -> None:
+    worker = await start_container()
+    told = {**worker.environment, "VQA_DEMO_BUCKET": stack.s3.bucket}
+    flags = [f"--env={name}" for name in told if name.startswith(("VQA_", "AWS_"))]
+    flags += [f"--tmpfs={folder}" for folder in services["ask"]["tmpfs"]]
+    done = await asyncio.to_thread(
+        subprocess.run,
+        engine.start(simulator_image, *services["ask"]["command"], flags=tuple(flags)),
+        env=told,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "receipt.jpg" in done.stdout
+    assert "image_not_found" in done.stdout
