@@ -133,7 +133,7 @@ async def test_an_outage_pauses_the_worker_costs_no_attempt_and_ends_by_itself(
     replies = await results(client, ids)
     assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
     await until(scene.is_at_peace, "all is well again")
-    assert scene.warnings_()[warnings_:] == ["paused"]
+    assert scene.warnings_()[warnings_:] == ["consumption_paused"]
     (resumed,) = events(worker, "consumption_resumed")[resumptions:]
     assert resumed["after_s"] > 0.9
     assert worker.metric("vqa_dependency_up", dependency="model") == 1
@@ -161,7 +161,10 @@ async def test_an_outage_costs_no_attempt_where_jobs_come_one_by_one(
     await until(narrow.is_at_peace, "all is well again")
     # One call each, trials after 1 s and 2 s perhaps, and the answers.
     assert len(calls_with(narrow.stack, marker)) <= 3 + 3 + 3
-    assert sorted(set(narrow.warnings_()[warnings_:])) in (["paused"], ["job_retried", "paused"])
+    assert sorted(set(narrow.warnings_()[warnings_:])) in (
+        ["consumption_paused"],
+        ["consumption_paused", "job_retried"],
+    )
 
 
 async def test_an_outage_with_hundreds_of_jobs_in_flight_is_one_line_in_the_log(
@@ -183,11 +186,12 @@ async def test_an_outage_with_hundreds_of_jobs_in_flight_is_one_line_in_the_log(
     own_stack.model.configure(rules=[])
     replies = await results(client, ids)
     assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
-    told = [
+    logged = [
         line["event"] for line in worker.log() if line.get("level") != "info" or "job" not in line["event"]
     ]
-    assert [event for event in told if event in ("paused", "resumed", "job_retried")] == ["paused", "resumed"]
-    assert len(told) < 10
+    expected = ["consumption_paused", "consumption_resumed"]
+    assert [event for event in logged if event in {*expected, "job_retried"}] == expected
+    assert len(logged) < 10
 
 
 async def test_a_paused_worker_tries_seldom_and_each_time_with_another_job(scene: Scene) -> None:

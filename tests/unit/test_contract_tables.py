@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from prometheus_client import Counter, Gauge, Histogram, Info
 from prometheus_client.metrics import MetricWrapperBase
+from pydantic import BaseModel
 
 from deploy.local.stack import Stack
 from tests.running import ROOT, Worker
@@ -21,7 +22,9 @@ from worker.observability import metrics
 from worker.rabbitmq.topology import QueueSpec, Topology
 
 CONTRACT = ROOT.parent / "shared" / "contract.md"
-pytestmark = pytest.mark.skipif(not CONTRACT.exists(), reason="the contract is not beside this copy")
+pytestmark = pytest.mark.skipif(not CONTRACT.exists(), reason="the contract is not next to this copy")
+
+# The contract also announces what is not built yet: all that is built must be in it, and not the reverse.
 
 # Added since, as the contract allows: codes and metrics that readers may not know.
 ADDED_CODES = {ErrorCode.CANCELLED, ErrorCode.RESULT_TOO_LARGE}
@@ -68,7 +71,7 @@ def quoted(text: str) -> list[str]:
 
 def test_the_fields_of_a_job() -> None:
     named = [name for first, *_ in table("Job") for name in quoted(first)]
-    assert sorted(named) == sorted(Job.model_fields)
+    assert set(Job.model_fields) <= set(named)
 
 
 def test_the_params_that_are_passed_on_and_those_that_are_not() -> None:
@@ -89,10 +92,17 @@ def _job_with(params: dict[str, int]) -> bytes:
 def test_the_fields_of_a_result() -> None:
     (text,) = re.findall(r"```json\n(.*?)```", CONTRACT.read_text(), re.DOTALL)
     example = json.loads(text)
-    assert list(example) == list(Result.model_fields)
-    assert list(example["usage"]) == list(Usage.model_fields)
-    assert list(example["timings"]) == list(Timings.model_fields)
+    for name, model in (("usage", Usage), ("timings", Timings)):
+        example[name] = _built(example[name], model)
+    example = _built(example, Result)
     assert json.loads(Result.model_validate(example).to_body()) == example
+
+
+def _built(example: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Return the example without announced fields; it has all others, in the same order."""
+    built = {name: value for name, value in example.items() if name in model.model_fields}
+    assert list(built) == list(model.model_fields)
+    return built
 
 
 def test_the_fields_of_an_error() -> None:
@@ -102,7 +112,7 @@ def test_the_fields_of_an_error() -> None:
 
 def test_the_error_codes() -> None:
     named = [name for first, *_ in table("Error codes") for name in quoted(first)]
-    assert sorted(named) == sorted(set(ErrorCode) - ADDED_CODES)
+    assert set(ErrorCode) - ADDED_CODES <= set(named)
 
 
 def _rows_of_queues() -> dict[str, dict[str, Any]]:
@@ -195,22 +205,21 @@ def _metrics_of_the_table() -> dict[str, tuple[str, set[str]]]:
 
 
 def test_the_metrics_their_types_and_their_labels() -> None:
-    declared = {name: (kind, metric) for name, kind, metric in _declared_metrics()}
     expected = {**_metrics_of_the_table(), **ADDED_METRICS}
-
-    assert {name: kind for name, (kind, _) in declared.items()} == {
-        name: kind for name, (kind, _) in expected.items()
+    # The library has no public way to ask for the names of the labels.
+    declared = {
+        name: (kind, set(metric._labelnames))  # noqa: SLF001
+        for name, kind, metric in _declared_metrics()
     }
-    # The library has no public way to ask for the names.
-    labels = {name: set(metric._labelnames) for name, (_, metric) in declared.items()}  # noqa: SLF001
-    assert labels == {name: labels for name, (_, labels) in expected.items()}
+    assert declared == {name: expected.get(name) for name in declared}
 
 
 def test_the_metrics_that_a_worker_shows(worker: Worker) -> None:
     shown = dict(re.findall(r"^# TYPE ((?:vqa|gen_ai)_\w+) (\w+)$", worker.get("/metrics")[1], re.MULTILINE))
     metrics = {**_metrics_of_the_table(), **ADDED_METRICS}
     expected = {name: kind.replace("info", "gauge") for name, (kind, _) in metrics.items()}
-    assert shown == expected
+    assert shown == {name: expected.get(name) for name in shown}
+    assert shown.keys() == {name for name, *_ in _declared_metrics()}
 
 
 def test_the_content_of_the_build_info(worker: Worker) -> None:

