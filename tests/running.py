@@ -24,7 +24,7 @@ from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 30.0
+PATIENCE_S = 90.0
 
 
 async def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> Any:
