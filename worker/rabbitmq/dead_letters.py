@@ -28,7 +28,7 @@ from worker.messages.job import parse_deadline, read_leniently, readable_id
 from worker.rabbitmq import messages, properties
 from worker.rabbitmq.consumer import to_delivery
 from worker.rabbitmq.permission_checks import NotAllowedError, Probes
-from worker.rabbitmq.publisher import OutgoingMessage, send
+from worker.rabbitmq.publisher import OutgoingMessage, send, to_amqp
 from worker.rabbitmq.session import connection_losses, explain
 from worker.rabbitmq.topology import Topology
 
@@ -186,8 +186,10 @@ class DeadLetters:
         await held.ack()
 
     async def _put(self, message: OutgoingMessage) -> None:
+        message = replace(message, exchange=self._topology.jobs_exchange)
+        amqp = to_amqp(message)
         try:
-            await send(self._writing, replace(message, exchange=self._topology.jobs_exchange))
+            await send(self._writing, message, amqp)
         except PublishError:
             raise LettersError(
                 f"nothing gets to the queue {message.routing_key} by {_exchange(self._topology)}:"

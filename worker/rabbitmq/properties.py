@@ -71,7 +71,7 @@ def can_be_said(name: str, value: FieldValue) -> bool:
     """Whether a header that came can go out again: the library reads some that it cannot write."""
     try:
         pamqp.encode.field_table({name: value})
-    except (TypeError, ValueError, OverflowError, struct.error):
+    except (TypeError, ValueError, OverflowError, RecursionError, struct.error):
         return False
     return True
 

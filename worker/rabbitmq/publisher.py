@@ -151,15 +151,16 @@ class Publisher:
         with spans().publish(message.exchange, message.routing_key, message.message_id) as span:
             if span.headers:
                 message = replace(message, headers=properties.with_trace(message.headers, span.headers))
-            await self._until_confirmed(message)
+            # Outside the loop that publishes again: an error in building the message is not the broker's.
+            await self._until_confirmed(message, to_amqp(message))
 
-    async def _until_confirmed(self, message: OutgoingMessage) -> None:
+    async def _until_confirmed(self, message: OutgoingMessage, amqp: aio_pika.Message) -> None:
         delay_s, tried = FIRST_DELAY_S, 0
         async with self._turns.setdefault(message.message_id, asyncio.Lock()):
             while True:
                 await self._connected.wait()
                 try:
-                    await self._publish_once(message)
+                    await self._publish_once(message, amqp)
                 except PublishError:
                     raise UnroutableError(message.routing_key) from None
                 except (DeliveryError, *CONNECTION_EXCEPTIONS) as error:
@@ -234,26 +235,28 @@ class Publisher:
     def _complain(self, error: BaseException, message: OutgoingMessage) -> None:
         """Say it once, though each job may meet it, each few seconds."""
         reason = _reason(error)
-        # A channel or a connection that is lost is nothing about this message's queue.
-        is_about_it = isinstance(error, ChannelClosed | DeliveryError)
-        subject = _subject(message) if is_about_it else "the connection"
-        tell = log.warning if self._warnings.is_news(subject, reason) else log.debug
+        if isinstance(error, ChannelClosed | DeliveryError):
+            is_news = self._warnings.is_news(_subject(message), reason)
+        else:
+            # The connection was lost, which says nothing about this queue. The text can name the channel.
+            is_news = self._warnings.is_news("the connection", type(error).__name__)
+        tell = log.warning if is_news else log.debug
         tell("publish_failed", exchange=message.exchange, routing_key=message.routing_key, reason=reason)
 
     def _praise(self, message: OutgoingMessage) -> None:
         if self._warnings.is_over(_subject(message)):
             log.info("publish_recovered", exchange=message.exchange, routing_key=message.routing_key)
 
-    async def _publish_once(self, message: OutgoingMessage) -> None:
+    async def _publish_once(self, message: OutgoingMessage, amqp: aio_pika.Message) -> None:
         if message.exchange in self._suspects:
-            return await self._publish_alone(message)
+            return await self._publish_alone(message, amqp)
         channel = self._channel
         if channel is None or channel.is_closed:
             self._connected.clear()
             raise ConnectionError("the channel is closed")
         self._waiting[channel] += 1
         try:
-            return await self._publish_on(channel, message)
+            return await self._publish_on(channel, message, amqp)
         except DeliveryError as error:
             if channel is self._channel and not isinstance(error, PublishError):
                 self._refused.set()
@@ -262,7 +265,7 @@ class Publisher:
             self._waiting[channel] -= 1
             await self._close_if_idle(channel)
 
-    async def _publish_alone(self, message: OutgoingMessage) -> None:
+    async def _publish_alone(self, message: OutgoingMessage, amqp: aio_pika.Message) -> None:
         """On a channel of its own: closed over this message, it takes no other's confirm with it."""
         async with self._alone:
             if self._connection is None:
@@ -271,21 +274,25 @@ class Publisher:
                 with connection_losses():
                     channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
             try:
-                await self._publish_on(channel, message)
+                await self._publish_on(channel, message, amqp)
             finally:
                 await _close(channel)
 
-    async def _publish_on(self, channel: AbstractChannel, message: OutgoingMessage) -> None:
+    async def _publish_on(
+        self, channel: AbstractChannel, message: OutgoingMessage, amqp: aio_pika.Message
+    ) -> None:
         try:
-            await send(channel, message)
+            await send(channel, message, amqp)
         except ChannelClosed:
             self._suspects.add(message.exchange)
             raise
         self._suspects.discard(message.exchange)
 
 
-async def send(channel: AbstractChannel, message: OutgoingMessage) -> None:
-    """Publish once and wait for the confirm, on a channel that has them and raises what is returned.
+async def send(channel: AbstractChannel, message: OutgoingMessage, amqp: aio_pika.Message) -> None:
+    """Publish `amqp`, which is `message` as built by `to_amqp`, once and wait for the confirm.
+
+    The channel must have publisher confirms and raise returned messages.
 
     Raises:
         PublishError: no queue takes it.
@@ -297,7 +304,7 @@ async def send(channel: AbstractChannel, message: OutgoingMessage) -> None:
         else channel.default_exchange
     )
     with connection_losses():
-        await exchange.publish(to_amqp(message), message.routing_key, mandatory=message.mandatory)
+        await exchange.publish(amqp, message.routing_key, mandatory=message.mandatory)
 
 
 async def _close(channel: AbstractChannel) -> None:
@@ -339,7 +346,7 @@ def _reason(error: BaseException) -> str:
     """What is wrong, for the person who can put it right."""
     if isinstance(error, DeliveryError):
         return "the broker refuses the message: the queue is full, or cannot work"
-    return explain(error) if isinstance(error, ChannelClosed) else type(error).__name__
+    return explain(error)
 
 
 def to_amqp(message: OutgoingMessage) -> aio_pika.Message:

@@ -10,13 +10,14 @@ from typing import Final, Literal, TypeAlias
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed, PublishError
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 
 from worker.rabbitmq.publisher import (
     OutgoingMessage,
     UnroutableError,
     raise_if_refused,
     raise_if_too_large,
+    send,
     to_amqp,
 )
 from worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, told_of
@@ -104,11 +105,13 @@ class Requests:
             TooLargeError: the broker takes no message of this size.
             RefusedError: this user may not publish there, or there is no such exchange.
         """
-        delay_s = FIRST_DELAY_S
+        # Outside the loop that publishes again: an error in building the message is not the broker's.
+        amqp, delay_s = to_amqp(message), FIRST_DELAY_S
         while True:
             await self.connected.wait()
+            amqp.reply_to = self.reply_to
             try:
-                return await self._publish_once(message)
+                return await self._publish_once(message, amqp)
             except PublishError:
                 raise UnroutableError(self._jobs_queue) from None
             except CONNECTION_EXCEPTIONS as error:
@@ -198,20 +201,8 @@ class Requests:
     async def _receive_direct(self, message: AbstractIncomingMessage) -> None:
         self._on_result(message.body)
 
-    async def _publish_once(self, message: OutgoingMessage) -> None:
+    async def _publish_once(self, message: OutgoingMessage, amqp: aio_pika.Message) -> None:
         channel = self._channel
         if channel is None or channel.is_closed:
             raise ConnectionError("the channel is closed")
-        amqp = to_amqp(message)
-        amqp.reply_to = self.reply_to
-        try:
-            with connection_losses():
-                exchange = (
-                    await channel.get_exchange(message.exchange, ensure=False)
-                    if message.exchange
-                    else channel.default_exchange
-                )
-                await exchange.publish(amqp, message.routing_key, mandatory=True)
-        except ChannelClosed as error:
-            raise_if_too_large(error, message)
-            raise
+        await send(channel, message, amqp)

@@ -1,0 +1,61 @@
+"""Publishing without a broker: errors that no broker can mend end the publish at once."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+from pamqp.common import FieldValue
+
+from tests.unit.fakes import TOPOLOGY
+from worker.rabbitmq.properties import can_be_said
+from worker.rabbitmq.publisher import OutgoingMessage, Publisher
+from worker.rabbitmq.requests import Requests
+from worker.rabbitmq.session import Broker
+
+BROKER = Broker("amqp://127.0.0.1:1/", None, "test")
+
+
+class BrokenHeaders(Mapping[str, FieldValue]):
+    """Headers that cannot be read: aio-pika counts RuntimeError among the losses of a connection."""
+
+    def __getitem__(self, name: str) -> FieldValue:
+        raise RuntimeError(name)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[str]:
+        raise RuntimeError("broken headers")
+
+
+def publisher() -> Publisher:
+    return Publisher(BROKER, TOPOLOGY)
+
+
+def requests() -> Requests:
+    return Requests(
+        BROKER,
+        "jobs",
+        "queue",
+        reply_exchange="",
+        expires_s=60,
+        on_result=lambda _: None,
+        on_loss=lambda: None,
+    )
+
+
+@pytest.mark.parametrize("make", [publisher, requests])
+async def test_an_error_in_building_a_message_is_raised_and_not_retried(
+    make: Callable[[], Publisher | Requests],
+) -> None:
+    message = OutgoingMessage(body=b"{}", routing_key="jobs", headers=BrokenHeaders())
+    async with asyncio.timeout(5):
+        with pytest.raises(RuntimeError, match="broken headers"):
+            await make().publish(message)
+
+
+def test_a_header_nested_too_deep_to_be_encoded_is_not_repeated() -> None:
+    value: FieldValue = "innermost"
+    for _ in range(10_000):
+        value = [value]
+    assert not can_be_said("deep", value)
