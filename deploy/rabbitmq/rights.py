@@ -1,27 +1,31 @@
-"""The users of the broker, what each may do there, and why.
+"""The RabbitMQ users, the permissions of each, and the reason for each permission.
 
-A right is a regular expression over the names of queues and exchanges alike; the default exchange goes by the
-name `amq.default`. Which of them the worker needs follows from its settings: with exchanges of its own for
-jobs and for replies it can do without the default exchange, which reaches every queue of the virtual host.
+A permission is a regular expression over the names of queues and exchanges; the default exchange is named
+`amq.default`. Which permissions the worker needs depends on its settings: with its own exchanges for jobs and
+for replies it needs no write permission on the default exchange, which reaches every queue of its virtual
+host.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from worker.rabbitmq.replies import PRIVATE_PREFIX
 from worker.rabbitmq.topology import Topology
 
 NOTHING = "^$"
 DEFAULT_EXCHANGE = r"amq\.default"
-# What RabbitMQ names the queues that it is asked to name.
+# Queues whose names RabbitMQ generates.
 NAMED_BY_SERVER = r"amq\.gen-.*"
+# Queues that the Python client and `vqa-worker submit` declare for their own results.
+OWN_RESULTS = rf"{re.escape(PRIVATE_PREFIX)}.+"
 
 WORKER, PUBLISHER, KEDA, OPERATOR = "vqa-worker", "vqa-publisher", "vqa-keda", "vqa-operator"
 
 
 @dataclass(frozen=True)
 class Right:
-    """Names that something may be done with, as a pattern, and what for."""
+    """A pattern of names, and why a user needs the permission on them."""
 
     pattern: str
     why: str
@@ -29,7 +33,7 @@ class Right:
 
 @dataclass(frozen=True)
 class TopicRights:
-    """Which routing keys a user may write to a topic exchange with, and bind queues to it with."""
+    """The routing keys with which a user may publish to a topic exchange, and bind queues to it."""
 
     exchange: str
     write: Sequence[Right] = ()
@@ -38,7 +42,7 @@ class TopicRights:
 
 @dataclass(frozen=True)
 class User:
-    """A user of the broker; `tags` are for the management interface."""
+    """A RabbitMQ user; `tags` are for the management API."""
 
     name: str
     purpose: str
@@ -50,7 +54,7 @@ class User:
 
 
 def regex(rights: Sequence[Right]) -> str:
-    """The expression that RabbitMQ takes."""
+    """Return the regular expression that RabbitMQ takes."""
     patterns = list(dict.fromkeys(right.pattern for right in rights))
     if not patterns:
         return NOTHING
@@ -58,89 +62,92 @@ def regex(rights: Sequence[Right]) -> str:
 
 
 def intake(topology: Topology) -> str:
-    """A fan-out exchange to the jobs queue, so that who publishes jobs reaches nothing else."""
+    """Return the name of the fanout exchange through which publishers reach only the jobs queue."""
     return f"{topology.jobs}.intake"
 
 
 def users(topology: Topology) -> list[User]:
-    """All of them."""
+    """Return all users."""
     return [_worker(topology), _publisher(topology), _keda(), _operator(topology)]
 
 
 def _worker(topology: Topology) -> User:
-    jobs_go_back = "retries, jobs that are given back, dead letters"
-    results = "results" if topology.reply_exchange else "results, direct replies among them"
+    results = "publish results" if topology.reply_exchange else "publish results and direct replies"
     return User(
         WORKER,
         "`vqa-worker run` with `VQA_DECLARE_TOPOLOGY=false`",
-        configure=[Right(NAMED_BY_SERVER, "make the queue on which it hears of cancellations")],
+        configure=[Right(NAMED_BY_SERVER, "declare its queue for cancellations")],
         write=[
-            Right(_exchange(topology.jobs_exchange), jobs_go_back),
+            Right(_exchange(topology.jobs_exchange), "publish retries, requeued jobs and dead letters"),
             Right(_exchange(topology.reply_exchange), results),
-            Right(NAMED_BY_SERVER, "bind its queue"),
+            Right(NAMED_BY_SERVER, "bind its queue for cancellations"),
         ],
         read=[
-            Right(re.escape(topology.jobs), "take jobs"),
+            Right(re.escape(topology.jobs), "consume jobs"),
             Right(re.escape(topology.control.name), "bind its queue to this exchange"),
-            Right(NAMED_BY_SERVER, "hear of cancellations"),
+            Right(NAMED_BY_SERVER, "consume cancellations"),
         ],
         topics=_replies(
             topology,
             write=[
-                Right(rf"{re.escape(topology.results)}(\..*)?", "results"),
-                Right(NAMED_BY_SERVER, "results for private queues"),
+                Right(re.escape(topology.results), "publish results"),
+                Right(OWN_RESULTS, "publish results to the queues of `submit` and clients"),
+                Right(NAMED_BY_SERVER, "publish results to exclusive queues"),
             ],
         ),
     )
 
 
 def _publisher(topology: Topology) -> User:
-    own = "private queues for replies"
+    own = [
+        Right(OWN_RESULTS, "the result queues of `vqa-worker submit` and the Python client"),
+        Right(NAMED_BY_SERVER, "exclusive reply queues"),
+    ]
     reply_exchange = topology.reply_exchange
-    to_bind = [Right(NAMED_BY_SERVER, "bind a private queue for replies")] if reply_exchange else []
-    to_bind_to = [Right(re.escape(reply_exchange), "bind it to this exchange")] if reply_exchange else []
+    to_bind = [Right(right.pattern, f"bind {right.why}") for right in own] if reply_exchange else []
+    to_bind_to = [Right(re.escape(reply_exchange), "bind reply queues to this exchange")]
     return User(
         PUBLISHER,
-        "publishes jobs, reads results, cancels",
-        configure=[Right(NAMED_BY_SERVER, own)],
+        "publishes jobs, consumes results, cancels jobs: `vqa-worker submit`, the Python client",
+        configure=[Right(right.pattern, f"declare and delete {right.why}") for right in own],
         write=[
             Right(re.escape(intake(topology)), "publish jobs"),
             Right(re.escape(topology.control.name), "cancel jobs"),
             *to_bind,
         ],
         read=[
-            Right(re.escape(topology.results), "results"),
-            Right(NAMED_BY_SERVER, own),
-            *to_bind_to,
+            Right(re.escape(topology.results), "consume results"),
+            *(Right(right.pattern, f"consume from {right.why}") for right in own),
+            *(to_bind_to if reply_exchange else []),
         ],
-        topics=_replies(topology, read=[Right(NAMED_BY_SERVER, "bind no key but a private queue's name")]),
+        topics=_replies(topology, read=[Right(right.pattern, f"bind {right.why}") for right in own]),
     )
 
 
 def _keda() -> User:
-    return User(KEDA, "reads the length of the jobs queue, to scale by it", tags=["management"])
+    return User(KEDA, "reads the length of the jobs queue, for autoscaling", tags=["management"])
 
 
 def _operator(topology: Topology) -> User:
     own = own_names(topology)
     return User(
         OPERATOR,
-        "`vqa-worker topology apply`, and whoever puts dead letters back",
-        configure=[Right(pattern, "make and delete the queues and exchanges") for pattern in own],
+        "`vqa-worker topology apply`, and the commands for dead letters",
+        configure=[Right(pattern, "declare and delete queues and exchanges") for pattern in own],
         write=[
             *(Right(pattern, "bind queues, publish") for pattern in own),
-            Right(DEFAULT_EXCHANGE, "declare queues that hand on by it"),
+            Right(DEFAULT_EXCHANGE, "declare queues that dead-letter to the default exchange"),
         ],
-        read=[Right(pattern, "bind to exchanges, read queues") for pattern in own],
+        read=[Right(pattern, "bind to exchanges, consume from queues") for pattern in own],
     )
 
 
 def own_names(topology: Topology) -> list[str]:
-    """Patterns of all names that belong to the worker, and of those below the main ones."""
+    """Return patterns of all names that belong to the worker, and of the names below the main queues."""
     main = [topology.jobs, topology.results]
     others = [topology.dead_letters, topology.jobs_exchange, topology.reply_exchange]
-    beside = [name for name in others if name and not any(f"{name}.".startswith(f"{it}.") for it in main)]
-    return [*(rf"{re.escape(name)}(\..*)?" for name in main), *map(re.escape, beside)]
+    further = [name for name in others if name and not any(f"{name}.".startswith(f"{it}.") for it in main)]
+    return [*(rf"{re.escape(name)}(\..*)?" for name in main), *map(re.escape, further)]
 
 
 def _exchange(name: str) -> str:

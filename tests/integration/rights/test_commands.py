@@ -1,15 +1,20 @@
-"""Commands of repair as the users that the files of deploy/rabbitmq/ make: they need no more."""
+"""Commands and the client as the users of deploy/rabbitmq/: their permissions are enough."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import aio_pika
 import pytest
 
 from deploy.local.stack import Stack
-from deploy.rabbitmq.rights import OPERATOR, WORKER
+from deploy.rabbitmq.rights import OPERATOR, PUBLISHER, WORKER
+from tests.conftest import PutImage
 from tests.integration.cli.running import Cli
 from tests.integration.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, Realm
+from tests.running import Worker
+from worker.client import Client, Replies
+
+INTAKE = "vqa.jobs.intake"
 
 
 @pytest.fixture(scope="module", params=[PLAIN_FOLDER, STRICT_FOLDER], ids=["plain", "strict"])
@@ -55,3 +60,35 @@ async def test_the_operator_looks_at_dead_letters_and_puts_them_back(
         assert back.body == b"{}"
     (told,) = await cli.told("top", "--once")
     assert told["queues"]["dead"] == 0
+
+
+@pytest.fixture
+async def worker_of_realm(realm: Realm, stack: Stack, tmp_path: Path) -> AsyncIterator[Worker]:
+    async with Worker.running(stack, tmp_path, **realm.settings) as worker:
+        yield worker
+        assert "ACCESS_REFUSED" not in worker.output()
+
+
+@pytest.mark.usefixtures("worker_of_realm")
+async def test_the_publisher_submits_a_job_and_collects_its_result(
+    realm: Realm, stack: Stack, tmp_path: Path, put_image: PutImage
+) -> None:
+    cli = cli_as(realm, stack, tmp_path, PUBLISHER)
+    job = ("submit", put_image(), "What is it?", "--exchange", INTAKE)
+    (waited_for,) = await cli.told(*job, "--wait")
+    assert waited_for["status"] == "succeeded"
+    await cli.told(*job, "--name", "collected-later")
+    (collected,) = await cli.told("results", "collected-later")
+    assert collected["status"] == "succeeded"
+
+
+@pytest.mark.usefixtures("worker_of_realm")
+@pytest.mark.parametrize("replies", ["queue", "exclusive"])
+async def test_the_publisher_s_client_gets_answers(
+    realm: Realm, put_image: PutImage, replies: Replies
+) -> None:
+    reply_exchange = "vqa.replies" if realm.is_strict else ""
+    url = realm.url(PUBLISHER)
+    async with Client(url, jobs_exchange=INTAKE, reply_exchange=reply_exchange, replies=replies) as client:
+        result = await client.ask(put_image(), "What is it?", timeout=30)
+    assert result.succeeded
