@@ -15,9 +15,9 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from worker.jobs.delivery import Delivery
 from worker.rabbitmq import properties
 from worker.rabbitmq.control import Control
+from worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
 from worker.rabbitmq.session import (
     Broker,
-    RateLimitedWarnings,
     connection_losses,
     explain,
     raise_if_cancelled,
@@ -90,10 +90,10 @@ class Consumer:
                 except TopologyError as error:
                     if not self._was_established:
                         raise
-                    if self._warnings.is_news("topology", str(error)):
+                    if self._warnings.should_log("topology", str(error)):
                         log.error("topology_mismatch", faults=error.faults)  # noqa: TRY400 - they say it all
                 except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
-                    if self._warnings.is_news("session", reason := explain(error)):
+                    if self._warnings.should_log("session", reason := explain(error)):
                         log.warning("rabbitmq_connection_lost", purpose="consume", reason=reason)
                 first = False
             delay_s = (
@@ -214,11 +214,11 @@ class Consumer:
                 self._queue = queue
                 if not self._held:
                     await self._consume(queue)
-            self._warnings.is_over("topology")
-            self._warnings.is_over("session")
+            self._warnings.recovered("topology")
+            self._warnings.recovered("session")
             log.info("rabbitmq_connected", queue=self._topology.jobs, prefetch=self._prefetch)
             raise_if_cancelled()
-            await self._until_lost(channel)
+            await self._until_lost(channel, connection)
         finally:
             self._queue, self._granted = None, 0
             self._consumer_tags.clear()
@@ -254,14 +254,18 @@ class Consumer:
         underlay = await channel.get_underlay_channel()
         underlay.on_consumer_cancel_callbacks.add(lambda _: self._cancelled_by_broker.set())
 
-    async def _until_lost(self, channel: AbstractChannel) -> None:
+    async def _until_lost(self, channel: AbstractChannel, connection: AbstractConnection) -> None:
         cancelled = asyncio.create_task(self._cancelled_by_broker.wait(), name="consumer-cancelled")
+        control = asyncio.create_task(self._control.keep_bound(connection), name="control")
         closed = asyncio.ensure_future(channel.closed())
+        waiting: set[asyncio.Future[Any]] = {cancelled, control, closed}
         try:
-            await asyncio.wait({cancelled, closed}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            cancelled.cancel()
-            closed.cancel()
+            for future in waiting:
+                future.cancel()
+        if control in done:
+            control.result()
         raise ConnectionError(
             "the broker cancelled the consumer: the queue was deleted, or a delivery took too long"
             if self._cancelled_by_broker.is_set()

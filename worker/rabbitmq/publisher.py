@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -25,10 +26,10 @@ from worker.errors import Dependency
 from worker.observability.metrics import DEPENDENCY_UP
 from worker.observability.tracing import spans
 from worker.rabbitmq import properties
+from worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
 from worker.rabbitmq.session import (
     DIAL_TIMEOUT_S,
     Broker,
-    RateLimitedWarnings,
     connection_losses,
     explain,
     raise_if_cancelled,
@@ -41,6 +42,8 @@ FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 3.0
 # The library waits for ever for a channel on a connection that is lost while the broker blocks it.
 RESTORE_TIMEOUT_S = 60.0
+# Each restore declares every queue; the jobs that settle at the same time share one.
+RESTORE_INTERVAL_S = 5.0
 # The broker's words when it closes the channel over a message's size (`max_message_size`: 16 MiB by default
 # in RabbitMQ 4, 128 MiB before). It closes it for the messages beside that one as well.
 _TOO_LARGE = re.compile(r"message size (\d+) is larger than configured max size (\d+)")
@@ -111,6 +114,9 @@ class Publisher:
         # How many messages wait for their confirm on a channel; whether one was refused on the present one.
         self._waiting: Counter[AbstractChannel] = Counter()
         self._refused = asyncio.Event()
+        # The restore of the topology under way or last done, and when it began.
+        self._restore: asyncio.Task[None] | None = None
+        self._restore_began = 0.0
 
     @property
     def is_connected(self) -> bool:
@@ -177,7 +183,18 @@ class Publisher:
                 delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
     async def restore_topology(self) -> None:
-        """Declare the queues again after one of them went missing; a fault is logged, not raised."""
+        """Declare the queues again after one of them went missing.
+
+        One restore at a time, shared by all callers: within `RESTORE_INTERVAL_S` of its start callers get the
+        outcome of the last one. A failure is logged, at most once a minute, and not raised.
+        """
+        now = time.monotonic()
+        if self._restore is None or (self._restore.done() and now - self._restore_began > RESTORE_INTERVAL_S):
+            self._restore_began = now
+            self._restore = asyncio.create_task(self._declare_again(), name="restore-topology")
+        await asyncio.shield(self._restore)
+
+    async def _declare_again(self) -> None:
         if self._connection is None:
             return
         try:
@@ -185,9 +202,13 @@ class Publisher:
                 with connection_losses():
                     await establish(self._connection, self._topology)
         except TopologyError as error:
-            log.error("topology_mismatch", faults=error.faults)  # noqa: TRY400 - the faults say it all
+            if self._warnings.should_log("topology", str(error)):
+                log.error("topology_mismatch", faults=error.faults)  # noqa: TRY400 - the faults say it all
         except CONNECTION_EXCEPTIONS as error:
-            log.warning("topology_redeclare_failed", reason=type(error).__name__)
+            if self._warnings.should_log("topology", type(error).__name__):
+                log.warning("topology_redeclare_failed", reason=explain(error))
+        else:
+            self._warnings.recovered("topology")
 
     async def _serve(self, connection: AbstractConnection) -> None:
         self._connection = connection
@@ -236,15 +257,15 @@ class Publisher:
         """Say it once, though each job may meet it, each few seconds."""
         reason = _reason(error)
         if isinstance(error, ChannelClosed | DeliveryError):
-            is_news = self._warnings.is_news(_subject(message), reason)
+            is_news = self._warnings.should_log(_subject(message), reason)
         else:
             # The connection was lost, which says nothing about this queue. The text can name the channel.
-            is_news = self._warnings.is_news("the connection", type(error).__name__)
+            is_news = self._warnings.should_log("the connection", type(error).__name__)
         tell = log.warning if is_news else log.debug
         tell("publish_failed", exchange=message.exchange, routing_key=message.routing_key, reason=reason)
 
     def _praise(self, message: OutgoingMessage) -> None:
-        if self._warnings.is_over(_subject(message)):
+        if self._warnings.recovered(_subject(message)):
             log.info("publish_recovered", exchange=message.exchange, routing_key=message.routing_key)
 
     async def _publish_once(self, message: OutgoingMessage, amqp: aio_pika.Message) -> None:

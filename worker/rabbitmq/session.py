@@ -3,7 +3,6 @@
 import asyncio
 import ssl
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -30,9 +29,6 @@ FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 3.0
 # aiormq ends a connection after three times as long a silence; a minute is long for a queue of paid work.
 HEARTBEAT_S = 20
-REPEAT_S = 60.0
-# Some are about queues that jobs name.
-REMEMBERED_COMPLAINTS = 1000
 # AMQP 0-9-1: the code for a virtual host that doesn't exist or may not be used. RabbitMQ has it for too many
 # connections, too, which pass.
 _NOT_ALLOWED = 530
@@ -79,28 +75,6 @@ def raise_if_cancelled() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
-
-
-class RateLimitedWarnings:
-    """What is wrong is said once, and again each minute while it lasts: not by every job that meets it."""
-
-    def __init__(self) -> None:
-        # By subject: the reasons, and when each was said.
-        self._said: OrderedDict[str, dict[str, float]] = OrderedDict()
-
-    def is_news(self, subject: str, reason: str) -> bool:
-        """Whether this is to be said of the subject now."""
-        said, now = self._said.setdefault(subject, {}), time.monotonic()
-        if now - said.get(reason, float("-inf")) < REPEAT_S:
-            return False
-        said[reason] = now
-        if len(self._said) > REMEMBERED_COMPLAINTS:
-            self._said.popitem(last=False)
-        return True
-
-    def is_over(self, subject: str) -> bool:
-        """All is well with the subject; returns whether something else was said last."""
-        return self._said.pop(subject, None) is not None
 
 
 @dataclass(frozen=True)

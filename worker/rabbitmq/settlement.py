@@ -17,7 +17,7 @@ from worker.observability import metrics
 from worker.observability.tenants import Tenants
 from worker.rabbitmq import messages
 from worker.rabbitmq.publisher import OutgoingMessage, PublishAbandonedError, TooLargeError, UnroutableError
-from worker.rabbitmq.session import RateLimitedWarnings
+from worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
 from worker.rabbitmq.topology import Topology
 
 log = structlog.get_logger(__name__)
@@ -195,7 +195,7 @@ class Settlement:
                     return False
                 raise
             else:
-                self._warnings.is_over(message.routing_key)
+                self._warnings.recovered(message.routing_key)
                 return True
             rounds += 1
             if rounds >= COPY_ROUNDS and lets_go():
@@ -205,7 +205,7 @@ class Settlement:
             delay_s = UNROUTABLE_DELAY_S
 
     def _say_missing(self, message: OutgoingMessage) -> None:
-        if self._warnings.is_news(message.routing_key, "missing"):
+        if self._warnings.should_log(message.routing_key, "missing"):
             log.error("queue_missing", queue=message.routing_key, exchange=message.exchange)
 
 
