@@ -210,7 +210,7 @@ class Processor:
             raise _TooOftenError(_TOO_OFTEN.format(delivery.deliveries))
         job = decode(delivery.body, delivery.message_id, self._rules.max_job_bytes)
         report.job_is(job)
-        report.refund(self._health.take_refund(report.job_id or ""))
+        report.restore_attempts(self._health.take_restored_attempts(report.job_id or ""))
         report.model_is(self._model_of(job))
         if delivery.deliveries > self._rules.delivery_limit:
             raise _TooOftenError(_TOO_OFTEN.format(delivery.deliveries))

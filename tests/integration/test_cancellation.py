@@ -5,6 +5,7 @@ import uuid
 from typing import Any
 
 import aio_pika
+import pytest
 from aio_pika.exceptions import ChannelNotFoundEntity
 
 from deploy.local.model_simulator.behavior import Error, Hang
@@ -14,17 +15,18 @@ from tests.conftest import BUCKET, MakeClient, StartWorker
 from tests.running import Client, Worker, calls_with, until
 
 
-async def tell(stack: Stack, worker: Worker, body: bytes) -> None:
-    """Say something on the worker's control exchange."""
+async def tell(stack: Stack, worker: Worker, *bodies: bytes) -> None:
+    """Publish messages on the worker's control exchange."""
     connection = await aio_pika.connect(stack.rabbitmq.url)
     async with connection:
         channel = await connection.channel()
         exchange = await channel.get_exchange(f"{worker.jobs_queue}.control")
-        await exchange.publish(aio_pika.Message(body), "")
+        for body in bodies:
+            await exchange.publish(aio_pika.Message(body), "")
 
 
-async def cancel(stack: Stack, worker: Worker, job_id: str) -> None:
-    await tell(stack, worker, json.dumps({"cancel": job_id}).encode())
+async def cancel(stack: Stack, worker: Worker, job_id: str, *, times: int = 1) -> None:
+    await tell(stack, worker, *[json.dumps({"cancel": job_id}).encode()] * times)
 
 
 async def nothing_is_left(client: Client, worker: Worker) -> bool:
@@ -32,8 +34,9 @@ async def nothing_is_left(client: Client, worker: Worker) -> bool:
     return not any([await client.depth(name) for name in names])
 
 
-async def test_a_running_call_is_aborted_and_its_job_gets_one_result(
-    stack: Stack, start_worker: StartWorker, client_of: MakeClient
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_running_call_is_aborted_and_its_job_gets_one_result_however_often_it_is_cancelled(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient, times: int
 ) -> None:
     marker = uuid.uuid4().hex
     stack.model.play(Hang(), marker=marker, times=None)
@@ -43,7 +46,7 @@ async def test_a_running_call_is_aborted_and_its_job_gets_one_result(
     taken, other = job(marker, metadata={"mine": 1}), job("another one")
     await client.publish(taken, correlation_id="its sender's")
     await calls_begun(stack, marker, 1)
-    await cancel(stack, first, taken["id"])
+    await cancel(stack, first, taken["id"], times=times)
 
     reply = await client.result(taken["id"])
     assert (reply.body["status"], reply.body["answer"]) == ("failed", None)

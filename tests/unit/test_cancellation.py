@@ -77,6 +77,37 @@ async def test_a_worker_that_stops_gives_a_job_back_though_it_was_cancelled(
         await task
 
 
+async def test_several_cancel_messages_for_one_job_are_one_cancellation() -> None:
+    cancellations = Cancellations()
+    mine, mine_too = await running(cancellations, "a", "a")
+    for _ in range(3):
+        cancellations.heard("a")
+    assert {await mine, await mine_too} == {ErrorCode.CANCELLED}
+    assert mine.cancelling() == 0
+
+
+async def test_a_cancel_message_that_comes_while_the_job_ends_changes_nothing() -> None:
+    cancellations = Cancellations()
+
+    async def cleans_up() -> str:
+        try:
+            with cancellations.heeded("a"):
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await asyncio.sleep(0)
+        except JobError as error:
+            return error.code
+        return "done"
+
+    task = asyncio.create_task(cleans_up())
+    await asyncio.sleep(0)
+    cancellations.heard("a")
+    await asyncio.sleep(0)
+    cancellations.heard("a")
+    assert await task == ErrorCode.CANCELLED
+
+
 async def test_a_job_that_is_done_is_not_reached_any_more() -> None:
     cancellations = Cancellations()
     with cancellations.heeded("a"):

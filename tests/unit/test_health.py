@@ -430,13 +430,13 @@ def test_what_was_counted_is_handed_back_once_when_the_outage_is_known() -> None
     health.counted(MODEL, "job", 1.0)
     health.counted(MODEL, "job", 2.0)
     health.counted(MODEL, "another", 2.0)
-    assert health.take_refund("job") == 0
+    assert health.take_restored_attempts("job") == 0
     health.down(MODEL, "gone", 3.0)
-    assert (health.take_refund("job"), health.take_refund("another")) == (2, 1)
-    assert (health.take_refund("job"), health.take_refund("nobody")) == (0, 0)
+    assert (health.take_restored_attempts("job"), health.take_restored_attempts("another")) == (2, 1)
+    assert (health.take_restored_attempts("job"), health.take_restored_attempts("nobody")) == (0, 0)
     health.succeeded(MODEL, 4.0, 4.0)
     health.down(MODEL, "again", 5.0)
-    assert health.take_refund("job") == 0
+    assert health.take_restored_attempts("job") == 0
 
 
 def test_what_was_counted_stays_counted_once_a_call_begun_since_has_gone_well() -> None:
@@ -446,16 +446,16 @@ def test_what_was_counted_stays_counted_once_a_call_begun_since_has_gone_well() 
     health.succeeded(MODEL, 2.0, 4.0)
     health.succeeded(S3, 4.0, 4.0)
     health.down(MODEL, "gone", 5.0)
-    assert (health.take_refund("early"), health.take_refund("late")) == (0, 1)
+    assert (health.take_restored_attempts("early"), health.take_restored_attempts("late")) == (0, 1)
 
 
 def test_only_the_outage_of_what_failed_hands_back() -> None:
     health = Health()
     health.counted(MODEL, "job", 1.0)
     health.down(S3, "gone", 2.0)
-    assert health.take_refund("job") == 0
+    assert health.take_restored_attempts("job") == 0
     health.counted(S3, "other", 3.0)
-    assert health.take_refund("other") == 0
+    assert health.take_restored_attempts("other") == 0
 
 
 def test_what_is_remembered_of_counted_attempts_has_an_end() -> None:
@@ -466,8 +466,8 @@ def test_what_is_remembered_of_counted_attempts_has_an_end() -> None:
     for n in range(REMEMBERED_JOBS - 1):
         health.counted(S3, f"other {n}", 3.0)
     health.down(S3, "gone", 4.0)
-    assert [health.take_refund(f"job {n}") for n in (0, 1, REMEMBERED_JOBS)] == [0, 0, 1]
-    assert health.take_refund("other 0") == 1
+    assert [health.take_restored_attempts(f"job {n}") for n in (0, 1, REMEMBERED_JOBS)] == [0, 0, 1]
+    assert health.take_restored_attempts("other 0") == 1
 
 
 EVENTS = st.lists(

@@ -86,6 +86,13 @@ async def worker() -> AsyncIterator[Worker]:
         await worker.finish()
 
 
+@pytest.fixture
+def settlement_log(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
+    log = CapturingLogger()
+    monkeypatch.setattr("worker.rabbitmq.settlement.log", log)
+    return log
+
+
 def running() -> float | None:
     return metrics.REGISTRY.get_sample_value("vqa_jobs_in_flight")
 
@@ -256,6 +263,35 @@ async def test_work_that_is_cut_off_goes_back_to_the_queue(worker: Worker) -> No
     assert [message.message_id for message in worker.publisher.to("jobs")] == ["m-0", "m-1", "m-2"]
     assert [message.headers.get("vqa-attempts") for message in worker.publisher.published] == [None, 1, 2]
     assert [events for _, events in several] == [["ack"]] * 3
+
+
+async def test_a_job_cancelled_at_the_end_of_the_grace_keeps_its_restored_attempts_and_its_id(
+    worker: Worker, settlement_log: CapturingLogger
+) -> None:
+    delivery, _ = worker.connection.delivers(message_id="m-1", attempts=3)
+    worker.in_flight.accept(delivery)
+    await turns_of_the_loop()
+    # The job was read, and two of its three attempts were an outage's.
+    delivery.progress.job_id, delivery.progress.model, delivery.progress.attempts = "job-1", "llama", 2
+    worker.in_flight.cut_off()
+    async with asyncio.timeout(20):
+        await worker.in_flight.drained()
+    (copy,) = worker.publisher.to("jobs")
+    assert copy.headers["vqa-attempts"] == 1
+    (line,) = [call.kwargs for call in settlement_log.calls if call.args == ("job_requeued",)]
+    assert (line["job_id"], line["model"]) == ("job-1", "llama")
+
+
+async def test_a_job_cancelled_before_it_was_read_is_logged_with_its_message_id(
+    worker: Worker, settlement_log: CapturingLogger
+) -> None:
+    worker.in_flight.accept(worker.connection.delivers(message_id="m-1")[0])
+    await turns_of_the_loop()
+    worker.in_flight.cut_off()
+    async with asyncio.timeout(20):
+        await worker.in_flight.drained()
+    (line,) = [call.kwargs for call in settlement_log.calls if call.args == ("job_requeued",)]
+    assert line["job_id"] == "m-1"
 
 
 async def test_a_result_that_waits_for_the_broker_is_not_cut_off(worker: Worker) -> None:

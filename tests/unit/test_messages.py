@@ -173,10 +173,12 @@ def wired(message: OutgoingMessage) -> Delivery:
     return delivered({**raw, "headers": pamqp.encode.field_table(dict(message.headers))})
 
 
-@pytest.mark.parametrize(("refunded", "left"), [(0, 3), (1, 2), (3, None)])
-def test_a_job_given_back_has_fewer_attempts_if_some_were_an_outages(refunded: int, left: int | None) -> None:
+@pytest.mark.parametrize(("restored_attempts", "left"), [(0, 3), (1, 2), (3, None)])
+def test_a_job_given_back_has_fewer_attempts_if_some_were_an_outages(
+    restored_attempts: int, left: int | None
+) -> None:
     delivery = a_delivery(attempts=3)
-    copy = messages.given_back_copy(delivery, "q", refunded)
+    copy = messages.given_back_copy(delivery, "q", restored_attempts)
     assert copy.headers.get("vqa-attempts") == left
 
 

@@ -596,7 +596,7 @@ async def test_what_was_counted_for_an_outage_is_taken_back_when_the_job_comes_a
     assert isinstance(await scene.process(id="job-2"), Requeued)
     again = await scene.process(id="job-0", delivery={"attempts": 1})
     assert isinstance(again, Requeued)
-    assert again.refunded == 1
+    assert again.restored_attempts == 1
     scene.model.deeds = [ANSWER]
     answered = [
         await scene.process(id=name, delivery={"attempts": attempts})
@@ -674,7 +674,7 @@ async def test_a_failure_that_others_do_not_share_is_counted_for_good(scene: Sce
         assert isinstance(outcome, Retried)
         assert outcome.attempts == 1
     scene.health.down(MODEL, "gone", time.monotonic())
-    assert scene.health.take_refund("job-1") == 0
+    assert scene.health.take_restored_attempts("job-1") == 0
 
 
 @pytest.mark.usefixtures("patiently")
@@ -693,7 +693,7 @@ async def test_without_a_verdict_the_attempt_is_counted_until_there_is_one(
     async with suspect(scene) as task:
         assert isinstance(await task, Retried)
     scene.health.down(MODEL, "gone", time.monotonic())
-    assert scene.health.take_refund("job-1") == 1
+    assert scene.health.take_restored_attempts("job-1") == 1
 
 
 @pytest.mark.usefixtures("patiently")

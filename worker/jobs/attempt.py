@@ -42,7 +42,7 @@ class Report:
         self.metadata: dict[str, Any] = {}
         self.deadline: datetime | None = None
         self.attempts = delivery.attempts + 1
-        self._refunded = 0
+        self._restored_attempts = 0
 
     @property
     def received(self) -> float:
@@ -69,10 +69,10 @@ class Report:
         """The model is an allowed one."""
         self._model = self._progress.model = model
 
-    def refund(self, attempts: int) -> None:
-        """So many of the attempts before this one were an outage's."""
-        self._refunded = min(attempts, self._delivery.attempts)
-        self.attempts -= self._refunded
+    def restore_attempts(self, attempts: int) -> None:
+        """Do not count so many of the attempts before this one: an outage caused them."""
+        self._restored_attempts = min(attempts, self._delivery.attempts)
+        self.attempts -= self._restored_attempts
         self._progress.attempts = self.attempts
 
     @contextmanager
@@ -151,7 +151,9 @@ class Report:
 
     def given_back(self, reason: str) -> Outcome:
         """Nothing is counted."""
-        return Requeued(job_id=self.job_id, model=self.model, reason=reason, refunded=self._refunded)
+        return Requeued(
+            job_id=self.job_id, model=self.model, reason=reason, restored_attempts=self._restored_attempts
+        )
 
     def _failure(self, code: ErrorCode, message: str, *, retryable: bool, **paid: Any) -> Result:
         error = JobFailure(code=code, message=self._redact(message), retryable=retryable)

@@ -29,6 +29,7 @@ class Cancellations:
     def __init__(self) -> None:
         self._keeper: Keeper | None = None
         self._names: OrderedDict[str, None] = OrderedDict()
+        # The tasks that work on each job and are not aborted yet.
         self._running: dict[str, list[asyncio.Task[object]]] = {}
 
     def keep_with(self, keeper: Keeper) -> None:
@@ -38,10 +39,11 @@ class Cancellations:
             keeper.add(name)
 
     def heard(self, job_id: str) -> None:
-        """Somebody has cancelled a job; what runs of it ends."""
+        """Abort a cancelled job, and remember it for deliveries that come later."""
         name = name_of(job_id)
         self.remember([name])
-        for task in self._running.get(name, ()):
+        # Each task once: a second cancel message must not look like a stop of the worker.
+        for task in self._running.pop(name, ()):
             task.cancel()
         if self._keeper is not None:
             self._keeper.add(name)
@@ -74,14 +76,19 @@ class Cancellations:
         try:
             yield
         except asyncio.CancelledError:
-            # Only if nobody else has told the task to end, too: a worker that stops gives the job back.
-            if name in self._names and task.uncancel() == 0:
+            # If the worker stops as well, the job is requeued and the next worker reports it as cancelled.
+            if not self._is_running(name, task) and task.uncancel() == 0:
                 raise _cancelled() from None
             raise
         finally:
-            self._running[name].remove(task)
-            if not self._running[name]:
-                del self._running[name]
+            if self._is_running(name, task):
+                self._running[name].remove(task)
+                if not self._running[name]:
+                    del self._running[name]
+
+    def _is_running(self, name: str, task: asyncio.Task[object]) -> bool:
+        """Return whether the task works on the job and was not aborted."""
+        return task in self._running.get(name, ())
 
 
 def name_of(job_id: str) -> str:

@@ -158,7 +158,7 @@ class InFlightJobs:
         return work
 
     async def _settle(self, work: _Work, delivery: Delivery) -> Outcome | None:
-        outcome = await _outcome_of(work.task)
+        outcome = await _outcome_of(work.task, delivery)
         async with work.turn:
             # A delivery whose connection is gone adds nothing to an outcome that is out: it comes again.
             # A message that the publisher sent twice gets its own.
@@ -225,15 +225,25 @@ async def _caught(work: Coroutine[None, None, Outcome]) -> Outcome | Exception:
         return bug
 
 
-async def _outcome_of(task: asyncio.Task[Outcome | Exception]) -> Outcome:
-    """What the work came to; work that was cut off goes back."""
+async def _outcome_of(task: asyncio.Task[Outcome | Exception], delivery: Delivery) -> Outcome:
+    """Return the outcome of a job's task; a job whose task was cancelled is requeued."""
     await asyncio.wait({task})
     if task.cancelled():
-        return Requeued(job_id=None, model=metrics.UNKNOWN_MODEL, reason="the worker stops")
+        return _requeued_at_shutdown(delivery)
     outcome = task.result()
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+def _requeued_at_shutdown(delivery: Delivery) -> Requeued:
+    progress = delivery.progress
+    return Requeued(
+        job_id=progress.job_id or delivery.message_id,
+        model=progress.model or metrics.UNKNOWN_MODEL,
+        reason="the worker stops",
+        restored_attempts=delivery.attempts + 1 - progress.attempts,
+    )
 
 
 def _end_without_memory() -> NoReturn:

@@ -62,15 +62,16 @@ class Retried(_Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requeued(_Outcome):
-    """Not now and not here: the job goes back as it was, and nothing is counted.
+    """The job returns to the queue, and this attempt is not counted.
 
-    `refunded` of its attempts so far were an outage's, and do not count either.
+    Attributes:
+        restored_attempts: earlier attempts that an outage caused and that no longer count.
     """
 
     name: ClassVar[str] = "requeued"
 
     reason: str
-    refunded: int = 0
+    restored_attempts: int = 0
 
 
 Outcome = Succeeded | Failed | DeadLettered | Retried | Requeued

@@ -71,14 +71,14 @@ def retry_copy(delivery: Delivery, queue: str, attempts: int) -> OutgoingMessage
     )
 
 
-def given_back_copy(delivery: Delivery, queue: str, refunded: int = 0) -> OutgoingMessage:
+def given_back_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) -> OutgoingMessage:
     """The job as it was, with this delivery uncounted, and so many attempts less.
 
     A copy and not a nack, which RabbitMQ before 4.3 counts towards the delivery limit.
     """
     headers: dict[str, FieldValue] = {properties.COPY_HEADER: uuid.uuid4().hex}
-    if delivery.attempts > refunded:
-        headers[properties.ATTEMPTS_HEADER] = delivery.attempts - refunded
+    if delivery.attempts > restored_attempts:
+        headers[properties.ATTEMPTS_HEADER] = delivery.attempts - restored_attempts
     if delivery.deliveries > 1:
         headers[properties.DELIVERIES_HEADER] = delivery.deliveries - 1
     return _copy(delivery, queue, headers)

@@ -90,9 +90,9 @@ class Settlement:
                 return await self._bury(delivery, outcome)
             case Retried(delay_s=delay_s, attempts=attempts):
                 copy = messages.retry_copy(delivery, self._topology.retry(delay_s), attempts)
-            case Requeued(refunded=refunded):
+            case Requeued(restored_attempts=restored_attempts):
                 await delivery.may_go_back()
-                copy = messages.given_back_copy(delivery, self._topology.jobs, refunded)
+                copy = messages.given_back_copy(delivery, self._topology.jobs, restored_attempts)
             case _:
                 assert_never(outcome)
         return await self._put(copy, delivery)

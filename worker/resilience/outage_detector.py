@@ -113,7 +113,7 @@ class Health:
     def __init__(self) -> None:
         self._states = {name: _State() for name in _WATCHED}
         # Attempts to hand back, by job.
-        self._refunds: OrderedDict[str, int] = OrderedDict()
+        self._restored_attempts: OrderedDict[str, int] = OrderedDict()
         self._gives_verdicts = True
         self.changed = asyncio.Event()
         for dependency in self._states:
@@ -195,9 +195,9 @@ class Health:
         state.outage = Outage(now, reason, is_relapse)
         _tell(state, Verdict.DOWN)
         for job, counted in state.counted.items():
-            self._refunds[job] = self._refunds.get(job, 0) + counted.attempts
+            self._restored_attempts[job] = self._restored_attempts.get(job, 0) + counted.attempts
         state.counted.clear()
-        _forget_the_oldest(self._refunds)
+        _forget_the_oldest(self._restored_attempts)
         self._publish(dependency)
 
     async def verdict(self, dependency: Dependency, failed_at: float, patience_s: float) -> Verdict:
@@ -242,9 +242,9 @@ class Health:
             state.failing.remove(job)
             state.ended.add(job)
 
-    def take_refund(self, job: str) -> int:
+    def take_restored_attempts(self, job: str) -> int:
         """How many of the attempts that were counted for a job are not to count; told once."""
-        return self._refunds.pop(job, 0)
+        return self._restored_attempts.pop(job, 0)
 
     def is_forbidden_alone(self, dependency: Dependency, job: str, now: float) -> bool:
         """A job met a 403; returns whether it is forbidden for this job only.
