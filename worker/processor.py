@@ -45,6 +45,9 @@ TIMER_SLACK_S = 0.02
 # A job that could not start for so long goes back, so that a worker with more luck can have it.
 LONGEST_WAIT_S = 25.0
 
+# How long to look for the stored answer of a job past its deadline.
+STORED_ANSWER_TIMEOUT_S = 5.0
+
 # How often a job is read that was delivered too often, to find the id for its last result.
 LAST_READINGS = 3
 
@@ -102,6 +105,9 @@ class Lease(Protocol):
 
 class ResultStore(Protocol):
     """Stored answers."""
+
+    async def find(self, name: str) -> bytes | None:
+        """Return a job's stored answer, if there is one; no lease is needed."""
 
     def acquire(self, name: str, check_admission: Callable[[], None]) -> AbstractAsyncContextManager[Lease]:
         """Acquire the job's lease; wait while another job or worker holds it."""
@@ -177,7 +183,7 @@ class Processor:
         try:
             question = self._read(delivery, report)
             with self._cancellations.heeded(report.job_id or ""):
-                answer = await self._answer(question, report)
+                answer = await self._answer_or_paid(question, report)
         except InvalidJobError as error:
             return report.unreadable(error)
         except _TooOftenError as error:
@@ -214,7 +220,6 @@ class Processor:
         report.model_is(self._model_of(job))
         if delivery.deliveries > self._rules.delivery_limit:
             raise _TooOftenError(_TOO_OFTEN.format(delivery.deliveries))
-        _check_deadline(job.deadline)
         conversation = Conversation(job)
         images = self._images.check(conversation.images(), delivery.body)
         messages = conversation.render(PLACEHOLDER, send_detail=self._rules.send_image_detail)
@@ -229,10 +234,41 @@ class Processor:
         urls = [ref.url for ref in conversation.images()]
         return fingerprint(job.id or "", model, messages, job.params or {}, urls)
 
+    async def _answer_or_paid(self, question: _Question, report: Report) -> Answer:
+        """Return the answer, also if the job is cancelled when the API has already answered."""
+        try:
+            return await self._answer(question, report)
+        except asyncio.CancelledError:
+            if report.answer is None:
+                raise
+            return report.answer
+
     async def _answer(self, question: _Question, report: Report) -> Answer:
         """The answer that is kept for the job, or else the model's, kept before anybody hears of it."""
         if self._store is None:
+            _check_deadline(question.deadline)
             return await self._ask(question, report)
+        try:
+            return await self._answer_with_lease(self._store, question, report)
+        except JobError as error:
+            if error.code is not ErrorCode.DEADLINE_EXCEEDED:
+                raise
+            if (stored := await self._stored_answer(self._store, question)) is None:
+                raise
+            return stored
+
+    async def _stored_answer(self, store: ResultStore, question: _Question) -> Answer | None:
+        """Return the answer that an earlier delivery of the job paid for, if the store returns it in time."""
+        try:
+            async with asyncio.timeout(STORED_ANSWER_TIMEOUT_S):
+                stored = await store.find(question.name)
+        except (DependencyDownError, TimeoutError) as error:
+            log.warning("result_store_unreachable", reason=str(error) or "timeout")
+            return None
+        return from_kept(stored) if stored is not None else None
+
+    async def _answer_with_lease(self, store: ResultStore, question: _Question, report: Report) -> Answer:
+        _check_deadline(question.deadline)
         async with AsyncExitStack() as stack:
             stack.callback(report.end_of_try)
             # The store's own lines say whose answer they are about.
@@ -241,7 +277,7 @@ class Processor:
             self._gate.check(also_trials=False)
             with report.stage("wait"):
                 async with _patience(report, question, self._rules.job_timeout_s / 2, _NO_TURN):
-                    acquired = self._store.acquire(question.name, self._gate.check)
+                    acquired = store.acquire(question.name, self._gate.check)
                     lease = await stack.enter_async_context(acquired)
             self._health.succeeded(Dependency.RESULT_STORE, started, time.monotonic())
             kept = from_kept(lease.answer) if lease.answer is not None else None
@@ -330,6 +366,7 @@ class Processor:
             if body.is_sent and any(isinstance(image.source, S3Object) for image in question.images):
                 self._health.succeeded(Dependency.S3, fetch_started, time.monotonic())
         self._health.succeeded(Dependency.MODEL, started, time.monotonic())
+        report.answer = answer
         self._tenants.paid(report.metadata, report.model, answer.usage)
         return answer
 

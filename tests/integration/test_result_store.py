@@ -263,6 +263,45 @@ async def test_an_answer_that_cannot_be_kept_is_published_all_the_same(
         assert len(calls_with(own_stack, marker)) == 1
 
 
+async def test_past_its_deadline_a_job_is_answered_from_the_store(
+    stack: Stack, start_worker: StartWorker, client_of: MakeClient, kept_at: str
+) -> None:
+    worker = await start_worker(VQA_RESULT_STORE=kept_at)
+    client, marker = await client_of(worker), uuid.uuid4().hex
+    paid, unpaid = job(marker), job(marker)
+    await client.publish(paid)
+    await client.result(paid["id"])
+    past = {"deadline": "2020-01-01T00:00:00Z"}
+    await client.publish({**paid, **past})
+    await client.publish({**unpaid, **past})
+    first, second = await two_results(client, paid["id"])
+    assert told(first) == told(second)
+    assert (await client.result(unpaid["id"])).body["error"]["code"] == "deadline_exceeded"
+    assert len(calls_with(stack, marker)) == 1
+
+
+async def test_an_answer_that_is_being_stored_at_the_end_of_the_grace_is_published(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient, kept_at: str
+) -> None:
+    marker = uuid.uuid4().hex
+    own_stack.model.play(Answer(after=1), marker=marker, times=None)
+    async with Proxy.before(own_stack.s3.endpoint_url) as s3:
+        url = s3.url(own_stack.s3.endpoint_url)
+        worker = await start_own_worker(
+            VQA_RESULT_STORE=kept_at, VQA_S3_ENDPOINT_URL=url, VQA_SHUTDOWN_GRACE="0.5"
+        )
+        client = await own_client_of(worker)
+        ids = await publish(client, 1, marker)
+        await calls_begun(own_stack, marker, 1)
+        s3.freeze()
+        await model_answered(own_stack, marker)
+        await until(lambda: worker.metric("vqa_model_requests_total", code="200") == 1, "it is answered")
+        assert await worker.stop() == 0
+    assert statuses(await results(client, ids)) == {"succeeded": 1}
+    assert await client.depth(worker.jobs_queue) == 0
+    assert len(calls_with(own_stack, marker)) == 1
+
+
 async def test_one_small_request_a_job_is_what_the_store_costs_before_the_call(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, kept_at: str
 ) -> None:

@@ -174,6 +174,7 @@ class Scene:
         self.model = Model()
         self.health = Health()
         self.gate = ConcurrencyLimiter(limit)
+        self.cancellations = Cancellations()
         self.processor = Processor(
             self.images,
             self.model,
@@ -181,7 +182,7 @@ class Scene:
             health=self.health,
             rules=replace(RULES, **rules),
             redact=Redactor(["s3cr3t-key"]),
-            cancellations=Cancellations(),
+            cancellations=self.cancellations,
             store=store,
         )
 
@@ -397,7 +398,7 @@ async def test_past_its_deadline_a_job_costs_nothing(scene: Scene, deadline: str
     code, message = refusal(await scene.process(deadline=deadline))
     assert code is ErrorCode.DEADLINE_EXCEEDED
     assert "deadline" in message
-    assert (scene.images.checked, scene.model.asked) == (0, [])
+    assert (scene.images.loaded, scene.model.asked) == (0, [])
 
 
 @pytest.mark.parametrize("deadline", ["9999-12-31T23:59:59-23:59", "2999-01-01T00:00:00Z"])
@@ -904,8 +905,10 @@ class StoredLease:
 
     def __init__(self) -> None:
         self.answer: bytes | None = None
+        self.put_deeds: list[Deed] = []
 
     async def put(self, answer: bytes) -> bytes:
+        await _do(self.put_deeds)
         self.answer = answer
         return answer
 
@@ -917,13 +920,25 @@ class Places:
         self.places: dict[str, StoredLease] = {}
         self.claims = 0
         self.waits: Callable[[Callable[[], None]], Awaitable[None]] | None = None
+        self.find_deeds: list[Deed] = []
+        self.put_deeds: list[Deed] = []
+        self.release_deeds: list[Deed] = []
+
+    async def find(self, name: str) -> bytes | None:
+        await _do(self.find_deeds)
+        return self.places[name].answer if name in self.places else None
 
     @asynccontextmanager
     async def acquire(self, name: str, check_admission: Callable[[], None]) -> AsyncIterator[StoredLease]:
         self.claims += 1
         if self.waits is not None:
             await self.waits(check_admission)
-        yield self.places.setdefault(name, StoredLease())
+        lease = self.places.setdefault(name, StoredLease())
+        lease.put_deeds = self.put_deeds
+        try:
+            yield lease
+        finally:
+            await _do(self.release_deeds)
 
 
 async def test_that_the_store_is_well_says_nothing_of_the_images_s3() -> None:
@@ -964,6 +979,89 @@ async def test_when_the_gate_closes_nobody_waits_for_another_worker_any_more() -
     outcome = await job
     assert isinstance(outcome, Requeued)
     assert outcome.reason == "the worker stops"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("step", ["put_deeds", "release_deeds"])
+async def test_a_job_that_is_cancelled_after_the_api_has_answered_publishes_the_answer(
+    step: str, times: int
+) -> None:
+    """It is paid for: requeued, it would be paid for again."""
+    store, reached = Places(), asyncio.Event()
+
+    async def hang() -> None:
+        reached.set()
+        await for_ever()
+
+    setattr(store, step, [hang])
+    scene = Scene(store=store)
+    job = asyncio.create_task(scene.process())
+    await reached.wait()
+    for _ in range(times):
+        job.cancel()
+        await turns_of_the_loop()
+    outcome = await job
+    assert isinstance(outcome, Succeeded)
+    assert outcome.result.answer == ANSWER.text
+    assert await scene.is_free()
+
+
+async def test_a_cancel_message_that_comes_after_the_api_has_answered_is_too_late() -> None:
+    store, reached = Places(), asyncio.Event()
+
+    async def hang() -> None:
+        reached.set()
+        await for_ever()
+
+    store.put_deeds = [hang]
+    scene = Scene(store=store)
+    job = asyncio.create_task(scene.process())
+    await reached.wait()
+    scene.cancellations.heard("job-1")
+    assert isinstance(await job, Succeeded)
+
+
+async def test_past_its_deadline_a_job_whose_answer_is_stored_is_answered() -> None:
+    scene = Scene(store=Places())
+    assert isinstance(await scene.process(deadline=in_(1000)), Succeeded)
+    outcome = await scene.process(deadline=in_(-1), delivery={"redelivered": True})
+    assert isinstance(outcome, Succeeded)
+    assert outcome.result.answer == ANSWER.text
+    assert len(scene.model.asked) == 1
+
+
+async def test_a_deadline_that_passes_while_another_worker_has_the_job_leaves_time_for_its_answer() -> None:
+    store = Places()
+
+    async def wait(_: Callable[[], None]) -> None:
+        # The other worker stores its answer, and this one has not seen it yet when the deadline passes.
+        (lease,) = store.places.values()
+        lease.answer = stored
+        await for_ever()
+
+    scene = Scene(store=store)
+    await scene.process()
+    (lease,) = store.places.values()
+    stored, lease.answer = lease.answer, None
+    store.waits = wait
+    assert isinstance(await scene.process(deadline=in_(0.2)), Succeeded)
+    assert len(scene.model.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [None, DependencyDownError(Dependency.RESULT_STORE, "gone"), asyncio.Event().wait],
+    ids=["holds nothing", "is down", "hangs"],
+)
+async def test_past_its_deadline_a_job_fails_if_the_store_has_no_answer(
+    monkeypatch: pytest.MonkeyPatch, deed: Deed | None
+) -> None:
+    monkeypatch.setattr("worker.processor.STORED_ANSWER_TIMEOUT_S", 0.1)
+    store = Places()
+    store.find_deeds = [] if deed is None else [deed]
+    scene = Scene(store=store)
+    assert refusal(await scene.process(deadline=in_(-1)))[0] is ErrorCode.DEADLINE_EXCEEDED
+    assert (store.claims, scene.model.asked, scene.health.outages) == (0, [], {})
 
 
 async def test_a_403_for_everyone_is_an_outage(scene: Scene) -> None:

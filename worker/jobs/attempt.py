@@ -43,6 +43,8 @@ class Report:
         self.deadline: datetime | None = None
         self.attempts = delivery.attempts + 1
         self._restored_attempts = 0
+        # Once the API has answered, the job is paid for: nothing may lose the answer.
+        self.answer: Answer | None = None
 
     @property
     def received(self) -> float:

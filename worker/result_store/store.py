@@ -104,6 +104,18 @@ class ResultStore:
     def _claim_body(self) -> bytes:
         return b'{"claimed_by": "%s"}' % self._id.encode()
 
+    async def find(self, name: str) -> bytes | None:
+        """Return the stored answer of a job, or None.
+
+        Raises:
+            DependencyDownError: the store is unreachable or refuses.
+        """
+        found = await self._objects.read(_job(name))
+        if found is None or _CLAIM.fullmatch(found.body):
+            return None
+        _count("reused")
+        return found.body
+
     @asynccontextmanager
     async def acquire(
         self, name: str, check_admission: Callable[[], None] = lambda: None
