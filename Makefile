@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test test-slow bench bench-quick chaos soak image lint format docs golden dashboard-preview scale-demo lock ci
+.PHONY: help setup demo stack test test-slow bench bench-quick chaos soak image lint words format docs golden dashboard-preview scale-demo lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -87,6 +87,12 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/python docs/chart.py --check
 	$(BIN)/python -m deploy.rabbitmq --check
 	$(BIN)/python -m deploy.grafana --check
+
+# Words and phrases that this project replaced by standard terms: .codespell/retired.txt says which by which.
+words: $(INSTALLED) ## list retired words and phrases that are still in use
+	$(BIN)/codespell --dictionary .codespell/retired.txt
+	! git grep --line-number --ignore-case --perl-regexp --file .codespell/phrases.txt -- . $(WITHOUT_PHRASES)
+WITHOUT_PHRASES := ':!.codespell' ':!*.lock' ':!*.svg'
 
 format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format
