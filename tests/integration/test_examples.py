@@ -1,4 +1,4 @@
-"""The examples in other languages, run as a reader of the docs would run them."""
+"""The examples of the docs, run as a reader of the docs would run them."""
 
 import asyncio
 import fcntl
@@ -17,7 +17,9 @@ from tests.conftest import PutImage
 from tests.running import ROOT, Worker
 
 EXAMPLE = ROOT / "examples" / "javascript"
+PYTHON_EXAMPLES = ROOT / "examples" / "python"
 PUBLISHING = ROOT / "docs" / "publishing.md"
+QUICKSTART = ROOT / "docs" / "quickstart.md"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ async def test_a_program_in_javascript_gets_its_answer(
     assert "PNG" in answered.stdout
 
 
-async def test_a_program_in_javascript_hears_why_there_is_no_answer(
+async def test_a_program_in_javascript_prints_why_there_is_no_answer(
     javascript: Path, stack: Stack, worker: Worker
 ) -> None:
     failed = await ask(javascript, stack, worker.jobs_queue, "s3://no-bucket/key")
@@ -111,3 +113,42 @@ async def test_the_program_in_python_that_the_docs_show_works(
     first, *others = done.stdout.splitlines()
     assert "image_not_found" in first
     assert len(others) == 3
+
+
+def test_the_quickstart_shows_the_examples_that_are_tested() -> None:
+    shown = re.findall(r"```python\n(.*?)```", QUICKSTART.read_text(encoding="utf-8"), re.DOTALL)
+    files = ("ask_with_client.py", "ask_with_pika.py")
+    assert shown == [(PYTHON_EXAMPLES / file).read_text(encoding="utf-8") for file in files]
+
+
+async def run_example(
+    name: str, stack: Stack, worker: Worker, image: str
+) -> "subprocess.CompletedProcess[str]":
+    return await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, PYTHON_EXAMPLES / name, image, "What is in the image?"],
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "VQA_RABBITMQ_URL": stack.rabbitmq.url,
+            "VQA_JOBS_QUEUE": worker.jobs_queue,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["ask_with_client.py", "ask_with_pika.py"])
+async def test_the_examples_of_the_quickstart_print_an_answer_or_an_error(
+    stack: Stack, worker: Worker, put_image: PutImage, name: str
+) -> None:
+    if "pika" in name:
+        pytest.importorskip("pika")
+    answered = await run_example(name, stack, worker, put_image())
+    assert (answered.returncode, answered.stderr) == (0, "")
+    assert "PNG" in answered.stdout
+    failed = await run_example(name, stack, worker, "s3://no-bucket/key")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("image_not_found: images[0] (s3://no-bucket/key)")
