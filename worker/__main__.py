@@ -166,7 +166,7 @@ def topology(given: argparse.Namespace) -> int:
     from worker.rabbitmq.session import BrokerRefusedError, BrokerUnreachableError
     from worker.rabbitmq.topology import TopologyError
 
-    _print_errors(settings.strays)
+    _print_errors(settings.unknown_variables)
     # Errors are printed below; the libraries' own log lines would repeat them.
     configure_logging("error", None, Redactor(settings.secret_values()), stream=sys.stderr)
     logging.disable()
@@ -201,7 +201,7 @@ def schema(given: argparse.Namespace) -> int:
         return _report_config_errors(error.faults)
     from worker.cli.schema import show
 
-    _print_errors(settings.strays)
+    _print_errors(settings.unknown_variables)
     return _print(show(settings, given.document, compact=given.json))
 
 

@@ -126,7 +126,7 @@ async def run_example(
 ) -> "subprocess.CompletedProcess[str]":
     return await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, PYTHON_EXAMPLES / name, image, "What is in the image?"],
+        [sys.executable, str(PYTHON_EXAMPLES / name), image, "What is in the image?"],
         env={
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),

@@ -419,7 +419,7 @@ def test_a_common_key_may_stand_in_the_env_file_or_in_a_secret(tmp_path: Path) -
     [
         (DEEPINFRA, "or set DEEPINFRA_TOKEN"),
         (OPENAI, "or set OPENAI_API_KEY"),
-        (ELSEWHERE, "models.example (any word if it wants none"),
+        (ELSEWHERE, "models.example (any value if it requires none"),
         ("https://api.deepinfra.com.evil.org/v1", "for their own hosts only"),
     ],
 )
@@ -447,7 +447,7 @@ def test_a_key_that_no_header_can_carry_is_a_fault(key: str) -> None:
 
 def test_a_bad_common_key_is_named_too() -> None:
     (line,) = faults_of({"VQA_ALLOWED_BUCKETS": "*", "DEEPINFRA_TOKEN": "two words"})
-    assert line.startswith("VQA_MODEL_API_KEY: (or DEEPINFRA_TOKEN in its place) has blanks")
+    assert line.startswith("VQA_MODEL_API_KEY: (or DEEPINFRA_TOKEN) contains spaces")
 
 
 # Single values
@@ -481,7 +481,7 @@ GOOD: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "text", "value"), GOOD)
-def test_a_good_value_is_taken(name: str, text: str, value: Any) -> None:
+def test_a_valid_value_is_accepted(name: str, text: str, value: Any) -> None:
     assert getattr(load(**{name: text}), name) == value
 
 
@@ -501,17 +501,17 @@ BAD = [
     ("rabbitmq_url", "amqp://user:pa ss@host/", "percent-encode"),
     ("rabbitmq_url", "amqp://user:paß@host/", "percent-encode"),
     ("jobs_queue", "amq.jobs", "must not begin with 'amq.'"),
-    ("jobs_queue", "j" * 256, "longer than the 255 bytes"),
-    ("jobs_queue", "ü" * 128, "longer than the 255 bytes"),
+    ("jobs_queue", "j" * 256, "longer than 255 bytes"),
+    ("jobs_queue", "ü" * 128, "longer than 255 bytes"),
     ("jobs_queue", "a\x07b", "printable"),
-    ("reply_exchange", "e" * 256, "longer than the 255 bytes"),
+    ("reply_exchange", "e" * 256, "longer than 255 bytes"),
     ("results_queue", "vqa.jobs", "the same queue as VQA_JOBS_QUEUE"),
     ("results_queue", "vqa.jobs.dead", "the same queue as VQA_RESULTS_QUEUE"),
     ("dead_letter_queue", "vqa.results", "the same queue as VQA_RESULTS_QUEUE"),
     ("dead_letter_queue", "vqa.jobs", "the same queue as VQA_JOBS_QUEUE"),
-    ("dead_letter_queue", "vqa.jobs.retry.30s", "a retry queue of the same name as VQA_DEAD_LETTER_QUEUE"),
-    ("results_queue", "vqa.jobs.retry.1s", "a retry queue of the same name as VQA_RESULTS_QUEUE"),
-    ("retry_delays", ",", "must be a comma list"),
+    ("dead_letter_queue", "vqa.jobs.retry.30s", "a retry queue with the same name as VQA_DEAD_LETTER_QUEUE"),
+    ("results_queue", "vqa.jobs.retry.1s", "a retry queue with the same name as VQA_RESULTS_QUEUE"),
+    ("retry_delays", ",", "must be a comma-separated list"),
     ("retry_delays", "1,0.5", "'item 2' must be a valid integer"),
     ("retry_delays", "0", "'item 1' must be greater than or equal to 1"),
     ("retry_delays", "1,-1", "'item 2' must be greater than or equal to 1"),
@@ -534,7 +534,7 @@ BAD = [
     ("s3_endpoint_url", "https://user@host", "must not carry a user name"),
     ("model_base_url", "https://host/v1?x=1", "must not have a query"),
     ("model_base_url", "https://host/v1#x", "must not have a query"),
-    ("model_base_url", "https://ho st/v1", "without blanks"),
+    ("model_base_url", "https://ho st/v1", "without spaces"),
     ("model_base_url", "https://höst/v1", "non-ASCII"),
     ("model_base_url", "ftp://host/", "must begin with https:// or http://"),
     ("s3_addressing_style", "subdomain", "must be 'auto', 'path' or 'virtual', not 'subdomain'"),
@@ -543,8 +543,8 @@ BAD = [
     ("allowed_buckets", "photos scans", "is not a bucket's name"),
     ("allowed_buckets", ",", "is not set"),
     ("allowed_link_hosts", "https://cdn.example", "is not a host"),
-    ("allowed_models", "another/model", "lacks 'meta-llama/Llama-3.2-90B-Vision-Instruct'"),
-    ("allowed_models", ",", "lacks 'meta-llama/Llama-3.2-90B-Vision-Instruct'"),
+    ("allowed_models", "another/model", "does not include 'meta-llama/Llama-3.2-90B-Vision-Instruct'"),
+    ("allowed_models", ",", "does not include 'meta-llama/Llama-3.2-90B-Vision-Instruct'"),
     ("model_timeout", "0", "must be greater than 0"),
     ("model_timeout", "nan", "must be"),
     ("model_timeout", "inf", "must be a finite number"),
@@ -556,17 +556,17 @@ BAD = [
     ("log_format", "xml", "must be 'json' or 'console'"),
     ("result_store", "https://bucket/answers", "must be s3://bucket/prefix"),
     ("result_store", "s3://", "must be s3://bucket/prefix"),
-    ("result_store", "s3://bucket/my answers", "must be s3://bucket/prefix, without blanks"),
+    ("result_store", "s3://bucket/my answers", "must be s3://bucket/prefix, without spaces"),
     ("model_headers", "X-A: 1", "must be a JSON object"),
     ("model_headers", '["X-A"]', "must be a JSON object"),
     ("model_headers", "[" * 100_000, "must be a JSON object"),
-    ("model_headers", '{"X A": "1"}', "'X A' cannot be the name of a header"),
-    ("model_headers", '{"": "1"}', "cannot be the name of a header"),
-    ("model_headers", '{"Content-Length": "1"}', "belongs to the HTTP client"),
+    ("model_headers", '{"X A": "1"}', "'X A' is not a valid header name"),
+    ("model_headers", '{"": "1"}', "is not a valid header name"),
+    ("model_headers", '{"Content-Length": "1"}', "is set by the HTTP client"),
     ("model_headers", '{"X-A": 1}', "'X-A' must be a valid string"),
     ("model_headers", '{"X-A": "a\\r\\nX-B: b"}', "'X-A' must be printable ASCII"),
     ("model_headers", '{"X-A": "ü"}', "'X-A' must be printable ASCII"),
-    ("model_headers", '{"X-A": " a"}', "without blanks around it"),
+    ("model_headers", '{"X-A": " a"}', "without leading or trailing spaces"),
     ("prices", "0.5", "must be a JSON object"),
     ("prices", '{"m": [1, -2]}', "'m/item 2' must be greater than or equal to 0"),
     ("prices", '{"m": {"prompt": 1}}', "'m/completion' field required"),
@@ -577,10 +577,10 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "text", "complaint"), BAD)
-def test_a_bad_value_is_one_fault_that_says_what_is_wrong(name: str, text: str, complaint: str) -> None:
+@pytest.mark.parametrize(("name", "text", "message"), BAD)
+def test_a_bad_value_is_one_fault_that_says_what_is_wrong(name: str, text: str, message: str) -> None:
     line = fault(**{name: text})
-    assert complaint in line
+    assert message in line
     assert len(line) < 260
 
 
@@ -596,7 +596,7 @@ def test_a_fault_begins_with_the_variable_s_name(name: str, text: str) -> None:
     assert fault(**{name: text}).startswith(f"{BLAMED_ON_ANOTHER.get(text, variable(name))}: ")
 
 
-def test_every_fault_is_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     """One bad value hides no other, whether the other stands alone or is about two settings."""
     wrong = {name: text for name, text, _ in BAD if text not in BLAMED_ON_ANOTHER}
     wrong |= {"dead_letter_queue": "vqa.results", "jobs_queue": "amq.x", "model_api_key": "a b"}
@@ -642,7 +642,7 @@ def test_retry_delays_come_back_as_they_were_joined(delays: list[int]) -> None:
     name=st.sampled_from(sorted(Settings.model_fields)),
 )
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_whatever_a_variable_holds_it_is_taken_or_is_a_fault_of_one_line(name: str, text: str) -> None:
+def test_any_value_is_accepted_or_is_a_fault_of_one_line(name: str, text: str) -> None:
     try:
         load(**{name: text})
     except SettingsError as error:
@@ -740,7 +740,7 @@ def test_a_job_timeout_shorter_than_a_call_earns_a_warning() -> None:
     assert the_warning(load(job_timeout="60")).startswith("VQA_JOB_TIMEOUT: 60 s")
 
 
-def test_a_look_at_links_that_are_never_made_earns_a_warning() -> None:
+def test_checking_links_that_are_never_created_earns_a_warning() -> None:
     assert the_warning(load(check_linked_images="true")).startswith("VQA_CHECK_LINKED_IMAGES: ")
     assert "VQA_IMAGE_DELIVERY=link" in the_warning(load(check_linked_images="true"))
     assert load(check_linked_images="true", image_delivery="link").warnings() == []
@@ -757,7 +757,7 @@ def test_a_buffer_that_is_too_small_for_one_job_earns_a_warning() -> None:
     assert the_warning(load(max_images_per_job="1000")).startswith("VQA_IMAGE_BUFFER_BYTES: ")
 
 
-def test_a_tenant_is_told_by_a_field_of_the_metadata() -> None:
+def test_a_field_of_the_metadata_names_the_tenant() -> None:
     settings = load(tenant_from="metadata.team", tenants="red, blue")
     assert (settings.tenant_key, settings.tenants) == ("team", ("red", "blue"))
     assert settings.warnings() == []
@@ -767,7 +767,7 @@ def test_a_tenant_is_told_by_a_field_of_the_metadata() -> None:
 
 
 @pytest.mark.parametrize("field", ["team", "metadata", "metadata.", "headers.team", "Metadata.team"])
-def test_a_tenant_cannot_be_told_by_anything_else(field: str) -> None:
+def test_nothing_else_can_name_the_tenant(field: str) -> None:
     assert "metadata.team" in fault(tenant_from=field)
 
 
@@ -800,7 +800,7 @@ def test_a_variable_that_is_like_no_setting_earns_a_warning_without_a_name() -> 
     assert the_warning(load(zzz="3")).endswith("is not a setting and is ignored")
 
 
-def test_strays_in_the_env_file_are_told_too() -> None:
+def test_unknown_variables_in_the_env_file_are_reported() -> None:
     write(Path(".env"), "VQA_MODLE=x\nOTHER=1\nVQA_JUST_A_NAME\n")
     assert [line.split(", is not")[0] for line in load().warnings()] == ["VQA_MODLE: in .env"]
 

@@ -168,7 +168,7 @@ def read(load: Callable[[], Kind], screen: Screen) -> Kind:
     from worker.observability.redaction import Redactor
 
     settings = load()
-    screen.note(*settings.strays)
+    screen.note(*settings.unknown_variables)
     configure_logging("error", None, Redactor(settings.secret_values()), stream=sys.stderr)
     logging.disable()
     return settings

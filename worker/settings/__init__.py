@@ -1,8 +1,7 @@
-"""The settings: one frozen object, checked as a whole before any connection is made.
+"""The settings: one frozen object, validated as a whole before the first connection.
 
-`model` says what there is, `broker` and `commands` are parts of it for commands that need no more; `values`,
-`urls` and `tls` check it, `sources` reads it, `faults` says what is wrong with it; `traces` reads
-OpenTelemetry's variables.
+`model` declares all settings, `broker` and `commands` the parts that some commands need. `values`, `urls` and
+`tls` validate, `sources` reads, `faults` formats error messages, `traces` reads OpenTelemetry's variables.
 """
 
 import ssl
@@ -35,7 +34,7 @@ __all__ = [
 
 
 def broker_ssl_context(settings: BrokerSettings) -> ssl.SSLContext | None:
-    """How to speak TLS with the broker; None where it is not spoken."""
+    """Return the TLS context for the broker, or None without TLS."""
     if not settings.rabbitmq_address.startswith("amqps:"):
         return None
     return tls_context(settings.rabbitmq_ca_file, settings.rabbitmq_cert_file, settings.rabbitmq_key_file)

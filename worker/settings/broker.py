@@ -1,4 +1,4 @@
-"""The settings of the broker and of what is there: a part of `Settings`, and enough for some commands."""
+"""The settings for RabbitMQ: a part of `Settings`, and sufficient for some commands."""
 
 from typing import Annotated, Any, ClassVar
 from urllib.parse import unquote, urlsplit
@@ -11,17 +11,17 @@ from worker.settings.tls import CaFile, KeyFile, TlsFile
 from worker.settings.urls import AMQP_PORTS, BrokerUrl
 from worker.settings.values import DERIVED, ExchangeName, QueueName, RetryDelays, default
 
-# A password that every RabbitMQ is delivered with is no secret, and "guest" is a word that messages may need.
+# RabbitMQ's default password is not a secret, and redacting "guest" would make messages unreadable.
 PUBLIC_PASSWORDS = frozenset({"guest"})
 
 
 class BrokerSettings(BaseSettings):
-    """How to reach the broker, and the names of the queues and exchanges."""
+    """Connection to RabbitMQ, and the names of queues and exchanges."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_ignore_empty=True,
-        # Lists are comma lists here, not JSON.
+        # Lists are comma-separated here, not JSON.
         enable_decoding=False,
         frozen=True,
         extra="ignore",
@@ -30,76 +30,75 @@ class BrokerSettings(BaseSettings):
         hide_input_in_errors=True,
         use_attribute_docstrings=True,
     )
-    # Lists for which an empty value is an answer: nothing is allowed.
+    # Lists for which an empty value means "nothing is allowed".
     MAY_BE_EMPTY: ClassVar[tuple[str, ...]] = ()
 
     rabbitmq_url: BrokerUrl = SecretStr("amqp://guest:guest@localhost:5672/")
-    """The broker: `amqp://user:password@host:port/vhost`, or `amqps://` for TLS. Special characters in user
-    name, password and vhost are percent-encoded (the vhost `/` is the empty path or `%2F`). `?heartbeat=N`
-    sets the seconds between heartbeats (20); a connection that is silent for three times as long is given up.
-    A secret."""
+    """`amqp://user:password@host:port/vhost`, or `amqps://` for TLS. Percent-encode special characters in
+    user name, password and vhost (the vhost `/` is the empty path or `%2F`). `?heartbeat=N` sets the
+    heartbeat interval in seconds (20); a connection without traffic for three intervals is closed. Secret."""
     rabbitmq_ca_file: CaFile = None
-    """PEM file with the certificates that the broker's certificate is checked against, with `amqps://` only.
-    Without it the operating system's are used."""
+    """PEM file with the CA certificates for RabbitMQ's certificate, only with `amqps://`. Default: the
+    operating system's."""
     rabbitmq_cert_file: TlsFile = None
-    """PEM file with the worker's own certificate, for a broker that asks for one; with `amqps://` only, and
+    """PEM file with the worker's client certificate, if RabbitMQ requires one; only with `amqps://` and
     together with `VQA_RABBITMQ_KEY_FILE`."""
     rabbitmq_key_file: KeyFile = None
     """PEM file with the unencrypted private key of `VQA_RABBITMQ_CERT_FILE`."""
 
     jobs_queue: QueueName = "vqa.jobs"
-    """The queue that jobs are taken from. The retry queues are named after it: `<jobs>.retry.<seconds>s`."""
+    """Queue with the jobs. Retry queues are named after it: `<jobs>.retry.<seconds>s`."""
     results_queue: QueueName = "vqa.results"
-    """The queue for results of jobs without a (permitted) `reply_to`."""
+    """Queue for results of jobs without an allowed `reply_to`."""
     dead_letter_queue: Annotated[
         QueueName, default(lambda above: f"{above.get('jobs_queue', 'vqa.jobs')}.dead")
     ] = DERIVED
-    """The queue for jobs that a person must look at: attempts used up, or not readable."""
+    """Dead-letter queue: jobs that used up their attempts, and messages that are not readable."""
     retry_delays: RetryDelays = (1, 5, 30, 120)
-    """Comma list of whole seconds to wait before the second, third, … attempt; the last one repeats. Each
-    value is a queue of its own. Take a value away only when its queue is empty."""
+    """Comma-separated delays in whole seconds before the second, third, … attempt; the last one repeats. Each
+    value has its own queue. Remove a value only when its queue is empty."""
     reply_exchange: ExchangeName = ""
-    """The exchange that results are published to, with the reply queue's name as routing key: a direct or a
-    topic exchange, to which you bind the reply queues (the results queue is bound for you). Direct reply-to
-    always goes by the default exchange. See [permissions](permissions.md)."""
+    """Exchange that results are published to; the routing key is the name of the reply queue. A direct or
+    topic exchange to which you bind the reply queues (the worker binds the results queue). Direct reply-to
+    always uses the default exchange. See [permissions](permissions.md)."""
     jobs_exchange: ExchangeName = ""
-    """The direct exchange that jobs go back to their queues by (retries, jobs given back, dead letters), with
-    the queue's name as routing key. With this and `VQA_REPLY_EXCHANGE` the worker's user need not be allowed
-    to write to the default exchange, which reaches every queue: see [permissions](permissions.md)."""
+    """Direct exchange used to republish jobs (retries, requeues, dead letters); the routing key is the queue
+    name. With this and `VQA_REPLY_EXCHANGE` the worker needs no write permission on the default exchange,
+    which reaches every queue: see [permissions](permissions.md)."""
     declare_topology: bool = True
-    """Whether the worker declares its queues and exchanges at the start. `false`: it only checks that they
-    are there, and `vqa-worker topology apply` makes them."""
+    """Whether the worker declares its queues and exchanges at startup. `false`: it only verifies that they
+    exist; create them with `vqa-worker topology apply`."""
 
-    _strays: list[str] = PrivateAttr(default_factory=list)
+    _unknown_variables: list[str] = PrivateAttr(default_factory=list)
 
     @field_validator("*", mode="before")
     @classmethod
     def _tidy(cls, value: Any, info: ValidationInfo) -> Any:
-        """Without outer blanks (files edited on some systems bring a CR along); nothing left is no value."""
+        """Strip whitespace (such as the CR of files from other systems); an empty value means not set."""
         if not isinstance(value, str):
             return value
         name = info.field_name or ""
         return value.strip() or ("" if name in cls.MAY_BE_EMPTY else cls.model_fields[name].default)
 
     @property
-    def strays(self) -> list[str]:
-        """Warnings about variables that look like settings and are none."""
-        return self._strays
+    def unknown_variables(self) -> list[str]:
+        """Return warnings about variables with the settings' prefix that are not settings."""
+        return self._unknown_variables
 
     @property
     def rabbitmq_address(self) -> str:
-        """Where the broker is, without credentials, fit for logs."""
+        """Return the broker's address without credentials, for logs."""
         parts = urlsplit(self.rabbitmq_url.get_secret_value())
         host = parts.hostname or ""
         host = f"[{host}]" if ":" in host else host
         return f"{parts.scheme}://{host}:{parts.port or AMQP_PORTS[parts.scheme]}{parts.path or '/'}"
 
     def secret_values(self) -> tuple[str, ...]:
-        """Every value that must never be shown: the broker's password, as written and decoded."""
+        """Return every secret value: the broker's password, encoded and decoded."""
         password = urlsplit(self.rabbitmq_url.get_secret_value()).password or ""
         return secrets(password, unquote(password))
 
 
 def secrets(*values: str) -> tuple[str, ...]:
-    """Those of the values that are there, and are known to few."""
+    """Return the values that are set and not public."""
     return tuple(value for value in values if value and value not in PUBLIC_PASSWORDS)

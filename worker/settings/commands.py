@@ -1,4 +1,4 @@
-"""The settings that commands for people use, beside the broker's: a part of those in `Settings`."""
+"""The settings that the command line uses in addition to the broker's: a part of those in `Settings`."""
 
 from typing import Annotated, Literal
 
@@ -11,7 +11,7 @@ _DEFAULTS = {name: field.default for name, field in Settings.model_fields.items(
 
 
 class CommandSettings(BrokerSettings):
-    """What submitting jobs takes; the API's key and the rest of what a worker needs may be missing."""
+    """Settings for submitting jobs; the API key and other settings of a worker may be missing."""
 
     s3_endpoint_url: HttpUrl | None = _DEFAULTS["s3_endpoint_url"]
     s3_addressing_style: Annotated[Literal["auto", "path", "virtual"], AnyCase] = _DEFAULTS[

@@ -1,4 +1,4 @@
-"""How a fault of the settings reads: one line for a person, which never holds a secret."""
+"""Error messages for invalid settings: one line each, without secrets."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -12,10 +12,10 @@ MAX_SHOWN_CHARS: Final = 80
 
 
 class SettingsError(Exception):
-    """The settings are wrong.
+    """The settings are invalid.
 
     Attributes:
-        faults: one line each, with the variable's name first; never a secret's value.
+        faults: one line for each problem, beginning with the variable's name; without secrets.
     """
 
     def __init__(self, faults: Sequence[str]) -> None:
@@ -24,19 +24,19 @@ class SettingsError(Exception):
 
 
 def variable(field: str) -> str:
-    """The environment variable of a field; providers' own keys have no prefix of ours."""
+    """Return the environment variable of a field; providers' own keys have no `VQA_` prefix."""
     name = field.upper()
     return name if name in FALLBACK_KEYS.values() else PREFIX + name
 
 
 def shown(value: object) -> str:
-    """A value in a message: quoted, on one line, not too long."""
+    """Quote a value for a message, on one line and shortened."""
     text = repr(str(value))
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…'"
 
 
 def fault_lines(error: ValidationError) -> Iterator[str]:
-    """What pydantic found, a line each."""
+    """Yield a line for each problem that pydantic found."""
     for fault in error.errors(include_url=False):
         field, *inside = fault["loc"]
         place = "/".join(_place(part) for part in inside if part != "[key]")
@@ -51,7 +51,7 @@ def _reason(fault: Any, *, inside: bool) -> str:
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     reason = fault["msg"].replace("Input should be", "must be")
-    # Texts, and what stands inside a JSON object, may be secrets; the rest are numbers, choices and paths.
+    # Strings and values inside a JSON object may be secrets; the rest are numbers, choices and paths.
     is_harmless = isinstance(fault["input"], str) and not inside and not fault["type"].startswith("string_")
     given = f", not {shown(fault['input'])}" if is_harmless else ""
     return f"{reason[0].lower()}{reason[1:]}{given}"

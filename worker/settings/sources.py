@@ -1,4 +1,4 @@
-"""Reading the settings: the environment, then `.env`, then a folder of files, by pydantic-settings."""
+"""Read the settings: the environment, then `.env`, then a folder of files, with pydantic-settings."""
 
 import difflib
 import os
@@ -29,16 +29,16 @@ def load_settings(*, env_file: Path | None = Path(".env")) -> Settings:
     """Read the settings.
 
     Args:
-        env_file: the file of `NAME=value` lines; it need not exist. None: not looked for.
+        env_file: a file of `NAME=value` lines, which may be missing; None to read no file.
 
     Raises:
-        SettingsError: with every fault there is.
+        SettingsError: a setting is invalid; lists every problem.
     """
     return _load(Settings, env_file)
 
 
 def load_broker_settings(*, env_file: Path | None = Path(".env")) -> BrokerSettings:
-    """Read those settings only that the broker and the queues need; the others may be wrong or missing.
+    """Read only the settings for RabbitMQ; the others may be invalid or missing.
 
     Args and Raises: as `load_settings`.
     """
@@ -46,7 +46,7 @@ def load_broker_settings(*, env_file: Path | None = Path(".env")) -> BrokerSetti
 
 
 def load_command_settings(*, env_file: Path | None = Path(".env")) -> CommandSettings:
-    """Read those settings only that commands for people use.
+    """Read only the settings that the command line uses.
 
     Args and Raises: as `load_settings`.
     """
@@ -70,11 +70,13 @@ def _load(kind: type[Kind], env_file: Path | None) -> Kind:
     except (OSError, ValueError) as error:
         raise SettingsError([f"VQA_SECRETS_DIR: {folder!r} cannot be read: {_reason(error)}"]) from None
     if doubts:
-        # What the library only warns of, such as a folder where it looks for a file.
+        # The library only warns, for example about a folder in place of a file.
         raise SettingsError([f"{variable('secrets_dir')}: {doubt.message}" for doubt in doubts])
     if faults := list(trace_faults(os.environ)):
         raise SettingsError(faults)
-    settings.strays.extend([*_strays("the environment", os.environ), *_strays(str(env_file), written)])
+    settings.unknown_variables.extend(
+        [*_unknown_variables("the environment", os.environ), *_unknown_variables(str(env_file), written)]
+    )
     return settings
 
 
@@ -82,8 +84,8 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or "it is not UTF-8 text"
 
 
-def _strays(place: str, texts: Mapping[str, str | None]) -> Iterator[str]:
-    """A line for every name with the settings' prefix that is no setting."""
+def _unknown_variables(place: str, texts: Mapping[str, str | None]) -> Iterator[str]:
+    """Yield a line for every name with the settings' prefix that is not a setting."""
     for name, text in sorted((name.upper(), text) for name, text in texts.items() if text is not None):
         is_link = _SERVICE_LINK.search(name) or (name.endswith("_PORT") and "://" in text)
         if not name.startswith(PREFIX) or name in KNOWN_VARIABLES or is_link:

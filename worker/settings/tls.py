@@ -1,4 +1,4 @@
-"""The TLS connection to the broker: the checks of its files, and the context made of them."""
+"""TLS for the connection to RabbitMQ: validate the files and create the context."""
 
 import ssl
 from pathlib import Path
@@ -14,7 +14,7 @@ def _only_with_tls(path: Path | None, info: ValidationInfo) -> Path | None:
     url = info.data.get("rabbitmq_url")
     if path is not None and url is not None and urlsplit(url.get_secret_value()).scheme != "amqps":
         raise ValueError(
-            f"is of no use without TLS: {variable('rabbitmq_url')} must begin with amqps://, or leave it out"
+            f"has no effect without TLS: change {variable('rabbitmq_url')} to amqps://, or remove this"
         )
     return path
 
@@ -24,12 +24,12 @@ def _holds_certificates(path: Path | None) -> Path | None:
         if path is not None:
             tls_context(path, None, None)
     except (OSError, ValueError):
-        raise ValueError(f"{shown(path)} holds no certificates in PEM form that can be read") from None
+        raise ValueError(f"{shown(path)} has no readable certificates in PEM format") from None
     return path
 
 
 def _belongs_to_certificate(path: Path | None, info: ValidationInfo) -> Path | None:
-    if "rabbitmq_cert_file" not in info.data:  # it has a fault of its own
+    if "rabbitmq_cert_file" not in info.data:  # it is invalid, which is reported separately
         return path
     certificate = info.data["rabbitmq_cert_file"]
     if (certificate is None) != (path is None):
@@ -51,14 +51,13 @@ KeyFile: TypeAlias = Annotated[TlsFile, AfterValidator(_belongs_to_certificate)]
 
 
 def tls_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
-    """Check the broker against the CA file or the system's certificates; show it ours, if there is one.
+    """Return a TLS context that verifies the broker and sends the client certificate, if there is one.
 
     Raises:
         OSError, ValueError: a file cannot be loaded.
     """
     context = ssl.create_default_context(cafile=ca_file)
     if cert_file is not None and key_file is not None:
-        # The empty password makes an encrypted key an error; without it OpenSSL would ask at the terminal,
-        # and wait.
+        # The empty password makes an encrypted key an error; without it OpenSSL would prompt on the terminal.
         context.load_cert_chain(cert_file, key_file, password="")
     return context

@@ -1,4 +1,4 @@
-"""Whether traces are wanted: OpenTelemetry's own variables say so, which its SDK reads too."""
+"""Decide from OpenTelemetry's standard variables whether traces are enabled."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 from worker.settings.faults import shown
 
-# The first that is set counts.
+# The first one that is set applies.
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 HEADERS: Final = ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
@@ -19,7 +19,7 @@ _NEEDED: Final = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
 def wants_traces(environment: Mapping[str, str]) -> bool:
-    """Whether spans are to be sent; what is wrong with that, `trace_faults` tells."""
+    """Return whether traces are enabled; `trace_faults` validates the configuration."""
     exporter = _said(environment, EXPORTER).lower()
     if _said(environment, DISABLED).lower() == "true" or exporter == "none":
         return False
@@ -27,7 +27,7 @@ def wants_traces(environment: Mapping[str, str]) -> bool:
 
 
 def trace_faults(environment: Mapping[str, str]) -> Iterator[str]:
-    """A line for each reason why the spans that are wanted cannot be sent."""
+    """Yield a line for each reason why spans cannot be sent."""
     if not wants_traces(environment):
         return
     exporter = _said(environment, EXPORTER)
@@ -36,8 +36,8 @@ def trace_faults(environment: Mapping[str, str]) -> Iterator[str]:
     name, protocol = _first(environment, PROTOCOLS)
     if protocol not in {"", _PROTOCOL}:
         yield (
-            f"{name}: must be {_PROTOCOL!r}, which collectors take on port 4318, not {shown(protocol)};"
-            f" or want no traces: {EXPORTER}=none"
+            f"{name}: must be {_PROTOCOL!r} (port 4318 of a collector), not {shown(protocol)};"
+            f" or disable traces: {EXPORTER}=none"
         )
     name, endpoint = _first(environment, ENDPOINTS)
     if endpoint and not endpoint.lower().startswith(("http://", "https://")):
@@ -45,13 +45,13 @@ def trace_faults(environment: Mapping[str, str]) -> Iterator[str]:
     if not all(map(_is_installed, _NEEDED)):
         wanted = name if endpoint else EXPORTER
         yield (
-            f"{wanted}: asks for traces, and what sends them is not installed:"
-            f" pip install 'vqa-worker[tracing]'; or want none: {EXPORTER}=none"
+            f"{wanted}: enables traces, but OpenTelemetry is not installed:"
+            f" pip install 'vqa-worker[tracing]'; or disable traces: {EXPORTER}=none"
         )
 
 
 def trace_secrets(environment: Mapping[str, str]) -> Iterator[str]:
-    """The values of the headers that spans are sent with: keys, as a rule; the SDK shows malformed ones."""
+    """Yield the values of OTLP headers, which are usually keys; the SDK logs malformed ones."""
     for name in HEADERS:
         for header in _said(environment, name).split(","):
             field, equals, given = header.partition("=")
@@ -64,7 +64,7 @@ def _said(environment: Mapping[str, str], name: str) -> str:
 
 
 def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> tuple[str, str]:
-    """The first of the variables that says something, and what; if none does, the last one."""
+    """Return the first variable that is set and its value, or the last one."""
     said = [(name, _said(environment, name)) for name in names]
     return next((pair for pair in said if pair[1]), said[-1])
 

@@ -1,6 +1,6 @@
-"""The checks of URLs, and which common variable may give the key of the API at one.
+"""Validate URLs, and find the provider's variable for the API key of a URL.
 
-A check raises ValueError with the end of a sentence that the variable's name begins.
+Validators raise ValueError with the rest of a sentence that begins with the variable's name.
 """
 
 import ipaddress
@@ -11,15 +11,15 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import AfterValidator, SecretStr, ValidationInfo
 
 AMQP_PORTS: Final = {"amqp": 5672, "amqps": 5671}
-# Whose key the common variables hold; the settings' fields are named as these, in lower case.
+# The host of each provider's variable; the settings' fields have the same names in lower case.
 FALLBACK_KEYS: Final = {"deepinfra.com": "DEEPINFRA_TOKEN", "api.openai.com": "OPENAI_API_KEY"}
 
 
 def _split_url(url: str, *schemes: str) -> SplitResult:
-    """Take a URL apart, strictly: what two parsers might read differently is refused. Never shows the URL."""
+    """Parse a URL strictly; reject URLs that parsers read differently. Errors do not include the URL."""
     if not re.fullmatch(r"[!-\[\]-~]+", url):
         raise ValueError(
-            "must be a URL without blanks, backslashes, control or non-ASCII characters (percent-encode them)"
+            "must be a URL without spaces, backslashes, control or non-ASCII characters (percent-encode them)"
         )
     try:
         parts = urlsplit(url)
@@ -52,7 +52,7 @@ def _http_url(url: str) -> str:
 
 
 def _host_of(url: str) -> str:
-    """The host of a URL in lower case, without port; empty if it has none."""
+    """Return the host of a URL in lower case, without port; empty if it has none."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:
@@ -60,16 +60,16 @@ def _host_of(url: str) -> str:
 
 
 def fallback_key_variable(base_url: str) -> str | None:
-    """Which common variable may stand in for `VQA_MODEL_API_KEY` at this URL.
+    """Return the provider's variable that may replace `VQA_MODEL_API_KEY` for this URL.
 
-    A provider's key goes to no other provider.
+    A provider's key is never sent to another provider.
     """
     host = f".{_host_of(base_url)}"
     return next((name for domain, name in FALLBACK_KEYS.items() if host.endswith(f".{domain}")), None)
 
 
 def shows_key(base_url: str) -> bool:
-    """Whether a key sent there goes over a network in clear."""
+    """Return whether requests to this URL send the key unencrypted over a network."""
     host = _host_of(base_url)
     if urlsplit(base_url).scheme == "https" or host == "localhost" or host.endswith(".localhost"):
         return False
@@ -89,25 +89,24 @@ def _api_key(secret: SecretStr, info: ValidationInfo) -> SecretStr:
         raise ValueError(_missing_key(base_url))
     if not re.fullmatch(r"[!-~]+", key):
         fallback = fallback_key_variable(base_url)
-        either = f"(or {fallback} in its place) " if fallback else ""
+        either = f"(or {fallback}) " if fallback else ""
         raise ValueError(
-            f"{either}has blanks, control or non-ASCII characters inside: it was not copied whole,"
-            " or too much was"
+            f"{either}contains spaces, control or non-ASCII characters: check that it was copied correctly"
         )
     return secret
 
 
 def _missing_key(base_url: str) -> str:
-    asked = f"is not set: give the key of the API at {_host_of(base_url) or 'VQA_MODEL_BASE_URL'}"
+    problem = f"is not set: set the API key for {_host_of(base_url) or 'VQA_MODEL_BASE_URL'}"
     if fallback := fallback_key_variable(base_url):
-        return f"{asked} (or set {fallback}, which is used for this host)"
+        return f"{problem} (or set {fallback}, which is used for this host)"
     others = " and ".join(FALLBACK_KEYS.values())
-    return f"{asked} (any word if it wants none; {others} are for their own hosts only)"
+    return f"{problem} (any value if it requires none; {others} are used for their own hosts only)"
 
 
 def _store_url(url: str) -> str:
     if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9](/[!-~]*)?", url):
-        raise ValueError("must be s3://bucket/prefix, without blanks")
+        raise ValueError("must be s3://bucket/prefix, without spaces")
     return url.rstrip("/")
 
 

@@ -1,7 +1,7 @@
-"""The checks of single values: lists, names of queues, globs, headers.
+"""Validate single values: lists, queue names, globs, headers.
 
-A check raises ValueError with the end of a sentence that the variable's name begins. `info.data` holds the
-fields above that passed their own checks, and only those; so one fault hides no other.
+Validators raise ValueError with the rest of a sentence that begins with the variable's name. `info.data` has
+only the preceding fields that are valid, so one error hides no other.
 """
 
 import re
@@ -13,24 +13,24 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 
 from worker.settings.faults import shown, variable
 
-MAX_NAME_BYTES: Final = 255  # a queue's or exchange's name: AMQP 0-9-1 calls it a short string
+MAX_NAME_BYTES: Final = 255  # names of queues and exchanges are short strings in AMQP 0-9-1
 MAX_RETRY_DELAY_S: Final = 86_400
-# What the HTTP client works out for itself; a second opinion breaks the request.
+# Set by the HTTP client; overriding them breaks the request.
 CLIENT_HEADERS: Final = frozenset(
     {"connection", "content-length", "content-type", "host", "transfer-encoding"}
 )
 
-# What a setting begins with that names a field of the jobs' metadata.
+# Prefix of settings that name a field of the jobs' metadata.
 METADATA: Final = "metadata."
 
-# Stands for a default that is worked out from other settings; no field keeps it.
+# Placeholder for a default that is derived from other settings; replaced during validation.
 DERIVED: Final[Any] = None
 
 
 def default(derive: Callable[[Mapping[str, Any]], Any]) -> BeforeValidator:
-    """A default that follows from the fields above.
+    """Return a validator that derives the default from the preceding fields.
 
-    Not a `default_factory`: pydantic skips those, and with them the field's checks, after any fault above.
+    Not a `default_factory`: pydantic skips it, and the field's validation, after an error in a field above.
     """
     return BeforeValidator(lambda value, info: derive(info.data) if value is DERIVED else value)
 
@@ -40,14 +40,14 @@ def _lower(value: Any) -> Any:
 
 
 def _items(value: Any) -> Any:
-    """`a, b,,c` → `("a", "b", "c")`; what is not text passes through."""
+    """Split `a, b,,c` into `("a", "b", "c")`; return other types unchanged."""
     if not isinstance(value, str):
         return value
     return tuple(item for item in map(str.strip, value.split(",")) if item)
 
 
 def _json_object(value: Any) -> Any:
-    """A JSON object as text → dict; what is not text passes through."""
+    """Parse a JSON object; return other types unchanged."""
     try:
         value = pydantic_core.from_json(value.encode()) if isinstance(value, str) else value
     except ValueError:
@@ -65,35 +65,33 @@ def _printable(text: str) -> str:
 
 def _metadata_field(text: str) -> str:
     if not text.startswith(METADATA) or text == METADATA:
-        raise ValueError(
-            "must be `metadata.` and the name of a field of the jobs' metadata, e.g. metadata.team"
-        )
+        raise ValueError("must be `metadata.` and the name of a metadata field, e.g. metadata.team")
     return _printable(text)
 
 
 def _name(text: str) -> str:
     if len(text.encode()) > MAX_NAME_BYTES:
-        raise ValueError(f"is longer than the {MAX_NAME_BYTES} bytes that AMQP allows a name")
+        raise ValueError(f"is longer than {MAX_NAME_BYTES} bytes, the limit of AMQP names")
     return _printable(text)
 
 
-def _queue_of_its_own(text: str, info: ValidationInfo) -> str:
+def _distinct_queue(text: str, info: ValidationInfo) -> str:
     if text.startswith("amq."):
-        raise ValueError("must not begin with 'amq.', which RabbitMQ keeps for itself")
+        raise ValueError("must not begin with 'amq.', which is reserved by RabbitMQ")
     for field in ("jobs_queue", "results_queue"):
         if info.data.get(field) == text:
-            raise ValueError(f"is the same queue as {variable(field)}: each needs its own")
+            raise ValueError(f"is the same queue as {variable(field)}: use different queues")
     return text
 
 
 def retry_queue(jobs_queue: str, delay_s: int) -> str:
-    """The name of the queue that holds jobs back for so many seconds."""
+    """Return the name of the retry queue for a delay in seconds."""
     return f"{jobs_queue}.retry.{delay_s}s"
 
 
 def _retry_queues_fit(delays: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
     if not delays:
-        raise ValueError("must be a comma list of whole seconds, e.g. 1,5,30,120")
+        raise ValueError("must be a comma-separated list of whole seconds, e.g. 1,5,30,120")
     names = {retry_queue(info.data.get("jobs_queue", ""), delay) for delay in delays}
     if any(len(name.encode()) > MAX_NAME_BYTES for name in names):
         raise ValueError(
@@ -102,7 +100,9 @@ def _retry_queues_fit(delays: tuple[int, ...], info: ValidationInfo) -> tuple[in
         )
     for field in ("results_queue", "dead_letter_queue"):
         if info.data.get(field) in names:
-            raise ValueError(f"makes a retry queue of the same name as {variable(field)}: rename that one")
+            raise ValueError(
+                f"makes a retry queue with the same name as {variable(field)}: rename that queue"
+            )
     return delays
 
 
@@ -119,23 +119,23 @@ def _globs_of(what: str) -> Callable[[tuple[str, ...]], tuple[str, ...]]:
 def _not_empty(globs: tuple[str, ...]) -> tuple[str, ...]:
     if not globs:
         raise ValueError(
-            "is not set: name the buckets that jobs may read from, comma separated, or * for any"
+            "is not set: list the buckets that jobs may read from, comma-separated, or * for any"
         )
     return globs
 
 
 def _header_name(name: str) -> str:
     if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-        raise ValueError("cannot be the name of a header")
+        raise ValueError("is not a valid header name")
     if name.lower() in CLIENT_HEADERS:
-        raise ValueError("belongs to the HTTP client")
+        raise ValueError("is set by the HTTP client")
     return name
 
 
 def _header_value(secret: SecretStr) -> SecretStr:
     # The HTTP client encodes header values given as text as ASCII and fails on anything else.
     if not re.fullmatch(r"([!-~]([ -~]*[!-~])?)?", secret.get_secret_value()):
-        raise ValueError("must be printable ASCII without blanks around it")
+        raise ValueError("must be printable ASCII without leading or trailing spaces")
     return secret
 
 
@@ -147,7 +147,7 @@ JsonObject: Final = BeforeValidator(_json_object)
 Printable: TypeAlias = Annotated[str, AfterValidator(_printable)]
 MetadataField: TypeAlias = Annotated[str, AfterValidator(_metadata_field)]
 ExchangeName: TypeAlias = Annotated[str, AfterValidator(_name)]
-QueueName: TypeAlias = Annotated[str, AfterValidator(_name), AfterValidator(_queue_of_its_own)]
+QueueName: TypeAlias = Annotated[str, AfterValidator(_name), AfterValidator(_distinct_queue)]
 RetryDelays: TypeAlias = Annotated[
     tuple[Annotated[int, Field(ge=1, le=MAX_RETRY_DELAY_S)], ...],
     BeforeValidator(_items),

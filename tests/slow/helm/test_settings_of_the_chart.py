@@ -116,7 +116,7 @@ def _in_the_cluster(name: str) -> Rendered:
 def test_the_worker_takes_the_environment_of_its_pod(name: str, given: Secrets, tmp_path: Path) -> None:
     rendered = _in_the_cluster(name)
     settings = _load(environment_in(tmp_path, rendered, rendered.pod, given))
-    assert settings.strays == []
+    assert settings.unknown_variables == []
     assert settings.warnings() == []
     asked = ci_values(name)["settings"]
     assert {key: _as_loaded(settings, key) for key in asked} == asked
@@ -159,7 +159,7 @@ def test_the_hook_takes_its_own_environment(name: str, given: Secrets, tmp_path:
         environment = environment_in(tmp_path, rendered, job["spec"]["template"], given)
         with patch.dict(os.environ, environment, clear=True):
             of_hook = load_broker_settings(env_file=None)
-        assert of_hook.strays == []
+        assert of_hook.unknown_variables == []
         workers = _load(environment_in(tmp_path / "worker", rendered, rendered.pod, given))
         for field in set(BrokerSettings.model_fields) - OF_THE_HOOK_ALONE:
             ours, theirs = str(getattr(of_hook, field)), str(getattr(workers, field))

@@ -86,7 +86,7 @@ def _settings(screen: Screen, report: Report) -> "tuple[Settings | None, BrokerS
         report.add(ok("settings", "make sense"))
         for text in settings.warnings():
             # The others have been told by `read`.
-            if text not in settings.strays:
+            if text not in settings.unknown_variables:
                 report.add(warning("settings", text))
         return settings, settings
     try:
