@@ -217,17 +217,17 @@ def _forbidden_object(stack: Stack) -> str:
     [
         (
             "s3://other/key.png",
-            "images[1] (s3://other/key.png): bucket other is not among VQA_ALLOWED_BUCKETS",
+            "images[1] (s3://other/key.png): bucket other is not in VQA_ALLOWED_BUCKETS",
         ),
-        ("s3://Test-images/key.png", "bucket Test-images is not among"),
+        ("s3://Test-images/key.png", "bucket Test-images is not in"),
         (
             "https://user:secret-1@evil.example.net/x.png?sig=secret-2#secret-3",
-            "images[1] (https://evil.example.net/x.png): host evil.example.net is not among VQA_ALLOWED_LINK",
+            "images[1] (https://evil.example.net/x.png): host evil.example.net is not in VQA_ALLOWED_LINK",
         ),
-        ("https://example.com/", "host example.com is not among"),
-        ("https://a.example.com@evil.example/", "host evil.example is not among"),
-        ("https://evil.example/a.example.com", "host evil.example is not among"),
-        ("https://evil.example?a.example.com", "host evil.example is not among"),
+        ("https://example.com/", "host example.com is not in"),
+        ("https://a.example.com@evil.example/", "host evil.example is not in"),
+        ("https://evil.example/a.example.com", "host evil.example is not in"),
+        ("https://evil.example?a.example.com", "host evil.example is not in"),
         (
             "http://a.example.com/x",
             "x): must be an s3://bucket/key, https:// or data: URL",

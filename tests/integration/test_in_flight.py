@@ -35,7 +35,7 @@ def asking(function):
     return asked
 
 settings.load_settings = asking(settings.load_settings)
-main._threads_linger = asking(main._threads_linger)
+main._has_blocked_threads = asking(main._has_blocked_threads)
 sys.exit(main.main(["run"]))
 """
 

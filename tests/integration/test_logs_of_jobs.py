@@ -95,7 +95,7 @@ async def test_a_trace_is_on_the_lines_before_the_end_too(scene: Scene, put_imag
     scene.stack.model.play(Error(status=500), marker=marker)
     await scene.line(job=a_job(marker, put_image()), headers={"traceparent": f"00-{trace_id}-{'1' * 16}-01"})
     about = [line["event"] for line in scene.worker.log() if line.get("trace_id") == trace_id]
-    assert about == ["job_retried", "job"]
+    assert about == ["job_retried", "job_finished"]
 
 
 async def test_nothing_of_a_job_s_content_is_logged_even_at_level_debug(

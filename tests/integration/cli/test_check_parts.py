@@ -208,7 +208,7 @@ async def test_buckets_and_images_that_cannot_be_had_are_told(
     assert "VQA_MAX_IMAGE_BYTES allows 20" in findings[f"image {large}"][1]
     assert findings[f"image {text}"] == ("failed", "is neither JPEG nor PNG nor WebP")
     assert "no such object" in findings[f"image s3://{BUCKET}/no"][1]
-    assert "bucket other is not among VQA_ALLOWED_BUCKETS" in findings["image s3://other/k"][1]
+    assert "bucket other is not in VQA_ALLOWED_BUCKETS" in findings["image s3://other/k"][1]
     assert findings["image http://x/y"][0] == "failed"
     assert findings["image data: URL"] == ("skipped", "is in the job itself")
     assert findings["image https://x/y"] == ("ok", "is allowed, and left to the API to fetch")

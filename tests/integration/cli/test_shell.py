@@ -43,7 +43,7 @@ async def test_without_the_extra_other_commands_say_what_to_install(bare: Cli) -
     ended = await bare.run("submit", "s3://bucket/key", "What?")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
-        "vqa-worker submit: all commands but run, topology and schema need: pip install 'vqa-worker[cli]'\n"
+        "vqa-worker submit: all commands except run, topology and schema need: pip install 'vqa-worker[cli]'\n"
     )
 
 

@@ -129,7 +129,7 @@ async def test_an_s3_that_refuses_is_one_sentence(cli: Cli) -> None:
     assert "check the AWS credentials" in sentence
     nowhere = await cli.run("submit", "--prefix", "s3://no-such-bucket/", "What?")
     assert nowhere.code == 1
-    assert "there is no such bucket at this S3 (VQA_S3_ENDPOINT_URL)" in nowhere.err
+    assert "the bucket does not exist at this S3 (VQA_S3_ENDPOINT_URL)" in nowhere.err
 
 
 # A whole prefix
