@@ -8,6 +8,8 @@ INSTALLED := .venv/.installed
 OCR := .venv/.ocr-installed
 BENCH := .venv/.bench-installed
 SOURCES := worker deploy docs tests
+# Without stored bytecode each process of the tests compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,3 +1,5 @@
+import os
+import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,6 +17,10 @@ MakeClient = Callable[[Worker], Awaitable[Client]]
 PutImage = Callable[..., str]
 
 BUCKET = "test-images"
+
+# Hundreds of processes import the same modules: keep their bytecode, whatever the environment says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from typing import Any, Self
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue, HeadersType
 from prometheus_client.parser import text_string_to_metric_families
+from yarl import URL
 
 from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
@@ -242,7 +243,9 @@ class Client:
         cls, stack: Stack, worker: Worker, *, url: str | None = None, exchange: str = ""
     ) -> AsyncIterator[Self]:
         """A connection of its own that reads the worker's results queue, and publishes by an exchange."""
-        connection = await aio_pika.connect(url or stack.rabbitmq.url)
+        # No heartbeats: the event loop does not run during synchronous tests.
+        broker = URL(url or stack.rabbitmq.url).update_query(heartbeat=0)
+        connection = await aio_pika.connect(broker)
         async with connection:
             channel = await connection.channel(on_return_raises=True)
             client = cls(channel, worker, exchange)

@@ -483,7 +483,7 @@ RETRIES: Final = Row(
                 Query(_rate("vqa_jobs_requeued_total{@here}"), "given back"),
                 Query(
                     _rate("vqa_result_store_operations_total{@here}", "result"),
-                    "store: {{event}}",
+                    "store: {{result}}",
                 ),
             ),
         ),

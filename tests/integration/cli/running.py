@@ -21,8 +21,8 @@ from tests.running import ROOT, Worker
 from worker.cli.submit.manifest import Counts, Manifest
 
 PATIENCE_S = 60.0
-# What lets the commands' coverage be seen, and nothing else of the surroundings.
-KEPT = ("PATH", "HOME", "LANG", "COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START", "COVERAGE_FILE")
+# The environment variables that commands inherit.
+KEPT = ("PATH", "HOME", "LANG")
 
 
 @dataclass(frozen=True)

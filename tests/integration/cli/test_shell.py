@@ -43,7 +43,8 @@ async def test_without_the_extra_other_commands_say_what_to_install(bare: Cli) -
     ended = await bare.run("submit", "s3://bucket/key", "What?")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
-        "vqa-worker submit: all commands except run, topology and schema need: pip install 'vqa-worker[cli]'\n"
+        "vqa-worker submit: all commands except run, topology and schema need:"
+        " pip install 'vqa-worker[cli]'\n"
     )
 
 
@@ -58,12 +59,7 @@ async def test_without_the_extra_a_worker_and_its_topology_lack_nothing(bare: Cl
     assert "VQA_MODEL_API_KEY" in started.err
 
 
-async def test_a_worker_starts_without_loading_what_only_people_need(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Measuring coverage loads some of it.
-    for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
+async def test_a_worker_starts_without_loading_what_only_people_need(cli: Cli) -> None:
     cli.command = [sys.executable, "-X", "importtime", "-m", "worker"]
     started = await cli.run("run", VQA_MODEL_BASE_URL="https://api.example/v1")
     assert started.code == 78
