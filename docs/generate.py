@@ -17,7 +17,7 @@ from pydantic import BaseModel, SecretStr
 from deploy.rabbitmq.__main__ import PLACE, STRICT, STRICT_SETTINGS, topology_with
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER, intake, users
 from worker.cli.schema import asyncapi
-from worker.errors import COUNTS_AGAINST_THE_SERVICE, MEANING, ErrorCode
+from worker.errors import DESCRIPTIONS, SERVICE_FAILURES, ErrorCode
 from worker.jobs.cancellation import REMEMBERED
 from worker.messages.job import Job
 from worker.messages.result import Result
@@ -211,7 +211,7 @@ def messages_page() -> str:
         result_fields=_fields_table(Result),
         success=_example(Result, SUCCESS),
         failure=_example(Result, FAILURE),
-        error_codes=_table(("Code", "When"), ((f"`{code}`", MEANING[code]) for code in ErrorCode)),
+        error_codes=_table(("Code", "When"), ((f"`{code}`", DESCRIPTIONS[code]) for code in ErrorCode)),
         queues=_queues_table(Topology.from_settings(settings)),
         control_exchange=Topology.from_settings(settings).control.name,
         cancellation=json.dumps({"cancel": SHORT_JOB["id"]}),
@@ -233,7 +233,7 @@ def messages_page() -> str:
 def metrics_page() -> str:
     """What can be seen from outside, and what it means."""
     template = (HERE / "templates" / "metrics.md").read_text(encoding="utf-8")
-    bad, neutral = COUNTS_AGAINST_THE_SERVICE, set(ErrorCode) - COUNTS_AGAINST_THE_SERVICE
+    bad, neutral = SERVICE_FAILURES, set(ErrorCode) - SERVICE_FAILURES
     kinds = "Metric", "Type", "Unit", "Meaning"
     return Template(template).substitute(
         worker=_table(kinds, map(_metric_row, DECLARED.values())),

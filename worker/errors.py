@@ -1,6 +1,6 @@
-"""What can go wrong with a job, sorted by whose fault it is and what follows from it.
+"""Errors by cause: the job itself, a transient failure, a rate limit, an unavailable dependency.
 
-Exceptions of libraries are translated into these where the library is called, and nowhere else.
+Exceptions of libraries are translated into these where the library is called.
 """
 
 from collections.abc import Mapping
@@ -27,48 +27,48 @@ class ErrorCode(StrEnum):
     RESULT_TOO_LARGE = "result_too_large"
 
 
-# For docs/messages.md: when a code occurs, and what follows beside a failed result.
-MEANING: Final[Mapping[ErrorCode, str]] = {
-    ErrorCode.INVALID_JOB: "The message is not a job: no strict JSON, a wrong or unknown field, no id, a"
-    " model that is not allowed, control characters in an object key, or a body over `VQA_MAX_JOB_BYTES`. If"
-    " the body's own id could not be read, a copy goes to the dead-letter queue; there is then a result only"
-    " if the message has a `message_id`, a `reply_to` or a `correlation_id`.",
-    ErrorCode.IMAGE_NOT_FOUND: "S3 has no such object. (It only says so to those who may list the bucket;"
-    " to others the object is forbidden.)",
+# For docs/messages.md: when a code occurs, and what happens in addition to the failed result.
+DESCRIPTIONS: Final[Mapping[ErrorCode, str]] = {
+    ErrorCode.INVALID_JOB: "The message is not a valid job: not strict JSON, an invalid or unknown field, no"
+    " id, a model that is not allowed, control characters in an object key, too many JSON values, or a body"
+    " larger than `VQA_MAX_JOB_BYTES`. If the body has no readable id, a copy goes to the dead-letter queue;"
+    " a result is then published only if the message has a `message_id`, a `reply_to` or a `correlation_id`.",
+    ErrorCode.IMAGE_NOT_FOUND: "S3 has no such object. (Without permission to list the bucket, S3 reports a"
+    " missing object as forbidden.)",
     ErrorCode.IMAGE_FORBIDDEN: "S3 denies the worker access to this object.",
-    ErrorCode.IMAGE_SOURCE_NOT_ALLOWED: "The bucket is not among `VQA_ALLOWED_BUCKETS`, the link's host not"
-    " among `VQA_ALLOWED_LINK_HOSTS`, or the URL is of another kind, `http://` included.",
-    ErrorCode.IMAGE_TOO_LARGE: "The image has more than `VQA_MAX_IMAGE_BYTES`.",
+    ErrorCode.IMAGE_SOURCE_NOT_ALLOWED: "The bucket is not in `VQA_ALLOWED_BUCKETS`, the link's host is not"
+    " in `VQA_ALLOWED_LINK_HOSTS`, or the URL has another scheme, `http://` included.",
+    ErrorCode.IMAGE_TOO_LARGE: "The image is larger than `VQA_MAX_IMAGE_BYTES`.",
     ErrorCode.IMAGE_UNSUPPORTED_TYPE: "The content is not JPEG, PNG or WebP. With `VQA_IMAGE_DELIVERY=link`"
-    " the worker sees no content, and leaves this and the size of S3 images to the API.",
-    ErrorCode.IMAGE_CORRUPT: "The image is empty, or its base64 cannot be decoded.",
+    " the model API checks the type and size of S3 images, not the worker.",
+    ErrorCode.IMAGE_CORRUPT: "The image is empty, or its base64 is invalid.",
     ErrorCode.TOO_MANY_IMAGES: "The job has more images than `VQA_MAX_IMAGES_PER_JOB`.",
-    ErrorCode.MODEL_REJECTED: "The API refuses this request for good (400, 413, 422, its content policy; 403"
-    " for this job while others succeed). The message has the API's own words.",
-    ErrorCode.EMPTY_ANSWER: "The API answered with neither text nor a tool call: the token limit was spent on"
-    " reasoning, or a content filter left nothing. It was paid for and is not tried again; the result has"
-    " `finish_reason` and `usage`.",
-    ErrorCode.DEADLINE_EXCEEDED: "The job's `deadline` passed before the API was called, or comes before the"
-    " next attempt could be made.",
-    ErrorCode.ATTEMPTS_EXHAUSTED: "A fault that could have passed (a time-out, a broken connection, a 5xx"
-    " answer) outlived `VQA_MAX_ATTEMPTS`, or the job was delivered more than `VQA_DELIVERY_LIMIT` times"
-    " without coming to an end. The job goes to the dead-letter queue too.",
-    ErrorCode.RESULT_TOO_LARGE: "The result is larger than the broker takes a message (its"
-    " `max_message_size`). The answer was paid for, and is lost: `usage` says what it cost.",
-    ErrorCode.CANCELLED: "Somebody cancelled the job. A call that was running may have been paid for.",
+    ErrorCode.MODEL_REJECTED: "The model API rejects this request permanently (400, 413, 422, its content"
+    " policy; 403 for this job while others succeed). The message contains the error message of the API.",
+    ErrorCode.EMPTY_ANSWER: "The model API returned neither text nor a tool call: the token limit was spent"
+    " on reasoning, or a content filter removed the text. The request was billed and is not retried; the"
+    " result has `finish_reason` and `usage`.",
+    ErrorCode.DEADLINE_EXCEEDED: "The job's `deadline` passed before the model request, or is earlier than"
+    " the next attempt.",
+    ErrorCode.ATTEMPTS_EXHAUSTED: "Transient errors (a timeout, a lost connection, a 5xx response) exceeded"
+    " `VQA_MAX_ATTEMPTS`, or the job was delivered more than `VQA_DELIVERY_LIMIT` times without an outcome."
+    " The job also goes to the dead-letter queue.",
+    ErrorCode.RESULT_TOO_LARGE: "The result is larger than the broker's `max_message_size`. The request was"
+    " billed and the answer is lost; `usage` has its cost.",
+    ErrorCode.CANCELLED: "The job was cancelled. A running model request may have been billed.",
 }
 
-# For the service level: what a failure with each code says about the service. A job that would fail just as
-# well if everything here and behind it were perfect says nothing.
-COUNTS_AGAINST_THE_SERVICE: Final = frozenset({ErrorCode.ATTEMPTS_EXHAUSTED, ErrorCode.DEADLINE_EXCEEDED})
-# Nobody's fault.
-COUNTS_FOR_NOTHING: Final = frozenset({ErrorCode.CANCELLED})
+# Codes that count as failures of the service in the service level indicator. The others are the job's own
+# errors and count as neither success nor failure of the service, except for NEUTRAL_FAILURES.
+SERVICE_FAILURES: Final = frozenset({ErrorCode.ATTEMPTS_EXHAUSTED, ErrorCode.DEADLINE_EXCEEDED})
+# Codes that are excluded from every error ratio.
+NEUTRAL_FAILURES: Final = frozenset({ErrorCode.CANCELLED})
 
 
 class Dependency(StrEnum):
-    """What the worker needs from outside.
+    """A service that the worker depends on.
 
-    The result store is S3 too, and yet one can fail while the other, in another bucket, is well.
+    The result store is also in S3, but its bucket can fail separately.
     """
 
     MODEL = "model"
@@ -78,16 +78,16 @@ class Dependency(StrEnum):
 
     @property
     def label(self) -> str:
-        """What it goes by in `vqa_dependency_up`, in `/readyz` and in the log."""
+        """Its name in `vqa_dependency_up`, `/readyz` and the log."""
         return Dependency.S3.value if self is Dependency.RESULT_STORE else self.value
 
 
 class JobError(Exception):
-    """The job itself is at fault: trying again would end the same way.
+    """A permanent error of the job: a retry would fail the same way.
 
     Attributes:
-        code: what the result's `error.code` says.
-        message: for a person: what was wrong, naming the image or the field, and what to do.
+        code: the `error.code` of the result.
+        message: for a person: what is wrong, naming the image or field, and what to do.
     """
 
     def __init__(self, code: ErrorCode, message: str) -> None:
@@ -97,14 +97,14 @@ class JobError(Exception):
 
 
 class TransientError(Exception):
-    """This attempt failed and another may succeed; the attempt is counted.
+    """The attempt failed and a retry may succeed; the attempt is counted.
 
     Attributes:
-        dependency: which one failed.
-        reason: a short name out of a closed set, fit for a metric's label.
+        dependency: that failed.
+        reason: a short name from a closed set, used as a metric label.
         message: what happened, for a person.
-        forbidden: the API answered 403, which can be about this job or about everybody.
-        is_echo: another job has met the very same fault, so that it is no further sign of an outage.
+        forbidden: the API answered 403, for this job or for all.
+        is_duplicate: another job reports the same failure, so this is not further evidence of an outage.
     """
 
     def __init__(
@@ -114,30 +114,30 @@ class TransientError(Exception):
         message: str,
         *,
         forbidden: bool = False,
-        is_echo: bool = False,
+        is_duplicate: bool = False,
     ) -> None:
         super().__init__(message)
         self.dependency = dependency
         self.reason = reason
         self.message = message
         self.forbidden = forbidden
-        self.is_echo = is_echo
+        self.is_duplicate = is_duplicate
 
-    def let_go(self) -> "TransientError":
-        """The error without the frames that it came through, which hold on to the images."""
+    def without_traceback(self) -> "TransientError":
+        """Return the error without its frames, which would keep the images in memory."""
         self.__context__ = None
         return self.with_traceback(None)
 
-    def echo(self) -> "TransientError":
-        """The same for another job."""
-        return TransientError(self.dependency, self.reason, self.message, is_echo=True)
+    def duplicate(self) -> "TransientError":
+        """Return the same error for another job."""
+        return TransientError(self.dependency, self.reason, self.message, is_duplicate=True)
 
 
 class RateLimitedError(Exception):
-    """The API answered 429. The attempt is not counted.
+    """The model API answered 429. The attempt is not counted.
 
     Attributes:
-        retry_after_s: seconds the API asks to wait, where it says so.
+        retry_after_s: seconds to wait, if the API reports them.
     """
 
     def __init__(self, retry_after_s: float | None) -> None:
@@ -146,26 +146,31 @@ class RateLimitedError(Exception):
 
 
 class DependencyDownError(Exception):
-    """A dependency is out of reach or refuses everybody: no fault of the job, no attempt counted.
+    """A dependency is unreachable or rejects every request; the attempt is not counted.
 
     Attributes:
-        dependency: which one.
-        message: what happened and what to do, for the person on call.
-        may_be_partial: it can be that of one bucket, or one model, alone.
-        is_echo: another job has met the very same fault, so that it is no further sign of an outage.
+        dependency: that failed.
+        message: what happened and what to do, for an operator.
+        may_be_partial: only one bucket or model may be affected.
+        is_duplicate: another job reports the same failure, so this is not further evidence of an outage.
     """
 
     def __init__(
-        self, dependency: Dependency, message: str, *, may_be_partial: bool = False, is_echo: bool = False
+        self,
+        dependency: Dependency,
+        message: str,
+        *,
+        may_be_partial: bool = False,
+        is_duplicate: bool = False,
     ) -> None:
         super().__init__(message)
         self.dependency = dependency
         self.message = message
         self.may_be_partial = may_be_partial
-        self.is_echo = is_echo
+        self.is_duplicate = is_duplicate
 
-    def echo(self) -> "DependencyDownError":
-        """The same for another job."""
+    def duplicate(self) -> "DependencyDownError":
+        """Return the same error for another job."""
         return DependencyDownError(
-            self.dependency, self.message, may_be_partial=self.may_be_partial, is_echo=True
+            self.dependency, self.message, may_be_partial=self.may_be_partial, is_duplicate=True
         )

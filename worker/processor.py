@@ -19,14 +19,16 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
-from worker.images.load import ImageSource
 from worker.images.memory_budget import Reservation
+from worker.images.source import ImageSource
 from worker.jobs.attempt import Report
 from worker.jobs.cancellation import Cancellations
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome
-from worker.messages.job import Conversation, ImageRef, InvalidJobError, Job, decode
-from worker.model.answer import Answer, from_kept, to_kept
+from worker.messages.conversation import Conversation, ImageRef
+from worker.messages.decoding import InvalidJobError, decode
+from worker.messages.job import Job
+from worker.model.answer import Answer, deserialize_answer, serialize_answer
 from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, fingerprint, frame
 from worker.observability.logs import describe_exception
 from worker.observability.redaction import Redactor
@@ -71,7 +73,7 @@ class OpenImages(Protocol):
     def urls(self) -> Sequence[ImageUrl]:
         """What stands in the places of their URLs, in order."""
 
-    def sent(self) -> None:
+    def mark_sent(self) -> None:
         """All of them were handed to the API."""
 
 
@@ -81,11 +83,11 @@ class ImageLoader(Protocol):
     def check(self, refs: Sequence[ImageRef], body: bytes) -> list[ImageSource]:
         """Tell where each image is, or raise JobError."""
 
-    def room(self, images: Sequence[ImageSource]) -> AbstractAsyncContextManager[Reservation]:
+    def reserve(self, images: Sequence[ImageSource]) -> AbstractAsyncContextManager[Reservation]:
         """Wait until they may be held, and hold their place."""
 
     def open(
-        self, images: Sequence[ImageSource], room: Reservation
+        self, images: Sequence[ImageSource], reservation: Reservation
     ) -> AbstractAsyncContextManager[OpenImages]:
         """Begin to read them."""
 
@@ -116,7 +118,7 @@ class ResultStore(Protocol):
 class ModelApi(Protocol):
     """Who answers."""
 
-    async def ask(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
+    async def complete(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
         """Make one call."""
 
 
@@ -191,7 +193,7 @@ class Processor:
         except JobError as error:
             return report.refused(error.code, error.message)
         except TransientError as error:
-            fault = error.let_go()
+            fault = error.without_traceback()
         except DependencyDownError as error:
             return self._failures.after_refusal(report, error)
         except AdmissionClosedError as error:
@@ -265,7 +267,7 @@ class Processor:
         except (DependencyDownError, TimeoutError) as error:
             log.warning("result_store_unreachable", reason=str(error) or "timeout")
             return None
-        return from_kept(stored) if stored is not None else None
+        return deserialize_answer(stored) if stored is not None else None
 
     async def _answer_with_lease(self, store: ResultStore, question: _Question, report: Report) -> Answer:
         _check_deadline(question.deadline)
@@ -280,12 +282,12 @@ class Processor:
                     acquired = store.acquire(question.name, self._gate.check)
                     lease = await stack.enter_async_context(acquired)
             self._health.succeeded(Dependency.RESULT_STORE, started, time.monotonic())
-            kept = from_kept(lease.answer) if lease.answer is not None else None
+            kept = deserialize_answer(lease.answer) if lease.answer is not None else None
             if kept is not None:
                 return kept
             answer = await self._ask(question, report)
             report.enters("store")
-            return from_kept(await lease.put(to_kept(answer))) or answer
+            return deserialize_answer(await lease.put(serialize_answer(answer))) or answer
 
     async def _ask(self, question: _Question, report: Report) -> Answer:
         """Fetch and ask until there is an answer or an error other than 429."""
@@ -332,15 +334,15 @@ class Processor:
             _check_deadline(question.deadline, self._gate.closed_s(report.model))
             raise
         async with _patience(report, question, half_s, _NO_ROOM):
-            return slot, await stack.enter_async_context(self._images.room(question.images))
+            return slot, await stack.enter_async_context(self._images.reserve(question.images))
 
     async def _open(
-        self, stack: AsyncExitStack, question: _Question, room: Reservation, report: Report
+        self, stack: AsyncExitStack, question: _Question, reservation: Reservation, report: Report
     ) -> OpenImages:
         started = time.monotonic()
         try:
             async with asyncio.timeout(report.time_left_s):
-                return await stack.enter_async_context(self._images.open(question.images, room))
+                return await stack.enter_async_context(self._images.open(question.images, reservation))
         except TimeoutError:
             raise TransientError(Dependency.S3, "timeout", "the images could not be read in time") from None
         except JobError as error:
@@ -352,11 +354,11 @@ class Processor:
         self, question: _Question, images: OpenImages, report: Report, fetch_started: float
     ) -> Answer:
         names = [image.name for image in question.images]
-        body = RequestBody(question.frame, images.urls, names=names, on_sent=images.sent)
+        body = RequestBody(question.frame, images.urls, names=names, on_sent=images.mark_sent)
         started = time.monotonic()
         try:
             with report.stage("model"):
-                answer = await self._model.ask(report.model, body, time_left_s=report.time_left_s)
+                answer = await self._model.complete(report.model, body, time_left_s=report.time_left_s)
         except JobError:
             # Refusing one request is a sign of life like any answer.
             self._health.succeeded(Dependency.MODEL, started, time.monotonic())

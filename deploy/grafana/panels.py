@@ -7,7 +7,7 @@ for them and the models chosen, and `@broker(NAME, SELECTOR)` for a metric of th
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from worker.errors import COUNTS_AGAINST_THE_SERVICE, COUNTS_FOR_NOTHING
+from worker.errors import NEUTRAL_FAILURES, SERVICE_FAILURES
 
 Kind: TypeAlias = Literal["lines", "stack", "bars", "number", "states"]
 Unit: TypeAlias = Literal["s", "short", "percentunit", "currencyUSD", "Bps", "bytes", "cps", "reqps", "none"]
@@ -55,8 +55,8 @@ class Row:
     panels: tuple[Panel, ...]
 
 
-_BAD: Final = "|".join(sorted(COUNTS_AGAINST_THE_SERVICE))
-_NOTHING: Final = "|".join(sorted(COUNTS_FOR_NOTHING))
+_BAD: Final = "|".join(sorted(SERVICE_FAILURES))
+_NOTHING: Final = "|".join(sorted(NEUTRAL_FAILURES))
 
 _JOBS: Final = "vqa_jobs_total{@model"
 _OBJECTIVE: Final = 0.99

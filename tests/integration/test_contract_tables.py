@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from deploy.local.stack import Stack
 from tests.running import ROOT, Worker
 from worker.errors import ErrorCode
-from worker.messages.job import RESERVED_PARAMS, InvalidJobError, Job, decode
+from worker.messages.decoding import InvalidJobError, decode
+from worker.messages.job import RESERVED_PARAMS, Job
 from worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.observability import metrics
 from worker.rabbitmq.topology import QueueSpec, Topology

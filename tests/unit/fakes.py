@@ -128,7 +128,7 @@ def free(budget: MemoryBudget) -> int:
     low, high = 0, 1 << 40
     while low < high:
         middle = (low + high + 1) // 2
-        share = budget.share_at_once(middle)
+        share = budget.try_reserve(middle)
         if share is None:
             high = middle - 1
         else:

@@ -13,9 +13,9 @@ from worker.model.answer import (
     MAX_FIGURE,
     Answer,
     MalformedAnswerError,
-    from_kept,
+    deserialize_answer,
     parse_answer,
-    to_kept,
+    serialize_answer,
 )
 
 
@@ -283,16 +283,16 @@ def test_what_is_kept_of_an_answer_is_the_answer() -> None:
         b'"usage":{"prompt_tokens":3,"completion_tokens":4,"estimated_cost":0.25}}'
     )
     answer = parse_answer(body, None)
-    assert from_kept(to_kept(answer)) == answer
+    assert deserialize_answer(serialize_answer(answer)) == answer
 
 
 def test_a_lone_surrogate_does_not_keep_an_answer_from_being_kept() -> None:
     answer = parse_answer(b'{"choices":[{"message":{"content":"cut \\ud83d"}}]}', None)
-    kept = from_kept(to_kept(answer))
+    kept = deserialize_answer(serialize_answer(answer))
     assert kept is not None
     assert kept.text == "cut ?"
 
 
 @pytest.mark.parametrize("kept", [b"", b"{}", b"[]", b"not JSON", b'{"text": 1}'])
 def test_what_is_no_answer_is_not_taken_for_one(kept: bytes) -> None:
-    assert from_kept(kept) is None
+    assert deserialize_answer(kept) is None

@@ -26,7 +26,7 @@ class Holders:
         self.tasks[name] = asyncio.create_task(self._hold(name, wanted))
 
     async def _hold(self, name: int, wanted: int) -> None:
-        async with self._budget.share(wanted) as self.shares[name]:
+        async with self._budget.reserve(wanted) as self.shares[name]:
             self.holding.append(name)
             try:
                 await self._leave[name].wait()
@@ -103,7 +103,7 @@ async def test_what_is_given_back_early_is_the_next_one_s() -> None:
         assert them.holding == [0, 1]
         # It can only give back.
         them.shares[0].shrink_to(9)
-        assert budget.share_at_once(1) is None
+        assert budget.try_reserve(1) is None
         them.shares[0].release()
         them.shares[0].release()
         assert free(budget) == 3
@@ -146,17 +146,17 @@ async def test_who_is_cancelled_when_its_turn_has_just_come_passes_it_on() -> No
 
 async def test_at_once_means_without_overtaking_and_without_waiting() -> None:
     budget = MemoryBudget(10)
-    share = budget.share_at_once(8)
+    share = budget.try_reserve(8)
     assert share is not None
-    assert budget.share_at_once(3) is None
+    assert budget.try_reserve(3) is None
     async with holders(budget) as them:
         them.come(0, 5)
         await turns_of_the_loop()
-        assert budget.share_at_once(1) is None
+        assert budget.try_reserve(1) is None
         share.release()
         await turns_of_the_loop()
         assert them.holding == [0]
-        assert budget.share_at_once(6) is None
+        assert budget.try_reserve(6) is None
         them.leave(0)
     assert free(budget) == 10
 

@@ -15,7 +15,7 @@ from botocore.session import Session, get_session
 
 from tests.running import until
 from worker.s3 import credentials
-from worker.s3.credentials import CredentialsKeeper
+from worker.s3.credentials import CredentialsCache
 
 MINUTE_S = 60
 # Between the time when renewal may begin, and the one when it must have come.
@@ -69,13 +69,13 @@ def refused(code: str) -> ClientError:
     return ClientError(answer, "AssumeRole")
 
 
-def keeper_of(chain: CredentialProvider) -> CredentialsKeeper:
+def keeper_of(chain: CredentialProvider) -> CredentialsCache:
     session: Session = get_session()
     session.get_component("credential_provider").insert_before("env", chain)
-    return CredentialsKeeper(session)
+    return CredentialsCache(session)
 
 
-async def keys(keeper: CredentialsKeeper, times: int = 1) -> list[str | None]:
+async def keys(keeper: CredentialsCache, times: int = 1) -> list[str | None]:
     """The access keys that so many jobs get which ask at the same time."""
     async with asyncio.timeout(AT_ONCE_S):
         return [got.access_key for got in await asyncio.gather(*[keeper.current() for _ in range(times)])]
@@ -87,7 +87,7 @@ async def test_credentials_that_hold_for_long_are_not_renewed() -> None:
     assert chain.renewals == 0
 
 
-async def found(chain: Chain) -> CredentialsKeeper:
+async def found(chain: Chain) -> CredentialsCache:
     """A keeper that has the first credentials: while they are found they are not renewed yet."""
     keeper = keeper_of(chain)
     chain.failure, kept = refused("Throttling"), chain.failure
@@ -189,7 +189,7 @@ async def test_a_chain_without_credentials_is_asked_again() -> None:
     chain = Empty()
     session = get_session()
     session.get_component("credential_provider").providers[:] = [chain]
-    keeper = CredentialsKeeper(session)
+    keeper = CredentialsCache(session)
     with pytest.raises(NoCredentialsError):
         await keys(keeper)
     chain.given = Chain(60 * MINUTE_S).load()

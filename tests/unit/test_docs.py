@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from docs import generate
-from worker.errors import MEANING, ErrorCode
+from worker.errors import DESCRIPTIONS, ErrorCode
 from worker.messages.job import Job
 from worker.messages.result import Result
 from worker.settings import Settings, variable
@@ -49,7 +49,7 @@ def test_every_default_in_words_is_that_of_a_setting() -> None:
 
 
 def test_every_error_code_has_a_meaning() -> None:
-    assert set(MEANING) == set(ErrorCode)
+    assert set(DESCRIPTIONS) == set(ErrorCode)
 
 
 def test_the_page_of_messages_has_a_row_for_each_field_and_code() -> None:

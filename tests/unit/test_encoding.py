@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import Dependency, DependencyDownError, TransientError
-from worker.images.encoding import EncodedStream, decode_slices, encode, encoded_length, later
-from worker.images.load import SMALL_BYTES, UrlStream, UrlText
+from worker.images.encoding import EncodedStream, decode_slices, encode, encoded_length, iterate_async
+from worker.images.loader import SMALL_BYTES
+from worker.images.urls import BufferedUrl, StreamedUrl
 from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, frame
 from worker.model.request import SMALL_BYTES as SMALL_BODY_BYTES
 
@@ -81,7 +82,7 @@ async def test_thousands_of_sizes_cut_at_random_give_the_base64_of_the_whole() -
     chance = random.Random(11)  # noqa: S311 - no secret
     for size in chain(range(200), (chance.randint(0, 3000) for _ in range(3000))):
         content = CONTENT[:size]
-        encoded = await joined(EncodedStream(later(cut(content, chance))))
+        encoded = await joined(EncodedStream(iterate_async(cut(content, chance))))
         assert encoded == base64.b64encode(content) == encode(content)
         assert encoded_length(size) == len(encoded)
 
@@ -91,12 +92,12 @@ async def test_sizes_around_every_boundary_give_the_base64_of_the_whole(size: in
     chance = random.Random(size)  # noqa: S311 - no secret
     content = CONTENT[:size]
     for _ in range(3):
-        assert await joined(EncodedStream(later(cut(content, chance)))) == base64.b64encode(content)
+        assert await joined(EncodedStream(iterate_async(cut(content, chance)))) == base64.b64encode(content)
 
 
 @given(pieces=st.lists(st.binary(max_size=8), max_size=20))
 async def test_however_it_is_cut_only_the_end_is_padded(pieces: list[bytes]) -> None:
-    encoded = [piece async for piece in EncodedStream(later(pieces))]
+    encoded = [piece async for piece in EncodedStream(iterate_async(pieces))]
     assert b"".join(encoded) == base64.b64encode(b"".join(pieces))
     assert not any(piece.endswith(b"=") for piece in encoded[:-1])
 
@@ -178,9 +179,9 @@ async def test_a_thousand_bodies_are_whole_and_as_long_as_they_say() -> None:
     for _ in range(1000):
         contents = [CONTENT[: chance.randint(0, 3000)] for _ in range(chance.randint(0, 4))]
         urls: list[ImageUrl] = [
-            UrlText(url_of(content).encode())
+            BufferedUrl(url_of(content).encode())
             if chance.random() < 0.3
-            else UrlStream(PREFIX, len(content), later(cut(content, chance)))
+            else StreamedUrl(PREFIX, len(content), iterate_async(cut(content, chance)))
             for content in contents
         ]
         body = body_of(urls, seed=1)
@@ -197,10 +198,10 @@ async def test_bodies_with_images_around_every_boundary_are_whole(one: int, othe
     contents = [CONTENT[:one], CONTENT[:other], CONTENT[:one]]
     link = "https://images.example/a.png?x=1&y=%2F"
     urls: list[ImageUrl] = [
-        UrlStream(PREFIX, one, later(cut(contents[0], chance))),
-        UrlText(link.encode()),
-        UrlText(url_of(contents[1]).encode()),
-        UrlStream(PREFIX, one, later(cut(contents[2], chance))),
+        StreamedUrl(PREFIX, one, iterate_async(cut(contents[0], chance))),
+        BufferedUrl(link.encode()),
+        BufferedUrl(url_of(contents[1]).encode()),
+        StreamedUrl(PREFIX, one, iterate_async(cut(contents[2], chance))),
     ]
     body = body_of(urls)
     raw = await joined(aiter(body))
@@ -209,9 +210,9 @@ async def test_bodies_with_images_around_every_boundary_are_whole(one: int, othe
 
 
 async def test_small_bodies_go_out_in_one_piece_and_large_ones_in_pieces_that_are_not_whole_images() -> None:
-    small = body_of([UrlText(url_of(CONTENT[:1000]).encode())])
+    small = body_of([BufferedUrl(url_of(CONTENT[:1000]).encode())])
     assert len([piece async for piece in small]) == 1
-    large = body_of([UrlStream(PREFIX, len(CONTENT), later(cut(CONTENT, random.Random(0))))])  # noqa: S311
+    large = body_of([StreamedUrl(PREFIX, len(CONTENT), iterate_async(cut(CONTENT, random.Random(0))))])  # noqa: S311
     pieces = [len(piece) async for piece in large]
     assert sum(pieces) == large.length
     assert max(pieces) < large.length / 4
@@ -220,7 +221,7 @@ async def test_small_bodies_go_out_in_one_piece_and_large_ones_in_pieces_that_ar
 async def test_a_body_tells_when_it_is_handed_over_and_not_before() -> None:
     told: list[int] = []
     got = 0
-    text = UrlText(b"x" * 2 * SMALL_BODY_BYTES)
+    text = BufferedUrl(b"x" * 2 * SMALL_BODY_BYTES)
     body = RequestBody([b"<", b">"], [text], on_sent=lambda: told.append(got))
     async for piece in body:
         assert not told
@@ -243,7 +244,7 @@ async def test_a_body_that_breaks_off_says_why_and_is_never_called_sent(fault: E
         raise fault
 
     told: list[bool] = []
-    url = UrlStream(PREFIX, 2000, broken())
+    url = StreamedUrl(PREFIX, 2000, broken())
     body = RequestBody([b'"', b'"'], [url], on_sent=lambda: told.append(True))
     got: list[bytes] = []
     with pytest.raises(type(fault)) as caught:
@@ -262,8 +263,8 @@ async def test_who_is_late_when_the_time_is_up_can_be_told() -> None:
         await arrived.wait()
         yield CONTENT[:1000]
 
-    link = UrlText(b"https://images.example/a.png")
-    url = UrlStream(PREFIX, 1000, late())
+    link = BufferedUrl(b"https://images.example/a.png")
+    url = StreamedUrl(PREFIX, 1000, late())
     names = ["images[0] (https://…)", "images[1] (s3://…)"]
     body = RequestBody([b"<", b",", b">"], [link, url], names=names)
     assert body.lateness is None
@@ -289,7 +290,7 @@ async def test_the_time_that_images_take_is_told_apart(monkeypatch: pytest.Monke
             now += 2.0  # S3
             yield CONTENT[:SMALL_BODY_BYTES]
 
-    body = RequestBody([b"<", b">"], [UrlStream(PREFIX, 4 * SMALL_BODY_BYTES, slow())])
+    body = RequestBody([b"<", b">"], [StreamedUrl(PREFIX, 4 * SMALL_BODY_BYTES, slow())])
     async for _ in body:
         now += 100.0  # the API
     assert body.waited_s == pytest.approx(8.0)

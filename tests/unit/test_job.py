@@ -10,18 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.messages.job import (
-    MAX_ID_CHARS,
-    MAX_METADATA_BYTES,
-    RESERVED_PARAMS,
-    Conversation,
-    ImageRef,
-    InvalidJobError,
-    Job,
-    decode,
-    readable_id,
-    to_json,
-)
+from worker.messages.conversation import Conversation, ImageRef
+from worker.messages.decoding import InvalidJobError, decode
+from worker.messages.job import MAX_ID_CHARS, MAX_METADATA_BYTES, RESERVED_PARAMS, Job, valid_id
+from worker.messages.serialization import to_json
 
 SHORT: dict[str, Any] = {"id": "a", "question": "What is it?", "images": ["s3://b/k"]}
 LONG: dict[str, Any] = {"id": "a", "messages": [{"role": "user", "content": "Hello"}]}
@@ -341,13 +333,13 @@ def test_metadata_may_have_exactly_16_kib_of_compact_json(filler: str) -> None:
     "text", ["a", " ", "é 猫 😀", "x" * MAX_ID_CHARS, "{}", "👩‍🚀".replace("\u200d", "")]
 )
 def test_an_id_is_any_printable_text_of_up_to_256_characters(text: str) -> None:
-    assert readable_id(text) == text
+    assert valid_id(text) == text
     assert read({**SHORT, "id": text}).id == text
 
 
 @given(value=VALUES | st.text(st.characters(exclude_categories=[])))
 def test_what_is_a_readable_id_is_short_printable_text(value: Any) -> None:
-    if readable_id(value) is not None:
+    if valid_id(value) is not None:
         assert value.isprintable()
         assert 1 <= len(value) <= MAX_ID_CHARS
         value.encode()
@@ -663,7 +655,7 @@ def test_images_are_called_by_their_place_in_the_job() -> None:
     image = {"type": "image_url", "image_url": {"url": "u"}}
     text = {"type": "text", "text": "?"}
     turns = [{"role": "user", "content": c} for c in ("Hi", [text, image], None, [image, text, image])]
-    where = [ref.where for ref in Conversation(read({"id": "a", "messages": turns})).images()]
+    where = [ref.location for ref in Conversation(read({"id": "a", "messages": turns})).images()]
     assert where == ["messages[1].content[1]", "messages[3].content[0]", "messages[3].content[2]"]
 
 

@@ -14,9 +14,10 @@ from tests.fake_s3 import Answer, FakeS3, give, head, say
 from tests.unit.fakes import turns_of_the_loop
 from worker.errors import TransientError
 from worker.http.client import proxy_options
-from worker.images.load import Images, ImageSource, LinkPolicy, OpenImages, UrlStream, UrlText, name_of
-from worker.images.source import SourcePolicy
-from worker.messages.job import ImageRef
+from worker.images.loader import ImageLoader, LinkPolicy, OpenImages, display_name
+from worker.images.source import ImageSource, SourcePolicy
+from worker.images.urls import BufferedUrl, StreamedUrl
+from worker.messages.conversation import ImageRef
 from worker.model.request import PLACEHOLDER, RequestBody, frame
 from worker.s3.aws import Aws, Endpoint
 from worker.s3.client import S3
@@ -48,27 +49,29 @@ async def fake() -> AsyncIterator[FakeS3]:
 @asynccontextmanager
 async def loader(
     fake: FakeS3, *, buffer_bytes: int = 1024 * KIB, links: LinkPolicy | None = None
-) -> AsyncIterator[Images]:
+) -> AsyncIterator[ImageLoader]:
     s3 = S3(Aws(Endpoint(fake.url, "auto")))
     policy = SourcePolicy(allowed_buckets=["*"], allowed_link_hosts=["*"])
     try:
-        yield Images(s3, policy, max_bytes=10_000_000, max_per_job=16, buffer_bytes=buffer_bytes, links=links)
+        yield ImageLoader(
+            s3, policy, max_bytes=10_000_000, max_per_job=16, buffer_bytes=buffer_bytes, links=links
+        )
     finally:
         await s3.close()
 
 
-def located(images: Images, *urls: str) -> list[ImageSource]:
+def located(images: ImageLoader, *urls: str) -> list[ImageSource]:
     refs = [ImageRef(f"images[{n}]", url) for n, url in enumerate(urls)]
     return images.check(refs, " ".join(urls).encode())
 
 
 @asynccontextmanager
-async def opened(images: Images, *urls: str) -> AsyncIterator[OpenImages]:
+async def opened(images: ImageLoader, *urls: str) -> AsyncIterator[OpenImages]:
     wanted = located(images, *urls)
     async with (
         asyncio.timeout(PATIENCE_S),
-        images.room(wanted) as room,
-        images.open(wanted, room) as opened,
+        images.reserve(wanted) as reservation,
+        images.open(wanted, reservation) as opened,
     ):
         yield opened
 
@@ -81,7 +84,9 @@ def body_of(opened: OpenImages) -> RequestBody:
     parts: Sequence[Any] = [
         {"type": "image_url", "image_url": {"url": PLACEHOLDER}} for _ in range(len(opened.urls))
     ]
-    return RequestBody(frame("m", [{"role": "user", "content": parts}], {}), opened.urls, on_sent=opened.sent)
+    return RequestBody(
+        frame("m", [{"role": "user", "content": parts}], {}), opened.urls, on_sent=opened.mark_sent
+    )
 
 
 async def send(body: RequestBody) -> int:
@@ -114,20 +119,20 @@ async def test_what_was_sent_is_held_no_longer(fake: FakeS3, kind: str, count: i
         assert [it() for it in held] == [None] * count
         # All the room there is, for somebody else.
         async with opened(images, data_url(LARGE)) as others:
-            assert isinstance(others.urls[0], UrlStream)
+            assert isinstance(others.urls[0], StreamedUrl)
 
 
 async def test_room_is_waited_for_and_given_back_in_the_end(fake: FakeS3) -> None:
     async with loader(fake, buffer_bytes=1024 * KIB) as images:
         (first,) = located(images, data_url(LARGE))
-        async with images.room([first]) as room:
-            waiting = asyncio.create_task(images.room([first]).__aenter__())
-            async with images.open([first], room):
+        async with images.reserve([first]) as reservation:
+            waiting = asyncio.create_task(images.reserve([first]).__aenter__())
+            async with images.open([first], reservation):
                 await asyncio.sleep(0.05)
                 assert not waiting.done()
         async with asyncio.timeout(PATIENCE_S):
             (await waiting).release()
-            async with images.room([first]):
+            async with images.reserve([first]):
                 pass
 
 
@@ -137,18 +142,18 @@ async def test_small_images_need_no_more_room_than_they_have_bytes(fake: FakeS3)
         opened(images, "s3://b/1") as one,
         opened(images, "s3://b/2") as other,
     ):
-        assert [type(it) for it in (*one.urls, *other.urls)] == [UrlText] * 2
+        assert [type(it) for it in (*one.urls, *other.urls)] == [BufferedUrl] * 2
 
 
-@pytest.mark.parametrize("look", [True, False])
-async def test_links_need_no_room(fake: FakeS3, look: bool) -> None:
+@pytest.mark.parametrize("check_content", [True, False])
+async def test_links_need_no_room(fake: FakeS3, check_content: bool) -> None:
     fake.answer = give(SMALL[:12], 206, Content_Range=f"bytes 0-11/{len(SMALL)}")
     async with (
-        loader(fake, links=LinkPolicy(expires_s=60, look=look)) as images,
+        loader(fake, links=LinkPolicy(expires_s=60, check_content=check_content)) as images,
         opened(images, data_url(LARGE)),
         opened(images, "s3://b/k", "https://h/") as links,
     ):
-        assert [type(it) for it in links.urls] == [UrlText] * 2
+        assert [type(it) for it in links.urls] == [BufferedUrl] * 2
 
 
 def torn(content: bytes) -> Answer:
@@ -164,16 +169,16 @@ async def test_an_image_that_breaks_off_for_many_is_told_by_each_in_its_own_word
     jobs = 8
     fake.answer = torn(content)
 
-    async def one(images: Images, number: int) -> TransientError:
+    async def one(images: ImageLoader, number: int) -> TransientError:
         url = "s3://b/torn"
         with pytest.raises(TransientError) as caught:
             async with opened(images, *["https://h/"] * number, url) as open_images:
                 await send(body_of(open_images))
-        assert caught.value.message.startswith(f"{name_of(ImageRef(f'images[{number}]', url))}: ")
+        assert caught.value.message.startswith(f"{display_name(ImageRef(f'images[{number}]', url))}: ")
         return caught.value
 
     async with loader(fake, buffer_bytes=100 * 1024 * KIB) as images:
         faults = await asyncio.gather(*[one(images, number) for number in range(jobs)])
     assert len(fake.asked) == 1
     assert [it.reason for it in faults] == ["connection_error"] * jobs
-    assert sum(not it.is_echo for it in faults) == 1
+    assert sum(not it.is_duplicate for it in faults) == 1

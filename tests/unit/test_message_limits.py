@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from worker.errors import JobError
 from worker.images.source import Embedded, MessageBody, SourcePolicy, parse_source
-from worker.messages.job import Conversation, InvalidJobError, decode
+from worker.messages.conversation import Conversation
+from worker.messages.decoding import InvalidJobError, decode
 
 MAX_JOB_BYTES = 16_000_000
 MAX_CPU_S = 0.05

@@ -14,7 +14,7 @@ from tests import debian
 from tests.running import ROOT, Worker, until
 from tests.seeing import board, promql, rules
 from tests.seeing.prometheus import PACKAGES
-from worker.errors import COUNTS_AGAINST_THE_SERVICE, COUNTS_FOR_NOTHING
+from worker.errors import NEUTRAL_FAILURES, SERVICE_FAILURES
 from worker.observability.metrics import DECLARED
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
@@ -88,7 +88,7 @@ def test_a_name_that_is_not_there_would_be_found() -> None:
 
 def test_queries_blame_the_service_for_what_the_code_says() -> None:
     """The codes stand in the rules and in the dashboard as text."""
-    bad, nothing = "|".join(sorted(COUNTS_AGAINST_THE_SERVICE)), "|".join(sorted(COUNTS_FOR_NOTHING))
+    bad, nothing = "|".join(sorted(SERVICE_FAILURES)), "|".join(sorted(NEUTRAL_FAILURES))
     allowed = {bad, f"({bad})?", nothing, f"{bad}|{nothing}"}
     shown = {code for _, expr in QUERIES for code in re.findall(r'\berror[!=~]+"([^"]+)"', expr)}
     assert shown == allowed

@@ -144,7 +144,7 @@ async def model(running_api: Api) -> AsyncIterator[Model]:
 
 
 async def ask(model: Model, *, time_left_s: float = 60.0, **params: Any) -> Any:
-    return await model.ask("m", a_body(params), time_left_s=time_left_s)
+    return await model.complete("m", a_body(params), time_left_s=time_left_s)
 
 
 def a_body(params: Mapping[str, Any]) -> RequestBody:
@@ -202,7 +202,7 @@ async def test_params_are_passed_on_as_they_are(api: Api, model: Model) -> None:
 
 
 async def test_params_replace_neither_model_nor_messages(api: Api, model: Model) -> None:
-    await model.ask("m", a_body({"model": "dear", "messages": []}), time_left_s=60)
+    await model.complete("m", a_body({"model": "dear", "messages": []}), time_left_s=60)
     assert json.loads(api.requests[0].body) == {"model": "m", "messages": MESSAGES}
 
 

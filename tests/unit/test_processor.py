@@ -24,13 +24,12 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
-from worker.images.encoding import later
-from worker.images.load import ImageSource
+from worker.images.encoding import iterate_async
 from worker.images.memory_budget import MemoryBudget, Reservation
-from worker.images.source import Embedded, Link, Source
+from worker.images.source import Embedded, ImageSource, Link, Source
 from worker.jobs.cancellation import Cancellations
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
-from worker.messages.job import ImageRef
+from worker.messages.conversation import ImageRef
 from worker.messages.result import Usage
 from worker.model.answer import Answer
 from worker.model.request import RequestBody
@@ -76,7 +75,7 @@ class Url:
         self.length = len(self._text)
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        async for piece in later((self._text[:3], self._text[3:])):
+        async for piece in iterate_async((self._text[:3], self._text[3:])):
             yield piece
             if self._fault is not None:
                 raise self._fault
@@ -90,7 +89,7 @@ class Opened:
     was_sent: bool = False
     was_closed: bool = False
 
-    def sent(self) -> None:
+    def mark_sent(self) -> None:
         assert not self.was_closed
         self.was_sent = True
 
@@ -117,18 +116,18 @@ class Images:
         return [ImageSource(ref.url, self.source) for ref in refs]
 
     @asynccontextmanager
-    async def room(self, images: Sequence[ImageSource]) -> AsyncIterator[Reservation]:
+    async def reserve(self, images: Sequence[ImageSource]) -> AsyncIterator[Reservation]:
         await _do(self.room_deeds)
-        async with MemoryBudget(1000).share(len(images)) as room:
+        async with MemoryBudget(1000).reserve(len(images)) as reservation:
             self.rooms += 1
             try:
-                yield room
+                yield reservation
             finally:
                 self.rooms -= 1
 
     @asynccontextmanager
-    async def open(self, images: Sequence[ImageSource], room: Reservation) -> AsyncIterator[Opened]:
-        assert isinstance(room, Reservation)
+    async def open(self, images: Sequence[ImageSource], reservation: Reservation) -> AsyncIterator[Opened]:
+        assert isinstance(reservation, Reservation)
         assert self.rooms
         self.loaded += 1
         await _do(self.deeds)
@@ -147,7 +146,7 @@ class Model:
         self.deeds: list[Deed] = []
         self.asked: list[tuple[str, list[dict[str, Any]], Mapping[str, Any], float]] = []
 
-    async def ask(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
+    async def complete(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
         raw = b"".join([piece async for piece in body])
         assert len(raw) == body.length
         params = json.loads(raw)
@@ -658,9 +657,9 @@ async def test_who_waits_for_a_verdict_holds_neither_its_slot_nor_its_images(sce
 
 
 @pytest.mark.usefixtures("patiently")
-@pytest.mark.parametrize("is_echo", [False, True])
-async def test_the_jobs_that_reveal_an_outage_lose_no_attempt(scene: Scene, is_echo: bool) -> None:
-    scene.model.deeds = [TransientError(MODEL, "http_5xx", "no", is_echo=is_echo)]
+@pytest.mark.parametrize("is_duplicate", [False, True])
+async def test_the_jobs_that_reveal_an_outage_lose_no_attempt(scene: Scene, is_duplicate: bool) -> None:
+    scene.model.deeds = [TransientError(MODEL, "http_5xx", "no", is_duplicate=is_duplicate)]
     async with suspect(scene, delivery={"attempts": 2}) as task:
         scene.health.down(MODEL, "gone", time.monotonic())
         assert isinstance(await task, Requeued)
@@ -736,8 +735,8 @@ async def test_a_verdict_is_not_waited_for_longer_than_a_delivery_may_take() -> 
 # What may be the trouble of one bucket or one model
 
 
-def partial_refusal(*, is_echo: bool = False) -> DependencyDownError:
-    return DependencyDownError(S3, "S3 answered 503 SlowDown", may_be_partial=True, is_echo=is_echo)
+def partial_refusal(*, is_duplicate: bool = False) -> DependencyDownError:
+    return DependencyDownError(S3, "S3 answered 503 SlowDown", may_be_partial=True, is_duplicate=is_duplicate)
 
 
 async def test_a_hiccup_between_successes_goes_back_uncounted_and_stops_nobody(scene: Scene) -> None:
@@ -745,7 +744,7 @@ async def test_a_hiccup_between_successes_goes_back_uncounted_and_stops_nobody(s
     scene.images.deeds = [partial_refusal()]
     assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
     for n in range(10):
-        scene.images.deeds = [partial_refusal(is_echo=True)]
+        scene.images.deeds = [partial_refusal(is_duplicate=True)]
         assert isinstance(await scene.process(id=f"echo-{n}"), Requeued)
     assert scene.health.outages == {}
     scene.images.deeds = [partial_refusal()]
@@ -770,7 +769,7 @@ async def test_echoes_of_one_fault_are_no_outage_and_fail_each_job_all_the_same(
 ) -> None:
     """Jobs that read one image together fail together, by one fault of S3's."""
     for n in range(10):
-        scene.images.deeds = [TransientError(S3, "connection_error", "it broke off", is_echo=n > 0)]
+        scene.images.deeds = [TransientError(S3, "connection_error", "it broke off", is_duplicate=n > 0)]
         outcome = await scene.process(id=f"job-{n}", delivery={"attempts": attempts})
         if attempts:
             assert isinstance(outcome, DeadLettered)
@@ -783,13 +782,13 @@ async def test_echoes_of_one_fault_are_no_outage_and_fail_each_job_all_the_same(
 
 async def test_an_echo_in_an_outage_gives_the_job_back(scene: Scene) -> None:
     scene.health.down(S3, "gone", time.monotonic())
-    scene.images.breaks_off = TransientError(S3, "connection_error", "it broke off", is_echo=True)
+    scene.images.breaks_off = TransientError(S3, "connection_error", "it broke off", is_duplicate=True)
     assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
 
 
 async def test_an_image_that_breaks_off_for_many_while_it_is_sent_is_no_outage(scene: Scene) -> None:
     for n in range(10):
-        scene.images.breaks_off = TransientError(S3, "connection_error", "it broke off", is_echo=n > 0)
+        scene.images.breaks_off = TransientError(S3, "connection_error", "it broke off", is_duplicate=n > 0)
         assert isinstance(await scene.process(id=f"job-{n}"), Retried)
     assert scene.health.outages == {}
 

@@ -246,20 +246,20 @@ async def test_connections_are_used_again(fake: FakeS3) -> None:
 async def test_a_look_asks_for_the_beginning_only(fake: FakeS3, length: int) -> None:
     fake.answer = give(CONTENT[:length], 206, Content_Range=f"bytes 0-{length - 1}/{len(CONTENT)}")
     async with an_s3(fake.url) as s3:
-        assert await s3.look(IMAGE, length) == (len(CONTENT), CONTENT[:length])
+        assert await s3.read_beginning(IMAGE, length) == (len(CONTENT), CONTENT[:length])
     assert fake.asked[0].headers["range"] == f"bytes=0-{length - 1}"
 
 
 async def test_a_look_copes_with_a_store_that_knows_no_ranges_and_with_nothing_to_see(fake: FakeS3) -> None:
     async with an_s3(fake.url) as s3:
-        assert await s3.look(IMAGE, 12) == (len(CONTENT), CONTENT[:12])
+        assert await s3.read_beginning(IMAGE, 12) == (len(CONTENT), CONTENT[:12])
         fake.answer = give(CONTENT[:5], 206, Content_Range="bytes 0-4/5")
-        assert await s3.look(IMAGE, 12) == (5, CONTENT[:5])
+        assert await s3.read_beginning(IMAGE, 12) == (5, CONTENT[:5])
         fake.answer = refuse(416, "InvalidRange", Content_Range="bytes */0")
-        assert await s3.look(IMAGE, 12) == (0, b"")
+        assert await s3.read_beginning(IMAGE, 12) == (0, b"")
         fake.answer = refuse(404, "NoSuchKey")
         with pytest.raises(JobError) as caught:
-            await s3.look(IMAGE, 12)
+            await s3.read_beginning(IMAGE, 12)
     assert caught.value.code is ErrorCode.IMAGE_NOT_FOUND
 
 
@@ -383,7 +383,7 @@ def refuse_role(status: int, code: str) -> Answer:
     return give(body.encode(), status, Content_Type="text/xml")
 
 
-@pytest.mark.parametrize("way", ["open", "look", "link", "open elsewhere", "link elsewhere"])
+@pytest.mark.parametrize("way", ["open", "read_beginning", "link", "open elsewhere", "link elsewhere"])
 @pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (403, "ExpiredToken")])
 async def test_a_role_that_is_refused_is_everybodys_trouble_and_told_by_its_code_alone(
     fake: FakeS3, sts: FakeS3, way: str, status: int, code: str
@@ -393,7 +393,7 @@ async def test_a_role_that_is_refused_is_everybodys_trouble_and_told_by_its_code
     async with an_s3(fake.url) as s3:
         ways: dict[str, Callable[[], Awaitable[Any]]] = {
             "open": lambda: s3.open(source),
-            "look": lambda: s3.look(source, 12),
+            "read_beginning": lambda: s3.read_beginning(source, 12),
             "link": lambda: s3.link(source, 60),
         }
         with pytest.raises(DependencyDownError) as caught:
@@ -554,7 +554,7 @@ async def test_a_bucket_of_another_region_is_read_all_the_same(fake: FakeS3, sta
         # It is remembered where the bucket is.
         assert await asyncio.gather(*[read(s3) for _ in range(3)]) == [CONTENT] * 3
         assert len(fake.asked) == so_far + 3
-        assert await s3.look(IMAGE, 12) == (len(CONTENT), CONTENT[:12])
+        assert await s3.read_beginning(IMAGE, 12) == (len(CONTENT), CONTENT[:12])
 
 
 async def test_a_missing_object_in_another_region_is_missing(fake: FakeS3) -> None:
@@ -691,7 +691,7 @@ async def test_a_read_that_is_given_up_lets_go_of_its_connection(fake: FakeS3) -
 async def test_what_is_no_longer_as_it_was_is_not_replaced(fake: FakeS3, status: int, code: str) -> None:
     fake.answer = refuse(status, code)
     async with an_s3(fake.url) as s3:
-        objects = ConditionalStore(s3, "answers", "", named="VQA_RESULT_STORE")
+        objects = ConditionalStore(s3, "answers", "", setting="VQA_RESULT_STORE")
         assert await objects.replace("jobs/1", b"answer", '"etag"') is None
         await objects.delete("jobs/1", '"etag"')
 
@@ -702,7 +702,7 @@ async def test_a_store_that_is_not_there_or_refuses_is_no_condition_that_failed(
 ) -> None:
     fake.answer = refuse(status, code)
     async with an_s3(fake.url) as s3:
-        objects = ConditionalStore(s3, "answers", "", named="VQA_RESULT_STORE")
+        objects = ConditionalStore(s3, "answers", "", setting="VQA_RESULT_STORE")
         with pytest.raises(
             DependencyDownError, match=f"VQA_RESULT_STORE: .*{code}.*get, put, delete and list"
         ):

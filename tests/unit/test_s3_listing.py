@@ -9,7 +9,7 @@ import pytest
 from worker.errors import DependencyDownError
 from worker.s3.client import S3, Request
 from worker.s3.conditional_store import ConditionalStore
-from worker.s3.uploads import keys
+from worker.s3.uploads import list_keys
 
 KEYS = ["a&b/<c>/1", "a&b/<c>/2", "a&b/<c>/é +%26&amp;", "a&b/<c>/last"]
 
@@ -33,11 +33,11 @@ class PagedS3(S3):
 
 
 async def store_names(s3: S3) -> list[str]:
-    return await ConditionalStore(s3, "bucket", "a&b/", named="VQA_RESULT_STORE").names("<c>/")
+    return await ConditionalStore(s3, "bucket", "a&b/", setting="VQA_RESULT_STORE").names("<c>/")
 
 
 async def uploaded_keys(s3: S3) -> list[str]:
-    return [key async for key in keys(s3, "bucket", "a&b/<c>/")]
+    return [key async for key in list_keys(s3, "bucket", "a&b/<c>/")]
 
 
 async def test_a_listing_of_several_pages_has_all_keys() -> None:

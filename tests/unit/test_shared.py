@@ -306,7 +306,7 @@ async def test_a_fault_that_readers_share_is_one_sign_of_an_outage_and_not_many(
     found = await ended(tasks)
     told = [it for it in found if isinstance(it, TransientError)]
     assert len(told) == count
-    assert sum(not it.is_echo for it in told) == 1
+    assert sum(not it.is_duplicate for it in told) == 1
     assert {(it.dependency, it.reason, it.message) for it in told} == {
         (Dependency.S3, "connection_error", "it broke off")
     }
@@ -324,7 +324,7 @@ async def test_faults_of_reads_of_ones_own_are_no_echoes() -> None:
         reading.failure = TransientError(Dependency.S3, "connection_error", "it broke off")
         reading.finish()
     found = await ended(tasks)
-    assert [it.is_echo for it in found if isinstance(it, TransientError)] == [False] * 3
+    assert [it.is_duplicate for it in found if isinstance(it, TransientError)] == [False] * 3
 
 
 async def test_whoever_still_waits_for_a_piece_when_the_last_reader_leaves_is_told() -> None:

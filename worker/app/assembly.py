@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
 from worker.errors import DependencyDownError
-from worker.images.load import Images, LinkPolicy
+from worker.images.loader import ImageLoader, LinkPolicy
 from worker.images.source import SourcePolicy
 from worker.jobs.cancellation import Cancellations
 from worker.model.client import Model
@@ -94,7 +94,7 @@ async def open_s3(settings: Settings, stack: AsyncExitStack) -> S3:
 def conditional_store_at(url: str, s3: S3) -> ConditionalStore:
     """What is kept under `VQA_RESULT_STORE`."""
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    return ConditionalStore(s3, bucket, f"{prefix}/" if prefix else "", named="VQA_RESULT_STORE")
+    return ConditionalStore(s3, bucket, f"{prefix}/" if prefix else "", setting="VQA_RESULT_STORE")
 
 
 async def _catch_up(cancelled_jobs: CancelledJobs) -> None:
@@ -104,17 +104,17 @@ async def _catch_up(cancelled_jobs: CancelledJobs) -> None:
             await cancelled_jobs.catch_up()
 
 
-def _images(settings: Settings, s3: S3) -> Images:
+def _images(settings: Settings, s3: S3) -> ImageLoader:
     # A presigned link has to outlive the job and the last call made for it.
     outlives_job_s = int(settings.job_timeout + settings.model_timeout)
     by_link = settings.image_delivery == "link"
-    return Images(
+    return ImageLoader(
         s3,
         SourcePolicy(settings.allowed_buckets, settings.allowed_link_hosts),
         max_bytes=settings.max_image_bytes,
         max_per_job=settings.max_images_per_job,
         buffer_bytes=settings.image_buffer_bytes,
-        links=LinkPolicy(outlives_job_s, look=settings.check_linked_images) if by_link else None,
+        links=LinkPolicy(outlives_job_s, check_content=settings.check_linked_images) if by_link else None,
     )
 
 

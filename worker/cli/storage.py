@@ -12,7 +12,7 @@ from worker.cli.submit.manifest import Manifest
 from worker.images.content import media_type
 from worker.s3.aws import Aws, Endpoint, S3Object
 from worker.s3.client import S3
-from worker.s3.uploads import put_once
+from worker.s3.uploads import upload_if_missing
 from worker.settings import CommandSettings
 
 UPLOADS_AT_ONCE: Final = 16
@@ -64,7 +64,7 @@ class Uploads:
             bucket, _, key = url.removeprefix("s3://").partition("/")
             content = await asyncio.to_thread(_read, path, key)
             kind = media_type(content) or "application/octet-stream"
-            is_new = await put_once(self._s3, S3Object(bucket, key), content, kind)
+            is_new = await upload_if_missing(self._s3, S3Object(bucket, key), content, kind)
             self._put += is_new
             self._manifest.is_uploaded(url)
             self._done += 1

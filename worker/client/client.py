@@ -20,9 +20,11 @@ from typing import Any, Final, Self
 from pydantic import Field, ValidationError
 
 from worker.errors import ErrorCode
-from worker.messages.job import InvalidJobError, Job, decode, to_json
+from worker.messages.decoding import InvalidJobError, decode
+from worker.messages.job import Job
 from worker.messages.result import JobFailure
 from worker.messages.result import Result as _Result
+from worker.messages.serialization import to_json
 from worker.rabbitmq.publisher import RefusedError, TooLargeError, UnroutableError
 from worker.rabbitmq.replies import job_message
 from worker.rabbitmq.requests import Replies, Requests

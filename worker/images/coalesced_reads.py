@@ -1,4 +1,4 @@
-"""One read of an object for all jobs that want it at the same time: a batch of questions on one page."""
+"""Read an object once for all jobs that want it at the same time, such as many questions about one page."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,151 +12,161 @@ Open = Callable[[S3Object], Awaitable[ObjectStream]]
 
 
 class CoalescedReads:
-    """Opens objects; those who ask for the same one while it is being opened read it together.
+    """Opens objects; jobs that ask for the same object while it is being opened share one read.
 
-    What one of them has not read yet is kept for it, at most the whole object, and only if the budget has
-    room for that at once: if not, each reads for itself. Readers have shares of `own_bytes` of their own.
+    A shared read buffers what its slowest reader has not read yet, at most the whole object. If the memory
+    budget has no room for that, each job reads the object itself. Each job has already reserved `own_bytes`.
     """
 
     def __init__(self, open_: Open, budget: MemoryBudget, *, own_bytes: int) -> None:
         self._open = open_
         self._budget = budget
         self._own_bytes = own_bytes
-        self._opening: dict[S3Object, _Joint] = {}
+        self._opening: dict[S3Object, _SharedRead] = {}
 
     async def open(self, source: S3Object) -> ObjectStream:
-        """Begin to read an object.
+        """Start to read an object.
 
         Raises:
             JobError, TransientError, DependencyDownError: as the function that opens it.
         """
-        joint = self._opening.get(source)
-        if joint is None:
-            joint = self._opening[source] = _Joint()
-            await self._begin(source, joint)
+        read = self._opening.get(source)
+        if read is None:
+            read = self._opening[source] = _SharedRead()
+            await self._start(source, read)
         else:
-            joint.readers += 1
+            read.readers += 1
             try:
-                await joint.begun.wait()
+                await read.opened.wait()
             except asyncio.CancelledError:
-                joint.leave()
+                read.leave()
                 raise
-        return joint.hand_out() or await self._open(source)
+        return read.stream_for_reader() or await self._open(source)
 
-    async def _begin(self, source: S3Object, joint: "_Joint") -> None:
-        """Open the object for all who ask for it until it is open; one that is cut off leaves them alone."""
+    async def _start(self, source: S3Object, read: "_SharedRead") -> None:
+        """Open the object for all that ask for it meanwhile; if cancelled, they open it themselves."""
         try:
-            joint.reading = await self._open(source)
+            read.stream = await self._open(source)
         except Exception as error:  # noqa: BLE001 - each reader raises it
-            joint.failure = error
+            read.open_error = error
         finally:
             del self._opening[source]
-            joint.begun.set()
-        if joint.reading is not None and joint.readers > 1:
-            joint.share = self._budget.share_at_once(max(0, joint.reading.size - self._own_bytes))
-            if joint.share is not None:
-                joint.pump = asyncio.create_task(joint.keep(joint.reading), name="shared-read")
+            read.opened.set()
+        if read.stream is not None and read.readers > 1:
+            read.buffer = self._budget.try_reserve(max(0, read.stream.size - self._own_bytes))
+            if read.buffer is not None:
+                read.task = asyncio.create_task(read.fill(read.stream), name="shared-read")
 
 
-class _Joint:
-    """A read, and those who want it."""
+class _SharedRead:
+    """One read of an object and its readers.
+
+    Attributes:
+        task: fills the buffer.
+        readers: how many jobs want the object.
+        opened: set when opening has succeeded or failed.
+        stream: the object.
+        open_error: why the object could not be opened.
+        buffer: the memory of a read with several readers; None if there is one reader or no memory.
+    """
 
     def __init__(self) -> None:
-        self.pump: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
         self.readers = 1
-        self.begun = asyncio.Event()
-        self.reading: ObjectStream | None = None
-        self.failure: Exception | None = None
-        # Set if there are several readers, and room to keep what the slowest has not read.
-        self.share: Reservation | None = None
-        self._was_told = False
-        self._is_handed_out = False
+        self.opened = asyncio.Event()
+        self.stream: ObjectStream | None = None
+        self.open_error: Exception | None = None
+        self.buffer: Reservation | None = None
+        self._was_raised = False
+        self._is_taken = False
         self._pieces: list[bytes] = []
-        self._is_over = False
-        self._broke_off: Exception | None = None
-        self._news = asyncio.Event()
+        self._is_complete = False
+        self._read_error: Exception | None = None
+        self._changed = asyncio.Event()
 
-    def hand_out(self) -> ObjectStream | None:
-        """The read for one of its readers; None if he has to make one of his own.
+    def stream_for_reader(self) -> ObjectStream | None:
+        """Return the stream for one of the readers; None if it must open the object itself.
 
         Raises:
-            JobError, TransientError, DependencyDownError: it could not be begun.
+            JobError, TransientError, DependencyDownError: the object could not be opened.
         """
-        if self.failure is not None:
-            raise self._told(self.failure)
-        if self.reading is None or self._is_handed_out:
+        if self.open_error is not None:
+            raise self._for_reader(self.open_error)
+        if self.stream is None or self._is_taken:
             return None
-        if self.share is not None:
-            return _Together(self, self.reading.size)
-        self._is_handed_out = True
-        return self.reading
+        if self.buffer is not None:
+            return _SharedStream(self, self.stream.size)
+        self._is_taken = True
+        return self.stream
 
     def leave(self) -> None:
-        """One reader less; the last one ends the read, unless somebody has it for himself."""
+        """Remove one reader; the last one ends the read, unless a single reader has taken the stream."""
         self.readers -= 1
         if self.readers:
             return
-        if self.pump is not None:
-            self.pump.cancel()
-            # Nobody should be waiting for it any more; if somebody is, it must not be for ever.
-            self._end(ConnectionError("the read was ended"))
-        if self.reading is not None and not self._is_handed_out:
-            self.reading.close()
-        if self.share is not None:
-            self.share.release()
+        if self.task is not None:
+            self.task.cancel()
+            # Nobody should still wait; if somebody does, this ends the wait.
+            self._complete(ConnectionError("the read was ended"))
+        if self.stream is not None and not self._is_taken:
+            self.stream.close()
+        if self.buffer is not None:
+            self.buffer.release()
         self._pieces.clear()
 
-    async def keep(self, reading: ObjectStream) -> None:
-        """Read to the end as fast as S3 gives."""
+    async def fill(self, stream: ObjectStream) -> None:
+        """Read the whole object into the buffer."""
         try:
-            async for piece in reading:
+            async for piece in stream:
                 self._pieces.append(piece)
-                self._tell()
+                self._notify()
         except Exception as error:  # noqa: BLE001 - each reader raises it
-            self._end(error)
+            self._complete(error)
         else:
-            self._end(None)
+            self._complete(None)
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """All pieces from the first, as they come."""
-        seen = 0
+        """Yield all pieces from the first as they arrive."""
+        position = 0
         while True:
-            while seen < len(self._pieces):
-                yield self._pieces[seen]
-                seen += 1
-            if self._is_over:
+            while position < len(self._pieces):
+                yield self._pieces[position]
+                position += 1
+            if self._is_complete:
                 break
-            await self._news.wait()
-        if self._broke_off is not None:
-            raise self._told(self._broke_off)
+            await self._changed.wait()
+        if self._read_error is not None:
+            raise self._for_reader(self._read_error)
 
-    def _end(self, broke_off: Exception | None) -> None:
-        self._is_over = True
-        self._broke_off = broke_off
-        self._tell()
+    def _complete(self, error: Exception | None) -> None:
+        self._is_complete = True
+        self._read_error = error
+        self._notify()
 
-    def _told(self, error: Exception) -> Exception:
-        """The fault for one reader; for all but the first it is only an echo."""
-        is_echo, self._was_told = self._was_told, True
-        return error.echo() if is_echo and isinstance(error, TransientError | DependencyDownError) else error
+    def _for_reader(self, error: Exception) -> Exception:
+        """Return the error for one reader; all but the first get a duplicate."""
+        is_first, self._was_raised = not self._was_raised, True
+        if is_first or not isinstance(error, TransientError | DependencyDownError):
+            return error
+        return error.duplicate()
 
-    def _tell(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
-class _Together:
-    """What one of several readers has of a read."""
+class _SharedStream:
+    """The stream of one reader of a shared read."""
 
-    def __init__(self, joint: _Joint, size: int) -> None:
-        self._joint = joint
+    def __init__(self, read: _SharedRead, size: int) -> None:
+        self._read = read
         self._is_closed = False
         self.size = size
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._joint.pieces()
+        return self._read.pieces()
 
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            self._joint.leave()
+            self._read.leave()

@@ -72,7 +72,7 @@ def decode_slices(text: memoryview) -> Iterator[bytes]:
         yield pybase64.b64decode(over + b"=" * (-len(over) % 4), validate=True)
 
 
-async def later(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+async def iterate_async(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
     """Pieces that are at hand, for those who wait for theirs."""
     for piece in pieces:
         yield piece

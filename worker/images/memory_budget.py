@@ -1,4 +1,4 @@
-"""How many bytes of images the process may hold at once; whoever needs more waits its turn."""
+"""A limit on the memory that images may use at the same time."""
 
 import asyncio
 from collections import deque
@@ -7,72 +7,74 @@ from contextlib import asynccontextmanager
 
 
 class Reservation:
-    """What one holder has of a budget; it can only give back, in part or all of it."""
+    """Reserved bytes of a memory budget; can only shrink."""
 
-    def __init__(self, budget: "MemoryBudget", held: int) -> None:
+    def __init__(self, budget: "MemoryBudget", size: int) -> None:
         self._budget = budget
-        self._held = held
+        self._size = size
 
-    def shrink_to(self, needed: int) -> None:
-        """Give back what is not needed."""
-        if needed < self._held:
-            surplus, self._held = self._held - needed, needed
-            self._budget._put_back(surplus)  # noqa: SLF001 - a share is the budget's own
+    def shrink_to(self, size: int) -> None:
+        """Release all but `size` bytes."""
+        if size < self._size:
+            surplus, self._size = self._size - size, size
+            self._budget._release(surplus)  # noqa: SLF001 - a reservation is part of its budget
 
     def release(self) -> None:
-        """Give back everything; may be called again."""
+        """Release all bytes; can be called again."""
         self.shrink_to(0)
 
 
 class MemoryBudget:
-    """A number of bytes, handed out in the order in which it is asked for."""
+    """A number of bytes, reserved in first-in, first-out order."""
 
     def __init__(self, limit: int) -> None:
+        """`limit`: in bytes."""
         self._limit = limit
         self._free = limit
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
-    async def share(self, wanted: int) -> AsyncIterator[Reservation]:
-        """Wait for `wanted` bytes and hold them; more than there can ever be is cut down to all there is."""
-        share = Reservation(self, await self._take(min(wanted, self._limit)))
+    async def reserve(self, size: int) -> AsyncIterator[Reservation]:
+        """Wait until `size` bytes are free, or the whole budget if `size` exceeds it; hold them."""
+        size = min(size, self._limit)
+        await self._acquire(size)
+        reservation = Reservation(self, size)
         try:
-            yield share
+            yield reservation
         finally:
-            share.release()
+            reservation.release()
 
-    def share_at_once(self, wanted: int) -> Reservation | None:
-        """`wanted` bytes if they are free and nobody waits; else None."""
-        if self._waiting or wanted > self._free:
+    def try_reserve(self, size: int) -> Reservation | None:
+        """Reserve `size` bytes if they are free and nobody waits; else return None."""
+        if self._waiters or size > self._free:
             return None
-        self._free -= wanted
-        return Reservation(self, wanted)
+        self._free -= size
+        return Reservation(self, size)
 
-    async def _take(self, wanted: int) -> int:
-        if wanted and (self._waiting or wanted > self._free):
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append((wanted, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._put_back(wanted)
-                else:
-                    self._waiting.remove((wanted, turn))
-                    self._serve()
-                raise
-        else:
-            self._free -= wanted
-        return wanted
+    async def _acquire(self, size: int) -> None:
+        if not size or not (self._waiters or size > self._free):
+            self._free -= size
+            return
+        granted = asyncio.get_running_loop().create_future()
+        self._waiters.append((size, granted))
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled():
+                self._release(size)
+            else:
+                self._waiters.remove((size, granted))
+                self._grant()
+            raise
 
-    def _put_back(self, surplus: int) -> None:
-        self._free += surplus
-        self._serve()
+    def _release(self, size: int) -> None:
+        self._free += size
+        self._grant()
 
-    def _serve(self) -> None:
-        while self._waiting and self._waiting[0][0] <= self._free:
-            wanted, turn = self._waiting.popleft()
-            if turn.cancelled():
+    def _grant(self) -> None:
+        while self._waiters and self._waiters[0][0] <= self._free:
+            size, granted = self._waiters.popleft()
+            if granted.cancelled():
                 continue
-            self._free -= wanted
-            turn.set_result(None)
+            self._free -= size
+            granted.set_result(None)

@@ -45,6 +45,24 @@ Source = S3Object | Link | Embedded
 
 
 @dataclass(frozen=True, slots=True)
+class ImageSource:
+    """An image of a job.
+
+    Attributes:
+        name: its place in the job and its URL, for error messages; see `display_name`.
+        source: where to read it.
+    """
+
+    name: str
+    source: Source
+
+    @property
+    def location(self) -> str:
+        """Its place in the job, which contains nothing confidential."""
+        return self.name.partition(" ")[0]
+
+
+@dataclass(frozen=True, slots=True)
 class SourcePolicy:
     """Globs of the buckets and link hosts that a job may use."""
 

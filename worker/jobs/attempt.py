@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from worker.errors import ErrorCode
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
-from worker.messages.job import InvalidJobError, Job
+from worker.messages.decoding import InvalidJobError
+from worker.messages.job import Job
 from worker.messages.result import JobFailure, Result, Timings
 from worker.model.answer import Answer
 from worker.observability import metrics

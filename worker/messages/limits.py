@@ -15,7 +15,7 @@ _NOT_SEPARATORS = bytes(set(range(256)) - set(b",[{"))
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b',[{"'))
 
 
-def excess(body: bytes) -> str | None:
+def exceeded_limit(body: bytes) -> str | None:
     """Return what a JSON text has too much of, or None; takes linear time and builds no values."""
     if len(body) > 2 * MAX_ESCAPES and body.count(b"\\") > MAX_ESCAPES:
         return f"the body has more than {MAX_ESCAPES} escaped characters"
@@ -56,15 +56,15 @@ def _has_too_many_separators(body: bytes) -> bool:
     return False
 
 
-def holds_infinity(value: Any) -> bool:
+def contains_infinity(value: Any) -> bool:
     """Return whether a number such as 1e999 was read as infinity, which JSON cannot express."""
     match value:
         case float():
             return math.isinf(value)
         case dict():
-            return any(map(holds_infinity, value.values()))
+            return any(map(contains_infinity, value.values()))
         case list():
-            return any(map(holds_infinity, value))
+            return any(map(contains_infinity, value))
         case _:
             return False
 

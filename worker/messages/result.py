@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from worker.errors import ErrorCode
-from worker.messages.job import to_json
+from worker.messages.serialization import to_json
 
 
 class _Part(BaseModel):

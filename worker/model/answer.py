@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
-from worker.messages.job import to_json
 from worker.messages.result import Usage
+from worker.messages.serialization import to_json
 
 # Fields of a choice's message that plain text comes with; anything else that is set is "more".
 _PLAIN_MESSAGE_FIELDS = frozenset({"role", "content", "name"})
@@ -63,12 +63,12 @@ class Answer:
         return self.text is None and not self.calls_tools
 
 
-def to_kept(answer: Answer) -> bytes:
+def serialize_answer(answer: Answer) -> bytes:
     """An answer as the result store keeps it."""
     return to_json(_kept().dump_python(answer))
 
 
-def from_kept(kept: bytes) -> Answer | None:
+def deserialize_answer(kept: bytes) -> Answer | None:
     """An answer that was kept; None if it is not one."""
     try:
         return _kept().validate_json(kept)
@@ -109,7 +109,7 @@ def parse_answer(body: bytes, price: Price | None) -> Answer:
     )
 
 
-def listed_models(body: bytes) -> frozenset[str] | None:
+def parse_model_list(body: bytes) -> frozenset[str] | None:
     """The ids in a list of models, `{"data": [{"id": …}]}` or the list alone; None if it is none."""
     try:
         value = json.loads(body)

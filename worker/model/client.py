@@ -24,7 +24,7 @@ from worker.errors import (
     TransientError,
 )
 from worker.http.client import open_session
-from worker.model.answer import Answer, MalformedAnswerError, Price, listed_models, parse_answer
+from worker.model.answer import Answer, MalformedAnswerError, Price, parse_answer, parse_model_list
 from worker.model.call import Call, observed
 from worker.model.request import RequestBody
 from worker.model.transport import AiohttpClient, parsed
@@ -96,7 +96,7 @@ class Model:
         self._url = f"{base_url.rstrip('/')}/chat/completions"
         self._client = _Client(headers, base_url, api_key, AiohttpClient(_open_session(timeout_s)))
 
-    async def ask(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
+    async def complete(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
         """Make one call, bounded by `VQA_MODEL_TIMEOUT` and by `time_left_s`.
 
         Raises:
@@ -125,7 +125,7 @@ class Model:
             call.answered(answer)
             return answer
 
-    async def names(self) -> frozenset[str] | None:
+    async def list_models(self) -> frozenset[str] | None:
         """The models that the API lists; None if it has no such list, as not every server has.
 
         Raises:
@@ -142,7 +142,7 @@ class Model:
         except (openai.APIError, httpx2.HTTPError, TimeoutError) as error:
             text = f"the model API cannot be reached: {_name_of(error)}"
             raise DependencyDownError(Dependency.MODEL, text) from None
-        return listed_models(response.content)
+        return parse_model_list(response.content)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import httpx2
 
 from worker.errors import Dependency, DependencyDownError, TransientError
-from worker.messages.job import to_json
+from worker.messages.serialization import to_json
 
 # Stands in the place of an image's URL while the JSON is made. Nobody who writes jobs can know it.
 PLACEHOLDER = uuid.uuid4().hex

@@ -8,7 +8,7 @@ import structlog
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage, AbstractQueue
 from aio_pika.exceptions import ChannelClosed
 
-from worker.messages.job import readable_id
+from worker.messages.job import valid_id
 from worker.rabbitmq.session import connection_losses
 from worker.rabbitmq.topology import Topology
 
@@ -111,4 +111,4 @@ def _cancelled_id(body: bytes) -> str | None:
     except (ValueError, RecursionError):
         return None
     is_cancellation = isinstance(message, dict) and message.keys() == {"cancel"}
-    return readable_id(message["cancel"]) if is_cancellation else None
+    return valid_id(message["cancel"]) if is_cancellation else None

@@ -24,7 +24,8 @@ from aio_pika.exceptions import (
 )
 
 from worker.jobs.delivery import Delivery
-from worker.messages.job import parse_deadline, read_leniently, readable_id
+from worker.messages.decoding import parse_leniently
+from worker.messages.job import parse_deadline, valid_id
 from worker.rabbitmq import messages, properties
 from worker.rabbitmq.consumer import to_delivery
 from worker.rabbitmq.permission_checks import NotAllowedError, Probes
@@ -235,11 +236,11 @@ def _exchange(topology: Topology) -> str:
 
 
 def _letter(delivery: Delivery, headers: Mapping[str, Any]) -> Letter:
-    job = read_leniently(delivery.body)
+    job = parse_leniently(delivery.body)
     code, died_at = _cause(headers)
     return Letter(
         name=_name(delivery, code, died_at),
-        job_id=readable_id((job or {}).get("id")) or readable_id(delivery.message_id),
+        job_id=valid_id((job or {}).get("id")) or valid_id(delivery.message_id),
         code=code,
         message=properties.text(headers.get(messages.ERROR_MESSAGE_HEADER)) or "",
         died_at=died_at,

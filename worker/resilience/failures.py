@@ -44,7 +44,7 @@ class Failures:
         the job waits at the broker until somebody puts that right, and loses no attempt by it.
         """
         verdict = Verdict.OPEN
-        if not error.is_echo:
+        if not error.is_duplicate:
             verdict = self._health.refused_everybody(
                 error.dependency,
                 report.job_id or "",
@@ -88,7 +88,7 @@ class Failures:
         """Whose trouble a failure was; where others call too, what they meet is waited for."""
         report.enters("verdict")
         others, verdict = self._gate.in_flight, Verdict.OPEN
-        if not error.is_echo:
+        if not error.is_duplicate:
             verdict = self._health.failed(
                 error.dependency, report.job_id or "", error.reason, failed_at, others=others
             )

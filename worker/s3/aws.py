@@ -19,7 +19,7 @@ from botocore.configprovider import ConfiguredEndpointProvider
 from botocore.exceptions import BotoCoreError
 from botocore.utils import is_valid_endpoint_url, percent_encode, percent_encode_sequence
 
-from worker.s3.credentials import CredentialsKeeper
+from worker.s3.credentials import CredentialsCache
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 
@@ -93,7 +93,7 @@ class Aws:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._session = botocore.session.get_session()
-        self._credentials = CredentialsKeeper(self._session)
+        self._credentials = CredentialsCache(self._session)
         self._addresses: dict[str, Address] = {}
         try:
             self.endpoint = replace(endpoint, url=endpoint.url or self._configured_url())

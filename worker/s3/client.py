@@ -14,8 +14,8 @@ from yarl import URL
 from worker.errors import Dependency, TransientError
 from worker.http.client import open_session, proxy_options
 from worker.s3.aws import REMEMBERED_BUCKETS, Aws, S3ConfigurationError, S3Object, ca_bundle
-from worker.s3.refusals import FAILURES, S3Refusal, translate
-from worker.s3.sdk import Sdk, is_directory_bucket
+from worker.s3.boto_client import BotoClient, is_directory_bucket
+from worker.s3.errors import FAILURES, S3ResponseError, translate
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 30.0
@@ -74,7 +74,7 @@ class S3:
 
     def __init__(self, aws: Aws) -> None:
         self._aws = aws
-        self._sdk = Sdk(
+        self._sdk = BotoClient(
             aws.endpoint, aws.region, connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S
         )
         self._session = open_session(
@@ -97,13 +97,13 @@ class S3:
             if not self._is_elsewhere(source.bucket):
                 try:
                     return _Checked(await self._get(source))
-                except S3Refusal as error:
+                except S3ResponseError as error:
                     self._only_if_elsewhere(source.bucket, error)
             return _Checked(await self._sdk.open(source))
         except FAILURES as error:
             raise translate(error) from None
 
-    async def look(self, source: S3Object, length: int) -> tuple[int, bytes]:
+    async def read_beginning(self, source: S3Object, length: int) -> tuple[int, bytes]:
         """The size of an object and its first `length` bytes, without reading more of it.
 
         Raises:
@@ -112,7 +112,7 @@ class S3:
         try:
             if not self._is_elsewhere(source.bucket):
                 return await self._get_beginning(source, length)
-        except S3Refusal as error:
+        except S3ResponseError as error:
             if not error.is_elsewhere:
                 raise translate(error) from None
             # `open` will find out.
@@ -141,7 +141,7 @@ class S3:
         """Send a small request and read all of its answer: the headers and the body.
 
         Raises:
-            S3Refusal, ClientError, BotoCoreError, OSError: those of FAILURES, for `translate`.
+            S3ResponseError, ClientError, BotoCoreError, OSError: those of FAILURES, for `translate`.
         """
         async with await self._request(request) as response:
             return response.headers, await response.read()
@@ -174,8 +174,8 @@ class S3:
             attempt += 1
             try:
                 return await self._request_once(request)
-            except (S3Refusal, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                is_passing = error.is_busy if isinstance(error, S3Refusal) else True
+            except (S3ResponseError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                is_passing = error.is_busy if isinstance(error, S3ResponseError) else True
                 if attempt == ATTEMPTS or not is_passing:
                     raise
             await asyncio.sleep(random.uniform(0, LONGEST_RETRY_DELAY_S))  # noqa: S311 - no secret
@@ -196,12 +196,12 @@ class S3:
         async with response:
             page = await _beginning(response.content.iter_any(), MAX_ERROR_BYTES)
         region = response.headers.get("x-amz-bucket-region") or _word(_REGION, page)
-        raise S3Refusal(response.status, _word(_CODE, page), region or None)
+        raise S3ResponseError(response.status, _word(_CODE, page), region or None)
 
     def _is_elsewhere(self, bucket: str) -> bool:
         return is_directory_bucket(bucket) or bucket in self._elsewhere
 
-    def _only_if_elsewhere(self, bucket: str, error: S3Refusal) -> None:
+    def _only_if_elsewhere(self, bucket: str, error: S3ResponseError) -> None:
         """Remember where the bucket is not, if S3 says so for good; raise any other answer again."""
         if not error.is_elsewhere:
             raise error

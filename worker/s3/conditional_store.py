@@ -8,8 +8,8 @@ from email.utils import parsedate_to_datetime
 from worker.errors import Dependency, DependencyDownError
 from worker.s3.aws import S3Object
 from worker.s3.client import S3, Request
+from worker.s3.errors import FAILURES, S3ResponseError, translate
 from worker.s3.listing import keys_of, next_query
-from worker.s3.refusals import FAILURES, S3Refusal, translate
 
 # For one request with its retries: these objects are small, and jobs wait for them.
 TIMEOUT_S = 20.0
@@ -35,12 +35,12 @@ class ConditionalStore:
     All methods raise DependencyDownError if S3 is unreachable, fails or refuses: it is never a job's fault.
     """
 
-    def __init__(self, s3: S3, bucket: str, prefix: str, *, named: str) -> None:
-        """`named`: the setting that error messages name."""
+    def __init__(self, s3: S3, bucket: str, prefix: str, *, setting: str) -> None:
+        """`setting`: the one that error messages name."""
         self._s3 = s3
         self._bucket = bucket
         self._prefix = prefix
-        self._named = named
+        self._setting = setting
 
     async def create(self, name: str, body: bytes) -> str | None:
         """Write an object unless it exists; return its ETag, or None if it exists."""
@@ -58,7 +58,7 @@ class ConditionalStore:
         """Return the object, or None if it does not exist."""
         try:
             headers, body = await self._ask("GET", name)
-        except S3Refusal as error:
+        except S3ResponseError as error:
             if _is_missing(error):
                 return None
             raise self._down(error) from None
@@ -68,7 +68,7 @@ class ConditionalStore:
         """Delete an object if its ETag is still `etag` (where S3 supports that)."""
         try:
             await self._ask("DELETE", name, {"If-Match": etag} if etag else {})
-        except S3Refusal as error:
+        except S3ResponseError as error:
             if error.status not in (*_CONDITION_FAILED, _NOT_FOUND):
                 raise self._down(error) from None
 
@@ -79,16 +79,16 @@ class ConditionalStore:
         while query is not None:
             try:
                 _, page = await self._exchange(Request("GET", S3Object(self._bucket, ""), query=query))
-            except S3Refusal as error:
+            except S3ResponseError as error:
                 raise self._down(error) from None
             names += [key.rpartition("/")[2] for key in keys_of(page)]
-            query = next_query(query, page, self._named)
+            query = next_query(query, page, self._setting)
         return names
 
     async def _put(self, name: str, body: bytes, condition: Mapping[str, str]) -> str | None:
         try:
             headers, _ = await self._ask("PUT", name, condition, body)
-        except S3Refusal as error:
+        except S3ResponseError as error:
             # AWS answers 404, not 412, to If-Match on a missing object.
             is_missing = "If-Match" in condition and _is_missing(error)
             if is_missing or error.status in _CONDITION_FAILED:
@@ -106,12 +106,14 @@ class ConditionalStore:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return await self._s3.exchange(request)
-        except S3Refusal:
+        except S3ResponseError:
             raise
         except FAILURES as error:
-            raise DependencyDownError(Dependency.RESULT_STORE, f"{self._named}: {translate(error)}") from None
+            raise DependencyDownError(
+                Dependency.RESULT_STORE, f"{self._setting}: {translate(error)}"
+            ) from None
 
-    def _down(self, error: S3Refusal) -> DependencyDownError:
+    def _down(self, error: S3ResponseError) -> DependencyDownError:
         """Return the error for any refusal: here each one concerns the settings."""
         what = f"{error.status} {error.code}".rstrip()
         if error.is_elsewhere:
@@ -123,10 +125,10 @@ class ConditionalStore:
             text = (
                 f"S3 answered {what}: the worker must be allowed to get, put, delete and list objects there"
             )
-        return DependencyDownError(Dependency.RESULT_STORE, f"{self._named}: {text}")
+        return DependencyDownError(Dependency.RESULT_STORE, f"{self._setting}: {text}")
 
 
-def _is_missing(error: S3Refusal) -> bool:
+def _is_missing(error: S3ResponseError) -> bool:
     return error.status == _NOT_FOUND and error.code != "NoSuchBucket"
 
 

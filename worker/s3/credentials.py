@@ -18,7 +18,7 @@ MUST_RENEW_S = 600
 RENEWAL_PAUSE_S = 60.0
 
 
-class CredentialsKeeper:
+class CredentialsCache:
     """The credentials that the usual AWS chain gives; those that end are renewed in time."""
 
     def __init__(self, session: Session) -> None:
@@ -63,7 +63,7 @@ class CredentialsKeeper:
                 raise NoCredentialsError
             frozen = credentials.get_frozen_credentials()
         except ClientError as error:
-            raise credentials_refused(error) from None
+            raise role_denied(error) from None
         except RuntimeError:
             # The SDK's word for credentials that are still the old ones after they were renewed.
             raise CredentialRetrievalError(provider="STS", error_msg="those it gives have expired") from None
@@ -72,7 +72,7 @@ class CredentialsKeeper:
         return frozen
 
 
-def credentials_refused(error: ClientError) -> CredentialRetrievalError:
+def role_denied(error: ClientError) -> CredentialRetrievalError:
     """STS refuses the role; of its answer only the code is told."""
     code = error.response.get("Error", {}).get("Code", "no code")
     return CredentialRetrievalError(provider="STS", error_msg=code)

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from worker.errors import Dependency, DependencyDownError
 from worker.s3.aws import S3Object
 from worker.s3.client import S3, Request
+from worker.s3.errors import FAILURES, S3ResponseError, translate
 from worker.s3.listing import keys_of, next_query
-from worker.s3.refusals import FAILURES, S3Refusal, translate
 
 # For an object of some megabytes on a slow line.
 TIMEOUT_S = 120.0
@@ -15,7 +15,7 @@ TIMEOUT_S = 120.0
 _NOT_FOUND = 404
 
 
-async def put_once(s3: S3, target: S3Object, content: bytes, content_type: str) -> bool:
+async def upload_if_missing(s3: S3, target: S3Object, content: bytes, content_type: str) -> bool:
     """Put an object unless it exists; return whether it was put.
 
     Raises:
@@ -34,7 +34,7 @@ async def put_once(s3: S3, target: S3Object, content: bytes, content_type: str) 
 async def _is_there(s3: S3, target: S3Object) -> bool:
     try:
         await s3.exchange(Request("HEAD", target))
-    except S3Refusal as error:
+    except S3ResponseError as error:
         # Without the right to list the bucket, S3 denies that there is nothing.
         if error.status in (_NOT_FOUND, 403):
             return False
@@ -42,7 +42,7 @@ async def _is_there(s3: S3, target: S3Object) -> bool:
     return True
 
 
-async def keys(s3: S3, bucket: str, prefix: str, *, page: int = 1000) -> AsyncIterator[str]:
+async def list_keys(s3: S3, bucket: str, prefix: str, *, page: int = 1000) -> AsyncIterator[str]:
     """Yield the keys of all objects with a prefix, in S3's order, without folder markers.
 
     Raises:
@@ -67,7 +67,7 @@ async def keys(s3: S3, bucket: str, prefix: str, *, page: int = 1000) -> AsyncIt
 
 
 def _explained(error: Exception, bucket: str, right: str) -> DependencyDownError:
-    if not isinstance(error, S3Refusal):
+    if not isinstance(error, S3ResponseError):
         return DependencyDownError(Dependency.S3, f"bucket {bucket}: {translate(error)}")
     what = f"{error.status} {error.code}".rstrip()
     if error.is_elsewhere:

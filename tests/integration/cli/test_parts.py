@@ -14,7 +14,7 @@ from worker.cli.shell import CommandError
 from worker.cli.storage import open_s3
 from worker.cli.submit.estimate import dollars
 from worker.cli.submit.manifest import Manifest, Planned, Received
-from worker.s3.uploads import keys
+from worker.s3.uploads import list_keys
 from worker.settings import CommandSettings, Settings, load_command_settings
 
 
@@ -30,8 +30,8 @@ async def test_a_listing_goes_over_all_of_its_pages(settings: CommandSettings, p
     for name in names:
         put_image(b"x", key=f"pages/{name}")
     async with open_s3(settings) as s3:
-        found = [key async for key in keys(s3, BUCKET, "pages/", page=2)]
-        nothing = [key async for key in keys(s3, BUCKET, "nothing there/")]
+        found = [key async for key in list_keys(s3, BUCKET, "pages/", page=2)]
+        nothing = [key async for key in list_keys(s3, BUCKET, "nothing there/")]
     assert found == sorted((f"pages/{name}" for name in names), key=str.encode)
     assert nothing == []
 

@@ -29,7 +29,7 @@ async def api_findings(settings: Settings, *, ask: bool) -> AsyncIterator[Findin
     async with AsyncExitStack() as stack:
         model = open_model(settings, Redactor(settings.secret_values()), stack)
         try:
-            names = await model.names()
+            names = await model.list_models()
         except DependencyDownError as error:
             yield failed(CHECK, f"{settings.model_base_url}: {error.message}")
             return
@@ -60,7 +60,7 @@ async def _asked(model: Model, settings: Settings) -> Finding:
     check = f"question to {settings.model}"
     started = time.monotonic()
     try:
-        answer = await model.ask(
+        answer = await model.complete(
             settings.model, _question(settings.model), time_left_s=settings.model_timeout
         )
     except (JobError, TransientError, DependencyDownError) as error:

@@ -56,7 +56,7 @@ async def _bucket(s3: "S3", bucket: str) -> Finding:
     """Ask for an object that is not there: S3 says so, or why it doesn't."""
     check = f"bucket {bucket}"
     try:
-        await s3.look(S3Object(bucket, f"vqa-worker-check/{uuid.uuid4().hex}"), 1)
+        await s3.read_beginning(S3Object(bucket, f"vqa-worker-check/{uuid.uuid4().hex}"), 1)
     except JobError as error:
         if "NoSuchBucket" in error.message:
             return failed(check, "does not exist: check VQA_ALLOWED_BUCKETS and VQA_S3_ENDPOINT_URL")
@@ -81,7 +81,7 @@ async def _image(s3: "S3", settings: Settings, url: str) -> Finding:
             return ok(check, "is allowed, and left to the API to fetch")
         if not isinstance(source, S3Object):
             return skipped(check, "is in the job itself")
-        size, beginning = await s3.look(source, SIGNATURE_BYTES)
+        size, beginning = await s3.read_beginning(source, SIGNATURE_BYTES)
     except (JobError, TransientError, DependencyDownError) as error:
         return failed(check, error.message)
     kind = media_type(beginning)

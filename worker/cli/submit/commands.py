@@ -340,7 +340,7 @@ async def _listing(
     url: str, match: str | None, settings: "CommandSettings", stack: AsyncExitStack
 ) -> Listing:
     from worker.cli.storage import open_s3
-    from worker.s3.uploads import keys
+    from worker.s3.uploads import list_keys
 
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     if not url.startswith("s3://") or not bucket:
@@ -348,7 +348,7 @@ async def _listing(
     s3 = await stack.enter_async_context(open_s3(settings))
 
     async def urls() -> AsyncIterator[str]:
-        async for key in keys(s3, bucket, prefix):
+        async for key in list_keys(s3, bucket, prefix):
             if fnmatchcase(key, match) if match else key.lower().endswith(IMAGE_SUFFIXES):
                 yield f"s3://{bucket}/{key}"
 

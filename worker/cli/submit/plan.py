@@ -21,8 +21,10 @@ from worker.cli.submit.inputs import Entry, Fault, Source
 from worker.cli.submit.manifest import Manifest, Planned, Received
 from worker.errors import ErrorCode
 from worker.images.content import media_type
-from worker.messages.job import InvalidJobError, decode, readable_id, to_json
+from worker.messages.decoding import InvalidJobError, decode
+from worker.messages.job import valid_id
 from worker.messages.result import JobFailure, Result
+from worker.messages.serialization import to_json
 
 # Enough to see what is wrong with a file.
 MAX_FAULTS_SHOWN: Final = 10
@@ -168,14 +170,14 @@ class Planner:
     def _id(self, key: str | None) -> str:
         """The id of a job that has none: the same whenever the same is submitted."""
         own = f"{self._name}-{self._number if key is None else key}"
-        return own if readable_id(own) else f"{self._name}-{hashlib.sha256(own.encode()).hexdigest()[:32]}"
+        return own if valid_id(own) else f"{self._name}-{hashlib.sha256(own.encode()).hexdigest()[:32]}"
 
     def _fault(self, fault: Fault, item: Entry | None = None) -> None:
         self.fault_count += 1
         if len(self.faults) < MAX_FAULTS_SHOWN:
             self.faults.append(f"{fault.where}: {fault.reason}")
         if self._keeps_invalid:
-            given = readable_id(item.job.get("id")) if item is not None else None
+            given = valid_id(item.job.get("id")) if item is not None else None
             own = given or self._id(fault.custom_id)
             # A second job of the same id fails, too, and its result has to be told from the first one's.
             for job_id in (own,) if self._may_be_there else (own, f"{self._name}-{self._number}-invalid"):

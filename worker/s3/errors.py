@@ -68,7 +68,7 @@ _BROKE_OFF = (
 )
 
 
-class S3Refusal(Exception):  # noqa: N818 - an answer of S3's, which `translate` makes an error of
+class S3ResponseError(Exception):
     """S3 answered with an error.
 
     Attributes:
@@ -100,7 +100,7 @@ class S3Refusal(Exception):  # noqa: N818 - an answer of S3's, which `translate`
 
 
 # What `translate` knows.
-FAILURES = (S3Refusal, aiohttp.ClientError, BotoCoreError, OSError)
+FAILURES = (S3ResponseError, aiohttp.ClientError, BotoCoreError, OSError)
 
 
 def translate(error: Exception) -> Exception:
@@ -111,10 +111,10 @@ def translate(error: Exception) -> Exception:
         TransientError: the read broke off or took too long.
         DependencyDownError: S3 is out of reach, failing, or refuses these credentials.
     """
-    return _from_answer(error) if isinstance(error, S3Refusal) else _from_failure(error)
+    return _from_answer(error) if isinstance(error, S3ResponseError) else _from_failure(error)
 
 
-def _from_answer(error: S3Refusal) -> Exception:
+def _from_answer(error: S3ResponseError) -> Exception:
     code = error.code
     if code in _NOT_FOUND:
         return JobError(ErrorCode.IMAGE_NOT_FOUND, f"S3 has no such object ({code})")

@@ -14,14 +14,14 @@ from typing import Any
 from botocore.exceptions import ClientError, NoCredentialsError
 
 from worker.s3.aws import Endpoint, S3Object, ca_bundle
-from worker.s3.credentials import credentials_refused
-from worker.s3.refusals import S3Refusal
+from worker.s3.credentials import role_denied
+from worker.s3.errors import S3ResponseError
 
 THREADS = 16
 CHUNK_BYTES = 256 * 1024
 
 
-class Sdk:
+class BotoClient:
     """boto3's clients for one S3; made, and the library loaded, when they are first needed."""
 
     def __init__(
@@ -39,13 +39,13 @@ class Sdk:
         # By region, and by whether they are for directory buckets.
         self._clients: dict[tuple[str | None, bool], Any] = {}
         self._making = threading.Lock()
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="s3-sdk")
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="s3-boto")
 
     async def open(self, source: S3Object) -> "SdkReading":
         """Begin to read an object.
 
         Raises:
-            S3Refusal: S3 answered with an error.
+            S3ResponseError: S3 answered with an error.
             BotoCoreError, OSError: it did not answer.
         """
         response = await self._in_thread(self._get, source)
@@ -55,7 +55,7 @@ class Sdk:
         """A presigned URL of the object, good for `expires_s` seconds; `region`: where its bucket is.
 
         Raises:
-            S3Refusal, BotoCoreError: there are no credentials, or no session for the bucket.
+            S3ResponseError, BotoCoreError: there are no credentials, or no session for the bucket.
         """
         return str(await self._in_thread(self._presign, source, expires_s, region))
 
@@ -113,9 +113,9 @@ def _refusals() -> Iterator[None]:
         yield
     except ClientError as error:
         if error.operation_name not in ("GetObject", "CreateSession"):
-            raise credentials_refused(error) from None
+            raise role_denied(error) from None
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        raise S3Refusal(status, error.response.get("Error", {}).get("Code", "")) from None
+        raise S3ResponseError(status, error.response.get("Error", {}).get("Code", "")) from None
 
 
 def is_directory_bucket(bucket: str) -> bool:
@@ -126,8 +126,8 @@ def is_directory_bucket(bucket: str) -> bool:
 class SdkReading:
     """An object that the client reads, chunk by chunk."""
 
-    def __init__(self, sdk: Sdk, body: Any, size: int) -> None:
-        self._sdk = sdk
+    def __init__(self, boto: BotoClient, body: Any, size: int) -> None:
+        self._sdk = boto
         self._body = body
         self.size = size
 
