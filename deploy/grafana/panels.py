@@ -464,7 +464,7 @@ RETRIES: Final = Row(
         ),
         Panel(
             title="Dead letters by reason",
-            about="Messages that a person must look at: `vqa-worker dead list`.",
+            about="Messages that a person must look at: `vqa-worker dlq list`.",
             unit="short",
             queries=(
                 Query(

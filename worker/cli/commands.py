@@ -27,7 +27,7 @@ class StoredObject(StrEnum):
 
 
 DOCUMENT = typer.Argument(help="Which one; all of them, under their names, if none is given.")
-TIMEOUT = typer.Option(metavar="SECONDS", help="How long to wait for a broker that is out of reach (60).")
+TIMEOUT = typer.Option(metavar="SECONDS", help="Connection timeout in seconds (default: 60).")
 
 
 def shell(arguments: Sequence[str], basics: Basics) -> int:

@@ -41,13 +41,14 @@ async def results(
     output: OutputPath = None,
     errors: ErrorsPath = None,
     output_form: OutputForm = None,
-    now: Annotated[bool, typer.Option("--now", help="Take what is there now, and wait for no more.")] = False,
-    within: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0.1, help="Wait so long at most.")
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Collect available results and exit.")] = False,
+    wait_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0.1, help="Maximum time to wait for results, in seconds."),
     ] = None,
-    forget: Annotated[
+    delete: Annotated[
         bool,
-        typer.Option("--forget", help="Delete what is known of the submission, its results and their queue."),
+        typer.Option("--delete", help="Delete the submission, its results and their queue."),
     ] = False,
     as_json: Json = False,
     timeout: Patience = DEFAULT_PATIENCE_S,
@@ -56,7 +57,7 @@ async def results(
 
         vqa-worker results orders-3f9a1c2b7d -o results.csv
 
-        vqa-worker results orders-3f9a1c2b7d --now --json | jq .answer
+        vqa-worker results orders-3f9a1c2b7d --no-wait --json | jq .answer
 
     They come from a queue of the submission's own, so that nobody else's results are touched, and are kept in
     its manifest before the broker may forget them: broken off, the same command goes on. Exit code 1 says
@@ -65,8 +66,8 @@ async def results(
     screen = Screen(as_json=as_json)
     if name is None:
         return _list(screen)
-    if now and within is not None:
-        raise UsageError("--now and --within don't go together")
+    if no_wait and wait_timeout is not None:
+        raise UsageError("--no-wait and --wait-timeout cannot be combined")
     from worker.cli.outputs import Output
     from worker.cli.submit.collect import Harvest
     from worker.settings import load_command_settings
@@ -76,13 +77,13 @@ async def results(
     try:
         broker = broker_of(settings)
         with manifest.locked("gathering"):
-            if forget:
-                return await _forget(manifest, broker, screen, timeout)
+            if delete:
+                return await _delete(manifest, broker, screen, timeout)
             _check(manifest, settings.rabbitmq_address, screen)
             harvest = Harvest(
                 manifest, broker, screen, Output(output, errors, output_form), patience_s=timeout
             )
-            return await harvest.bring_in(only_now=now, within_s=within)
+            return await harvest.bring_in(only_now=no_wait, within_s=wait_timeout)
     finally:
         manifest.close()
 
@@ -127,7 +128,7 @@ def _check(manifest: "Manifest", broker: str, screen: Screen) -> None:
         )
 
 
-async def _forget(manifest: "Manifest", broker: "Broker", screen: Screen, patience_s: float) -> int:
+async def _delete(manifest: "Manifest", broker: "Broker", screen: Screen, patience_s: float) -> int:
     from worker.rabbitmq.replies import delete_queue
 
     head, missing = manifest.head(), manifest.counts().missing

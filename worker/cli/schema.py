@@ -121,7 +121,7 @@ def _channels(topology: Topology, vhost: str) -> dict[str, Any]:
             "messages": {"result": {"$ref": "#/components/messages/result"}},
         },
         "deadLetters": channel(
-            topology.dead_letters, "deadLetter", "Jobs that a person should look at: `vqa-worker dead list`."
+            topology.dead_letters, "deadLetter", "Jobs that a person should look at: `vqa-worker dlq list`."
         ),
         "control": {
             "address": topology.control.name,

@@ -65,7 +65,7 @@ Patience = Annotated[
         "--timeout",
         metavar="SECONDS",
         min=0.1,
-        help="How long to wait for a broker that is out of reach.",
+        help="Connection timeout in seconds.",
     ),
 ]
 DEFAULT_PATIENCE_S: Final = 15.0

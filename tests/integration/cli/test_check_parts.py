@@ -127,7 +127,7 @@ async def test_jobs_that_nobody_takes_and_dead_letters_are_told(doctor: Doctor) 
         await message.nack()
     assert findings["queue jobs"][1] == "1 waiting, 0 consumers; as the worker needs it"
     assert findings["workers"] == ("warning", "none takes jobs from jobs at the moment")
-    assert findings["dead letters"] == ("warning", "1 letter on jobs.dead: `vqa-worker dead list`")
+    assert findings["dead letters"] == ("warning", "1 letter on jobs.dead: `vqa-worker dlq list`")
 
 
 async def test_a_queue_with_other_arguments_is_told_with_the_difference(

@@ -1,4 +1,4 @@
-"""`vqa-worker dead`: from a job's death to its answer, and throwing letters away."""
+"""`vqa-worker dlq`: from a job's death to its answer, and throwing letters away."""
 
 import json
 import uuid
@@ -44,19 +44,19 @@ async def test_a_job_that_died_is_found_looked_at_put_back_and_answered(
     assert first.body["error"]["code"] == "attempts_exhausted"
 
     cli = Cli.of(stack, tmp_path, worker)
-    (letter,) = await cli.told("dead", "list")
+    (letter,) = await cli.told("dlq", "list")
     assert (letter["job_id"], letter["code"]) == (dead["id"], "attempts_exhausted")
     assert (letter["model"], letter["attempts"]) == ("default", 1)
     assert "overloaded, sorry" in letter["message"]
-    listed = await cli.run("dead", "list")
+    listed = await cli.run("dlq", "list")
     assert listed.code == 0
     assert listed.out.splitlines()[1].split()[0] == letter["letter"]
-    shown = await cli.run("dead", "show", dead["id"])
+    shown = await cli.run("dlq", "show", dead["id"])
     assert marker in shown.out
     assert "data:image/png;base64,[" in shown.out or "data:image/png;base64," in shown.out
 
     client.replies.clear()
-    replayed = await cli.run("dead", "replay", "--id", letter["letter"], "--yes")
+    replayed = await cli.run("dlq", "replay", "--id", letter["letter"], "--yes")
     assert (replayed.code, replayed.out) == (0, "")
     second = await client.result(dead["id"])
     assert (second.body["status"], second.body["attempts"]) == ("succeeded", 1)
@@ -79,7 +79,7 @@ async def test_a_letter_is_put_back_as_the_job_that_it_was(cli: Cli, queues: Que
     }
     trace = {"traceparent": TRACE, "tracestate": "a=b", "timestamp_in_ms": 1700000000123}
     await queues.bury(body, headers={**trace, "CC": ["elsewhere"], "made-up": "x"}, **properties)
-    assert (await cli.run("dead", "replay", "--yes")).code == 0
+    assert (await cli.run("dlq", "replay", "--yes")).code == 0
     (message,) = await queues.emptied(queues.jobs)
     assert message.body == body
     assert {name: getattr(message, name) for name in properties} == properties
@@ -93,9 +93,9 @@ async def test_a_letter_is_put_back_as_the_job_that_it_was(cli: Cli, queues: Que
 async def test_a_letter_without_any_id_does_not_get_one(cli: Cli, queues: Queues) -> None:
     # The library gives every message an id; the worker marks it as not the publisher's.
     await queues.bury(b"no job", "invalid_job", message_id="made-up", headers={"vqa-copy": "made-up"})
-    (letter,) = await cli.told("dead", "list")
+    (letter,) = await cli.told("dlq", "list")
     assert (letter["job_id"], letter["message_id"], letter["model"]) == (None, None, "unknown")
-    assert (await cli.run("dead", "replay", "--id", letter["letter"], "--yes")).code == 0
+    assert (await cli.run("dlq", "replay", "--id", letter["letter"], "--yes")).code == 0
     (message,) = await queues.emptied(queues.jobs)
     assert message.headers["vqa-copy"] == message.message_id
 
@@ -105,10 +105,10 @@ async def test_letters_are_thrown_away_by_choice_and_kept_in_a_file_if_wished(
 ) -> None:
     kept = await buried(queues, 1)
     await queues.bury(b"\xffno job", "invalid_job", message_id="gone", reply_to="r")
-    ended = await cli.run("dead", "purge", "--yes")
+    ended = await cli.run("dlq", "purge", "--yes")
     assert ended.code == 2
     assert ended.warnings_ == ["say which letters, e.g. --code invalid_job or --until 30d; or --all"]
-    done = await cli.told("dead", "purge", "--code", "invalid_job", "--save", "saved.jsonl", "--yes")
+    done = await cli.told("dlq", "purge", "--code", "invalid_job", "--save", "saved.jsonl", "--yes")
     assert [(it["action"], it["done"], it["job_id"]) for it in done] == [("purge", True, "gone")]
     (saved,) = map(json.loads, (cli.folder / "saved.jsonl").read_text().splitlines())
     assert (saved["body_base64"], saved["reply_to"]) == ("/25vIGpvYg==", "r")
@@ -120,7 +120,7 @@ async def test_letters_are_thrown_away_by_choice_and_kept_in_a_file_if_wished(
 async def test_without_a_file_for_the_record_nothing_is_touched(cli: Cli, queues: Queues) -> None:
     await buried(queues, 1)
     for option in ("--record", "--save"):
-        ended = await cli.run("dead", "purge", "--all", "--yes", option, "/dev/null/letters.jsonl")
+        ended = await cli.run("dlq", "purge", "--all", "--yes", option, "/dev/null/letters.jsonl")
         assert ended.code == 1
         assert ended.warnings_[-1] == (
             "/dev/null/letters.jsonl: cannot be written to: File exists; name another file"

@@ -1,4 +1,4 @@
-"""`vqa-worker dead list` and `show`: letters are found, and no look loses one."""
+"""`vqa-worker dlq list` and `show`: letters are found, and no look loses one."""
 
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -33,20 +33,20 @@ async def test_letters_are_chosen_by_error_model_time_and_id(cli: Cli, queues: Q
     await queues.bury(job(id="b"), ago_s=60)
     await queues.bury(b"{broken", "invalid_job", ago_s=3 * 86400, message_id="c")
     await queues.bury({"no": "job", "model": "m/small"}, "invalid_job", ago_s=7200, message_id="d")
-    assert [letter["job_id"] for letter in await cli.told("dead", "list")] == ["c", "a", "d", "b"]
+    assert [letter["job_id"] for letter in await cli.told("dlq", "list")] == ["c", "a", "d", "b"]
     chosen = ("--code", "attempts_*", "--code", "gone", "--model", "m/*", "--since", "1d", "--until", "1h")
-    assert [letter["job_id"] for letter in await cli.told("dead", "list", *chosen, "--id", "a")] == ["a"]
-    ended = await cli.run("dead", "list", "--code", "nothing", "--most", "3")
+    assert [letter["job_id"] for letter in await cli.told("dlq", "list", *chosen, "--id", "a")] == ["a"]
+    ended = await cli.run("dlq", "list", "--code", "nothing", "--limit", "3")
     assert (ended.code, ended.out) == (0, "")
-    assert ended.warnings_ == [f"{queues.dead}: 4 letters, 3 of them looked at (--most), 0 of them chosen"]
+    assert ended.warnings_ == [f"{queues.dead}: 4 letters, 3 of them looked at (--limit), 0 of them chosen"]
 
 
 async def test_an_unknown_letter_and_a_time_that_is_none_are_told(cli: Cli, queues: Queues) -> None:
     await buried(queues, 2)
-    ended = await cli.run("dead", "show", "nobody")
+    ended = await cli.run("dlq", "show", "nobody")
     assert (ended.code, ended.out) == (1, "")
     assert ended.warnings_ == ["nobody: none of the 2 letters looked at has this id or name"]
-    ended = await cli.run("dead", "list", "--since", "yesterday")
+    ended = await cli.run("dlq", "list", "--since", "yesterday")
     assert ended.code == 2
     assert "'yesterday' is no time" in " ".join(ended.warnings_)
 
@@ -60,7 +60,7 @@ async def test_what_strangers_wrote_cannot_control_the_terminal(cli: Cli, queues
     )
     await queues.bury(evil.encode(), message_id="evil")
     for arguments in (["list"], ["show", "evil"], ["replay", "--dry-run"]):
-        ended = await cli.run("dead", *arguments)
+        ended = await cli.run("dlq", *arguments)
         assert ended.code == 0
         for line in [*ended.out.splitlines(), *ended.warnings_]:
             assert line.isprintable(), line
@@ -70,7 +70,7 @@ async def test_a_letter_is_shown_to_programs_with_every_byte_of_it(cli: Cli, que
     body = b'{"id": "x",   "question": "\xc3\xa4"}'
     await queues.bury(body, reply_to="r")
     await queues.bury(b"\xff\x00", message_id="x")
-    text, binary = await cli.told("dead", "show", "x")
+    text, binary = await cli.told("dlq", "show", "x")
     assert text["body"].encode() == body
     assert (text["reply_to"], text["headers"]["vqa-attempts"]) == ("r", 5)
     assert binary["body_base64"] == "/wA="
@@ -133,7 +133,7 @@ async def test_during_and_after_a_killed_look_everything_is_there(
         # Basic.Nack: the look is over, and about to give everything back.
         proxy.freezes_on = b"\x00\x3c\x00\x78"
         behind = cli.having(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
-        process = behind.start("dead", "list")
+        process = behind.start("dlq", "list")
         await until(lambda: proxy.held, "it holds the letters")
         await queues.filled(queues.dead, 0)
         await killed(process)
@@ -162,7 +162,7 @@ async def test_who_may_not_put_letters_back_may_not_look_either_so_that_no_retur
     with BrokerUser.of(stack) as user:
         user.permit(write="^$")
         for arguments in (["list"], ["show", "x"], ["replay", "--yes"], ["purge", "--all", "--yes"]):
-            ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dead", *arguments)
+            ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dlq", *arguments)
             assert ended.code == 1
             (line,) = ended.warnings_
             assert line.startswith(
@@ -170,7 +170,7 @@ async def test_who_may_not_put_letters_back_may_not_look_either_so_that_no_retur
             )
             assert "lacks a permission" in line
         user.permit(read="^$")
-        ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dead", "list")
+        ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dlq", "list")
         assert (ended.code, len(ended.warnings_)) == (1, 1)
         assert f"queue {queues.dead}" in ended.warnings_[0]
     (held,) = await looked(stack, queues)
@@ -192,12 +192,12 @@ async def test_what_the_broker_itself_has_moved_is_told_and_stays_told(
     assert (held.letter.code, held.letter.job_id) == ("rejected", "rejected")
     assert held.letter.died_at is not None
     assert datetime.now(UTC) - held.letter.died_at < timedelta(minutes=5)
-    ended = await cli.run("dead", "list", "--since", "5m")
+    ended = await cli.run("dlq", "list", "--since", "5m")
     assert "moved here by RabbitMQ (rejected)" in ended.out
 
 
 async def test_a_queue_that_is_not_there_is_told(cli: Cli) -> None:
-    ended = await cli.run("dead", "list")
+    ended = await cli.run("dlq", "list")
     assert (ended.code, ended.out) == (1, "")
     (line,) = ended.warnings_
     assert line.startswith(f"the queue {cli.settings['VQA_JOBS_QUEUE']}.dead does not exist")

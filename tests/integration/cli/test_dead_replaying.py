@@ -1,4 +1,4 @@
-"""`vqa-worker dead replay`: letters are put back as they were, and are never lost on the way."""
+"""`vqa-worker dlq replay`: letters are put back as they were, and are never lost on the way."""
 
 import asyncio
 import json
@@ -39,19 +39,19 @@ async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
 async def test_nothing_is_done_before_it_is_agreed_to(cli: Cli, queues: Queues) -> None:
     ids = await buried(queues, 2)
     for action in ("replay", "purge"):
-        dry = await cli.told("dead", action, "--code", "*", "--dry-run")
+        dry = await cli.told("dlq", action, "--code", "*", "--dry-run")
         assert [(it["action"], it["done"], it["job_id"]) for it in dry] == [(action, False, it) for it in ids]
-        result = await cli.run("dead", action, "--code", "*")
+        result = await cli.run("dlq", action, "--code", "*")
         assert result.code == 2
         assert result.warnings_[-1].endswith("nothing was done: add --yes to do it")
         assert all(it in result.out for it in ids)
-        asked = Terminal(cli, "dead", action, "--code", "*")
+        asked = Terminal(cli, "dlq", action, "--code", "*")
         await asked.shows(r"Go on\? \[y/N\]")
         asked.type("\n")
         assert await asked.ended() == 0
     assert await queues.depth(queues.dead) == 2
     assert not state(cli).exists()
-    asked = Terminal(cli, "dead", "replay")
+    asked = Terminal(cli, "dlq", "replay")
     await asked.shows(r"2 \(2 attempts_exhausted\) will be put back on")
     asked.type("y\n")
     assert await asked.ended() == 0
@@ -66,7 +66,7 @@ async def test_only_what_was_chosen_is_put_back_and_what_will_fail_again_is_told
     await queues.bury(late)
     kept = await buried(queues, 2, code="model_gone")
     await queues.bury(b"{", "invalid_job", message_id="broken")
-    result = await cli.run("dead", "replay", "--code", "a*", "--code", "inv*", "--yes")
+    result = await cli.run("dlq", "replay", "--code", "a*", "--code", "inv*", "--yes")
     assert result.code == 0
     assert result.warnings_ == [
         f"{queues.dead}: 4 letters, 2 of them chosen",
@@ -82,7 +82,7 @@ async def test_a_replay_that_is_killed_has_lost_nothing(stack: Stack, cli: Cli, 
     ids = await buried(queues, 6)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
         behind = cli.having(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
-        process = behind.start("dead", "replay", "--yes", "--rate", "50", "--json")
+        process = behind.start("dlq", "replay", "--yes", "--rate", "50", "--json")
         assert process.stdout is not None
         for _ in range(2):
             await asyncio.to_thread(process.stdout.readline)
@@ -102,7 +102,7 @@ async def test_a_replay_that_is_killed_has_lost_nothing(stack: Stack, cli: Cli, 
 
 async def test_ctrl_c_ends_a_replay_between_two_letters(cli: Cli, queues: Queues) -> None:
     ids = await buried(queues, 5)
-    process = cli.start("dead", "replay", "--yes", "--rate", "0.5", "--json")
+    process = cli.start("dlq", "replay", "--yes", "--rate", "0.5", "--json")
     assert process.stdout is not None
     await asyncio.to_thread(process.stdout.readline)
     process.send_signal(signal.SIGINT)
@@ -119,7 +119,7 @@ async def test_a_replay_goes_on_after_the_connection_was_lost(stack: Stack, cli:
     ids = await buried(queues, 6)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
         behind = cli.having(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
-        process = behind.start("dead", "replay", "--yes", "--rate", "10", "--json")
+        process = behind.start("dlq", "replay", "--yes", "--rate", "10", "--json")
         assert process.stdout is not None
         for _ in range(2):
             await asyncio.to_thread(process.stdout.readline)
@@ -171,7 +171,7 @@ async def test_a_broker_that_goes_away_again_and_again_is_given_up(
 
 async def test_letters_that_somebody_else_took_meanwhile_are_told(cli: Cli, queues: Queues) -> None:
     await buried(queues, 2)
-    asked = Terminal(cli, "dead", "purge", "--all")
+    asked = Terminal(cli, "dlq", "purge", "--all")
     await asked.shows(r"Go on\? \[y/N\]")
     await queues.emptied(queues.dead)
     asked.type("y\n")
@@ -183,7 +183,7 @@ async def test_letters_that_somebody_else_took_meanwhile_are_told(cli: Cli, queu
 async def test_without_a_jobs_queue_letters_stay_where_they_are(cli: Cli, queues: Queues) -> None:
     ids = await buried(queues, 2)
     await queues.delete(queues.jobs)
-    result = await cli.run("dead", "replay", "--yes")
+    result = await cli.run("dlq", "replay", "--yes")
     assert result.code == 1
     assert result.warnings_[-2:] == [
         f"replay: 0 of 2 done, recorded in {state(cli)}/replayed.jsonl",
@@ -204,7 +204,7 @@ async def test_letters_go_back_by_the_exchange_for_jobs(stack: Stack, tmp_path: 
             user.permit(write=f"^{exchange}$")
             by_user = cli.having(VQA_RABBITMQ_URL=user.url)
             for _ in range(dead_letters.MOST_RETURNS + 2):
-                assert len(await by_user.told("dead", "list")) == 1
-            assert (await by_user.run("dead", "replay", "--yes")).code == 0
+                assert len(await by_user.told("dlq", "list")) == 1
+            assert (await by_user.run("dlq", "replay", "--yes")).code == 0
         (message,) = await queues.emptied(queues.jobs)
         assert (ids_of([message]), message.exchange) == (ids, exchange)

@@ -129,7 +129,7 @@ async def test_results_become_a_table(cli: Cli, put_image: PutImage) -> None:
     # The same results in another form, as often as they are wanted.
     again = await cli.run("submit", "jobs.csv", "--wait", "--json")
     assert [result["id"] for result in again.objects] == ["a", "b"]
-    table = await cli.run("submit", "jobs.csv", "--wait", "--as", "csv")
+    table = await cli.run("submit", "jobs.csv", "--wait", "--output-format", "csv")
     assert table.out == (cli.folder / "out.csv").read_text(encoding="utf-8")
 
 
@@ -232,11 +232,11 @@ async def test_what_is_there_now_can_be_had_without_waiting(lone_cli: Cli, stack
     submitted = (await lone_cli.run("submit", "jobs.jsonl", "--json")).summary
     async with channel_of(stack) as channel:
         await _publish(channel, submitted["reply_to"], _result("b"))
-    now = await lone_cli.run("results", submitted["name"], "--now", "-o", "out.jsonl", "--json")
+    now = await lone_cli.run("results", submitted["name"], "--no-wait", "-o", "out.jsonl", "--json")
     assert now.code == 1
     assert now.summary["missing"] == 2
     assert [result["id"] for result in lone_cli.read("out.jsonl")] == ["b"]
-    late = await lone_cli.run("results", submitted["name"], "--within", "0.5")
+    late = await lone_cli.run("results", submitted["name"], "--wait-timeout", "0.5")
     assert late.code == 1
     assert late.lines == ["b: an answer"]
     assert "results that have not come within 0.5 s: 2" in late.err
@@ -255,7 +255,7 @@ async def test_submissions_are_listed_and_forgotten(lone_cli: Cli, stack: Stack)
     unknown = await lone_cli.run("results", "third")
     assert (unknown.code, unknown.out) == (1, "")
     assert unknown.err.startswith("there is no submission of the name third here (there are: ")
-    forgotten = await lone_cli.run("results", "first", "--forget")
+    forgotten = await lone_cli.run("results", "first", "--delete")
     assert forgotten.lines == ["first is forgotten; 1 of its results had not come"]
     assert await depth(stack, first["reply_to"]) is None
     assert [it["name"] for it in (await lone_cli.run("results", "--json")).objects] == ["second"]

@@ -147,7 +147,10 @@ async def test_wrong_usage_is_told_and_is_code_2(cli: Cli) -> None:
         (("submit", "s3://b/k", "What?", "--deadline", "soon"), "--deadline: soon is neither a time"),
         (("submit", "s3://b/k", "What?", "--name", "a/b"), "must be letters"),
         (("submit", "--nothing"), "No such option"),
-        (("results", "x", "--now", "--within", "3"), "--now and --within"),
+        (
+            ("results", "x", "--no-wait", "--wait-timeout", "3"),
+            "--no-wait and --wait-timeout cannot be combined",
+        ),
         (("nothing",), "No such command"),
     )
     for (_, told), end in zip(wrong, await _side_by_side(cli, *(it for it, _ in wrong)), strict=True):

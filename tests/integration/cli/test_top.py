@@ -59,7 +59,7 @@ async def test_the_figures_are_those_of_the_broker_and_of_all_workers(
 ) -> None:
     other = await start_worker(like=busy)
     urls = [f"--worker=127.0.0.1:{it.port}" for it in (busy, other)]
-    process = cli.start("top", "--every", "0.3", "--json", *urls)
+    process = cli.start("top", "--interval", "0.3", "--json", *urls)
     begun = await first(process)
     assert begun["queues"] == {
         "jobs": 0,
@@ -91,7 +91,7 @@ async def test_a_worker_that_goes_is_silent_and_its_cost_is_kept(
 ) -> None:
     await client.ask(**job())
     cost = busy.metric("vqa_cost_usd_total")
-    process = cli.start("top", "--every", "0.3", "--json", f"--worker=127.0.0.1:{busy.port}")
+    process = cli.start("top", "--interval", "0.3", "--json", f"--worker=127.0.0.1:{busy.port}")
     assert (await first(process))["workers"]["cost_usd"] == pytest.approx(cost)
     busy.kill()
     gone = (await first(process, workers=lambda it: not it["answering"]))["workers"]
@@ -102,7 +102,7 @@ async def test_a_worker_that_goes_is_silent_and_its_cost_is_kept(
 async def test_a_broker_that_goes_away_is_told_and_comes_back(stack: Stack, cli: Cli, busy: Worker) -> None:
     async with Proxy.before(stack.rabbitmq.url) as proxy:
         behind = cli.having(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
-        process = behind.start("top", "--every", "0.3", "--json", f"--worker=127.0.0.1:{busy.port}")
+        process = behind.start("top", "--interval", "0.3", "--json", f"--worker=127.0.0.1:{busy.port}")
         try:
             assert (await first(process))["queues"]
             await proxy.refuse()
@@ -122,14 +122,14 @@ async def test_what_a_worker_pauses_for_is_told(
     paused = await start_worker(like=busy, VQA_MODEL_BASE_URL="http://127.0.0.1:1/v1")
     await client.publish(job())
     await said(paused, "paused")
-    (told,) = await cli.told("top", "--once", "--every", "0.2", f"--worker=127.0.0.1:{paused.port}")
+    (told,) = await cli.told("top", "--once", "--interval", "0.2", f"--worker=127.0.0.1:{paused.port}")
     assert told["workers"]["paused"] == {"model": 1}
 
 
 async def test_without_workers_the_queues_are_told_at_once(cli: Cli, client: Client, busy: Worker) -> None:
     assert await busy.stop() == 0
     await client.publish(job())
-    (told,) = await cli.told("top", "--once", "--every", "9999")
+    (told,) = await cli.told("top", "--once", "--interval", "9999")
     assert told["workers"] is None
     assert told["queues"]["jobs"] == 1
     line = await cli.run("top", "--once")
@@ -138,13 +138,13 @@ async def test_without_workers_the_queues_are_told_at_once(cli: Cli, client: Cli
 
 
 async def test_a_person_sees_it_live_and_ends_it_with_a_key(cli: Cli, busy: Worker, client: Client) -> None:
-    seen = Terminal(cli, "top", "--every", "0.3", f"--worker=127.0.0.1:{busy.port}")
+    seen = Terminal(cli, "top", "--interval", "0.3", f"--worker=127.0.0.1:{busy.port}")
     await seen.shows(r"1 answering")
     await client.ask(**job())
     await seen.shows(r"0\.\d/s, 0\.0/s failed")
     seen.type("xq")
     assert await seen.ended() == 0
-    seen = Terminal(cli, "top", "--every", "9999")
+    seen = Terminal(cli, "top", "--interval", "9999")
     await seen.shows(r"0 waiting")
     seen.process.send_signal(signal.SIGINT)
     assert await seen.ended() == 130
@@ -193,6 +193,6 @@ async def test_a_name_with_several_addresses_stands_for_a_worker_each(
     hosts = cli.folder / "hosts"
     hosts.write_text("127.0.0.1 localhost fleet\n127.0.0.2 fleet\n127.0.0.3 fleet\n")
     cli.command = ["sh", "-c", NAMED, "sh", str(hosts), *cli.command]
-    (told,) = await cli.told("top", "--once", "--every", "0.2", f"--worker=fleet:{busy.port}")
+    (told,) = await cli.told("top", "--once", "--interval", "0.2", f"--worker=fleet:{busy.port}")
     assert told["workers"]["answering"] == 2
     assert told["workers"]["silent"] == [f"127.0.0.3:{busy.port}"]

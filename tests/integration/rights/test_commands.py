@@ -52,8 +52,8 @@ async def test_the_operator_looks_at_dead_letters_and_puts_them_back(
         message = aio_pika.Message(b"{}", headers={"vqa-error-code": "it_died"})
         await channel.default_exchange.publish(message, "vqa.jobs.dead")
         for _ in range(5):
-            assert [it["code"] for it in await cli.told("dead", "list")] == ["it_died"]
-        (replayed,) = await cli.told("dead", "replay", "--yes")
+            assert [it["code"] for it in await cli.told("dlq", "list")] == ["it_died"]
+        (replayed,) = await cli.told("dlq", "replay", "--yes")
         assert replayed["done"]
         jobs = await channel.get_queue("vqa.jobs", ensure=False)
         back = await jobs.get(no_ack=True)

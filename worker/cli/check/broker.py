@@ -109,7 +109,7 @@ def _life(topology: Topology, found: Mapping[str, Found]) -> list[Finding]:
     if jobs is not None and not jobs.consumers:
         findings.append(warning("workers", f"none takes jobs from {topology.jobs} at the moment"))
     if dead is not None and dead.messages:
-        text = f"{counted(dead.messages, 'letter')} on {topology.dead_letters}: `vqa-worker dead list`"
+        text = f"{counted(dead.messages, 'letter')} on {topology.dead_letters}: `vqa-worker dlq list`"
         findings.append(warning("dead letters", text))
     return findings
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_LISTED: Final = 1000
-MOST_SHOWN: Final = 20
+MAX_LISTED: Final = 1000
+MAX_SHOWN: Final = 20
 # Slower than this, a letter that waits for its turn would be held for too long.
 SLOWEST: Final = 0.02
 
@@ -73,7 +73,7 @@ Until = Annotated[
         "--until", metavar="TIME", parser=moment, help="Those that died before.", rich_help_panel=_CHOICE
     ),
 ]
-Most = Annotated[int | None, typer.Option(min=1, help="Look at so many letters at most.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Maximum number of messages to read.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Record = Annotated[
@@ -95,13 +95,13 @@ class _Desk(NamedTuple):
 
 
 def register(app: typer.Typer) -> None:
-    """Add `dead` and its commands."""
-    dead = typer.Typer(no_args_is_help=True, help="Dead letters: look at them, put them back, throw away.")
-    add(dead, "list", list_)
-    add(dead, "show", show)
-    add(dead, "replay", replay)
-    add(dead, "purge", purge)
-    app.add_typer(dead, name="dead")
+    """Add `dlq` and its commands."""
+    dlq = typer.Typer(no_args_is_help=True, help="Manage the dead-letter queue: list, show, replay, purge.")
+    add(dlq, "list", list_)
+    add(dlq, "show", show)
+    add(dlq, "replay", replay)
+    add(dlq, "purge", purge)
+    app.add_typer(dlq, name="dlq")
 
 
 async def list_(
@@ -110,21 +110,21 @@ async def list_(
     ids: Ids = None,
     since: Since = None,
     until: Until = None,
-    most: Most = MOST_LISTED,
+    limit: Limit = MAX_LISTED,
     as_json: Json = False,
     patience: Patience = DEFAULT_PATIENCE_S,
 ) -> None:
     """List the dead letters. All of them stay where they are.
 
-    - `vqa-worker dead list`
-    - `vqa-worker dead list --code attempts_exhausted --since 2h`
-    - `vqa-worker dead list --json | jq -r .job_id`
+    - `vqa-worker dlq list`
+    - `vqa-worker dlq list --code attempts_exhausted --since 2h`
+    - `vqa-worker dlq list --json | jq -r .job_id`
 
     During the look, a few seconds for a thousand letters, nobody else can fetch them.
     """
     desk = _desk(Screen(as_json=as_json), patience)
     choice = _choice(code, model, ids, since, until)
-    letters = await _chosen(desk, choice, most)
+    letters = await _chosen(desk, choice, limit)
     for letter in letters:
         desk.screen.emit(render.in_json(letter))
     if letters:
@@ -133,14 +133,14 @@ async def list_(
 
 async def show(
     name: Annotated[str, typer.Argument(metavar="ID", help="A job's id or a letter's name.")],
-    most: Most = None,
+    limit: Limit = None,
     as_json: Json = False,
     patience: Patience = DEFAULT_PATIENCE_S,
 ) -> None:
     """Show a dead letter with its job, question and all. It stays where it is.
 
-    - `vqa-worker dead show order-4711-photo`
-    - `vqa-worker dead show 3f9a12c04b --json | jq -r .body > job.json`
+    - `vqa-worker dlq show order-4711-photo`
+    - `vqa-worker dlq show 3f9a12c04b --json | jq -r .body > job.json`
 
     For a person, images in the job are told by their length; with `--json`, `body` is the job as it came.
     """
@@ -153,7 +153,7 @@ async def show(
 
     from worker.rabbitmq.bulk import look
 
-    found = await _told(look(desk.broker, desk.topology, pick, most=most, patience_s=desk.patience_s))
+    found = await _told(look(desk.broker, desk.topology, pick, most=limit, patience_s=desk.patience_s))
     if not found.picked:
         raise CommandError(f"{name}: none of the {found.seen} letters looked at has this id or name")
     for number, letter in enumerate(found.picked):
@@ -173,7 +173,7 @@ async def replay(
         float | None, typer.Option(min=SLOWEST, metavar="N", help="At most so many letters a second.")
     ] = None,
     record: Record = None,
-    most: Most = None,
+    limit: Limit = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     as_json: Json = False,
@@ -181,16 +181,16 @@ async def replay(
 ) -> int | None:
     """Put dead letters back on the jobs queue, as the jobs that they were.
 
-    - `vqa-worker dead replay --dry-run`
-    - `vqa-worker dead replay --code attempts_exhausted --since 2h --rate 5`
-    - `vqa-worker dead replay --id order-4711-photo --yes`
+    - `vqa-worker dlq replay --dry-run`
+    - `vqa-worker dlq replay --code attempts_exhausted --since 2h --rate 5`
+    - `vqa-worker dlq replay --id order-4711-photo --yes`
 
     Shows first what would be done, and asks. Attempts are counted anew. A letter leaves the dead-letter queue
     after the broker has confirmed the job: whatever happens in between, it is on one of the two, at worst on
     both.
     """
     desk = _desk(Screen(as_json=as_json), patience)
-    letters = await _chosen(desk, _choice(code, model, ids, since, until), most)
+    letters = await _chosen(desk, _choice(code, model, ids, since, until), limit)
     desk.screen.note(*_doubts(letters))
     target = f"put back on {desk.topology.jobs}"
     if not _is_wanted(desk.screen, letters, "replay", target, dry_run=dry_run, yes=yes):
@@ -217,7 +217,7 @@ async def purge(
         typer.Option(dir_okay=False, help="Keep the letters in this file first, jobs and all (JSON)."),
     ] = None,
     record: Record = None,
-    most: Most = None,
+    limit: Limit = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     as_json: Json = False,
@@ -225,15 +225,15 @@ async def purge(
 ) -> int | None:
     """Throw dead letters away. They are gone then, unless they were saved.
 
-    - `vqa-worker dead purge --code invalid_job --dry-run`
-    - `vqa-worker dead purge --until 30d --save letters.jsonl`
-    - `vqa-worker dead purge --all --yes`
+    - `vqa-worker dlq purge --code invalid_job --dry-run`
+    - `vqa-worker dlq purge --until 30d --save letters.jsonl`
+    - `vqa-worker dlq purge --all --yes`
     """
     choice = _choice(code, model, ids, since, until)
     if choice.is_any and not everything:
         raise UsageError("say which letters, e.g. --code invalid_job or --until 30d; or --all")
     desk = _desk(Screen(as_json=as_json), patience)
-    letters = await _chosen(desk, choice, most)
+    letters = await _chosen(desk, choice, limit)
     if not _is_wanted(desk.screen, letters, "purge", "thrown away", dry_run=dry_run, yes=yes):
         return None
     with ExitStack() as files:
@@ -274,16 +274,16 @@ def _choice(
     return Choice(codes=code or (), models=model or (), ids=ids or (), since=since, until=until)
 
 
-async def _chosen(desk: _Desk, choice: Choice, most: int | None) -> Sequence["Letter"]:
+async def _chosen(desk: _Desk, choice: Choice, limit: int | None) -> Sequence["Letter"]:
     """The letters that are meant, the oldest first; says how many others there are."""
     from worker.rabbitmq.bulk import look
 
     def pick(held: "Held") -> "Letter | None":
         return held.letter if held.letter in choice else None
 
-    found = await _told(look(desk.broker, desk.topology, pick, most=most, patience_s=desk.patience_s))
+    found = await _told(look(desk.broker, desk.topology, pick, most=limit, patience_s=desk.patience_s))
     chosen = f"{len(found.picked)} of them chosen" if not choice.is_any else ""
-    part = f"{found.seen} of them looked at (--most)" if found.seen < found.there else ""
+    part = f"{found.seen} of them looked at (--limit)" if found.seen < found.there else ""
     there = f"{desk.topology.dead_letters}: {counted(found.there, 'letter')}"
     desk.screen.note(", ".join(filter(None, (there, part, chosen))))
     return sorted(found.picked, key=lambda letter: letter.died_at or datetime.min.replace(tzinfo=UTC))
@@ -308,9 +308,9 @@ def _is_wanted(
     if dry_run or not yes:
         for letter in letters if dry_run else ():
             screen.emit({"action": action, "done": False, **render.in_json(letter)})
-        screen.say(*render.table(letters[:MOST_SHOWN]))
-        if len(letters) > MOST_SHOWN:
-            screen.say(f"… and {len(letters) - MOST_SHOWN} more")
+        screen.say(*render.table(letters[:MAX_SHOWN]))
+        if len(letters) > MAX_SHOWN:
+            screen.say(f"… and {len(letters) - MAX_SHOWN} more")
     count = f"{len(letters)} ({render.summary(letters)})"
     if dry_run:
         screen.note(f"{count} would be {done}; nothing was done (--dry-run)")

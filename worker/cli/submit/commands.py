@@ -56,7 +56,7 @@ ErrorsPath = Annotated[
 OutputForm = Annotated[
     Form | None,
     typer.Option(
-        "--as",
+        "--output-format",
         help="Form of the results; by default that of the output's name, or batch if that was submitted.",
         rich_help_panel=_RESULTS,
     ),
@@ -97,7 +97,9 @@ async def submit(
     ] = False,
     input_form: Annotated[
         Form | None,
-        typer.Option("--from", help="Form of the input, if its name does not tell.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--input-format", help="Form of the input, if its name does not tell.", rich_help_panel=_WHAT
+        ),
     ] = None,
     bucket: Annotated[
         str | None,

@@ -49,7 +49,9 @@ async def top(
             help="Where workers tell their metrics, http://host:port; a name may stand for many.",
         ),
     ] = None,
-    every: Annotated[float, typer.Option(metavar="SECONDS", min=SHORTEST_S, help="How often to look.")] = 2.0,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=SHORTEST_S, help="Refresh interval in seconds.")
+    ] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Tell the figures of one interval, and end.")] = False,
     as_json: Json = False,
     patience: Patience = DEFAULT_PATIENCE_S,
@@ -67,11 +69,11 @@ async def top(
     screen = Screen(as_json=as_json)
     async with _watch(screen, worker or (), patience) as watch:
         if as_json or once or not (sys.stdin.isatty() and sys.stdout.isatty()):
-            await _lines(screen, watch, every, once=once)
+            await _lines(screen, watch, interval, once=once)
             return
         ended = asyncio.Event()
         with _keys(ended):
-            await _live(watch, every, ended)
+            await _live(watch, interval, ended)
 
 
 class _Watch:
