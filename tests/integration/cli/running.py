@@ -1,26 +1,35 @@
-"""Commands as a person runs them, in processes of their own, with queues and a folder of their own."""
+"""Run commands with their own queues and state folder: in this process, or in one that can be killed."""
 
 import asyncio
 import contextlib
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from unittest.mock import patch
 
 import aio_pika
+import structlog
 
 from deploy.local.stack import Stack
 from tests.running import ROOT, Worker
+from worker.__main__ import main
 from worker.cli.submit.manifest import Counts, Manifest
 
 PATIENCE_S = 60.0
+COMMAND = [sys.executable, "-m", "worker"]
+# The environment, the folder and the standard streams are the process's: one command at a time.
+_ONE_COMMAND = threading.Lock()
 # The environment variables that commands inherit.
 KEPT = ("PATH", "HOME", "LANG")
 
@@ -60,7 +69,7 @@ class Cli:
     def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
         self.folder = folder
         self.settings = dict(settings)
-        self.command = [sys.executable, "-m", "worker"]
+        self.command = COMMAND
         self._started: list[subprocess.Popen[Any]] = []
 
     @classmethod
@@ -99,13 +108,21 @@ class Cli:
         }
 
     async def run(self, *arguments: str, stdin: str | bytes = "", **settings: str) -> Ended:
-        """Run a command to its end."""
+        """Run a command to its end: in this process, which is much faster than starting another."""
+        raw = stdin.encode() if isinstance(stdin, str) else stdin
+        if self.command is COMMAND:
+            environment = {**self.environment, **settings}
+            return await asyncio.to_thread(_run_here, arguments, environment, self.folder, raw)
+        return await self.run_process(*arguments, stdin=raw, **settings)
+
+    async def run_process(self, *arguments: str, stdin: bytes = b"", **settings: str) -> Ended:
+        """Run a command to its end in its own process."""
         done = await asyncio.to_thread(
             subprocess.run,
             [*self.command, *arguments],
             env={**self.environment, **settings},
             cwd=self.folder,
-            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            input=stdin,
             capture_output=True,
             timeout=PATIENCE_S,
             check=False,
@@ -171,6 +188,47 @@ class Cli:
             for pipe in (process.stdout, process.stderr):
                 if pipe is not None:
                     pipe.close()
+
+
+def _run_here(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, stdin: bytes) -> Ended:
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        _ONE_COMMAND,
+        patch.dict(os.environ, environment, clear=True),
+        patch("worker.observability.logs.configure_logging", _log_nothing),
+        patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")),
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        _logging_restored(),
+    ):
+        try:
+            code = main(arguments)
+        except SystemExit as exited:
+            # argparse exits by itself where the usage is wrong.
+            code = exited.code if isinstance(exited.code, int) else 1
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """Send what structlog's loggers say to the standard library's, which the command then disables."""
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+@contextlib.contextmanager
+def _logging_restored() -> Iterator[None]:
+    """Undo what a command changes for its process."""
+    saved, level = structlog.get_config(), logging.root.manager.disable
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        structlog.configure(**saved)
 
 
 def finished(process: "subprocess.Popen[str]") -> Ended:

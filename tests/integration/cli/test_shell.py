@@ -76,7 +76,7 @@ async def test_the_version_is_told(cli: Cli) -> None:
 
 async def test_completion_knows_commands_and_submissions(cli: Cli, put_image_url: str) -> None:
     async def complete(*words: str) -> list[str]:
-        asked = await cli.run(
+        asked = await cli.run_process(
             _VQA_WORKER_COMPLETE="complete_bash",
             COMP_WORDS=" ".join(("vqa-worker", *words)),
             COMP_CWORD=str(len(words)),
