@@ -49,6 +49,7 @@ DEFAULTS_IN_WORDS: Final = {
     "allowed_buckets": "required",
     "model_api_key": "required",
     "allowed_models": "the value of `VQA_MODEL`",
+    "initial_concurrency": "`32`, or `VQA_MAX_CONCURRENCY` if that is less",
     "log_format": "`json` on a pipe, `console` on a terminal",
 }
 

@@ -309,7 +309,7 @@ class Processor:
                 except RateLimitedError as error:
                     # The API is there and knows us: an outage, if there was one, is over.
                     self._health.succeeded(Dependency.MODEL, started, time.monotonic())
-                    slot.refused(error.retry_after_s)
+                    slot.rate_limited(error.retry_after_s)
                 else:
                     slot.succeeded()
                     return answer
@@ -323,7 +323,7 @@ class Processor:
         is for the work: a call begun with less could be cut off when it is already paid for.
 
         Raises:
-            GateClosedError: the gate is closed, or there was no slot, or no room, in time.
+            AdmissionClosedError: the gate is closed, or there was no slot, or no room, in time.
             JobError: the job's deadline passed while waiting, or passes before the API may be called again.
         """
         half_s = self._rules.job_timeout_s / 2
@@ -384,7 +384,7 @@ async def _patience(report: Report, question: _Question, seconds: float, reason:
     """Wait for something, until the delivery is so many seconds old or the job's deadline passes.
 
     Raises:
-        GateClosedError: the time is over; `reason` says what for.
+        AdmissionClosedError: the time is over; `reason` says what for.
         JobError: the deadline has passed.
     """
     left_s = report.received + seconds - time.monotonic()

@@ -124,6 +124,11 @@ def test_the_required_settings_are_enough() -> None:
     assert settings.warnings() == []
 
 
+@pytest.mark.parametrize(("maximum", "initial"), [("200", 32), ("64", 32), ("5", 5)])
+def test_the_concurrency_starts_at_32_or_at_its_maximum_if_that_is_less(maximum: str, initial: int) -> None:
+    assert load(max_concurrency=maximum).initial_concurrency == initial
+
+
 def test_every_required_setting_that_is_missing_is_named() -> None:
     faults = faults_of({})
     assert [line.split(":")[0] for line in faults] == ["VQA_ALLOWED_BUCKETS", "VQA_MODEL_API_KEY"]
@@ -467,6 +472,7 @@ GOOD: list[tuple[str, str, Any]] = [
     ("log_format", "JSON", "json"),
     ("s3_addressing_style", "Path", "path"),
     ("http_port", "0", 0),
+    ("initial_concurrency", "64", 64),
     ("shutdown_grace", "0", 0),
     ("model_timeout", "0.5", 0.5),
     ("job_timeout", "1739.9", 1739.9),
@@ -522,6 +528,8 @@ BAD = [
     ("delivery_limit", "0", "must be greater than or equal to 1"),
     ("max_attempts", "many", "must be a valid integer, unable to parse string as an integer, not 'many'"),
     ("max_attempts", "1.5", "must be a valid integer"),
+    ("initial_concurrency", "65", "is more than VQA_MAX_CONCURRENCY (64): lower it, or raise that one"),
+    ("initial_concurrency", "0", "must be greater than or equal to 1"),
     ("max_concurrency", "0", "must be greater than or equal to 1"),
     ("max_concurrency", "65536", "must be less than or equal to 65535"),
     ("max_concurrency", "9" * 5000, "exceeded maximum size"),

@@ -137,7 +137,7 @@ class Pods:
     @property
     def answered(self) -> int:
         """Jobs that are answered."""
-        return sum(len(it.answered) for it in self._crowd.workers)
+        return sum(len(it.succeeded) for it in self._crowd.workers)
 
     def publish(self, count: int) -> None:
         """So many jobs more."""
@@ -174,5 +174,5 @@ class Pods:
             ending=len(self.ending),
             published=self.published,
             answered=self.answered,
-            refused=self._crowd.refusals(),
+            refused=self._crowd.rate_limited(),
         )

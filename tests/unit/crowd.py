@@ -1,6 +1,6 @@
-"""Workers with the real limit before a provider that takes so many calls at once, in virtual time.
+"""Workers with the real limit against an API with limited capacity, in virtual time.
 
-A simulation of discrete events: what happens when depends on the seed alone, and minutes take milliseconds.
+A discrete event simulation: its results depend on the seed only, and minutes take milliseconds.
 """
 
 import heapq
@@ -9,52 +9,52 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from worker.resilience.concurrency_limiter import AdaptiveLimit
+from worker.resilience.adaptive_limit import AdaptiveLimit
 
-# There and back again, and from one call's end to the next one's start; seconds.
+# The network's round trip, and the time from the end of a call to the start of the next; seconds.
 NETWORK_S = 0.01
 TURNAROUND_S = 0.003
 
 
 @dataclass
 class Provider:
-    """Takes `capacity` calls at once, or so many a minute, and refuses what is beyond."""
+    """Accepts `capacity` concurrent calls, or `per_minute` calls a minute, and answers 429 to the others."""
 
     capacity: int
     latency_s: float
     retry_after_s: float | None = None
     per_minute: int | None = None
     busy: int = 0
-    taken: list[float] = field(default_factory=list)
+    accepted: list[float] = field(default_factory=list)
 
-    def takes(self, now: float) -> bool:
-        """Whether it takes one more call."""
+    def accepts(self, now: float) -> bool:
+        """Accept a call; return False if it meets a 429."""
         if self.busy >= self.capacity or self._is_over_the_rate(now):
             return False
         self.busy += 1
-        self.taken.append(now)
+        self.accepted.append(now)
         return True
 
     def _is_over_the_rate(self, now: float) -> bool:
         if self.per_minute is None:
             return False
-        return sum(moment > now - 60 for moment in self.taken[-self.per_minute :]) >= self.per_minute
+        return sum(moment > now - 60 for moment in self.accepted[-self.per_minute :]) >= self.per_minute
 
 
 @dataclass
 class Worker:
-    """One worker: its limit, and what has happened to it."""
+    """One worker: its limit and its calls."""
 
     limit: AdaptiveLimit
     in_flight: int = 0
     leaves: bool = False
     wakes_at: float = -1.0
-    answered: list[float] = field(default_factory=list)
-    refused: list[float] = field(default_factory=list)
+    succeeded: list[float] = field(default_factory=list)
+    rate_limited: list[float] = field(default_factory=list)
 
 
 class Crowd:
-    """Workers at one queue; whoever has room takes the next job, and a refused job goes back to it."""
+    """Workers that consume one queue; a job that meets a 429 returns to the queue."""
 
     def __init__(
         self,
@@ -78,14 +78,14 @@ class Crowd:
             self.add()
 
     def add(self) -> Worker:
-        """One more worker, from now on."""
-        worker = Worker(AdaptiveLimit(self._maximum, random.Random(self._chance.random())))  # noqa: S311
+        """Start one more worker."""
+        worker = Worker(AdaptiveLimit(self._maximum, 32, random.Random(self._chance.random())))  # noqa: S311
         self.workers.append(worker)
         self._admit(worker)
         return worker
 
     def publish(self, count: int) -> None:
-        """So many jobs more; they go round among those who have room."""
+        """Publish so many jobs; free workers take them in turn."""
         self._jobs += count
         for _ in self.workers:
             if not self._jobs:
@@ -94,24 +94,24 @@ class Crowd:
             self._admit(self.workers[self._turn % len(self.workers)])
 
     def dismiss(self, worker: Worker) -> None:
-        """Let a worker end what it has begun, and take no more."""
+        """Let a worker finish its calls and take no more jobs."""
         worker.leaves = True
 
     def run(self, seconds: float = float("inf")) -> None:
-        """Let time pass, until there is nothing more to do at the latest."""
+        """Advance the time by so many seconds, or until all jobs are finished."""
         ends = self.now + seconds
         while self._events and self._events[0][0] <= ends:
             self.now, _, happen = heapq.heappop(self._events)
             happen()
         self.now = max(self.now, ends) if ends < float("inf") else self.now
 
-    def answers(self, since: float = 0.0) -> int:
-        """How many calls were answered."""
-        return sum(moment >= since for worker in self.workers for moment in worker.answered)
+    def succeeded(self, since: float = 0.0) -> int:
+        """Return how many calls were answered."""
+        return sum(moment >= since for worker in self.workers for moment in worker.succeeded)
 
-    def refusals(self, since: float = 0.0) -> int:
-        """How many calls were refused."""
-        return sum(moment >= since for worker in self.workers for moment in worker.refused)
+    def rate_limited(self, since: float = 0.0) -> int:
+        """Return how many calls met a 429."""
+        return sum(moment >= since for worker in self.workers for moment in worker.rate_limited)
 
     def _in(self, seconds: float, happen: Callable[[], None]) -> None:
         spread = self._chance.uniform(0.8, 1.2)
@@ -120,11 +120,11 @@ class Crowd:
     def _admit(self, worker: Worker) -> None:
         if worker.leaves:
             return
-        closed_until = worker.limit.closed_until
-        if self.now < closed_until:
-            if worker.wakes_at != closed_until:
-                worker.wakes_at = closed_until
-                wake = (closed_until, next(self._numbers), lambda: self._admit(worker))
+        paused_until = worker.limit.paused_until
+        if self.now < paused_until:
+            if worker.wakes_at != paused_until:
+                worker.wakes_at = paused_until
+                wake = (paused_until, next(self._numbers), lambda: self._admit(worker))
                 heapq.heappush(self._events, wake)
             return
         while self._jobs and worker.in_flight < worker.limit.value:
@@ -134,7 +134,7 @@ class Crowd:
 
     def _call(self, worker: Worker, started: float) -> None:
         def arrive() -> None:
-            if self.provider.takes(self.now):
+            if self.provider.accepts(self.now):
                 self._in(self.provider.latency_s, answer)
             else:
                 self._in(NETWORK_S / 2, refuse)
@@ -146,14 +146,14 @@ class Crowd:
         def succeed() -> None:
             worker.limit.succeeded(worker.in_flight, self.now - started)
             worker.in_flight -= 1
-            worker.answered.append(self.now)
+            worker.succeeded.append(self.now)
             self._admit(worker)
 
         def refuse() -> None:
             worker.in_flight -= 1
             self._jobs += 1
-            worker.refused.append(self.now)
-            worker.limit.refused(worker.in_flight, started, self.now, self.provider.retry_after_s)
+            worker.rate_limited.append(self.now)
+            worker.limit.rate_limited(worker.in_flight, started, self.now, self.provider.retry_after_s)
             self._admit(worker)
 
         self._in(TURNAROUND_S + NETWORK_S / 2, arrive)

@@ -75,7 +75,7 @@ class Scene:
     """A keeper at work, with jobs that wait at the gate."""
 
     def __init__(self, tasks: asyncio.TaskGroup) -> None:
-        self.gate = ConcurrencyLimiter(200)
+        self.gate = ConcurrencyLimiter(200, initial=32)
         self.tap = Tap()
         self.leave = asyncio.Event()
         self.publisher = FakePublisher()
@@ -113,7 +113,7 @@ async def refuse(scene: Scene, times: int, retry_after_s: float | None) -> None:
     for _ in range(times):
         scene.gate.allow_trial()
         async with scene.gate.slot("m") as slot:
-            slot.refused(retry_after_s)
+            slot.rate_limited(retry_after_s)
     scene.gate.open()
 
 
@@ -160,6 +160,6 @@ async def test_while_the_api_may_not_be_called_for_long_none_come_and_shortly_be
     await scene.allows(0)
     await asyncio.sleep(0.1)
     assert scene.tap.allowed == [0]
-    monkeypatch.setattr("worker.resilience.concurrency_limiter.SOON_S", 3601.0)
+    monkeypatch.setattr("worker.resilience.concurrency_limiter.PREFETCH_HORIZON_S", 3601.0)
     await until(lambda: len(scene.tap.allowed) > 1, "jobs may come again")
     assert scene.tap.allowed == [0, 2]

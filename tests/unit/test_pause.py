@@ -48,7 +48,7 @@ class Worker:
 
     def __init__(self, tasks: asyncio.TaskGroup, jobs: int) -> None:
         self.health = Health()
-        self.gate = ConcurrencyLimiter(8)
+        self.gate = ConcurrencyLimiter(8, initial=8)
         self.queue = Queue(jobs)
         self.in_flight = InFlightJobs(tasks, self._process, self)
         self.tried: list[str | None] = []

@@ -172,7 +172,7 @@ class Scene:
         self.images = Images()
         self.model = Model()
         self.health = Health()
-        self.gate = ConcurrencyLimiter(limit)
+        self.gate = ConcurrencyLimiter(limit, initial=limit)
         self.cancellations = Cancellations()
         self.processor = Processor(
             self.images,

@@ -151,7 +151,11 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         name=f"vqa-worker@{socket.gethostname()}",
     )
     health = Health()
-    gate = ConcurrencyLimiter(settings.max_concurrency, len(settings.allowed_models))
+    gate = ConcurrencyLimiter(
+        settings.max_concurrency,
+        initial=settings.initial_concurrency,
+        models=len(settings.allowed_models),
+    )
     publisher = Publisher(broker, topology)
     tenants = Tenants(settings.tenant_key, settings.tenants)
     metrics.initialize_series(settings.allowed_models)

@@ -36,6 +36,7 @@ from worker.settings.values import (
     default,
 )
 
+INITIAL_CONCURRENCY: Final = 32
 MAX_PREFETCH: Final = 65_535  # basic.qos carries the prefetch in 16 bits
 # The `x-delivery-limit` of the jobs queue, a backstop: the worker's own limit is lower and reports a failure.
 BROKER_DELIVERY_LIMIT: Final = 100
@@ -60,6 +61,15 @@ def _model_is_allowed(models: tuple[str, ...], info: ValidationInfo) -> tuple[st
             f"does not include {shown(model)}, the value of {variable('model')}: add it, or change that one"
         )
     return models
+
+
+def _at_most_max_concurrency(initial: int, info: ValidationInfo) -> int:
+    maximum = info.data.get("max_concurrency")
+    if maximum is not None and initial > maximum:
+        raise ValueError(
+            f"is more than {variable('max_concurrency')} ({maximum}): lower it, or raise that one"
+        )
+    return initial
 
 
 class Price(NamedTuple):
@@ -164,8 +174,15 @@ class Settings(BrokerSettings):
     """JSON object with extra HTTP headers for every model request, e.g. `{"X-Project": "vision"}`. Values are
     treated as secrets."""
     max_concurrency: Annotated[int, Field(ge=1, le=MAX_PREFETCH)] = 64
-    """Maximum number of jobs in flight per process. The current limit adapts automatically: down on 429, up
-    again otherwise. It starts at 32 or this value, whichever is lower."""
+    """Maximum number of jobs in flight per process. The concurrency limit starts at `VQA_INITIAL_CONCURRENCY`
+    and adapts automatically: down on 429, up again otherwise."""
+    initial_concurrency: Annotated[
+        Count,
+        AfterValidator(_at_most_max_concurrency),
+        default(lambda above: min(INITIAL_CONCURRENCY, above.get("max_concurrency", INITIAL_CONCURRENCY))),
+    ] = DERIVED
+    """Initial concurrency limit of each model, at most `VQA_MAX_CONCURRENCY`. Until the first 429 it doubles
+    with each round of requests."""
 
     result_store: StoreUrl | None = None
     """`s3://bucket/prefix` where answers are stored, so that no job is billed twice: see
