@@ -1,4 +1,4 @@
-"""A provider that takes so many calls at once: real workers settle at that, share it, and sit on no job."""
+"""An API with limited capacity: real workers settle at it, share it, and requeue jobs they cannot start."""
 
 import asyncio
 import uuid
@@ -22,27 +22,28 @@ from worker.rabbitmq.consumer import Consumer
 from worker.rabbitmq.control import Control
 from worker.rabbitmq.session import Broker
 
-JOBS = 800
-TAKES = 20
-# Far more than a worker needs for it: other tests may keep the machine busy.
+JOBS = 400
+CAPACITY = 20
+# Calls so long that a worker on a busy machine has as many in flight as its limit allows.
+LATENCY_S = 0.6
+# Far more than a worker needs: other tests may keep the machine busy.
 PATIENCE_S = 100.0
 
 
 @pytest.fixture(autouse=True)
 def usual_model(own_stack: Stack) -> Iterator[None]:
-    """The stand-in as it was, whatever a test told it."""
+    """Reset the simulated model after each test."""
     yield
     own_stack.model.reset()
 
 
-async def test_a_worker_settles_at_what_the_provider_takes_and_climbs_when_it_takes_more(
+async def test_the_limit_follows_the_capacity_of_the_api_down_and_up(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
-    own_stack.model.configure(max_concurrent=TAKES, latency=0.1, read_text=False)
+    own_stack.model.configure(max_concurrent=CAPACITY, latency=LATENCY_S, read_text=False)
     worker = await start_own_worker(VQA_MAX_CONCURRENCY="200", VQA_LOG_LEVEL="debug")
     client, marker = await own_client_of(worker), uuid.uuid4().hex
     ids = await publish(client, JOBS, marker)
-    await until(lambda: worker.metric("vqa_concurrency_limit") <= TAKES, "the limit falls")
     replies = await results(client, ids, PATIENCE_S)
 
     assert statuses(replies) == {"succeeded": JOBS}
@@ -52,33 +53,34 @@ async def test_a_worker_settles_at_what_the_provider_takes_and_climbs_when_it_ta
     assert calls.keys() == {200, 429}
     assert calls[200] == JOBS
     assert calls[429] <= 0.2 * JOBS
-    assert worker.metric("vqa_concurrency_limit") < 1.5 * TAKES
+    assert worker.metric("vqa_concurrency_limit") < 1.5 * CAPACITY
     assert worker.ready() == (200, {"status": "ready", "reasons": []})
 
-    # Calls so long that also a busy machine has as many at once as it may.
-    own_stack.model.configure(max_concurrent=None, latency=0.3)
+    own_stack.model.configure(max_concurrent=None, latency=LATENCY_S)
     ids = await publish(client, JOBS, marker)
-    await until(lambda: worker.metric("vqa_concurrency_limit") >= 1.5 * TAKES, "the limit climbs", PATIENCE_S)
+    await until(
+        lambda: worker.metric("vqa_concurrency_limit") >= 1.5 * CAPACITY, "the limit grows", PATIENCE_S
+    )
     own_stack.model.configure(latency=0)
     assert statuses(await results(client, ids, PATIENCE_S)) == {"succeeded": JOBS}
     assert await worker.stop() == 0
 
 
-async def test_what_a_worker_cannot_start_is_there_for_another(
+async def test_jobs_that_a_worker_cannot_start_are_requeued_for_another(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     own_stack.model.configure(max_concurrent=4, latency=0.5)
-    # Half of the time is for waiting.
+    # Half of VQA_JOB_TIMEOUT is for the wait for a slot.
     settings = {"VQA_MAX_CONCURRENCY": "200", "VQA_JOB_TIMEOUT": "6"}
     first = await start_own_worker(**settings)
     client, marker = await own_client_of(first), uuid.uuid4().hex
     ids = await publish(client, 150, marker)
 
-    async def most_are_back() -> bool:
+    async def most_are_requeued() -> bool:
         return await client.depth(first.jobs_queue) >= 60
 
     await until(lambda: first.metric("vqa_concurrency_limit") <= 4, "the limit falls")
-    await until(most_are_back, "what waits goes back, and stays there")
+    await until(most_are_requeued, "waiting jobs are requeued")
     assert first.metric("vqa_jobs_in_flight") <= 150 - 60
 
     second = await start_own_worker(like=first, **settings)
@@ -95,12 +97,14 @@ def answers(worker: Worker) -> float:
     return worker.metric("vqa_jobs_total", status="succeeded")
 
 
-async def test_while_the_api_must_not_be_called_no_job_is_kept_and_deadlines_hold(
+async def test_during_a_long_retry_after_jobs_are_requeued_and_deadlines_hold(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
     own_stack.model.play(Error(status=429, headers={"Retry-After": "40"}), marker=marker, times=None)
-    worker = await start_own_worker(VQA_JOB_TIMEOUT="8")
+    # With several models a worker goes on to take a few jobs, to find those for the others.
+    model = own_stack.model.models[0]
+    worker = await start_own_worker(VQA_JOB_TIMEOUT="8", VQA_MODEL=model, VQA_ALLOWED_MODELS=model)
     client = await own_client_of(worker)
     soon, later = (datetime.now(UTC) + timedelta(seconds=seconds) for seconds in (2.5, 30))
     ids = await publish(client, 34, marker)
@@ -109,20 +113,20 @@ async def test_while_the_api_must_not_be_called_no_job_is_kept_and_deadlines_hol
         *await publish(client, 3, marker, deadline=later.isoformat()),
     ]
 
-    async def are_back() -> bool:
+    async def are_requeued() -> bool:
         return await client.depth(worker.jobs_queue) == len(ids)
 
-    # Not when Retry-After is over, but when they would go back.
+    # Before Retry-After is over: when the others are requeued.
     assert statuses(await results(client, too_late, 20.0)) == {"deadline_exceeded": 6}
-    await until(are_back, "the jobs are given back")
+    await until(are_requeued, "the jobs are requeued")
     status, body = worker.ready()
     assert (status, body["status"]) == (200, "ready")
     assert "may not be called" in body["reasons"][0]
     assert worker.metric("vqa_jobs_in_flight") == 0
     calls = calls_with(own_stack, marker)
-    heard = min(call.ended or call.started for call in calls)
-    # Those that were on their way when the first of them was told.
-    assert max(call.started for call in calls) < heard + 20.0
+    first_429 = min(call.ended or call.started for call in calls)
+    # Calls that were on their way when the first of them met its 429.
+    assert max(call.started for call in calls) < first_429 + 20.0
     assert len(calls) <= 32
 
     own_stack.model.configure(rules=[])
@@ -149,12 +153,12 @@ async def test_a_model_that_is_limited_does_not_slow_another(
     assert statuses(await results(client, ids)) == {"succeeded": 100}
     assert busy in worker.ready()[1]["reasons"][0]
     assert len(calls_with(own_stack, limited)) == before
-    # In the middle of it: those that wait go back at once.
+    # At a stop during Retry-After, waiting jobs are requeued at once.
     assert await worker.stop() == 0
     assert await client.depth(worker.jobs_queue) == 3
 
 
-# How many jobs the broker lets come
+# Prefetch
 
 
 @asynccontextmanager
