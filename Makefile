@@ -5,7 +5,6 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-OCR := .venv/.ocr-installed
 BENCH := .venv/.bench-installed
 SOURCES := worker deploy docs tests
 # Without stored bytecode each process of the tests compiles all that it imports.
@@ -19,14 +18,7 @@ setup: $(INSTALLED) ## make .venv with everything in it, from the hashed lock
 $(INSTALLED): requirements-dev.lock pyproject.toml deploy/local/setup.sh
 	@bash deploy/local/setup.sh
 
-# Lets the stand-in model read the text in pictures; the demo works without it.
-$(OCR): requirements-ocr.lock $(INSTALLED)
-	@echo "Installing the OCR library of the stand-in model"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-ocr.lock \
-	  || echo "(it is not to be had for this Python: the stand-in will not read text)"
-	@touch $@
-
-demo: $(INSTALLED) $(OCR) ## start RabbitMQ, S3 and a model, ask questions about pictures, show the answers
+demo: $(INSTALLED) ## start RabbitMQ, S3 and a simulated model, ask questions about images, show the answers
 	@$(BIN)/python -m deploy.local.demo
 
 stack: $(INSTALLED) ## start RabbitMQ, S3 and a model simulator locally (stop with Ctrl-C)
@@ -118,9 +110,7 @@ lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml --extra tracing -c requirements-dev.lock -o requirements-tracing.lock
 	uv pip compile $(LOCK) --group build -c requirements-dev.lock -o requirements-build.lock
 	uv pip compile $(LOCK) --group simulator -c requirements-dev.lock -o requirements-simulator.lock
-	uv pip compile $(LOCK) pyproject.toml --group ocr -c requirements-dev.lock -o requirements-ocr.lock
-	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -c requirements-ocr.lock \
-	  -o requirements-bench.lock
+	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock
 LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
 # Real services on a machine that others load can be slower than a test's patience: in CI what failed is tried once more,

@@ -1,4 +1,4 @@
-"""SeaweedFS as the S3 server: the `weed` program, which the development dependencies bring along."""
+"""S3: an external server, or SeaweedFS (`weed`), which the development dependencies install."""
 
 import json
 import os
@@ -15,225 +15,173 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from deploy.local.ports import PortBlock
 from deploy.local.processes import ServiceStartError, SupervisedProcess
+from deploy.local.service import Service
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_READY_SECONDS = 60
-_ADVICE = "If the log does not say why, try again; it needs about 1 GB of free disk."
-_PROBE = "is-it-up"
-_IDENTITIES = "identities.json"
-_PORTS = (
-    "s3.port",
-    "s3.port.grpc",
-    "filer.port",
-    "filer.port.grpc",
-    "master.port",
-    "master.port.grpc",
-    "volume.port",
-    "volume.port.grpc",
-)
+_PROBE_KEY = "ready-probe"
+_SERVERS = ("s3", "filer", "master", "volume")
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """PEM files of a server's certificate, with its chain, and of the key that goes with it."""
+    """PEM files: a server's certificate with its chain, and its key."""
 
     certificate: Path
     key: Path
 
 
-class S3:
-    """SeaweedFS on free ports; `stop`, `kill` and `restart` keep its ports and its data."""
+@dataclass(frozen=True)
+class Credentials:
+    """AWS credentials."""
 
+    access_key: str
+    secret_key: str
     session_token: str | None = None
-    region = "us-east-1"
-    bucket = "vqa-images"
-    """Exists from the start."""
+
+
+class ObjectStore(Service):
+    """An S3 server at a URL."""
 
     https_endpoint_url: str | None = None
-    """The same server over TLS, if it was given a certificate."""
+    """The same server over TLS, if it has a certificate."""
+
+    _configuration = Config(signature_version="s3v4")
 
     def __init__(
         self,
-        folder: Path,
-        ports: PortBlock,
+        endpoint_url: str,
+        credentials: Credentials,
         *,
-        temporary: bool = True,
-        certificate: Certificate | None = None,
+        region: str = "us-east-1",
+        bucket: str = "vqa-images",
     ) -> None:
-        self.access_key = "local"
-        self.secret_key = secrets.token_hex(16)
-        arguments, used_ports = _arguments(folder, ports)
-        self.endpoint_url = f"http://127.0.0.1:{used_ports['s3.port']}"
-        if certificate is not None:
-            https_port = ports.take()
-            self.https_endpoint_url = f"https://127.0.0.1:{https_port}"
-            arguments += _tls_arguments(https_port, certificate)
-        self._sockets = _socket_files(used_ports)
-        (folder / "data").mkdir(parents=True)
-        (folder / _IDENTITIES).write_text(json.dumps(self._identities()))
-        self._server = SupervisedProcess(
-            "SeaweedFS",
-            [str(_find_weed()), *arguments],
-            environment=_environment(folder),
-            folder=folder,
-            leftovers=[*self._sockets, folder] if temporary else self._sockets,
-        )
-
-    @property
-    def running(self) -> bool:
-        """Whether the server process lives."""
-        return self._server.running
-
-    @property
-    def pids(self) -> list[int]:
-        """The process id of the server."""
-        return [self._server.pid]
+        super().__init__()
+        self.endpoint_url = endpoint_url
+        self.access_key = credentials.access_key
+        self.secret_key = credentials.secret_key
+        self.session_token = credentials.session_token
+        self.region = region
+        self.bucket = bucket
 
     def client(self) -> "S3Client":
-        """Return a new boto3 client for this server."""
+        """Return a new boto3 client."""
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint_url,
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
+            aws_session_token=self.session_token,
             region_name=self.region,
-            config=Config(
-                signature_version="s3v4",
-                s3={"addressing_style": "path"},
-                # Proxies from the environment are for the world outside.
-                proxies={},
-                retries={"total_max_attempts": 1},
-                connect_timeout=5,
-                read_timeout=30,
-            ),
+            config=self._configuration,
         )
 
-    def launch(self) -> None:
-        """Start without waiting."""
-        self._server.launch()
 
-    def wait_until_ready(self) -> None:
-        """Return when an object can really be written and read: the port is open long before that.
+class S3(ObjectStore):
+    """SeaweedFS on free ports, with an empty bucket."""
 
-        Raises:
-            ServiceStartError: With the end of the log.
-        """
+    advice = "If the log does not show the reason, try again; it needs about 1 GB of free disk."
+    _configuration = Config(
+        signature_version="s3v4",
+        # Proxies in the environment are for other machines.
+        proxies={},
+        retries={"total_max_attempts": 1},
+        connect_timeout=5,
+        read_timeout=30,
+    )
+
+    def __init__(self, folder: Path, ports: PortBlock, certificate: Certificate | None = None) -> None:
+        used = {f"{server}.port{kind}": ports.take() for server in _SERVERS for kind in ("", ".grpc")}
+        super().__init__(f"http://127.0.0.1:{used['s3.port']}", Credentials("local", secrets.token_hex(16)))
+        (folder / "data").mkdir(parents=True)
+        (folder / "identities.json").write_text(self._identities())
+        arguments = _arguments(folder, used)
+        if certificate is not None:
+            port = ports.take()
+            self.https_endpoint_url = f"https://127.0.0.1:{port}"
+            files = f"-s3.cert.file={certificate.certificate}", f"-s3.key.file={certificate.key}"
+            arguments += [f"-s3.port.https={port}", *files]
+        # SeaweedFS makes these sockets, always in /tmp, and leaves them behind.
+        self._sockets = [
+            Path(f"/tmp/seaweedfs-{name.replace('.port', '').replace('.', '-')}-{port}.sock")  # noqa: S108
+            for name, port in used.items()
+        ]
+        # One volume for a new bucket instead of seven: its first write is faster, and more buckets fit.
+        environment = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "TMPDIR": str(folder)}
+        server = SupervisedProcess(
+            "SeaweedFS",
+            [_find_weed(), *arguments],
+            environment={**_inherited_environment(), **environment},
+            folder=folder,
+            leftovers=[*self._sockets, folder],
+        )
+        self._processes = [server]
+
+    def is_ready(self) -> bool:
+        """Return whether an object can be written and read: the port is open long before that."""
         client = self.client()
         try:
-            self._server.wait_until(
-                lambda: self._keeps_an_object(client), timeout_seconds=_READY_SECONDS, advice=_ADVICE
-            )
+            if self.bucket not in [found["Name"] for found in client.list_buckets()["Buckets"]]:
+                client.create_bucket(Bucket=self.bucket)
+            client.put_object(Bucket=self.bucket, Key=_PROBE_KEY, Body=b"yes")
+            stored = client.get_object(Bucket=self.bucket, Key=_PROBE_KEY)["Body"].read()
+            client.delete_object(Bucket=self.bucket, Key=_PROBE_KEY)
+        except (BotoCoreError, ClientError):
+            return False
         finally:
             client.close()
-
-    def start(self) -> None:
-        """Start, and wait until it is ready."""
-        self.launch()
-        self.wait_until_ready()
+        return stored == b"yes"
 
     def stop(self) -> None:
-        """Stop it; the data stays."""
-        # An orderly stop waits 15 s for subscribers that are all parts of itself. What it has confirmed is in
-        # its files anyway.
-        self._server.kill()
-
-    kill = stop
-
-    def restart(self) -> None:
-        """Stop in an orderly way and start again on the same port with the same data."""
-        self.stop()
-        self.start()
-
-    def pause(self) -> None:
-        """Freeze the server: connections stay open and nothing answers."""
-        self._server.pause()
-
-    def resume(self) -> None:
-        """Let a frozen server go on."""
-        self._server.resume()
+        """Stop; the data stays."""
+        # An orderly stop waits 15 s for subscribers that are parts of the server itself; confirmed writes are
+        # in its files anyway.
+        self.kill()
 
     def close(self) -> None:
-        """End it for good."""
-        self._server.kill()
+        """End permanently."""
+        super().close()
         for socket in self._sockets:
             socket.unlink(missing_ok=True)
 
-    def _keeps_an_object(self, client: "S3Client") -> bool:
-        try:
-            if not _has_bucket(client, self.bucket):
-                client.create_bucket(Bucket=self.bucket)
-            client.put_object(Bucket=self.bucket, Key=_PROBE, Body=b"yes")
-            kept = client.get_object(Bucket=self.bucket, Key=_PROBE)["Body"].read()
-            client.delete_object(Bucket=self.bucket, Key=_PROBE)
-        except (BotoCoreError, ClientError):
-            return False
-        return kept == b"yes"
-
-    def _identities(self) -> dict[str, object]:
+    def _identities(self) -> str:
         credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        return {"identities": [{"name": "local", "credentials": credentials, "actions": actions}]}
+        return json.dumps({"identities": [{"name": "local", "credentials": credentials, "actions": actions}]})
 
 
-def _has_bucket(client: "S3Client", bucket: str) -> bool:
-    return any(found["Name"] == bucket for found in client.list_buckets()["Buckets"])
-
-
-def _find_weed() -> Path:
+def _find_weed() -> str:
     """Return the program from this Python's environment, or from PATH."""
-    beside_python = Path(sysconfig.get_path("scripts")) / "weed"
-    if beside_python.exists():
-        return beside_python
-    found = shutil.which("weed")
+    found = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
     if found is None:
         raise ServiceStartError("SeaweedFS is not installed: run `make setup`.")
-    return Path(found)
+    return found
 
 
-def _arguments(folder: Path, ports: PortBlock) -> tuple[list[str], dict[str, int]]:
-    """Return the command line and the ports in it; left unnamed, they collide with another server's."""
-    used = {name: ports.take() for name in _PORTS}
-    arguments = [
+def _inherited_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("WEED_")}
+
+
+def _arguments(folder: Path, ports: dict[str, int]) -> list[str]:
+    return [
         "server",
         f"-dir={folder / 'data'}",
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
         "-s3",
-        f"-s3.config={folder / _IDENTITIES}",
+        f"-s3.config={folder / 'identities.json'}",
         "-filer",
-        *(f"-{name}={port}" for name, port in used.items()),
+        # Without explicit ports two servers on one machine collide.
+        *(f"-{name}={port}" for name, port in ports.items()),
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-master.telemetry=false",
-        # After a restart the only master waits that long, up to twice, for others before it leads itself.
+        # After a restart a single master waits up to twice this time before it becomes the leader.
         "-master.electionTimeout=500ms",
         "-master.heartbeatInterval=100ms",
-        # Users with fewer rights can be made, to see what the worker does with those.
+        # Tests add users with fewer permissions.
         "-s3.iam.readOnly=false",
-        # Each bucket takes volumes of its own, and the default of 8 is used up by the second bucket.
+        # Each bucket takes its own volumes: the second bucket uses up the default of 8.
         "-volume.max=200",
     ]
-    return arguments, used
-
-
-def _tls_arguments(port: int, certificate: Certificate) -> list[str]:
-    return [
-        f"-s3.port.https={port}",
-        f"-s3.cert.file={certificate.certificate}",
-        f"-s3.key.file={certificate.key}",
-    ]
-
-
-def _socket_files(used_ports: dict[str, int]) -> list[Path]:
-    """Return the sockets that SeaweedFS makes, always in /tmp, and leaves behind."""
-    folder = Path("/tmp")  # noqa: S108 - not our choice
-    names = [f"{name.replace('.port', '').replace('.', '-')}-{port}" for name, port in used_ports.items()]
-    return [folder / f"seaweedfs-{name}.sock" for name in names]
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WEED_")}
-    # One volume for a new bucket instead of seven: the first write to it is faster, and more buckets fit.
-    return inherited | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "TMPDIR": str(folder)}

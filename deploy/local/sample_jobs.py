@@ -1,50 +1,98 @@
-"""Questions about drawn pictures, for a worker to answer: uploaded, submitted, shown with what comes back."""
+"""`python -m deploy.local.sample_jobs`: ask a running worker about sample images.
+
+Uses the broker and the S3 server that the worker's environment variables name.
+"""
 
 import asyncio
 import base64
-import json
-import time
+import os
+import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import aio_pika
-from aio_pika.abc import AbstractChannel, AbstractQueue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from deploy.local.sample_images import Picture
+from deploy.local.external import IncompleteConfigurationError, external_rabbitmq, external_s3
+from deploy.local.s3 import ObjectStore
+from deploy.local.sample_images import sample_images
+from deploy.local.terminal import print_status
+from worker.client import (
+    BrokerRefusedError,
+    BrokerUnreachableError,
+    Client,
+    NoSuchQueueError,
+    ReplyLostError,
+    Result,
+)
 
-if TYPE_CHECKING:
-    from deploy.local.stack import ObjectStore
-
-ANSWERS_TIMEOUT_S = 180.0
-FOLDER_IN_BUCKET = "vqa-demo"
+ANSWER_TIMEOUT_S = 180.0
+KEY_PREFIX = "vqa-demo"
 
 console = Console()
 
 
-class UnansweredError(Exception):
-    """Jobs were not answered in time; the message says how many."""
+class JobsUnansweredError(RuntimeError):
+    """Not all jobs were answered; the message says why."""
 
 
-def upload(store: "ObjectStore", pictures: Sequence[Picture]) -> list[dict[str, Any]]:
-    """The jobs to submit, their pictures uploaded."""
-    s3 = store.client()
-    urls = {}
-    for picture in pictures:
-        key = f"{FOLDER_IN_BUCKET}/{picture.name}"
-        s3.put_object(Bucket=store.bucket, Key=key, Body=picture.path.read_bytes())
-        urls[picture.name] = f"s3://{store.bucket}/{key}"
-    console.print(f"[bold]Uploaded[/bold] {len(urls)} pictures to s3://{store.bucket}/{FOLDER_IN_BUCKET}/")
-    sign = base64.b64encode(next(p for p in pictures if p.name == "street-sign.png").path.read_bytes())
+def main() -> int:
+    """Ask, and show the answers; return the exit code."""
+    try:
+        rabbitmq, s3 = external_rabbitmq(os.environ), external_s3(os.environ)
+        if rabbitmq is None or s3 is None:
+            print_status("Set VQA_RABBITMQ_URL and VQA_S3_ENDPOINT_URL to the values of the worker.")
+            return 1
+        ask(rabbitmq.url, os.environ.get("VQA_JOBS_QUEUE") or "vqa.jobs", s3)
+    except (IncompleteConfigurationError, JobsUnansweredError) as error:
+        print_status(str(error))
+        return 1
+    return 0
+
+
+def ask(rabbitmq_url: str, jobs_queue: str, s3: ObjectStore) -> None:
+    """Upload the sample images, submit jobs about them, and print the results.
+
+    Raises:
+        JobsUnansweredError: The broker is unreachable, or a job was not answered in time.
+    """
+    jobs = _upload(s3)
+    try:
+        results = asyncio.run(_results(rabbitmq_url, jobs_queue, jobs))
+    except TimeoutError:
+        raise JobsUnansweredError("Not all jobs were answered in time: does a worker run?") from None
+    except (BrokerUnreachableError, BrokerRefusedError, NoSuchQueueError, ReplyLostError) as error:
+        raise JobsUnansweredError(str(error)) from None
+    table = Table(title="Questions and answers", show_lines=True, expand=True)
+    table.add_column("image", no_wrap=True)
+    table.add_column("question", ratio=2)
+    table.add_column("answer", ratio=5, overflow="fold")
+    for heading in ("tokens", "USD", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for job in jobs:
+        table.add_row(job["metadata"]["name"], job["question"], *_cells(results[job["id"]]))
+    console.print(table)
+
+
+def _upload(s3: ObjectStore) -> list[dict[str, Any]]:
+    """Upload the images; return the jobs."""
+    client = s3.client()
+    prefix = f"s3://{s3.bucket}/{KEY_PREFIX}"
+    samples = sample_images()
+    for sample in samples:
+        client.put_object(Bucket=s3.bucket, Key=f"{KEY_PREFIX}/{sample.name}", Body=sample.content)
+    client.close()
+    console.print(f"[bold]Uploaded[/bold] {len(samples)} images to {prefix}/")
+    sign = next(sample.content for sample in samples if sample.name == "street-sign.png")
+    data_url = f"data:image/png;base64,{base64.b64encode(sign).decode()}"
     return [
-        *(_job(picture.name, picture.question, urls[picture.name]) for picture in pictures),
-        _job("two pictures", "Which of the two shows the sea?", urls["chart.png"], urls["seascape.jpg"]),
-        _job("in the job itself", "What do the signs say?", f"data:image/png;base64,{sign.decode()}"),
-        _job("must fail", "What is this?", f"s3://{store.bucket}/{FOLDER_IN_BUCKET}/not-there.jpg"),
+        *(_job(sample.name, sample.question, f"{prefix}/{sample.name}") for sample in samples),
+        _job("two images", "Which shows the sea?", f"{prefix}/chart.png", f"{prefix}/seascape.jpg"),
+        _job("inline image", "What do the signs say?", data_url),
+        _job("missing image", "What is this?", f"{prefix}/missing.jpg"),
     ]
 
 
@@ -58,74 +106,35 @@ def _job(name: str, question: str, *images: str) -> dict[str, Any]:
     }
 
 
-async def answers(url: str, jobs_queue: str, jobs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Submit the jobs and gather their results by id, showing how far it is."""
-    async with _reply_queue(url) as (channel, replies):
-        for job in jobs:
-            message = aio_pika.Message(
-                json.dumps(job).encode(), reply_to=replies.name, timestamp=time.time(), message_id=job["id"]
-            )
-            await channel.default_exchange.publish(message, jobs_queue)
-        console.print(f"[bold]Submitted[/bold] {len(jobs)} jobs to the queue {jobs_queue}")
-        with Progress(
-            TextColumn("   answered"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-        ) as progress:
-            task = progress.add_task("answers", total=len(jobs))
-            return await _gather(replies, len(jobs), lambda: progress.advance(task))
-
-
-@asynccontextmanager
-async def _reply_queue(url: str) -> AsyncIterator[tuple[AbstractChannel, AbstractQueue]]:
-    async with await aio_pika.connect(url) as connection:
-        channel = await connection.channel(on_return_raises=True)
-        yield channel, await channel.declare_queue(exclusive=True)
-
-
-async def _gather(
-    replies: AbstractQueue, count: int, on_result: Callable[[], None]
-) -> dict[str, dict[str, Any]]:
-    results: dict[str, dict[str, Any]] = {}
-    try:
-        async with asyncio.timeout(ANSWERS_TIMEOUT_S), replies.iterator() as messages:
-            async for message in messages:
-                await message.ack()
-                result = json.loads(message.body)
-                results[result["id"]] = result
-                on_result()
-                if len(results) == count:
-                    return results
-    except TimeoutError:
-        raise UnansweredError(f"Only {len(results)} of {count} jobs were answered in time.") from None
+async def _results(
+    rabbitmq_url: str, jobs_queue: str, jobs: Sequence[Mapping[str, Any]]
+) -> dict[str | None, Result]:
+    """Submit the jobs and return their results by id."""
+    console.print(f"[bold]Submitting[/bold] {len(jobs)} jobs to the queue {jobs_queue}")
+    columns = TextColumn("   answered"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    results = {}
+    async with Client(rabbitmq_url, jobs_queue=jobs_queue, replies="exclusive") as client:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("answered", total=len(jobs))
+            async for result in client.ask_many(jobs, timeout=ANSWER_TIMEOUT_S):
+                results[result.id] = result
+                progress.advance(task)
     return results
 
 
-def show(jobs: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print a table of them."""
-    table = Table(title="Questions and answers", show_lines=True, expand=True)
-    table.add_column("picture", no_wrap=True)
-    table.add_column("question", ratio=2)
-    table.add_column("answer", ratio=5, overflow="fold")
-    for heading in ("tokens", "USD", "s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for job in jobs:
-        table.add_row(*_row(job, results[job["id"]]))
-    console.print(table)
-
-
-def _row(job: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, ...]:
-    usage = result["usage"] or {}
-    error = result["error"] or {}
-    said = result["answer"] if result["status"] == "succeeded" else f"{error['code']}: {error['message']}"
+def _cells(result: Result) -> tuple[str | Text, ...]:
+    answer = Text(str(result.answer))
+    if result.error:
+        answer = Text(f"{result.error.code}: {result.error.message}", style="red")
+    usage = result.usage
+    has_cost = usage is not None and usage.cost_usd is not None
     return (
-        job["metadata"]["name"],
-        job["question"],
-        _escaped(said or "") if not error else f"[red]{_escaped(said)}[/red]",
-        str(usage.get("total_tokens", "-")),
-        f"{usage['cost_usd']:.6f}" if usage.get("cost_usd") is not None else "-",
-        f"{result['timings']['total_s']:.2f}",
+        answer,
+        str(usage.total_tokens) if usage else "-",
+        f"{usage.cost_usd:.6f}" if usage and has_cost else "-",
+        f"{result.timings.total_s:.2f}",
     )
 
 
-def _escaped(text: str) -> str:
-    """`text` so that rich takes its brackets for brackets."""
-    return text.replace("[", r"\[")
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,12 +1,11 @@
-"""Runs one command and ends it as soon as whoever asked for it is gone.
+"""Run one command, and end it when the program that asked for it dies.
 
-Started as a script of its own by `processes.py`, which holds the other end of this program's standard input:
-each line there is the name of a signal for the command, and the end of the input means that the owner died,
-by whatever means, `kill -9` included. (Linux's parent-death signal would not do: it fires when the *thread*
-that started the child ends, and only Linux has it.)
+Started as a script by `processes.py`, which holds the other end of standard input: each line there is the
+name of a signal for the command, and the end of the input means that the owner died, by `kill -9` too.
+(Linux's parent-death signal fires when the *thread* that started the child ends, and only Linux has it.)
 
-Arguments: the log file, what to remove if the owner died (paths joined as in PATH, or nothing), the command.
-It imports little, since one of these runs beside every service.
+Arguments: the log file, the paths to delete if the owner died (joined as in PATH, or empty), the command.
+It imports little, as one of these runs next to every service.
 """
 
 import contextlib
@@ -15,14 +14,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
-# Nobody needs the data of an orphan; this is for what has to be cleared away elsewhere.
+# An orphan need not save its data; this time is for what it has to clean up elsewhere.
 ORPHAN_GRACE_SECONDS = 3
 
 
 def main() -> int:
-    """Run the command to its end; return its exit code, or 128 plus the signal that ended it."""
+    """Run the command; return its exit code, or 128 plus the number of the signal that ended it."""
     log, leftovers, *command = sys.argv[1:]
     # This program has to outlive the command. Handlers, as the command would inherit an ignored signal.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -33,22 +33,22 @@ def main() -> int:
         )
     print(child.pid, flush=True)
     orphaned = threading.Event()
-    threading.Thread(target=_obey, args=(child.pid, orphaned), daemon=True).start()
+    threading.Thread(target=_forward_signals, args=(child.pid, orphaned), daemon=True).start()
     code = child.wait()
     _signal_group(child.pid, signal.SIGKILL)
     if orphaned.is_set():
         for path in filter(None, leftovers.split(os.pathsep)):
-            _remove(Path(path))
+            _delete(Path(path))
     return code if code >= 0 else 128 - code
 
 
-def _obey(group: int, orphaned: threading.Event) -> None:
+def _forward_signals(group: int, orphaned: threading.Event) -> None:
     for line in sys.stdin:
         _signal_group(group, signal.Signals[line.strip()])
     orphaned.set()
     _signal_group(group, signal.SIGCONT)
     _signal_group(group, signal.SIGTERM)
-    threading.Event().wait(ORPHAN_GRACE_SECONDS)
+    time.sleep(ORPHAN_GRACE_SECONDS)
     _signal_group(group, signal.SIGKILL)
 
 
@@ -57,14 +57,14 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def _remove(path: Path) -> None:
-    import shutil  # noqa: PLC0415 - only orphans need it, and every start would pay for it
+def _delete(path: Path) -> None:
+    import shutil  # noqa: PLC0415 - only orphans need it, and it would slow every start
 
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
     shutil.rmtree(path, ignore_errors=True)
-    # The stack's folder goes with the last of its parts.
+    # The last service to end deletes the stack's folder.
     with contextlib.suppress(OSError):
         path.parent.rmdir()
 

@@ -1,15 +1,14 @@
-"""How the commands here talk to a person, and end when they are told to."""
+"""Status lines and signals of the commands here."""
 
 import sys
 from types import FrameType
 
 
 def print_status(line: str) -> None:
-    """Print a line beside the output proper."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    """Print a line to standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def raise_keyboard_interrupt(_number: int, _frame: FrameType | None) -> None:
-    """A signal handler: end as with Ctrl-C."""
+    """Handle a signal as Ctrl-C."""
     raise KeyboardInterrupt

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.local.simulated_model import SimulatorOptions
+from deploy.local.model_simulator.behavior import Behavior
 from deploy.local.stack import Stack
 from deploy.local.terminal import print_status, raise_keyboard_interrupt
 from tests.chaos import soak
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace, options: Options) -> int:
     with tempfile.TemporaryDirectory(prefix="vqa-chaos-") as temporary:
         folder = arguments.logs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        with Stack.start(simulator_options=SimulatorOptions(decode=False, read_text=False)) as stack:
+        with Stack.start(simulator=Behavior(decode=False)) as stack:
             if arguments.soak:
                 text, is_good = asyncio.run(soak.run(stack, folder, options, print_status))
             else:

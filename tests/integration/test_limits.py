@@ -40,7 +40,7 @@ def usual_model(own_stack: Stack) -> Iterator[None]:
 async def test_the_limit_follows_the_capacity_of_the_api_down_and_up(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
-    own_stack.model.configure(max_concurrent=CAPACITY, latency=LATENCY_S, read_text=False)
+    own_stack.model.configure(max_concurrent=CAPACITY, latency=LATENCY_S)
     worker = await start_own_worker(VQA_MAX_CONCURRENCY="200", VQA_LOG_LEVEL="debug")
     client, marker = await own_client_of(worker), uuid.uuid4().hex
     ids = await publish(client, JOBS, marker)

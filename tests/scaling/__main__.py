@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from deploy.local.install import RabbitMQNotInstalledError
+from deploy.local.model_simulator.behavior import Behavior
 from deploy.local.processes import ServiceStartError
-from deploy.local.simulated_model import SimulatorOptions
 from deploy.local.stack import Stack
 from deploy.local.terminal import print_status, raise_keyboard_interrupt
 from tests.bench import machine
@@ -82,10 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _find() -> Findings:
-    options = SimulatorOptions(decode=False, read_text=False)
     with (
         tempfile.TemporaryDirectory(prefix="vqa-scaling-") as folder,
-        Stack.start(simulator_options=options) as stack,
+        Stack.start(simulator=Behavior(decode=False)) as stack,
     ):
         about = _about(stack)
         image, size = _upload(stack)

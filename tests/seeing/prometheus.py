@@ -15,14 +15,13 @@ from typing import Any, Final
 import yaml
 
 from deploy.local.ports import PortBlock
-from deploy.local.probes import http_ok
 from deploy.local.processes import SupervisedProcess
+from deploy.local.service import Service, http_ok
 from tests.running import ROOT
 
 RULES: Final = ROOT / "deploy" / "prometheus" / "vqa-worker.rules.yaml"
 PACKAGES: Final = {"prometheus": "prometheus", "promtool": "prometheus"}
 SCRAPE_S: Final = 1
-_READY_S: Final = 60
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,26 @@ class Series:
     points: Sequence[tuple[float, float]]
 
 
-class Prometheus:
-    """Asks a server of its own."""
+class Prometheus(Service):
+    """A Prometheus server with its own data."""
 
-    def __init__(self, port: int) -> None:
+    ready_timeout_seconds = 60.0
+    advice = "Is it installed?"
+
+    def __init__(self, folder: Path, port: int) -> None:
+        server = SupervisedProcess(
+            "Prometheus",
+            _command(folder, port),
+            environment={"PATH": "/usr/bin:/bin"},
+            folder=folder,
+            leftovers=[folder],
+        )
+        super().__init__([server])
         self._root = f"http://127.0.0.1:{port}"
+
+    def is_ready(self) -> bool:
+        """Return whether it answers queries."""
+        return http_ok(f"{self._root}/-/ready")
 
     @classmethod
     @contextmanager
@@ -55,20 +69,11 @@ class Prometheus:
             resources.callback(shutil.rmtree, folder, ignore_errors=True)
             ports = PortBlock()
             resources.callback(ports.close)
-            port = ports.take()
             _configure(folder, jobs, rules)
-            server = SupervisedProcess(
-                "Prometheus",
-                _command(folder, port),
-                environment={"PATH": "/usr/bin:/bin"},
-                folder=folder,
-                leftovers=[folder],
-            )
-            resources.callback(server.kill)
-            server.launch()
-            ready = f"http://127.0.0.1:{port}/-/ready"
-            server.wait_until(lambda: http_ok(ready), timeout_seconds=_READY_S, advice="Is it installed?")
-            yield cls(port)
+            server = cls(folder, ports.take())
+            resources.callback(server.close)
+            server.start()
+            yield server
 
     def now(self, expr: str) -> list[Series]:
         """The instant query's result."""

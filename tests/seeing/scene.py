@@ -77,7 +77,7 @@ class Scene:
         ):
             rules = RULES.read_text().replace("vqa.jobs", worker.jobs_queue)
             with Prometheus.scraping(_scraped(stack, worker), rules=rules) as prometheus:
-                stack.model.configure(latency=0.1, read_text=False)
+                stack.model.configure(latency=0.1)
                 # It takes its time to begin, and sees no growth in what it did not see from the start.
                 await until(lambda: prometheus.now("vqa_build_info"), "the first scrape")
                 try:

@@ -1,8 +1,7 @@
-"""`python -m deploy.local.model_simulator`: serves the stand-in model on this machine."""
+"""`python -m deploy.local.model_simulator`: serve the model simulator."""
 
 import argparse
 import asyncio
-import contextlib
 import os
 import signal
 import sys
@@ -10,7 +9,7 @@ import sys
 from aiohttp import web
 from PIL import Image
 
-from deploy.local.model_simulator.behavior import DEFAULT_MODELS, Behavior
+from deploy.local.model_simulator.behavior import Behavior
 from deploy.local.model_simulator.server import ModelSimulator
 
 _KEY_VARIABLE = "SIMULATOR_API_KEY"
@@ -19,67 +18,40 @@ _KEY_VARIABLE = "SIMULATOR_API_KEY"
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     arguments = _parser().parse_args()
-    # Pillow would only warn about pictures of too many pixels; `looking` refuses them.
+    # Pillow would only warn about images of too many pixels; `image_analysis` refuses them.
     Image.MAX_IMAGE_PIXELS = None
-    behavior = Behavior(
-        models=arguments.model or list(DEFAULT_MODELS),
-        latency=arguments.latency,
-        max_concurrent=arguments.max_concurrent,
-        decode=arguments.decode,
-        read_text=arguments.read_text,
-    )
-    # Not as an argument by default: arguments can be read by everybody on the machine.
+    behavior = Behavior.model_validate_json(arguments.behavior)
+    # Not an argument by default: every user of the machine can read arguments.
     api_key = arguments.api_key or os.environ.get(_KEY_VARIABLE) or None
-    asyncio.run(_serve(behavior, arguments.host, arguments.port, api_key))
+    simulator = ModelSimulator(behavior, api_key=api_key)
+    asyncio.run(_serve(simulator.application(), arguments.host, arguments.port))
 
 
-async def _serve(behavior: Behavior, host: str, port: int, api_key: str | None) -> None:
+async def _serve(application: web.Application, host: str, port: int) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # With handler cancellation a call notices that its caller has left.
-    runner = web.AppRunner(
-        ModelSimulator(behavior, api_key=api_key).application(),
-        access_log=None,
-        handler_cancellation=True,
-        shutdown_timeout=0.2,
-    )
+    # With handler cancellation a call notices that its caller disconnected.
+    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.2)
     await runner.setup()
     await web.TCPSite(runner, host, port, backlog=1024).start()
     sys.stderr.write(f"Model simulator at http://{host}:{port}/v1\n")
-    with contextlib.suppress(asyncio.CancelledError):
-        await stop.wait()
+    await stop.wait()
     await runner.cleanup()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deploy.local.model_simulator",
-        description="A stand-in for a multimodal model behind an OpenAI-compatible API. It is no model: it "
-        "decodes the pictures it gets, says what is in their pixels, and fails in scripted ways for tests.",
+        description="Simulate a multimodal model behind an OpenAI-compatible API. It is not a model: it "
+        "decodes the images, describes their pixels, and fails in scripted ways for tests.",
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument(
-        "--api-key", help=f"the key that callers need (default: ${_KEY_VARIABLE}, else any key does)"
+        "--api-key", help=f"the key that callers need (default: ${_KEY_VARIABLE}, otherwise any key)"
     )
-    parser.add_argument(
-        "--model", action="append", help=f"a model to serve (default: {', '.join(DEFAULT_MODELS)})"
-    )
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds before every answer")
-    parser.add_argument("--max-concurrent", type=int, help="answer 429 beyond this many calls at once")
-    parser.add_argument(
-        "--decode",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="decode every picture in full; without, only headers are read",
-    )
-    parser.add_argument(
-        "--read-text",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="read text in pictures where rapidocr-onnxruntime is installed",
-    )
+    parser.add_argument("--behavior", default="{}", help="JSON: see `behavior.Behavior` for the fields")
     return parser
 
 

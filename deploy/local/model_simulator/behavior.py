@@ -1,4 +1,4 @@
-"""How the stand-in can be told to behave, as data: the same objects serve the tests and the HTTP endpoint."""
+"""The simulator's behavior as data: the same objects serve the tests and the HTTP endpoint."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,7 +8,7 @@ DEFAULT_MODELS = ("simulated/vision", "simulated/vision-small")
 
 
 class _Strict(BaseModel):
-    # A misspelt name in a test should fail it, not change nothing.
+    # A misspelt name in a test is an error.
     model_config = ConfigDict(extra="forbid")
 
 
@@ -46,15 +46,15 @@ class Error(_Outcome):
     type: str | None = None
     code: str | None = None
     body: str | dict[str, Any] | None = None
-    """Instead of the usual body; a string is sent as it is, as `text/plain`."""
+    """Instead of the usual body; a string is sent as `text/plain`."""
     headers: dict[str, str] = {}
 
 
 class Malformed(_Outcome):
     """A 200 that no client can use.
 
-    `not_json`: a page of HTML; `no_choices_key`: JSON of another shape; `cut_json`: half a body, complete as
-    far as HTTP can tell; `truncated`: fewer bytes than announced, then the connection is reset.
+    `not_json`: an HTML page; `no_choices_key`: JSON of another shape; `cut_json`: half a body, complete for
+    HTTP; `truncated`: fewer bytes than announced, then a connection reset.
     """
 
     kind: Literal["malformed"] = "malformed"
@@ -62,13 +62,13 @@ class Malformed(_Outcome):
 
 
 class Hang(_Outcome):
-    """No answer, ever; the connection stays open until the caller leaves."""
+    """No answer, ever; the connection stays open until the caller closes it."""
 
     kind: Literal["hang"] = "hang"
 
 
 class Reset(_Outcome):
-    """The connection is reset before any answer."""
+    """A connection reset before any answer."""
 
     kind: Literal["reset"] = "reset"
 
@@ -86,46 +86,39 @@ Outcome = Answer | Error | Malformed | Hang | Reset | Drip
 
 
 class Rule(_Strict):
-    """An outcome and the calls it is for."""
+    """An outcome and the calls that get it."""
 
     outcome: Annotated[Outcome, Field(discriminator="kind")]
     times: int | None = Field(default=1, ge=1)
     """For how many calls; None for all."""
     marker: str | None = None
-    """Only calls whose messages contain this text."""
+    """Only for calls whose messages contain this text."""
 
 
 class Behavior(_Strict):
-    """Everything that can be changed while the stand-in runs."""
+    """Everything that can be changed at run time."""
 
     models: list[str] = list(DEFAULT_MODELS)
     latency: float = Field(default=0.0, ge=0)
-    """Seconds that the stand-in pretends to think, before every usual answer."""
+    """Seconds before every usual answer."""
     max_concurrent: int | None = Field(default=None, ge=0)
-    """Calls beyond this many at once get 429."""
+    """The number of concurrent calls beyond which calls get 429."""
     retry_after: str | None = None
     """The `Retry-After` of those 429; DeepInfra is not known to send one."""
     estimated_cost: bool = True
-    """Whether `usage` has the field, as DeepInfra's has."""
+    """Whether `usage` has this field, as at DeepInfra."""
     decode: bool = True
-    """Whether pictures are decoded in full; if not, only their headers are read."""
-    read_text: bool = True
-    """Whether text in pictures is read where OCR is installed."""
+    """Whether images are decoded completely; if not, only their headers are read."""
     rules: list[Rule] = []
-    """Outcomes to play; for each call the first rule that fits it is used up once."""
+    """Outcomes to play: each call uses the first rule that matches."""
 
     def next_outcome(self, text: str) -> Outcome | None:
-        """Return what to play for a call whose messages have this text, and use it up once."""
-        for rule in self.rules:
+        """Return the outcome for a call whose messages contain this text, and count down its rule."""
+        for position, rule in enumerate(self.rules):
             if rule.marker is None or rule.marker in text:
-                self._use_up(rule)
+                if rule.times is not None:
+                    rule.times -= 1
+                    if not rule.times:
+                        del self.rules[position]
                 return rule.outcome
         return None
-
-    def _use_up(self, rule: Rule) -> None:
-        if rule.times is None:
-            return
-        rule.times -= 1
-        if rule.times == 0:
-            # By identity: another rule may say the same.
-            self.rules = [other for other in self.rules if other is not rule]

@@ -1,4 +1,4 @@
-"""Reads a chat request as strictly as a real API would."""
+"""Read a chat request as strictly as a real API."""
 
 import binascii
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class InlinePicture:
-    """A picture that came in the request itself."""
+    """An image in the request itself."""
 
     content: bytes
     declared_type: str
@@ -34,7 +34,7 @@ class InlinePicture:
 
 @dataclass
 class Conversation:
-    """The messages, taken apart."""
+    """The parts of the messages."""
 
     pictures: list[InlinePicture] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
@@ -44,26 +44,24 @@ class Conversation:
 
     @property
     def text(self) -> str:
-        """All text there is, e.g. to look for a marker in."""
+        """All text, e.g. to find a marker in it."""
         return "\n".join(self.texts)
 
 
 def read_conversation(messages: Any) -> Conversation:
-    """Take the messages of a request apart.
+    """Parse the messages of a request.
 
     Raises:
-        RefusedError: They are not what the API takes.
+        RefusedError: The API does not accept them.
     """
     if not isinstance(messages, list) or not messages:
         raise RefusedError("'messages' must be a list of at least one message", param="messages")
     conversation = Conversation()
     for number, message in enumerate(messages):
+        where = f"messages[{number}]"
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise RefusedError(
-                f"messages[{number}] needs a role out of {', '.join(_ROLES)}",
-                param=f"messages[{number}].role",
-            )
-        texts = list(_read_content(message.get("content"), f"messages[{number}].content", conversation))
+            raise RefusedError(f"{where} needs a role out of {', '.join(_ROLES)}", param=f"{where}.role")
+        texts = list(_read_content(message.get("content"), f"{where}.content", conversation))
         conversation.texts += texts
         if message["role"] == "user":
             conversation.question = "\n".join(texts)
@@ -71,15 +69,13 @@ def read_conversation(messages: Any) -> Conversation:
 
 
 def _read_content(content: Any, where: str, conversation: Conversation) -> Iterator[str]:
-    """Yield the texts of one message, and collect its pictures."""
-    if content is None:
-        return
+    """Yield the texts of a message, and collect its images."""
     if isinstance(content, str):
         yield content
         return
-    if not isinstance(content, list):
+    if not isinstance(content, list | None):
         raise RefusedError(f"{where} must be a string or a list of parts", param=where)
-    for number, part in enumerate(content):
+    for number, part in enumerate(content or ()):
         match part:
             case {"type": "text", "text": str(text)}:
                 yield text
@@ -105,21 +101,15 @@ def _read_data_url(url: str, detail: str | None, where: str) -> InlinePicture:
     if not comma or encoding != "base64":
         raise RefusedError(f"{where} is not base64", code="invalid_image_url", param=where)
     if declared not in MEDIA_TYPES:
-        raise RefusedError(
-            f"{where}: media type {declared!r} is none of {', '.join(MEDIA_TYPES)}",
-            code="unsupported_image_media_type",
-            param=where,
-        )
+        text = f"{where}: media type {declared!r} is not one of {', '.join(MEDIA_TYPES)}"
+        raise RefusedError(text, code="unsupported_image_media_type", param=where)
     try:
         content = binascii.a2b_base64(encoded, strict_mode=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise RefusedError(f"{where}: bad base64", code="invalid_base64", param=where) from None
     if len(content) > MAX_PICTURE_BYTES:
-        raise RefusedError(
-            f"{where}: {len(content)} bytes are over the limit of {MAX_PICTURE_BYTES}",
-            code="image_too_large",
-            param=where,
-        )
+        text = f"{where}: {len(content)} bytes exceed the limit of {MAX_PICTURE_BYTES}"
+        raise RefusedError(text, code="image_too_large", param=where)
     return InlinePicture(content, declared, detail)
 
 

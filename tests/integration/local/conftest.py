@@ -6,8 +6,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from PIL import Image
 
-from deploy.local.sample_images import draw_plain
 from deploy.local.simulated_model import SimulatedModel
 from deploy.local.stack import Stack
 from tests.integration.local.asking import Ask, Inline, Plain, encoded
@@ -48,7 +48,7 @@ def ask(model: SimulatedModel, http: aiohttp.ClientSession) -> Ask:
 @pytest.fixture
 def plain() -> Plain:
     def encode(colour: str, *, kind: str = "PNG", size: tuple[int, int] = (64, 64)) -> bytes:
-        return encoded(draw_plain(colour, size), kind)
+        return encoded(Image.new("RGB", size, colour), kind)
 
     return encode
 

@@ -1,104 +1,92 @@
+import os
+import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from deploy.local import install
 from deploy.local.install import (
-    Install,
     Installation,
-    Machine,
-    Plan,
-    TellPerson,
-    UseContainer,
-    UseInstalled,
+    RabbitMQNotInstalledError,
     ensure_rabbitmq,
     find_installation,
-    plan,
+    install_commands,
 )
 
 HERE = Installation(Path("/a/rabbitmq-server"), Path("/a/rabbitmqctl"), Path("/a/epmd"))
+SetMachine = Callable[..., None]
 
 
-def first_command(chosen: Plan) -> str:
-    assert isinstance(chosen, Install)
-    return " ".join(chosen.commands[0])
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> SetMachine:
+    """Pretends which programs there are, whether the user is root, and whether sudo asks for a password."""
+
+    def set_machine(*programs: str, root: bool = False, sudo: bool = False) -> None:
+        monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name in programs else None)
+        monkeypatch.setattr(os, "geteuid", lambda: 0 if root else 1000)
+        monkeypatch.setattr(install, "_succeeds", lambda *_: sudo)
+
+    return set_machine
 
 
-def test_an_installed_rabbitmq_is_used_whatever_else_there_is() -> None:
-    machine = Machine(installed=HERE, docker=True, apt=True, brew=True, root=True)
-    assert plan(machine) == UseInstalled(HERE)
+def test_root_installs_with_apt_get_without_starting_a_service(machine: SetMachine) -> None:
+    machine("apt-get", root=True)
+    first, update, again = install_commands()
+    assert first == again
+    assert first[:2] == ("env", "RUNLEVEL=1")
+    assert "install -y --no-install-recommends rabbitmq-server" in first[-1]
+    assert "systemctl disable" in first[-1]
+    assert update[-1].endswith(" update")
 
 
-def test_a_container_is_preferred_to_changing_the_machine() -> None:
-    assert plan(Machine(docker=True, apt=True, root=True)) == UseContainer()
+def test_sudo_is_used_if_it_asks_for_no_password(machine: SetMachine) -> None:
+    machine("apt-get", sudo=True)
+    assert {command[:3] for command in install_commands()} == {("sudo", "-n", "env")}
 
 
-def test_root_installs_with_apt_get_without_extras_and_without_starting_a_service() -> None:
-    command = first_command(plan(Machine(apt=True, root=True)))
-    assert "apt-get" in command
-    assert command.endswith("install -y --no-install-recommends rabbitmq-server")
-    assert "RUNLEVEL=1" in command
-    assert "sudo" not in command
+def test_without_permission_for_apt_get_homebrew_is_used(machine: SetMachine) -> None:
+    machine("apt-get", "brew")
+    assert install_commands() == [("brew", "install", "rabbitmq")]
 
 
-def test_the_package_lists_are_only_refreshed_after_a_failure() -> None:
-    chosen = plan(Machine(apt=True, root=True))
-    assert isinstance(chosen, Install)
-    assert not any("update" in command for command in chosen.commands)
-    assert chosen.refresh is not None
-    assert chosen.refresh[-1] == "update"
+@pytest.mark.parametrize("programs", [(), ("apt-get",)])
+def test_without_a_package_manager_one_line_says_what_to_install(
+    machine: SetMachine, monkeypatch: pytest.MonkeyPatch, programs: tuple[str, ...]
+) -> None:
+    machine(*programs)
+    monkeypatch.setattr(install, "find_installation", lambda: None)
+    with pytest.raises(RabbitMQNotInstalledError, match=r"^[^\n]*apt-get install rabbitmq-server[^\n]*$"):
+        ensure_rabbitmq()
 
 
-def test_sudo_is_used_where_it_asks_for_no_password() -> None:
-    assert first_command(plan(Machine(apt=True, sudo=True))).startswith("sudo -n env")
-
-
-def test_without_the_rights_for_apt_get_homebrew_is_tried() -> None:
-    assert first_command(plan(Machine(apt=True, brew=True))) == "brew install rabbitmq"
-
-
-@pytest.mark.parametrize("machine", [Machine(), Machine(apt=True), Machine(root=True), Machine(sudo=True)])
-def test_where_nothing_works_one_line_says_what_to_install(machine: Machine) -> None:
-    chosen = plan(machine)
-    assert isinstance(chosen, TellPerson)
-    assert "apt-get install rabbitmq-server" in chosen.message
-    assert "\n" not in chosen.message
-
-
-def test_what_is_found_on_this_machine_can_be_run() -> None:
+def test_programs_that_are_found_are_files() -> None:
     found = find_installation()
     if found is None:
         pytest.skip("RabbitMQ is not installed here")
     assert all(path.is_file() for path in (found.server, found.ctl, found.epmd))
 
 
-def test_who_needs_a_broker_while_it_is_being_installed_waits_for_the_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    commands: list[tuple[str, ...]] = []
+def test_a_second_caller_waits_until_the_first_has_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     installing, may_end = threading.Event(), threading.Event()
-    found: list[Installation | UseContainer] = []
+    installations: list[Installation] = []
+    found: list[Installation] = []
 
-    def run(command: tuple[str, ...]) -> bool:
+    def run(*_: object) -> Installation:
         installing.set()
         assert may_end.wait(30)
-        commands.append(command)
-        return True
+        installations.append(HERE)
+        return HERE
 
-    def here() -> Installation | None:
-        return HERE if commands else None
-
-    monkeypatch.setattr(install, "_runs", run)
-    monkeypatch.setattr(install, "find_installation", here)
-    monkeypatch.setattr(install, "look_around", lambda: Machine(installed=here(), apt=True, root=True))
-    first = threading.Thread(target=lambda: found.append(ensure_rabbitmq()))
-    first.start()
-    assert installing.wait(30)
-    second = threading.Thread(target=lambda: found.append(ensure_rabbitmq()))
-    second.start()
+    monkeypatch.setattr(install, "_install", run)
+    monkeypatch.setattr(install, "find_installation", lambda: next(iter(installations), None))
+    callers = [threading.Thread(target=lambda: found.append(ensure_rabbitmq())) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+        assert installing.wait(30)
     may_end.set()
-    first.join(30)
-    second.join(30)
+    for caller in callers:
+        caller.join(30)
     assert found == [HERE, HERE]
-    assert [command[-1] for command in commands if "install" in command] == ["rabbitmq-server"]
+    assert installations == [HERE]

@@ -124,13 +124,6 @@ async def test_a_demanded_tool_is_called(ask: Ask, choice: object) -> None:
     assert json.loads(called["function"]["arguments"])["count"] == 0
 
 
-async def test_logprobs_come_on_request(ask: Ask) -> None:
-    _, answer = await ask("?", logprobs=True, top_logprobs=2)
-    first = answer["choices"][0]["logprobs"]["content"][0]
-    assert len(first["top_logprobs"]) == 2
-    assert first["logprob"] < 0
-
-
 async def test_a_wrong_key_is_refused(model: SimulatedModel) -> None:
     async with (
         aiohttp.ClientSession(headers={"Authorization": "Bearer wrong"}) as session,

@@ -9,12 +9,20 @@ import aiohttp
 import pytest
 
 from deploy.local.model_simulator.behavior import Answer, Drip, Error, Hang, Malformed, Reset, Rule
+from deploy.local.model_simulator.calls import Call
 from deploy.local.simulated_model import SimulatedModel
 from tests.integration.local.asking import Ask
+from tests.running import until
 
 
 def message_of(answer: dict[str, Any]) -> dict[str, Any]:
     return dict(answer["choices"][0]["message"])
+
+
+def ended_call(model: SimulatedModel) -> Call | None:
+    """The only call, once it is ended."""
+    [call] = model.calls()
+    return call if call.ended is not None else None
 
 
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 503])
@@ -96,17 +104,17 @@ async def test_a_connection_that_is_reset_before_the_answer(model: SimulatedMode
     model.play(Reset())
     with pytest.raises((aiohttp.ClientOSError, aiohttp.ServerDisconnectedError)):
         await ask("?")
-    [call] = await asyncio.to_thread(model.wait_for_calls, 1, ended=True)
+    call = await until(lambda: ended_call(model), "the call is ended")
     assert (call.played, call.status) == ("reset", None)
 
 
 async def test_a_call_that_never_ends_is_seen_to_be_given_up(model: SimulatedModel, ask: Ask) -> None:
     model.play(Hang())
     asking = asyncio.create_task(ask("?"))
-    [call] = await asyncio.to_thread(model.wait_for_calls, 1)
+    call = await until(lambda: next(iter(model.calls()), None), "the call is begun")
     assert call.ended is None
     asking.cancel()
-    [call] = await asyncio.to_thread(model.wait_for_calls, 1, ended=True)
+    call = await until(lambda: ended_call(model), "the call is ended")
     assert call.disconnected
 
 
@@ -168,11 +176,6 @@ async def test_more_calls_at_once_than_allowed_are_turned_away(model: SimulatedM
     busy = next(answer for status, answer in got if status == 429)
     assert busy == {"error": {"message": "Model busy, retry later"}}
     assert model.state().most_at_once > 2
-
-
-async def test_waiting_for_calls_ends_with_the_timeout(model: SimulatedModel) -> None:
-    with pytest.raises(TimeoutError):
-        await asyncio.to_thread(model.wait_for_calls, 1, timeout_seconds=0.1)
 
 
 async def test_a_restart_keeps_address_and_key(model: SimulatedModel, ask: Ask) -> None:
