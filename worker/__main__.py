@@ -128,7 +128,7 @@ def run() -> int:
     from worker.app import runner as app
     from worker.observability.logs import configure_logging, describe_exception
     from worker.observability.redaction import Redactor
-    from worker.rabbitmq.session import BrokerRefusedError
+    from worker.rabbitmq.connection import BrokerRefusedError
     from worker.rabbitmq.topology import TopologyError
 
     redact = Redactor([*settings.secret_values(), *trace_secrets(os.environ)])
@@ -163,7 +163,7 @@ def topology(given: argparse.Namespace) -> int:
     from worker.cli.topology import apply, show
     from worker.observability.logs import configure_logging
     from worker.observability.redaction import Redactor
-    from worker.rabbitmq.session import BrokerRefusedError, BrokerUnreachableError
+    from worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachableError
     from worker.rabbitmq.topology import TopologyError
 
     _print_errors(settings.unknown_variables)

@@ -16,7 +16,7 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMe
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, DeliveryError, PublishError
 
 from tests.chaos.jobs import Asked
-from worker.rabbitmq.session import connection_losses
+from worker.rabbitmq.connection import connection_losses
 
 # What goes wrong while the broker is away or coming back.
 _TROUBLE: Final = (*CONNECTION_EXCEPTIONS, DeliveryError, PublishError, TimeoutError)

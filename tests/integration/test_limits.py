@@ -18,9 +18,9 @@ from tests.conftest import MakeClient, StartWorker
 from tests.running import Worker, calls_with, until
 from tests.unit.fakes import TOPOLOGY
 from worker.jobs.delivery import Delivery
+from worker.rabbitmq.connection import Broker
 from worker.rabbitmq.consumer import Consumer
 from worker.rabbitmq.control import Control
-from worker.rabbitmq.session import Broker
 
 JOBS = 400
 CAPACITY = 20

@@ -16,8 +16,8 @@ from tests.unit.fakes import TOPOLOGY, a_delivery, cancel_all
 from worker.jobs.outcome import Succeeded
 from worker.messages.result import Result, Timings
 from worker.rabbitmq import publisher, session, settlement
+from worker.rabbitmq.connection import Broker
 from worker.rabbitmq.publisher import Publisher
-from worker.rabbitmq.session import Broker
 from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 from worker.rabbitmq.topology import QueueSpec, Topology, create
 
@@ -111,7 +111,7 @@ async def test_while_nobody_creates_the_queue_it_is_checked_rarely_and_logged_on
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settlement, "UNROUTABLE_DELAY_S", 0.1)
-    monkeypatch.setattr(publisher, "RESTORE_INTERVAL_S", 1.0)
+    monkeypatch.setattr(session, "REDECLARE_INTERVAL_S", 1.0)
     await scene.delete_results_queue()
     settling = scene.settle()
     await asyncio.sleep(4.5)

@@ -11,7 +11,7 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from worker.jobs.delivery import Delivery
-from worker.rabbitmq.consumer import to_delivery
+from worker.rabbitmq.deliveries import to_delivery
 
 
 def short(content: bytes) -> bytes:

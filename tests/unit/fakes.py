@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.images.memory_budget import MemoryBudget
 from worker.jobs.delivery import Delivery
-from worker.rabbitmq.publisher import OutgoingMessage, PublishAbandonedError, TooLargeError, UnroutableError
+from worker.rabbitmq.outgoing import OutgoingMessage, PublishAbandonedError, TooLargeError, UnroutableError
 from worker.rabbitmq.topology import Topology
 
 JOB: dict[str, Any] = {"id": "job-1", "question": "What is it?", "images": ["s3://photos/cat.png"]}

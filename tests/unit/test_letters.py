@@ -25,8 +25,8 @@ from worker.cli.dlq.selection import Choice, moment
 from worker.cli.shell import CommandError
 from worker.rabbitmq import messages
 from worker.rabbitmq.dead_letters import Held, Letter, _with_cause
+from worker.rabbitmq.outgoing import OutgoingMessage
 from worker.rabbitmq.properties import can_be_said, install_tolerant_decoders
-from worker.rabbitmq.publisher import OutgoingMessage, to_amqp
 
 NOW = datetime(2030, 1, 31, 12, 0, tzinfo=UTC)
 
@@ -47,7 +47,7 @@ def letter(body: bytes = b"{}", headers: Mapping[str, Any] | None = None, **prop
 
 def sent(message: OutgoingMessage) -> Held:
     """The same for a message that the worker's own publisher sends, over the wire."""
-    made = to_amqp(message)
+    made = message.to_amqp()
     frame = pamqp.frame.marshal(ContentHeader(0, len(made.body), made.properties), 1)
     _, _, header = pamqp.frame.unmarshal(frame)
     assert isinstance(header, ContentHeader)

@@ -16,7 +16,7 @@ from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import DeadLettered
 from worker.messages.result import Result
 from worker.rabbitmq import messages
-from worker.rabbitmq.publisher import OutgoingMessage
+from worker.rabbitmq.outgoing import OutgoingMessage
 
 SENT = datetime(2030, 1, 1, tzinfo=UTC)
 TRACE = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "x=1"}

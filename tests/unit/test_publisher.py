@@ -7,10 +7,11 @@ import pytest
 from pamqp.common import FieldValue
 
 from tests.unit.fakes import TOPOLOGY
+from worker.rabbitmq.connection import Broker
+from worker.rabbitmq.outgoing import OutgoingMessage
 from worker.rabbitmq.properties import can_be_said
-from worker.rabbitmq.publisher import OutgoingMessage, Publisher
+from worker.rabbitmq.publisher import Publisher
 from worker.rabbitmq.requests import Requests
-from worker.rabbitmq.session import Broker
 
 BROKER = Broker("amqp://127.0.0.1:1/", None, "test")
 

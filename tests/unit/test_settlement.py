@@ -15,7 +15,7 @@ from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried
 from worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.observability import metrics
 from worker.rabbitmq import settlement
-from worker.rabbitmq.publisher import OutgoingMessage
+from worker.rabbitmq.outgoing import OutgoingMessage
 from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 from worker.rabbitmq.topology import Topology
 

@@ -22,11 +22,11 @@ from worker.observability import endpoints, metrics, tracing
 from worker.observability.endpoints import Heartbeat, Readiness
 from worker.observability.logs import ASKED, log_suppressed_events
 from worker.observability.tenants import Tenants
+from worker.rabbitmq.connection import Broker
 from worker.rabbitmq.consumer import Consumer
 from worker.rabbitmq.control import Control
 from worker.rabbitmq.properties import install_tolerant_decoders
 from worker.rabbitmq.publisher import Publisher
-from worker.rabbitmq.session import Broker
 from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 from worker.rabbitmq.topology import Topology
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter

@@ -22,7 +22,7 @@ from worker.cli.submit.commands import ErrorsPath, OutputForm, OutputPath
 
 if TYPE_CHECKING:
     from worker.cli.submit.manifest import Manifest
-    from worker.rabbitmq.session import Broker
+    from worker.rabbitmq.connection import Broker
 
 
 def _known_names() -> list[str]:
@@ -130,10 +130,11 @@ def _check(manifest: "Manifest", broker: str, screen: Screen) -> None:
 
 async def _delete(manifest: "Manifest", broker: "Broker", screen: Screen, patience_s: float) -> int:
     from worker.rabbitmq.replies import delete_queue
+    from worker.rabbitmq.session import Session
 
     head, missing = manifest.head(), manifest.counts().missing
     if head["is_private"]:
-        await broker.within(patience_s, partial(delete_queue, name=head["reply_to"]))
+        await Session.once(broker, patience_s, partial(delete_queue, name=head["reply_to"]))
     manifest.delete()
     screen.emit({"name": head["name"], "missing": missing, "forgotten": True})
     screen.say(f"{head['name']} is forgotten; {missing:,} of its results had not come")

@@ -13,7 +13,7 @@ parameters, works by a `Screen`, and returns its exit code (None: 0):
         screen = Screen(as_json=as_json)
         settings = read(load_broker_settings, screen)      # only the settings that it uses
         broker = broker_of(settings)
-        found = await broker.within(timeout, lambda connection: …)
+        found = await Session.once(broker, timeout, lambda connection: …)
         screen.emit({"queue": queue, "found": found})       # with --json: one object a line, on stdout
         screen.say(f"{queue}: {found}")                     # without: for a person, on stdout
         screen.note("…")                                    # beside either, on stderr
@@ -43,7 +43,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from worker.rabbitmq.session import Broker
+    from worker.rabbitmq.connection import Broker
     from worker.settings import BrokerSettings
 
 EXIT_OK: Final = 0
@@ -178,7 +178,7 @@ def broker_of(settings: "BrokerSettings") -> "Broker":
     """The broker that the settings name."""
     import socket
 
-    from worker.rabbitmq.session import Broker
+    from worker.rabbitmq.connection import Broker
     from worker.settings import broker_ssl_context
 
     return Broker(
@@ -252,8 +252,8 @@ def _told(error: BaseException) -> tuple[Sequence[str], int]:
         return error.lines, error.code
     from worker.errors import DependencyDownError
     from worker.observability.logs import describe_exception
-    from worker.rabbitmq.publisher import RefusedError
-    from worker.rabbitmq.session import BrokerRefusedError, BrokerUnreachableError
+    from worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachableError
+    from worker.rabbitmq.outgoing import RefusedError
     from worker.rabbitmq.topology import TopologyError
     from worker.s3.aws import S3ConfigurationError
     from worker.settings import SettingsError

@@ -5,7 +5,8 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from worker.rabbitmq.session import Broker
+from worker.rabbitmq.connection import Broker
+from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Part, Topology, create
 from worker.settings import BrokerSettings, broker_ssl_context
 
@@ -84,7 +85,7 @@ async def apply(settings: BrokerSettings, *, timeout_s: float, as_json: bool) ->
         name=f"vqa-worker@{socket.gethostname()}",
     )
     topology = Topology.from_settings(settings)
-    parts = await broker.within(timeout_s, lambda connection: create(connection, topology))
+    parts = await Session.once(broker, timeout_s, lambda connection: create(connection, topology))
     return _told_in_json(topology, parts) if as_json else "\n".join(_told(topology, parts))
 
 

@@ -25,10 +25,10 @@ from worker.messages.job import Job
 from worker.messages.result import JobFailure
 from worker.messages.result import Result as _Result
 from worker.messages.serialization import to_json
-from worker.rabbitmq.publisher import RefusedError, TooLargeError, UnroutableError
+from worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError
+from worker.rabbitmq.outgoing import RefusedError, TooLargeError, UnroutableError
 from worker.rabbitmq.replies import job_message
 from worker.rabbitmq.requests import Replies, Requests
-from worker.rabbitmq.session import Broker, BrokerRefusedError, BrokerUnreachableError
 from worker.rabbitmq.topology import TopologyError
 
 __all__ = [
@@ -172,7 +172,7 @@ class Client:
         if session.done():
             session.result()
         if not self._requests.connected.is_set():
-            reason = self._requests.trouble or "it does not answer"
+            reason = self._requests.problem or "it does not answer"
             raise BrokerUnreachableError(f"the broker is out of reach: {reason}")
 
     async def __aexit__(self, *_: object) -> None:
@@ -335,7 +335,7 @@ class Client:
 
     def _take_back(self, job_id: str) -> None:
         """Nobody waits for it any more; said by a task of its own, since this one is told to end."""
-        if job_id not in self._sent or self._requests.trouble:
+        if job_id not in self._sent or self._requests.problem:
             return
         farewell = asyncio.create_task(self._say_cancelled(job_id))
         self._farewells.add(farewell)

@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
+from worker.rabbitmq.connection import Broker, BrokerUnreachableError, connection_losses
 from worker.rabbitmq.dead_letters import DeadLetters, Held
-from worker.rabbitmq.session import Broker, BrokerUnreachableError, connection_losses
+from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Topology
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ async def look(
         LettersError: the queue is not there, or the user lacks a permission.
         BrokerRefusedError, BrokerUnreachableError: there is no broker, or it went away meanwhile.
     """
-    async with broker.reached(patience_s) as connection:
+    async with Session(broker, "dead letters").opened(patience_s) as connection:
         try:
             async with DeadLetters.looked_into(connection, topology) as letters:
                 return await _pick(letters, pick, most)
@@ -99,7 +100,7 @@ async def work_off(
     fruitless = 0
     while wanted.total():
         before = wanted.total()
-        async with broker.reached(patience_s) as connection:
+        async with Session(broker, "dead letters").opened(patience_s) as connection:
             try:
                 while wanted.total() and await _round(connection, topology, wanted, step, pace):
                     pass

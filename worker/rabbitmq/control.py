@@ -9,7 +9,7 @@ from aio_pika.abc import AbstractConnection, AbstractIncomingMessage, AbstractQu
 from aio_pika.exceptions import ChannelClosed
 
 from worker.messages.job import valid_id
-from worker.rabbitmq.session import connection_losses
+from worker.rabbitmq.connection import broker_reason, connection_losses
 from worker.rabbitmq.topology import Topology
 
 log = structlog.get_logger(__name__)
@@ -86,7 +86,7 @@ class Control:
         return queue
 
     def _log_refusal(self, error: ChannelClosed) -> None:
-        reason = str(error.args[-1]) if error.args else ""
+        reason = broker_reason(error)
         if reason != self._last_refusal:
             log.warning(
                 "cancellation_forbidden",

@@ -27,10 +27,10 @@ from worker.jobs.delivery import Delivery
 from worker.messages.decoding import parse_leniently
 from worker.messages.job import parse_deadline, valid_id
 from worker.rabbitmq import messages, properties
-from worker.rabbitmq.consumer import to_delivery
+from worker.rabbitmq.connection import connection_losses, explain
+from worker.rabbitmq.deliveries import to_delivery
+from worker.rabbitmq.outgoing import OutgoingMessage, send
 from worker.rabbitmq.permission_checks import NotAllowedError, Probes
-from worker.rabbitmq.publisher import OutgoingMessage, send, to_amqp
-from worker.rabbitmq.session import connection_losses, explain
 from worker.rabbitmq.topology import Topology
 
 # So many times a letter may have come back; with the next look at it, it is renewed. An administrator's
@@ -188,7 +188,7 @@ class DeadLetters:
 
     async def _put(self, message: OutgoingMessage) -> None:
         message = replace(message, exchange=self._topology.jobs_exchange)
-        amqp = to_amqp(message)
+        amqp = message.to_amqp()
         try:
             await send(self._writing, message, amqp)
         except PublishError:

@@ -15,7 +15,7 @@ from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import DeadLettered
 from worker.messages.result import Result
 from worker.rabbitmq import properties
-from worker.rabbitmq.publisher import OutgoingMessage
+from worker.rabbitmq.outgoing import OutgoingMessage
 
 APP_ID = "vqa-worker"
 RESULT_TYPE = "vqa.result.v1"

@@ -6,20 +6,16 @@ consumer that can never be, tell whether others could.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from aio_pika.abc import AbstractChannel, AbstractConnection
-from aio_pika.exceptions import (
-    CONNECTION_EXCEPTIONS,
-    ChannelClosed,
-    ChannelNotFoundEntity,
-    ChannelPreconditionFailed,
-)
+from aio_pika.exceptions import ChannelClosed, ChannelNotFoundEntity, ChannelPreconditionFailed
 from pamqp.commands import Basic
 
-from worker.rabbitmq.session import Broker, BrokerUnreachableError, connection_losses, explain
+from worker.rabbitmq.connection import Broker, explain, short_lived_channel
+from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import ExchangeSpec, Part, QueueSpec
 
 # A broker that is out of memory or disk takes no message, and says nothing to whoever sends one.
@@ -151,42 +147,28 @@ class Probes:
             raise BlockedError(BLOCKED) from None
         raise NotAllowedError("the broker granted what no RabbitMQ grants: is it one?")
 
-    @asynccontextmanager
-    async def _channel(self) -> AsyncIterator[AbstractChannel]:
-        with connection_losses():
-            channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
-            yield channel
-            # Not where the question was refused, which has closed it, nor where nobody answers.
-            await channel.close()
+    def _channel(self) -> AbstractAsyncContextManager[AbstractChannel]:
+        return short_lived_channel(self._connection, confirms=True)
 
 
 class QueueWatch:
-    """The figures of some queues, read again and again over one connection, which is made anew when lost."""
+    """Read the figures of some queues, again and again, over one session."""
 
     def __init__(self, broker: Broker, queues: Sequence[QueueSpec]) -> None:
-        self._broker = broker
+        self._session = Session(broker, "queue figures")
         self._queues = queues
-        self._stack = AsyncExitStack()
-        self._probes: Probes | None = None
 
-    async def read(self, patience_s: float) -> dict[str, Found | None]:
-        """What there is of each queue, by its name.
-
-        What RabbitMQ does not show to this user is as if it were not there.
+    async def read(self, timeout_s: float) -> dict[str, Found | None]:
+        """Return the figures of each queue by its name; None for one that is missing or not visible.
 
         Raises:
-            BrokerRefusedError, BrokerUnreachableError: as `Broker.reached`.
+            BrokerRefusedError, BrokerUnreachableError: as `Session.call`.
         """
-        try:
-            if self._probes is None:
-                reached = self._broker.reached(patience_s)
-                self._probes = Probes(await self._stack.enter_async_context(reached))
-            return {queue.name: await self._find(self._probes, queue) for queue in self._queues}
-        except CONNECTION_EXCEPTIONS as error:
-            await self.close()
-            raise BrokerUnreachableError(
-                f"the connection to the broker was lost ({type(error).__name__})"
-            ) from None
+        return await self._session.call(self._read, timeout_s=timeout_s)
+
+    async def _read(self, connection: AbstractConnection) -> dict[str, Found | None]:
+        probes = Probes(connection)
+        return {queue.name: await self._find(probes, queue) for queue in self._queues}
 
     async def _find(self, probes: Probes, queue: QueueSpec) -> Found | None:
         try:
@@ -196,8 +178,7 @@ class QueueWatch:
 
     async def close(self) -> None:
         """Close the connection."""
-        self._probes = None
-        await self._stack.aclose()
+        await self._session.close()
 
 
 async def _never(_: object) -> None:

@@ -3,19 +3,27 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed, ChannelNotFoundEntity
+from aio_pika.exceptions import ChannelClosed, ChannelNotFoundEntity
 
 from worker.rabbitmq import properties
+from worker.rabbitmq.connection import (
+    Broker,
+    broker_reason,
+    channel_lost,
+    explain,
+    raise_if_cancelled,
+    short_lived_channel,
+)
 from worker.rabbitmq.messages import CONTENT_TYPE
-from worker.rabbitmq.publisher import OutgoingMessage
-from worker.rabbitmq.session import Broker, connection_losses, explain, raise_if_cancelled
+from worker.rabbitmq.outgoing import OutgoingMessage
+from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import TopologyError
 
 if TYPE_CHECKING:
@@ -24,8 +32,6 @@ if TYPE_CHECKING:
 # What `VQA_ALLOWED_REPLY_TO` allows unless told otherwise.
 PRIVATE_PREFIX = "vqa.results."
 PREFETCH = 500
-# Between two sessions, so that a broker that drops connections is not called in a busy loop.
-PAUSE_S = 0.5
 
 
 class QueueMissingError(Exception):
@@ -62,27 +68,20 @@ async def depth(connection: AbstractConnection, queue: str) -> int:
     Raises:
         QueueMissingError: there is none of this name.
     """
-    async with _channel(connection, queue) as channel:
+    async with _queue_channel(connection, queue) as channel:
         found = await channel.declare_queue(queue, durable=True, passive=True)
-        return found.declaration_result.message_count or 0
+    return found.declaration_result.message_count or 0
 
 
 @asynccontextmanager
-async def _channel(connection: AbstractConnection, queue: str) -> AsyncIterator[AbstractChannel]:
-    """A channel for something that may be refused, which closes it.
-
-    Raises:
-        QueueMissingError: there is no queue of this name.
-        TopologyError: the broker does not allow it.
-    """
-    channel = await connection.channel(publisher_confirms=False)
-    with told_of(queue):
-        yield channel
-    await channel.close()
+async def _queue_channel(connection: AbstractConnection, queue: str) -> AsyncIterator[AbstractChannel]:
+    with queue_errors(queue):
+        async with short_lived_channel(connection) as channel:
+            yield channel
 
 
 @contextmanager
-def told_of(queue: str) -> Iterator[None]:
+def queue_errors(queue: str) -> Iterator[None]:
     """Tell what the broker says of a queue from the loss of a channel.
 
     Raises:
@@ -94,42 +93,9 @@ def told_of(queue: str) -> Iterator[None]:
     except ChannelNotFoundEntity:
         raise QueueMissingError(queue) from None
     except ChannelClosed as error:
-        words = str(error.args[-1]) if error.args else ""
-        if not words.startswith(("ACCESS_REFUSED", "PRECONDITION_FAILED", "RESOURCE_LOCKED")):
+        if not broker_reason(error).startswith(("ACCESS_REFUSED", "PRECONDITION_FAILED", "RESOURCE_LOCKED")):
             raise
         raise TopologyError([f"queue {queue}: {explain(error)}"]) from None
-
-
-class Gauge:
-    """Tells how many messages wait in a queue, over one connection as long as that lasts."""
-
-    def __init__(self, broker: Broker, queue: str) -> None:
-        self._broker = broker
-        self._queue = queue
-        self._stack = AsyncExitStack()
-        self._connection: AbstractConnection | None = None
-
-    async def read(self) -> int:
-        """How many there are now; waits for a broker that is out of reach.
-
-        Raises:
-            QueueMissingError, TopologyError: as `depth`.
-        """
-        while True:
-            try:
-                with connection_losses():
-                    if self._connection is None:
-                        dialled = self._broker.connection("look", refusal_is_final=False)
-                        self._connection = await self._stack.enter_async_context(dialled)
-                    return await depth(self._connection, self._queue)
-            except CONNECTION_EXCEPTIONS:
-                await self.close()
-                await asyncio.sleep(PAUSE_S)
-
-    async def close(self) -> None:
-        """Close the connection."""
-        self._connection = None
-        await self._stack.aclose()
 
 
 @dataclass(frozen=True)
@@ -154,7 +120,7 @@ class ReplyQueue:
                 "x-queue-type": "quorum",
                 "x-expires": self.expires_s * 1000,
             }
-            async with _channel(connection, self.name) as channel:
+            async with _queue_channel(connection, self.name) as channel:
                 queue = await channel.declare_queue(self.name, durable=True, arguments=arguments)
                 if self.exchange:
                     await queue.bind(self.exchange, routing_key=self.name)
@@ -176,7 +142,7 @@ async def prepare(
 
 async def delete_queue(connection: AbstractConnection, name: str) -> None:
     """Delete a queue, if it is there, and what is in it."""
-    async with _channel(connection, name) as channel:
+    async with _queue_channel(connection, name) as channel:
         await channel.queue_delete(name, if_unused=False, if_empty=False)
 
 
@@ -192,10 +158,9 @@ class ReplyReader:
     """Hands the results in a queue to `take`, some at a time; when that returns they are acked."""
 
     def __init__(self, broker: Broker, queue: str, take: Callable[[Sequence[Reply]], None]) -> None:
-        self._broker = broker
+        self._session = Session(broker, "results")
         self._queue = queue
         self._take = take
-        self.is_connected = False
 
     async def run(self) -> None:
         """Read until cancelled, over lost connections.
@@ -205,36 +170,29 @@ class ReplyReader:
             BrokerRefusedError: at the first connection, the broker refuses the credentials.
             TopologyError: this user may not read it.
         """
-        is_first = True
-        while True:
-            async with self._broker.connection("results", refusal_is_final=is_first) as connection:
-                is_first = False
-                try:
-                    with connection_losses(), told_of(self._queue):
-                        await self._read(connection)
-                except CONNECTION_EXCEPTIONS:
-                    pass  # the next session gets what was not acked
-                finally:
-                    self.is_connected = False
-            await asyncio.sleep(PAUSE_S)
+        await self._session.run(self._read)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether results can arrive."""
+        return self._session.ready.is_set()
 
     async def _read(self, connection: AbstractConnection) -> None:
         channel = await connection.channel(publisher_confirms=False)
         await channel.set_qos(prefetch_count=PREFETCH)
         queue = await channel.get_queue(self._queue, ensure=False)
         arrivals: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
-        underlay = await channel.get_underlay_channel()
-        # What ends the reading comes as a None.
-        underlay.on_consumer_cancel_callbacks.add(lambda _: arrivals.put_nowait(None))
-        closed = asyncio.ensure_future(channel.closed())
-        closed.add_done_callback(lambda _: arrivals.put_nowait(None))
+        lost = await channel_lost(channel)
+        # None ends the reading.
+        lost.add_done_callback(lambda _: arrivals.put_nowait(None))
         try:
-            await queue.consume(partial(_put, arrivals))
-            self.is_connected = True
+            with queue_errors(self._queue):
+                await queue.consume(partial(_put, arrivals))
+            self._session.mark_ready()
             raise_if_cancelled()
             await self._take_all(arrivals)
         finally:
-            closed.cancel()
+            lost.cancel()
 
     async def _take_all(self, arrivals: "asyncio.Queue[AbstractIncomingMessage | None]") -> None:
         while True:

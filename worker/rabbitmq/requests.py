@@ -12,25 +12,29 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 
-from worker.rabbitmq.publisher import (
+from worker.rabbitmq.connection import (
+    Broker,
+    channel_lost,
+    connection_losses,
+    explain,
+    raise_if_cancelled,
+    short_lived_channel,
+)
+from worker.rabbitmq.outgoing import (
     OutgoingMessage,
     UnroutableError,
     raise_if_refused,
     raise_if_too_large,
     send,
-    to_amqp,
 )
-from worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, told_of
-from worker.rabbitmq.session import Broker, BrokerRefusedError, connection_losses, explain, raise_if_cancelled
-from worker.rabbitmq.topology import TopologyError
+from worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, queue_errors
+from worker.rabbitmq.session import FIRST_DELAY_S, LONGEST_DELAY_S, Session
 
 # Whoever uses this may have set up nothing but the standard library's logging.
 log = logging.getLogger(__name__)
 
 Replies: TypeAlias = Literal["queue", "exclusive", "direct"]
 
-FIRST_DELAY_S: Final = 0.25
-LONGEST_DELAY_S: Final = 3.0
 DIRECT: Final = "amq.rabbitmq.reply-to"
 
 
@@ -42,7 +46,7 @@ class Requests:
     or `direct`, RabbitMQ's direct reply-to, which has no queue.
 
     Attributes:
-        trouble: why there is no session, as far as that is known.
+        reply_to: what the current session's jobs carry.
     """
 
     def __init__(
@@ -57,21 +61,16 @@ class Requests:
         on_loss: Callable[[], None],
     ) -> None:
         """`on_result` gets each result's body; `on_loss` hears that results on their way will not come."""
-        self._broker = broker
+        self._session = Session(broker, "client", report=_report)
         self._jobs_queue = jobs_queue
         self._replies = replies
         self._reply_exchange = reply_exchange
         self._own = ReplyQueue(f"{PRIVATE_PREFIX}client-{uuid.uuid4().hex}", reply_exchange, expires_s)
         self._on_result = on_result
         self._on_loss = on_loss
-        self._connection: AbstractConnection | None = None
         self._channel: AbstractChannel | None = None
         self._consumer: tuple[AbstractQueue, str] | None = None
-        # Ever, and since the last loss.
-        self._has_served = self._has_served_now = False
         self.reply_to = ""
-        self.connected = asyncio.Event()
-        self.trouble = ""
 
     async def run(self) -> None:
         """Keep a session up until cancelled; then the reply queue is deleted.
@@ -80,22 +79,17 @@ class Requests:
             BrokerRefusedError: the broker refuses the credentials, at the first connection.
             TopologyError: it does not allow a queue for results, at the first connection.
         """
-        delay_s = FIRST_DELAY_S
-        while True:
-            try:
-                async with self._broker.try_connection() as connection:
-                    with connection_losses():
-                        await self._serve(connection)
-            except (BrokerRefusedError, TopologyError) as error:
-                if not self._has_served:
-                    raise
-                self.trouble = str(error)
-            except (*CONNECTION_EXCEPTIONS, TimeoutError, QueueMissingError) as error:
-                self.trouble = explain(error)
-            log.warning("there is no session with the broker, and one is tried for: %s", self.trouble)
-            delay_s = FIRST_DELAY_S if self._has_served_now else min(delay_s * 2, LONGEST_DELAY_S)
-            self._has_served_now = False
-            await asyncio.sleep(delay_s)
+        await self._session.run(self._serve)
+
+    @property
+    def connected(self) -> asyncio.Event:
+        """Set while there is a session with the broker."""
+        return self._session.ready
+
+    @property
+    def problem(self) -> str:
+        """Why there is no session, as far as known; empty while there is one."""
+        return self._session.problem
 
     async def publish(self, message: OutgoingMessage) -> None:
         """Publish a job and wait for the confirm, over lost connections; its `reply_to` is added.
@@ -106,7 +100,7 @@ class Requests:
             RefusedError: this user may not publish there, or there is no such exchange.
         """
         # Outside the loop that publishes again: an error in building the message is not the broker's.
-        amqp, delay_s = to_amqp(message), FIRST_DELAY_S
+        amqp, delay_s = message.to_amqp(), FIRST_DELAY_S
         while True:
             await self.connected.wait()
             amqp.reply_to = self.reply_to
@@ -127,17 +121,15 @@ class Requests:
         Raises:
             ConnectionError: there is no session with the broker, or nobody can be told.
         """
-        if self._connection is None:
+        connection = self._session.connection
+        if connection is None:
             raise ConnectionError("there is no connection to the broker")
         body = json.dumps({"cancel": job_id}).encode()
         exchange_name = f"{self._jobs_queue}.control"
         try:
-            with connection_losses():
-                # On a channel of its own: an exchange that is not there closes it.
-                channel = await self._connection.channel(publisher_confirms=True)
+            async with short_lived_channel(connection, confirms=True) as channel:
                 exchange = await channel.get_exchange(exchange_name, ensure=False)
                 await exchange.publish(aio_pika.Message(body), "", mandatory=False)
-                await channel.close()
         except CONNECTION_EXCEPTIONS as error:
             raise ConnectionError(f"exchange {exchange_name}: {explain(error)}") from None
 
@@ -151,32 +143,27 @@ class Requests:
 
     async def _serve(self, connection: AbstractConnection) -> None:
         channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
-        ended = asyncio.Event()
-        underlay = await channel.get_underlay_channel()
-        underlay.on_consumer_cancel_callbacks.add(lambda _: ended.set())
-        closed = asyncio.ensure_future(channel.closed())
-        closed.add_done_callback(lambda _: ended.set())
+        lost = await channel_lost(channel)
         try:
-            await self._consume(connection, channel)
-            self._connection, self._channel = connection, channel
-            self.trouble = ""
-            self._has_served = self._has_served_now = True
-            self.connected.set()
+            try:
+                await self._consume(connection, channel)
+            except QueueMissingError as error:
+                raise ConnectionError(str(error)) from None
+            self._channel = channel
+            self._session.mark_ready()
             raise_if_cancelled()
-            await ended.wait()
+            raise ConnectionError(await lost)
         finally:
-            closed.cancel()
-            was_connected = self.connected.is_set()
+            lost.cancel()
+            was_ready, self._channel = self._channel is not None, None
             self.connected.clear()
-            self._connection = self._channel = None
-            if was_connected and self._replies != "queue":
+            if was_ready and self._replies != "queue":
                 self._on_loss()
-        raise ConnectionError("the channel was closed, or the reply queue deleted")
 
     async def _consume(self, connection: AbstractConnection, channel: AbstractChannel) -> None:
         queue = await self._reply_queue(connection, channel)
         self.reply_to = queue.name
-        with told_of(queue.name):
+        with queue_errors(queue.name):
             if self._replies == "direct":
                 await queue.consume(self._receive_direct, no_ack=True)
             else:
@@ -188,7 +175,7 @@ class Requests:
         if self._replies == "queue":
             await self._own.make(connection)
             return await channel.get_queue(self._own.name, ensure=False)
-        with told_of("for replies"):
+        with queue_errors("for replies"):
             queue = await channel.declare_queue(exclusive=True)
             if self._reply_exchange:
                 await queue.bind(self._reply_exchange, routing_key=queue.name)
@@ -206,3 +193,7 @@ class Requests:
         if channel is None or channel.is_closed:
             raise ConnectionError("the channel is closed")
         await send(channel, message, amqp)
+
+
+def _report(problem: str) -> None:
+    log.warning("not connected to the broker, retrying: %s", problem)

@@ -1,235 +1,231 @@
-"""Connections to the broker: dialled, and waited for while it cannot be reached."""
+"""A session with the broker: one connection, made again whenever it is lost."""
 
 import asyncio
-import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
-from urllib.parse import parse_qs, urlsplit
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import NoReturn, Self, TypeVar
 
-import aio_pika
-import pamqp.commands
 import structlog
 from aio_pika.abc import AbstractConnection
-from aio_pika.exceptions import (
-    CONNECTION_EXCEPTIONS,
-    AuthenticationError,
-    ConnectionClosed,
-    ProbableAuthenticationError,
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+
+from worker.rabbitmq.connection import (
+    Broker,
+    BrokerRefusedError,
+    BrokerUnreachableError,
+    close,
+    connection_losses,
+    explain,
 )
+from worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
+from worker.rabbitmq.topology import Topology, TopologyError, establish
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-DIAL_TIMEOUT_S = 15.0
 FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 3.0
-# aiormq ends a connection after three times as long a silence; a minute is long for a queue of paid work.
-HEARTBEAT_S = 20
-# AMQP 0-9-1: the code for a virtual host that doesn't exist or may not be used. RabbitMQ has it for too many
-# connections, too, which pass.
-_NOT_ALLOWED = 530
-# Without this, aiormq takes the refusal of a virtual host for a broken frame, and its reason is lost.
-pamqp.commands.Connection.Open.valid_responses = ["Connection.OpenOk", "Connection.Close"]
+# After a connection that lasted this long, the next one is tried with the first delay again.
+STABLE_S = 2.0
+# aio-pika waits forever for a channel on a connection that is lost while the broker blocks it.
+REDECLARE_TIMEOUT_S = 60.0
+# Each redeclaration declares every queue; jobs that settle at the same time share one.
+REDECLARE_INTERVAL_S = 5.0
 
 
-class BrokerRefusedError(Exception):
-    """The broker is there and refuses the worker; the message names the setting."""
+class Session:
+    """Connect, connect again after each loss, declare, and report what is wrong.
 
+    Three ways to use the connection: `run` serves it for as long as the process lives, `opened` lends it to
+    a block, `call` makes one request. A refusal by the broker is raised until the session was ready once;
+    from then on it is reported and retried, because an administrator can revoke and restore permissions.
 
-class BrokerUnreachableError(Exception):
-    """No broker answered for as long as one was waited for; the message says why, and names the setting."""
-
-
-@contextmanager
-def connection_losses() -> Iterator[None]:
-    """Tell losses of the connection from cancellations, which the library takes for one another.
-
-    It cancels what waits for the broker's answer when the connection is lost: let through, that would end a
-    task in silence. And what is cancelled fails with the error of the channel that it closes thereby: let
-    through, the task would try again and never end.
-
-    Raises:
-        ConnectionError: the connection or channel was lost before the answer came.
-        CancelledError: this task was told to end.
+    Attributes:
+        connection: the current connection, if there is one.
+        ready: set while the connection is ready for use, see `mark_ready`.
+        problem: why there is no connection, as far as known; empty while it is ready.
     """
-    try:
-        yield
-    except asyncio.CancelledError:
-        raise_if_cancelled()
-        raise ConnectionError("the connection was lost before the broker answered") from None
-    except Exception:
-        raise_if_cancelled()
-        raise
 
+    def __init__(self, broker: Broker, purpose: str, *, report: Callable[[str], None] | None = None) -> None:
+        """`purpose` identifies the session in the log; `report` gets each problem instead of the log."""
+        self._broker = broker
+        self._purpose = purpose
+        self._report_to = report
+        self._warnings = RateLimitedWarnings()
+        self._was_ready = False
+        self._redeclare: asyncio.Task[None] | None = None
+        self._redeclare_began = 0.0
+        self.connection: AbstractConnection | None = None
+        self.ready = asyncio.Event()
+        self.problem = ""
 
-def raise_if_cancelled() -> None:
-    """End this task if it was told to end: the library can swallow that without a trace.
-
-    Raises:
-        CancelledError: it was.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
-
-
-@dataclass(frozen=True)
-class Broker:
-    """How to reach the broker."""
-
-    url: str
-    ssl_context: ssl.SSLContext | None
-    name: str
-    setting: str = "VQA_RABBITMQ_URL"
-    """What a person who reads of a refusal knows the URL by."""
-
-    @asynccontextmanager
-    async def connection(self, purpose: str, *, refusal_is_final: bool) -> AsyncIterator[AbstractConnection]:
-        """A fresh connection, waited for while the broker cannot be reached.
+    @classmethod
+    async def once(
+        cls, broker: Broker, timeout_s: float, request: Callable[[AbstractConnection], Awaitable[T]]
+    ) -> T:
+        """Make one request on a connection of its own.
 
         Raises:
-            BrokerRefusedError: it refuses the credentials or the virtual host, and `refusal_is_final`.
+            BrokerRefusedError, BrokerUnreachableError: as `call`.
         """
-        connection = await self._dial_until_connected(purpose, refusal_is_final=refusal_is_final)
-        try:
-            yield connection
-        finally:
-            await _close(connection)
+        async with cls(broker, "command") as session:
+            return await session.call(request, timeout_s=timeout_s)
 
-    @asynccontextmanager
-    async def try_connection(self) -> AsyncIterator[AbstractConnection]:
-        """A fresh connection, tried for once.
+    async def __aenter__(self) -> Self:
+        """Return the session, which connects when it is used."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the connection."""
+        await self.close()
+
+    async def run(self, serve: Callable[[AbstractConnection], Awaitable[None]]) -> None:
+        """Pass each new connection to `serve`, until cancelled.
+
+        `serve` calls `mark_ready` when it is, and returns or raises when the connection is lost.
 
         Raises:
-            BrokerRefusedError: it refuses the credentials or the virtual host.
-            CONNECTION_EXCEPTIONS: it cannot be reached.
+            BrokerRefusedError, TopologyError: before the session was ready for the first time.
         """
-        with connection_losses():
-            connection = await self._dial()
-        try:
-            yield connection
-        finally:
-            await _close(connection)
 
-    async def within(self, patience_s: float, task: Callable[[AbstractConnection], Awaitable[T]]) -> T:
-        """Do something with a connection of its own; again, if the broker goes away or is not there yet.
-
-        Raises:
-            BrokerRefusedError: it refuses the credentials or the virtual host.
-            BrokerUnreachableError: so many seconds were not enough.
-        """
-        return await self._until(patience_s, lambda: self._once(task))
-
-    @asynccontextmanager
-    async def reached(self, patience_s: float) -> AsyncIterator[AbstractConnection]:
-        """A fresh connection for as long as the block lasts; a broker out of reach is waited for so long.
-
-        Raises:
-            BrokerRefusedError, BrokerUnreachableError: as `within`.
-        """
-        connection = await self._until(patience_s, self._dial_heeding)
-        try:
-            yield connection
-        finally:
-            await _close(connection)
-
-    async def _until(self, patience_s: float, attempt: Callable[[], Awaitable[T]]) -> T:
-        ends, reason, delay_s = time.monotonic() + patience_s, "", FIRST_DELAY_S
-        while (left_s := ends - time.monotonic()) > 0:
+        async def attempt() -> NoReturn:
             try:
-                async with asyncio.timeout(left_s):
-                    return await attempt()
-            except TimeoutError:
-                reason = reason or "it does not answer"
-            except CONNECTION_EXCEPTIONS as error:
-                reason = f"{type(error).__name__}: {error}"
-            await asyncio.sleep(min(delay_s, max(0.0, ends - time.monotonic())))
-            delay_s = min(delay_s * 2, LONGEST_DELAY_S)
-        raise BrokerUnreachableError(
-            f"{self.setting}: the broker was out of reach for {patience_s:g} s ({reason})"
-        )
+                with connection_losses():
+                    await serve(await self._connect())
+            finally:
+                await self.close()
+            raise ConnectionError("the connection was closed")
 
-    async def _once(self, task: Callable[[AbstractConnection], Awaitable[T]]) -> T:
-        with connection_losses():
-            async with self.try_connection() as connection:
-                return await task(connection)
+        await self._retried(attempt, None)
 
-    async def _dial_heeding(self) -> AbstractConnection:
-        with connection_losses():
-            return await self._dial()
+    @asynccontextmanager
+    async def opened(self, timeout_s: float) -> AsyncIterator[AbstractConnection]:
+        """Connect within `timeout_s` seconds and close the connection after the block.
 
-    async def _dial_until_connected(self, purpose: str, *, refusal_is_final: bool) -> AbstractConnection:
+        Raises:
+            BrokerRefusedError, BrokerUnreachableError: as `call`.
+        """
+        try:
+            yield await self._retried(self._connect, timeout_s)
+        finally:
+            await self.close()
+
+    async def call(
+        self, request: Callable[[AbstractConnection], Awaitable[T]], *, timeout_s: float | None = None
+    ) -> T:
+        """Make a request; connect first if needed, and repeat it when the connection is lost.
+
+        Args:
+            request: may run more than once.
+            timeout_s: seconds for everything; None: no limit.
+
+        Raises:
+            BrokerRefusedError: the broker refuses the credentials or the virtual host.
+            BrokerUnreachableError: the time was not enough.
+        """
+
+        async def attempt() -> T:
+            try:
+                with connection_losses():
+                    result = await request(self.connection or await self._connect())
+            except BaseException:
+                await self.close()
+                raise
+            self.mark_ready()
+            return result
+
+        return await self._retried(attempt, timeout_s)
+
+    def mark_ready(self) -> None:
+        """Record that the connection is ready for use."""
+        self._was_ready = True
+        self.problem = ""
+        self._warnings = RateLimitedWarnings()
+        self.ready.set()
+
+    async def close(self) -> None:
+        """Close the connection, if there is one."""
+        self.ready.clear()
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            await close(connection)
+
+    async def redeclare(self, topology: Topology) -> None:
+        """Declare the queues again after one of them went missing.
+
+        One redeclaration at a time, shared by all callers: within `REDECLARE_INTERVAL_S` of its start they
+        get the outcome of the last one. A failure is logged, at most once a minute, and not raised.
+        """
+        now = time.monotonic()
+        is_due = now - self._redeclare_began > REDECLARE_INTERVAL_S
+        if self._redeclare is None or (self._redeclare.done() and is_due):
+            self._redeclare_began = now
+            self._redeclare = asyncio.create_task(self._declare_again(topology), name="redeclare")
+        await asyncio.shield(self._redeclare)
+
+    async def _declare_again(self, topology: Topology) -> None:
+        if self.connection is None:
+            return
+        try:
+            async with asyncio.timeout(REDECLARE_TIMEOUT_S):
+                with connection_losses():
+                    await establish(self.connection, topology)
+        except TopologyError as error:
+            self._report_mismatch(error)
+        except CONNECTION_EXCEPTIONS as error:
+            if self._warnings.should_log("redeclare", type(error).__name__):
+                log.warning("topology_redeclare_failed", reason=explain(error))
+
+    async def _connect(self) -> AbstractConnection:
+        self.connection = await self._broker.connect()
+        return self.connection
+
+    async def _retried(self, attempt: Callable[[], Awaitable[T]], timeout_s: float | None) -> T:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._repeated(attempt)
+        except TimeoutError:
+            reason = self.problem or "it does not answer"
+            raise BrokerUnreachableError(
+                f"{self._broker.setting}: the broker was out of reach for {timeout_s:g} s ({reason})"
+            ) from None
+
+    async def _repeated(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Repeat `attempt` until it returns: the only reconnect loop."""
         delay_s = FIRST_DELAY_S
         while True:
+            began = time.monotonic()
             try:
-                return await self._dial_heeding()
-            except BrokerRefusedError as error:
-                if refusal_is_final:
+                return await attempt()
+            except (BrokerRefusedError, TopologyError) as error:
+                if not self._was_ready:
                     raise
-                reason = str(error)
-            except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
-                reason = f"{type(error).__name__}: {error}"
-            log.warning("rabbitmq_unreachable", purpose=purpose, reason=reason, next_try_s=delay_s)
+                self._report(error, delay_s)
+            except (BrokerUnreachableError, TimeoutError, *CONNECTION_EXCEPTIONS) as error:
+                self._report(error, delay_s)
+            if time.monotonic() - began > STABLE_S:
+                delay_s = FIRST_DELAY_S
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
-    async def _dial(self) -> AbstractConnection:
-        try:
-            return await aio_pika.connect(
-                self.url,
-                ssl_context=self.ssl_context,
-                timeout=DIAL_TIMEOUT_S,
-                heartbeat=_heartbeat_s(self.url),
-                client_properties={"connection_name": self.name},
-            )
-        except (ProbableAuthenticationError, AuthenticationError):
-            text = f"{self.setting}: the broker refuses this user name and password"
-            raise BrokerRefusedError(text) from None
-        except ConnectionClosed as error:
-            code, reason = (*error.args, "", "")[:2]
-            if code == _NOT_ALLOWED and "limit" not in str(reason):
-                text = f"{self.setting}: the virtual host does not exist, or this user may not use it"
-                raise BrokerRefusedError(text) from None
-            raise
-        except ssl.SSLError as error:
-            raise BrokerRefusedError(_explain_tls(self.setting, error)) from None
-        except aio_pika.exceptions.AMQPConnectionError as error:
-            if isinstance(error.__cause__, ssl.SSLError):
-                raise BrokerRefusedError(_explain_tls(self.setting, error.__cause__)) from None
-            raise
+    def _report(self, error: Exception, delay_s: float) -> None:
+        is_unreachable = isinstance(error, BrokerUnreachableError | BrokerRefusedError | TopologyError)
+        self.problem = str(error) if is_unreachable else explain(error)
+        if self._report_to is not None:
+            self._report_to(self.problem)
+            return
+        match error:
+            case TopologyError():
+                self._report_mismatch(error)
+            case BrokerUnreachableError() | BrokerRefusedError():
+                log.warning(
+                    "rabbitmq_unreachable", purpose=self._purpose, reason=self.problem, next_try_s=delay_s
+                )
+            case _ if self._warnings.should_log("connection", self.problem):
+                log.warning("rabbitmq_connection_lost", purpose=self._purpose, reason=self.problem)
 
-
-def explain(error: BaseException) -> str:
-    """Why the broker closed a channel or a connection, for the person who can put it right."""
-    words = str(error.args[-1]) if error.args else ""
-    if words.startswith("ACCESS_REFUSED"):
-        return f"the user of VQA_RABBITMQ_URL lacks a permission: {words}"
-    return f"{type(error).__name__}: {error}"
-
-
-def _heartbeat_s(url: str) -> int:
-    """Seconds between heartbeats: `heartbeat=` in the URL's query, which the library would overwrite."""
-    asked = parse_qs(urlsplit(url).query).get("heartbeat", [""])[-1]
-    return int(asked) if asked.isdecimal() else HEARTBEAT_S
-
-
-def _explain_tls(setting: str, error: ssl.SSLError) -> str:
-    reason = getattr(error, "verify_message", "") or error.reason or "no agreement"
-    return (
-        f"{setting}: no TLS with the broker ({reason}): check VQA_RABBITMQ_CA_FILE, "
-        "VQA_RABBITMQ_CERT_FILE and that the port speaks TLS"
-    )
-
-
-async def _close(connection: AbstractConnection) -> None:
-    """Close in bounded time: a broker that has gone quiet doesn't answer to that either."""
-    try:
-        async with asyncio.timeout(DIAL_TIMEOUT_S):
-            with connection_losses():
-                await connection.close()
-    except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
-        log.debug("rabbitmq_close_failed", reason=type(error).__name__)
+    def _report_mismatch(self, error: TopologyError) -> None:
+        if self._warnings.should_log("topology", str(error)):
+            log.error("topology_mismatch", faults=error.faults)

@@ -16,7 +16,7 @@ from worker.messages.result import JobFailure, Result
 from worker.observability import metrics
 from worker.observability.tenants import Tenants
 from worker.rabbitmq import messages
-from worker.rabbitmq.publisher import OutgoingMessage, PublishAbandonedError, TooLargeError, UnroutableError
+from worker.rabbitmq.outgoing import OutgoingMessage, PublishAbandonedError, TooLargeError, UnroutableError
 from worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
 from worker.rabbitmq.topology import Topology
 

@@ -10,6 +10,7 @@ from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelClosed
 from pamqp.common import FieldValue
 
+from worker.rabbitmq.connection import broker_reason, short_lived_channel
 from worker.settings import BROKER_DELIVERY_LIMIT, BrokerSettings, retry_queue
 
 log = structlog.get_logger(__name__)
@@ -179,7 +180,7 @@ async def establish(connection: AbstractConnection, topology: Topology) -> None:
     for part in parts:
         only_looks = looks or part.may_differ
         refusal = await _refusal(connection, part, passive=only_looks)
-        if refusal and only_looks and _reason(refusal).startswith("ACCESS_REFUSED"):
+        if refusal and only_looks and broker_reason(refusal).startswith("ACCESS_REFUSED"):
             unseen.append(str(part))
         elif refusal:
             faults.append(_explain(refusal, part, hint))
@@ -216,7 +217,7 @@ async def create(connection: AbstractConnection, topology: Topology) -> list[tup
 async def _is_there(connection: AbstractConnection, part: Part) -> bool:
     refusal = await _refusal(connection, part, passive=True)
     # Whatever else it says, the declaration will meet and tell.
-    return refusal is None or not _reason(refusal).startswith("NOT_FOUND")
+    return refusal is None or not broker_reason(refusal).startswith("NOT_FOUND")
 
 
 async def _fault(
@@ -229,13 +230,11 @@ async def _fault(
 async def _refusal(
     connection: AbstractConnection, part: Part | BindingSpec, *, passive: bool
 ) -> ChannelClosed | None:
-    # A refused declaration closes its channel, so that each gets one of its own.
-    channel = await connection.channel()
     try:
-        await part.declare(channel, passive=passive)
+        async with short_lived_channel(connection) as channel:
+            await part.declare(channel, passive=passive)
     except ChannelClosed as error:
         return error
-    await channel.close()
     return None
 
 
@@ -244,18 +243,13 @@ def _raise_if_any(faults: Iterable[str | None]) -> None:
         raise TopologyError(found)
 
 
-def _reason(error: ChannelClosed) -> str:
-    """The broker's words; the library keeps their code only where it has no class for it."""
-    return str(error.args[-1]) if error.args else ""
-
-
 def _explain(error: ChannelClosed, what: Part | BindingSpec, hint: str) -> str:
     """What is wrong with it, for the person who can put it right.
 
     Raises:
         ChannelClosed: `error`, if it is the broker that is in trouble and not the queue.
     """
-    reason = _reason(error)
+    reason = broker_reason(error)
     match reason.split(" - ")[0]:
         case "NOT_FOUND":
             return f"{what} does not exist: create it (`vqa-worker topology apply` does){_or_let(what)}"

@@ -15,8 +15,8 @@ from tests.breaking import job
 from tests.integration.cli.running import Cli
 from tests.running import until
 from worker.rabbitmq import bulk
+from worker.rabbitmq.connection import Broker
 from worker.rabbitmq.dead_letters import Held
-from worker.rabbitmq.session import Broker
 from worker.rabbitmq.topology import Topology, create
 
 

@@ -19,8 +19,9 @@ from worker.cli.check.broker import broker_findings
 from worker.cli.check.finding import Finding
 from worker.cli.check.storage import storage_findings
 from worker.cli.shell import broker_of
-from worker.rabbitmq import permission_checks, session
+from worker.rabbitmq import connection, permission_checks
 from worker.rabbitmq.permission_checks import NotAllowedError, Probes
+from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Part, Topology, create
 from worker.settings import Settings, load_settings
 
@@ -58,7 +59,7 @@ class Doctor:
         """The queues and exchanges of these settings."""
         settings = self.settings(**changed)
         topology = Topology.from_settings(settings)
-        await broker_of(settings).within(15.0, lambda it: create(it, topology))
+        await Session.once(broker_of(settings), 15.0, lambda it: create(it, topology))
 
 
 async def gathered(findings: AsyncIterator[Finding]) -> Findings:
@@ -328,7 +329,7 @@ async def test_a_broker_that_takes_no_messages_is_told(
     own_stack: Stack, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(permission_checks, "ANSWER_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(session, "DIAL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT_S", 1.0)
     await doctor.make(VQA_RABBITMQ_URL=own_stack.rabbitmq.url)
     own_stack.rabbitmq.ctl("set_vm_memory_high_watermark", "absolute", "1")
     try:

@@ -18,8 +18,8 @@ from tests.integration.cli.terminal import Terminal
 from tests.proxy import Proxy
 from tests.running import until
 from worker.rabbitmq import bulk, dead_letters
+from worker.rabbitmq.connection import BrokerUnreachableError
 from worker.rabbitmq.dead_letters import Held
-from worker.rabbitmq.session import BrokerUnreachableError
 
 BASIC_ACK = b"\x00\x3c\x00\x50"
 

@@ -21,7 +21,7 @@ from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
 from tests.breaking import administer, calls_begun, events, job, url_as
 from tests.integration.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Worker, calls_with, until
-from worker.rabbitmq.session import Broker, BrokerRefusedError
+from worker.rabbitmq.connection import Broker, BrokerRefusedError
 
 # Looking for queues and exchanges is refused to users who may not configure them, as by RabbitMQ 4.3.0: here
 # it is really declaring, which every version refuses to those.
@@ -374,8 +374,7 @@ async def test_each_user_may_do_what_is_its_own_and_is_refused_the_rest(realm: R
 async def test_no_user_gets_into_another_virtual_host(realm: Realm, user: str) -> None:
     worker_s = Broker(url=realm.url(user, vhost=""), ssl_context=None, name="a test")
     with pytest.raises(BrokerRefusedError, match="may not use it"):
-        async with worker_s.connection("test", refusal_is_final=True):
-            pass
+        await worker_s.connect()
 
 
 MANAGEMENT: dict[str, tuple[str, str, object]] = {

@@ -17,7 +17,7 @@ from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
 from tests.breaking import BrokerUser, administer, job
 from tests.integration.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Ended, Worker
-from worker.rabbitmq.session import Broker, BrokerRefusedError
+from worker.rabbitmq.connection import Broker, BrokerRefusedError
 
 EXIT_CONFIG = 78
 VARIANTS = {"plain": PLAIN_FOLDER, "strict": STRICT_FOLDER}
@@ -33,10 +33,10 @@ async def apply_as(user: str, realm: Realm, folder: Path) -> Ended:
 async def refused_a_connection(realm: Realm, user: str) -> bool:
     broker = Broker(url=realm.url(user), ssl_context=None, name="a test")
     try:
-        async with broker.connection("test", refusal_is_final=True):
-            return False
+        await (await broker.connect()).close()
     except BrokerRefusedError:
         return True
+    return False
 
 
 @pytest.fixture(params=VARIANTS)

@@ -6,8 +6,9 @@ from urllib.parse import unquote, urlsplit
 
 from worker.cli.check.finding import Finding, failed, ok, skipped, warning
 from worker.cli.shell import counted
+from worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError
 from worker.rabbitmq.permission_checks import BlockedError, Found, NotAllowedError, Probes
-from worker.rabbitmq.session import Broker, BrokerRefusedError, BrokerUnreachableError
+from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Part, QueueSpec, Topology
 from worker.settings import BrokerSettings
 
@@ -19,7 +20,7 @@ async def broker_findings(
 ) -> AsyncIterator[Finding]:
     """The connection, then all that is behind it."""
     try:
-        async with broker.reached(patience_s) as connection:
+        async with Session(broker, "check").opened(patience_s) as connection:
             probes = Probes(connection)
             yield ok("broker", f"{probes.version} at {settings.rabbitmq_address}{_user(settings)}")
             async for finding in _behind(probes, Topology.from_settings(settings)):

@@ -28,8 +28,8 @@ from worker.cli.shell import (
 
 if TYPE_CHECKING:
     from worker.rabbitmq.bulk import Step
+    from worker.rabbitmq.connection import Broker
     from worker.rabbitmq.dead_letters import DeadLetters, Held, Letter
-    from worker.rabbitmq.session import Broker
     from worker.rabbitmq.topology import Topology
 
 T = TypeVar("T")

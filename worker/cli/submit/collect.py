@@ -11,8 +11,9 @@ from worker.cli.shell import EXIT_FAILURE, EXIT_OK, Screen
 from worker.cli.submit.manifest import Counts, Manifest
 from worker.cli.submit.progress_of_results import Gathering, gone
 from worker.cli.submit.submission import Submission
+from worker.rabbitmq.connection import Broker, BrokerUnreachableError
 from worker.rabbitmq.replies import QueueMissingError, delete_queue, depth
-from worker.rabbitmq.session import Broker, BrokerUnreachableError
+from worker.rabbitmq.session import Session
 
 # For something that happens by itself if it is left.
 TIDY_UP_PATIENCE_S: Final = 5.0
@@ -75,7 +76,7 @@ class Harvest:
         """See that the queue is there; a broker that is out of reach is not waited for for ever."""
         queue = self._head["reply_to"]
         try:
-            await self._broker.within(self._patience_s, partial(depth, queue=queue))
+            await Session.once(self._broker, self._patience_s, partial(depth, queue=queue))
         except QueueMissingError:
             raise gone(queue) from None
 
@@ -110,7 +111,7 @@ class Harvest:
         if not self._head.get("is_tidy"):
             delete = partial(delete_queue, name=self._head["reply_to"])
             try:
-                await self._broker.within(TIDY_UP_PATIENCE_S, delete)
+                await Session.once(self._broker, TIDY_UP_PATIENCE_S, delete)
                 self._manifest.set_head({"is_tidy": "1"})
             except BrokerUnreachableError:
                 text = f"the queue {self._head['reply_to']} could not be deleted; it goes by itself"

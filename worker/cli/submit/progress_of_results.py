@@ -8,8 +8,8 @@ from typing import Any, Final
 from worker.cli.progress import results_note
 from worker.cli.shell import CommandError
 from worker.cli.submit.manifest import Manifest, Received
+from worker.rabbitmq.connection import Broker
 from worker.rabbitmq.replies import QueueMissingError, Reply, ReplyReader
-from worker.rabbitmq.session import Broker
 
 # A queue whose results come one by one says nothing for so long only when it is empty.
 QUIET_S: Final = 1.0

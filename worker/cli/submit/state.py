@@ -22,6 +22,7 @@ from worker.cli.submit.plan import Additions, Planner
 from worker.cli.submit.progress_of_results import Gathering
 from worker.cli.submit.submission import Submission, missing
 from worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, prepare
+from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Topology
 from worker.settings import CommandSettings, Price
 
@@ -259,7 +260,7 @@ class _Errand:
             replies=replies if self._head["is_private"] else None,
         )
         try:
-            await self._broker.within(self._order.patience_s, prepare_all)
+            await Session.once(self._broker, self._order.patience_s, prepare_all)
         except QueueMissingError:
             raise missing(self._topology.jobs) from None
         self._manifest.set_head({"is_tidy": ""})

@@ -9,13 +9,16 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Final
 
 from worker.cli.shell import CommandError
 from worker.cli.submit.manifest import Manifest, ToSend
-from worker.rabbitmq.publisher import Publisher, TooLargeError, UnroutableError
-from worker.rabbitmq.replies import Gauge, QueueMissingError, job_message
-from worker.rabbitmq.session import Broker
+from worker.rabbitmq.connection import Broker
+from worker.rabbitmq.outgoing import TooLargeError, UnroutableError
+from worker.rabbitmq.publisher import Publisher
+from worker.rabbitmq.replies import QueueMissingError, depth, job_message
+from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Topology
 
 # Sent at once: so many can be in doubt after a crash.
@@ -42,8 +45,8 @@ class Submission:
         """`max_queue`: how many jobs may wait in the queue before this waits too; 0: any number."""
         self._manifest = manifest
         self._queue = topology.jobs
-        self._publisher = Publisher(broker, topology, bears_refusals=False)
-        self._gauge = Gauge(broker, topology.jobs)
+        self._publisher = Publisher(broker, topology, retry_refusals=False)
+        self._session = Session(broker, "queue depth")
         self._exchange = exchange
         self._reply_to = reply_to
         self._max_queue = max_queue
@@ -82,7 +85,7 @@ class Submission:
                 raise missing(self._queue) from None
             finally:
                 publishing.cancel()
-                await self._gauge.close()
+                await self._session.close()
 
     async def _chunks(self) -> AsyncGenerator[Sequence[ToSend], None]:
         """What is to be sent, as much at a time as the queue has room for."""
@@ -100,7 +103,7 @@ class Submission:
         """How many jobs the queue has room for; waits until there is some."""
         if not self._max_queue:
             return CHUNK_JOBS
-        while (room := self._max_queue - await self._gauge.read()) <= 0:
+        while (room := self._max_queue - await self._session.call(partial(depth, queue=self._queue))) <= 0:
             self._waits_in_queue = self._max_queue - room
             await asyncio.sleep(FULL_QUEUE_LOOK_S)
         self._waits_in_queue = 0

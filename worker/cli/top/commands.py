@@ -111,7 +111,7 @@ class _Watch:
             self._fleet.observe(time.monotonic(), found.samples, found.silent)
 
     async def _look_at_queues(self) -> "tuple[QueueFigures | None, str]":
-        from worker.rabbitmq.session import BrokerRefusedError, BrokerUnreachableError
+        from worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachableError
 
         try:
             found = await self._queues.read(self._patience_s if self._is_first else LATER_PATIENCE_S)

@@ -1,0 +1,200 @@
+"""Connect to the broker once, and tell its refusals from lost connections."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from urllib.parse import parse_qs, urlsplit
+
+import aio_pika
+import pamqp.commands
+import structlog
+from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika.exceptions import (
+    CONNECTION_EXCEPTIONS,
+    AuthenticationError,
+    ConnectionClosed,
+    ProbableAuthenticationError,
+)
+
+log = structlog.get_logger(__name__)
+
+CONNECT_TIMEOUT_S = 15.0
+# aiormq closes a connection after a silence of three heartbeats; a minute is long for a queue of paid work.
+HEARTBEAT_S = 20
+CONSUMER_CANCELLED = (
+    "the broker cancelled the consumer: the queue was deleted, or a delivery exceeded the consumer timeout"
+)
+# AMQP 0-9-1: the code for a virtual host that does not exist or may not be used. RabbitMQ also sends it for
+# too many connections, which is a transient error.
+_NOT_ALLOWED = 530
+# Without this, aiormq takes the refusal of a virtual host for a broken frame and drops its reason.
+pamqp.commands.Connection.Open.valid_responses = ["Connection.OpenOk", "Connection.Close"]
+
+
+class BrokerRefusedError(Exception):
+    """The broker refuses the connection; the message names the setting."""
+
+
+class BrokerUnreachableError(Exception):
+    """The broker cannot be reached; the message gives the reason."""
+
+
+@dataclass(frozen=True)
+class Broker:
+    """The broker's address and the client's credentials.
+
+    Attributes:
+        name: the connection name that the broker shows.
+        setting: what error messages call the URL.
+    """
+
+    url: str
+    ssl_context: ssl.SSLContext | None
+    name: str
+    setting: str = "VQA_RABBITMQ_URL"
+
+    async def connect(self) -> AbstractConnection:
+        """Connect once.
+
+        Raises:
+            BrokerRefusedError: the broker refuses the credentials, the virtual host or TLS.
+            BrokerUnreachableError: any other failure.
+        """
+        try:
+            with connection_losses():
+                return await self._connect()
+        except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
+            raise BrokerUnreachableError(f"{type(error).__name__}: {error}") from None
+
+    async def _connect(self) -> AbstractConnection:
+        try:
+            return await aio_pika.connect(
+                self.url,
+                ssl_context=self.ssl_context,
+                timeout=CONNECT_TIMEOUT_S,
+                heartbeat=_heartbeat_s(self.url),
+                client_properties={"connection_name": self.name},
+            )
+        except (ProbableAuthenticationError, AuthenticationError):
+            text = f"{self.setting}: the broker refuses this user name and password"
+            raise BrokerRefusedError(text) from None
+        except ConnectionClosed as error:
+            code, reason = (*error.args, "", "")[:2]
+            if code == _NOT_ALLOWED and "limit" not in str(reason):
+                text = f"{self.setting}: the virtual host does not exist, or this user may not use it"
+                raise BrokerRefusedError(text) from None
+            raise
+        except ssl.SSLError as error:
+            raise BrokerRefusedError(_explain_tls(self.setting, error)) from None
+        except aio_pika.exceptions.AMQPConnectionError as error:
+            if isinstance(error.__cause__, ssl.SSLError):
+                raise BrokerRefusedError(_explain_tls(self.setting, error.__cause__)) from None
+            raise
+
+
+def _heartbeat_s(url: str) -> int:
+    """Return the seconds between heartbeats: `heartbeat=` in the URL, which aio-pika would overwrite."""
+    value = parse_qs(urlsplit(url).query).get("heartbeat", [""])[-1]
+    return int(value) if value.isdecimal() else HEARTBEAT_S
+
+
+def _explain_tls(setting: str, error: ssl.SSLError) -> str:
+    reason = getattr(error, "verify_message", "") or error.reason or "no agreement"
+    return (
+        f"{setting}: no TLS with the broker ({reason}): check VQA_RABBITMQ_CA_FILE, "
+        "VQA_RABBITMQ_CERT_FILE and that the port speaks TLS"
+    )
+
+
+@contextmanager
+def connection_losses() -> Iterator[None]:
+    """Tell a lost connection from a cancelled task, which aio-pika mixes up.
+
+    When a connection is lost, aio-pika cancels whoever waits for the broker's answer, which would end the
+    task silently. When a task is cancelled, aio-pika can raise the error of the channel that it closes for
+    that reason, which would make the task try again and never end.
+
+    Raises:
+        ConnectionError: the connection or channel was lost before the broker answered.
+        CancelledError: this task was cancelled.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        raise_if_cancelled()
+        raise ConnectionError("the connection was lost before the broker answered") from None
+    except Exception:
+        raise_if_cancelled()
+        raise
+
+
+def raise_if_cancelled() -> None:
+    """Raise if this task was cancelled: aio-pika can swallow that.
+
+    Raises:
+        CancelledError: this task was cancelled.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+def explain(error: BaseException) -> str:
+    """Explain why the broker closed a channel or a connection, for the person who can fix it."""
+    reason = broker_reason(error)
+    if reason.startswith("ACCESS_REFUSED"):
+        return f"the user of VQA_RABBITMQ_URL lacks a permission: {reason}"
+    return f"{type(error).__name__}: {error}"
+
+
+def broker_reason(error: BaseException) -> str:
+    """Return the broker's text; aio-pika keeps the reply code only where it has no class for it."""
+    return str(error.args[-1]) if error.args else ""
+
+
+@asynccontextmanager
+async def short_lived_channel(
+    connection: AbstractConnection, *, confirms: bool = False
+) -> AsyncIterator[AbstractChannel]:
+    """Open a channel for a request that may be refused: a refusal closes the channel.
+
+    `confirms`: with publisher confirms, and with returned messages raised.
+
+    Raises:
+        CONNECTION_EXCEPTIONS: the connection was lost, or, as ChannelClosed, the request was refused.
+    """
+    with connection_losses():
+        channel = await connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
+        yield channel
+        await channel.close()
+
+
+async def channel_lost(channel: AbstractChannel) -> "asyncio.Future[str]":
+    """Return a future for the reason why the channel was closed or the broker cancelled a consumer on it.
+
+    Cancel it when it is no longer needed.
+    """
+    lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def resolve(reason: str) -> None:
+        if not lost.done():
+            lost.set_result(reason)
+
+    underlay = await channel.get_underlay_channel()
+    underlay.on_consumer_cancel_callbacks.add(lambda _: resolve(CONSUMER_CANCELLED))
+    closed = asyncio.ensure_future(channel.closed())
+    closed.add_done_callback(lambda _: resolve("the channel was closed"))
+    lost.add_done_callback(lambda _: closed.cancel())
+    return lost
+
+
+async def close(resource: AbstractConnection | AbstractChannel) -> None:
+    """Close a connection or a channel in bounded time: a silent broker does not confirm that either."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            with connection_losses():
+                await resource.close()
+    except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
+        log.debug("rabbitmq_close_failed", reason=type(error).__name__)

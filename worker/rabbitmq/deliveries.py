@@ -1,0 +1,72 @@
+"""Turn AMQP messages into deliveries, as the rest of the worker knows them."""
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+
+import structlog
+from aio_pika.abc import AbstractIncomingMessage
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+
+from worker.jobs.delivery import Delivery
+from worker.rabbitmq import properties
+from worker.rabbitmq.connection import connection_losses
+
+log = structlog.get_logger(__name__)
+
+
+async def ignoring_loss(operation: Awaitable[object]) -> None:
+    """Await a request to the broker; ignore a lost connection, which the session handles."""
+    try:
+        with connection_losses():
+            await operation
+    except CONNECTION_EXCEPTIONS:
+        log.debug("rabbitmq_request_lost")
+
+
+def to_delivery(
+    message: AbstractIncomingMessage,
+    *,
+    is_alive: Callable[[], bool],
+    may_go_back: Callable[[], Awaitable[None]],
+) -> Delivery:
+    """Return the message as a delivery; it keeps the body and no other part of the message."""
+    headers = message.headers or {}
+    enqueued_ms = properties.count(headers.get(properties.ENQUEUED_HEADER), 2**53) or None
+    timestamp = message.timestamp if isinstance(message.timestamp, datetime) else None
+    # Quorum queues count the deliveries before this one; copies of requeued jobs carry the sum.
+    before = properties.count(headers.get("x-delivery-count"), properties.MAX_DELIVERIES_BELIEVED)
+    carried = properties.count(headers.get(properties.DELIVERIES_HEADER), properties.MAX_DELIVERIES_BELIEVED)
+    # A copy of a job without a message_id has the copy's own: the publisher gave the job none.
+    message_id, copy = (
+        properties.text(message.message_id),
+        properties.text(headers.get(properties.COPY_HEADER)),
+    )
+    return Delivery(
+        body=message.body,
+        message_id=message_id if message_id != copy else None,
+        correlation_id=properties.text(message.correlation_id),
+        reply_to=properties.text(message.reply_to),
+        content_type=properties.text(message.content_type),
+        timestamp=timestamp,
+        trace=properties.trace_headers(headers),
+        enqueued_ms=enqueued_ms,
+        queued_s=properties.queued_s(enqueued_ms, timestamp, datetime.now(UTC)),
+        attempts=_attempts(headers),
+        deliveries=carried + before + 1,
+        redelivered=bool(message.redelivered),
+        copy=copy,
+        received=time.monotonic(),
+        ack=lambda: ignoring_loss(message.ack()),
+        reject=lambda: ignoring_loss(message.reject(requeue=False)),
+        requeue=lambda: ignoring_loss(message.nack(requeue=True)),
+        is_alive=is_alive,
+        may_go_back=may_go_back,
+    )
+
+
+def _attempts(headers: Mapping[str, object]) -> int:
+    """Return the number of counted attempts so far; a replayed dead letter starts at 0."""
+    if properties.DIED_AT_HEADER in headers:
+        return 0
+    return properties.count(headers.get(properties.ATTEMPTS_HEADER), properties.MAX_ATTEMPTS_BELIEVED)
