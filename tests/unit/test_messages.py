@@ -47,7 +47,7 @@ FULL: dict[str, Any] = {
 def copies_of(delivery: Delivery) -> list[OutgoingMessage]:
     return [
         messages.retry_copy(delivery, "q", 3),
-        messages.given_back_copy(delivery, "q"),
+        messages.requeued_copy(delivery, "q"),
         messages.dead_letter(delivery, "q", DIED),
     ]
 
@@ -146,7 +146,7 @@ def test_a_job_given_back_counts_as_before_this_delivery(
     attempts: int, deliveries: int, expected: dict[str, int]
 ) -> None:
     delivery = a_delivery(attempts=attempts, deliveries=deliveries)
-    headers = own_headers(messages.given_back_copy(delivery, "q"))
+    headers = own_headers(messages.requeued_copy(delivery, "q"))
     assert headers.pop("vqa-copy")
     assert headers == expected
 
@@ -178,7 +178,7 @@ def test_a_job_given_back_has_fewer_attempts_if_some_were_an_outages(
     restored_attempts: int, left: int | None
 ) -> None:
     delivery = a_delivery(attempts=3)
-    copy = messages.given_back_copy(delivery, "q", restored_attempts)
+    copy = messages.requeued_copy(delivery, "q", restored_attempts)
     assert copy.headers.get("vqa-attempts") == left
 
 
@@ -188,7 +188,7 @@ def test_given_back_however_often_a_job_is_counted_as_it_was(
 ) -> None:
     delivery = a_delivery(b"{}", attempts=attempts, deliveries=deliveries)
     for _ in range(times):
-        again = wired(messages.given_back_copy(delivery, "q"))
+        again = wired(messages.requeued_copy(delivery, "q"))
         assert (again.attempts, again.deliveries) == (attempts, deliveries)
         assert again.key != delivery.key
         delivery = again

@@ -9,7 +9,7 @@ from pamqp.common import FieldValue
 from tests.unit.fakes import TOPOLOGY
 from worker.rabbitmq.connection import Broker
 from worker.rabbitmq.outgoing import OutgoingMessage
-from worker.rabbitmq.properties import can_be_said
+from worker.rabbitmq.properties import is_encodable
 from worker.rabbitmq.publisher import Publisher
 from worker.rabbitmq.requests import Requests
 
@@ -59,4 +59,4 @@ def test_a_header_nested_too_deep_to_be_encoded_is_not_repeated() -> None:
     value: FieldValue = "innermost"
     for _ in range(10_000):
         value = [value]
-    assert not can_be_said("deep", value)
+    assert not is_encodable("deep", value)

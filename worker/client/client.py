@@ -48,23 +48,23 @@ __all__ = [
     "TopologyError",
 ]
 
-# Whoever uses this may have set up nothing but the standard library's logging.
+# A program that uses the client need not configure structlog.
 log = logging.getLogger(__name__)
 
 MAX_JOB_BYTES: Final = 16_000_000
-# For telling the workers that nobody waits any more.
-FAREWELL_S: Final = 5.0
+# For the cancellation of a job whose caller stopped waiting.
+CANCEL_TIMEOUT_S: Final = 5.0
 
 
 class Failure(JobFailure):
     """Why there is no answer."""
 
-    # A worker that is newer than this client can have new ones.
+    # A newer worker can have codes that this client does not know.
     code: ErrorCode | str = Field(union_mode="left_to_right")  # type: ignore[assignment]  # wider on purpose
 
 
 class Result(_Result):
-    """What became of a job: an `answer`, or an `error`. Fields that a newer worker adds are left out."""
+    """A job's result: an `answer` or an `error`. Unknown fields of a newer worker are dropped."""
 
     error: Failure | None = None
 
@@ -75,35 +75,35 @@ class Result(_Result):
 
 
 class NoSuchQueueError(Exception):
-    """There is no queue of this name at the broker: no worker has ever run for it."""
+    """The jobs queue does not exist: no worker has run for it yet."""
 
 
 class ReplyLostError(Exception):
-    """The connection was lost while the job was asked, and the result with it, if there was one.
+    """The connection was lost after the job was published, so its result cannot arrive.
 
-    Only with `exclusive` and `direct` replies. Asked again under the same id, it is answered from the result
-    store if the workers have one (`VQA_RESULT_STORE`), and may be paid twice if they don't.
+    Only with `exclusive` and `direct` replies. If the job is published again with the same id, the workers
+    answer it from the result store (`VQA_RESULT_STORE`); without one, the model may be called and paid twice.
     """
 
 
 class Client:
-    """Asks, and waits for the answers. An async context manager, for any number of tasks of one event loop.
+    """Publish jobs and wait for their results. An async context manager, for many tasks of one event loop.
 
     Args:
-        url: of the broker, `amqp://user:password@host:port/vhost`, or `amqps://`.
-        jobs_queue: the queue that the workers take jobs from.
-        jobs_exchange: publish by this exchange (`vqa.jobs.intake`: see docs/permissions.md), if the default
-            one is closed to the user.
-        replies: where results come. `queue`: a queue of the client's own that outlives lost connections, so
-            that what is being asked is not lost with them; the user must be allowed to make `vqa.results.*`.
-            `exclusive`: a queue named by the server, gone with the connection. `direct`: RabbitMQ's direct
-            reply-to, the quickest; a result that cannot be delivered at once is lost.
-        reply_exchange: where the workers publish results, if they are set up so (`VQA_REPLY_EXCHANGE`).
-        max_in_flight: so many jobs are asked at a time; more wait for their turn.
-        connect_timeout: seconds that the broker may be out of reach at the beginning.
-        keep_replies: seconds that results are kept for a client that has lost its connection (`queue`).
+        url: the broker's, `amqp://user:password@host:port/vhost`, or `amqps://`.
+        jobs_queue: the workers' jobs queue.
+        jobs_exchange: the exchange to publish to (`vqa.jobs.intake`: see docs/permissions.md), if the user
+            may not write to the default exchange.
+        replies: the kind of reply queue. `queue`: a durable queue of this client that outlives lost
+            connections, and the results with it; the user needs the configure permission for `vqa.results.*`.
+            `exclusive`: a queue named by the server and deleted with the connection. `direct`: RabbitMQ's
+            direct reply-to, the fastest; a result that cannot be delivered at once is lost.
+        reply_exchange: the exchange that the workers publish results to (`VQA_REPLY_EXCHANGE`).
+        max_in_flight: the number of jobs in flight; further ones wait.
+        connect_timeout: seconds to wait for the first connection.
+        keep_replies: seconds that results are kept after a lost connection (`queue`).
         ssl_context: for `amqps://` with authorities other than the system's.
-        name: that the broker shows for the connection.
+        name: the connection name that the broker shows.
     """
 
     def __init__(
@@ -136,20 +136,20 @@ class Client:
         self._jobs_exchange = jobs_exchange
         self._connect_timeout = connect_timeout
         self._max_in_flight = max_in_flight
-        self._turns = asyncio.Semaphore(max_in_flight)
+        self._slots = asyncio.Semaphore(max_in_flight)
         self._waiting: dict[str, asyncio.Future[Result]] = {}
-        # Of those that wait, the ones that may be in the queue, and the ones that are.
+        # The ids of waiting jobs that may be in the queue, and of those that the broker has confirmed.
         self._sent: set[str] = set()
         self._confirmed: set[str] = set()
         self._session: asyncio.Task[None] | None = None
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._cancellations: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         """Connect.
 
         Raises:
-            BrokerUnreachableError: the broker is out of reach.
-            BrokerRefusedError, TopologyError: it refuses the credentials, or the queue for results.
+            BrokerUnreachableError: there was no connection within `connect_timeout`.
+            BrokerRefusedError, TopologyError: the broker refuses the credentials, or the reply queue.
         """
         self._session = asyncio.create_task(self._requests.run(), name="vqa-client")
         self._session.add_done_callback(self._end)
@@ -173,12 +173,12 @@ class Client:
             session.result()
         if not self._requests.connected.is_set():
             reason = self._requests.problem or "it does not answer"
-            raise BrokerUnreachableError(f"the broker is out of reach: {reason}")
+            raise BrokerUnreachableError(f"the broker cannot be reached: {reason}")
 
     async def __aexit__(self, *_: object) -> None:
-        """Close the connection; what is still asked is cancelled."""
-        if self._farewells:
-            await asyncio.wait(self._farewells)
+        """Close the connection; calls that still wait get a ConnectionError."""
+        if self._cancellations:
+            await asyncio.wait(self._cancellations)
         await self._requests.close()
         await self._stop()
 
@@ -213,38 +213,38 @@ class Client:
         return await self.ask_job(job, timeout=timeout)
 
     async def ask_job(self, job: Job | Mapping[str, Any], *, timeout: float | None = None) -> Result:
-        """Ask what a job asks; without an id it gets one.
+        """Publish a job and return its result; a job without an id gets one.
 
-        A job that fails is a result, too. Who gives up waiting, by `timeout` or by cancelling the task, takes
-        the job back: it is cancelled. With a `timeout` the job has that for a deadline, if it has none.
+        A failed job is a result, not an exception. After `timeout`, or when the calling task is cancelled,
+        the job is cancelled. With a `timeout`, a job without a deadline gets that as its deadline.
 
         Args:
-            job: its fields, or as a `Job`.
-            timeout: seconds for all of it.
+            job: its fields, or a `Job`.
+            timeout: seconds for everything.
 
         Raises:
-            InvalidJobError: it is no job.
-            TimeoutError: there was no result in time.
-            NoSuchQueueError: there is no queue for jobs.
+            InvalidJobError: the job is invalid.
+            TimeoutError: no result arrived in time.
+            NoSuchQueueError: the jobs queue does not exist.
             RefusedError: this user may not publish jobs.
-            TooLargeError: the broker takes no job of this size.
-            ReplyLostError: the connection was lost, and the result with it.
+            TooLargeError: the job is larger than the broker accepts.
+            ReplyLostError: the connection was lost, and with it the result.
         """
         job_id, body = _encoded(job, timeout)
         if self._session is None or self._session.done():
             raise RuntimeError("the client is not open: use it as an async context manager")
         if job_id in self._waiting:
-            raise ValueError(f"a job with the id {job_id} is being asked")
+            raise ValueError(f"a job with the id {job_id} is already in flight")
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting[job_id] = answer
         try:
-            async with asyncio.timeout(timeout), self._turns:
+            async with asyncio.timeout(timeout), self._slots:
                 return await self._ask(job_id, body, answer)
         except (TimeoutError, asyncio.CancelledError):
-            self._take_back(job_id)
+            self._cancel_abandoned(job_id)
             raise
         except UnroutableError:
-            text = f"the queue {self._jobs_queue} does not exist: no worker has ever run for it"
+            text = f"the queue {self._jobs_queue} does not exist: no worker has run for it yet"
             raise NoSuchQueueError(text) from None
         finally:
             del self._waiting[job_id]
@@ -257,16 +257,16 @@ class Client:
         *,
         timeout: float | None = None,
     ) -> AsyncGenerator[Result, None]:
-        """Ask many jobs, `max_in_flight` at a time, and yield the results as they come, in any order.
+        """Publish many jobs, `max_in_flight` at a time, and yield the results in the order of arrival.
 
-        When the iteration ends early, what is still asked is cancelled. To have late jobs as failed results
-        instead of an exception, give them a deadline.
+        When the iteration ends early, the jobs in flight are cancelled. Jobs with a deadline fail with a
+        result when they are late, instead of an exception.
 
         Args:
-            jobs: taken only as there is room for them.
+            jobs: read only as fast as they are published.
             timeout: seconds for each job.
 
-        Raises: as `ask_job`; the first one ends it.
+        Raises: as `ask_job`; the first exception ends the iteration.
         """
         source = _iterate(jobs)
         asking: set[asyncio.Task[Result]] = set()
@@ -292,10 +292,10 @@ class Client:
             await asyncio.gather(*left, return_exceptions=True)
 
     async def cancel(self, job_id: str) -> None:
-        """Take a job back: its result says `cancelled`, unless it is answered already.
+        """Cancel a job: its result is the error `cancelled`, unless it was answered before.
 
         Raises:
-            ConnectionError: the workers cannot be told now.
+            ConnectionError: the cancellation cannot be published now.
         """
         await self._requests.cancel(job_id)
 
@@ -303,7 +303,7 @@ class Client:
         self._sent.add(job_id)
         sending = asyncio.create_task(self._send(job_id, body))
         try:
-            # The answer can be there though the confirm was lost.
+            # The result can arrive although the confirm was lost.
             either: set[asyncio.Future[Any]] = {sending, answer}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
@@ -322,32 +322,32 @@ class Client:
         try:
             result = Result.model_validate_json(body, extra="ignore")
         except ValidationError:
-            log.warning("a message in the queue for results is no result, and is left out")
+            log.warning("ignored a message in the reply queue that is not a result")
             return
         waiting = self._waiting.get(result.id or "")
         if waiting is not None and not waiting.done():
             waiting.set_result(result)
 
     def _lose(self) -> None:
-        """The results of what was asked on the lost connection have no way to come."""
+        """Fail the jobs that were published on the lost connection: their results cannot arrive."""
         for job_id in self._confirmed:
             _fail(self._waiting[job_id], ReplyLostError(f"{job_id}: the connection was lost"))
 
-    def _take_back(self, job_id: str) -> None:
-        """Nobody waits for it any more; said by a task of its own, since this one is told to end."""
+    def _cancel_abandoned(self, job_id: str) -> None:
+        """Cancel a job that nobody waits for, in another task because this one is being cancelled."""
         if job_id not in self._sent or self._requests.problem:
             return
-        farewell = asyncio.create_task(self._say_cancelled(job_id))
-        self._farewells.add(farewell)
-        farewell.add_done_callback(self._farewells.discard)
+        cancellation = asyncio.create_task(self._publish_cancellation(job_id))
+        self._cancellations.add(cancellation)
+        cancellation.add_done_callback(self._cancellations.discard)
 
-    async def _say_cancelled(self, job_id: str) -> None:
+    async def _publish_cancellation(self, job_id: str) -> None:
         with suppress(ConnectionError, TimeoutError):
-            async with asyncio.timeout(FAREWELL_S):
+            async with asyncio.timeout(CANCEL_TIMEOUT_S):
                 await self._requests.cancel(job_id)
 
     def _end(self, session: "asyncio.Task[None]") -> None:
-        """The session has ended, by a bug or because the client closes: nothing more will come."""
+        """Fail all waiting jobs: the session ended, because of a bug or because the client closes."""
         for waiting in self._waiting.values():
             _fail(waiting, ConnectionError("the client is closed"))
         if not session.cancelled() and (error := session.exception()) is not None:
@@ -365,10 +365,10 @@ def _fail(waiting: "asyncio.Future[Result]", error: Exception) -> None:
 
 
 def _encoded(job: Job | Mapping[str, Any], timeout: float | None) -> tuple[str, bytes]:
-    """A job's id and its message's body.
+    """Return a job's id and its message body.
 
     Raises:
-        InvalidJobError: it is no job.
+        InvalidJobError: the job is invalid.
     """
     fields = job.model_dump(mode="json", exclude_unset=True) if isinstance(job, Job) else dict(job)
     if fields.get("id") is None:
@@ -380,7 +380,7 @@ def _encoded(job: Job | Mapping[str, Any], timeout: float | None) -> tuple[str, 
 
 
 def _rfc3339(moment: datetime) -> str:
-    """A time as jobs have it; one without a zone is the local one's."""
+    """Format a time for a job; a time without a zone is local."""
     return moment.astimezone(UTC).isoformat()
 
 

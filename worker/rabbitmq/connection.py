@@ -112,7 +112,7 @@ def _explain_tls(setting: str, error: ssl.SSLError) -> str:
 def connection_losses() -> Iterator[None]:
     """Tell a lost connection from a cancelled task, which aio-pika mixes up.
 
-    When a connection is lost, aio-pika cancels whoever waits for the broker's answer, which would end the
+    When a connection is lost, aio-pika cancels the tasks that wait for the broker, which would end the
     task silently. When a task is cancelled, aio-pika can raise the error of the channel that it closes for
     that reason, which would make the task try again and never end.
 

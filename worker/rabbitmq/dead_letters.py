@@ -161,7 +161,7 @@ class DeadLetters:
         Raises:
             LettersError: the broker does not take it; the letter is where it was.
         """
-        await self._put(messages.put_back(held.delivery, self._topology.jobs))
+        await self._put(messages.replayed(held.delivery, self._topology.jobs))
 
     async def sync(self) -> None:
         """Return when the broker has heard all that was said so far, acks too."""
@@ -309,7 +309,7 @@ def _with_cause(held: Held) -> Mapping[str, Any]:
         said[properties.DIED_AT_HEADER] = messages.rfc3339(held.letter.died_at)
     return {
         **said,
-        **{name: value for name, value in held.headers.items() if properties.can_be_said(name, value)},
+        **{name: value for name, value in held.headers.items() if properties.is_encodable(name, value)},
     }
 
 

@@ -1,4 +1,4 @@
-"""The messages that the worker publishes, made of what was delivered. No header of a job is copied blindly.
+"""Build the messages that the worker publishes from a delivery. No unknown header of a job is copied.
 
 RabbitMQ routes by `CC` and `BCC` headers, and refuses a `user_id` that isn't the connection's own, so a
 copied header could send a message anywhere or end the channel.
@@ -23,18 +23,18 @@ CONTENT_TYPE = "application/json"
 UNDELIVERABLE_HEADER = "vqa-undeliverable-to"
 ERROR_CODE_HEADER = "vqa-error-code"
 ERROR_MESSAGE_HEADER = "vqa-error-message"
-# To some made-up names of direct reply-to RabbitMQ answers by closing the connection (3.10: 541), each time.
+# RabbitMQ closes the connection on each publish to some invented direct reply-to names (3.10: code 541).
 DIRECT_REPLY_TRIES = 3
-# What RabbitMQ routes by, and what it counts.
-NOT_REPEATED = frozenset({"CC", "BCC", "x-delivery-count", "x-acquired-count"})
-# About ten seconds with the publisher's growing delays: longer than a broker's restart cuts connections.
+# Headers that RabbitMQ routes by, or counts in.
+DROPPED_HEADERS = frozenset({"CC", "BCC", "x-delivery-count", "x-acquired-count"})
+# About ten seconds with the publisher's delays, which is longer than a broker's restart takes.
 PRIVATE_QUEUE_TRIES = 7
-# As long for a copy of a job: the broker still has the job itself.
+# The same for a copy of a job: the broker still has the job itself.
 COPY_TRIES = 7
 
 
 def reply(delivery: Delivery, result: Result, queue: str, *, exchange: str) -> OutgoingMessage:
-    """The result, for the queue that the job's publisher reads."""
+    """Build the result message for the queue that the job's publisher reads."""
     return OutgoingMessage(
         body=result.to_body(),
         exchange=exchange,
@@ -49,32 +49,32 @@ def reply(delivery: Delivery, result: Result, queue: str, *, exchange: str) -> O
 
 
 def to_direct_reply(message: OutgoingMessage) -> OutgoingMessage:
-    """The same for direct reply-to, whose pseudo-queue is not routed to in the usual way."""
+    """Return the reply for direct reply-to, whose pseudo-queue only the default exchange knows."""
     return replace(message, exchange="", mandatory=False, tries=DIRECT_REPLY_TRIES)
 
 
 def to_private_queue(message: OutgoingMessage) -> OutgoingMessage:
-    """The same for a queue that is not the worker's own: one that is full must not hold up all others."""
+    """Return the reply for a queue that is not the worker's own: a full one must not block the job."""
     return replace(message, tries=PRIVATE_QUEUE_TRIES)
 
 
 def undeliverable(message: OutgoingMessage, results_queue: str) -> OutgoingMessage:
-    """The same for the results queue, since nobody reads where it was to go."""
+    """Return the reply for the results queue, because its own queue does not exist."""
     headers = {**message.headers, UNDELIVERABLE_HEADER: message.routing_key}
     return replace(message, routing_key=results_queue, headers=headers, message_id=str(uuid.uuid4()))
 
 
 def retry_copy(delivery: Delivery, queue: str, attempts: int) -> OutgoingMessage:
-    """The job for a retry queue; deliveries are counted anew, since this one has come to an end."""
+    """Build the copy of the job for a retry queue; its deliveries count from zero."""
     return _copy(
         delivery, queue, {properties.COPY_HEADER: uuid.uuid4().hex, properties.ATTEMPTS_HEADER: attempts}
     )
 
 
-def given_back_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) -> OutgoingMessage:
-    """The job as it was, with this delivery uncounted, and so many attempts less.
+def requeued_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) -> OutgoingMessage:
+    """Build the copy of a requeued job: this delivery and `restored_attempts` do not count.
 
-    A copy and not a nack, which RabbitMQ before 4.3 counts towards the delivery limit.
+    Not a nack, because RabbitMQ before 4.3 counts that towards the delivery limit.
     """
     headers: dict[str, FieldValue] = {properties.COPY_HEADER: uuid.uuid4().hex}
     if delivery.attempts > restored_attempts:
@@ -85,7 +85,7 @@ def given_back_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) 
 
 
 def dead_letter(delivery: Delivery, queue: str, outcome: DeadLettered) -> OutgoingMessage:
-    """The job as it came, with why it died: it can be put back as it was."""
+    """Build the dead letter: the job as it came, and the cause in headers, so that it can be replayed."""
     return _copy(
         delivery,
         queue,
@@ -98,14 +98,14 @@ def dead_letter(delivery: Delivery, queue: str, outcome: DeadLettered) -> Outgoi
     )
 
 
-def put_back(delivery: Delivery, queue: str) -> OutgoingMessage:
-    """A dead letter as the job that it was: nothing of its death comes along, and attempts count anew."""
+def replayed(delivery: Delivery, queue: str) -> OutgoingMessage:
+    """Build the original job from a dead letter: without the cause, and with attempts counted from zero."""
     return _copy(delivery, queue, {properties.COPY_HEADER: uuid.uuid4().hex})
 
 
 def renewed(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> OutgoingMessage:
-    """A dead letter once more, with its headers but those that route it or are RabbitMQ's to count."""
-    kept = {name: value for name, value in headers.items() if name not in NOT_REPEATED}
+    """Build a copy of a dead letter with its headers, except those that RabbitMQ routes by or counts in."""
+    kept = {name: value for name, value in headers.items() if name not in DROPPED_HEADERS}
     return _copy(delivery, queue, kept)
 
 
@@ -125,16 +125,16 @@ def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> 
     )
     if delivery.message_id is not None:
         return replace(copy, message_id=delivery.message_id)
-    # The library gives every message an id. One that is also here was not the publisher's: a dead letter
-    # without any id, put back, must not become a job under a name that nobody knows.
+    # aio-pika gives every message an id. The header marks one that is not the publisher's: a replayed dead
+    # letter without an id must not get an id that its publisher does not know.
     return replace(copy, headers={**copy.headers, properties.COPY_HEADER: copy.message_id})
 
 
 def rfc3339(moment: datetime) -> str:
-    """A moment in UTC, to the millisecond."""
+    """Format a time in UTC, to the millisecond."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _short(text: str | None) -> str | None:
-    """`text` if AMQP can carry it as a property (255 bytes), else None."""
+    """Return `text` if it fits into an AMQP property (255 bytes), else None."""
     return text if text is not None and len(text.encode()) <= properties.MAX_SHORT_BYTES else None

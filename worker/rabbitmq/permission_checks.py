@@ -1,8 +1,8 @@
-"""What is at the broker and what it allows, found out without any change.
+"""Find out what exists at the broker and what this user may do, without changing anything.
 
-What is allowed shows by questions that cannot be granted: RabbitMQ looks at permissions first and at the rest
-of a question then (measured on 3.10.8, 4.0.5 and 4.3.6). So a message that can never be published, and a
-consumer that can never be, tell whether others could.
+Permissions are checked with invalid requests: RabbitMQ checks the permission first and the request's other
+parts afterwards (measured on 3.10.8, 4.0.5 and 4.3.6). So the error for an invalid message or consumer shows
+whether a valid one would be allowed.
 """
 
 import asyncio
@@ -18,29 +18,29 @@ from worker.rabbitmq.connection import Broker, explain, short_lived_channel
 from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import ExchangeSpec, Part, QueueSpec
 
-# A broker that is out of memory or disk takes no message, and says nothing to whoever sends one.
+# A broker with a memory or disk alarm blocks publishers, without an answer.
 ANSWER_TIMEOUT_S = 5.0
-BLOCKED = "the broker takes no messages at the moment: it is short of memory or disk (see its log), or slow"
+BLOCKED = "the broker accepts no messages now: it has a memory or disk alarm (see its log), or is slow"
 
 
 class NotAllowedError(Exception):
-    """The broker does not allow it, or it cannot be done; the message says what is missing."""
+    """The broker does not allow it, or it is not possible; the message says what is missing."""
 
 
 class BlockedError(NotAllowedError):
-    """The broker says nothing, and will say no more on this connection."""
+    """The broker does not answer, and will not answer on this connection any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What there is of a queue: how many messages wait, and how many consumers take them; 0 of exchanges."""
+    """The number of ready messages and of consumers of a queue; 0 for exchanges."""
 
     messages: int = 0
     consumers: int = 0
 
 
 class Probes:
-    """Asks over one connection, each question on a channel of its own: a refusal closes it.
+    """Check over one connection, each time on its own channel, because a refusal closes it.
 
     All methods raise CONNECTION_EXCEPTIONS if the connection is lost.
     """
@@ -50,16 +50,16 @@ class Probes:
 
     @property
     def version(self) -> str:
-        """What the broker calls itself: `RabbitMQ 4.3.6`."""
+        """The broker's product and version: `RabbitMQ 4.3.6`."""
         transport = self._connection.transport
-        told = getattr(transport and transport.connection, "server_properties", None) or {}
-        return " ".join(str(told[name]) for name in ("product", "version") if name in told) or "a broker"
+        server = getattr(transport and transport.connection, "server_properties", None) or {}
+        return " ".join(str(server[name]) for name in ("product", "version") if name in server) or "a broker"
 
     async def find(self, part: Part) -> Found | None:
-        """Look for a queue or an exchange; None if it is not there.
+        """Return the figures of a queue or an exchange; None if it does not exist.
 
         Raises:
-            NotAllowedError: the user has no right to it at all, which RabbitMQ asks for since 4.3.
+            NotAllowedError: the user has no permission for it, which RabbitMQ requires since 4.3.
         """
         try:
             async with self._channel() as channel:
@@ -67,20 +67,20 @@ class Probes:
                     await part.declare(channel, passive=True)
                     return Found()
                 queue = await channel.declare_queue(part.name, passive=True)
-                told = queue.declaration_result
-                return Found(told.message_count or 0, told.consumer_count or 0)
+                result = queue.declaration_result
+                return Found(result.message_count or 0, result.consumer_count or 0)
         except ChannelNotFoundEntity:
             return None
         except ChannelClosed as error:
             raise NotAllowedError(explain(error)) from None
 
     async def compare(self, part: Part) -> str | None:
-        """How a queue or exchange that is there differs from what the worker needs, in the broker's words.
+        """Return how an existing queue or exchange differs from what the worker needs, in the broker's words.
 
-        It is declared as the worker does: should it have gone in this moment, it is made.
+        It is declared as the worker does, so one that is deleted at this moment is created again.
 
         Raises:
-            NotAllowedError: the user may not declare it, so that the broker does not compare.
+            NotAllowedError: the user may not declare it, so the broker does not compare.
         """
         try:
             async with self._channel() as channel:
@@ -92,10 +92,10 @@ class Probes:
         return None
 
     async def may_listen(self, exchange: ExchangeSpec) -> None:
-        """Find out whether a queue of one's own may be made and bound to an exchange; it goes at once.
+        """Check whether the user may create an exclusive queue and bind it to an exchange; it is deleted.
 
         Raises:
-            NotAllowedError: it may not.
+            NotAllowedError: the user may not.
         """
         try:
             async with self._channel() as channel:
@@ -106,10 +106,10 @@ class Probes:
             raise NotAllowedError(explain(error)) from None
 
     async def may_publish(self, exchange: str, routing_key: str) -> None:
-        """Find out whether messages may be published to an exchange, for this queue; none is.
+        """Check whether the user may publish to an exchange for this queue; nothing is published.
 
         Raises:
-            NotAllowedError: they may not, there is no such exchange, or the broker takes no messages.
+            NotAllowedError: the user may not, there is no such exchange, or the broker accepts no messages.
         """
 
         async def publish(channel: AbstractChannel) -> None:
@@ -119,33 +119,33 @@ class Probes:
                 b"", exchange=exchange, routing_key=routing_key, properties=properties
             )
 
-        await self._ask_in_vain(publish)
+        await self._check_with(publish)
 
     async def may_consume(self, queue: str) -> None:
-        """Find out whether a queue may be consumed from; nothing is.
+        """Check whether the user may consume from a queue; nothing is consumed.
 
         Raises:
-            NotAllowedError: it may not, or there is no such queue.
+            NotAllowedError: the user may not, or there is no such queue.
         """
 
         async def consume(channel: AbstractChannel) -> None:
             underlay = await channel.get_underlay_channel()
             await underlay.basic_consume(queue, _never, arguments={"x-priority": "none"})
 
-        await self._ask_in_vain(consume)
+        await self._check_with(consume)
 
-    async def _ask_in_vain(self, question: Callable[[AbstractChannel], Awaitable[None]]) -> None:
+    async def _check_with(self, invalid_request: Callable[[AbstractChannel], Awaitable[None]]) -> None:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S), self._channel() as channel:
-                await question(channel)
+                await invalid_request(channel)
         except ChannelPreconditionFailed:
-            # The right answer: all but the impossible was in order.
+            # The permission was granted; only the invalid part of the request was refused.
             return
         except ChannelClosed as error:
             raise NotAllowedError(explain(error)) from None
         except TimeoutError:
             raise BlockedError(BLOCKED) from None
-        raise NotAllowedError("the broker granted what no RabbitMQ grants: is it one?")
+        raise NotAllowedError("the broker accepted an invalid request: is it RabbitMQ?")
 
     def _channel(self) -> AbstractAsyncContextManager[AbstractChannel]:
         return short_lived_channel(self._connection, confirms=True)
@@ -182,4 +182,4 @@ class QueueWatch:
 
 
 async def _never(_: object) -> None:
-    """No message comes."""
+    """Ignore messages; none arrives."""

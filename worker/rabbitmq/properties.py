@@ -1,9 +1,9 @@
-"""What AMQP properties say, read without ever failing: the worker must not stop on any message.
+"""Read AMQP properties without ever failing: no message may stop the worker.
 
-aio-pika reads frames by pamqp, which raises on a property that it cannot decode (text that is not
-UTF-8, a timestamp beyond the year 9999). In the connection's reader that ends the connection; the
-broker delivers the message again, and so for ever. `install_tolerant_decoders` makes such a property
-come out empty instead. Each kind says its own length on the wire, so that what follows it is read right.
+aio-pika decodes frames with pamqp, which raises on a property that it cannot decode (text that is not UTF-8,
+a timestamp beyond the year 9999). That closes the connection and the broker delivers the message again,
+forever. `install_tolerant_decoders` makes such a property None. Each type has its length on the wire, so the
+properties after it are decoded correctly.
 """
 
 import re
@@ -31,7 +31,7 @@ DIED_AT_HEADER = "vqa-died-at"
 ENQUEUED_HEADER = "timestamp_in_ms"
 # W3C Trace Context, §3.2 and §3.3.
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
-# Version 00 ends where its fields end; later ones may add some; ff is none.
+# Version 00 ends after its fields, later versions may add some, ff is invalid.
 _TRACEPARENT = re.compile(
     r"(?:00(?=.{53}\Z)|(?!00|ff)[0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
@@ -39,7 +39,7 @@ MAX_TRACESTATE_CHARS = 512
 
 
 def install_tolerant_decoders() -> None:
-    """Replace pamqp's decoders of the property types that a publisher can fill with anything."""
+    """Replace pamqp's decoders of the property types whose content a publisher chooses freely."""
     lengths: dict[str, Callable[[bytes], int]] = {
         "shortstr": lambda data: 1 + int.from_bytes(data[:1]),
         "timestamp": lambda _: 8,
@@ -49,12 +49,12 @@ def install_tolerant_decoders() -> None:
         decoder = pamqp.decode.METHODS[kind]
         if not isinstance(decoder, _Tolerant):
             pamqp.decode.METHODS[kind] = _Tolerant(decoder, length_of)
-    # aio-pika itself raises on delivery modes other than 1 and 2, which RabbitMQ 4 lets pass.
+    # aio-pika raises on delivery modes other than 1 and 2, which RabbitMQ 4 accepts.
     DeliveryMode._missing_ = classmethod(lambda modes, _: modes.NOT_PERSISTENT)  # type: ignore[assignment, method-assign]
 
 
 class _Tolerant:
-    """A decoder that skips what it cannot decode."""
+    """A decoder that returns None for a value that it cannot decode."""
 
     def __init__(self, decode: Decoder, length_of: Callable[[bytes], int]) -> None:
         self._decode = decode
@@ -67,8 +67,8 @@ class _Tolerant:
             return self._length_of(data), None
 
 
-def can_be_said(name: str, value: FieldValue) -> bool:
-    """Whether a header that came can go out again: the library reads some that it cannot write."""
+def is_encodable(name: str, value: FieldValue) -> bool:
+    """Return whether a received header can be published: pamqp decodes some that it cannot encode."""
     try:
         pamqp.encode.field_table({name: value})
     except (TypeError, ValueError, OverflowError, RecursionError, struct.error):
@@ -77,19 +77,19 @@ def can_be_said(name: str, value: FieldValue) -> bool:
 
 
 def text(value: object) -> str | None:
-    """A property that should be text."""
+    """Return a property that should be text; None if it is anything else, or empty."""
     return value if isinstance(value, str) and value else None
 
 
 def count(value: object, most: int) -> int:
-    """A header that should be a small whole number; anything else counts as none."""
+    """Return a header that should be a number from 0 to `most`; 0 if it is anything else."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most:
         return value
     return 0
 
 
 def trace_headers(headers: Mapping[str, Any]) -> dict[str, str]:
-    """`traceparent` and `tracestate`, if they are what the standard says."""
+    """Return `traceparent` and `tracestate` if they conform to W3C Trace Context."""
     traceparent, tracestate = headers.get(TRACEPARENT), headers.get(TRACESTATE)
     if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent):
         return {}
@@ -100,13 +100,13 @@ def trace_headers(headers: Mapping[str, Any]) -> dict[str, str]:
 
 
 def with_trace(headers: Mapping[str, FieldValue], trace: Mapping[str, str]) -> dict[str, FieldValue]:
-    """A message's headers, going on with another step of the trace than they did."""
+    """Return a message's headers with another trace context."""
     kept = {name: value for name, value in headers.items() if name not in {TRACEPARENT, TRACESTATE}}
     return {**kept, **trace}
 
 
 def queued_s(enqueued_ms: int | None, timestamp: datetime | None, now: datetime) -> float | None:
-    """Seconds in the queue: by the interceptor's milliseconds, else by the timestamp's whole seconds."""
+    """Return the seconds in the queue: from the interceptor's milliseconds, else from the timestamp."""
     if enqueued_ms is not None:
         return max(0.0, now.timestamp() - enqueued_ms / 1000)
     if timestamp is not None:

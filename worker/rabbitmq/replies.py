@@ -1,4 +1,4 @@
-"""A publisher's side of the broker: its jobs' messages, a queue for its own results, and who reads that."""
+"""What a publisher of jobs needs: the job message, a reply queue, and its reader."""
 
 import asyncio
 import time
@@ -29,13 +29,13 @@ from worker.rabbitmq.topology import TopologyError
 if TYPE_CHECKING:
     from pamqp.common import FieldValue
 
-# What `VQA_ALLOWED_REPLY_TO` allows unless told otherwise.
+# The default of `VQA_ALLOWED_REPLY_TO` allows this prefix.
 PRIVATE_PREFIX = "vqa.results."
 PREFETCH = 500
 
 
 class QueueMissingError(Exception):
-    """There is no such queue."""
+    """The queue does not exist."""
 
     def __init__(self, queue: str) -> None:
         super().__init__(f"the queue {queue} does not exist")
@@ -45,7 +45,7 @@ class QueueMissingError(Exception):
 def job_message(
     job_id: str, body: bytes, queue: str, *, reply_to: str | None = None, exchange: str = ""
 ) -> OutgoingMessage:
-    """A job as a message. Sent again after a doubt it has the same ids, so that the copies can be told."""
+    """Build the message of a job. Copies published after a lost confirm have the same ids."""
     now = datetime.now(UTC)
     message = OutgoingMessage(
         body=body,
@@ -63,10 +63,11 @@ def job_message(
 
 
 async def depth(connection: AbstractConnection, queue: str) -> int:
-    """How many messages wait in a queue.
+    """Return the number of ready messages in a queue.
 
     Raises:
-        QueueMissingError: there is none of this name.
+        QueueMissingError: it does not exist.
+        TopologyError: the broker does not allow it.
     """
     async with _queue_channel(connection, queue) as channel:
         found = await channel.declare_queue(queue, durable=True, passive=True)
@@ -82,11 +83,11 @@ async def _queue_channel(connection: AbstractConnection, queue: str) -> AsyncIte
 
 @contextmanager
 def queue_errors(queue: str) -> Iterator[None]:
-    """Tell what the broker says of a queue from the loss of a channel.
+    """Translate the broker's refusals about a queue; pass on the losses of a channel.
 
     Raises:
-        QueueMissingError: there is no queue of this name.
-        TopologyError: the broker does not allow it.
+        QueueMissingError: it does not exist.
+        TopologyError: the broker does not allow the request.
     """
     try:
         yield
@@ -100,19 +101,19 @@ def queue_errors(queue: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ReplyQueue:
-    """A durable queue for one reader's results, which goes by itself when nobody has used it for long.
+    """A durable queue for one reader's results, which RabbitMQ deletes when it is unused for long.
 
     Attributes:
-        exchange: the one that workers publish results to (`VQA_REPLY_EXCHANGE`); empty: the default one.
-        expires_s: after so many seconds without a reader it is gone.
+        exchange: to bind it to (`VQA_REPLY_EXCHANGE`); empty: the default exchange.
+        expires_s: seconds without a reader after which it is deleted.
     """
 
     name: str
     exchange: str
     expires_s: int
 
-    async def make(self, connection: AbstractConnection) -> None:
-        """Make it, if it is not there."""
+    async def declare(self, connection: AbstractConnection) -> None:
+        """Create it, unless it exists."""
         try:
             await depth(connection, self.name)
         except QueueMissingError:
@@ -129,7 +130,7 @@ class ReplyQueue:
 async def prepare(
     connection: AbstractConnection, *, jobs_queue: str | None, replies: ReplyQueue | None
 ) -> None:
-    """See that there is the queue for jobs, and make the one for their results, before any job is sent.
+    """Check that the jobs queue exists and create the reply queue, before any job is sent.
 
     Raises:
         QueueMissingError, TopologyError: as `depth`.
@@ -137,25 +138,25 @@ async def prepare(
     if jobs_queue is not None:
         await depth(connection, jobs_queue)
     if replies is not None:
-        await replies.make(connection)
+        await replies.declare(connection)
 
 
 async def delete_queue(connection: AbstractConnection, name: str) -> None:
-    """Delete a queue, if it is there, and what is in it."""
+    """Delete a queue and its messages, if it exists."""
     async with _queue_channel(connection, name) as channel:
         await channel.queue_delete(name, if_unused=False, if_empty=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A result's body, and when it was published, in seconds since 1970."""
+    """A result's body, and when it was published, in Unix seconds."""
 
     body: bytes
     at: int
 
 
 class ReplyReader:
-    """Hands the results in a queue to `take`, some at a time; when that returns they are acked."""
+    """Pass the results in a queue to `take`, some at a time, and ack them when it returns."""
 
     def __init__(self, broker: Broker, queue: str, take: Callable[[Sequence[Reply]], None]) -> None:
         self._session = Session(broker, "results")
@@ -163,12 +164,11 @@ class ReplyReader:
         self._take = take
 
     async def run(self) -> None:
-        """Read until cancelled, over lost connections.
+        """Read until cancelled; connect again after losses.
 
         Raises:
-            QueueMissingError: there is no such queue, or it was deleted.
-            BrokerRefusedError: at the first connection, the broker refuses the credentials.
-            TopologyError: this user may not read it.
+            QueueMissingError: the queue does not exist, or was deleted.
+            BrokerRefusedError, TopologyError: at the first connection, the broker refuses the user.
         """
         await self._session.run(self._read)
 
@@ -211,7 +211,7 @@ class ReplyReader:
 async def _put(
     arrivals: "asyncio.Queue[AbstractIncomingMessage | None]", message: AbstractIncomingMessage
 ) -> None:
-    # The library cancels this coroutine with the channel: nothing may be awaited here.
+    # aio-pika cancels this coroutine with the channel: nothing may be awaited here.
     arrivals.put_nowait(message)
 
 

@@ -1,4 +1,4 @@
-"""Jobs out and their results in, over one connection: for a program that asks and waits for answers."""
+"""Publish jobs and receive their results over one session: the transport of the Python client."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from typing import Final, Literal, TypeAlias
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed, PublishError
 
 from worker.rabbitmq.connection import (
     Broker,
@@ -20,6 +20,7 @@ from worker.rabbitmq.connection import (
     raise_if_cancelled,
     short_lived_channel,
 )
+from worker.rabbitmq.control import REBIND_INTERVAL_S
 from worker.rabbitmq.outgoing import (
     OutgoingMessage,
     UnroutableError,
@@ -30,7 +31,7 @@ from worker.rabbitmq.outgoing import (
 from worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, queue_errors
 from worker.rabbitmq.session import FIRST_DELAY_S, LONGEST_DELAY_S, Session
 
-# Whoever uses this may have set up nothing but the standard library's logging.
+# A program that uses the client need not configure structlog.
 log = logging.getLogger(__name__)
 
 Replies: TypeAlias = Literal["queue", "exclusive", "direct"]
@@ -39,11 +40,11 @@ DIRECT: Final = "amq.rabbitmq.reply-to"
 
 
 class Requests:
-    """A session with the broker, made anew whenever it is lost, while `run` runs.
+    """Publish jobs and pass results to a callback, while `run` runs.
 
-    `replies` says where results come: `queue`, a durable queue of its own that outlives lost connections, and
-    goes when nobody has used it for `expires_s` seconds; `exclusive`, a queue that goes with the connection;
-    or `direct`, RabbitMQ's direct reply-to, which has no queue.
+    `replies` is the kind of reply queue: `queue`, a durable queue that outlives lost connections and is
+    deleted after `expires_s` seconds without a reader; `exclusive`, a queue that is deleted with the
+    connection; or `direct`, RabbitMQ's direct reply-to, which has no queue.
 
     Attributes:
         reply_to: what the current session's jobs carry.
@@ -60,7 +61,7 @@ class Requests:
         on_result: Callable[[bytes], None],
         on_loss: Callable[[], None],
     ) -> None:
-        """`on_result` gets each result's body; `on_loss` hears that results on their way will not come."""
+        """`on_result` gets each result's body; `on_loss` is called when results under way are lost."""
         self._session = Session(broker, "client", report=_report)
         self._jobs_queue = jobs_queue
         self._replies = replies
@@ -73,11 +74,11 @@ class Requests:
         self.reply_to = ""
 
     async def run(self) -> None:
-        """Keep a session up until cancelled; then the reply queue is deleted.
+        """Keep the session connected until cancelled.
 
         Raises:
-            BrokerRefusedError: the broker refuses the credentials, at the first connection.
-            TopologyError: it does not allow a queue for results, at the first connection.
+            BrokerRefusedError: at the first connection, the broker refuses the credentials.
+            TopologyError: at the first connection, the broker refuses the reply queue.
         """
         await self._session.run(self._serve)
 
@@ -92,11 +93,11 @@ class Requests:
         return self._session.problem
 
     async def publish(self, message: OutgoingMessage) -> None:
-        """Publish a job and wait for the confirm, over lost connections; its `reply_to` is added.
+        """Publish a job with the session's `reply_to` and wait for the confirm; repeat after losses.
 
         Raises:
             UnroutableError: there is no such queue.
-            TooLargeError: the broker takes no message of this size.
+            TooLargeError: the job is larger than the broker accepts.
             RefusedError: this user may not publish there, or there is no such exchange.
         """
         # Outside the loop that publishes again: an error in building the message is not the broker's.
@@ -111,15 +112,15 @@ class Requests:
             except CONNECTION_EXCEPTIONS as error:
                 raise_if_too_large(error, message)
                 raise_if_refused(error, "the client's user")
-                log.debug("a job was not confirmed, and is sent again: %s", explain(error))
+                log.debug("a job was not confirmed, publishing it again: %s", explain(error))
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
     async def cancel(self, job_id: str) -> None:
-        """Tell all workers that nobody wants a job's answer any more.
+        """Publish a cancellation to all workers.
 
         Raises:
-            ConnectionError: there is no session with the broker, or nobody can be told.
+            ConnectionError: there is no connection to the broker, or it refuses the message.
         """
         connection = self._session.connection
         if connection is None:
@@ -134,7 +135,7 @@ class Requests:
             raise ConnectionError(f"exchange {exchange_name}: {explain(error)}") from None
 
     async def close(self) -> None:
-        """Delete the reply queue, as far as there is a connection."""
+        """Delete the reply queue, if there is a connection."""
         if self._replies == "queue" and self._channel is not None and self._consumer is not None:
             with suppress(*CONNECTION_EXCEPTIONS), connection_losses():
                 queue, tag = self._consumer
@@ -152,7 +153,10 @@ class Requests:
             self._channel = channel
             self._session.mark_ready()
             raise_if_cancelled()
-            raise ConnectionError(await lost)
+            while not lost.done():
+                await asyncio.wait({lost}, timeout=REBIND_INTERVAL_S)
+                await self._bind_again(connection)
+            raise ConnectionError(lost.result())
         finally:
             lost.cancel()
             was_ready, self._channel = self._channel is not None, None
@@ -173,13 +177,24 @@ class Requests:
         if self._replies == "direct":
             return await channel.get_queue(DIRECT, ensure=False)
         if self._replies == "queue":
-            await self._own.make(connection)
+            await self._own.declare(connection)
             return await channel.get_queue(self._own.name, ensure=False)
         with queue_errors("for replies"):
             queue = await channel.declare_queue(exclusive=True)
             if self._reply_exchange:
                 await queue.bind(self._reply_exchange, routing_key=queue.name)
         return queue
+
+    async def _bind_again(self, connection: AbstractConnection) -> None:
+        """Repeat the binding, which is lost when the reply exchange is deleted and created again."""
+        if not self._reply_exchange or self._replies == "direct":
+            return
+        try:
+            async with short_lived_channel(connection) as channel:
+                queue = await channel.get_queue(self.reply_to, ensure=False)
+                await queue.bind(self._reply_exchange, routing_key=self.reply_to)
+        except ChannelClosed as error:
+            log.warning("results cannot arrive: exchange %s: %s", self._reply_exchange, explain(error))
 
     async def _receive(self, message: AbstractIncomingMessage) -> None:
         self._on_result(message.body)

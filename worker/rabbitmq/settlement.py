@@ -1,4 +1,4 @@
-"""The one place that settles deliveries: publish, wait for the confirm, then ack."""
+"""Settle deliveries: publish the outcome, wait for the confirm, then ack. Nothing else settles them."""
 
 import asyncio
 import time
@@ -23,30 +23,30 @@ from worker.rabbitmq.topology import Topology
 log = structlog.get_logger(__name__)
 
 DIRECT_REPLY_TO = "amq.rabbitmq.reply-to."
-# How long to wait before a message is tried again that no queue took, though the queues were made anew.
+# Before the next publish of a message that stayed unroutable although the queues were declared again.
 UNROUTABLE_DELAY_S = 5.0
-# How often that is done for a copy of a job that the broker still has: a minute at most.
+# Publishes of a copy of a job, each with its own tries, before the broker gets the job itself back.
 COPY_ROUNDS = 4
 
 
 class Publisher(Protocol):
-    """Where messages go."""
+    """Publishes messages."""
 
     async def publish(self, message: OutgoingMessage) -> None:
-        """Publish, confirmed, or raise UnroutableError, GivenUpError or TooLargeError."""
+        """Publish and wait for the confirm; raise UnroutableError, PublishAbandonedError or TooLargeError."""
 
     async def restore_topology(self) -> None:
-        """Make queues again that have gone."""
+        """Declare the queues again after one of them went missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyPolicy:
-    """Which `reply_to` names are honoured (`VQA_ALLOWED_REPLY_TO`)."""
+    """Decide which `reply_to` names are used (`VQA_ALLOWED_REPLY_TO`)."""
 
     allowed: Sequence[str]
 
     def queue_for(self, delivery: Delivery, default: str) -> str:
-        """The queue that the result goes to."""
+        """Return the queue for the result: `reply_to` if it is allowed, else `default`."""
         reply_to = delivery.reply_to
         if reply_to is not None and any(fnmatchcase(reply_to, glob) for glob in self.allowed):
             return reply_to
@@ -54,7 +54,7 @@ class ReplyPolicy:
 
 
 class Settlement:
-    """Turns outcomes into messages, and acks when the broker has them."""
+    """Publish the messages of an outcome, and ack the delivery when the broker has confirmed them."""
 
     def __init__(
         self, publisher: Publisher, topology: Topology, replies: ReplyPolicy, tenants: Tenants | None = None
@@ -66,20 +66,20 @@ class Settlement:
         self._warnings = RateLimitedWarnings()
 
     async def publish(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
-        """Publish what the outcome calls for.
+        """Publish the messages of an outcome and wait for their confirms.
 
-        Returns, when the broker has confirmed all of it: what was published, which is a failed result in
-        place of one that is larger than the broker takes. Or None: the broker has the job itself back, since
-        it did not take a copy of it.
+        Returns:
+            The outcome that was published: a failed one if the result was larger than the broker accepts.
+            None if the broker refused a copy of the job and has the job itself back.
         """
         with metrics.stage("publish", outcome.model):
             try:
-                is_out = await self._publish(delivery, outcome)
+                is_published = await self._publish(delivery, outcome)
             except TooLargeError as error:
                 outcome = _failed_as_too_large(outcome, str(error))
-                is_out = await self._publish(delivery, outcome)
-            if not is_out:
-                return await self._hand_over(delivery, outcome)
+                is_published = await self._publish(delivery, outcome)
+            if not is_published:
+                return await self._leave_to_broker(delivery, outcome)
         return outcome
 
     async def _publish(self, delivery: Delivery, outcome: Outcome) -> bool:
@@ -87,19 +87,19 @@ class Settlement:
             case Succeeded(result=result) | Failed(result=result):
                 return await self._reply(delivery, result)
             case DeadLettered():
-                return await self._bury(delivery, outcome)
+                return await self._dead_letter(delivery, outcome)
             case Retried(delay_s=delay_s, attempts=attempts):
                 copy = messages.retry_copy(delivery, self._topology.retry(delay_s), attempts)
             case Requeued(restored_attempts=restored_attempts):
                 await delivery.may_go_back()
-                copy = messages.given_back_copy(delivery, self._topology.jobs, restored_attempts)
+                copy = messages.requeued_copy(delivery, self._topology.jobs, restored_attempts)
             case _:
                 assert_never(outcome)
-        return await self._put(copy, delivery)
+        return await self._publish_copy(copy, delivery)
 
-    async def _hand_over(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
-        """The last resort: the broker moves the job itself, and nobody sits on it until it loses patience."""
-        log.error("job_left_to_broker", **_facts(delivery, outcome))
+    async def _leave_to_broker(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
+        """Let the broker move the job itself, rather than keep it until the consumer timeout."""
+        log.error("job_left_to_broker", **_log_fields(delivery, outcome))
         if isinstance(outcome, DeadLettered):
             await delivery.reject()
             return outcome
@@ -107,22 +107,22 @@ class Settlement:
         return None
 
     async def finish(self, delivery: Delivery, outcome: Outcome) -> None:
-        """Ack, then count and log what became of the job."""
+        """Ack, then count and log the outcome."""
         await delivery.ack()
         took_s = time.monotonic() - delivery.received
         match outcome:
             case Succeeded(result=result):
                 self._count(result, "", outcome.model, took_s)
-                log.info("job_finished", **_facts(delivery, outcome), **_details(result))
+                log.info("job_finished", **_log_fields(delivery, outcome), **_details(result))
             case Failed(result=result, code=code):
                 self._count(result, code, outcome.model, took_s)
-                log.warning("job_finished", **_facts(delivery, outcome), error=code, **_details(result))
+                log.warning("job_finished", **_log_fields(delivery, outcome), error=code, **_details(result))
             case DeadLettered(result=result, code=code):
                 self._count(result, code, outcome.model, took_s)
                 metrics.series(metrics.DEAD_LETTERS, code).inc()
                 log.error(
                     "job_finished",
-                    **_facts(delivery, outcome),
+                    **_log_fields(delivery, outcome),
                     error=code,
                     dead_letter=True,
                     **_details(result),
@@ -131,14 +131,14 @@ class Settlement:
                 metrics.series(metrics.RETRIES, reason).inc()
                 log.warning(
                     "job_retried",
-                    **_facts(delivery, outcome),
+                    **_log_fields(delivery, outcome),
                     reason=reason,
                     attempts=attempts,
                     delay_s=delay_s,
                 )
             case Requeued():
                 metrics.JOBS_REQUEUED.inc()
-                log.debug("job_requeued", **_facts(delivery, outcome), total_s=round(took_s, 3))
+                log.debug("job_requeued", **_log_fields(delivery, outcome), total_s=round(took_s, 3))
             case _:
                 assert_never(outcome)
 
@@ -161,26 +161,26 @@ class Settlement:
                 reply = messages.undeliverable(reply, self._topology.results)
             else:
                 return True
-        return await self._deliver(reply)
+        return await self._publish_to_own(reply)
 
-    async def _bury(self, delivery: Delivery, outcome: DeadLettered) -> bool:
-        """The result first: a publisher that waits is told even if the worker dies in between."""
-        if outcome.code is not ErrorCode.INVALID_JOB or _has_somebody_to_tell(delivery, outcome):
+    async def _dead_letter(self, delivery: Delivery, outcome: DeadLettered) -> bool:
+        """Publish the result first: a waiting publisher gets it even if the worker dies in between."""
+        if outcome.code is not ErrorCode.INVALID_JOB or _has_recipient(delivery, outcome):
             await self._reply(delivery, outcome.result)
-        letter = messages.dead_letter(delivery, self._topology.dead_letters, outcome)
-        return await self._put(letter, delivery)
+        copy = messages.dead_letter(delivery, self._topology.dead_letters, outcome)
+        return await self._publish_copy(copy, delivery)
 
-    async def _put(self, copy: OutgoingMessage, delivery: Delivery) -> bool:
-        """Publish a copy of a job that the broker has until then; returns whether it took the copy."""
+    async def _publish_copy(self, copy: OutgoingMessage, delivery: Delivery) -> bool:
+        """Publish a copy of a job that the broker still has; return whether it accepted the copy."""
         copy = replace(copy, exchange=self._topology.jobs_exchange)
-        return await self._deliver(copy, lets_go=delivery.is_alive)
+        return await self._publish_to_own(copy, may_abandon=delivery.is_alive)
 
-    async def _deliver(
-        self, message: OutgoingMessage, *, lets_go: Callable[[], bool] = lambda: False
+    async def _publish_to_own(
+        self, message: OutgoingMessage, *, may_abandon: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Publish to a queue of the worker's own, which is made again if it has gone; tried without end.
+        """Publish to a queue of the worker until it is confirmed; declare the queue if it is missing.
 
-        Unless `lets_go`, after some rounds, since the broker still has what this is a copy of: returns False.
+        Return False after `COPY_ROUNDS` if `may_abandon`, because the broker still has the original.
         """
         delay_s, rounds = 0.0, 0
         while True:
@@ -189,32 +189,32 @@ class Settlement:
             except PublishAbandonedError:
                 pass
             except UnroutableError:
-                self._say_missing(message)
+                self._log_missing(message)
             except TooLargeError:
-                if lets_go():
+                if may_abandon():
                     return False
                 raise
             else:
                 self._warnings.recovered(message.routing_key)
                 return True
             rounds += 1
-            if rounds >= COPY_ROUNDS and lets_go():
+            if rounds >= COPY_ROUNDS and may_abandon():
                 return False
             await self._publisher.restore_topology()
             await asyncio.sleep(delay_s)
             delay_s = UNROUTABLE_DELAY_S
 
-    def _say_missing(self, message: OutgoingMessage) -> None:
+    def _log_missing(self, message: OutgoingMessage) -> None:
         if self._warnings.should_log(message.routing_key, "missing"):
             log.error("queue_missing", queue=message.routing_key, exchange=message.exchange)
 
 
-def _has_somebody_to_tell(delivery: Delivery, outcome: DeadLettered) -> bool:
+def _has_recipient(delivery: Delivery, outcome: DeadLettered) -> bool:
     return any((outcome.job_id, delivery.message_id, delivery.reply_to, delivery.correlation_id))
 
 
 def _failed_as_too_large(outcome: Outcome, why: str) -> Outcome:
-    """What is published in place of a result that is too large; what was paid for it is told.
+    """Return the failed outcome for a result that is too large; it keeps usage and cost.
 
     Raises:
         TypeError: the outcome has no result.
@@ -228,16 +228,16 @@ def _failed_as_too_large(outcome: Outcome, why: str) -> Outcome:
     return Failed(job_id=outcome.job_id, model=outcome.model, result=result, code=failure.code)
 
 
-def _facts(delivery: Delivery, outcome: Outcome) -> Mapping[str, Any]:
-    """What a log line says of a job, beside the trace's id, which all lines of a delivery have."""
-    facts = {"job_id": outcome.job_id, "outcome": outcome.name, "model": outcome.model}
+def _log_fields(delivery: Delivery, outcome: Outcome) -> Mapping[str, Any]:
+    """Return a log line's fields of a job; all lines of a delivery also have the trace id."""
+    fields = {"job_id": outcome.job_id, "outcome": outcome.name, "model": outcome.model}
     if delivery.correlation_id not in (None, outcome.job_id):
-        facts["correlation_id"] = delivery.correlation_id
-    return facts
+        fields["correlation_id"] = delivery.correlation_id
+    return fields
 
 
 def _details(result: Result) -> Mapping[str, Any]:
-    """What a log line says of a result; never the question, the answer or the API's own words."""
+    """Return a log line's fields of a result; never the question, the answer or the API's text."""
     usage = result.usage.model_dump() if result.usage else {}
     details = {"attempts": result.attempts, "finish_reason": result.finish_reason, **usage}
     return {

@@ -1,4 +1,4 @@
-"""The queues and exchanges: their names, arguments, and how they come to be. Named here and nowhere else."""
+"""Name, declare and check the queues and exchanges. They are named here and nowhere else."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 
 
 class TopologyError(Exception):
-    """The broker's queues or exchanges are not as they must be.
+    """Queues or exchanges are missing, or have other arguments than the worker needs.
 
     Attributes:
         faults: one line each, naming the queue or exchange and what to do.
@@ -40,7 +40,7 @@ class QueueSpec:
         return f"queue {self.name}"
 
     async def declare(self, channel: AbstractChannel, *, passive: bool) -> None:
-        """Make it, or see that it is as it would be made; `passive`: only look that it is there."""
+        """Declare it; `passive`: only check that it exists."""
         arguments = None if passive else dict(self.arguments)
         await channel.declare_queue(self.name, durable=True, passive=passive, arguments=arguments)
 
@@ -51,7 +51,7 @@ class ExchangeSpec:
 
     Attributes:
         setting: the variable that names it, if one does.
-        may_differ: whether one that is there is taken as it is, because it was made by somebody else.
+        may_differ: whether an existing one may have other arguments, because another party created it.
     """
 
     name: str
@@ -63,13 +63,13 @@ class ExchangeSpec:
         return f"exchange {self.name} ({self.setting})" if self.setting else f"exchange {self.name}"
 
     async def declare(self, channel: AbstractChannel, *, passive: bool) -> None:
-        """Make it, or see that it is as it would be made; `passive`: only look that it is there."""
+        """Declare it; `passive`: only check that it exists."""
         await channel.declare_exchange(self.name, self.type, durable=True, passive=passive)
 
 
 @dataclass(frozen=True, slots=True)
 class BindingSpec:
-    """A queue's binding to an exchange, by the queue's own name."""
+    """A queue's binding to an exchange, with the queue's name as the routing key."""
 
     exchange: str
     queue: str
@@ -78,7 +78,7 @@ class BindingSpec:
         return f"binding of queue {self.queue} to exchange {self.exchange}"
 
     async def declare(self, channel: AbstractChannel, *, passive: bool) -> None:
-        """Make it, unless it is there. It cannot be looked for."""
+        """Create it, unless it exists. AMQP has no passive declaration of bindings."""
         assert not passive  # noqa: S101 - for the type's sake: queues and exchanges can
         queue = await channel.get_queue(self.queue, ensure=False)
         await queue.bind(self.exchange, routing_key=self.queue)
@@ -89,7 +89,7 @@ Part: TypeAlias = QueueSpec | ExchangeSpec
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """All the names that the worker uses at the broker. An exchange without a name is the default one."""
+    """The names of all queues and exchanges. An empty exchange name means the default exchange."""
 
     jobs: str
     results: str
@@ -101,7 +101,7 @@ class Topology:
 
     @classmethod
     def from_settings(cls, settings: BrokerSettings) -> "Topology":
-        """As the settings say."""
+        """Return the topology of these settings."""
         return cls(
             jobs=settings.jobs_queue,
             results=settings.results_queue,
@@ -113,34 +113,40 @@ class Topology:
         )
 
     def retry(self, delay_s: int) -> str:
-        """The queue that holds a job for so many seconds and then hands it back to the jobs queue."""
+        """Return the queue that delays a job for `delay_s` seconds before it returns to the jobs queue."""
         return retry_queue(self.jobs, delay_s)
 
     @property
     def control(self) -> ExchangeSpec:
-        """The exchange on which workers are told of cancellations. They do without if they must."""
+        """The exchange for cancellations. A worker runs without it."""
         return ExchangeSpec(f"{self.jobs}.control", ExchangeType.FANOUT)
 
     def queues(self) -> list[QueueSpec]:
-        """Every queue, in the order of declaration: where messages go to comes first."""
+        """Return every queue in the order of declaration: dead-letter targets come first."""
         # Dead-lettering at least once needs reject-publish (RabbitMQ documentation, "Quorum queues").
-        hands_on = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
+        at_least_once = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
         return [
             _quorum(self.dead_letters),
             _quorum(self.results),
             _quorum(
-                self.jobs, **_to(self.dead_letters), **hands_on, **{"x-delivery-limit": BROKER_DELIVERY_LIMIT}
+                self.jobs,
+                **_to(self.dead_letters),
+                **at_least_once,
+                **{"x-delivery-limit": BROKER_DELIVERY_LIMIT},
             ),
             *(
                 _quorum(
-                    self.retry(delay_s), **{"x-message-ttl": delay_s * 1000}, **_to(self.jobs), **hands_on
+                    self.retry(delay_s),
+                    **{"x-message-ttl": delay_s * 1000},
+                    **_to(self.jobs),
+                    **at_least_once,
                 )
                 for delay_s in self.retry_delays_s
             ),
         ]
 
     def exchanges(self) -> list[ExchangeSpec]:
-        """Every exchange that messages are published to and that is not the default one."""
+        """Return every exchange that messages are published to, except the default exchange."""
         replies = ExchangeSpec(
             self.reply_exchange, ExchangeType.DIRECT, "VQA_REPLY_EXCHANGE", may_differ=True
         )
@@ -148,7 +154,7 @@ class Topology:
         return [exchange for exchange in (jobs, replies) if exchange.name]
 
     def bindings(self) -> list[BindingSpec]:
-        """Every queue's binding to those exchanges."""
+        """Return every queue's binding to those exchanges."""
         kept = [queue.name for queue in self.queues() if queue.name != self.results]
         jobs = [BindingSpec(self.jobs_exchange, name) for name in kept]
         return [
@@ -165,28 +171,28 @@ def _to(queue: str) -> dict[str, FieldValue]:
 
 
 async def establish(connection: AbstractConnection, topology: Topology) -> None:
-    """Declare what a worker cannot do without, or only look that it is there (`VQA_DECLARE_TOPOLOGY=false`).
+    """Declare everything that a worker needs, or only check it (`VQA_DECLARE_TOPOLOGY=false`).
 
-    Somebody else's exchange is only looked for. RabbitMQ 4.3 shows nothing to users without a right to it
-    (4.3.0 and 4.2.6: to those who may not configure it), which a worker need not have: that is no fault.
+    The reply exchange, which another party created, is only checked. RabbitMQ 4.3 refuses that check to users
+    without a permission for it (4.3.0 and 4.2.6: without the configure permission). A worker does not need
+    that permission, so such a refusal is not an error.
 
     Raises:
-        TopologyError: with every fault found, a line each.
+        TopologyError: with every problem found, a line each.
     """
-    looks = not topology.declare
-    hint = "" if looks else "; or create it and set VQA_DECLARE_TOPOLOGY=false"
-    faults, unseen = [], []
+    hint = "" if not topology.declare else "; or create it and set VQA_DECLARE_TOPOLOGY=false"
+    faults, unchecked = [], []
     parts: list[Part] = [*topology.queues(), *topology.exchanges()]
     for part in parts:
-        only_looks = looks or part.may_differ
-        refusal = await _refusal(connection, part, passive=only_looks)
-        if refusal and only_looks and broker_reason(refusal).startswith("ACCESS_REFUSED"):
-            unseen.append(str(part))
+        is_check = not topology.declare or part.may_differ
+        refusal = await _refusal(connection, part, passive=is_check)
+        if refusal and is_check and broker_reason(refusal).startswith("ACCESS_REFUSED"):
+            unchecked.append(str(part))
         elif refusal:
             faults.append(_explain(refusal, part, hint))
-    if unseen:
+    if unchecked:
         log.info(
-            "topology_check_forbidden", parts=unseen, reason="RabbitMQ does not let this user look for them"
+            "topology_check_forbidden", parts=unchecked, reason="RabbitMQ does not let this user check them"
         )
     _raise_if_any(faults)
     if topology.declare:
@@ -194,29 +200,29 @@ async def establish(connection: AbstractConnection, topology: Topology) -> None:
 
 
 async def create(connection: AbstractConnection, topology: Topology) -> list[tuple[Part, bool]]:
-    """Make everything that is not there, whatever `VQA_DECLARE_TOPOLOGY` says.
+    """Create everything that is missing, also with `VQA_DECLARE_TOPOLOGY=false`.
 
     Returns:
-        The queues and exchanges, each with whether it was made now. (Of bindings AMQP does not tell.)
+        The queues and exchanges, each with whether it was created now. AMQP does not report bindings.
 
     Raises:
-        TopologyError: with every fault found, a line each.
+        TopologyError: with every problem found, a line each.
     """
     parts: list[Part] = [*topology.queues(), topology.control, *topology.exchanges()]
-    found = [await _is_there(connection, part) for part in parts]
+    found = [await _exists(connection, part) for part in parts]
     _raise_if_any(
         [
-            await _fault(connection, part, passive=part.may_differ and is_there)
-            for part, is_there in zip(parts, found, strict=True)
+            await _fault(connection, part, passive=part.may_differ and exists)
+            for part, exists in zip(parts, found, strict=True)
         ]
     )
     _raise_if_any([await _fault(connection, binding) for binding in topology.bindings()])
-    return [(part, not is_there) for part, is_there in zip(parts, found, strict=True)]
+    return [(part, not exists) for part, exists in zip(parts, found, strict=True)]
 
 
-async def _is_there(connection: AbstractConnection, part: Part) -> bool:
+async def _exists(connection: AbstractConnection, part: Part) -> bool:
     refusal = await _refusal(connection, part, passive=True)
-    # Whatever else it says, the declaration will meet and tell.
+    # The declaration that follows meets any other refusal and reports it.
     return refusal is None or not broker_reason(refusal).startswith("NOT_FOUND")
 
 
@@ -244,25 +250,25 @@ def _raise_if_any(faults: Iterable[str | None]) -> None:
 
 
 def _explain(error: ChannelClosed, what: Part | BindingSpec, hint: str) -> str:
-    """What is wrong with it, for the person who can put it right.
+    """Explain what is wrong, for the person who can fix it.
 
     Raises:
-        ChannelClosed: `error`, if it is the broker that is in trouble and not the queue.
+        ChannelClosed: `error`, if it is about the broker and not about the queue.
     """
     reason = broker_reason(error)
     match reason.split(" - ")[0]:
         case "NOT_FOUND":
-            return f"{what} does not exist: create it (`vqa-worker topology apply` does){_or_let(what)}"
+            return f"{what} does not exist: create it (`vqa-worker topology apply` does){_declare_hint(what)}"
         case "ACCESS_REFUSED":
             return f"{what}: the user of VQA_RABBITMQ_URL lacks a permission: {reason}{hint}"
         case "RESOURCE_LOCKED":
-            return f"{what} is another connection's own: {reason}; name another"
+            return f"{what} is exclusive to another connection: {reason}; use another name"
         case "PRECONDITION_FAILED":
-            advice = "delete it, change it by a policy, or name another"
+            advice = "delete it, change it by a policy, or use another name"
             return f"{what} exists with other arguments: {reason}; {advice}"
     raise error
 
 
-def _or_let(what: Part | BindingSpec) -> str:
-    is_made_by_workers = not isinstance(what, ExchangeSpec) or not what.may_differ
-    return ", or let the worker do so with VQA_DECLARE_TOPOLOGY=true" if is_made_by_workers else ""
+def _declare_hint(what: Part | BindingSpec) -> str:
+    is_declared_by_workers = not isinstance(what, ExchangeSpec) or not what.may_differ
+    return ", or let the worker do so with VQA_DECLARE_TOPOLOGY=true" if is_declared_by_workers else ""
