@@ -1,4 +1,4 @@
-"""A broker that goes, dies, blocks, loses queues or falls silent: the worker waits, and goes on."""
+"""The worker waits for a broker that stops, blocks, loses queues or is silent, and continues."""
 
 import asyncio
 import os
@@ -62,9 +62,7 @@ async def delete(client: Client, *names: str) -> None:
         await (await client.queue(name)).delete(if_unused=False, if_empty=False)
 
 
-async def test_a_jobs_queue_that_is_deleted_under_the_worker_is_made_again(
-    scene: Scene, own_client_of: MakeClient
-) -> None:
+async def test_a_deleted_jobs_queue_is_declared_again(scene: Scene, own_client_of: MakeClient) -> None:
     before = scene.times_connected()
     client = await own_client_of(scene.worker)
     ids = await scene.publish_and_hold(client, 1, "while the queue is deleted")
@@ -76,7 +74,7 @@ async def test_a_jobs_queue_that_is_deleted_under_the_worker_is_made_again(
     assert statuses(await results(client, ids)) == {"succeeded": 2}
 
 
-async def test_a_retry_queue_and_a_results_queue_that_are_gone_when_they_are_needed_are_made_again(
+async def test_a_deleted_retry_queue_and_results_queue_are_declared_again_when_needed(
     scene: Scene,
 ) -> None:
     marker, retry_queue = uuid.uuid4().hex, f"{scene.worker.jobs_queue}.retry.1s"
@@ -126,7 +124,7 @@ async def test_results_wait_for_a_blocked_broker(scene: Scene, own_client_of: Ma
     assert {len(found) for found in client.replies.values()} == {1}
 
 
-async def test_a_network_that_swallows_everything_for_longer_than_the_heartbeat_is_survived(
+async def test_workers_recover_from_a_network_that_is_silent_for_longer_than_the_heartbeat(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     """By a worker that is busy, and by one that is paused and asks for a job to try with."""
@@ -157,7 +155,7 @@ async def test_a_network_that_swallows_everything_for_longer_than_the_heartbeat_
     assert len(calls_with(own_stack, busy)) == 2
 
 
-async def test_jobs_in_flight_and_jobs_queued_outlive_a_broker_that_dies_and_one_that_is_stopped(
+async def test_jobs_in_flight_and_queued_jobs_survive_a_killed_and_a_stopped_broker(
     scene: Scene,
 ) -> None:
     """The broker is away for longer than the jobs in flight take: their answers are kept meanwhile."""

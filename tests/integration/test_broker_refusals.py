@@ -1,4 +1,4 @@
-"""A broker that is there and refuses: each case is named in a line, and nothing is lost or paid for twice."""
+"""Each refusal by the broker is logged, and no result is lost or paid for twice."""
 
 import asyncio
 import json
@@ -158,7 +158,7 @@ TAKEN: dict[str, tuple[Change, Change, str, str]] = {
 
 
 @pytest.mark.parametrize("what", TAKEN)
-async def test_what_is_taken_from_the_worker_is_named_and_its_answer_is_delivered_when_it_is_back(
+async def test_a_revoked_right_is_logged_and_the_result_is_delivered_when_it_is_restored(
     realm: Realm, what: str
 ) -> None:
     take, give, event, words = TAKEN[what]
@@ -193,7 +193,7 @@ async def test_what_is_taken_from_the_worker_is_named_and_its_answer_is_delivere
     assert len(calls_with(realm.stack, marker)) == 1
 
 
-async def test_without_the_permission_to_publish_results_wait_and_that_is_said_once(
+async def test_without_the_permission_to_publish_results_wait_and_one_warning_is_logged(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -225,7 +225,7 @@ async def test_without_the_permission_to_publish_results_wait_and_that_is_said_o
     assert {len(found) for found in client.replies.values()} == {1}
 
 
-async def test_a_jobs_queue_that_is_made_anew_with_other_arguments_is_named_until_it_is_put_right(
+async def test_a_jobs_queue_with_other_arguments_is_logged_until_it_is_corrected(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -251,7 +251,7 @@ async def test_a_jobs_queue_that_is_made_anew_with_other_arguments_is_named_unti
     assert len(calls_with(own_stack, marker)) == 2
 
 
-async def test_a_reply_exchange_that_is_gone_holds_up_its_own_results_only(
+async def test_a_deleted_reply_exchange_delays_only_its_own_results(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     exchange, failing = f"replies-{uuid.uuid4().hex}", uuid.uuid4().hex
@@ -284,7 +284,7 @@ async def test_a_reply_exchange_that_is_gone_holds_up_its_own_results_only(
 # Queues that are full
 
 
-async def test_results_wait_for_a_results_queue_that_is_full(
+async def test_results_wait_for_a_full_results_queue(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -321,7 +321,7 @@ async def impatient(own_stack: Stack, start_own_worker: StartWorker) -> AsyncIte
         assert await worker.stop() == 0, worker.output()
 
 
-async def test_jobs_that_a_full_queue_does_not_take_back_are_put_back_by_the_broker_itself(
+async def test_the_broker_requeues_jobs_whose_copies_a_full_queue_refuses(
     own_stack: Stack, impatient: tuple[Worker, Proxy], own_client_of: MakeClient
 ) -> None:
     (worker, model), marker = impatient, uuid.uuid4().hex
@@ -344,7 +344,7 @@ async def test_jobs_that_a_full_queue_does_not_take_back_are_put_back_by_the_bro
     assert len([it for it in refusals(worker, worker.jobs_queue)[1] if "full" in it]) == 1
 
 
-async def test_what_the_dead_letter_queue_does_not_take_the_broker_keeps(
+async def test_the_broker_keeps_dead_letters_that_a_full_queue_refuses(
     own_stack: Stack, impatient: tuple[Worker, Proxy], own_client_of: MakeClient
 ) -> None:
     """It tries again every three minutes, by itself: the jobs queue dead-letters at least once."""
@@ -403,7 +403,7 @@ async def strict(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> 
         await asyncio.to_thread(own_stack.rabbitmq.ctl, "eval", LENIENT)
 
 
-async def test_a_result_that_is_too_large_for_the_broker_ends_as_a_failed_one_and_is_not_paid_again(
+async def test_a_result_that_is_too_large_for_the_broker_becomes_a_failed_one_and_is_not_paid_again(
     strict: Strict, own_client_of: MakeClient
 ) -> None:
     large, small = uuid.uuid4().hex, uuid.uuid4().hex
@@ -426,7 +426,7 @@ async def test_a_result_that_is_too_large_for_the_broker_ends_as_a_failed_one_an
 
 
 @pytest.mark.parametrize("why", ["the model is slow", "the results queue is full"])
-async def test_a_job_that_takes_longer_than_the_broker_waits_for_its_ack_is_paid_and_answered_once(
+async def test_a_job_that_exceeds_the_consumer_timeout_is_paid_and_answered_once(
     strict: Strict, own_client_of: MakeClient, why: str
 ) -> None:
     worker, marker = strict.worker, uuid.uuid4().hex
@@ -454,7 +454,7 @@ async def test_a_job_that_takes_longer_than_the_broker_waits_for_its_ack_is_paid
 # A broker that says nothing
 
 
-async def test_a_broker_that_takes_connections_and_says_nothing_is_waited_for(
+async def test_the_worker_waits_for_a_broker_that_accepts_connections_and_is_silent(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     async with Proxy.before(own_stack.rabbitmq.url) as proxy:

@@ -1,4 +1,4 @@
-"""`worker.client`: asking from a program, on the real stack."""
+"""`worker.client` on the real stack."""
 
 import asyncio
 import json
@@ -69,7 +69,7 @@ async def test_a_question_is_answered(
         assert result.usage.total_tokens > 0
 
 
-async def test_everything_that_a_job_can_say_is_said(
+async def test_every_field_of_a_job_reaches_the_worker(
     asking: Client, stack: Stack, put_image: PutImage
 ) -> None:
     marker = uuid.uuid4().hex
@@ -101,7 +101,7 @@ async def test_a_job_that_fails_is_a_result_too(asking: Client) -> None:
     assert past.error.code == "deadline_exceeded"
 
 
-async def test_what_is_no_job_is_refused_at_once(asking: Client) -> None:
+async def test_an_invalid_job_is_rejected_at_once(asking: Client) -> None:
     for job, told in (
         ({}, "needs question and images"),
         (words("?", imags=[]), "imags: unknown field"),
@@ -111,7 +111,7 @@ async def test_what_is_no_job_is_refused_at_once(asking: Client) -> None:
             await asking.ask_job(job)
 
 
-async def test_many_jobs_are_asked_some_at_a_time(stack: Stack, worker: Worker) -> None:
+async def test_many_jobs_are_published_some_at_a_time(stack: Stack, worker: Worker) -> None:
     taken = 0
 
     def jobs() -> Iterator[Job]:
@@ -147,7 +147,7 @@ async def test_jobs_may_come_one_by_one(asking: Client) -> None:
         assert await anext(results, None) is None
 
 
-async def test_the_same_id_is_not_asked_twice_at_a_time(asking: Client, stack: Stack) -> None:
+async def test_an_id_can_be_in_flight_only_once(asking: Client, stack: Stack) -> None:
     marker = uuid.uuid4().hex
     stack.model.play(Answer(after=1.0), marker=marker, times=None)
     first = asyncio.create_task(asking.ask_job(words(marker, id=marker)))
@@ -160,7 +160,9 @@ async def test_the_same_id_is_not_asked_twice_at_a_time(asking: Client, stack: S
 # Giving up
 
 
-async def test_who_gives_up_waiting_takes_the_job_back(stack: Stack, start_worker: StartWorker) -> None:
+async def test_a_job_is_cancelled_when_its_caller_stops_waiting(
+    stack: Stack, start_worker: StartWorker
+) -> None:
     worker = await start_worker(VQA_MAX_CONCURRENCY="1")
     marker = uuid.uuid4().hex
     stack.model.play(Answer(after=60), marker=marker, times=None)
@@ -172,7 +174,7 @@ async def test_who_gives_up_waiting_takes_the_job_back(stack: Stack, start_worke
     assert worker.metric("vqa_jobs_total", error="cancelled") == 1
 
 
-async def test_an_iteration_that_ends_early_takes_back_what_is_asked(
+async def test_jobs_in_flight_are_cancelled_when_the_iteration_ends_early(
     stack: Stack, start_worker: StartWorker
 ) -> None:
     worker = await start_worker(VQA_MAX_CONCURRENCY="8")
@@ -218,7 +220,7 @@ async def test_a_timeout_is_the_job_s_deadline(stack: Stack) -> None:
 # Connections
 
 
-async def test_what_is_asked_outlives_a_lost_connection(stack: Stack, worker: Worker) -> None:
+async def test_jobs_survive_a_lost_connection(stack: Stack, worker: Worker) -> None:
     marker = uuid.uuid4().hex
     stack.model.play(Answer(after=2.0), marker=marker, times=None)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
@@ -237,7 +239,7 @@ async def test_what_is_asked_outlives_a_lost_connection(stack: Stack, worker: Wo
 
 
 @pytest.mark.parametrize("replies", ["exclusive", "direct"])
-async def test_where_a_result_is_lost_with_the_connection_that_is_said(
+async def test_a_result_that_is_lost_with_the_connection_raises(
     stack: Stack, worker: Worker, replies: Replies
 ) -> None:
     marker = uuid.uuid4().hex
@@ -256,9 +258,7 @@ async def test_where_a_result_is_lost_with_the_connection_that_is_said(
 
 
 @pytest.mark.parametrize("replies", ["queue", "exclusive"])
-async def test_a_queue_for_results_that_is_deleted_is_made_again(
-    stack: Stack, worker: Worker, replies: Replies
-) -> None:
+async def test_a_deleted_reply_queue_is_created_again(stack: Stack, worker: Worker, replies: Replies) -> None:
     async with (
         client_of(stack, worker, replies=replies) as client,
         await aio_pika.connect(stack.rabbitmq.url) as connection,
@@ -275,7 +275,7 @@ async def test_a_queue_for_results_that_is_deleted_is_made_again(
         assert (await client.ask_job(words("Still there?"), timeout=20)).succeeded
 
 
-async def test_the_queue_for_results_is_gone_with_the_client(stack: Stack, worker: Worker) -> None:
+async def test_the_reply_queue_is_deleted_with_the_client(stack: Stack, worker: Worker) -> None:
     async with client_of(stack, worker) as client:
         assert (await client.ask_job(words("Hello?"))).succeeded
         queue = client._requests.reply_to  # noqa: SLF001 - nobody else needs to know it
@@ -286,7 +286,7 @@ async def test_the_queue_for_results_is_gone_with_the_client(stack: Stack, worke
         await client.ask_job(words("Hello?"))
 
 
-async def test_what_keeps_a_client_from_asking_is_told_at_once(stack: Stack) -> None:
+async def test_a_client_that_cannot_publish_raises_at_once(stack: Stack) -> None:
     with pytest.raises(BrokerUnreachableError, match="the broker cannot be reached"):
         async with Client("amqp://guest:guest@127.0.0.1:1/", connect_timeout=0.5):
             pass
@@ -302,7 +302,7 @@ async def test_what_keeps_a_client_from_asking_is_told_at_once(stack: Stack) -> 
                 await client.ask_job(words("?"))
 
 
-async def test_fields_and_codes_of_a_newer_worker_are_no_trouble() -> None:
+async def test_unknown_fields_and_codes_of_a_newer_worker_are_accepted() -> None:
     body = {
         "id": "x",
         "status": "failed",

@@ -1,4 +1,4 @@
-"""Results as their readers get them: where they go, what they carry, and what they don't."""
+"""Results: where they go and what they carry."""
 
 import asyncio
 import base64
@@ -174,7 +174,7 @@ async def test_a_trace_is_continued_over_a_retry(client: Client, stack: Stack) -
     ],
     ids=range(18),
 )
-async def test_what_is_no_trace_is_dropped(
+async def test_an_invalid_trace_is_dropped(
     client: Client, traceparent: Any, tracestate: Any, kept: set[str]
 ) -> None:
     given = {"traceparent": traceparent, "tracestate": tracestate}
@@ -223,7 +223,7 @@ async def test_the_results_queue_itself_may_be_named(client: Client, worker: Wor
     assert reply.message.headers == {}
 
 
-async def test_a_reply_to_that_is_not_allowed_is_the_same_as_none(
+async def test_a_reply_to_that_is_not_allowed_is_ignored(
     client: Client, worker: Worker, channel: AbstractChannel
 ) -> None:
     forbidden = await channel.declare_queue(f"somebody-elses-{uuid.uuid4().hex}", exclusive=True)
@@ -260,7 +260,7 @@ async def test_a_result_that_cannot_be_routed_goes_to_the_results_queue(
     assert reply.message.correlation_id == "still this"
 
 
-async def test_a_reply_queue_that_is_full_holds_up_nobody_and_its_results_go_to_the_results_queue(
+async def test_results_for_a_full_reply_queue_go_to_the_results_queue(
     client: Client, worker: Worker, channel: AbstractChannel
 ) -> None:
     full = f"vqa.results.{uuid.uuid4().hex}"
@@ -293,7 +293,7 @@ async def test_direct_reply_to_answers_a_remote_procedure_call(stack: Stack, wor
             assert answer.type == "vqa.result.v1"
 
 
-async def test_direct_reply_to_a_caller_who_hung_up_holds_nothing_up(
+async def test_a_direct_reply_to_a_closed_connection_delays_nothing(
     client: Client, worker: Worker, stack: Stack
 ) -> None:
     marker = uuid.uuid4().hex
@@ -356,7 +356,7 @@ async def test_direct_reply_to_goes_by_the_default_exchange_all_the_same(
     await test_direct_reply_to_answers_a_remote_procedure_call(stack, equipped.worker)
 
 
-async def test_jobs_that_are_kept_do_not_go_by_the_reply_exchange(equipped: Equipped) -> None:
+async def test_dead_letters_and_retries_do_not_go_by_the_reply_exchange(equipped: Equipped) -> None:
     body = uuid.uuid4().hex.encode()
     await equipped.client.publish(body)
     letter = await equipped.client.take(equipped.worker.dead_letter_queue)
@@ -473,7 +473,7 @@ async def test_without_it_the_price_list_counts_and_without_that_nothing(
 
 
 @pytest.mark.parametrize("usage", [None, {}, [], "many", {"prompt_tokens": "7"}, {"prompt_tokens": -1}])
-async def test_usage_that_is_not_told_is_null(client: Client, stack: Stack, usage: Any) -> None:
+async def test_missing_usage_is_null(client: Client, stack: Stack, usage: Any) -> None:
     reply = await _meet(client, stack, Answer(text="42", usage="none", extra={"usage": usage}))
     assert reply.body["status"] == "succeeded"
     assert reply.body["answer"] == "42"
@@ -491,7 +491,7 @@ async def test_usage_that_is_not_told_is_null(client: Client, stack: Stack, usag
     ],
     ids=range(5),
 )
-async def test_whatever_the_answer_s_text_is_it_arrives(
+async def test_any_answer_text_arrives_unchanged(
     client: Client, stack: Stack, content: str, answer: str
 ) -> None:
     """What UTF-8 cannot hold is replaced, since it was paid for and the rest of it can be read."""
@@ -516,7 +516,7 @@ async def test_a_response_that_is_not_strict_json_comes_in_a_result_that_is(
     assert strict["finish_reason"] is None
 
 
-async def test_the_time_in_the_queue_is_told_by_whoever_knows_it_best(client: Client) -> None:
+async def test_the_queue_time_comes_from_the_most_precise_source(client: Client) -> None:
     now = time.time()
     by_both = await _send(
         client, timestamp=int(now) - 5000, headers={"timestamp_in_ms": int((now - 100) * 1000)}

@@ -1,4 +1,4 @@
-"""What becomes of each outcome at the broker: confirmed first, then acked, then counted and logged."""
+"""Each outcome is published and confirmed first, then acked, then counted and logged."""
 
 import asyncio
 import json
@@ -79,13 +79,15 @@ async def settled(
     ],
     ids=lambda value: type(value).__name__,
 )
-async def test_each_outcome_goes_where_it_belongs_before_the_ack(outcome: Outcome, queues: list[str]) -> None:
+async def test_each_outcome_is_published_to_its_queues_before_the_ack(
+    outcome: Outcome, queues: list[str]
+) -> None:
     published, events = await settled(outcome)
     assert [message.routing_key for message in published] == queues
     assert events == [*(f"confirmed {queue}" for queue in queues), "ack"]
 
 
-async def test_what_goes_where_is_a_result_or_the_job_itself() -> None:
+async def test_a_published_message_is_a_result_or_a_copy_of_the_job() -> None:
     body = {"id": "j"}
     for outcome in (ANSWERED, REFUSED):
         (reply,), _ = await settled(outcome, body=body)
@@ -103,7 +105,7 @@ async def test_what_goes_where_is_a_result_or_the_job_itself() -> None:
     assert letter.headers["vqa-attempts"] == 5
 
 
-async def test_a_retry_carries_its_attempts_and_a_job_given_back_those_it_had() -> None:
+async def test_a_retry_carries_its_attempts_and_a_requeued_job_the_previous_ones() -> None:
     (retry,), _ = await settled(RETRY, attempts=1)
     assert retry.headers["vqa-attempts"] == 2
     (back,), _ = await settled(JOBS_REQUEUED, attempts=1)
@@ -113,7 +115,7 @@ async def test_a_retry_carries_its_attempts_and_a_job_given_back_those_it_had() 
 # Who is told
 
 
-async def test_an_unreadable_message_of_nobody_is_only_kept() -> None:
+async def test_an_unreadable_message_without_a_recipient_is_only_dead_lettered() -> None:
     published, _ = await settled(UNREADABLE, message_id=None)
     assert [message.routing_key for message in published] == ["jobs.dead"]
 
@@ -129,7 +131,7 @@ async def test_an_unreadable_message_of_nobody_is_only_kept() -> None:
     ],
     ids=str,
 )
-async def test_an_unreadable_message_of_somebody_is_told_of_and_kept(
+async def test_an_unreadable_message_with_a_recipient_gets_a_result_and_is_dead_lettered(
     sign: dict[str, Any], queue: str
 ) -> None:
     properties: dict[str, Any] = {"message_id": None, **sign}
@@ -138,7 +140,7 @@ async def test_an_unreadable_message_of_somebody_is_told_of_and_kept(
     assert json.loads(published[0].body)["id"] is None
 
 
-async def test_an_unreadable_message_with_an_id_is_told_of() -> None:
+async def test_an_unreadable_message_with_an_id_gets_a_result() -> None:
     published, _ = await settled(replace(UNREADABLE, job_id="m"), message_id=None)
     assert [message.routing_key for message in published] == ["results", "jobs.dead"]
 
@@ -186,7 +188,7 @@ async def test_results_go_by_the_reply_exchange_and_jobs_by_the_default_one() ->
         assert copy.exchange == ""
 
 
-async def test_with_an_exchange_for_jobs_they_go_back_by_that_one_and_results_do_not() -> None:
+async def test_copies_of_jobs_go_by_the_jobs_exchange_and_results_do_not() -> None:
     topology = replace(TOPOLOGY, jobs_exchange="back")
     (reply, letter), _ = await settled(DEAD, topology=topology)
     assert (reply.exchange, letter.exchange) == ("", "back")
@@ -195,7 +197,7 @@ async def test_with_an_exchange_for_jobs_they_go_back_by_that_one_and_results_do
         assert copy.exchange == "back"
 
 
-async def test_a_direct_reply_always_goes_by_the_default_exchange_without_mandate() -> None:
+async def test_a_direct_reply_goes_by_the_default_exchange_and_is_not_mandatory() -> None:
     publisher = FakePublisher()
     queue = "amq.rabbitmq.reply-to.g1h2"
     publisher.unroutable.add(queue)
@@ -204,7 +206,7 @@ async def test_a_direct_reply_always_goes_by_the_default_exchange_without_mandat
     assert events == [f"confirmed {queue}", "ack"]
 
 
-async def test_a_direct_reply_that_costs_the_connection_each_time_goes_to_the_results_queue() -> None:
+async def test_a_direct_reply_that_closes_the_connection_each_time_goes_to_the_results_queue() -> None:
     """RabbitMQ closes it over some made-up names: tried for ever, one job would stop the worker."""
     publisher = FakePublisher()
     queue = "amq.rabbitmq.reply-to.made.up"
@@ -218,7 +220,7 @@ async def test_a_direct_reply_that_costs_the_connection_each_time_goes_to_the_re
 # What cannot be delivered
 
 
-async def test_a_result_whose_queue_is_gone_goes_to_the_results_queue() -> None:
+async def test_a_result_whose_queue_is_missing_goes_to_the_results_queue() -> None:
     publisher = FakePublisher()
     publisher.unroutable.add("results.a")
     (reply,), events = await settled(ANSWERED, publisher=publisher, reply_to="results.a", correlation_id="c")
@@ -233,7 +235,7 @@ async def test_a_result_whose_queue_is_gone_goes_to_the_results_queue() -> None:
     [(ANSWERED, "results"), (RETRY, "jobs.retry.5s"), (JOBS_REQUEUED, "jobs"), (DEAD, "jobs.dead")],
     ids=lambda value: str(value) if isinstance(value, str) else type(value).__name__,
 )
-async def test_a_queue_of_the_workers_own_that_is_gone_is_made_again_and_then_used(
+async def test_a_missing_queue_of_the_worker_is_declared_again_and_then_used(
     outcome: Outcome, queue: str, log: CapturingLogger
 ) -> None:
     publisher = FakePublisher()
@@ -248,7 +250,7 @@ async def test_a_queue_of_the_workers_own_that_is_gone_is_made_again_and_then_us
     assert log.calls[0].kwargs["queue"] == queue
 
 
-async def test_a_result_that_has_no_queue_at_all_waits_for_the_results_queue() -> None:
+async def test_a_result_without_any_queue_waits_for_the_results_queue() -> None:
     publisher = FakePublisher()
     publisher.unroutable |= {"results.a", "results"}
     (reply,), events = await settled(ANSWERED, publisher=publisher, reply_to="results.a")
@@ -256,7 +258,7 @@ async def test_a_result_that_has_no_queue_at_all_waits_for_the_results_queue() -
     assert reply.headers["vqa-undeliverable-to"] == "results.a"
 
 
-async def test_the_publisher_is_told_before_the_job_is_buried() -> None:
+async def test_the_result_is_published_before_the_dead_letter() -> None:
     """A worker that dies in between leaves a job that comes again, not a publisher that waits for ever."""
     publisher = FakePublisher()
     publisher.let_go.clear()
@@ -275,7 +277,7 @@ async def test_the_publisher_is_told_before_the_job_is_buried() -> None:
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 @pytest.mark.parametrize("fault", ["full", "gone for good", "too large"])
-async def test_a_job_that_no_queue_takes_a_copy_of_is_handed_back_to_the_broker_itself(
+async def test_a_job_whose_copy_is_refused_is_left_to_the_broker(
     outcome: Outcome, queue: str, last: str, fault: str, log: CapturingLogger
 ) -> None:
     """Nobody sits on it until the broker loses patience with the whole channel."""
@@ -305,7 +307,7 @@ class Stubborn(FakePublisher):
         self.restored += 1
 
 
-async def test_a_copy_of_a_job_that_the_broker_no_longer_has_is_tried_without_end() -> None:
+async def test_a_copy_of_a_job_that_the_broker_lost_is_published_until_it_is_confirmed() -> None:
     """Its connection is gone, or its queue: nothing can be handed back, and this may be all that is left."""
     publisher, lives = Stubborn("jobs"), True
     delivery = a_delivery(is_alive=lambda: lives)
@@ -317,7 +319,7 @@ async def test_a_copy_of_a_job_that_the_broker_no_longer_has_is_tried_without_en
     assert [message.routing_key for message in publisher.published] == ["jobs"]
 
 
-async def test_a_result_waits_for_its_queue_without_end() -> None:
+async def test_a_result_is_published_until_it_is_confirmed() -> None:
     publisher = Stubborn("results")
     task = asyncio.create_task(Settlement(publisher, TOPOLOGY, POLICY).publish(a_delivery(), ANSWERED))
     await until(lambda: publisher.restored > 20, "many tries")
@@ -325,13 +327,13 @@ async def test_a_result_waits_for_its_queue_without_end() -> None:
     assert await task == ANSWERED
 
 
-async def test_a_queue_that_is_missing_is_named_once(log: CapturingLogger) -> None:
+async def test_a_missing_queue_is_logged_once(log: CapturingLogger) -> None:
     await settled(JOBS_REQUEUED, publisher=Stubborn("jobs"))
     assert [call.args for call in log.calls].count(("queue_missing",)) == 1
 
 
 @pytest.mark.parametrize("reply_to", [None, "results.a"])
-async def test_a_result_that_is_too_large_is_replaced_by_a_failed_one_that_tells_what_was_paid(
+async def test_a_result_that_is_too_large_is_replaced_by_a_failed_one_with_the_usage(
     reply_to: str | None, log: CapturingLogger
 ) -> None:
     publisher = FakePublisher()
@@ -349,7 +351,7 @@ async def test_a_result_that_is_too_large_is_replaced_by_a_failed_one_that_tells
     assert log.calls[-1].kwargs["error"] == "result_too_large"
 
 
-async def test_a_job_goes_back_only_when_it_may() -> None:
+async def test_a_job_is_requeued_only_when_that_is_allowed() -> None:
     may_go_back = asyncio.Event()
     publisher = FakePublisher()
     delivery = a_delivery(may_go_back=may_go_back.wait)
@@ -390,7 +392,7 @@ async def test_each_outcome_is_counted(outcome: Outcome, name: str, labels: dict
 
 
 @pytest.mark.parametrize("outcome", [RETRY, JOBS_REQUEUED], ids=lambda outcome: type(outcome).__name__)
-async def test_a_job_that_has_not_ended_counts_as_no_ended_job(outcome: Outcome) -> None:
+async def test_an_unfinished_job_is_not_counted_as_finished(outcome: Outcome) -> None:
     def ended() -> float:
         samples = [sample for metric in metrics.JOBS.collect() for sample in metric.samples]
         return sum(sample.value for sample in samples if sample.name == "vqa_jobs_total")
@@ -411,7 +413,7 @@ async def test_a_job_that_has_not_ended_counts_as_no_ended_job(outcome: Outcome)
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-async def test_each_outcome_is_one_line_in_the_log_without_what_was_said(
+async def test_each_outcome_is_one_log_line_without_question_or_answer(
     outcome: Outcome, level: str, event: str, log: CapturingLogger
 ) -> None:
     await settled(outcome, body={"question": ANSWER})
@@ -421,7 +423,7 @@ async def test_each_outcome_is_one_line_in_the_log_without_what_was_said(
     assert ANSWER not in str(call.kwargs)
 
 
-async def test_the_log_tells_tokens_cost_and_times(log: CapturingLogger) -> None:
+async def test_the_log_line_has_tokens_cost_and_timings(log: CapturingLogger) -> None:
     await settled(ANSWERED)
     told = log.calls[0].kwargs
     assert (told["prompt_tokens"], told["completion_tokens"], told["cost_usd"]) == (3, 4, 0.5)

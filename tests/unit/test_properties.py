@@ -1,4 +1,4 @@
-"""What publishers put into AMQP properties: read without ever failing, and never more than it says."""
+"""AMQP properties are read without ever failing, whatever a publisher puts into them."""
 
 import struct
 from collections.abc import Iterator
@@ -49,14 +49,12 @@ PROPERTIES = st.fixed_dictionaries({}, optional={name: KINDS.get(name, SHORT_STR
 @example(raw={"timestamp": b"\xff" * 8})
 @example(raw={"headers": table(b"\x01kZ")})
 @example(raw={"headers": table(b"\x01kS\x7f\xff\xff\xff")})
-def test_whatever_a_property_holds_the_ones_behind_it_are_read_right(raw: dict[str, bytes]) -> None:
+def test_an_undecodable_property_does_not_affect_the_ones_after_it(raw: dict[str, bytes]) -> None:
     assert received(raw).properties.app_id == "the end"
 
 
 @given(raw=PROPERTIES, redelivered=st.booleans())
-def test_whatever_a_publisher_puts_into_a_message_it_becomes_a_delivery(
-    raw: dict[str, bytes], redelivered: bool
-) -> None:
+def test_every_message_becomes_a_delivery(raw: dict[str, bytes], redelivered: bool) -> None:
     delivery = delivered(raw, redelivered=redelivered)
     assert delivery.redelivered is redelivered
     for name in ("message_id", "correlation_id", "reply_to", "content_type"):
@@ -87,7 +85,7 @@ HEADER_VALUES = st.recursive(
     message_id=st.text(max_size=60),
     timestamp=st.integers(0, 2**32 - 1),
 )
-def test_valid_properties_are_read_just_as_the_library_reads_them(
+def test_valid_properties_are_decoded_as_by_pamqp(
     headers: dict[str, Any], message_id: str, timestamp: int
 ) -> None:
     raw = {
@@ -107,21 +105,21 @@ def test_no_bytes_make_a_decoder_raise(kind: str, data: bytes) -> None:
     assert consumed > 0 or value is not None
 
 
-def test_tables_within_tables_within_tables_harm_nothing() -> None:
+def test_deeply_nested_tables_are_decoded_safely() -> None:
     nested = b""
     for _ in range(3000):
         nested = b"\x01kF" + table(nested)
     assert received({"headers": table(nested), "message_id": short(b"m")}).properties.message_id == "m"
 
 
-def test_a_header_that_cannot_be_read_takes_the_others_along_and_no_property() -> None:
+def test_an_undecodable_header_empties_the_headers_and_no_property() -> None:
     delivery = delivered(
         {"headers": table(b"\x0cvqa-attemptsI\x00\x00\x00\x02\x01kZ"), "message_id": short(b"m")}
     )
     assert (delivery.attempts, delivery.message_id) == (0, "m")
 
 
-def test_decoders_are_installed_once_however_often_it_is_asked() -> None:
+def test_decoders_are_installed_once() -> None:
     before = dict(pamqp.decode.METHODS)
     properties.install_tolerant_decoders()
     assert before == pamqp.decode.METHODS
@@ -145,11 +143,11 @@ def with_headers(**headers: Any) -> Delivery:
         ([3], 0), ({"a": 3}, 0), (bytearray(b"3"), 0), (Decimal(3), 0),
     ],
 )  # fmt: skip
-def test_attempts_are_a_small_whole_number_or_none(value: Any, counted: int) -> None:
+def test_attempts_are_a_small_whole_number_or_zero(value: Any, counted: int) -> None:
     assert with_headers(vqa_attempts=value).attempts == counted
 
 
-def test_a_dead_letter_that_was_put_back_starts_anew() -> None:
+def test_a_replayed_dead_letter_starts_with_zero_attempts() -> None:
     assert with_headers(vqa_attempts=5, vqa_died_at="2030-01-01T00:00:00Z").attempts == 0
 
 
@@ -164,13 +162,13 @@ def test_a_dead_letter_that_was_put_back_starts_anew() -> None:
         ({"x_delivery_count": 2**40, "vqa_deliveries": True}, 1),
     ],
 )
-def test_deliveries_are_the_brokers_count_and_what_a_copy_carries(
+def test_deliveries_are_the_sum_of_the_brokers_count_and_the_copys_header(
     headers: dict[str, Any], deliveries: int
 ) -> None:
     assert with_headers(**headers).deliveries == deliveries
 
 
-def test_a_copy_is_told_from_its_original() -> None:
+def test_a_copy_differs_from_its_original() -> None:
     original, copy, other = with_headers(), with_headers(vqa_copy="c1"), with_headers(vqa_copy="c2")
     assert original.copy is None
     assert copy.copy == "c1"
@@ -220,7 +218,7 @@ def test_the_time_in_the_queue_is_never_negative(
     assert properties.queued_s(enqueued_ms, timestamp, NOW) == seconds
 
 
-def test_the_brokers_own_time_comes_before_the_publishers() -> None:
+def test_the_brokers_timestamp_takes_precedence_over_the_publishers() -> None:
     ms = int((datetime.now(UTC) - timedelta(minutes=5)).timestamp() * 1000)
     raw = {
         "headers": pamqp.encode.field_table({"timestamp_in_ms": ms}),
@@ -255,12 +253,12 @@ def test_a_trace_is_continued(traceparent: str) -> None:
         f"0-{TRACE}-{PARENT}-01",
     ],
 )  # fmt: skip
-def test_what_is_no_trace_is_dropped_with_its_state(traceparent: Any) -> None:
+def test_an_invalid_trace_is_dropped_with_its_state(traceparent: Any) -> None:
     assert properties.trace_headers({"traceparent": traceparent, "tracestate": "a=1"}) == {}
 
 
 @pytest.mark.parametrize("tracestate", [5, None, "a=1\n", "a=\x00", "a=" + "x" * 511, b"a=1"])
-def test_a_broken_trace_state_costs_no_trace(tracestate: Any) -> None:
+def test_an_invalid_trace_state_does_not_drop_the_trace(tracestate: Any) -> None:
     traceparent = f"00-{TRACE}-{PARENT}-01"
     headers = {"traceparent": traceparent, "tracestate": tracestate}
     assert properties.trace_headers(headers) == {"traceparent": traceparent}
