@@ -1,4 +1,4 @@
-"""Writes the pages of documentation that are made from the code: `python docs/generate.py [--check]`."""
+"""Generate the pages that are derived from the code: `python docs/generate.py [--check]`."""
 # ruff: noqa: INP001  # a script beside the pages, not a package
 
 import argparse
@@ -29,7 +29,7 @@ from worker.settings import Settings, variable
 
 HERE: Final = Path(__file__).parent
 
-# The settings stand in the order of the class; each title begins at the field it is given for.
+# Settings are listed in the order of the class; a section begins at the field that is its key.
 SETTINGS_SECTIONS: Final = {
     "rabbitmq_url": "RabbitMQ",
     "max_attempts": "Jobs and retries",
@@ -56,53 +56,51 @@ DEFAULTS_IN_WORDS: Final = {
 SETTINGS_INTRODUCTION: Final = """\
 # Settings
 
-<!-- Made from worker/settings/ by docs/generate.py: change that, and run it again. -->
+<!-- Generated from worker/settings/ by docs/generate.py: change the source and run `make docs`. -->
 
-Settings are environment variables. What the environment does not say is looked for in a file `.env` in the
-working directory, then in the folder that `VQA_SECRETS_DIR` names, whose files are named as the variables and
-hold one value each.
+Settings are environment variables. Precedence: environment, then a `.env` file in the working directory, then the
+folder `VQA_SECRETS_DIR`, which has one file per variable.
 
-- An empty value is the same as none at all, except for `VQA_ALLOWED_REPLY_TO` and `VQA_ALLOWED_LINK_HOSTS`,
-  where it says that nothing is allowed.
-- Lists are separated by commas, globs know `*`, `?` and `[…]`, sizes are in bytes, times in seconds.
-- Everything is checked before the first connection is made. What is wrong ends the start with exit code 78
-  and one line a fault on stderr.
-- A variable that begins with `VQA_` and is not listed here earns a warning at the start.
-- S3 credentials and region come from the usual AWS variables, files and roles. Proxies and certificates
-  follow `HTTPS_PROXY`, `NO_PROXY` and `SSL_CERT_FILE`.
-- Where traces are sent, if they are, OpenTelemetry's own variables say (in the environment only): see
-  [traces](tracing.md).
+- An empty value means "not set", except for `VQA_ALLOWED_REPLY_TO` and `VQA_ALLOWED_LINK_HOSTS`, where it
+  means that nothing is allowed.
+- Lists are comma-separated; globs support `*`, `?` and `[…]`; sizes are in bytes, times in seconds.
+- All settings are validated before the first connection. If any is invalid, the worker exits with code 78 and
+  prints one line for each error on stderr.
+- Unknown variables that begin with `VQA_` cause a warning at startup.
+- S3 credentials and region: the AWS SDK's default chain (variables, files, roles). Proxies and certificates:
+  `HTTPS_PROXY`, `NO_PROXY`, `SSL_CERT_FILE`.
+- Tracing is configured with the standard `OTEL_*` variables, in the environment only: see [traces](tracing.md).
 """
 
-# What the Prometheus client library adds on Linux.
+# Added by the Prometheus client library, on Linux.
 PROCESS_METRICS: Final = {
-    "process_cpu_seconds_total": ("counter", "seconds", "CPU time used, user and system."),
-    "process_resident_memory_bytes": ("gauge", "bytes", "Memory in use; what a container's limit is about."),
-    "process_virtual_memory_bytes": ("gauge", "bytes", "Address space; says little."),
-    "process_start_time_seconds": ("gauge", "Unix time", "When the process began: it changes by a restart."),
-    "process_open_fds": ("gauge", "files", "Open files, connections included."),
-    "process_max_fds": ("gauge", "files", "How many there may be."),
+    "process_cpu_seconds_total": ("counter", "seconds", "CPU time, user and system."),
+    "process_resident_memory_bytes": ("gauge", "bytes", "Resident memory, which a container's memory limit applies to."),
+    "process_virtual_memory_bytes": ("gauge", "bytes", "Virtual memory."),
+    "process_start_time_seconds": ("gauge", "Unix time", "Start time of the process."),
+    "process_open_fds": ("gauge", "files", "Open file descriptors, including connections."),
+    "process_max_fds": ("gauge", "files", "Maximum number of open file descriptors."),
     "python_asyncio_tasks": (
         "gauge",
         "tasks",
-        "Tasks of the event loop: what is left behind shows here first.",
+        "Number of asyncio tasks; a steady increase indicates a leak.",
     ),
     "python_gc_collections_total": (
         "counter",
         "collections",
-        "Runs of the garbage collector, by generation.",
+        "Garbage collections, by generation.",
     ),
-    "python_gc_objects_collected_total": ("counter", "objects", "Objects that it freed."),
-    "python_gc_objects_uncollectable_total": ("counter", "objects", "Objects that it could not free."),
-    "python_info": ("gauge", "", "Python's version, in labels; always 1."),
+    "python_gc_objects_collected_total": ("counter", "objects", "Objects freed."),
+    "python_gc_objects_uncollectable_total": ("counter", "objects", "Objects that could not be freed."),
+    "python_info": ("gauge", "", "Version of Python in labels; always 1."),
 }
 
-# Those of the broker that the dashboard and the alerts use, at `/metrics/detailed`.
+# RabbitMQ's metrics that the dashboard and the alerts use, at `/metrics/detailed`.
 BROKER_METRICS: Final = {
-    "rabbitmq_detailed_queue_messages_ready": "Messages that wait.",
-    "rabbitmq_detailed_queue_messages_unacked": "Messages that consumers have and have not settled.",
-    "rabbitmq_detailed_queue_messages": "Both together.",
-    "rabbitmq_detailed_queue_consumers": "Consumers: one or a few for each worker that takes jobs.",
+    "rabbitmq_detailed_queue_messages_ready": "Messages ready for delivery.",
+    "rabbitmq_detailed_queue_messages_unacked": "Messages delivered and not yet acknowledged.",
+    "rabbitmq_detailed_queue_messages": "Sum of both.",
+    "rabbitmq_detailed_queue_consumers": "Consumers: one or a few for each worker that is consuming.",
 }
 
 SHORT_JOB: Final = {
@@ -147,14 +145,14 @@ FAILURE: Final = {
     "metadata": SHORT_JOB["metadata"],
     "error": {
         "code": ErrorCode.IMAGE_NOT_FOUND,
-        "message": "images[0] (s3://photos/2030/table.jpg): there is no such object",
+        "message": "images[0] (s3://photos/2030/table.jpg): S3 has no such object (NoSuchKey)",
         "retryable": False,
     },
 }
 
 
 def settings_page() -> str:
-    """The reference of all settings."""
+    """Return the settings reference."""
     return SETTINGS_INTRODUCTION + "".join(_settings_lines())
 
 
@@ -166,12 +164,12 @@ def _settings_lines() -> Iterator[str]:
 
 
 def _row(*cells: str) -> str:
-    """A row of a table; what was wrapped in the code becomes one line."""
+    """Return a table row; wrapped text becomes one line."""
     return f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in cells)} |\n"
 
 
 def default_text(name: str) -> str:
-    """A setting's default as a user would write it, or in words where it follows from something else."""
+    """Return a setting's default as a user would write it, or in words if it is derived."""
     written = _written(Settings.model_fields[name].default)
     return DEFAULTS_IN_WORDS.get(name) or (f"`{written}`" if written else "none")
 
@@ -192,14 +190,14 @@ def _written(value: Any) -> str:
 
 
 def default_settings() -> Settings:
-    """The settings where nothing is set but what has to be."""
-    # What this machine's environment says is no default.
+    """Return the settings with only the required ones set."""
+    # Without the variables of this machine.
     with patch.dict(os.environ, {"VQA_ALLOWED_BUCKETS": "any", "VQA_MODEL_API_KEY": "any"}, clear=True):
         return Settings(_env_file=None)
 
 
 def messages_page() -> str:
-    """What publishers of jobs and readers of results have to know."""
+    """Return the reference of jobs, results and queues."""
     settings = default_settings()
     template = (HERE / "templates" / "messages.md").read_text(encoding="utf-8")
     return Template(template).substitute(
@@ -232,7 +230,7 @@ def messages_page() -> str:
 
 
 def metrics_page() -> str:
-    """What can be seen from outside, and what it means."""
+    """Return the reference of metrics."""
     template = (HERE / "templates" / "metrics.md").read_text(encoding="utf-8")
     bad, neutral = SERVICE_FAILURES, set(ErrorCode) - SERVICE_FAILURES
     kinds = "Metric", "Type", "Unit", "Meaning"
@@ -256,12 +254,12 @@ def _buckets_line(metric: Declaration) -> str:
 
 
 def asyncapi_document() -> str:
-    """The worker with default settings, for the tools of AsyncAPI."""
+    """Return the AsyncAPI document for default settings."""
     return json.dumps(asyncapi(default_settings()), indent=2, ensure_ascii=False) + "\n"
 
 
 def _example(model: type[BaseModel], example: Mapping[str, Any]) -> str:
-    """An example as JSON, once it has proved to be one; of a result, every field is shown."""
+    """Return a validated example as JSON; a result with all its fields."""
     valid = model.model_validate_json(json.dumps(example))
     shown = valid.model_dump(mode="json") if model is Result else example
     return json.dumps(shown, indent=2, ensure_ascii=False)
@@ -276,7 +274,7 @@ def _fields_table(model: type[BaseModel]) -> str:
 
 
 def _field_rows(schema: Mapping[str, Any], ref: str, prefix: str) -> Iterator[tuple[str, str, str]]:
-    """A row for each field of a model, and below it those of an object that it holds alone."""
+    """Yield a row for each field of a model, followed by the fields of a nested object."""
     for name, field in _resolve(schema, ref)["properties"].items():
         inner = next((kind["$ref"] for kind in _kinds(field) if "$ref" in kind), "")
         held = _resolve(schema, inner) if inner else {}
@@ -295,7 +293,7 @@ def _kinds(field: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _type_in_words(schema: Mapping[str, Any], field: Mapping[str, Any]) -> str:
-    """What JSON Schema says of a type; that it may be null is said once for all, or by the meaning."""
+    """Return a field's type in words, without null."""
     words = []
     for kind in _kinds(field):
         found = _resolve(schema, kind["$ref"]) if "$ref" in kind else kind
@@ -311,7 +309,7 @@ def _type_in_words(schema: Mapping[str, Any], field: Mapping[str, Any]) -> str:
 
 
 def permissions_page() -> str:
-    """Who may do what at the broker, and how to give them the right to."""
+    """Return the page about users and permissions."""
     plain, strict = topology_with({}), topology_with(STRICT)
     template = (HERE / "templates" / "permissions.md").read_text(encoding="utf-8")
     return Template(template).substitute(
@@ -334,7 +332,7 @@ def permissions_page() -> str:
 
 
 def _rights_table(topology: Topology) -> str:
-    return _table(("User", "Right", "Names", "For"), _rights_rows(topology))
+    return _table(("User", "Permission", "Names", "Purpose"), _rights_rows(topology))
 
 
 def _rights_rows(topology: Topology) -> Iterator[tuple[str, str, str, str]]:
@@ -375,7 +373,7 @@ PAGES: Final[Mapping[str, Callable[[], str]]] = {
 
 
 def outdated(folder: Path) -> list[str]:
-    """The pages that are missing from a folder or differ from what the code says."""
+    """Return the pages that are missing from a folder or out of date."""
     return [name for name, page in PAGES.items() if _read(folder / name) != page()]
 
 
@@ -384,7 +382,7 @@ def _read(path: Path) -> str | None:
 
 
 def main(arguments: list[str] | None = None, folder: Path = HERE) -> int:
-    """Write the pages, or with `--check` only compare them. Returns the exit code."""
+    """Write the pages, or with `--check` only compare them; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
     names = outdated(folder)

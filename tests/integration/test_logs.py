@@ -21,10 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from worker.observability.log_sampling import SHOWN
+from worker.observability.log_sampling import MAX_SHOWN
 from worker.observability.logs import (
-    ASKED,
-    DISCREET_LIBRARIES,
+    IN_FLIGHT_LOGGER,
+    SENSITIVE_LIBRARIES,
     configure_logging,
     describe_exception,
     log_suppressed_events,
@@ -46,7 +46,7 @@ def restored_logging(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monke
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-    for name in ("worker", ASKED, *DISCREET_LIBRARIES):
+    for name in ("worker", IN_FLIGHT_LOGGER, *SENSITIVE_LIBRARIES):
         logging.getLogger(name).setLevel(logging.NOTSET)
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
@@ -230,7 +230,7 @@ def test_below_the_level_nothing_is_written(lines: Lines) -> None:
 
 
 def test_libraries_are_heard_from_warnings_on(lines: Lines) -> None:
-    for name in ("aiohttp.access", "asyncio", *DISCREET_LIBRARIES):
+    for name in ("aiohttp.access", "asyncio", *SENSITIVE_LIBRARIES):
         logging.getLogger(name).info("no")
         logging.getLogger(name).warning("yes")
     assert {line["event"] for line in lines()} == {"yes"}
@@ -243,7 +243,7 @@ def test_at_level_error_libraries_warn_nobody(stream: io.StringIO) -> None:
     assert stream.getvalue() == ""
 
 
-@pytest.mark.parametrize("name", [*sorted(DISCREET_LIBRARIES), "openai._base_client", "botocore.auth"])
+@pytest.mark.parametrize("name", [*sorted(SENSITIVE_LIBRARIES), "openai._base_client", "botocore.auth"])
 def test_what_libraries_say_of_headers_and_bodies_is_never_written(stream: io.StringIO, name: str) -> None:
     configure_logging("debug", "json", Redactor([]), stream=stream)
     logging.getLogger(name).setLevel(logging.DEBUG)  # as OPENAI_LOG=debug does
@@ -285,7 +285,7 @@ def test_a_handler_that_a_library_has_set_up_does_not_write_everything_twice(
 def test_what_somebody_has_asked_for_is_shown_at_any_level(stream: io.StringIO) -> None:
     configure_logging("error", "json", Redactor([]), stream=stream)
     our_log().info("no")
-    structlog.get_logger(ASKED).info("yes")
+    structlog.get_logger(IN_FLIGHT_LOGGER).info("yes")
     assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["yes"]
 
 
@@ -293,64 +293,64 @@ def test_what_somebody_has_asked_for_is_shown_at_any_level(stream: io.StringIO) 
 
 
 def test_a_fault_that_repeats_is_told_a_few_times_and_then_counted(lines: Lines) -> None:
-    for number in range(SHOWN + 5):
+    for number in range(MAX_SHOWN + 5):
         our_log().warning("job_retried", job_id=str(number), reason="http_5xx")
     our_log().warning("job_retried", job_id="another", reason="timeout")
     log_suppressed_events()
-    assert [line["reason"] for line in lines()] == ["http_5xx"] * SHOWN + ["timeout"]
-    log_suppressed_events(all_of_it=True)
+    assert [line["reason"] for line in lines()] == ["http_5xx"] * MAX_SHOWN + ["timeout"]
+    log_suppressed_events(flush=True)
     told = lines()[-1]
     assert told.pop("timestamp")
-    assert told.pop("within_s") < 60
+    assert told.pop("window_s") < 60
     assert told == {
         "level": "warning",
         "event": "events_suppressed",
         "logger": "worker.tests",
-        "of": "job_retried",
+        "suppressed_event": "job_retried",
         "reason": "http_5xx",
-        "times": 5,
+        "count": 5,
     }
-    log_suppressed_events(all_of_it=True)
+    log_suppressed_events(flush=True)
     assert lines()[-1]["event"] == "events_suppressed"
-    assert len(lines()) == SHOWN + 2
+    assert len(lines()) == MAX_SHOWN + 2
 
 
 def test_one_bug_that_all_jobs_meet_is_one_kind_of_line_and_another_bug_another(lines: Lines) -> None:
-    for number in range(SHOWN + 5):
+    for number in range(MAX_SHOWN + 5):
         our_log().error("internal_error", job_id=str(number), exception="ValueError at a.py:1")
     our_log().error("internal_error", job_id="1", exception="ValueError at b.py:1")
-    assert len(lines()) == SHOWN + 1
+    assert len(lines()) == MAX_SHOWN + 1
 
 
 def test_the_same_of_a_library_is_counted_whatever_values_it_has(lines: Lines) -> None:
-    for number in range(SHOWN + 5):
+    for number in range(MAX_SHOWN + 5):
         logging.getLogger("opentelemetry.exporter").error("Failed to export %s", number)
-    log_suppressed_events(all_of_it=True)
-    assert len(lines()) == SHOWN + 1
+    log_suppressed_events(flush=True)
+    assert len(lines()) == MAX_SHOWN + 1
     told = lines()[-1]
     assert (told["logger"], told["level"]) == ("opentelemetry.exporter", "error")
-    assert (told["of"], told["times"]) == ("Failed to export %s", 5)
+    assert (told["suppressed_event"], told["count"]) == ("Failed to export %s", 5)
     assert "reason" not in told
 
 
 @pytest.mark.parametrize("level", ["info", "warning", "error"])
 def test_each_job_s_end_is_told_however_many_end_alike(lines: Lines, level: str) -> None:
-    for number in range(SHOWN * 3):
+    for number in range(MAX_SHOWN * 3):
         getattr(our_log(), level)("job_finished", job_id=str(number), error="model_rejected")
-    assert len(lines()) == SHOWN * 3
+    assert len(lines()) == MAX_SHOWN * 3
 
 
 def test_what_is_no_trouble_may_repeat(lines: Lines) -> None:
-    for number in range(SHOWN * 3):
+    for number in range(MAX_SHOWN * 3):
         our_log().info("cancelled", job_id=str(number))
-    assert len(lines()) == SHOWN * 3
+    assert len(lines()) == MAX_SHOWN * 3
 
 
 def test_at_level_debug_every_line_is_shown(stream: io.StringIO) -> None:
     configure_logging("debug", "json", Redactor([]), stream=stream)
-    for _ in range(SHOWN * 3):
+    for _ in range(MAX_SHOWN * 3):
         our_log().warning("job_retried", reason="http_5xx")
-    assert len(stream.getvalue().splitlines()) == SHOWN * 3
+    assert len(stream.getvalue().splitlines()) == MAX_SHOWN * 3
 
 
 # Secrets
@@ -420,14 +420,14 @@ def endless() -> list[Any]:
         (UUID(int=1), "00000000-0000-0000-0000-000000000001"),
         (datetime(2030, 1, 2, tzinfo=UTC), "2030-01-02 00:00:00+00:00"),
         ("\ud800", "\ufffd"),
-        pytest.param(10**5000, "<int that cannot be shown>", id="an integer too long to be written"),
+        pytest.param(10**5000, "<int: not serializable>", id="an integer too long to be written"),
         (2**64, 2**64),
-        (Broken(), "<Broken that cannot be shown>"),
-        (BrokenList([1]), "<BrokenList that cannot be shown>"),
+        (Broken(), "<Broken: not serializable>"),
+        (BrokenList([1]), "<BrokenList: not serializable>"),
         (KeyError(QUESTION), "KeyError"),
         (range(3), "range(0, 3)"),
-        (endless(), "<list that cannot be shown>"),
-        ({"a": [Broken()]}, "<dict that cannot be shown>"),
+        (endless(), "<list: not serializable>"),
+        ({"a": [Broken()]}, "<dict: not serializable>"),
     ],
 )
 def test_an_odd_value_is_written_as_strict_json(lines: Lines, value: Any, shown: Any) -> None:

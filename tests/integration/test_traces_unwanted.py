@@ -13,7 +13,7 @@ from tests.conftest import MakeClient, PutImage, StartWorker
 from tests.otlp import Receiver
 from tests.running import Client, Worker, until
 from worker.__main__ import EXIT_CONFIG
-from worker.observability.log_sampling import SHOWN
+from worker.observability.log_sampling import MAX_SHOWN
 
 # Runs the worker, and says in the end what it has loaded.
 TELLING = """
@@ -115,16 +115,16 @@ async def test_a_collector_that_refuses_costs_no_job_and_few_lines(
         worker = await start_worker(**receiver.environment())
         image = put_image()
         client = await client_of(worker)
-        while len(receiver.bodies) < SHOWN + 3:
+        while len(receiver.bodies) < MAX_SHOWN + 3:
             reply = await client.ask(question="What?", images=[image])
             assert reply.body["status"] == "succeeded"
         assert await worker.stop() == 0, worker.output()
     lines = Counter(line["event"] for line in worker.log() if line["logger"].startswith("opentelemetry."))
     (failures,) = (event for event in lines if event.startswith("Failed to export spans batch code: 500"))
-    assert lines[failures] == SHOWN
+    assert lines[failures] == MAX_SHOWN
     (repeated,) = (line for line in worker.log() if line["event"] == "events_suppressed")
-    assert repeated["of"].startswith("Failed to export %s batch")
-    assert repeated["times"] >= 3
+    assert repeated["suppressed_event"].startswith("Failed to export %s batch")
+    assert repeated["count"] >= 3
 
 
 async def test_a_collector_that_is_silent_holds_up_neither_jobs_nor_the_stop(

@@ -479,7 +479,7 @@ async def test_what_is_in_flight_is_told_the_oldest_first(worker: Worker) -> Non
     young.progress.enters("model")
     first, second = worker.in_flight.look()
 
-    assert (first["job_id"], first["stage"], first["attempts"], first["model"]) == ("old", "read", 1, None)
+    assert (first["job_id"], first["stage"], first["attempts"], first["model"]) == ("old", "decode", 1, None)
     assert (second["job_id"], second["stage"], second["attempts"], second["model"]) == (
         "read",
         "model",

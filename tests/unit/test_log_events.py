@@ -18,7 +18,7 @@ def _levels(call: ast.Call, tree: ast.Module) -> set[str]:
     """The levels that a call logs at; none if it is no logging."""
     match call.func:
         case ast.Attribute(value=ast.Name(id="log" | "asked") | ast.Call(), attr="log"):
-            return {"of what repeats"}
+            return {"as suppressed"}
         case ast.Attribute(value=ast.Name(id="log" | "asked") | ast.Call(), attr=level) if level in LEVELS:
             return {level}
         case ast.Name(id="tell"):
@@ -60,7 +60,7 @@ def test_the_table_has_each_event_with_its_levels() -> None:
         logged.setdefault(event, set()).update(levels)
     told = {
         event: set(levels.split(", "))
-        for events, levels, _ in _table("What the lines are")
+        for events, levels, _ in _table("Event reference")
         for event in re.findall(r"`(\w+)`", events)
     }
     assert told == logged
@@ -74,4 +74,4 @@ def test_the_table_of_levels_has_all() -> None:
 def test_the_table_of_stages_has_all_that_a_job_goes_through() -> None:
     source = "".join(path.read_text() for path in (ROOT / "worker").rglob("*.py"))
     entered = set(re.findall(r'\.enters\("(\w+)"\)', source))
-    assert {row[0].strip("`") for row in _table("What is in flight")} == {"read", *get_args(Stage), *entered}
+    assert {row[0].strip("`") for row in _table("In-flight jobs")} == {"decode", *get_args(Stage), *entered}

@@ -6,31 +6,31 @@ from worker.observability.metrics import Longest
 def test_the_longest_of_those_seen_is_told() -> None:
     longest = Longest(60.0, now=0.0)
     assert longest.value(now=1.0) == 0
-    longest.saw(3.0, now=2.0)
-    longest.saw(9.0, now=3.0)
-    longest.saw(5.0, now=4.0)
+    longest.observe(3.0, now=2.0)
+    longest.observe(9.0, now=3.0)
+    longest.observe(5.0, now=4.0)
     assert longest.value(now=5.0) == 9
 
 
 def test_it_is_told_for_a_window_at_least_and_for_two_at_most() -> None:
     longest = Longest(60.0, now=0.0)
-    longest.saw(9.0, now=59.0)
+    longest.observe(9.0, now=59.0)
     assert longest.value(now=119.0) == 9
     assert longest.value(now=120.0) == 0
-    longest.saw(4.0, now=120.0)
+    longest.observe(4.0, now=120.0)
     assert longest.value(now=239.0) == 4
     assert longest.value(now=240.0) == 0
 
 
 def test_a_shorter_one_takes_its_place_in_the_next_window() -> None:
     longest = Longest(60.0, now=0.0)
-    longest.saw(9.0, now=10.0)
-    longest.saw(2.0, now=70.0)
+    longest.observe(9.0, now=10.0)
+    longest.observe(2.0, now=70.0)
     assert longest.value(now=71.0) == 9
     assert longest.value(now=121.0) == 2
 
 
 def test_nothing_is_left_of_it_after_a_quiet_time() -> None:
     longest = Longest(60.0, now=0.0)
-    longest.saw(9.0, now=10.0)
+    longest.observe(9.0, now=10.0)
     assert longest.value(now=1000.0) == 0

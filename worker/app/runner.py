@@ -20,7 +20,7 @@ from worker.jobs.cancellation import Cancellations
 from worker.jobs.in_flight_jobs import InFlightJobs
 from worker.observability import endpoints, metrics, tracing
 from worker.observability.endpoints import Heartbeat, Readiness
-from worker.observability.logs import ASKED, log_suppressed_events
+from worker.observability.logs import IN_FLIGHT_LOGGER, log_suppressed_events
 from worker.observability.tenants import Tenants
 from worker.rabbitmq.connection import Broker
 from worker.rabbitmq.consumer import Consumer
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from worker.processor import Processor
 
 log = structlog.get_logger(__name__)
-asked = structlog.get_logger(ASKED)
+asked = structlog.get_logger(IN_FLIGHT_LOGGER)
 
 # After the grace: time to hand back what was cut off. Kubernetes' own grace must leave room for it.
 GIVE_BACK_S = 10.0
@@ -95,7 +95,7 @@ async def run(settings: Settings) -> bool:
         processor: asyncio.Future[Processor] = asyncio.Future()
         parts = _build(settings, tasks, processor)
         _handle_questions(parts, stop)
-        stack.callback(log_suppressed_events, all_of_it=True)
+        stack.callback(log_suppressed_events, flush=True)
         background = _Background(tasks)
         background.start("repeated", _tell_repeated)
         background.start("publisher", parts.publisher.run)

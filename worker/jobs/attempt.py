@@ -88,7 +88,7 @@ class Report:
         finally:
             self._now[name] = self._now.get(name, 0.0) + time.monotonic() - started
 
-    def enters(self, step: Literal["verdict", "store"]) -> None:
+    def enters(self, step: Literal["diagnose", "store"]) -> None:
         """What is done now, for whoever asks; it is not measured."""
         self._progress.enters(step)
 

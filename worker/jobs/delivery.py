@@ -23,7 +23,7 @@ class Progress:
     since: float
     attempts: int
     trace_id: str | None
-    stage: str = "read"
+    stage: str = "decode"
     job_id: str | None = None
     model: str | None = None
 

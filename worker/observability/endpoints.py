@@ -1,4 +1,4 @@
-"""`/livez`, `/readyz` and `/metrics`, served by the event loop whose life they tell of."""
+"""`/livez`, `/readyz` and `/metrics`, served by the worker's event loop."""
 
 import asyncio
 import time
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 HEARTBEAT_S = 1.0
-# A loop that misses its beat for so long does not do its work either.
+# An event loop that is blocked for this long processes no jobs.
 STUCK_AFTER_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether the worker takes jobs, or pauses on purpose, and why (not)."""
+    """Whether the worker is ready (consuming, or paused during an outage), and the reasons."""
 
     is_ready: bool
     status: str
@@ -27,25 +27,25 @@ class Readiness:
 
 
 class Heartbeat:
-    """Beats as long as the event loop turns."""
+    """Measures whether the event loop runs."""
 
     def __init__(self) -> None:
         self._beat = time.monotonic()
 
     async def run(self) -> None:
-        """Beat until cancelled."""
+        """Record a heartbeat every second until cancelled."""
         while True:
             self._beat = time.monotonic()
             await asyncio.sleep(HEARTBEAT_S)
             metrics.LOOP_LAG.observe(max(0.0, self.age_s() - HEARTBEAT_S))
 
     def age_s(self) -> float:
-        """Seconds since the last beat."""
+        """Return the seconds since the last heartbeat."""
         return time.monotonic() - self._beat
 
 
 def application(heartbeat: Heartbeat, readiness: Callable[[], Readiness]) -> "web.Application":
-    """The three endpoints."""
+    """Return the HTTP application with the three endpoints."""
     from aiohttp import web
 
     async def livez(_: web.Request) -> web.Response:
@@ -72,7 +72,7 @@ def application(heartbeat: Heartbeat, readiness: Callable[[], Readiness]) -> "we
 
 @asynccontextmanager
 async def serve(app: "web.Application", host: str, port: int) -> AsyncIterator[int]:
-    """Serve until the context ends; yields the port, which the system chooses for 0.
+    """Serve until the context ends; yield the port, which the system chooses for 0.
 
     Raises:
         OSError: the address cannot be bound.

@@ -1,4 +1,4 @@
-"""Lines of a log that say the same again and again: the first ones go through, the rest is counted."""
+"""Rate limiting of repeated log records: the first ones of a kind are logged, the rest are counted."""
 
 import threading
 import time
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 WINDOW_S: Final = 60.0
-# Of one kind in a window; enough to see several jobs that meet the same.
-SHOWN: Final = 10
-# Kinds whose windows are open; many more at once would be lines that never say the same.
-MOST_KINDS: Final = 1000
+# Records of one kind that are logged in a window.
+MAX_SHOWN: Final = 10
+# Kinds with an open window; bounds the memory.
+MAX_KINDS: Final = 1000
 
 
 class Kind(NamedTuple):
-    """What makes two lines say the same."""
+    """Two records with the same kind are repetitions."""
 
     logger: str
     level: int
@@ -29,54 +29,54 @@ class _Window:
     lines: int = 0
 
 
-class Withheld(NamedTuple):
-    """Lines that were not shown, within so many seconds."""
+class Suppressed(NamedTuple):
+    """Records that were not logged in a window of `window_s` seconds."""
 
     kind: Kind
-    times: int
-    within_s: float
+    count: int
+    window_s: float
 
 
-class Repeats:
-    """Counts lines by kind, in windows of a minute that begin with a kind's first line.
+class LogSampler:
+    """Counts records by kind, in windows of a minute that begin with the first record of a kind.
 
-    May be used from several threads.
+    Thread-safe.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._windows: OrderedDict[Kind, _Window] = OrderedDict()
-        self._withheld: list[Withheld] = []
+        self._suppressed: list[Suppressed] = []
 
-    def may_be_shown(self, kind: Kind) -> bool:
-        """Whether the next line of this kind may be, which is counted."""
+    def should_log(self, kind: Kind) -> bool:
+        """Count a record of this kind and return whether to log it."""
         with self._lock:
             now = self._clock()
             window = self._windows.get(kind)
             if window is None or now - window.began >= WINDOW_S:
                 self._end(kind, now)
                 window = self._windows[kind] = _Window(now)
-                if len(self._windows) > MOST_KINDS:
+                if len(self._windows) > MAX_KINDS:
                     self._end(next(iter(self._windows)), now)
             window.lines += 1
-            return window.lines <= SHOWN
+            return window.lines <= MAX_SHOWN
 
-    def withheld(self, *, all_of_it: bool = False) -> list[Withheld]:
-        """What was not shown in windows that are over, or in `all_of_it`; told once."""
+    def suppressed(self, *, flush: bool = False) -> list[Suppressed]:
+        """Return what was suppressed in closed windows, or with `flush` in all; each window once."""
         with self._lock:
             now = self._clock()
-            # In the order of their beginnings.
+            # Ordered by start time.
             while self._windows:
                 kind, window = next(iter(self._windows.items()))
-                if not all_of_it and now - window.began < WINDOW_S:
+                if not flush and now - window.began < WINDOW_S:
                     break
                 self._end(kind, now)
-            withheld, self._withheld = self._withheld, []
+            withheld, self._suppressed = self._suppressed, []
             return withheld
 
     def _end(self, kind: Kind, now: float) -> None:
         window = self._windows.pop(kind, None)
-        if window is not None and window.lines > SHOWN:
-            within_s = min(now - window.began, WINDOW_S)
-            self._withheld.append(Withheld(kind, window.lines - SHOWN, round(within_s, 1)))
+        if window is not None and window.lines > MAX_SHOWN:
+            window_s = min(now - window.began, WINDOW_S)
+            self._suppressed.append(Suppressed(kind, window.lines - MAX_SHOWN, round(window_s, 1)))

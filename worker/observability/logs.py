@@ -1,7 +1,7 @@
-"""One line a log record, to stdout, in one form for this program's records and those of its libraries.
+"""Log to stdout, one record per line, in one format for this program and its libraries.
 
-structlog's loggers hand their fields to the standard library, whose one handler renders the records of both;
-so a second `configure_logging` also reaches loggers that have been used.
+structlog passes its fields to the standard library, whose single handler renders all records; so a second
+`configure_logging` also applies to loggers that were already used.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, Processor
 
-from worker.observability.log_sampling import Kind, Repeats, Withheld
+from worker.observability.log_sampling import Kind, LogSampler, Suppressed
 
 Format: TypeAlias = Literal["json", "console"]
 Redact: TypeAlias = Callable[[str], str]
 
-# Below INFO these show headers, bodies, frames or signed URLs, and so questions, images and keys.
-DISCREET_LIBRARIES: Final = frozenset(
+# Below INFO these log headers, bodies or signed URLs, and so questions, images and keys.
+SENSITIVE_LIBRARIES: Final = frozenset(
     [
         "aio_pika",
         "aiohttp",
@@ -42,11 +42,11 @@ DISCREET_LIBRARIES: Final = frozenset(
         "urllib3",
     ]
 )
-# The logger of what somebody asks for: shown at any level.
-ASKED: Final = "worker.asked"
+# Records that an operator requested with SIGUSR1: logged at any level.
+IN_FLIGHT_LOGGER: Final = "worker.in_flight"
 MAX_REASON_CHARS: Final = 300
-# Each job's own end is told, however many end alike.
-NEVER_WITHHELD: Final = frozenset(["job_finished", "events_suppressed"])
+# Every finished job is logged.
+NEVER_SUPPRESSED: Final = frozenset(["job_finished", "events_suppressed"])
 FIRST_KEYS: Final = ("timestamp", "level", "event", "logger")
 SHORT_CHARS: Final = 64
 MAX_FRAMES: Final = 12  # of one exception, the innermost ones
@@ -59,15 +59,15 @@ _PROJECT: Final = f"{Path(__file__).parents[2]}/"
 def configure_logging(
     level: str, fmt: Format | None, redact: Redact, *, stream: TextIO | None = None
 ) -> None:
-    """Send all log records to stdout. May be called again; the last call holds.
+    """Send all log records to stdout. May be called again; the last call applies.
 
     Args:
-        level: debug, info, warning or error: for this program. Libraries are heard from `warning` on, with
-            `debug` from their debug records on, except for those that would show what nobody should see.
-            Unless it is `debug`, warnings and errors that repeat are withheld: see `tell_repeated`.
-        fmt: how a line looks; None: for a person on a terminal, JSON everywhere else.
-        redact: applied to every text before it is written.
-        stream: instead of stdout.
+        level: debug, info, warning or error: for this program. Libraries log from `warning` on, with `debug`
+            all records, except for `SENSITIVE_LIBRARIES`. Unless it is `debug`, repeated warnings and errors
+            are suppressed: see `log_suppressed_events`.
+        fmt: None: `console` on a terminal, else `json`.
+        redact: applied to every string before it is written.
+        stream: replaces stdout.
     """
     target = stream or sys.stdout
     if isinstance(target, io.TextIOWrapper):
@@ -79,7 +79,7 @@ def configure_logging(
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     number = logging.getLevelNamesMapping()[level.upper()]
-    handler = _Handler(target, None if number <= logging.DEBUG else Repeats())
+    handler = _Handler(target, None if number <= logging.DEBUG else LogSampler())
     handler.setFormatter(
         ProcessorFormatter(
             foreign_pre_chain=[*described, _only_first_line_of_asyncio],
@@ -94,8 +94,8 @@ def configure_logging(
     others = number if number <= logging.DEBUG else max(number, logging.WARNING)
     logging.basicConfig(level=others, handlers=[handler], force=True)
     logging.getLogger("worker").setLevel(number)
-    logging.getLogger(ASKED).setLevel(min(number, logging.INFO))
-    # What no line here shows need not be found out for each ("Optimization" in the Logging HOWTO).
+    logging.getLogger(IN_FLIGHT_LOGGER).setLevel(min(number, logging.INFO))
+    # Not used here, and slow to collect ("Optimization" in the Logging HOWTO).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     structlog.configure(
         processors=[
@@ -110,67 +110,66 @@ def configure_logging(
     )
 
 
-def log_suppressed_events(*, all_of_it: bool = False) -> None:
-    """Log how many lines were withheld since they said the same as others, in minutes that are over.
+def log_suppressed_events(*, flush: bool = False) -> None:
+    """Log how many repeated records were suppressed, for each window that is over.
 
     Args:
-        all_of_it: also in those that are not.
+        flush: also for windows that are still open.
     """
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _Handler):
-            for withheld in handler.withheld(all_of_it=all_of_it):
-                _tell_withheld(withheld)
+            for suppressed in handler.suppressed(flush=flush):
+                _log_suppressed(suppressed)
 
 
-def _tell_withheld(withheld: Withheld) -> None:
-    kind = withheld.kind
+def _log_suppressed(suppressed: Suppressed) -> None:
+    kind = suppressed.kind
     reason = {"reason": kind.reason} if kind.reason else {}
     structlog.get_logger(kind.logger).log(
         kind.level,
         "events_suppressed",
-        of=kind.event,
+        suppressed_event=kind.event,
         **reason,
-        times=withheld.times,
-        within_s=withheld.within_s,
+        count=suppressed.count,
+        window_s=suppressed.window_s,
     )
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """The one way out."""
+    """The only handler: filters, samples and writes all records."""
 
-    def __init__(self, stream: TextIO, repeats: Repeats | None) -> None:
+    def __init__(self, stream: TextIO, sampler: LogSampler | None) -> None:
         super().__init__(stream)
-        self._repeats = repeats
-        self.addFilter(_may_be_shown)
-        self.addFilter(self._is_news)
+        self._sampler = sampler
+        self.addFilter(_is_safe)
+        self.addFilter(self._passes_sampling)
 
-    def withheld(self, *, all_of_it: bool) -> list[Withheld]:
-        """What was withheld, see `Repeats`."""
-        return self._repeats.withheld(all_of_it=all_of_it) if self._repeats else []
+    def suppressed(self, *, flush: bool) -> list[Suppressed]:
+        """Return what was suppressed, see `LogSampler`."""
+        return self._sampler.suppressed(flush=flush) if self._sampler else []
 
-    def _is_news(self, record: logging.LogRecord) -> bool:
-        """Whether a warning or an error says something else than the last ones did."""
-        if record.levelno < logging.WARNING or self._repeats is None:
+    def _passes_sampling(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING or self._sampler is None:
             return True
         kind = _kind_of(record)
-        return kind.event in NEVER_WITHHELD or self._repeats.may_be_shown(kind)
+        return kind.event in NEVER_SUPPRESSED or self._sampler.should_log(kind)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the library's name
-        """Say that a line was lost; the library's own way shows the record as it is, with what is secret."""
+        """Report that a record was lost; the default implementation prints the record without redaction."""
         kind = type(sys.exc_info()[1]).__name__
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(f"a log line of {record.name} could not be written: {kind}\n")
 
 
-def _may_be_shown(record: logging.LogRecord) -> bool:
-    # On the handler and not by level: a library may set its own level (OPENAI_LOG=debug does).
-    return record.levelno >= logging.INFO or record.name.split(".", 1)[0] not in DISCREET_LIBRARIES
+def _is_safe(record: logging.LogRecord) -> bool:
+    # A filter instead of a level: a library may set its own level (OPENAI_LOG=debug does).
+    return record.levelno >= logging.INFO or record.name.split(".", 1)[0] not in SENSITIVE_LIBRARIES
 
 
 def _kind_of(record: logging.LogRecord) -> Kind:
-    """What a line says; not of which job, nor how long it took."""
+    """Return the event and reason of a record, without values that differ between jobs."""
     if not isinstance(record.msg, dict):
-        # A library's, its values not yet put in.
+        # A library's record: the format string without its arguments.
         return Kind(record.name, record.levelno, str(record.msg).split("\n", 1)[0], "")
     entry = cast("EventDict", record.msg)
     reasons = (str(entry[name]) for name in ("reason", "exception", "warning") if name in entry)
@@ -188,21 +187,21 @@ def _renderer(fmt: Format, *, colors: bool) -> Processor:
 
 
 def _only_first_line_of_asyncio(_: object, __: str, entry: EventDict) -> EventDict:
-    """Asyncio goes on with the task and its exception, message and all."""
+    """Drop the rest, in which asyncio prints the task and its exception with its message."""
     if entry["logger"] == "asyncio":
         entry["event"] = entry["event"].split("\n", 1)[0]
     return entry
 
 
 def _plain_entry(redact: Redact) -> Processor:
-    # Most texts of a log line are the same in the next: its level, its event, the model.
+    # Most strings repeat from record to record: level, event, model.
     short = lru_cache(maxsize=1024)(redact)
 
     def shown(text: str) -> str:
         return short(text) if len(text) <= SHORT_CHARS else redact(text)
 
     def process(_: object, __: str, entry: EventDict) -> EventDict:
-        """Put the keys that every line has first, and make all values fit for strict JSON."""
+        """Put the common keys first, and convert all values to strict JSON."""
         keys = dict.fromkeys((*FIRST_KEYS, *entry))
         return {key: _shown(entry.get(key), shown) for key in keys}
 
@@ -213,11 +212,11 @@ def _shown(value: Any, redact: Redact) -> Any:
     try:
         return _plain(value, redact)
     except Exception:  # noqa: BLE001  # a value's own methods may raise anything, and a list may hold itself
-        return f"<{type(value).__name__} that cannot be shown>"
+        return f"<{type(value).__name__}: not serializable>"
 
 
 def _plain(value: Any, redact: Redact) -> Any:
-    """Whatever it is, as JSON can hold it, with every text in it redacted."""
+    """Convert any value to JSON types, with every string redacted."""
     match value:
         case None | bool():
             return value
@@ -237,9 +236,9 @@ def _plain(value: Any, redact: Redact) -> Any:
 
 
 def describe_exception(exc: BaseException) -> str:
-    """Where an unexpected exception came from: types and frames, innermost first, and never its message.
+    """Return the types and frames of an unexpected exception, innermost first, without messages.
 
-    Messages of exceptions can hold whatever a job holds.
+    Messages of exceptions can contain data of a job.
     """
     return "; caused by ".join(map(_describe, islice(_causes(exc), MAX_CAUSES)))
 
@@ -263,5 +262,5 @@ def _describe(exc: BaseException) -> str:
 
 
 def _short(path: str) -> str:
-    """A file's path without what differs from machine to machine."""
+    """Return a file's path relative to site-packages or the project."""
     return path.rpartition("/site-packages/")[2].removeprefix(_PROJECT)

@@ -1,6 +1,6 @@
-"""Every metric of the worker, declared once; `docs/metrics.md` is made of these.
+"""Every metric of the worker, declared once; the source of `docs/metrics.md`.
 
-No label takes a value that a job can choose freely: each says which values it has.
+No label has a value that a job can choose freely: each label lists its values.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ from worker.messages.result import Usage
 from worker.observability.instruments import Instruments, Label
 
 UNKNOWN_MODEL: Final = "unknown"
-# How long a wait counts for `vqa_job_queue_wait_max_seconds`.
+# Window of `vqa_job_queue_wait_max_seconds`.
 LATELY_S: Final = 60.0
 
 Metric = TypeVar("Metric", Counter, Histogram)
 
-# The `_created` series double the number of time series and nobody looks at them.
+# The `_created` series double the number of time series and are of no use here.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -46,20 +46,20 @@ GCCollector(registry=REGISTRY)
 
 
 class _TasksCollector(Collector):
-    """How many tasks the event loop has, counted when it is asked: what is left behind shows there first."""
+    """The number of asyncio tasks, counted at each scrape; a steady increase indicates a leak."""
 
     def collect(self) -> Iterable[Family]:
-        """The gauge, beside Python's own; nothing where no event loop runs."""
+        """Yield the gauge; nothing if no event loop is running."""
         try:
             count = len(asyncio.all_tasks())
         except RuntimeError:
             return
-        yield GaugeMetricFamily("python_asyncio_tasks", "Tasks of the event loop, at the moment.", count)
+        yield GaugeMetricFamily("python_asyncio_tasks", "Number of asyncio tasks.", count)
 
 
 REGISTRY.register(_TasksCollector())
 
-# Seconds; they reach the longest VQA_JOB_TIMEOUT there can be (1740).
+# Up to the maximum of VQA_JOB_TIMEOUT (1740 s).
 _SECONDS: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     *(20, 30, 60, 120, 300, 600, 1200, 1800),
@@ -69,12 +69,11 @@ _QUEUE_SECONDS: Final = (
     *(120, 300, 600, 900, 1800, 3600, 14400, 86400),
 )
 _LAG_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-# OpenTelemetry's semantic conventions for generative AI, metrics; the last five durations go beyond them, for
-# slow models, as far as a job may take.
+# Buckets of OpenTelemetry's GenAI conventions; the last five durations extend them for slow models.
 _GEN_AI_TOKENS: Final = tuple(4**n for n in range(14))
 _GEN_AI_SECONDS: Final = tuple(0.01 * 2**n for n in range(19))
 
-# What the worker itself calls a failed attempt: see `TransientError.reason` and `Failures`.
+# Reasons of failed attempts: see `TransientError.reason`.
 RETRY_REASONS: Final = (
     *("timeout", "connection_error", "malformed_response", "http_5xx", "http_408", "http_409", "http_403"),
     *("model_unavailable", "s3_unavailable", "result_store_unavailable", "internal_error"),
@@ -98,7 +97,7 @@ DECLARED: Final = _made.declared
 JOBS = _made.counter(
     "vqa_jobs_total",
     "jobs",
-    "Jobs that came to an end.",
+    "Completed jobs, by status and error code.",
     _STATUS,
     Label("error", "an [error code](messages.md), empty for success"),
     _MODEL,
@@ -106,24 +105,24 @@ JOBS = _made.counter(
 RETRIES = _made.counter(
     "vqa_retries_total",
     "attempts",
-    "Attempts that failed and were put into a retry queue.",
+    "Failed attempts whose jobs were moved to a retry queue, by reason.",
     Label("reason", ", ".join(f"`{reason}`" for reason in RETRY_REASONS)),
 )
 DEAD_LETTERS = _made.counter(
     "vqa_dead_letters_total",
     "messages",
-    "Messages put into the dead-letter queue.",
+    "Messages moved to the dead-letter queue, by reason.",
     Label("reason", " or ".join(f"`{reason}`" for reason in DEAD_LETTER_REASONS)),
 )
 JOBS_REQUEUED = _made.counter(
     "vqa_jobs_requeued_total",
     "jobs",
-    "Jobs put back into the queue as they were: there was no slot, or the worker paused or stopped.",
+    "Jobs requeued without counting an attempt: no free concurrency slot, a pause, or a shutdown.",
 )
 JOB_DURATION = _made.histogram(
     "vqa_job_duration_seconds",
     "seconds",
-    "From a job's delivery to its ack.",
+    "Time from a job's delivery to its ack.",
     _STATUS,
     _MODEL,
     buckets=_SECONDS,
@@ -131,41 +130,41 @@ JOB_DURATION = _made.histogram(
 JOB_QUEUE = _made.histogram(
     "vqa_job_queue_seconds",
     "seconds",
-    "From the message's timestamp to its delivery; only jobs whose message has one.",
+    "Time from the message's timestamp to its delivery; only messages with a timestamp.",
     buckets=_QUEUE_SECONDS,
 )
 JOB_QUEUE_LONGEST = _made.gauge(
     "vqa_job_queue_wait_max_seconds",
     "seconds",
-    "The longest wait in the queue among the jobs delivered in the last one to two minutes: about as long as"
-    " the oldest one still waits. 0 if none came, or none with a timestamp.",
+    "Longest queue wait of the jobs delivered in the last one to two minutes. 0 if none was delivered, or"
+    " none with a timestamp.",
 )
 STAGE_DURATION = _made.histogram(
     "vqa_stage_duration_seconds",
     "seconds",
-    "A job's stages: wait (for a free slot), fetch (images), model (the API's answer), publish (the result).",
+    "Duration of a job's stages: wait (for a concurrency slot), fetch (images), model (request), publish.",
     Label("stage", "`wait`, `fetch`, `model`, `publish`"),
     _MODEL,
     buckets=_SECONDS,
 )
-TOKENS = _made.counter("vqa_tokens_total", "tokens", "Tokens as the API counted them.", _ASKED, _TOKENS)
+TOKENS = _made.counter("vqa_tokens_total", "tokens", "Tokens reported by the model API.", _ASKED, _TOKENS)
 COST = _made.counter(
     "vqa_cost_usd_total",
     "US dollars",
-    "US dollars spent: the provider's own figure, else from `VQA_PRICES`; nothing where there is neither.",
+    "Cost in USD as reported by the provider, else computed from `VQA_PRICES`.",
     _ASKED,
 )
 TENANT_JOBS = _made.counter(
     "vqa_tenant_jobs_total",
     "jobs",
-    "Jobs that came to an end, by tenant; only with `VQA_TENANT_FROM`.",
+    "Completed jobs by tenant; only with `VQA_TENANT_FROM`.",
     _TENANT,
     _STATUS,
 )
 TENANT_TOKENS = _made.counter(
     "vqa_tenant_tokens_total",
     "tokens",
-    "Tokens as the API counted them, by tenant; only with `VQA_TENANT_FROM`.",
+    "Tokens reported by the model API, by tenant; only with `VQA_TENANT_FROM`.",
     _TENANT,
     _ASKED,
     _TOKENS,
@@ -173,72 +172,74 @@ TENANT_TOKENS = _made.counter(
 TENANT_COST = _made.counter(
     "vqa_tenant_cost_usd_total",
     "US dollars",
-    "US dollars spent, by tenant; only with `VQA_TENANT_FROM`.",
+    "Cost in USD by tenant; only with `VQA_TENANT_FROM`.",
     _TENANT,
     _ASKED,
 )
 MODEL_REQUESTS = _made.counter(
     "vqa_model_requests_total",
-    "calls",
-    "Calls to the API.",
+    "requests",
+    "Model requests, by HTTP status code or kind of failure.",
     _ASKED,
     Label("code", "the HTTP status, or `timeout`, `connection`, `malformed`"),
 )
 AMBIGUOUS_CALLS = _made.counter(
     "vqa_ambiguous_calls_total",
-    "calls",
-    "Calls that may have been paid for without an answer: timed out or cut off.",
+    "requests",
+    "Model requests with unknown outcome (timeout, connection loss, cancellation); may have been billed.",
     _ASKED,
 )
 RESULT_STORE = _made.counter(
     "vqa_result_store_operations_total",
     "jobs",
-    "Operations on the result store.",
+    "Result store operations, by result.",
     Label(
         "result",
-        "`claimed`, `reused` (the stored answer was published), `waited` (for another worker's answer),"
-        " `taken_over` (from a dead worker), `stored`, `stored_by_another` (paid twice),"
-        " `store_failed` (S3 failed)",
+        "`claimed` (lease acquired), `reused` (stored answer published), `waited` (for another worker's"
+        " answer), `taken_over` (expired lease), `stored`, `stored_by_another` (billed twice),"
+        " `store_failed` (S3 error)",
     ),
 )
 IMAGE_BYTES = _made.counter(
     "vqa_image_bytes_total",
     "bytes",
-    "Bytes of the images handed to the API.",
+    "Image bytes sent to the model API.",
     Label("delivery", "`inline`"),
 )
 JOBS_IN_FLIGHT = _made.gauge(
-    "vqa_jobs_in_flight", "jobs", "Jobs being worked on in this process, those that wait for a slot included."
+    "vqa_jobs_in_flight", "jobs", "Jobs in flight in this process, including those that wait for a slot."
 )
 CONCURRENCY_LIMIT = _made.gauge(
-    "vqa_concurrency_limit", "jobs", "How many jobs may call the API at once, at the moment."
+    "vqa_concurrency_limit", "jobs", "Current adaptive concurrency limit, in slots."
 )
 CONCURRENCY_IN_USE = _made.gauge(
-    "vqa_concurrency_in_use", "jobs", "How many jobs hold one of those places: they fetch images or call."
+    "vqa_concurrency_in_use",
+    "jobs",
+    "Concurrency slots in use: jobs that fetch images or wait for the model.",
 )
 DEPENDENCY_UP = _made.gauge(
     "vqa_dependency_up",
     "1 or 0",
-    "0 while the worker is paused for it (model, s3) or not connected to it (rabbitmq).",
+    "1 if the dependency is available; 0 if consumption is paused for it, or RabbitMQ is not connected.",
     Label("dependency", "`model`, `s3`, `rabbitmq`"),
 )
 LOOP_LAG = _made.histogram(
     "vqa_event_loop_lag_seconds",
     "seconds",
-    "How much later than it was due the event loop turned to its heartbeat, every second.",
+    "Event loop lag: delay of a timer that fires every second.",
     buckets=_LAG_SECONDS,
 )
 BUILD_INFO = _made.info(
     "vqa_build_info",
-    "The worker's version and Python's; always 1.",
+    "Version of the worker and of Python; always 1.",
     {"version": __version__, "python": platform.python_version()},
-    Label("version", "the worker's"),
-    Label("python", "Python's"),
+    Label("version", "of the worker"),
+    Label("python", "of Python"),
 )
 GEN_AI_TOKEN_USAGE = _made.histogram(
     "gen_ai_client_token_usage",
     "tokens",
-    "Tokens of one API call (OpenTelemetry: gen_ai.client.token.usage).",
+    "Tokens per model request (OpenTelemetry: gen_ai.client.token.usage).",
     *_GEN_AI,
     Label("gen_ai_token_type", "`input` or `output`"),
     buckets=_GEN_AI_TOKENS,
@@ -246,7 +247,7 @@ GEN_AI_TOKEN_USAGE = _made.histogram(
 GEN_AI_OPERATION_DURATION = _made.histogram(
     "gen_ai_client_operation_duration_seconds",
     "seconds",
-    "Seconds of one API call (OpenTelemetry: gen_ai.client.operation.duration).",
+    "Duration of a model request (OpenTelemetry: gen_ai.client.operation.duration).",
     *_GEN_AI,
     Label("error_type", "empty, the HTTP status, `timeout`, `connection`, or `malformed`"),
     buckets=_GEN_AI_SECONDS,
@@ -254,9 +255,9 @@ GEN_AI_OPERATION_DURATION = _made.histogram(
 
 
 class Longest:
-    """The longest of the times seen in this window and the one before it, without keeping them all.
+    """The maximum of the durations observed in this window and the previous one.
 
-    `now` is always the seconds of one clock.
+    `now` is the time of one monotonic clock, in seconds.
     """
 
     def __init__(self, window_s: float, now: float) -> None:
@@ -264,13 +265,13 @@ class Longest:
         self._began = now
         self._before = self._current = 0.0
 
-    def saw(self, seconds: float, now: float) -> None:
-        """One more of them."""
+    def observe(self, seconds: float, now: float) -> None:
+        """Record a duration."""
         self._turn(now)
         self._current = max(self._current, seconds)
 
     def value(self, now: float) -> float:
-        """The longest; 0.0 if none was seen."""
+        """Return the maximum in seconds; 0.0 if nothing was observed."""
         self._turn(now)
         return max(self._before, self._current)
 
@@ -286,16 +287,15 @@ JOB_QUEUE_LONGEST.set_function(lambda: _longest_wait.value(time.monotonic()))
 
 
 def waited_in_queue(seconds: float) -> None:
-    """A job was delivered that had waited so long."""
+    """Record the queue wait of a delivered job, in seconds."""
     JOB_QUEUE.observe(seconds)
-    _longest_wait.saw(seconds, time.monotonic())
+    _longest_wait.observe(seconds, time.monotonic())
 
 
 def initialize_series(models: Collection[str]) -> None:
-    """Show the counters that queries and alerts add up as 0 before anything happens.
+    """Create the counters that queries and alerts use, with value 0.
 
-    `increase` sees no growth in a series that begins with its first count, and a pod that was started for a
-    few jobs may end before the second.
+    `increase()` ignores the first sample of a new series, and a short-lived pod may have no second one.
     """
     for model in models:
         series(JOBS, "succeeded", "", model)
@@ -316,14 +316,14 @@ def initialize_series(models: Collection[str]) -> None:
 
 @lru_cache(maxsize=4096)
 def series(metric: Metric, *labels: str) -> Metric:
-    """One of the metric's time series; the library's own look-up is dear, and a job needs a dozen of them."""
+    """Return one time series of a metric; cached, because the library's lookup is slow."""
     return metric.labels(*labels)
 
 
 class ModelCall:
-    """The figures of one API call; one of `answered` and `failed` is called, once.
+    """The metrics of one model request; exactly one of `answered` and `failed` is called, once.
 
-    Neither is, if an image broke off while it was sent: the API never had the request.
+    Neither is called if reading an image failed while it was sent: the API never received the request.
     """
 
     def __init__(self, model: str, provider: str) -> None:
@@ -332,7 +332,7 @@ class ModelCall:
         self._started = time.monotonic()
 
     def answered(self, usage: Usage | None) -> None:
-        """The API answered with a chat completion, whatever it says."""
+        """Record a response with a chat completion."""
         self._ended("200", error_type="")
         if usage is None:
             return
@@ -345,7 +345,7 @@ class ModelCall:
         series(COST, self._model).inc(usage.cost_usd or 0.0)
 
     def failed(self, code: str, *, ambiguous: bool = False) -> None:
-        """The call ended with an HTTP status, or as `timeout`, `connection` or `malformed`."""
+        """Record a failure: an HTTP status, `timeout`, `connection` or `malformed`."""
         self._ended(code, error_type=code)
         if ambiguous:
             series(AMBIGUOUS_CALLS, self._model).inc()
@@ -359,7 +359,7 @@ class ModelCall:
 
 @contextmanager
 def model_call(model: str, provider: str, is_sent: Callable[[], bool]) -> Iterator[ModelCall]:
-    """Measure one API call; one that is cancelled after it was sent is ambiguous: it may be paid for."""
+    """Measure one model request; cancelled after it was sent, its outcome is unknown and it may be billed."""
     call = ModelCall(model, provider)
     try:
         yield call
@@ -371,7 +371,7 @@ def model_call(model: str, provider: str, is_sent: Callable[[], bool]) -> Iterat
 
 @contextmanager
 def stage(name: str, model: str) -> Iterator[None]:
-    """Measure one stage of a job."""
+    """Measure the duration of one stage of a job."""
     started = time.monotonic()
     try:
         yield
@@ -380,5 +380,5 @@ def stage(name: str, model: str) -> Iterator[None]:
 
 
 def exposition() -> tuple[bytes, str]:
-    """What `/metrics` answers with: the body and its content type."""
+    """Return the body of `/metrics` and its content type."""
     return generate_latest(REGISTRY), CONTENT_TYPE_PLAIN_0_0_4

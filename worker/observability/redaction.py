@@ -1,8 +1,7 @@
-"""Keeps secrets, signed links and image data out of everything that a person or another program gets to read.
+"""Redact secrets, signed links and image data from logs, results and error messages.
 
-The patterns are written so that each character is looked at a fixed number of times: their input comes from
-strangers. Possessive quantifiers (`*+`) never go back, and no pattern starts anew inside what it has just
-scanned.
+All patterns run in linear time, because their input is untrusted: possessive quantifiers (`*+`) never
+backtrack, and no pattern restarts inside text that it has already scanned.
 """
 
 import json
@@ -15,8 +14,8 @@ MARK: Final = "[redacted]"
 DEFAULT_LIMIT: Final = 2000  # characters of a message
 MAX_DISPLAY_CHARS: Final = 300  # of a URL in a message
 
-# A shorter one is found by chance in any sentence: blanking every "a" would destroy the message and, by the
-# pattern of the gaps, still give the secret away.
+# Shorter secrets occur by chance in any sentence: redacting every "a" would destroy the message and, by the
+# positions of the marks, still reveal the secret.
 MIN_SECRET_CHARS: Final = 4
 
 MIN_TOKEN_CHARS: Final = 8
@@ -26,8 +25,8 @@ _DATA_URL: Final = re.compile(r"""(data:[^\s,:"']*+),([A-Za-z0-9+/=_%-]++)""", r
 _AUTHORITY: Final = re.compile(r"""://([^\s/?#"<>]*+)""")
 # The key in an s3:// URL is taken literally: a question mark in it begins no query.
 _URL: Final = re.compile(r"""(?<!s3)://[^\s"'<>]*+""")
-# An API may echo a URL percent-encoded (even twice) or with JSON's escapes, and without its scheme. A value
-# runs on over an encoded separator, which cannot be told for sure from a part of the value.
+# An API may echo a URL percent-encoded (even twice), JSON-escaped, or without its scheme. A value extends
+# over an encoded separator, which may be a part of the value.
 _PARAMETER: Final = re.compile(
     r"""(?:(?<![\w-])|(?<=%[0-9a-f]{2})|(?<=%25[0-9a-f]{2})|(?<=\\u[0-9a-f]{4}))
     ((?:x-(?:amz|goog)-[\w-]++|signature|awsaccesskeyid|googleaccessid|policy|key-pair-id|sig
@@ -42,18 +41,18 @@ _AUTHORIZATION: Final = re.compile(
 )
 _BEARER: Final = re.compile(rf"(\bbearer\s)([\w.~+/=-]{{{MIN_TOKEN_CHARS},}}+)", re.IGNORECASE | re.ASCII)
 _SCHEME: Final = re.compile(r"(?:[a-z][a-z0-9+.-]*+:)?[/\\]*+", re.IGNORECASE)
-# C0, DEL, C1, line and paragraph separators, and what turns the direction of writing.
+# C0, DEL, C1, line and paragraph separators, and bidirectional formatting characters.
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Redactor:
-    """Makes a text fit to be shown: no secrets, one line, not too long.
+    """Return text without secrets, on one line, of limited length.
 
     Args:
-        secrets: values to blank wherever they occur, also percent-encoded, decoded or escaped. Those shorter
-            than `MIN_SECRET_CHARS` are left alone.
-        limit: the most characters that come out.
+        secrets: values to redact everywhere, also percent-encoded, decoded or escaped. Values shorter than
+            `MIN_SECRET_CHARS` are not redacted.
+        limit: maximum number of characters to return.
     """
 
     def __init__(self, secrets: Iterable[str], limit: int = DEFAULT_LIMIT) -> None:
@@ -61,9 +60,9 @@ class Redactor:
         self._limit = limit
 
     def __call__(self, text: str) -> str:
-        """Return the text with the mark in place of what is secret."""
-        # Secrets go first, since the patterns could leave a part of one, and once more at the end, since what
-        # they take away could bring two parts together.
+        """Return the text with secrets replaced by `MARK`."""
+        # Secrets first, since a pattern could remove a part of one, and again at the end, since a removal
+        # could join two parts.
         shown = _printable(_without_patterns(self._blank(text)))
         return _cut(shown if shown is text else self._blank(shown), self._limit)
 
@@ -72,7 +71,7 @@ class Redactor:
 
 
 def _without_patterns(text: str) -> str:
-    # Looking for a word costs far less than a pattern, and a log line has seldom any of these.
+    # A substring search is much faster than a pattern, and few log lines match any.
     lowered = text.lower()
     if "authorization" in lowered:
         text = _AUTHORIZATION.sub(rf"\1{MARK}", text)
@@ -93,7 +92,7 @@ def _printable(text: str) -> str:
 
 
 def display_url(url: str) -> str:
-    """Name an image in a message: the URL without anything secret, long or unprintable."""
+    """Return a URL for a message: without secrets, shortened, printable."""
     scheme = url[:5].lower()
     if scheme == "data:":
         return "data: URL"
@@ -103,7 +102,7 @@ def display_url(url: str) -> str:
 
 
 def _without_secrets(url: str) -> str:
-    """Without user name, password, query and fragment; never fails, whatever the text is."""
+    """Remove user name, password, query and fragment; never raises."""
     address = re.split(r"[?#]", url, maxsplit=1)[0]
     scheme = _SCHEME.match(address)
     start = scheme.end() if scheme else 0
@@ -113,7 +112,7 @@ def _without_secrets(url: str) -> str:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """The ways in which a secret can stand in a text: as it is, in a URL, in JSON, in a `repr`."""
+    """Yield the forms of a secret: literal, URL-encoded, JSON-escaped, `repr`."""
     if len(secret) < MIN_SECRET_CHARS:
         return
     for plain in (secret, unquote(secret)):
@@ -129,13 +128,13 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def _any_of(secrets: set[str]) -> re.Pattern[str] | None:
-    # Longest first: a secret that begins another must not leave the rest of it.
+    # Longest first: a secret that is a prefix of another must not leave the rest.
     ordered = sorted(secrets, key=lambda secret: (-len(secret), secret))
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
 def _blank_token(match: re.Match[str]) -> str:
-    """Blank a token: it has a digit in it or is long; "Bearer authentication" is a phrase."""
+    """Redact a token with a digit or of some length, but not a phrase like "Bearer authentication"."""
     token = match[2]
     is_token = len(token) >= SURELY_A_TOKEN_CHARS or any(map(str.isdigit, token))
     return f"{match[1]}{MARK}" if is_token else match[0]

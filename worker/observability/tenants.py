@@ -1,4 +1,4 @@
-"""Whose jobs they are, as far as the one who runs the worker wants to tell: counts and costs by tenant."""
+"""Metrics by tenant: jobs, tokens and cost."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, Final
@@ -10,12 +10,12 @@ OTHER: Final = "other"
 
 
 class Tenants:
-    """Counts by tenant what is counted by model too; without a key, nothing.
+    """Counters by tenant, in addition to those by model; disabled without a key.
 
     Args:
-        key: the field of a job's metadata that names its tenant (`VQA_TENANT_FROM`).
-        names: the tenants that are told apart (`VQA_TENANTS`); all others are one. A job may say what it
-            likes: it makes no new time series.
+        key: the metadata field that names the tenant (`VQA_TENANT_FROM`).
+        names: the tenants to report separately (`VQA_TENANTS`). All others are counted as `other`, so a job
+            cannot create time series.
     """
 
     def __init__(self, key: str | None = None, names: Collection[str] = ()) -> None:
@@ -23,7 +23,7 @@ class Tenants:
         self._names = frozenset(names)
 
     def of(self, metadata: Mapping[str, Any]) -> str | None:
-        """A job's tenant, named by text or by a whole number, as ids often are; None where none are told."""
+        """Return a job's tenant, a string or an integer in its metadata; None if tenants are disabled."""
         if self._key is None:
             return None
         value = metadata.get(self._key)
@@ -31,13 +31,13 @@ class Tenants:
         return name if name in self._names else OTHER
 
     def ended(self, metadata: Mapping[str, Any], status: str) -> None:
-        """A job came to its end."""
+        """Count a completed job."""
         tenant = self.of(metadata)
         if tenant is not None:
             metrics.series(metrics.TENANT_JOBS, tenant, status).inc()
 
     def paid(self, metadata: Mapping[str, Any], model: str, usage: Usage | None) -> None:
-        """The API answered a call."""
+        """Count the tokens and the cost of a model response."""
         tenant = self.of(metadata)
         if tenant is None or usage is None:
             return
@@ -46,7 +46,7 @@ class Tenants:
         metrics.series(metrics.TENANT_COST, tenant, model).inc(usage.cost_usd or 0.0)
 
     def initialize_series(self, models: Collection[str]) -> None:
-        """Show every tenant's counters as 0 before anything happens, as `metrics.begin_at_zero` does."""
+        """Create every tenant's counters with value 0, as `metrics.initialize_series` does."""
         if self._key is None:
             return
         for tenant in (*self._names, OTHER):

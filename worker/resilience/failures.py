@@ -86,7 +86,7 @@ class Failures:
 
     async def _verdict(self, report: Report, error: TransientError, failed_at: float) -> Verdict:
         """Whose trouble a failure was; where others call too, what they meet is waited for."""
-        report.enters("verdict")
+        report.enters("diagnose")
         others, verdict = self._gate.in_flight, Verdict.OPEN
         if not error.is_duplicate:
             verdict = self._health.failed(

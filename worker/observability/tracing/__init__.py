@@ -1,6 +1,6 @@
-"""Spans for traces. Off, as it is by default, nothing of OpenTelemetry is loaded and a span is no work.
+"""Spans for traces. While disabled (the default), OpenTelemetry is not loaded and spans do nothing.
 
-What the spans say is put together in `otlp`, the one place that knows OpenTelemetry; see docs/tracing.md.
+`otlp` is the only module that uses OpenTelemetry; see docs/tracing.md.
 """
 
 from collections.abc import Mapping
@@ -16,44 +16,44 @@ _NO_HEADERS: Mapping[str, str] = {}
 
 
 class Span(Protocol):
-    """One step of a job, from when it is entered to when it is left; steps inside of it are its children."""
+    """One step of a job, entered as a context; steps inside are its children."""
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """What a message carries whose reader is to go on with the trace; empty if that is unchanged."""
+        """Return the W3C trace headers for a message; empty while disabled."""
 
     @property
     def trace_id(self) -> str | None:
-        """The trace that it belongs to, in hexadecimal."""
+        """Return the trace id in hexadecimal, or None while disabled."""
 
     def answered(self, usage: "Usage | None", finish_reason: str | None, response: Mapping[str, Any]) -> None:
-        """Of a call to the API: it answered."""
+        """Record the response of a model request."""
 
     def became(self, outcome: "Outcome | None") -> None:
-        """Of a delivery: what was published for it; None if there was nothing left to say."""
+        """Record the outcome of a delivery; None if there was none to publish."""
 
     def failed(self, kind: str) -> None:
-        """It failed, and how, by a word out of a small set. Exceptions that leave it are told anyway."""
+        """Record a failure of a kind out of a closed set; exceptions are recorded automatically."""
 
 
 class Tracer(Protocol):
-    """Who begins spans."""
+    """Creates spans."""
 
     def process(self, delivery: "Delivery") -> AbstractContextManager[Span]:
-        """The work on a delivery, until it is settled."""
+        """Return the span of a delivery, until it is settled."""
 
     def fetch(self, image: str) -> AbstractContextManager[Span]:
-        """Reading an image, until it can be sent; `image` is its place in the job."""
+        """Return the span of reading an image, until it can be sent; `image` is its position in the job."""
 
     def call(self, model: str, provider: str) -> AbstractContextManager[Span]:
-        """A call to the API."""
+        """Return the span of a model request."""
 
     def publish(self, exchange: str, routing_key: str, message_id: str) -> AbstractContextManager[Span]:
-        """Publishing a message, until the broker has confirmed it."""
+        """Return the span of publishing a message, until the confirm."""
 
 
 class _Off:
-    """The tracer of those who want no traces, and all of its spans."""
+    """The tracer while traces are disabled, and all of its spans."""
 
     headers = _NO_HEADERS
     trace_id = None
@@ -87,11 +87,11 @@ _tracer = OFF
 
 
 def use(tracer: Tracer) -> None:
-    """Let this one begin the spans from now on."""
+    """Set the tracer of the process."""
     global _tracer  # noqa: PLW0603 - like the metrics, there is one for the whole process
     _tracer = tracer
 
 
 def spans() -> Tracer:
-    """Who begins spans, at the moment."""
+    """Return the tracer of the process."""
     return _tracer

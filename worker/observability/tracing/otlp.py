@@ -1,8 +1,8 @@
-"""Spans by OpenTelemetry's SDK, sent over OTLP: the one place that knows the library and its vocabulary.
+"""Spans with OpenTelemetry's SDK, sent over OTLP: the only module that uses the library.
 
-Names follow the semantic conventions for messaging, RabbitMQ and generative AI as of 1.41. Nothing here says
-what a job asks or what was answered, nor where its images lie; of what jobs name, only the ids of the job and
-of its message appear, the model (an allowed one) and the worker's own queues.
+Names follow the semantic conventions 1.41 for messaging, RabbitMQ and generative AI. Spans contain no
+questions, answers or image locations: only the ids of the job and its message, the (allowed) model and the
+worker's own queues.
 """
 
 import asyncio
@@ -33,11 +33,11 @@ from worker.messages.result import Usage
 
 log = structlog.get_logger(__name__)
 
-# A collector that is not there must not hold up a stop for longer.
+# Limits how long an unreachable collector can delay a shutdown.
 FLUSH_S: Final = 5.0
-# What the API says of itself is not trusted to be short.
+# Strings in the API's response are untrusted and may be long.
 MAX_CHARS: Final = 200
-# The place of a queue that a job has named.
+# Placeholder for a queue that a job named.
 REPLY_TO: Final = "{reply_to}"
 
 _W3C: Final = TraceContextTextMapPropagator()
@@ -45,7 +45,7 @@ _W3C: Final = TraceContextTextMapPropagator()
 
 @dataclass(frozen=True)
 class Scene:
-    """What spans say of the world around: the worker's queues, and where the broker and the API are."""
+    """Common attributes of spans: the worker's queues, and the addresses of the broker and the model API."""
 
     jobs_queue: str
     own_queues: frozenset[str]
@@ -54,7 +54,7 @@ class Scene:
 
 
 class Otlp:
-    """A tracer whose spans go out in batches, in a thread of the SDK's; what it cannot send, it drops."""
+    """A tracer that sends spans in batches, in a thread of the SDK; spans that cannot be sent are dropped."""
 
     def __init__(self, scene: Scene) -> None:
         self._own_queues = scene.own_queues
@@ -77,7 +77,7 @@ class Otlp:
         self._call = {"gen_ai.operation.name": "chat", **_server(scene.model_base_url)}
 
     def process(self, delivery: Delivery) -> "_Span":
-        """The work on a delivery, in the trace of the message or in a new one."""
+        """Return the span of a delivery, in the trace of the message or in a new one."""
         attributes = _given(
             {
                 "messaging.message.id": delivery.message_id,
@@ -90,16 +90,16 @@ class Otlp:
         return self._begin(self._process_name, SpanKind.CONSUMER, {**self._process, **attributes}, parent)
 
     def fetch(self, image: str) -> "_Span":
-        """Reading an image from S3."""
+        """Return the span of reading an image from S3."""
         return self._begin("fetch image", SpanKind.CLIENT, {"vqa.image": image})
 
     def call(self, model: str, provider: str) -> "_Span":
-        """A call to the API."""
+        """Return the span of a model request."""
         named = {"gen_ai.provider.name": provider, "gen_ai.request.model": model}
         return self._begin(f"chat {model}", SpanKind.CLIENT, {**self._call, **named})
 
     def publish(self, exchange: str, routing_key: str, message_id: str) -> "_Span":
-        """Publishing a message."""
+        """Return the span of publishing a message."""
         is_own = routing_key in self._own_queues
         target = ":".join(filter(None, (exchange, routing_key if is_own else REPLY_TO)))
         kind = "messaging.destination.name" if is_own else "messaging.destination.template"
@@ -107,15 +107,15 @@ class Otlp:
         return self._begin(f"publish {target}", SpanKind.PRODUCER, attributes)
 
     async def close(self) -> None:
-        """Send what is left, in bounded time."""
+        """Send the remaining spans, for at most `FLUSH_S` seconds."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
         def shut_down() -> None:
             self._provider.shutdown()
-            with suppress(RuntimeError):  # the loop has not waited for it
+            with suppress(RuntimeError):  # the loop was closed after the timeout
                 loop.call_soon_threadsafe(done.set)
 
-        # A daemon, which a process that ends does not wait for.
+        # A daemon thread does not delay the exit of the process.
         threading.Thread(target=shut_down, name="spans-flush", daemon=True).start()
         try:
             async with asyncio.timeout(FLUSH_S):
@@ -134,7 +134,7 @@ class Otlp:
 
 
 class _Span:
-    """A span that is the current one while it is entered."""
+    """A span that is the current span while its context is entered."""
 
     def __init__(self, span: LibrarySpan) -> None:
         self._span = span
@@ -195,7 +195,7 @@ class _Span:
 
 
 def _resource() -> Resource:
-    """Who sends the spans; `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` say it better."""
+    """Return the resource; `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` override the defaults."""
     own = Resource.create({"service.name": "vqa-worker", "service.version": __version__})
     return own.merge(OTELResourceDetector().detect())
 
@@ -215,7 +215,7 @@ def _text(value: object) -> str | None:
 
 
 def _end_of(outcome: Outcome) -> tuple[int | None, str | None]:
-    """The attempts that count, and what went wrong."""
+    """Return the number of counted attempts and the error, if any."""
     match outcome:
         case Succeeded(result=result):
             return result.attempts, None
