@@ -1,7 +1,7 @@
-"""Writes what the chart has from elsewhere: `python docs/chart.py [--check]`.
+"""Generate files of the chart: `python docs/chart.py [--check]`.
 
-The README's table and the schema's descriptions are made of the comments in `values.yaml`; rules and
-dashboard are copies, because Helm reads no files outside of the chart.
+The README's table and the schema's descriptions come from the comments in `values.yaml`. Rules and dashboard
+are copies, because Helm cannot read files outside the chart.
 """
 # ruff: noqa: INP001  # a script beside the pages, not a package
 
@@ -19,10 +19,12 @@ import yaml
 ROOT: Final = Path(__file__).parent.parent
 CHART: Final = Path("helm/vqa-worker")
 VALUES: Final = CHART / "values.yaml"
-BEGIN: Final = "<!-- Made of the comments in values.yaml by docs/chart.py: change those, not this. -->\n"
-END: Final = "<!-- The end of what is made. -->"
+BEGIN: Final = (
+    "<!-- Generated from values.yaml by docs/chart.py: change the comments there, run `make docs`. -->\n"
+)
+END: Final = "<!-- End of the generated part. -->"
 
-# Cells of a table cannot be folded.
+# Longer defaults do not fit into a table cell.
 LONGEST_DEFAULT: Final = 50
 
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z0-9]+):")
@@ -30,7 +32,7 @@ _KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z0-9]+):")
 
 @dataclass(frozen=True)
 class Value:
-    """A value of the chart: where it stands, what it is by default, and what it means."""
+    """A value of the chart: its path, default and description."""
 
     path: tuple[str, ...]
     default: Any
@@ -38,7 +40,7 @@ class Value:
 
 
 def documented_values(text: str) -> list[Value]:
-    """Every value of a `values.yaml` that a comment beginning with `# --` describes, in order."""
+    """Return the values that a comment beginning with `# --` describes, in order."""
     loaded = yaml.safe_load(text)
     return [Value(path, _at(loaded, path), meaning) for path, meaning in _comments(text) if meaning]
 
@@ -50,7 +52,7 @@ def _at(loaded: Any, path: Sequence[str]) -> Any:
 
 
 def _comments(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Each key of the mappings, by its path from the top, and its description, if it has one."""
+    """Yield the path of each key, and its description or an empty string."""
     path: list[str] = []
     words: list[str] = []
     for line in text.splitlines():
@@ -65,7 +67,7 @@ def _comments(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def table(values: Sequence[Value]) -> str:
-    """The table of the README."""
+    """Return the table of the README."""
     rows = (
         f"| `{'.'.join(value.path)}` | {_shown(value.default)} | {value.meaning.replace('|', '&#124;')} |\n"
         for value in values
@@ -79,10 +81,10 @@ def _shown(default: Any) -> str:
 
 
 def readme(folder: Path) -> str:
-    """The README with its table as it should be.
+    """Return the README with a current table.
 
     Raises:
-        ValueError: the lines that the table stands between are gone.
+        ValueError: the lines before and after the table are missing.
     """
     before, _, rest = _read(folder / CHART / "README.md").partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -92,7 +94,7 @@ def readme(folder: Path) -> str:
 
 
 def schema(folder: Path) -> str:
-    """The schema with a description for every value that has one, for editors to show."""
+    """Return the schema with the descriptions of all values."""
     written: dict[str, Any] = json.loads(_read(folder / CHART / "values.schema.json"))
     for value in documented_values(_read(folder / VALUES)):
         where = written
@@ -131,7 +133,7 @@ def _read(path: Path) -> str:
 
 
 def outdated(folder: Path) -> list[Path]:
-    """The files that are missing from a copy of the repository or differ from what they are made of."""
+    """Return the files that are missing from a copy of the repository or out of date."""
     return [
         path
         for path, make in FILES.items()
@@ -140,7 +142,7 @@ def outdated(folder: Path) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None, folder: Path = ROOT) -> int:
-    """Write the files, or with `--check` only compare them. Returns the exit code."""
+    """Write the files, or with `--check` only compare them; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
     paths = outdated(folder)

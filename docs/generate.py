@@ -58,8 +58,8 @@ SETTINGS_INTRODUCTION: Final = """\
 
 <!-- Generated from worker/settings/ by docs/generate.py: change the source and run `make docs`. -->
 
-Settings are environment variables. Precedence: environment, then a `.env` file in the working directory, then the
-folder `VQA_SECRETS_DIR`, which has one file per variable.
+Settings are environment variables. Precedence: environment, then a `.env` file in the working directory, then
+the folder `VQA_SECRETS_DIR`, which has one file per variable.
 
 - An empty value means "not set", except for `VQA_ALLOWED_REPLY_TO` and `VQA_ALLOWED_LINK_HOSTS`, where it
   means that nothing is allowed.
@@ -69,13 +69,17 @@ folder `VQA_SECRETS_DIR`, which has one file per variable.
 - Unknown variables that begin with `VQA_` cause a warning at startup.
 - S3 credentials and region: the AWS SDK's default chain (variables, files, roles). Proxies and certificates:
   `HTTPS_PROXY`, `NO_PROXY`, `SSL_CERT_FILE`.
-- Tracing is configured with the standard `OTEL_*` variables, in the environment only: see [traces](tracing.md).
+- Tracing is configured with the standard `OTEL_*` variables, in the environment only: [traces](tracing.md).
 """
 
 # Added by the Prometheus client library, on Linux.
 PROCESS_METRICS: Final = {
     "process_cpu_seconds_total": ("counter", "seconds", "CPU time, user and system."),
-    "process_resident_memory_bytes": ("gauge", "bytes", "Resident memory, which a container's memory limit applies to."),
+    "process_resident_memory_bytes": (
+        "gauge",
+        "bytes",
+        "Resident memory, which a container's memory limit applies to.",
+    ),
     "process_virtual_memory_bytes": ("gauge", "bytes", "Virtual memory."),
     "process_start_time_seconds": ("gauge", "Unix time", "Start time of the process."),
     "process_open_fds": ("gauge", "files", "Open file descriptors, including connections."),

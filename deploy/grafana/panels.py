@@ -1,7 +1,7 @@
-"""What the dashboard shows, row by row; `build.py` makes Grafana's JSON of it.
+"""The dashboard's rows and panels; `build.py` converts them to Grafana's JSON.
 
-In the queries `@here` stands for the workers that the variables at the top of the dashboard choose, `@model`
-for them and the models chosen, and `@broker(NAME, SELECTOR)` for a metric of the broker by either name.
+In queries, `@here` is replaced with the selector of the selected workers, `@model` with that of the selected
+workers and models, and `@broker(NAME, SELECTOR)` with a RabbitMQ metric under either of its names.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Unit: TypeAlias = Literal["s", "short", "percentunit", "currencyUSD", "Bps", "by
 
 @dataclass(frozen=True)
 class Query:
-    """PromQL, and what its series are called; `{{label}}` stands for a label's value."""
+    """A PromQL query and the legend of its series; `{{label}}` is replaced with the label's value."""
 
     expr: str
     legend: str
@@ -23,14 +23,14 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One picture.
+    """One panel.
 
     Attributes:
-        about: for whoever asks what it means: a sentence or two.
-        width: of the 24 that are a whole row.
-        least, most: the ends of the scale; it goes lower than `least` if the values do.
-        good, bad: for numbers and ratios, from where on it is green and red.
-        since: shows this time, such as the day so far, whatever the dashboard shows.
+        about: the panel's description.
+        width: of the 24 grid columns of a row.
+        least, most: ends of the scale; values below `least` extend it.
+        good, bad: thresholds for green and red.
+        since: overrides the dashboard's time range, for example with the current day.
     """
 
     title: str
@@ -64,19 +64,19 @@ _OBJECTIVE: Final = 0.99
 
 def _success_ratio(window: str) -> str:
     good = f'sum(increase({_JOBS}, status="succeeded"}}[{window}]))'
-    # Those that succeeded have no error: the question mark lets them in.
+    # Succeeded jobs have an empty error, which the question mark matches.
     counted = f'sum(increase({_JOBS}, error=~"({_BAD})?"}}[{window}]))'
     return f"{good} / {counted}"
 
 
 def _rate(series: str, *by: str) -> str:
-    """How much a counter grows in a second, by some labels."""
+    """Return the per-second rate of a counter, grouped by labels."""
     grouped = f" by ({', '.join(by)})" if by else ""
     return f"sum{grouped} (rate({series}[$__rate_interval]))"
 
 
 def _quantile(quantile: float, histogram: str, *by: str, window: str = "$__rate_interval") -> str:
-    """A quantile of a histogram given with its selector, such as `name{label="value"}`."""
+    """Return a quantile of a histogram with a selector, such as `name{label="value"}`."""
     name, brace, selector = histogram.partition("{")
     labels = ", ".join(("le", *by))
     return (
@@ -100,8 +100,8 @@ SERVICE: Final = Row(
     (
         Panel(
             title="Success ratio",
-            about="Good ÷ (good + bad) in the time shown. Bad is what the service is to blame for: attempts"
-            " used up, deadlines missed. What no service could answer does not count: see docs/metrics.md.",
+            about="Good ÷ (good + bad) in the selected range. Bad: attempts used up, deadlines missed. Client"
+            " errors are excluded: see docs/metrics.md.",
             unit="percentunit",
             queries=(Query(_success_ratio("$__range"), ""),),
             kind="number",
@@ -112,7 +112,7 @@ SERVICE: Final = Row(
         ),
         Panel(
             title="Jobs",
-            about="Jobs that came to an end in the time shown, well or not.",
+            about="Completed jobs in the selected range, succeeded or failed.",
             unit="short",
             queries=(Query(f"sum(increase({_JOBS}}}[$__range]))", ""),),
             kind="number",
@@ -120,16 +120,16 @@ SERVICE: Final = Row(
             decimals=0,
         ),
         Panel(
-            title="Time per job, p95",
-            about="From a job's delivery to its ack: 95 of 100 successful jobs took no longer.",
+            title="Job duration, p95",
+            about="From a job's delivery to its ack; succeeded jobs.",
             unit="s",
             queries=(Query(_quantile(0.95, _DURATION, window="$__range"), ""),),
             kind="number",
             width=4,
         ),
         Panel(
-            title="Time in the queue, p95",
-            about="From a message's timestamp to its delivery. Publishers have to set the timestamp.",
+            title="Queue wait, p95",
+            about="From a message's timestamp to its delivery. Only messages with a timestamp.",
             unit="s",
             queries=(Query(_quantile(0.95, _QUEUE_TIME, window="$__range"), ""),),
             kind="number",
@@ -139,7 +139,7 @@ SERVICE: Final = Row(
         ),
         Panel(
             title="Cost today",
-            about="US dollars since midnight, whatever time the dashboard shows.",
+            about="USD since midnight, regardless of the selected range.",
             unit="currencyUSD",
             queries=(Query("sum(increase(vqa_cost_usd_total{@model}[$__range]))", ""),),
             kind="number",
@@ -148,7 +148,7 @@ SERVICE: Final = Row(
         ),
         Panel(
             title="Alerts",
-            about="Alerts of deploy/prometheus/vqa-worker.rules.yaml that fire now; docs/runbook.md helps.",
+            about="Firing alerts of deploy/prometheus/vqa-worker.rules.yaml; see docs/runbook.md.",
             unit="short",
             queries=(
                 Query(
@@ -165,7 +165,7 @@ SERVICE: Final = Row(
         ),
         Panel(
             title="Success ratio",
-            about="The same over time. The objective is 99 %.",
+            about="Success ratio over time. The objective is 99 %.",
             unit="percentunit",
             queries=(Query(_success_ratio("$__rate_interval"), "good ÷ (good + bad)"),),
             least=0.9,
@@ -174,13 +174,13 @@ SERVICE: Final = Row(
             bad=0.95,
         ),
         Panel(
-            title="Time per job",
-            about="From the delivery of a job to its ack, successful jobs.",
+            title="Job duration",
+            about="From a job's delivery to its ack; succeeded jobs.",
             unit="s",
             queries=_quantiles(_DURATION),
         ),
         Panel(
-            title="Time in the queue",
+            title="Queue wait",
             about="From a message's timestamp to its delivery.",
             unit="s",
             queries=_quantiles(_QUEUE_TIME),
@@ -193,20 +193,19 @@ QUEUE: Final = Row(
     (
         Panel(
             title="Messages",
-            about="What waits in the queue, what the workers have, what waits for its retry, and what"
-            " somebody must look at.",
+            about="Messages in the jobs queue, in flight, in the retry queues, and in the dead-letter queue.",
             unit="short",
             queries=(
-                Query('@broker(messages_ready, queue="$queue")', "waiting"),
-                Query('@broker(messages_unacked, queue="$queue")', "with workers"),
-                Query(r'sum(@broker(messages, queue=~"$queue\\.retry\\..+"))', "waiting for a retry"),
+                Query('@broker(messages_ready, queue="$queue")', "ready"),
+                Query('@broker(messages_unacked, queue="$queue")', "unacknowledged"),
+                Query(r'sum(@broker(messages, queue=~"$queue\\.retry\\..+"))', "in retry"),
                 Query('@broker(messages, queue="$queue.dead")', "dead letters"),
             ),
         ),
         Panel(
             title="Consumers and workers",
-            about="A worker that takes jobs is a consumer, or a few after its limit has moved. One that is"
-            " paused, starts or drains is none.",
+            about="A consuming worker has one consumer, or a few after its prefetch has changed. A paused,"
+            " starting or draining worker has none.",
             unit="short",
             queries=(
                 Query('@broker(consumers, queue="$queue")', "consumers"),
@@ -214,9 +213,9 @@ QUEUE: Final = Row(
             ),
         ),
         Panel(
-            title="Oldest wait",
-            about="How long the oldest job had waited among those delivered lately. Falls to 0 in a minute or"
-            " two when nothing is delivered.",
+            title="Oldest queued job",
+            about="Longest queue wait of the recently delivered jobs. Falls to 0 within two minutes when"
+            " nothing is delivered.",
             unit="s",
             queries=(Query("max(vqa_job_queue_wait_max_seconds{@here})", "oldest"),),
         ),
@@ -228,14 +227,14 @@ JOBS: Final = Row(
     (
         Panel(
             title="Jobs by outcome",
-            about="Failures are told apart by whose they are: the service's use up the error budget.",
+            about="Service errors use up the error budget; client errors do not.",
             unit="cps",
             queries=(
                 Query(_rate(f'{_JOBS}, status="succeeded"}}'), "succeeded"),
-                Query(_rate(f'{_JOBS}, error=~"{_BAD}"}}'), "failed, the service's"),
+                Query(_rate(f'{_JOBS}, error=~"{_BAD}"}}'), "failed, service error"),
                 Query(
                     _rate(f'{_JOBS}, status="failed", error!~"{_BAD}|{_NOTHING}"}}'),
-                    "failed, the job's own",
+                    "failed, client error",
                 ),
                 Query(_rate(f'{_JOBS}, error=~"{_NOTHING}"}}'), "cancelled"),
             ),
@@ -243,7 +242,7 @@ JOBS: Final = Row(
         ),
         Panel(
             title="Failed jobs by error",
-            about="The codes are those of a result's `error.code`.",
+            about="By the result's `error.code`.",
             unit="cps",
             queries=(
                 Query(
@@ -255,7 +254,7 @@ JOBS: Final = Row(
         ),
         Panel(
             title="Jobs by model",
-            about="`unknown` are those that could not be read, or named a model that is not allowed.",
+            about="`unknown`: jobs that are not readable, or with a model that is not allowed.",
             unit="cps",
             queries=(Query(_rate("vqa_jobs_total{@here}", "model"), "{{model}}"),),
             kind="stack",
@@ -267,8 +266,8 @@ STAGES: Final = Row(
     "Stages",
     (
         Panel(
-            title="Where a job's time goes",
-            about="Mean seconds per job: waiting for a slot, fetching images, the API, publishing.",
+            title="Time by stage",
+            about="Mean seconds per job: waiting for a slot, fetching images, model request, publishing.",
             unit="s",
             queries=(
                 Query(
@@ -282,7 +281,7 @@ STAGES: Final = Row(
         ),
         Panel(
             title="Stages, p95",
-            about="95 of 100 times a stage took no longer.",
+            about="95th percentile of each stage's duration.",
             unit="s",
             queries=(
                 Query(
@@ -293,7 +292,7 @@ STAGES: Final = Row(
         ),
         Panel(
             title="Images",
-            about="Bytes of images handed to the API. With VQA_IMAGE_DELIVERY=link none come through here.",
+            about="Image bytes sent to the model API. 0 with VQA_IMAGE_DELIVERY=link.",
             unit="Bps",
             queries=(Query(_rate("vqa_image_bytes_total{@here}", "delivery"), "{{delivery}}"),),
         ),
@@ -305,7 +304,7 @@ COST: Final = Row(
     (
         Panel(
             title="Tokens",
-            about="Tokens as the API counts them, images included.",
+            about="Tokens reported by the model API, including image tokens.",
             unit="cps",
             queries=(
                 Query(
@@ -317,7 +316,7 @@ COST: Final = Row(
         ),
         Panel(
             title="Cost per hour, by model",
-            about="US dollars an hour at the present rate: the provider's own figure, else from VQA_PRICES.",
+            about="USD per hour at the current rate, from the provider, else computed from VQA_PRICES.",
             unit="currencyUSD",
             queries=(
                 Query(
@@ -329,7 +328,7 @@ COST: Final = Row(
         ),
         Panel(
             title="Cost per hour, by tenant",
-            about="Needs VQA_TENANT_FROM and VQA_TENANTS; all that are not listed are `other`.",
+            about="Requires VQA_TENANT_FROM and VQA_TENANTS; tenants that are not listed are `other`.",
             unit="currencyUSD",
             queries=(
                 Query(
@@ -340,8 +339,8 @@ COST: Final = Row(
             kind="stack",
         ),
         Panel(
-            title="Cost in the time shown",
-            about="US dollars.",
+            title="Cost in selected range",
+            about="USD by model.",
             unit="currencyUSD",
             queries=(
                 Query(
@@ -353,7 +352,7 @@ COST: Final = Row(
         ),
         Panel(
             title="Cost per job",
-            about="All that was spent in the time shown, divided by the jobs that succeeded.",
+            about="Cost in the selected range divided by the number of succeeded jobs.",
             unit="currencyUSD",
             queries=(
                 Query(
@@ -366,8 +365,8 @@ COST: Final = Row(
             decimals=6,
         ),
         Panel(
-            title="Tokens per call, p95",
-            about="95 of 100 calls had no more; what goes in (with the images) and what comes out.",
+            title="Tokens per model request, p95",
+            about="Input tokens (including images) and output tokens.",
             unit="short",
             queries=(
                 Query(
@@ -387,8 +386,8 @@ PROVIDER: Final = Row(
     "Provider",
     (
         Panel(
-            title="Calls by answer",
-            about="HTTP status, or what came in its place.",
+            title="Model requests by status code",
+            about="HTTP status code, or the kind of failure.",
             unit="reqps",
             queries=(
                 Query(
@@ -399,14 +398,14 @@ PROVIDER: Final = Row(
             kind="stack",
         ),
         Panel(
-            title="Time per call",
-            about="Successful calls, from the first byte sent to the whole answer.",
+            title="Model request latency",
+            about="Successful requests, from the first byte sent to the complete response.",
             unit="s",
             queries=_quantiles(_CALL),
         ),
         Panel(
-            title="Refused for their rate (429)",
-            about="Share of all calls. The limit follows it; over a fifth for long means too many workers.",
+            title="Rate-limited requests (429)",
+            about="Ratio of all model requests. Persistently above 20 %: too many workers for the quota.",
             unit="percentunit",
             queries=(
                 Query(
@@ -422,8 +421,8 @@ PROVIDER: Final = Row(
         ),
         Panel(
             title="Concurrency",
-            about="How many jobs may call at once (429 lowers it, answers raise it), how many do, and how"
-            " many are here in all. All workers together.",
+            about="Concurrency limit (lowered by 429, raised by successes), slots in use, and jobs in flight,"
+            " of all workers.",
             unit="short",
             queries=(
                 Query("sum(vqa_concurrency_limit{@here})", "limit"),
@@ -432,15 +431,15 @@ PROVIDER: Final = Row(
             ),
         ),
         Panel(
-            title="Up or paused",
-            about="Paused if any worker is: it takes no jobs until the dependency answers again.",
+            title="Dependency status",
+            about="Paused if any worker is paused: it consumes no jobs until the dependency recovers.",
             unit="none",
             queries=(Query("min by (dependency) (vqa_dependency_up{@here})", "{{dependency}}"),),
             kind="states",
         ),
         Panel(
-            title="Calls that may have been paid in vain",
-            about="Timed out or cut off: whether the provider bills them, nobody here knows.",
+            title="Requests with unknown outcome",
+            about="Timeouts, connection losses and cancellations: the provider may have billed them.",
             unit="cps",
             queries=(
                 Query(
@@ -457,14 +456,14 @@ RETRIES: Final = Row(
     (
         Panel(
             title="Retries by reason",
-            about="Attempts that failed and wait at the broker for the next.",
+            about="Failed attempts whose jobs wait in a retry queue.",
             unit="cps",
             queries=(Query(_rate("vqa_retries_total{@here}", "reason") + " > 0", "{{reason}}"),),
             kind="stack",
         ),
         Panel(
             title="Dead letters by reason",
-            about="Messages that a person must look at: `vqa-worker dlq list`.",
+            about="Messages moved to the dead-letter queue: `vqa-worker dlq list`.",
             unit="short",
             queries=(
                 Query(
@@ -475,12 +474,12 @@ RETRIES: Final = Row(
             kind="bars",
         ),
         Panel(
-            title="Given back, and the result store",
-            about="Jobs put back uncounted (a pause, a drain, no slot), and what the result store did"
-            " (VQA_RESULT_STORE).",
+            title="Requeued jobs; result store",
+            about="Jobs requeued without counting an attempt (pause, shutdown, no slot), and operations of"
+            " the result store (VQA_RESULT_STORE).",
             unit="cps",
             queries=(
-                Query(_rate("vqa_jobs_requeued_total{@here}"), "given back"),
+                Query(_rate("vqa_jobs_requeued_total{@here}"), "requeued"),
                 Query(
                     _rate("vqa_result_store_operations_total{@here}", "result"),
                     "store: {{result}}",
@@ -495,7 +494,7 @@ PROCESS: Final = Row(
     (
         Panel(
             title="CPU",
-            about="Cores in use, by worker. One is all that a worker can use, nearly.",
+            about="Cores in use, by worker. A worker uses little more than one.",
             unit="short",
             queries=(
                 Query(
@@ -514,8 +513,7 @@ PROCESS: Final = Row(
         ),
         Panel(
             title="Event loop lag, p99",
-            about="How late the loop is. Over some tenths of a second something blocks it, or the CPU limit"
-            " throttles it.",
+            about="Above a few tenths of a second: something blocks the loop, or the CPU limit throttles it.",
             unit="s",
             queries=(
                 Query(_quantile(0.99, "vqa_event_loop_lag_seconds{@here}", "instance"), "{{instance}}"),
@@ -524,7 +522,7 @@ PROCESS: Final = Row(
         ),
         Panel(
             title="Open files and tasks",
-            about="Both go back to where they were when the work is done; what only climbs is a leak.",
+            about="Both return to their idle level after work; a steady increase is a leak.",
             unit="short",
             queries=(
                 Query(f"process_open_fds{{@here}} {_OF_WORKERS}", "{{instance}} files"),
@@ -533,8 +531,8 @@ PROCESS: Final = Row(
             width=6,
         ),
         Panel(
-            title="Up for",
-            about="Seconds since the worker that started last did so.",
+            title="Uptime",
+            about="Seconds since the most recent start of a worker.",
             unit="s",
             queries=(Query(f"min(time() - (process_start_time_seconds{{@here}} {_OF_WORKERS}))", ""),),
             kind="number",
@@ -542,7 +540,7 @@ PROCESS: Final = Row(
         ),
         Panel(
             title="Versions",
-            about="How many workers run which version.",
+            about="Number of workers by version.",
             unit="short",
             queries=(
                 Query(

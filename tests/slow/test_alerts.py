@@ -63,14 +63,14 @@ def test_every_alert_has_a_section_in_the_runbook_and_every_section_an_alert() -
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_a_section_says_what_it_means_how_to_look_and_what_to_do(name: str) -> None:
+def test_a_section_has_meaning_diagnosis_and_mitigation(name: str) -> None:
     section = RUNBOOK.split(f"\n## {name}\n", 1)[1].split("\n## ", 1)[0]
     parts = re.findall(r"^\*\*(.*?)\.\*\*", section, re.MULTILINE)
-    assert parts == ["What it means", "How to look", "What to do"]
+    assert parts == ["Meaning", "Diagnosis", "Mitigation"]
     assert "```sh\n" in section or "```promql\n" in section
 
 
-def test_the_runbook_s_links_lead_somewhere() -> None:
+def test_the_runbook_s_links_have_targets() -> None:
     for file, anchor in re.findall(r"\]\(([^)#]*)#([\w-]+)\)", re.sub(r"\s+", " ", RUNBOOK)):
         page = (ROOT / "docs" / file).read_text() if file else RUNBOOK
         headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
@@ -79,14 +79,14 @@ def test_the_runbook_s_links_lead_somewhere() -> None:
         assert (ROOT / "docs" / file).exists(), file
 
 
-def test_what_users_have_to_change_stands_in_one_place() -> None:
+def test_customisable_values_are_in_the_first_group() -> None:
     text = RULES.read_text()
     first = yaml.safe_load(text)["groups"][0]
     rest = yaml.safe_dump(yaml.safe_load(text)["groups"][1:])
     assert [rule["record"] for rule in first["rules"]] == [
         "vqa:jobs_queue:ready",
         "vqa:jobs_queue:consumers",
-        "vqa:cost_usd_per_hour:bound",
+        "vqa:cost_usd_per_hour:threshold",
     ]
     assert "vqa.jobs" not in rest
     assert 'queue="' not in rest

@@ -139,19 +139,19 @@ async def test_a_query_finds_something(scene: Scene, target: board.Target) -> No
 SEEN = {
     "Success ratio": lambda value: 0 < value < 1,
     "Jobs by outcome": lambda value: value > 0,
-    "Refused for their rate (429)": lambda value: value > 0,
+    "Rate-limited requests (429)": lambda value: value > 0,
     "Retries by reason": lambda value: value > 0,
     "Dead letters by reason": lambda value: value > 0,
-    "Up or paused": lambda value: value == 0,
+    "Dependency status": lambda value: value == 0,
     "Messages": lambda value: value > 0,
-    "Calls that may have been paid in vain": lambda value: value > 0,
-    "Given back, and the result store": lambda value: value > 0,
+    "Requests with unknown outcome": lambda value: value > 0,
+    "Requeued jobs; result store": lambda value: value > 0,
     "Cost per hour, by tenant": lambda value: value > 0,
 }
 
 
 @pytest.mark.parametrize("title", SEEN)
-async def test_the_trouble_that_there_was_can_be_seen(scene: Scene, title: str) -> None:
+async def test_the_induced_failures_are_visible(scene: Scene, title: str) -> None:
     values = [
         value
         for target in TARGETS

@@ -23,13 +23,13 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_is_made_is_up_to_date() -> None:
+def test_the_generated_files_are_up_to_date() -> None:
     assert chart.outdated(ROOT) == []
 
 
 def test_it_writes_what_it_then_finds_in_order(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = copy / chart.VALUES
-    values.write_text(VALUES.replace("# -- Labels for every object.", "# -- Said in other words."))
+    values.write_text(VALUES.replace("# -- Labels for all objects.", "# -- In other words."))
     for rules in (copy / "deploy/prometheus").glob("*.rules.yaml"):
         rules.write_text("groups: []\n")
     (copy / chart.CHART / "files/vqa-worker.json").unlink()
@@ -38,14 +38,12 @@ def test_it_writes_what_it_then_finds_in_order(copy: Path, capsys: pytest.Captur
     assert all(f"{path} is out of date" in shown for path in chart.FILES)
     assert chart.main([], copy) == 0
     assert chart.main(["--check"], copy) == 0
-    assert (
-        "| `commonLabels` | `{}` | Said in other words. |" in (copy / chart.CHART / "README.md").read_text()
-    )
+    assert "| `commonLabels` | `{}` | In other words. |" in (copy / chart.CHART / "README.md").read_text()
     schema = json.loads((copy / chart.CHART / "values.schema.json").read_text())
-    assert schema["properties"]["commonLabels"]["description"] == "Said in other words."
+    assert schema["properties"]["commonLabels"]["description"] == "In other words."
 
 
-def test_a_readme_without_a_place_for_the_table_is_a_mistake(copy: Path) -> None:
+def test_a_readme_without_the_markers_is_an_error(copy: Path) -> None:
     (copy / chart.CHART / "README.md").write_text("# Nothing\n")
     with pytest.raises(ValueError, match="must have the lines"):
         chart.main([], copy)

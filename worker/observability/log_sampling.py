@@ -33,7 +33,7 @@ class Suppressed(NamedTuple):
     """Records that were not logged in a window of `window_s` seconds."""
 
     kind: Kind
-    count: int
+    records: int
     window_s: float
 
 

@@ -130,7 +130,7 @@ def _log_suppressed(suppressed: Suppressed) -> None:
         "events_suppressed",
         suppressed_event=kind.event,
         **reason,
-        count=suppressed.count,
+        count=suppressed.records,
         window_s=suppressed.window_s,
     )
 

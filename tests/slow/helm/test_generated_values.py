@@ -113,7 +113,7 @@ def _result(drawn: Values) -> Rendered | str:
 def test_what_the_schema_allows_is_refused_in_a_sentence_or_makes_right_objects(drawn: Values) -> None:
     rendered = _result(drawn)
     if isinstance(rendered, str):
-        assert "These values do not fit together:\n- " in rendered
+        assert "Invalid combination of values:\n- " in rendered
         return
     assert [fault for found in rendered.objects for fault in faults(found)] == []
     assert {*rendered.settings, *rendered.secrets} <= KNOWN_VARIABLES

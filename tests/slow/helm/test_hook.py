@@ -183,4 +183,4 @@ def test_without_it_there_is_nothing_of_it() -> None:
 def test_a_hook_that_has_no_broker_is_refused() -> None:
     environment = [{"name": "VQA_RABBITMQ_URL", "value": "amqp://rabbitmq/"}]
     said = refusal(minimal({"secrets": {"rabbitmqUrl": ""}, "extraEnv": environment}))
-    assert "topology.hook has no broker to go to" in said
+    assert "topology.hook has no RabbitMQ URL" in said

@@ -1,4 +1,4 @@
-"""What Helm says after an install: how many pods there will be, what is amiss, what to do next."""
+"""The notes after an install: number of replicas, warnings, next steps."""
 
 from typing import Any
 
@@ -7,48 +7,48 @@ import pytest
 from tests.slow.helm.rendering import ci_values, keda, minimal, render
 
 
-def test_they_say_what_to_do_next() -> None:
+def test_the_notes_list_the_next_steps() -> None:
     notes = render(minimal()).notes
-    assert "takes its jobs from the queue vqa.jobs" in notes
+    assert "consumes jobs from the queue vqa.jobs" in notes
     assert "kubectl -n vision rollout status deployment/demo-vqa-worker" in notes
-    assert '"images": ["s3://photos/picture.jpg"]' in notes
+    assert '"images": ["s3://photos/image.jpg"]' in notes
     assert "install KEDA, set autoscaling.mode to keda" in notes
 
 
-def test_they_show_the_range_of_pods_and_where_keda_tells_its_state() -> None:
+def test_the_notes_show_the_range_of_replicas_and_the_scaledobject() -> None:
     notes = render(keda()).notes
     assert "0 to 3, one for every 64 messages" in notes
     assert "kubectl -n vision get scaledobject demo-vqa-worker" in notes
     assert "WARNING" not in notes
 
 
-def test_they_do_not_send_anybody_to_wait_for_pods_that_do_not_come() -> None:
+def test_with_scale_to_zero_the_notes_do_not_wait_for_a_rollout() -> None:
     assert "rollout status" not in render(keda()).notes
     assert "rollout status" in render(keda({"autoscaling": {"minReplicas": 1}})).notes
 
 
 @pytest.mark.parametrize("mode", ["keda", "hpa"])
-def test_they_say_so_when_more_pods_are_asked_for_than_the_api_has_requests_for(mode: str) -> None:
+def test_the_notes_warn_of_more_replicas_than_the_provider_allows(mode: str) -> None:
     notes = render(keda({"autoscaling": {"mode": mode, "maxReplicas": 10}})).notes
     warning = " ".join(notes.split("WARNING:", 1)[1].split())
     assert warning.startswith(
-        "autoscaling.maxReplicas is 10, but the API takes 200 requests at once"
-        " (provider.maxConcurrentRequests) and a pod makes up to 64 (settings.maxConcurrency):"
-        " more than 3 would only earn"
+        "autoscaling.maxReplicas is 10, but the provider allows 200 concurrent requests"
+        " (provider.maxConcurrentRequests) and a pod sends up to 64 (settings.maxConcurrency):"
+        " more than 3 pods would only cause 429"
     )
     assert "to 3, one for every" in notes
 
 
-def test_they_say_so_when_one_pod_alone_is_too_much() -> None:
+def test_the_notes_warn_if_one_pod_exceeds_the_limit() -> None:
     notes = render(keda({"provider": {"maxConcurrentRequests": 50}})).notes
-    assert "WARNING: one pod makes up to 64 requests at once" in notes
-    assert "more than the 50 that the API takes" in notes
+    assert "WARNING: one pod sends up to 64 concurrent requests" in notes
+    assert "more than the 50 that the provider" in notes
 
 
-def test_they_say_so_when_fixed_pods_are_too_many() -> None:
+def test_the_notes_warn_of_too_many_fixed_replicas() -> None:
     assert "WARNING" not in render(minimal({"replicas": 3})).notes
     notes = render(minimal({"replicas": 4})).notes
-    assert "WARNING: these make up to 256 requests at once, and the API takes 200" in notes
+    assert "WARNING: together they send up to 256 concurrent requests, and the provider allows 200" in notes
     unlimited = {"replicas": 400, "provider": {"maxConcurrentRequests": None}}
     assert "WARNING" not in render(minimal(unlimited)).notes
 
@@ -56,33 +56,33 @@ def test_they_say_so_when_fixed_pods_are_too_many() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "The queues are there: the hook has declared them."),
+        ({}, "The hook has declared the queues."),
         (
             {"topology": {"hook": {"enabled": False}}},
-            "WARNING: the workers declare the queues, and no worker starts",
+            "WARNING: the workers declare the queues, but no worker starts",
         ),
         (
             {"topology": {"hook": {"enabled": False}}, "settings": {"declareTopology": False}},
-            "Nobody declares the queues",
+            "The queues are not declared",
         ),
     ],
 )
-def test_they_say_who_declares_the_queues(changes: dict[str, Any], said: str) -> None:
+def test_the_notes_say_what_declares_the_queues(changes: dict[str, Any], said: str) -> None:
     assert said in render(keda(changes)).notes
 
 
-def test_a_worker_that_runs_may_declare_its_queues_without_ado() -> None:
+def test_a_running_worker_declares_its_queues_without_a_warning() -> None:
     notes = render(keda({"topology": {"hook": {"enabled": False}}, "autoscaling": {"minReplicas": 1}})).notes
     assert "declare" not in notes
     assert "WARNING" not in notes
 
 
-def test_they_point_at_secrets_that_stand_in_values() -> None:
-    assert "secrets.existingSecret names one" in render(minimal()).notes
+def test_the_notes_point_out_secrets_in_values() -> None:
+    assert "secrets.existingSecret for a Secret" in render(minimal()).notes
     assert "secrets.existingSecret" not in render(ci_values("hpa")).notes
 
 
-def test_they_say_how_the_rest_of_monitoring_is_switched_on() -> None:
-    assert "by podMonitor.enabled" in render(minimal()).notes
+def test_the_notes_explain_how_to_enable_monitoring() -> None:
+    assert "set podMonitor.enabled" in render(minimal()).notes
     notes = render(minimal({"podMonitor": {"enabled": True}})).notes
-    assert "Alerts: prometheusRule.enabled. The dashboard: dashboard.enabled." in notes
+    assert "For alerts, set prometheusRule.enabled. For the dashboard, set dashboard.enabled." in notes

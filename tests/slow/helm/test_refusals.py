@@ -68,9 +68,9 @@ def test_a_value_of_the_wrong_kind_is_named(path: str, value: Any, said: str) ->
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"settings": {"allowedBuckets": []}}, "settings.allowedBuckets is empty: name the buckets"),
-        ({"secrets": {"rabbitmqUrl": ""}}, "secrets.rabbitmqUrl is empty: say how to reach the broker"),
-        ({"secrets": {"modelApiKey": ""}}, "secrets.modelApiKey is empty: give the API's key"),
+        ({"settings": {"allowedBuckets": []}}, "settings.allowedBuckets is empty: list the buckets"),
+        ({"secrets": {"rabbitmqUrl": ""}}, "secrets.rabbitmqUrl is empty: set amqp:"),
+        ({"secrets": {"modelApiKey": ""}}, "secrets.modelApiKey is empty: set the API key"),
         (
             {"secrets": {"rabbitmqUrl": "rabbitmq:5672"}},
             "secrets.rabbitmqUrl must begin with amqp:// or amqps://",
@@ -81,32 +81,35 @@ def test_a_value_of_the_wrong_kind_is_named(path: str, value: Any, said: str) ->
         ),
         (
             {"secrets": {"existingSecret": "own"}},
-            "secrets.existingSecret and other values of secrets exclude each other",
+            "secrets.existingSecret and other values of secrets are mutually exclusive",
         ),
         (
             {"secrets": {"asFiles": True}, "settings": {"secretsDir": "/mnt/secrets"}},
-            "secrets.asFiles and settings.secretsDir exclude each other",
+            "secrets.asFiles and settings.secretsDir are mutually exclusive",
         ),
-        ({"rabbitmqTls": {"existingSecret": "tls"}}, "rabbitmqTls.existingSecret is of no use without TLS"),
+        ({"rabbitmqTls": {"existingSecret": "tls"}}, "rabbitmqTls.existingSecret has no effect without TLS"),
         (
             {
                 "rabbitmqTls": {"existingSecret": "tls"},
                 "secrets": {"rabbitmqUrl": "amqps://rabbitmq/"},
                 "topology": {"hook": {"rabbitmqUrl": "amqp://rabbitmq/"}},
             },
-            "rabbitmqTls.existingSecret is of no use without TLS: topology.hook.rabbitmqUrl must begin",
+            "rabbitmqTls.existingSecret has no effect without TLS: topology.hook.rabbitmqUrl must begin",
         ),
-        ({"rabbitmqTls": {"certKey": "tls.crt"}}, "rabbitmqTls.certKey and rabbitmqTls.keyKey go together"),
+        (
+            {"rabbitmqTls": {"certKey": "tls.crt"}},
+            "rabbitmqTls.certKey and rabbitmqTls.keyKey belong",
+        ),
         (
             {"topology": {"hook": {"existingSecret": "a", "rabbitmqUrl": "amqp://b/"}}},
-            "topology.hook.rabbitmqUrl and topology.hook.existingSecret exclude each other",
+            "topology.hook.rabbitmqUrl and topology.hook.existingSecret are mutually exclusive",
         ),
         ({"settings": {"modelTimeout": 150}}, "must be more than settings.modelTimeout (150 s)"),
     ],
 )
-def test_values_that_do_not_fit_together_are_refused(changes: dict[str, Any], said: str) -> None:
+def test_contradicting_values_are_rejected(changes: dict[str, Any], said: str) -> None:
     refused = refusal(minimal(changes))
-    assert "These values do not fit together:\n- " in refused
+    assert "Invalid combination of values:\n- " in refused
     assert said in refused
 
 
@@ -118,7 +121,7 @@ def test_secrets_as_files_need_a_secret() -> None:
     assert "secrets.asFiles is set, but there is no Secret to mount" in refusal(values)
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     said = refusal({})
     for fault in ("settings.allowedBuckets", "secrets.rabbitmqUrl", "secrets.modelApiKey"):
         assert f"\n- {fault} is empty" in said

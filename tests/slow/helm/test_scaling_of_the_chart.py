@@ -193,7 +193,7 @@ def test_an_hpa_asks_for_the_jobs_queue_and_never_goes_to_zero() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"minReplicas": 4}, "autoscaling.minReplicas (4) is more than the most pods there may be (3)"),
+        ({"minReplicas": 4}, "autoscaling.minReplicas (4) is more than the maximum number of replicas (3)"),
         ({"keda": {"host": ""}}, "autoscaling.keda.host is empty: KEDA needs the URL"),
         ({"keda": {"password": ""}}, "autoscaling.keda.username and autoscaling.keda.password are needed"),
         (
@@ -202,7 +202,7 @@ def test_an_hpa_asks_for_the_jobs_queue_and_never_goes_to_zero() -> None:
         ),
         ({"keda": {"host": "http://keda:secret@rabbitmq:15672/"}}, "autoscaling.keda.host must not hold"),
         ({"keda": {"tls": {"existingSecret": "own"}}}, "autoscaling.keda.host must begin with https://"),
-        ({"keda": {"tls": {"certKey": "tls.crt"}}}, "autoscaling.keda.tls.keyKey go together"),
+        ({"keda": {"tls": {"certKey": "tls.crt"}}}, "autoscaling.keda.tls.keyKey belong together"),
     ],
 )
 def test_what_keda_cannot_work_with_is_refused_in_a_sentence(changes: dict[str, Any], said: str) -> None:
@@ -213,4 +213,4 @@ def test_what_keda_cannot_work_with_is_refused_in_a_sentence(changes: dict[str, 
 
 def test_without_a_limit_of_the_provider_the_most_pods_must_be_said() -> None:
     refused = refusal(keda({"provider": {"maxConcurrentRequests": None}}))
-    assert "autoscaling.maxReplicas is needed where provider.maxConcurrentRequests sets no limit" in refused
+    assert "autoscaling.maxReplicas is required if provider.maxConcurrentRequests sets no limit" in refused
