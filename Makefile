@@ -24,15 +24,15 @@ demo: $(INSTALLED) ## start RabbitMQ, S3 and a simulated model, ask questions ab
 stack: $(INSTALLED) ## start RabbitMQ, S3 and a model simulator locally (stop with Ctrl-C)
 	@$(BIN)/python -m deploy.local up
 
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED) ## run the unit and integration tests, on real services
 	$(BIN)/coverage erase
-	$(PYTEST) tests/unit tests/integration $(IF_IT_FAILS)
+	$(PYTEST) --cov --cov-report= tests/integration tests/unit
 	$(BIN)/coverage report
 
 test-slow: $(INSTALLED) ## run the slow tests: image, chart, chaos, scaling, memory, dashboard
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slow $(IF_IT_FAILS)
+	$(PYTEST) tests/slow
 
 $(BENCH): requirements-bench.lock $(INSTALLED)
 	@echo "Installing what the benchmark compares with"
@@ -113,7 +113,4 @@ lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock
 LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
-# Real services on a machine that others load can be slower than a test's patience: in CI what failed is tried once more,
-# alone and one after the other. What fails twice has failed.
-ci: IF_IT_FAILS = || $(BIN)/pytest --last-failed --last-failed-no-failures none
 ci: lint test test-slow ## what CI runs: the checks and the tests

@@ -26,11 +26,14 @@ from deploy.local.stack import Stack
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 90.0
+# Between two looks at a condition; shorter ones would take processor time from what is waited for.
+LONGEST_PAUSE_S = 0.1
 
 
 async def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> Any:
     """Poll `condition` (sync or async) until it returns something true, which is returned."""
     ends = time.monotonic() + patience_s
+    pause_s = 0.01
     while True:
         value = condition()
         if asyncio.iscoroutine(value):
@@ -39,7 +42,8 @@ async def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> An
             return value
         if time.monotonic() > ends:
             raise AssertionError(f"waited {patience_s} s in vain: {what}")
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(pause_s)
+        pause_s = min(1.3 * pause_s, LONGEST_PAUSE_S)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Worker:
     def __init__(self, environment: Mapping[str, str], log_file: Path) -> None:
         self._environment = {**environment, "PYTHONUNBUFFERED": "1"}
         self._log_file = log_file
+        self._log_bytes = 0
+        self._log_lines: list[dict[str, Any]] = []
         self.command = [sys.executable, "-m", "worker", "run"]
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
@@ -188,12 +194,16 @@ class Worker:
         return self._log_file.read_text() if self._log_file.exists() else ""
 
     def log(self) -> list[dict[str, Any]]:
-        """Its log lines so far."""
-        lines = []
-        for line in self.output().splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-        return lines
+        """Return the log lines so far."""
+        if self._log_file.exists():
+            with self._log_file.open("rb") as file:
+                file.seek(self._log_bytes)
+                complete, newline, _ = file.read().rpartition(b"\n")
+            self._log_bytes += len(complete) + len(newline)
+            for line in complete.splitlines():
+                with contextlib.suppress(ValueError):
+                    self._log_lines.append(json.loads(line))
+        return list(self._log_lines)
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of one of its endpoints; status 0 if it does not answer."""
@@ -214,9 +224,10 @@ class Worker:
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels; 0.0 if there is none."""
         _, text = self.get("/metrics")
+        samples = "".join(line for line in text.splitlines(keepends=True) if line.startswith(name))
         return sum(
             sample.value
-            for family in text_string_to_metric_families(text)
+            for family in text_string_to_metric_families(samples)
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         )
