@@ -82,8 +82,8 @@ async def said(worker: Worker, status: str) -> tuple[int, list[str]]:
 def hasty(worker: Worker) -> Worker:
     """Let a worker that is yet to start make its trials within fractions of a second."""
     code = (
-        "import sys, worker.resilience.pause as pause; from worker.__main__ import main;"
-        "pause.FIRST_TRIAL_S, pause.LONGEST_TRIAL_S = 0.05, 0.1; sys.exit(main())"
+        "import sys, worker.resilience.consumer_controller as controller; from worker.__main__ import main;"
+        "controller.FIRST_TRIAL_S, controller.MAX_TRIAL_INTERVAL_S = 0.05, 0.1; sys.exit(main())"
     )
     worker.command = [sys.executable, "-c", code, "run"]
     return worker

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from worker import __version__
+from worker.clock import Clock
 from worker.jobs.cancellation import Cancellations
 from worker.jobs.in_flight_jobs import InFlightJobs
 from worker.observability import endpoints, metrics, tracing
@@ -30,9 +31,8 @@ from worker.rabbitmq.publisher import Publisher
 from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 from worker.rabbitmq.topology import Topology
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
-from worker.resilience.flow import FlowKeeper
+from worker.resilience.consumer_controller import ConsumerController
 from worker.resilience.outage_detector import Health
-from worker.resilience.pause import PauseKeeper
 from worker.settings import Settings, broker_ssl_context, wants_traces
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class _Parts:
     publisher: Publisher
     consumer: Consumer
     in_flight: InFlightJobs
-    pause: PauseKeeper
-    flow: FlowKeeper
+    controller: ConsumerController
     health: Health
     gate: ConcurrencyLimiter
     cancellations: Cancellations
@@ -114,12 +113,11 @@ async def run(settings: Settings) -> bool:
         app = endpoints.application(heartbeat, lambda: _readiness(parts, stopping=stop.is_set()))
         port = await _serve_http(stack, app, settings)
         log.info("started", version=__version__, rabbitmq=settings.rabbitmq_address, http_port=port)
-        background.start("pause", parts.pause.run)
-        background.start("flow", parts.flow.run)
+        background.start("consumer-controller", parts.controller.run)
         if not stop.is_set():
             await parts.consumer.resume()
         await stop.wait()
-        background.stop("pause")
+        background.stop("consumer-controller")
         all_done = await _drain(parts, settings.shutdown_grace)
         background.stop_all()
     log.info("stopped", everything_finished=all_done)
@@ -150,11 +148,13 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         ssl_context=broker_ssl_context(settings),
         name=f"vqa-worker@{socket.gethostname()}",
     )
+    clock = Clock()
     health = Health()
     gate = ConcurrencyLimiter(
         settings.max_concurrency,
         initial=settings.initial_concurrency,
         models=len(settings.allowed_models),
+        clock=clock,
     )
     publisher = Publisher(broker, topology)
     tenants = Tenants(settings.tenant_key, settings.tenants)
@@ -170,9 +170,15 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         prefetch=settings.max_concurrency,
         on_delivery=lambda delivery: _ignore(in_flight.accept(delivery)),
     )
-    pause = PauseKeeper(health, gate, consumer, in_flight)
-    flow = FlowKeeper(gate, consumer, in_flight, settings.max_concurrency)
-    return _Parts(publisher, consumer, in_flight, pause, flow, health, gate, cancellations, topology, tenants)
+    controller = ConsumerController(
+        health,
+        gate,
+        consumer=consumer,
+        jobs=in_flight,
+        maximum=settings.max_concurrency,
+        clock=clock,
+    )
+    return _Parts(publisher, consumer, in_flight, controller, health, gate, cancellations, topology, tenants)
 
 
 def _begin_traces(settings: Settings, topology: Topology, stack: AsyncExitStack) -> None:

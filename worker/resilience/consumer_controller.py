@@ -1,0 +1,171 @@
+"""Set the consumer's prefetch: the jobs that can start soon; in an outage 0, with single trial jobs."""
+
+import asyncio
+from collections import deque
+from contextlib import suppress
+from typing import Protocol
+
+import structlog
+
+from worker.clock import Clock
+from worker.errors import Dependency
+from worker.jobs.delivery import Delivery
+from worker.jobs.outcome import Outcome, Requeued
+from worker.resilience.concurrency_limiter import ConcurrencyLimiter
+from worker.resilience.outage_detector import Health
+
+log = structlog.get_logger(__name__)
+
+ADJUST_INTERVAL_S = 0.5
+# The limiter's wish changes by up to a third all the time; the prefetch follows larger changes only.
+LOWER_BELOW = 0.5
+RAISE_FROM = 1.2
+# How many of the last adjustments show how many jobs are being decoded or published.
+REMEMBERED_ADJUSTMENTS = 5
+
+FIRST_TRIAL_S = 1.0
+MAX_TRIAL_INTERVAL_S = 30.0
+NEXT_TRIAL_S = 0.05
+
+
+class Consumer(Protocol):
+    """The source of jobs."""
+
+    async def allow(self, prefetch: int) -> None:
+        """Let at most `prefetch` jobs be unsettled, not counting those delivered before; 0: deliver none."""
+
+    async def take_one(self) -> Delivery | None:
+        """Take a single job while the prefetch is 0; None if there is none."""
+
+
+class Jobs(Protocol):
+    """The jobs in this process."""
+
+    @property
+    def unsettled(self) -> int:
+        """How many deliveries are not yet acked."""
+
+    def accept(self, delivery: Delivery) -> "asyncio.Task[Outcome | None]":
+        """Start a job; the task ends when its delivery is settled."""
+
+
+class ConsumerController:
+    """Apply the wanted prefetch to the consumer, which nothing else drives while this runs.
+
+    The prefetch follows the limiter's wish, so that no job waits here that another worker could start. In an
+    outage it is 0 and the limiter is closed; single trial jobs at growing intervals show when it ends.
+
+    Args:
+        maximum: the most unsettled jobs, which is the consumer's prefetch at first.
+    """
+
+    def __init__(
+        self,
+        health: Health,
+        limiter: ConcurrencyLimiter,
+        *,
+        consumer: Consumer,
+        jobs: Jobs,
+        maximum: int,
+        clock: Clock,
+    ) -> None:
+        self._health = health
+        self._limiter = limiter
+        self._consumer = consumer
+        self._jobs = jobs
+        self._maximum = maximum
+        self._clock = clock
+        self._prefetch = maximum
+        # Jobs that neither hold nor await a slot: they are being decoded or published. The fewest of the last
+        # adjustments count, because many jobs that are requeued at once are soon settled.
+        self._without_slot: deque[int] = deque([0], maxlen=REMEMBERED_ADJUSTMENTS)
+        self._trial_interval_s = FIRST_TRIAL_S
+
+    async def run(self) -> None:
+        """Control the consumer until cancelled."""
+        while True:
+            with suppress(TimeoutError):
+                async with self._clock.timeout(ADJUST_INTERVAL_S):
+                    await self._health.changed.wait()
+            self._health.changed.clear()
+            if self._health.outages:
+                await self._pause()
+            self._limiter.publish_limit()
+            await self._adjust()
+
+    async def _adjust(self) -> None:
+        unsettled, wanted = self._jobs.unsettled, self._limiter.wanted()
+        self._without_slot.append(max(0, unsettled - self._limiter.present()))
+        if wanted:
+            wanted = min(wanted + min(self._without_slot), self._maximum)
+        await self._apply(next_prefetch(self._prefetch, wanted, unsettled, self._maximum))
+
+    async def _apply(self, prefetch: int) -> None:
+        if prefetch != self._prefetch:
+            log.debug("prefetch_changed", allowed=prefetch, before=self._prefetch)
+            self._prefetch = prefetch
+            await self._consumer.allow(prefetch)
+
+    async def _pause(self) -> None:
+        """Stop consuming until no outage is left."""
+        started = self._clock.monotonic()
+        self._limiter.close("the worker is paused")
+        logged = self._log_outages(set())
+        # After a relapse trials are as rare as before it.
+        is_relapse = any(outage.is_relapse for outage in self._health.outages.values())
+        self._trial_interval_s = _longer(self._trial_interval_s) if is_relapse else FIRST_TRIAL_S
+        await self._apply(0)
+        await self._try_until_up(logged)
+        self._limiter.open()
+        log.info("consumption_resumed", after_s=round(self._clock.monotonic() - started, 3))
+
+    def _log_outages(self, logged: set[Dependency]) -> set[Dependency]:
+        """Log the outages that are not yet logged; return all of them."""
+        outages = self._health.outages
+        for dependency in outages.keys() - logged:
+            log.error("consumption_paused", dependency=dependency.label, reason=outages[dependency].reason)
+        return set(outages)
+
+    async def _try_until_up(self, logged: set[Dependency]) -> None:
+        """Try one job after another at growing intervals, until one succeeds."""
+        wait_s = self._trial_interval_s
+        while self._health.outages:
+            await self._clock.sleep(wait_s)
+            delivery = await self._consumer.take_one()
+            if delivery is None:
+                # The interval is over: the next job is tried as soon as it is there.
+                wait_s = FIRST_TRIAL_S
+            elif await self._is_settled_by_trial(delivery):
+                # The outage is over, or this job does not need what is down and the next one may.
+                wait_s = NEXT_TRIAL_S
+            else:
+                # It was requeued at the end of the queue: the next trial takes another job.
+                self._trial_interval_s = wait_s = _longer(self._trial_interval_s)
+            logged = self._log_outages(logged)
+
+    async def _is_settled_by_trial(self, delivery: Delivery) -> bool:
+        """Try one job; return False if it was requeued."""
+        self._limiter.allow_trial()
+        trial = self._jobs.accept(delivery)
+        await asyncio.wait({trial})
+        return not trial.cancelled() and not isinstance(trial.result(), Requeued)
+
+
+def next_prefetch(prefetch: int, wanted: int, unsettled: int, maximum: int) -> int:
+    """Return the next prefetch: the same, 0 for a while, or another number; small changes are ignored.
+
+    A lower prefetch is applied only after most jobs are settled, because a new prefetch does not count the
+    jobs delivered before. There are never more than `maximum` unsettled jobs.
+    """
+    if wanted < prefetch * LOWER_BELOW:
+        return 0
+    if prefetch == 0 and unsettled > wanted:
+        return 0
+    if wanted < prefetch * RAISE_FROM and not prefetch < wanted == maximum:
+        return prefetch
+    delivered_before = max(0, unsettled - prefetch)
+    return max(prefetch, min(wanted, maximum - delivered_before))
+
+
+def _longer(interval_s: float) -> float:
+    return min(interval_s * 2, MAX_TRIAL_INTERVAL_S)
