@@ -1,4 +1,4 @@
-"""Working with many dead letters: a look at them, and round after round through them until all is done."""
+"""Process many dead letters: select some, and go through the queue in rounds until all of them are done."""
 
 import asyncio
 import time
@@ -11,103 +11,106 @@ from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
 from worker.rabbitmq.connection import Broker, BrokerUnreachableError, connection_losses
-from worker.rabbitmq.dead_letters import DeadLetters, Held
+from worker.rabbitmq.dead_letters import DeadLetters, FetchedDeadLetter
 from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Topology
 
 T = TypeVar("T")
 
-# What is passed over is with nobody else for so long at most; RabbitMQ itself loses patience in 30 minutes.
+# A round holds the dead letters that it passes over for at most this long, since nobody else can read them
+# meanwhile. RabbitMQ itself ends the channel after 30 minutes without an ack.
 HOLD_S = 60.0
 # After a lost connection.
 PAUSE_S = 0.5
-FRUITLESS_SESSIONS = 3
-# Ctrl-C waits so long for the step that is under way.
+MAX_FRUITLESS_CONNECTIONS = 3
+# After Ctrl-C, the step under way may take this long.
 LAST_STEP_S = 5.0
 
-Step = Callable[[DeadLetters, Held], Awaitable[None]]
+Step = Callable[[DeadLetters, FetchedDeadLetter], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Look(Generic[T]):
-    """What a look has found.
+class Selection(Generic[T]):
+    """What `select` found.
 
     Attributes:
-        there: how many letters there were.
-        seen: how many of them were looked at.
-        picked: what was made of them, in the order of the queue.
+        total: the number of dead letters in the queue.
+        examined: how many of them were read.
+        picked: what `pick` returned for them, in the order of the queue.
     """
 
-    there: int
-    seen: int
+    total: int
+    examined: int
     picked: list[T]
 
 
-async def look(
+async def select(
     broker: Broker,
     topology: Topology,
-    pick: Callable[[Held], T | None],
+    pick: Callable[[FetchedDeadLetter], T | None],
     *,
-    most: int | None,
-    patience_s: float,
-) -> Look[T]:
-    """Show `pick` the letters, `most` of them if given; they are all in the queue again when this returns.
+    limit: int | None,
+    timeout_s: float,
+) -> Selection[T]:
+    """Call `pick` with each dead letter, at most `limit` of them. All are back in the queue at the end.
 
     Raises:
-        LettersError: the queue is not there, or the user lacks a permission.
-        BrokerRefusedError, BrokerUnreachableError: there is no broker, or it went away meanwhile.
+        DeadLettersError: the queue does not exist, or the user lacks a permission.
+        BrokerRefusedError, BrokerUnreachableError: there is no connection to the broker, or it was lost.
     """
-    async with Session(broker, "dead letters").opened(patience_s) as connection:
+    async with Session(broker, "dead letters").opened(timeout_s) as connection:
         try:
-            async with DeadLetters.looked_into(connection, topology) as letters:
-                return await _pick(letters, pick, most)
+            async with DeadLetters.opened(connection, topology) as dead_letters:
+                return await _pick(dead_letters, pick, limit)
         except CONNECTION_EXCEPTIONS as error:
-            text = f"the broker went away during the look ({type(error).__name__}); nothing was changed"
+            text = f"the connection to the broker was lost ({type(error).__name__}); nothing was changed"
             raise BrokerUnreachableError(text) from None
 
 
-async def _pick(letters: DeadLetters, pick: Callable[[Held], T | None], most: int | None) -> Look[T]:
+async def _pick(
+    dead_letters: DeadLetters, pick: Callable[[FetchedDeadLetter], T | None], limit: int | None
+) -> Selection[T]:
     picked: list[T] = []
-    seen = 0
-    while most is None or seen < most:
-        if (held := await letters.next()) is None:
+    examined = 0
+    while limit is None or examined < limit:
+        if (fetched := await dead_letters.next()) is None:
             break
-        seen += 1
-        if (found := pick(held)) is not None:
+        examined += 1
+        if (found := pick(fetched)) is not None:
             picked.append(found)
-    return Look(letters.there, seen, picked)
+    return Selection(dead_letters.total, examined, picked)
 
 
-async def work_off(
+async def process(
     broker: Broker,
     topology: Topology,
     wanted: Counter[str],
     step: Step,
     *,
     rate: float | None,
-    patience_s: float,
+    timeout_s: float,
 ) -> None:
-    """Take a step with each letter whose name is `wanted`, then take it from the queue.
+    """Run `step` for each dead letter whose name is in `wanted`, then ack it.
 
-    At most `rate` letters a second. What is done is counted off in `wanted`; what is left there in the end
-    was not found. A letter is acked only after its step; if the broker goes away in between, the step is
-    taken once more.
+    At most `rate` of them a second. Names are counted down in `wanted`; those left at the end were not found.
+    If the connection is lost between the step and the ack, the step runs once more.
 
     Raises:
-        LettersError, BrokerRefusedError, BrokerUnreachableError: as `look`. All else is still in the queue.
+        DeadLettersError, BrokerRefusedError, BrokerUnreachableError: as `select`. Everything else is still in
+            the queue.
     """
     pace = _Pace(rate)
     fruitless = 0
     while wanted.total():
         before = wanted.total()
-        async with Session(broker, "dead letters").opened(patience_s) as connection:
+        async with Session(broker, "dead letters").opened(timeout_s) as connection:
             try:
                 while wanted.total() and await _round(connection, topology, wanted, step, pace):
                     pass
             except CONNECTION_EXCEPTIONS as error:
                 fruitless = 0 if wanted.total() < before else fruitless + 1
-                if fruitless >= FRUITLESS_SESSIONS:
-                    text = f"the broker went away {fruitless} times in a row ({type(error).__name__})"
+                if fruitless >= MAX_FRUITLESS_CONNECTIONS:
+                    text = f"the connection was lost {fruitless} times in a row ({type(error).__name__})"
                     raise BrokerUnreachableError(text) from None
             else:
                 return
@@ -117,34 +120,34 @@ async def work_off(
 async def _round(
     connection: AbstractConnection, topology: Topology, wanted: Counter[str], step: Step, pace: "_Pace"
 ) -> bool:
-    """Go through the queue, for as long as its letters may be held; returns whether one was wanted."""
-    ends, is_of_use = time.monotonic() + HOLD_S, False
-    # Acks are not confirmed: one counts when the broker has answered to what was said after it.
+    """Go through the queue, until its dead letters were held too long; return whether one was wanted."""
+    ends, is_useful = time.monotonic() + HOLD_S, False
+    # Acks are not confirmed: one counts when the broker has answered a later request.
     acked: Counter[str] = Counter()
-    async with DeadLetters.looked_into(connection, topology) as letters:
-        while (wanted - acked).total() and (held := await letters.next()) is not None:
+    async with DeadLetters.opened(connection, topology) as dead_letters:
+        while (wanted - acked).total() and (fetched := await dead_letters.next()) is not None:
             wanted -= acked
             acked.clear()
-            if wanted[held.letter.name]:
+            if wanted[fetched.record.name]:
                 await pace.turn()
-                await _to_its_end(_take(letters, held, step))
-                acked[held.letter.name] = 1
-                is_of_use = True
-            if is_of_use and time.monotonic() > ends:
+                await _finish(_take(dead_letters, fetched, step))
+                acked[fetched.record.name] = 1
+                is_useful = True
+            if is_useful and time.monotonic() > ends:
                 break
-        await letters.sync()
+        await dead_letters.sync()
         wanted -= acked
-    return is_of_use
+    return is_useful
 
 
-async def _take(letters: DeadLetters, held: Held, step: Step) -> None:
+async def _take(dead_letters: DeadLetters, fetched: FetchedDeadLetter, step: Step) -> None:
     with connection_losses():
-        await step(letters, held)
-        await held.ack()
+        await step(dead_letters, fetched)
+        await fetched.ack()
 
 
-async def _to_its_end(step: Coroutine[Any, Any, None]) -> None:
-    """Do not leave a letter in two places because somebody has pressed Ctrl-C."""
+async def _finish(step: Coroutine[Any, Any, None]) -> None:
+    """Finish the step also after Ctrl-C: half of it would leave the job on both queues."""
     task = asyncio.create_task(step)
     try:
         await asyncio.shield(task)
@@ -155,7 +158,7 @@ async def _to_its_end(step: Coroutine[Any, Any, None]) -> None:
 
 
 class _Pace:
-    """Turns at a rate, the first one at once."""
+    """Turns at a rate per second; the first one is at once."""
 
     def __init__(self, rate: float | None) -> None:
         self._every_s = 1 / rate if rate else 0.0

@@ -1,17 +1,15 @@
-"""The dead-letter queue, looked into and worked off so that no letter is lost.
+"""Read the dead-letter queue, and replay or delete dead letters, without losing one.
 
-A quorum queue cannot be browsed. Letters are fetched without being acked, and given back: at once when the
-look is over, or by the broker itself when the connection ends. But RabbitMQ counts how often a message came
-back (4.3 only if the connection broke off), and since 4.0 it drops one that came back more than twenty times
-from a queue without dead-lettering of its own. So a letter that came back a few times is renewed: published
-once more, confirmed, and only then is the old one acked. The new one counts from zero.
+A quorum queue cannot be browsed. Dead letters are fetched without an ack and returned to the queue: all at
+once at the end, or by the broker when the connection is lost. But RabbitMQ counts the returns of a message
+(4.3 only those by a lost connection), and since 4.0 it drops one with more than twenty returns from a queue
+without a dead-letter exchange. So a dead letter with a few returns is renewed: it is published again and
+confirmed, then the old one is acked. The new one counts from zero.
 """
 
-import hashlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from typing import Any, Self
 
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
@@ -23,62 +21,30 @@ from aio_pika.exceptions import (
     PublishError,
 )
 
-from worker.jobs.delivery import Delivery
-from worker.messages.decoding import parse_leniently
-from worker.messages.job import parse_deadline, valid_id
-from worker.rabbitmq import messages, properties
+from worker.rabbitmq import messages
 from worker.rabbitmq.connection import connection_losses, explain
+from worker.rabbitmq.dead_letter_record import DeadLetter
 from worker.rabbitmq.deliveries import to_delivery
 from worker.rabbitmq.outgoing import OutgoingMessage, send
 from worker.rabbitmq.permission_checks import NotAllowedError, Probes
 from worker.rabbitmq.topology import Topology
 
-# So many times a letter may have come back; with the next look at it, it is renewed. An administrator's
-# policy can lower the broker's twenty.
-MOST_RETURNS = 3
-NAME_CHARS = 10
-UNKNOWN, DEFAULT = "unknown", "default"
+# A dead letter with this many returns is renewed the next time it is read. An administrator's policy can
+# lower the broker's limit of twenty.
+MAX_RETURNS = 3
 
 
-class LettersError(Exception):
-    """The dead-letter queue cannot be worked with; the message says why and what to do."""
+class DeadLettersError(Exception):
+    """The dead-letter queue cannot be processed; the message gives the reason and what to do."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Letter:
-    """What is known of a dead letter, without its body.
-
-    Attributes:
-        name: tells it from other letters, and stays the same when it is renewed.
-        code: why it died: an error code, or what RabbitMQ says if it moved the job itself.
-        message: the last fault; empty where RabbitMQ moved the job itself.
-        died_at: None where nobody said.
-        model: what the job asks for; `default` if it names none, `unknown` if the body cannot be read.
-        returns: how often it came back to the queue after somebody had fetched it.
-    """
-
-    name: str
-    job_id: str | None
-    code: str
-    message: str
-    died_at: datetime | None
-    attempts: int
-    model: str
-    deadline: datetime | None
-    size: int
-    message_id: str | None
-    correlation_id: str | None
-    reply_to: str | None
-    returns: int
-
-
-class Held:
-    """A letter that was fetched and neither acked nor given back so far."""
+class FetchedDeadLetter:
+    """A dead letter that was fetched, and not acked or returned to the queue yet."""
 
     def __init__(self, message: AbstractIncomingMessage) -> None:
         self._message = message
         self.delivery = to_delivery(message, is_alive=lambda: True, may_go_back=_at_once)
-        self.letter = _letter(self.delivery, self.headers)
+        self.record = DeadLetter.of(self.delivery, self.headers)
         self.is_settled = False
 
     @property
@@ -88,125 +54,127 @@ class Held:
 
     @property
     def headers(self) -> Mapping[str, Any]:
-        """All headers, the broker's too."""
+        """All headers, including the broker's."""
         return self._message.headers or {}
 
     async def ack(self) -> None:
-        """Take it from the queue."""
+        """Remove it from the queue."""
         self.is_settled = True
         with connection_losses():
             await self._message.ack()
 
 
 class DeadLetters:
-    """The letters that are in the queue now, each shown once. Made by `looked_into`.
+    """The dead letters that are in the queue now, each read once. Made by `opened`.
 
     Attributes:
-        there: how many letters there were at the beginning, beside those that somebody else looks at.
+        total: the number of dead letters at the beginning, except those that another reader holds.
     """
 
     def __init__(self, topology: Topology, reading: AbstractChannel, writing: AbstractChannel) -> None:
         self._topology = topology
         self._reading = reading
         self._writing = writing
-        self._last: Held | None = None
+        self._last: FetchedDeadLetter | None = None
         self._left = 0
-        self.there = 0
+        self.total = 0
 
     @classmethod
     @asynccontextmanager
-    async def looked_into(cls, connection: AbstractConnection, topology: Topology) -> AsyncIterator[Self]:
-        """Open the queue; in the end, however it comes, what was not taken out is back in it.
+    async def opened(cls, connection: AbstractConnection, topology: Topology) -> AsyncIterator[Self]:
+        """Open the queue; at the end every dead letter that was not acked is back in it.
 
         Raises:
-            LettersError: the queue is not there, or the user lacks a permission.
-            CONNECTION_EXCEPTIONS: the broker is gone; it gives everything back itself.
+            DeadLettersError: the queue does not exist, or the user lacks a permission.
+            CONNECTION_EXCEPTIONS: the connection is lost; the broker returns the dead letters itself.
         """
         with _explained(topology), connection_losses():
-            # Before anything is fetched: who may not renew letters would use up their returns.
+            # Before anything is fetched: a user who cannot renew dead letters would use up their returns.
             await Probes(connection).may_publish(topology.jobs_exchange, topology.jobs)
             reading = await connection.channel(publisher_confirms=False)
             writing = await connection.channel(publisher_confirms=True, on_return_raises=True)
-            letters = cls(topology, reading, writing)
+            dead_letters = cls(topology, reading, writing)
             try:
-                await letters._count()
-                yield letters
-                # The last one has come back as often as the others.
-                await letters._let_go()
+                await dead_letters._count()
+                yield dead_letters
+                # The last one was fetched as often as the others.
+                await dead_letters._renew_last()
             finally:
-                await letters._close()
+                await dead_letters._close()
 
-    async def next(self) -> Held | None:
-        """The next letter; None if all that were there at the beginning have been shown.
+    async def next(self) -> FetchedDeadLetter | None:
+        """Return the next dead letter; None if all that were there at the beginning were read.
 
-        The one before it stays in the queue unless it was replayed or removed.
+        The one before it stays in the queue unless it was acked.
 
         Raises:
-            LettersError, CONNECTION_EXCEPTIONS: as `looked_into`.
+            DeadLettersError, CONNECTION_EXCEPTIONS: as `opened`.
         """
-        await self._let_go()
+        await self._renew_last()
         if not self._left:
             return None
         self._left -= 1
         queue = await self._reading.get_queue(self._topology.dead_letters, ensure=False)
         with connection_losses():
-            # No timeout of its own: that would close the channel. A dead connection ends it.
+            # No timeout: that would close the channel. A dead connection ends it.
             message = await queue.get(fail=False, timeout=None)
-        self._last = None if message is None else Held(message)
+        self._last = None if message is None else FetchedDeadLetter(message)
         return self._last
 
-    async def put_back(self, held: Held) -> None:
-        """Publish the letter to the jobs queue as the job that it was; `held` is still to be acked.
+    async def replay(self, fetched: FetchedDeadLetter) -> None:
+        """Publish the original job to the jobs queue; the caller then acks `fetched`.
 
         Raises:
-            LettersError: the broker does not take it; the letter is where it was.
+            DeadLettersError: the broker refuses it; the dead letter stays in its queue.
         """
-        await self._put(messages.replayed(held.delivery, self._topology.jobs))
+        await self._publish(messages.replayed(fetched.delivery, self._topology.jobs))
 
     async def sync(self) -> None:
-        """Return when the broker has heard all that was said so far, acks too."""
+        """Return when the broker has processed everything sent so far, including acks."""
         with connection_losses():
             await self._reading.set_qos(prefetch_count=0)
 
     async def _count(self) -> None:
         queue = await self._reading.declare_queue(self._topology.dead_letters, passive=True)
-        self.there = self._left = queue.declaration_result.message_count or 0
+        self.total = self._left = queue.declaration_result.message_count or 0
 
-    async def _let_go(self) -> None:
-        held, self._last = self._last, None
-        if held is None or held.is_settled or held.letter.returns < MOST_RETURNS:
+    async def _renew_last(self) -> None:
+        last, self._last = self._last, None
+        if last is None or last.is_settled or last.record.returns < MAX_RETURNS:
             return
-        copy = messages.renewed(held.delivery, self._topology.dead_letters, _with_cause(held))
+        headers = last.record.headers_when_renewed(last.headers)
         try:
-            await self._put(copy)
-        except LettersError as error:
-            raise LettersError(
-                f"the letter {held.letter.name} came back {held.letter.returns} times and cannot be renewed,"
-                f" and RabbitMQ 4 drops it after 20; before the next look, see to this: {error}"
+            await self._publish(messages.renewed(last.delivery, self._topology.dead_letters, headers))
+        except DeadLettersError as error:
+            raise DeadLettersError(
+                f"the dead letter {last.record.name} was returned {last.record.returns} times and cannot be"
+                f" renewed, and RabbitMQ 4 drops it after 20 returns; first fix this: {error}"
             ) from None
-        await held.ack()
+        await last.ack()
 
-    async def _put(self, message: OutgoingMessage) -> None:
+    async def _publish(self, message: OutgoingMessage) -> None:
         message = replace(message, exchange=self._topology.jobs_exchange)
         amqp = message.to_amqp()
         try:
             await send(self._writing, message, amqp)
         except PublishError:
-            raise LettersError(
-                f"nothing gets to the queue {message.routing_key} by {_exchange(self._topology)}:"
-                " `vqa-worker topology apply` makes what is missing"
+            raise DeadLettersError(
+                f"{_exchange(self._topology)} does not route to the queue {message.routing_key}:"
+                " `vqa-worker topology apply` creates what is missing"
             ) from None
         except DeliveryError:
-            raise LettersError(
+            raise DeadLettersError(
                 f"the broker refuses messages for the queue {message.routing_key}: it is full, or cannot work"
             ) from None
         except ChannelClosed as error:
-            raise LettersError(f"the broker refuses to copy a letter: {explain(error)}") from None
+            raise DeadLettersError(
+                f"the broker refuses the copy of a dead letter: {explain(error)}"
+            ) from None
 
     async def _close(self) -> None:
         with suppress(*CONNECTION_EXCEPTIONS), connection_losses():
             underlay = await self._reading.get_underlay_channel()
-            # Tag 0: all that are unacked on this channel. Closing it would do the same, but count on 4.3.
+            # Tag 0: all unacked messages of this channel. Closing it does the same, but 4.3 then counts it.
             await underlay.basic_nack(0, multiple=True, requeue=True)
             await self._reading.close()
             await self._writing.close()
@@ -214,104 +182,25 @@ class DeadLetters:
 
 @contextmanager
 def _explained(topology: Topology) -> Iterator[None]:
-    """What the broker refuses, in words for the person who can put it right."""
+    """Explain the broker's refusals to the person who can fix them."""
     try:
         yield
     except NotAllowedError as error:
-        by = _exchange(topology)
-        raise LettersError(
-            f"letters are looked at only where they can be put back too, by {by}: {error}"
+        raise DeadLettersError(
+            f"reading dead letters needs the permission to publish them by {_exchange(topology)}: {error}"
         ) from None
     except ChannelNotFoundEntity:
-        raise LettersError(
-            f"the queue {topology.dead_letters} does not exist: has a worker run here, and are VQA_JOBS_QUEUE"
-            " and VQA_DEAD_LETTER_QUEUE the same as its own?"
+        raise DeadLettersError(
+            f"the queue {topology.dead_letters} does not exist: start a worker first, or check VQA_JOBS_QUEUE"
+            " and VQA_DEAD_LETTER_QUEUE against the worker's"
         ) from None
     except ChannelClosed as error:
-        raise LettersError(f"the queue {topology.dead_letters}: {explain(error)}") from None
+        raise DeadLettersError(f"the queue {topology.dead_letters}: {explain(error)}") from None
 
 
 def _exchange(topology: Topology) -> str:
     return f"exchange {topology.jobs_exchange}" if topology.jobs_exchange else "the default exchange"
 
 
-def _letter(delivery: Delivery, headers: Mapping[str, Any]) -> Letter:
-    job = parse_leniently(delivery.body)
-    code, died_at = _cause(headers)
-    return Letter(
-        name=_name(delivery, code, died_at),
-        job_id=valid_id((job or {}).get("id")) or valid_id(delivery.message_id),
-        code=code,
-        message=properties.text(headers.get(messages.ERROR_MESSAGE_HEADER)) or "",
-        died_at=died_at,
-        attempts=properties.count(headers.get(properties.ATTEMPTS_HEADER), properties.MAX_ATTEMPTS_BELIEVED),
-        model=_model(job),
-        deadline=_deadline(job),
-        size=len(delivery.body),
-        message_id=delivery.message_id,
-        correlation_id=delivery.correlation_id,
-        reply_to=delivery.reply_to,
-        returns=properties.count(headers.get("x-delivery-count"), properties.MAX_DELIVERIES_BELIEVED),
-    )
-
-
-def _cause(headers: Mapping[str, Any]) -> tuple[str, datetime | None]:
-    """Why and when it died: by the worker's word, else by the broker's."""
-    by_broker = _last_death(headers)
-    code = properties.text(headers.get(messages.ERROR_CODE_HEADER)) or properties.text(
-        by_broker.get("reason")
-    )
-    died_at = _time(headers.get(properties.DIED_AT_HEADER)) or _time(by_broker.get("time"))
-    return code or UNKNOWN, died_at
-
-
-def _last_death(headers: Mapping[str, Any]) -> Mapping[str, Any]:
-    match headers.get("x-death"):
-        case [dict() as last, *_]:
-            return last
-    return {}
-
-
-def _time(value: object) -> datetime | None:
-    if isinstance(value, datetime):
-        return value.astimezone(UTC)
-    try:
-        moment = parse_deadline(value)
-    except ValueError:
-        return None
-    return moment and moment.astimezone(UTC)
-
-
-def _model(job: Mapping[str, Any] | None) -> str:
-    match (job or {}).get("model"):
-        case str() as model if model:
-            return model
-        case None if job is not None:
-            return DEFAULT
-    return UNKNOWN
-
-
-def _deadline(job: Mapping[str, Any] | None) -> datetime | None:
-    return _time((job or {}).get("deadline"))
-
-
-def _name(delivery: Delivery, code: str, died_at: datetime | None) -> str:
-    digest = hashlib.sha256(delivery.body)
-    for part in (delivery.message_id, delivery.correlation_id, delivery.reply_to, code, str(died_at)):
-        digest.update(b"\0" if part is None else b"\1" + part.encode(errors="replace") + b"\0")
-    return digest.hexdigest()[:NAME_CHARS]
-
-
-def _with_cause(held: Held) -> Mapping[str, Any]:
-    """Its headers; what the broker alone had said of its death, they say in the worker's way from now on."""
-    said: dict[str, Any] = {messages.ERROR_CODE_HEADER: held.letter.code}
-    if held.letter.died_at is not None:
-        said[properties.DIED_AT_HEADER] = messages.rfc3339(held.letter.died_at)
-    return {
-        **said,
-        **{name: value for name, value in held.headers.items() if properties.is_encodable(name, value)},
-    }
-
-
 async def _at_once() -> None:
-    """Letters are not given back as copies, for which there would be something to wait."""
+    """Return: dead letters are not requeued as copies, which would have to wait."""

@@ -16,7 +16,7 @@ from tests.integration.cli.running import Cli
 from tests.running import until
 from worker.rabbitmq import bulk
 from worker.rabbitmq.connection import Broker
-from worker.rabbitmq.dead_letters import Held
+from worker.rabbitmq.dead_letters import FetchedDeadLetter
 from worker.rabbitmq.topology import Topology, create
 
 
@@ -108,8 +108,10 @@ def broker_of(stack: Stack) -> Broker:
     return Broker(url=stack.rabbitmq.url, ssl_context=None, name="test")
 
 
-async def looked(stack: Stack, queues: Queues, most: int | None = None) -> list[Held]:
-    found = await bulk.look(broker_of(stack), queues.topology, lambda held: held, most=most, patience_s=15.0)
+async def looked(stack: Stack, queues: Queues, most: int | None = None) -> list[FetchedDeadLetter]:
+    found = await bulk.select(
+        broker_of(stack), queues.topology, lambda held: held, limit=most, timeout_s=15.0
+    )
     return found.picked
 
 

@@ -92,17 +92,17 @@ async def test_no_number_of_looks_loses_a_letter(stack: Stack, queues: Queues) -
     again = first
     for _ in range(50):
         again = await looked(stack, queues)
-        assert sorted(held.letter.name for held in again) == sorted(held.letter.name for held in first)
-    by_name = {held.letter.name: held for held in again}
+        assert sorted(held.record.name for held in again) == sorted(held.record.name for held in first)
+    by_name = {held.record.name: held for held in again}
     for before in first:
-        after = by_name[before.letter.name]
+        after = by_name[before.record.name]
         assert after.body == before.body
-        assert after.letter.message_id == before.letter.message_id
+        assert after.record.message_id == before.record.message_id
         counts = ("x-delivery-count", "CC", "vqa-copy")
         assert {k: v for k, v in after.headers.items() if k not in counts} == {
             k: v for k, v in before.headers.items() if k not in counts
         }
-    assert [held.letter.job_id for held in first][:3] == ids
+    assert [held.record.job_id for held in first][:3] == ids
 
 
 @pytest.mark.usefixtures("twenty_returns")
@@ -118,7 +118,7 @@ async def test_without_renewal_the_broker_would_drop_them(
     stack: Stack, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Shows that the test above can fail.
-    monkeypatch.setattr(dead_letters, "MOST_RETURNS", 1000)
+    monkeypatch.setattr(dead_letters, "MAX_RETURNS", 1000)
     await buried(queues, 3)
     for _ in range(22):
         await looked(stack, queues)
@@ -143,13 +143,13 @@ async def test_during_and_after_a_killed_look_everything_is_there(
 
 async def test_a_letter_that_cannot_be_renewed_is_told_and_stays(stack: Stack, queues: Queues) -> None:
     await buried(queues, 2)
-    for _ in range(dead_letters.MOST_RETURNS):
+    for _ in range(dead_letters.MAX_RETURNS):
         await looked(stack, queues)
     full = {"max-length": 1, "overflow": "reject-publish"}
     policy = {"pattern": f"^{queues.dead}$", "definition": full, "apply-to": "queues"}
     administer(stack, "PUT", f"/api/policies/%2F/{queues.dead}", policy)
     with pytest.raises(
-        dead_letters.LettersError, match=r"came back 3 times and cannot be renewed, .* is full"
+        dead_letters.DeadLettersError, match=r"was returned 3 times and cannot be renewed, .* is full"
     ):
         await looked(stack, queues)
     assert await queues.depth(queues.dead) == 2
@@ -165,16 +165,14 @@ async def test_who_may_not_put_letters_back_may_not_look_either_so_that_no_retur
             ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dlq", *arguments)
             assert ended.code == 1
             (line,) = ended.warnings_
-            assert line.startswith(
-                "letters are looked at only where they can be put back too, by the default"
-            )
+            assert line.startswith("reading dead letters needs the permission to publish them by the default")
             assert "lacks a permission" in line
         user.permit(read="^$")
         ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dlq", "list")
         assert (ended.code, len(ended.warnings_)) == (1, 1)
         assert f"queue {queues.dead}" in ended.warnings_[0]
     (held,) = await looked(stack, queues)
-    assert held.letter.returns == 0
+    assert held.record.returns == 0
 
 
 async def test_what_the_broker_itself_has_moved_is_told_and_stays_told(
@@ -187,11 +185,11 @@ async def test_what_the_broker_itself_has_moved_is_told_and_stays_told(
         await message.reject(requeue=False)
         await queues.filled(queues.dead, 1)
     (held,) = await looked(stack, queues)
-    for _ in range(dead_letters.MOST_RETURNS * 2):
+    for _ in range(dead_letters.MAX_RETURNS * 2):
         (held,) = await looked(stack, queues)
-    assert (held.letter.code, held.letter.job_id) == ("rejected", "rejected")
-    assert held.letter.died_at is not None
-    assert datetime.now(UTC) - held.letter.died_at < timedelta(minutes=5)
+    assert (held.record.code, held.record.job_id) == ("rejected", "rejected")
+    assert held.record.died_at is not None
+    assert datetime.now(UTC) - held.record.died_at < timedelta(minutes=5)
     ended = await cli.run("dlq", "list", "--since", "5m")
     assert "moved here by RabbitMQ (rejected)" in ended.out
 

@@ -19,7 +19,7 @@ from tests.proxy import Proxy
 from tests.running import until
 from worker.rabbitmq import bulk, dead_letters
 from worker.rabbitmq.connection import BrokerUnreachableError
-from worker.rabbitmq.dead_letters import Held
+from worker.rabbitmq.dead_letters import FetchedDeadLetter
 
 BASIC_ACK = b"\x00\x3c\x00\x50"
 
@@ -137,14 +137,14 @@ async def test_letters_that_are_passed_over_are_not_held_for_longer_than_a_round
     monkeypatch.setattr(bulk, "HOLD_S", 0.0)
     others = await buried(queues, 3, code="other")
     await buried(queues, 4)
-    wanted = Counter(held.letter.name for held in await looked(stack, queues) if held.letter.code != "other")
+    wanted = Counter(held.record.name for held in await looked(stack, queues) if held.record.code != "other")
     begun = []
 
-    async def step(dead: dead_letters.DeadLetters, held: Held) -> None:
-        begun.append(held.letter.returns)
-        await dead.put_back(held)
+    async def step(dead: dead_letters.DeadLetters, held: FetchedDeadLetter) -> None:
+        begun.append(held.record.returns)
+        await dead.replay(held)
 
-    await bulk.work_off(broker_of(stack), queues.topology, wanted, step, rate=None, patience_s=15.0)
+    await bulk.process(broker_of(stack), queues.topology, wanted, step, rate=None, timeout_s=15.0)
     assert (wanted.total(), len(begun)) == (0, 4)
     assert sorted(ids_of(await queues.emptied(queues.dead))) == sorted(others)
 
@@ -154,16 +154,16 @@ async def test_a_broker_that_goes_away_again_and_again_is_given_up(
 ) -> None:
     monkeypatch.setattr(bulk, "PAUSE_S", 0.0)
     await buried(queues, 3)
-    wanted = Counter(held.letter.name for held in await looked(stack, queues))
+    wanted = Counter(held.record.name for held in await looked(stack, queues))
     tried = []
 
-    async def step(_: dead_letters.DeadLetters, held: Held) -> None:
-        tried.append(held.letter.name)
+    async def step(_: dead_letters.DeadLetters, held: FetchedDeadLetter) -> None:
+        tried.append(held.record.name)
         if len(tried) > 1:
             raise ConnectionResetError
 
-    with pytest.raises(BrokerUnreachableError, match="the broker went away 3 times in a row"):
-        await bulk.work_off(broker_of(stack), queues.topology, wanted, step, rate=None, patience_s=15.0)
+    with pytest.raises(BrokerUnreachableError, match="the connection was lost 3 times in a row"):
+        await bulk.process(broker_of(stack), queues.topology, wanted, step, rate=None, timeout_s=15.0)
     # The first was worked off, before the broker went away for the first time.
     assert (len(tried), wanted.total()) == (5, 2)
     await queues.filled(queues.dead, 2)
@@ -188,8 +188,8 @@ async def test_without_a_jobs_queue_letters_stay_where_they_are(cli: Cli, queues
     assert result.warnings_[-2:] == [
         f"replay: 0 of 2 done, recorded in {state(cli)}/replayed.jsonl",
         (
-            f"nothing gets to the queue {queues.jobs} by the default exchange:"
-            " `vqa-worker topology apply` makes what is missing"
+            f"the default exchange does not route to the queue {queues.jobs}:"
+            " `vqa-worker topology apply` creates what is missing"
         ),
     ]
     assert sorted(ids_of(await queues.emptied(queues.dead))) == sorted(ids)
@@ -203,7 +203,7 @@ async def test_letters_go_back_by_the_exchange_for_jobs(stack: Stack, tmp_path: 
         with BrokerUser.of(stack) as user:
             user.permit(write=f"^{exchange}$")
             by_user = cli.having(VQA_RABBITMQ_URL=user.url)
-            for _ in range(dead_letters.MOST_RETURNS + 2):
+            for _ in range(dead_letters.MAX_RETURNS + 2):
                 assert len(await by_user.told("dlq", "list")) == 1
             assert (await by_user.run("dlq", "replay", "--yes")).code == 0
         (message,) = await queues.emptied(queues.jobs)

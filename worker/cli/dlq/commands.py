@@ -29,7 +29,8 @@ from worker.cli.shell import (
 if TYPE_CHECKING:
     from worker.rabbitmq.bulk import Step
     from worker.rabbitmq.connection import Broker
-    from worker.rabbitmq.dead_letters import DeadLetters, Held, Letter
+    from worker.rabbitmq.dead_letter_record import DeadLetter
+    from worker.rabbitmq.dead_letters import DeadLetters, FetchedDeadLetter
     from worker.rabbitmq.topology import Topology
 
 T = TypeVar("T")
@@ -146,16 +147,16 @@ async def show(
     """
     desk = _desk(Screen(as_json=as_json), patience)
 
-    def pick(held: "Held") -> dict[str, Any] | list[str] | None:
-        if not is_called(held.letter, name):
+    def pick(held: "FetchedDeadLetter") -> dict[str, Any] | list[str] | None:
+        if not is_called(held.record, name):
             return None
         return render.whole(held) if as_json else list(render.page(held))
 
-    from worker.rabbitmq.bulk import look
+    from worker.rabbitmq.bulk import select
 
-    found = await _told(look(desk.broker, desk.topology, pick, most=limit, patience_s=desk.patience_s))
+    found = await _told(select(desk.broker, desk.topology, pick, limit=limit, timeout_s=desk.patience_s))
     if not found.picked:
-        raise CommandError(f"{name}: none of the {found.seen} letters looked at has this id or name")
+        raise CommandError(f"{name}: none of the {found.examined} letters looked at has this id or name")
     for number, letter in enumerate(found.picked):
         if isinstance(letter, dict):
             desk.screen.emit(letter)
@@ -196,8 +197,8 @@ async def replay(
     if not _is_wanted(desk.screen, letters, "replay", target, dry_run=dry_run, yes=yes):
         return None
 
-    async def step(dead: "DeadLetters", held: "Held") -> None:
-        await dead.put_back(held)
+    async def step(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
+        await dead.replay(held)
 
     with Lines(record or _kept("replayed")) as lines:
         return await _work_off(desk, letters, "replay", step, lines, rate=rate)
@@ -240,7 +241,7 @@ async def purge(
         lines = files.enter_context(Lines(record or _kept("purged")))
         saved = files.enter_context(Lines(save, keeps=True)) if save else None
 
-        async def step(_: "DeadLetters", held: "Held") -> None:
+        async def step(_: "DeadLetters", held: "FetchedDeadLetter") -> None:
             if saved is not None:
                 saved.add(render.whole(held))
 
@@ -274,22 +275,22 @@ def _choice(
     return Choice(codes=code or (), models=model or (), ids=ids or (), since=since, until=until)
 
 
-async def _chosen(desk: _Desk, choice: Choice, limit: int | None) -> Sequence["Letter"]:
+async def _chosen(desk: _Desk, choice: Choice, limit: int | None) -> Sequence["DeadLetter"]:
     """The letters that are meant, the oldest first; says how many others there are."""
-    from worker.rabbitmq.bulk import look
+    from worker.rabbitmq.bulk import select
 
-    def pick(held: "Held") -> "Letter | None":
-        return held.letter if held.letter in choice else None
+    def pick(held: "FetchedDeadLetter") -> "DeadLetter | None":
+        return held.record if held.record in choice else None
 
-    found = await _told(look(desk.broker, desk.topology, pick, most=limit, patience_s=desk.patience_s))
+    found = await _told(select(desk.broker, desk.topology, pick, limit=limit, timeout_s=desk.patience_s))
     chosen = f"{len(found.picked)} of them chosen" if not choice.is_any else ""
-    part = f"{found.seen} of them looked at (--limit)" if found.seen < found.there else ""
-    there = f"{desk.topology.dead_letters}: {counted(found.there, 'letter')}"
+    part = f"{found.examined} of them looked at (--limit)" if found.examined < found.total else ""
+    there = f"{desk.topology.dead_letters}: {counted(found.total, 'letter')}"
     desk.screen.note(", ".join(filter(None, (there, part, chosen))))
     return sorted(found.picked, key=lambda letter: letter.died_at or datetime.min.replace(tzinfo=UTC))
 
 
-def _doubts(letters: Sequence["Letter"]) -> Iterator[str]:
+def _doubts(letters: Sequence["DeadLetter"]) -> Iterator[str]:
     """What will fail again."""
     now = datetime.now(UTC)
     if late := sum(letter.deadline is not None and letter.deadline < now for letter in letters):
@@ -299,7 +300,7 @@ def _doubts(letters: Sequence["Letter"]) -> Iterator[str]:
 
 
 def _is_wanted(
-    screen: Screen, letters: Sequence["Letter"], action: str, done: str, *, dry_run: bool, yes: bool
+    screen: Screen, letters: Sequence["DeadLetter"], action: str, done: str, *, dry_run: bool, yes: bool
 ) -> bool:
     """Show what would be done, and ask if need be."""
     if not letters:
@@ -324,7 +325,7 @@ def _is_wanted(
 
 async def _work_off(
     desk: _Desk,
-    letters: Sequence["Letter"],
+    letters: Sequence["DeadLetter"],
     action: str,
     step: "Step",
     lines: Lines,
@@ -333,7 +334,7 @@ async def _work_off(
 ) -> int:
     from worker.cli.progress import Bar
     from worker.cli.progress import shown as progress
-    from worker.rabbitmq.bulk import work_off
+    from worker.rabbitmq.bulk import process
 
     wanted = Counter(letter.name for letter in letters)
     planned, done, total = Counter(wanted), Counter[str](), len(letters)
@@ -342,14 +343,14 @@ async def _work_off(
         # After a lost connection one may be done twice.
         return (done & planned).total()
 
-    async def recorded(dead: "DeadLetters", held: "Held") -> None:
+    async def recorded(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
         await step(dead, held)
-        line = {"action": action, "done": True, **render.in_json(held.letter)}
+        line = {"action": action, "done": True, **render.in_json(held.record)}
         lines.add({"at": render.plain(datetime.now(UTC)), "queue": desk.topology.dead_letters, **line})
         desk.screen.emit(line)
-        done[held.letter.name] += 1
+        done[held.record.name] += 1
 
-    work = work_off(desk.broker, desk.topology, wanted, recorded, rate=rate, patience_s=desk.patience_s)
+    work = process(desk.broker, desk.topology, wanted, recorded, rate=rate, timeout_s=desk.patience_s)
     try:
         async with progress(desk.screen, [Bar(action, lambda: (so_far(), total, ""))]):
             await _told(work)
@@ -361,9 +362,9 @@ async def _work_off(
 
 
 async def _told(work: Awaitable[T]) -> T:
-    from worker.rabbitmq.dead_letters import LettersError
+    from worker.rabbitmq.dead_letters import DeadLettersError
 
     try:
         return await work
-    except LettersError as error:
+    except DeadLettersError as error:
         raise CommandError(str(error)) from None

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from worker.observability.redaction import Redactor
-    from worker.rabbitmq.dead_letters import Held, Letter
+    from worker.rabbitmq.dead_letter_record import DeadLetter
+    from worker.rabbitmq.dead_letters import FetchedDeadLetter
 
 HEADS: Final = ("LETTER", "DIED AT", "CODE", "MODEL", "ATTEMPTS", "JOB", "WHY")
 GAP: Final = "  "
@@ -33,22 +34,22 @@ def _clean(text: str) -> str:
     return printable(_redactor()(text))
 
 
-def in_json(letter: "Letter") -> dict[str, Any]:
+def in_json(letter: "DeadLetter") -> dict[str, Any]:
     """What is known of a letter."""
     known = asdict(letter)
     return {"letter": known.pop("name"), **{name: plain(value) for name, value in known.items()}}
 
 
-def whole(held: "Held") -> dict[str, Any]:
+def whole(held: "FetchedDeadLetter") -> dict[str, Any]:
     """A letter with headers and body: as text in `body`, or where it is none in `body_base64`."""
     try:
         body = {"body": held.body.decode()}
     except UnicodeDecodeError:
         body = {"body_base64": base64.b64encode(held.body).decode()}
-    return {**in_json(held.letter), "content_type": held.delivery.content_type, **_rest(held), **body}
+    return {**in_json(held.record), "content_type": held.delivery.content_type, **_rest(held), **body}
 
 
-def _rest(held: "Held") -> dict[str, Any]:
+def _rest(held: "FetchedDeadLetter") -> dict[str, Any]:
     return {"timestamp": plain(held.delivery.timestamp), "headers": plain(dict(held.headers))}
 
 
@@ -68,7 +69,7 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def table(letters: Iterable["Letter"]) -> Iterator[str]:
+def table(letters: Iterable["DeadLetter"]) -> Iterator[str]:
     """A line for each letter under a line of heads; on a narrow terminal, why it died is told below it."""
     from rich.cells import cell_len, set_cell_size
 
@@ -86,22 +87,22 @@ def table(letters: Iterable["Letter"]) -> Iterator[str]:
             yield f"{' ' * widths[0]}{GAP}{row[-1]}"
 
 
-def _row(letter: "Letter") -> Sequence[str]:
+def _row(letter: "DeadLetter") -> Sequence[str]:
     died_at = f"{letter.died_at:%Y-%m-%d %H:%M:%S}" if letter.died_at else "-"
     why = letter.message or f"moved here by RabbitMQ ({letter.code})"
     cells = (letter.name, died_at, letter.code, letter.model, str(letter.attempts), letter.job_id or "-", why)
     return [_clean(cell) for cell in cells]
 
 
-def summary(letters: Sequence["Letter"]) -> str:
+def summary(letters: Sequence["DeadLetter"]) -> str:
     """How many there are of each code."""
     codes = Counter(_clean(letter.code) for letter in letters)
     return ", ".join(f"{count} {code}" for code, count in codes.most_common())
 
 
-def page(held: "Held") -> Iterator[str]:
+def page(held: "FetchedDeadLetter") -> Iterator[str]:
     """A letter with all that it says, for a person: nothing in it can control the terminal."""
-    for name, value in {**in_json(held.letter), **_rest(held)}.items():
+    for name, value in {**in_json(held.record), **_rest(held)}.items():
         if name == "headers":
             yield from (f"header {printable(key)}: {printable(_in_words(it))}" for key, it in value.items())
         elif value is not None:

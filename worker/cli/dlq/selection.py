@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import typer
 
 if TYPE_CHECKING:
-    from worker.rabbitmq.dead_letters import Letter
+    from worker.rabbitmq.dead_letter_record import DeadLetter
 
 _AGO: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -61,7 +61,7 @@ class Choice:
         """Whether it leaves no letter out."""
         return not (self.codes or self.models or self.ids or self.since or self.until)
 
-    def __contains__(self, letter: "Letter") -> bool:
+    def __contains__(self, letter: "DeadLetter") -> bool:
         return (
             _fits(letter.code, self.codes)
             and _fits(letter.model, self.models)
@@ -81,7 +81,7 @@ class Choice:
 MIN_NAME_CHARS: Final = 4
 
 
-def is_called(letter: "Letter", name: str) -> bool:
+def is_called(letter: "DeadLetter", name: str) -> bool:
     """Whether this is the job's id, or the letter's name or its beginning."""
     return letter.job_id == name or (len(name) >= MIN_NAME_CHARS and letter.name.startswith(name))
 

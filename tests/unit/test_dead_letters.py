@@ -24,7 +24,8 @@ from worker.cli.dlq.records import Lines
 from worker.cli.dlq.selection import Choice, moment
 from worker.cli.shell import CommandError
 from worker.rabbitmq import messages
-from worker.rabbitmq.dead_letters import Held, Letter, _with_cause
+from worker.rabbitmq.dead_letter_record import DeadLetter
+from worker.rabbitmq.dead_letters import FetchedDeadLetter
 from worker.rabbitmq.outgoing import OutgoingMessage
 from worker.rabbitmq.properties import install_tolerant_decoders, is_encodable
 
@@ -33,19 +34,19 @@ NOW = datetime(2030, 1, 31, 12, 0, tzinfo=UTC)
 install_tolerant_decoders()
 
 
-def arrived(body: bytes, properties: Basic.Properties) -> Held:
+def arrived(body: bytes, properties: Basic.Properties) -> FetchedDeadLetter:
     """What a look gets when a message with these properties, as the library has read them, has come."""
     get = Basic.GetOk(1, False, "", "dead", 0)  # noqa: FBT003 - the library's own order
     header = ContentHeader(0, len(body), properties)
     message: Any = DeliveredMessage(delivery=get, header=header, body=body, channel=None)  # type: ignore[arg-type]
-    return Held(aio_pika.IncomingMessage(message))
+    return FetchedDeadLetter(aio_pika.IncomingMessage(message))
 
 
-def letter(body: bytes = b"{}", headers: Mapping[str, Any] | None = None, **properties: Any) -> Letter:
-    return arrived(body, Basic.Properties(headers=dict(headers or {}), **properties)).letter
+def letter(body: bytes = b"{}", headers: Mapping[str, Any] | None = None, **properties: Any) -> DeadLetter:
+    return arrived(body, Basic.Properties(headers=dict(headers or {}), **properties)).record
 
 
-def sent(message: OutgoingMessage) -> Held:
+def sent(message: OutgoingMessage) -> FetchedDeadLetter:
     """The same for a message that the worker's own publisher sends, over the wire."""
     made = message.to_amqp()
     frame = pamqp.frame.marshal(ContentHeader(0, len(made.body), made.properties), 1)
@@ -97,8 +98,8 @@ def test_any_letter_can_be_read_and_is_the_same_letter_when_renewed(
     body: bytes, headers: dict[str, Any], message_id: str | None
 ) -> None:
     held = arrived(body, Basic.Properties(headers=headers, message_id=message_id))
-    new = sent(messages.renewed(held.delivery, "dead", _with_cause(held)))
-    assert new.letter == held.letter
+    new = sent(messages.renewed(held.delivery, "dead", held.record.headers_when_renewed(held.headers)))
+    assert new.record == held.record
     assert new.body == body
     for name, value in held.headers.items():
         if name not in messages.DROPPED_HEADERS | {"vqa-copy"} and is_encodable(name, value):
@@ -106,7 +107,7 @@ def test_any_letter_can_be_read_and_is_the_same_letter_when_renewed(
             _, said = pamqp.decode.field_table(pamqp.encode.field_table({name: value}))
             assert new.headers[name] == said[name]
     json.dumps(render.whole(held))
-    assert all(line.isprintable() for line in [*render.table([held.letter]), *render.page(held)])
+    assert all(line.isprintable() for line in [*render.table([held.record]), *render.page(held)])
 
 
 def test_a_letter_that_the_worker_wrote_says_it_all() -> None:
@@ -153,7 +154,7 @@ def test_letters_are_told_apart_by_all_that_makes_them() -> None:
 
 def buried(
     code: str = "attempts_exhausted", died_at: datetime | None = NOW, body: str = "{}", **more: Any
-) -> Letter:
+) -> DeadLetter:
     headers = {"vqa-error-code": code}
     if died_at is not None:
         headers["vqa-died-at"] = messages.rfc3339(died_at)
