@@ -16,7 +16,7 @@ from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Client, Worker, calls_with, until
 
-# How each alarm is raised, and how it is ended.
+# The rabbitmqctl commands that raise and clear each alarm.
 ALARMS = {
     "memory": (("set_vm_memory_high_watermark", "0.00001"), ("set_vm_memory_high_watermark", "0.4")),
     "disk": (("set_disk_free_limit", "100000GB"), ("set_disk_free_limit", "50MB")),
@@ -25,7 +25,7 @@ ALARMS = {
 
 @dataclass(frozen=True)
 class Scene:
-    """A worker for three jobs at once, and the network between it and the model."""
+    """A worker for three jobs at once, and a proxy between it and the model."""
 
     stack: Stack
     worker: Worker
@@ -38,7 +38,7 @@ class Scene:
         await until(lambda: self.times_connected() > before, "it is connected again")
 
     async def publish_and_hold(self, client: Client, count: int, marker: str) -> list[str]:
-        """Publish so many jobs; they have begun, and don't end until the network to the model thaws."""
+        """Publish `count` jobs, which run until the proxy of the model thaws."""
         self.model.freeze()
         ids = await publish(client, count, marker)
         await until(lambda: self.model.held == count, "the jobs have begun")
@@ -127,7 +127,7 @@ async def test_results_wait_for_a_blocked_broker(scene: Scene, own_client_of: Ma
 async def test_workers_recover_from_a_network_that_is_silent_for_longer_than_the_heartbeat(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
-    """By a worker that is busy, and by one that is paused and asks for a job to try with."""
+    """One worker is busy, the other is paused and takes a job for a trial."""
     busy, barred = uuid.uuid4().hex, uuid.uuid4().hex
     own_stack.model.play(Answer(after=1.5), marker=busy, times=None)
     own_stack.model.play(Error(status=401), marker=barred, times=None)
@@ -148,7 +148,7 @@ async def test_workers_recover_from_a_network_that_is_silent_for_longer_than_the
         proxy.thaw()
         assert statuses(await results(clients[0], busy_ids)) == {"succeeded": 2}
         assert {len(found) for found in clients[0].replies.values()} == {1}
-        # What was being given back when the network went may have gone back twice.
+        # Jobs that were being requeued when the network failed may be there twice.
         assert statuses(await results(clients[1], barred_ids)) == {"succeeded": 2}
         assert await asyncio.gather(*(worker.stop() for worker in workers)) == [0, 0]
 
@@ -158,7 +158,7 @@ async def test_workers_recover_from_a_network_that_is_silent_for_longer_than_the
 async def test_jobs_in_flight_and_queued_jobs_survive_a_killed_and_a_stopped_broker(
     scene: Scene,
 ) -> None:
-    """The broker is away for longer than the jobs in flight take: their answers are kept meanwhile."""
+    """The broker is down for longer than the jobs in flight take: their results wait."""
     worker, broker = scene.worker, scene.stack.rabbitmq
     for number in (signal.SIGKILL, signal.SIGTERM):
         before = scene.times_connected()
@@ -172,7 +172,7 @@ async def test_jobs_in_flight_and_queued_jobs_survive_a_killed_and_a_stopped_bro
         await calls_begun(scene.stack, running, 3)
         await model_answered(scene.stack, running)
         assert worker.metric("vqa_dependency_up", dependency="rabbitmq") == 0
-        # What it does after it has closed its connections takes seconds and is no matter here.
+        # A stopped broker needs seconds after it has closed its connections; the test need not wait.
         await asyncio.to_thread(broker.kill)
         broker.launch()
         await scene.connected_again(before)

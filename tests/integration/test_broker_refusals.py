@@ -34,7 +34,7 @@ from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Worker, calls_with, until
 
-# The worker with less patience for queues that take nothing: two tries instead of a minute's.
+# A worker that leaves a refused copy to the broker after two tries instead of a minute of them.
 IMPATIENT = """
 import sys
 from worker.rabbitmq import settlement
@@ -46,13 +46,13 @@ sys.exit(main(["run"]))
 
 
 async def open_channel(resources: AsyncExitStack, url: str) -> AbstractChannel:
-    """A channel of a connection that nobody else uses."""
+    """Open a channel on a connection of its own."""
     connection = await resources.enter_async_context(await aio_pika.connect(url))
     return await connection.channel(on_return_raises=True)
 
 
 async def send(channel: AbstractChannel, worker: Worker, marker: str) -> str:
-    """Publish a job; returns its id."""
+    """Publish a job; return its id."""
     body = job(marker)
     message = aio_pika.Message(json.dumps(body).encode())
     await channel.default_exchange.publish(message, worker.jobs_queue)
@@ -60,14 +60,14 @@ async def send(channel: AbstractChannel, worker: Worker, marker: str) -> str:
 
 
 def refusals(worker: Worker, queue: str) -> tuple[int, list[str]]:
-    """How many publishes to a queue failed, and what the worker said of them aloud."""
+    """Return how many publishes to a queue failed, and the reasons logged as warnings."""
     failed = [line for line in events(worker, "publish_failed") if line["routing_key"] == queue]
     return len(failed), [line["reason"] for line in failed if line["level"] == "warning"]
 
 
 @asynccontextmanager
 async def limited(stack: Stack, queue: str, most: int) -> AsyncIterator[None]:
-    """A policy of the administrator's by which a queue takes no more than so many messages."""
+    """Limit a queue to `most` messages by an administrator's policy."""
     path = f"/api/policies/%2F/{uuid.uuid4().hex}"
     definition = {"max-length": most, "overflow": "reject-publish"}
     policy = {"pattern": f"^{queue}$", "definition": definition, "apply-to": "queues"}
@@ -79,7 +79,7 @@ async def limited(stack: Stack, queue: str, most: int) -> AsyncIterator[None]:
 
 
 async def is_full(channel: AbstractChannel, queue: str, body: bytes) -> bool:
-    """Whether the broker refuses one more message; otherwise there is one more."""
+    """Publish one more message; return whether the broker refused it."""
     try:
         await channel.default_exchange.publish(aio_pika.Message(body), queue)
     except DeliveryError:
@@ -87,12 +87,12 @@ async def is_full(channel: AbstractChannel, queue: str, body: bytes) -> bool:
     return False
 
 
-# What an administrator takes away while the worker runs
+# Rights that an administrator revokes while the worker runs
 
 
 @dataclass(frozen=True)
 class Realm:
-    """A worker in a virtual host of its own, where the test gives and takes."""
+    """A worker in a virtual host of its own, where the test grants and revokes permissions."""
 
     stack: Stack
     worker: Worker
@@ -100,7 +100,7 @@ class Realm:
     model: Proxy
 
     def make(self) -> None:
-        """The virtual host, and who may do what in it."""
+        """Create the virtual host and its permissions."""
         path = f"/api/vhosts/{self.user.vhost}"
         administer(self.stack, "PUT", path)
         everything = {"configure": ".*", "write": ".*", "read": ".*"}
@@ -112,7 +112,7 @@ class Realm:
 
     @property
     def url(self) -> str:
-        """For the test itself."""
+        """The URL for the test itself."""
         return url_as(self.stack, "guest", "guest", self.user.vhost)
 
 
@@ -170,7 +170,7 @@ async def test_a_revoked_right_is_logged_and_the_result_is_delivered_when_it_is_
         await until(lambda: realm.model.held == 1, "the job has begun")
     await asyncio.to_thread(take, realm)
     if what != "vhost":
-        # What is there already, the broker leaves as it is.
+        # Existing connections keep their permissions.
         await asyncio.to_thread(realm.user.close_connections)
     await until(lambda: words in json.dumps(events(worker, event)[said_before:]), "it is named")
     assert (await said(worker, "no_broker"))[0] == 503
@@ -209,7 +209,7 @@ async def test_without_the_permission_to_publish_results_wait_and_one_warning_is
             ids = await publish(client, 3, marker)
             await until(lambda: model.held == 3, "the jobs have begun")
             await asyncio.to_thread(user.permit, write="^$")
-            # A channel remembers what was allowed.
+            # A channel caches permissions.
             await asyncio.to_thread(user.close_connections)
             await until(lambda: len(events(worker, "rabbitmq_connected")) == 2, "it is connected again")
             model.thaw()
@@ -307,7 +307,7 @@ async def test_results_wait_for_a_full_results_queue(
 
 @pytest.fixture
 async def impatient(own_stack: Stack, start_own_worker: StartWorker) -> AsyncIterator[tuple[Worker, Proxy]]:
-    """A worker that soon gives up on copies of jobs, and the network between it and the model."""
+    """Start a worker that soon leaves refused copies to the broker, behind a proxy for the model."""
     async with Proxy.before(own_stack.model.base_url) as model:
         worker = await start_own_worker(
             wait=False,
@@ -338,7 +338,7 @@ async def test_the_broker_requeues_jobs_whose_copies_a_full_queue_refuses(
         await until(lambda: len(events(worker, "job_left_to_broker")) == 3, "the broker has them back")
         await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "the worker has none")
         own_stack.model.configure(rules=[])
-        # All in the queue are answered, now that it flows.
+        # All jobs in the queue are answered after the pause.
         assert statuses(await results(client, [*ids, "filling"])) == {"succeeded": 4}
     assert {len(client.replies[it]) for it in ids} == {1}
     assert len([it for it in refusals(worker, worker.jobs_queue)[1] if "full" in it]) == 1
@@ -347,7 +347,7 @@ async def test_the_broker_requeues_jobs_whose_copies_a_full_queue_refuses(
 async def test_the_broker_keeps_dead_letters_that_a_full_queue_refuses(
     own_stack: Stack, impatient: tuple[Worker, Proxy], own_client_of: MakeClient
 ) -> None:
-    """It tries again every three minutes, by itself: the jobs queue dead-letters at least once."""
+    """RabbitMQ tries again every three minutes: the jobs queue dead-letters at least once."""
     worker, _ = impatient
     client = await own_client_of(worker)
 
@@ -384,7 +384,7 @@ application:set_env(rabbit, channel_tick_interval, 60000).
 
 @dataclass(frozen=True)
 class Strict:
-    """A worker whose broker takes no large messages and does not wait long for acks."""
+    """A worker whose broker has a small max_message_size and a short consumer timeout."""
 
     stack: Stack
     worker: Worker
@@ -421,8 +421,8 @@ async def test_a_result_that_is_too_large_for_the_broker_becomes_a_failed_one_an
     assert len(calls_with(strict.stack, large)) == 1
     assert len(calls_with(strict.stack, small)) == 3
     assert strict.worker.metric("vqa_jobs_total", status="failed", error="result_too_large") == 1
-    told = [line["error"] for line in events(strict.worker, "job_finished") if line["job_id"] == large_id]
-    assert told == ["result_too_large"]
+    errors = [line["error"] for line in events(strict.worker, "job_finished") if line["job_id"] == large_id]
+    assert errors == ["result_too_large"]
 
 
 @pytest.mark.parametrize("why", ["the model is slow", "the results queue is full"])
@@ -451,7 +451,7 @@ async def test_a_job_that_exceeds_the_consumer_timeout_is_paid_and_answered_once
     assert await client.depth(worker.jobs_queue) == 0
 
 
-# A broker that says nothing
+# A silent broker
 
 
 async def test_the_worker_waits_for_a_broker_that_accepts_connections_and_is_silent(

@@ -39,7 +39,7 @@ MODES: tuple[Replies, ...] = ("queue", "exclusive", "direct")
 
 
 def words(text: str, **fields: Any) -> dict[str, Any]:
-    """A job that is only words."""
+    """Return a job without images."""
     return {"messages": [{"role": "user", "content": text}], **fields}
 
 
@@ -53,7 +53,7 @@ async def asking(stack: Stack, worker: Worker) -> AsyncIterator[Client]:
         yield client
 
 
-# Asking
+# Publishing
 
 
 @pytest.mark.parametrize("replies", MODES)
@@ -102,12 +102,12 @@ async def test_a_job_that_fails_is_a_result_too(asking: Client) -> None:
 
 
 async def test_an_invalid_job_is_rejected_at_once(asking: Client) -> None:
-    for job, told in (
+    for job, text in (
         ({}, "needs question and images"),
         (words("?", imags=[]), "imags: unknown field"),
         (words("?", params={"stream": True}), "must not contain stream"),
     ):
-        with pytest.raises(InvalidJobError, match=told):
+        with pytest.raises(InvalidJobError, match=text):
             await asking.ask_job(job)
 
 
@@ -157,7 +157,7 @@ async def test_an_id_can_be_in_flight_only_once(asking: Client, stack: Stack) ->
     assert (await first).succeeded
 
 
-# Giving up
+# Cancelling
 
 
 async def test_a_job_is_cancelled_when_its_caller_stops_waiting(
@@ -169,7 +169,7 @@ async def test_a_job_is_cancelled_when_its_caller_stops_waiting(
     async with client_of(stack, worker) as client:
         with pytest.raises(TimeoutError):
             await client.ask_job(words(marker), timeout=1.0)
-        # The next one has the only slot, since the call is broken off.
+        # The next job gets the only slot, because the call was cancelled.
         assert (await client.ask_job(words("Next?"), timeout=20)).succeeded
     assert worker.metric("vqa_jobs_total", error="cancelled") == 1
 
@@ -212,7 +212,7 @@ async def test_a_timeout_is_the_job_s_deadline(stack: Stack) -> None:
             assert message is not None
             deadline = datetime.fromisoformat(json.loads(message.body)["deadline"])
             assert before + timedelta(seconds=1) <= deadline <= datetime.now(UTC) + timedelta(seconds=1)
-            # Without a control exchange nobody can be told, and the client says so.
+            # Without a control exchange the cancellation cannot be published, which raises.
             with pytest.raises(ConnectionError, match=rf"{queue}\.control"):
                 await client.cancel("any")
 
@@ -230,7 +230,7 @@ async def test_jobs_survive_a_lost_connection(stack: Stack, worker: Worker) -> N
             await until(lambda: len(calls_with(stack, marker)) == 5, "all are asked")
             await proxy.refuse()
             proxy.reset()
-            # The answers come while nobody is there to take them.
+            # The results arrive while the client is disconnected.
             await until(lambda: all(call.ended for call in calls_with(stack, marker)), "all are answered")
             asked_meanwhile = asyncio.create_task(client.ask_job(words("Meanwhile?")))
             await proxy.accept()
@@ -268,7 +268,7 @@ async def test_a_deleted_reply_queue_is_created_again(stack: Stack, worker: Work
         if replies == "queue":
             await (await connection.channel()).queue_delete(first)
         else:
-            # Nobody else may delete it.
+            # Only its own connection may delete it.
             assert requests._channel is not None  # noqa: SLF001
             await requests._channel.queue_delete(first)  # noqa: SLF001
         await until(lambda: not requests.connected.is_set(), "the session ends")

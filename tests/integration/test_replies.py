@@ -250,13 +250,13 @@ async def test_a_reply_to_that_is_not_allowed_is_ignored(
 async def test_a_result_that_cannot_be_routed_goes_to_the_results_queue(
     client: Client, worker: Worker
 ) -> None:
-    gone = f"amq.gen-{uuid.uuid4().hex}"
+    missing = f"amq.gen-{uuid.uuid4().hex}"
     reply = await _send(
-        client, reply_to=gone, correlation_id="still this", headers={"traceparent": TRACEPARENT}
+        client, reply_to=missing, correlation_id="still this", headers={"traceparent": TRACEPARENT}
     )
     assert reply.body["status"] == "succeeded"
     assert reply.message.routing_key == worker.results_queue
-    assert reply.message.headers == {"vqa-undeliverable-to": gone, "traceparent": TRACEPARENT}
+    assert reply.message.headers == {"vqa-undeliverable-to": missing, "traceparent": TRACEPARENT}
     assert reply.message.correlation_id == "still this"
 
 

@@ -1,4 +1,4 @@
-"""Dead letters as they come off the wire, whatever stands in them, and as commands choose and show them."""
+"""Dead letters are read with any content, and commands select and show them."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ def arrived(body: bytes, properties: Basic.Properties) -> FetchedDeadLetter:
     return FetchedDeadLetter(aio_pika.IncomingMessage(message))
 
 
-def letter(body: bytes = b"{}", headers: Mapping[str, Any] | None = None, **properties: Any) -> DeadLetter:
+def record(body: bytes = b"{}", headers: Mapping[str, Any] | None = None, **properties: Any) -> DeadLetter:
     return arrived(body, Basic.Properties(headers=dict(headers or {}), **properties)).record
 
 
@@ -94,7 +94,7 @@ _bodies = st.binary(max_size=8) | st.sampled_from(
 )
 @example(b"{}", {"x-death": [{"reason": "rejected", "time": NOW, "count": 1}]}, None)
 @example(b"{}", {"vqa-died-at": "2030-01-31T12:00:00.5+01:00", "vqa-error-code": 7}, "a")
-def test_any_letter_can_be_read_and_is_the_same_letter_when_renewed(
+def test_any_dead_letter_can_be_read_and_is_the_same_when_renewed(
     body: bytes, headers: dict[str, Any], message_id: str | None
 ) -> None:
     held = arrived(body, Basic.Properties(headers=headers, message_id=message_id))
@@ -110,7 +110,7 @@ def test_any_letter_can_be_read_and_is_the_same_letter_when_renewed(
     assert all(line.isprintable() for line in [*render.table([held.record]), *render.page(held)])
 
 
-def test_a_letter_that_the_worker_wrote_says_it_all() -> None:
+def test_a_dead_letter_of_the_worker_has_every_field() -> None:
     body = json.dumps({"id": "a", "model": "m", "deadline": "2030-01-31T12:00:00Z"}).encode()
     headers = {
         "vqa-error-code": "attempts_exhausted",
@@ -119,7 +119,7 @@ def test_a_letter_that_the_worker_wrote_says_it_all() -> None:
         "vqa-died-at": "2030-01-31T13:00:00.250+01:00",
         "x-delivery-count": 2,
     }
-    found = letter(body, headers, message_id="i", correlation_id="c", reply_to="r")
+    found = record(body, headers, message_id="i", correlation_id="c", reply_to="r")
     assert (found.job_id, found.model, found.code) == ("a", "m", "attempts_exhausted")
     assert (found.message, found.attempts, found.returns) == ("the API answered 500", 5, 2)
     assert found.died_at == NOW + timedelta(milliseconds=250)
@@ -127,68 +127,68 @@ def test_a_letter_that_the_worker_wrote_says_it_all() -> None:
     assert (found.message_id, found.correlation_id, found.reply_to) == ("i", "c", "r")
 
 
-def test_what_nobody_said_is_unknown() -> None:
-    found = letter(b"\xff")
+def test_missing_fields_are_unknown() -> None:
+    found = record(b"\xff")
     assert (found.job_id, found.model, found.code, found.died_at) == (None, "unknown", "unknown", None)
-    assert letter(b"{}").model == "default"
-    assert letter(b'{"model": 3}').model == "unknown"
-    assert letter(b"{}", message_id="by-property").job_id == "by-property"
+    assert record(b"{}").model == "default"
+    assert record(b'{"model": 3}').model == "unknown"
+    assert record(b"{}", message_id="by-property").job_id == "by-property"
 
 
-def test_letters_are_told_apart_by_all_that_makes_them() -> None:
+def test_different_dead_letters_have_different_names() -> None:
     names = {
-        letter(b"1").name,
-        letter(b"2").name,
-        letter(b"1", message_id="a").name,
-        letter(b"1", correlation_id="a").name,
-        letter(b"1", reply_to="a").name,
-        letter(b"1", {"vqa-error-code": "a"}).name,
-        letter(b"1", {"vqa-died-at": "2030-01-31T12:00:00Z"}).name,
+        record(b"1").name,
+        record(b"2").name,
+        record(b"1", message_id="a").name,
+        record(b"1", correlation_id="a").name,
+        record(b"1", reply_to="a").name,
+        record(b"1", {"vqa-error-code": "a"}).name,
+        record(b"1", {"vqa-died-at": "2030-01-31T12:00:00Z"}).name,
     }
     assert len(names) == 7
-    assert letter(b"1", {"vqa-copy": "a", "x-delivery-count": 3}).name == letter(b"1").name
+    assert record(b"1", {"vqa-copy": "a", "x-delivery-count": 3}).name == record(b"1").name
 
 
 # Choosing
 
 
-def buried(
+def a_dead_letter(
     code: str = "attempts_exhausted", died_at: datetime | None = NOW, body: str = "{}", **more: Any
 ) -> DeadLetter:
     headers = {"vqa-error-code": code}
     if died_at is not None:
         headers["vqa-died-at"] = messages.rfc3339(died_at)
-    return letter(body.encode(), headers, **more)
+    return record(body.encode(), headers, **more)
 
 
-def test_every_part_of_a_choice_has_to_hold_and_one_of_several_of_a_kind() -> None:
-    one, other = buried(body='{"model": "m/a"}'), buried("invalid_job", body='{"model": "m/b"}')
+def test_a_dead_letter_is_selected_by_one_value_of_each_option() -> None:
+    one, other = a_dead_letter(body='{"model": "m/a"}'), a_dead_letter("invalid_job", body='{"model": "m/b"}')
     assert one in Choice(codes=["attempts_*"])
     assert other not in Choice(codes=["attempts_*"])
     assert other in Choice(codes=["attempts_*", "invalid_job"], models=["m/*"])
     assert one not in Choice(codes=["attempts_*"], models=["m/b"])
-    assert buried() in Choice(models=["default"])
+    assert a_dead_letter() in Choice(models=["default"])
     assert Choice().is_any
     assert not Choice(ids=["a"]).is_any
 
 
-def test_times_are_taken_with_their_ends_and_letters_without_a_time_are_not_chosen_by_it() -> None:
-    assert buried() in Choice(since=NOW, until=NOW)
-    assert buried() not in Choice(since=NOW + timedelta(seconds=1))
-    assert buried() not in Choice(until=NOW - timedelta(seconds=1))
-    assert buried(died_at=None) not in Choice(since=NOW)
-    assert buried(died_at=None) in Choice()
+def test_time_ranges_include_their_ends_and_exclude_dead_letters_without_a_time() -> None:
+    assert a_dead_letter() in Choice(since=NOW, until=NOW)
+    assert a_dead_letter() not in Choice(since=NOW + timedelta(seconds=1))
+    assert a_dead_letter() not in Choice(until=NOW - timedelta(seconds=1))
+    assert a_dead_letter(died_at=None) not in Choice(since=NOW)
+    assert a_dead_letter(died_at=None) in Choice()
 
 
-def test_a_letter_goes_by_its_job_s_id_and_by_the_beginning_of_its_name() -> None:
-    it = buried(message_id="the-job")
+def test_a_dead_letter_is_selected_by_its_job_id_and_by_a_prefix_of_its_name() -> None:
+    it = a_dead_letter(message_id="the-job")
     for name in ("the-job", it.name, it.name[:4]):
         assert it in Choice(ids=["another", name])
     for name in ("the", it.name[:3], ""):
         assert it not in Choice(ids=[name])
 
 
-def test_a_time_may_be_said_in_several_ways() -> None:
+def test_a_time_has_several_formats() -> None:
     assert moment("2030-01-31T13:00:00+01:00") == NOW
     assert moment("2030-01-31") == NOW.replace(hour=0)
     for text, ago in {"90s": 90, "2m": 120, "1.5h": 5400, "1d": 86400, "1w": 604800}.items():
@@ -198,7 +198,7 @@ def test_a_time_may_be_said_in_several_ways() -> None:
 @pytest.mark.parametrize(
     "text", ["", "2", "h", "2030-02-30", "2030-01-31T12:00:00", "999999999w", "-2h", "2 h"]
 )
-def test_what_is_no_time_is_told(text: str) -> None:
+def test_an_invalid_time_is_rejected(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is no time"):
         moment(text)
 
@@ -206,7 +206,7 @@ def test_what_is_no_time_is_told(text: str) -> None:
 # Showing
 
 
-def test_long_images_are_told_by_their_length_and_the_rest_in_full() -> None:
+def test_long_images_are_shown_by_their_length_and_the_rest_in_full() -> None:
     url = "data:image/png;base64," + "A" * 1000
     body = json.dumps({"id": "a", "question": "q" * 500, "images": [url, {"url": url}], "more": 1.5}).encode()
     page = "\n".join(render.page(arrived(body, Basic.Properties())))
@@ -215,7 +215,7 @@ def test_long_images_are_told_by_their_length_and_the_rest_in_full() -> None:
     assert "AAAA" not in page
 
 
-def test_a_body_that_is_no_json_is_shown_as_far_as_it_can_be() -> None:
+def test_a_body_that_is_not_json_is_shown_escaped_and_shortened() -> None:
     page = list(render.page(arrived(b"\x1b[31m\xff" + b"x" * 5000, Basic.Properties())))
     assert page[-1] == "… (5009 characters)"
     assert page[-2].startswith("\\x1b[31m\\xffxxx")
@@ -224,7 +224,7 @@ def test_a_body_that_is_no_json_is_shown_as_far_as_it_can_be() -> None:
 # Records
 
 
-def test_lines_are_added_to_what_was_there(tmp_path: Path) -> None:
+def test_lines_are_appended(tmp_path: Path) -> None:
     path = tmp_path / "new" / "lines.jsonl"
     for number in range(2):
         with Lines(path, keeps=True) as lines:
@@ -239,6 +239,6 @@ def test_a_full_disk_ends_the_command() -> None:
             lines.add({})
 
 
-async def test_a_letter_waits_for_nothing_before_it_goes_back() -> None:
+async def test_a_dead_letter_is_requeued_without_waiting() -> None:
     async with asyncio.timeout(1):
         await arrived(b"{}", Basic.Properties()).delivery.may_go_back()

@@ -1,4 +1,4 @@
-"""AMQP properties are read without ever failing, whatever a publisher puts into them."""
+"""AMQP properties are read without ever failing, with any content."""
 
 import struct
 from collections.abc import Iterator

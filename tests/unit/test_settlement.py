@@ -112,7 +112,7 @@ async def test_a_retry_carries_its_attempts_and_a_requeued_job_the_previous_ones
     assert back.headers["vqa-attempts"] == 1
 
 
-# Who is told
+# Who gets a result
 
 
 async def test_an_unreadable_message_without_a_recipient_is_only_dead_lettered() -> None:
@@ -276,12 +276,12 @@ async def test_the_result_is_published_before_the_dead_letter() -> None:
     [(RETRY, "jobs.retry.5s", "requeue"), (JOBS_REQUEUED, "jobs", "requeue"), (DEAD, "jobs.dead", "reject")],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-@pytest.mark.parametrize("fault", ["full", "gone for good", "too large"])
+@pytest.mark.parametrize("fault", ["full", "missing permanently", "too large"])
 async def test_a_job_whose_copy_is_refused_is_left_to_the_broker(
     outcome: Outcome, queue: str, last: str, fault: str, log: CapturingLogger
 ) -> None:
     """Nobody sits on it until the broker loses patience with the whole channel."""
-    publisher = Stubborn(queue) if fault == "gone for good" else FakePublisher()
+    publisher = Stubborn(queue) if fault == "missing permanently" else FakePublisher()
     body = json.dumps({"id": "j"}).encode()
     if fault == "full":
         publisher.full.add(queue)
@@ -308,7 +308,7 @@ class Stubborn(FakePublisher):
 
 
 async def test_a_copy_of_a_job_that_the_broker_lost_is_published_until_it_is_confirmed() -> None:
-    """Its connection is gone, or its queue: nothing can be handed back, and this may be all that is left."""
+    """Its connection or queue was lost: nothing can be requeued, and this may be the only copy."""
     publisher, lives = Stubborn("jobs"), True
     delivery = a_delivery(is_alive=lambda: lives)
     lives = False
@@ -425,6 +425,6 @@ async def test_each_outcome_is_one_log_line_without_question_or_answer(
 
 async def test_the_log_line_has_tokens_cost_and_timings(log: CapturingLogger) -> None:
     await settled(ANSWERED)
-    told = log.calls[0].kwargs
-    assert (told["prompt_tokens"], told["completion_tokens"], told["cost_usd"]) == (3, 4, 0.5)
-    assert (told["model_s"], told["attempts"], told["finish_reason"]) == (1.5, 1, "stop")
+    fields = log.calls[0].kwargs
+    assert (fields["prompt_tokens"], fields["completion_tokens"], fields["cost_usd"]) == (3, 4, 0.5)
+    assert (fields["model_s"], fields["attempts"], fields["finish_reason"]) == (1.5, 1, "stop")

@@ -1,4 +1,4 @@
-"""Connect to the broker once, and tell its refusals from lost connections."""
+"""Connect to the broker once, and distinguish its refusals from lost connections."""
 
 import asyncio
 import ssl
@@ -110,7 +110,7 @@ def _explain_tls(setting: str, error: ssl.SSLError) -> str:
 
 @contextmanager
 def connection_losses() -> Iterator[None]:
-    """Tell a lost connection from a cancelled task, which aio-pika mixes up.
+    """Distinguish a lost connection from a cancelled task, which aio-pika mixes up.
 
     When a connection is lost, aio-pika cancels the tasks that wait for the broker, which would end the
     task silently. When a task is cancelled, aio-pika can raise the error of the channel that it closes for

@@ -119,8 +119,11 @@ class Publisher:
         else:
             # The connection was lost, which has nothing to do with this queue. The text can name the channel.
             is_due = self._warnings.should_log("connection", type(error).__name__)
-        tell = log.warning if is_due else log.debug
-        tell("publish_failed", exchange=message.exchange, routing_key=message.routing_key, reason=reason)
+        fields = {"exchange": message.exchange, "routing_key": message.routing_key, "reason": reason}
+        if is_due:
+            log.warning("publish_failed", **fields)
+        else:
+            log.debug("publish_failed", **fields)
 
     async def _publish_once(self, message: OutgoingMessage, amqp: aio_pika.Message) -> None:
         if message.exchange in self._isolated_exchanges:
