@@ -41,6 +41,10 @@ class BrokerUnreachableError(Exception):
     """The broker cannot be reached; the message gives the reason."""
 
 
+class ConnectionLostError(Exception):
+    """The connection was lost during a request; the message is aio-pika's error."""
+
+
 @dataclass(frozen=True)
 class Broker:
     """The broker's address and the client's credentials.

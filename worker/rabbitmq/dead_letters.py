@@ -22,11 +22,12 @@ from aio_pika.exceptions import (
 )
 
 from worker.rabbitmq import messages
-from worker.rabbitmq.connection import connection_losses, explain
+from worker.rabbitmq.connection import Broker, ConnectionLostError, connection_losses, explain
 from worker.rabbitmq.dead_letter_record import DeadLetter
 from worker.rabbitmq.deliveries import to_delivery
 from worker.rabbitmq.outgoing import OutgoingMessage, send
 from worker.rabbitmq.permission_checks import NotAllowedError, Probes
+from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Topology
 
 # A dead letter with this many returns is renewed the next time it is read. An administrator's policy can
@@ -81,26 +82,34 @@ class DeadLetters:
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, connection: AbstractConnection, topology: Topology) -> AsyncIterator[Self]:
-        """Open the queue; at the end every dead letter that was not acked is back in it.
+    async def opened(cls, broker: Broker, topology: Topology, timeout_s: float) -> AsyncIterator[Self]:
+        """Connect and open the queue; at the end every dead letter that was not acked is back in it.
 
         Raises:
             DeadLettersError: the queue does not exist, or the user lacks a permission.
-            CONNECTION_EXCEPTIONS: the connection is lost; the broker returns the dead letters itself.
+            BrokerRefusedError, BrokerUnreachableError: there was no connection within `timeout_s` seconds.
+            ConnectionLostError: the connection was lost; the broker returns the dead letters itself.
         """
-        with _explained(topology), connection_losses():
-            # Before anything is fetched: a user who cannot renew dead letters would use up their returns.
-            await Probes(connection).may_publish(topology.jobs_exchange, topology.jobs)
-            reading = await connection.channel(publisher_confirms=False)
-            writing = await connection.channel(publisher_confirms=True, on_return_raises=True)
-            dead_letters = cls(topology, reading, writing)
-            try:
-                await dead_letters._count()
-                yield dead_letters
-                # The last one was fetched as often as the others.
-                await dead_letters._renew_last()
-            finally:
-                await dead_letters._close()
+        async with Session(broker, "dead letters").opened(timeout_s) as connection:
+            with _explained(topology), connection_losses():
+                async with cls._on(connection, topology) as dead_letters:
+                    yield dead_letters
+
+    @classmethod
+    @asynccontextmanager
+    async def _on(cls, connection: AbstractConnection, topology: Topology) -> AsyncIterator[Self]:
+        # Before anything is fetched: a user who cannot renew dead letters would use up their returns.
+        await Probes(connection).may_publish(topology.jobs_exchange, topology.jobs)
+        reading = await connection.channel(publisher_confirms=False)
+        writing = await connection.channel(publisher_confirms=True, on_return_raises=True)
+        dead_letters = cls(topology, reading, writing)
+        try:
+            await dead_letters._count()
+            yield dead_letters
+            # The last one was fetched as often as the others.
+            await dead_letters._renew_last()
+        finally:
+            await dead_letters._close()
 
     async def next(self) -> FetchedDeadLetter | None:
         """Return the next dead letter; None if all that were there at the beginning were read.
@@ -108,7 +117,7 @@ class DeadLetters:
         The one before it stays in the queue unless it was acked.
 
         Raises:
-            DeadLettersError, CONNECTION_EXCEPTIONS: as `opened`.
+            DeadLettersError: the one before it had to be renewed, and the broker refuses that.
         """
         await self._renew_last()
         if not self._left:
@@ -196,6 +205,8 @@ def _explained(topology: Topology) -> Iterator[None]:
         ) from None
     except ChannelClosed as error:
         raise DeadLettersError(f"the queue {topology.dead_letters}: {explain(error)}") from None
+    except CONNECTION_EXCEPTIONS as error:
+        raise ConnectionLostError(type(error).__name__) from None
 
 
 def _exchange(topology: Topology) -> str:

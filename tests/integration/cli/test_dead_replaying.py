@@ -17,7 +17,8 @@ from tests.integration.cli.running import Cli, commands, ended, killed
 from tests.integration.cli.terminal import Terminal
 from tests.proxy import Proxy
 from tests.running import until
-from worker.rabbitmq import bulk, dead_letters
+from worker.cli.dlq import bulk
+from worker.rabbitmq import dead_letters
 from worker.rabbitmq.connection import BrokerUnreachableError
 from worker.rabbitmq.dead_letters import FetchedDeadLetter
 

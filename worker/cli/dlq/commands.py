@@ -27,7 +27,7 @@ from worker.cli.shell import (
 )
 
 if TYPE_CHECKING:
-    from worker.rabbitmq.bulk import Step
+    from worker.cli.dlq.bulk import Step
     from worker.rabbitmq.connection import Broker
     from worker.rabbitmq.dead_letter_record import DeadLetter
     from worker.rabbitmq.dead_letters import DeadLetters, FetchedDeadLetter
@@ -152,7 +152,7 @@ async def show(
             return None
         return render.whole(held) if as_json else list(render.page(held))
 
-    from worker.rabbitmq.bulk import select
+    from worker.cli.dlq.bulk import select
 
     found = await _told(select(desk.broker, desk.topology, pick, limit=limit, timeout_s=desk.patience_s))
     if not found.picked:
@@ -277,7 +277,7 @@ def _choice(
 
 async def _chosen(desk: _Desk, choice: Choice, limit: int | None) -> Sequence["DeadLetter"]:
     """The letters that are meant, the oldest first; says how many others there are."""
-    from worker.rabbitmq.bulk import select
+    from worker.cli.dlq.bulk import select
 
     def pick(held: "FetchedDeadLetter") -> "DeadLetter | None":
         return held.record if held.record in choice else None
@@ -332,9 +332,9 @@ async def _work_off(
     *,
     rate: float | None = None,
 ) -> int:
+    from worker.cli.dlq.bulk import process
     from worker.cli.progress import Bar
     from worker.cli.progress import shown as progress
-    from worker.rabbitmq.bulk import process
 
     wanted = Counter(letter.name for letter in letters)
     planned, done, total = Counter(wanted), Counter[str](), len(letters)

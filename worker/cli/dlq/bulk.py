@@ -7,12 +7,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from aio_pika.abc import AbstractConnection
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS
-
-from worker.rabbitmq.connection import Broker, BrokerUnreachableError, connection_losses
+from worker.rabbitmq.connection import Broker, BrokerUnreachableError, ConnectionLostError
 from worker.rabbitmq.dead_letters import DeadLetters, FetchedDeadLetter
-from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Topology
 
 T = TypeVar("T")
@@ -58,13 +54,12 @@ async def select(
         DeadLettersError: the queue does not exist, or the user lacks a permission.
         BrokerRefusedError, BrokerUnreachableError: there is no connection to the broker, or it was lost.
     """
-    async with Session(broker, "dead letters").opened(timeout_s) as connection:
-        try:
-            async with DeadLetters.opened(connection, topology) as dead_letters:
-                return await _pick(dead_letters, pick, limit)
-        except CONNECTION_EXCEPTIONS as error:
-            text = f"the connection to the broker was lost ({type(error).__name__}); nothing was changed"
-            raise BrokerUnreachableError(text) from None
+    try:
+        async with DeadLetters.opened(broker, topology, timeout_s) as dead_letters:
+            return await _pick(dead_letters, pick, limit)
+    except ConnectionLostError as error:
+        text = f"the connection to the broker was lost ({error}); nothing was changed"
+        raise BrokerUnreachableError(text) from None
 
 
 async def _pick(
@@ -103,47 +98,43 @@ async def process(
     fruitless = 0
     while wanted.total():
         before = wanted.total()
-        async with Session(broker, "dead letters").opened(timeout_s) as connection:
-            try:
-                while wanted.total() and await _round(connection, topology, wanted, step, pace):
-                    pass
-            except CONNECTION_EXCEPTIONS as error:
-                fruitless = 0 if wanted.total() < before else fruitless + 1
-                if fruitless >= MAX_FRUITLESS_CONNECTIONS:
-                    text = f"the connection was lost {fruitless} times in a row ({type(error).__name__})"
-                    raise BrokerUnreachableError(text) from None
-            else:
+        try:
+            async with DeadLetters.opened(broker, topology, timeout_s) as dead_letters:
+                is_useful = await _round(dead_letters, wanted, step, pace)
+        except ConnectionLostError as error:
+            fruitless = 0 if wanted.total() < before else fruitless + 1
+            if fruitless >= MAX_FRUITLESS_CONNECTIONS:
+                text = f"the connection was lost {fruitless} times in a row ({error})"
+                raise BrokerUnreachableError(text) from None
+            await asyncio.sleep(PAUSE_S)
+        else:
+            if not is_useful:
                 return
-        await asyncio.sleep(PAUSE_S)
 
 
-async def _round(
-    connection: AbstractConnection, topology: Topology, wanted: Counter[str], step: Step, pace: "_Pace"
-) -> bool:
+async def _round(dead_letters: DeadLetters, wanted: Counter[str], step: Step, pace: "_Pace") -> bool:
     """Go through the queue, until its dead letters were held too long; return whether one was wanted."""
     ends, is_useful = time.monotonic() + HOLD_S, False
     # Acks are not confirmed: one counts when the broker has answered a later request.
     acked: Counter[str] = Counter()
-    async with DeadLetters.opened(connection, topology) as dead_letters:
-        while (wanted - acked).total() and (fetched := await dead_letters.next()) is not None:
-            wanted -= acked
-            acked.clear()
-            if wanted[fetched.record.name]:
-                await pace.turn()
-                await _finish(_take(dead_letters, fetched, step))
-                acked[fetched.record.name] = 1
-                is_useful = True
-            if is_useful and time.monotonic() > ends:
-                break
-        await dead_letters.sync()
+    while (wanted - acked).total() and (fetched := await dead_letters.next()) is not None:
         wanted -= acked
+        acked.clear()
+        if wanted[fetched.record.name]:
+            await pace.turn()
+            await _finish(_take(dead_letters, fetched, step))
+            acked[fetched.record.name] = 1
+            is_useful = True
+        if is_useful and time.monotonic() > ends:
+            break
+    await dead_letters.sync()
+    wanted -= acked
     return is_useful
 
 
 async def _take(dead_letters: DeadLetters, fetched: FetchedDeadLetter, step: Step) -> None:
-    with connection_losses():
-        await step(dead_letters, fetched)
-        await fetched.ack()
+    await step(dead_letters, fetched)
+    await fetched.ack()
 
 
 async def _finish(step: Coroutine[Any, Any, None]) -> None:
