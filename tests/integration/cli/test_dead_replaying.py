@@ -170,6 +170,29 @@ async def test_a_broker_that_goes_away_again_and_again_is_given_up(
     await queues.filled(queues.dead, 2)
 
 
+async def test_an_ack_that_was_lost_with_the_connection_counts_if_the_broker_got_it(
+    stack: Stack, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await buried(queues, 3)
+    wanted = Counter(held.record.name for held in await looked(stack, queues))
+    ack, acked = FetchedDeadLetter.ack, []
+
+    async def ack_and_lose_the_connection(fetched: FetchedDeadLetter) -> None:
+        await ack(fetched)
+        acked.append(fetched.record.name)
+        if len(acked) == 1:
+            await queues.filled(queues.dead, 2)
+            raise ConnectionResetError
+
+    async def step(dead: dead_letters.DeadLetters, held: FetchedDeadLetter) -> None:
+        await dead.replay(held)
+
+    monkeypatch.setattr(FetchedDeadLetter, "ack", ack_and_lose_the_connection)
+    await bulk.process(broker_of(stack), queues.topology, wanted, step, rate=None, timeout_s=15.0)
+    assert (len(acked), wanted.total()) == (3, 0)
+    assert await queues.depth(queues.jobs) == 3
+
+
 async def test_letters_that_somebody_else_took_meanwhile_are_told(cli: Cli, queues: Queues) -> None:
     await buried(queues, 2)
     asked = Terminal(cli, "dlq", "purge", "--all")

@@ -96,12 +96,15 @@ async def process(
     """
     pace = _Pace(rate)
     fruitless = 0
+    # Acks are not confirmed: it is unknown whether the broker got those that were lost with a connection.
+    unconfirmed: Counter[str] = Counter()
     while wanted.total():
-        before = wanted.total()
+        before, acked = wanted.total(), Counter[str]()
         try:
             async with DeadLetters.opened(broker, topology, timeout_s) as dead_letters:
-                is_useful = await _round(dead_letters, wanted, step, pace)
+                is_useful = await _round(dead_letters, wanted, acked, step, pace)
         except ConnectionLostError as error:
+            unconfirmed |= acked
             fruitless = 0 if wanted.total() < before else fruitless + 1
             if fruitless >= MAX_FRUITLESS_CONNECTIONS:
                 text = f"the connection was lost {fruitless} times in a row ({error})"
@@ -109,21 +112,25 @@ async def process(
             await asyncio.sleep(PAUSE_S)
         else:
             if not is_useful:
+                # The broker got the acks of those that are not in the queue any more.
+                wanted -= unconfirmed
                 return
 
 
-async def _round(dead_letters: DeadLetters, wanted: Counter[str], step: Step, pace: "_Pace") -> bool:
-    """Go through the queue, until its dead letters were held too long; return whether one was wanted."""
+async def _round(
+    dead_letters: DeadLetters, wanted: Counter[str], acked: Counter[str], step: Step, pace: "_Pace"
+) -> bool:
+    """Go through the queue, until its dead letters were held too long; return whether one was wanted.
+
+    `acked` gets each ack until the broker has answered a later request; then it counts.
+    """
     ends, is_useful = time.monotonic() + HOLD_S, False
-    # Acks are not confirmed: one counts when the broker has answered a later request.
-    acked: Counter[str] = Counter()
     while (wanted - acked).total() and (fetched := await dead_letters.next()) is not None:
         wanted -= acked
         acked.clear()
         if wanted[fetched.record.name]:
             await pace.turn()
-            await _finish(_take(dead_letters, fetched, step))
-            acked[fetched.record.name] = 1
+            await _finish(_take(dead_letters, fetched, acked, step))
             is_useful = True
         if is_useful and time.monotonic() > ends:
             break
@@ -132,8 +139,11 @@ async def _round(dead_letters: DeadLetters, wanted: Counter[str], step: Step, pa
     return is_useful
 
 
-async def _take(dead_letters: DeadLetters, fetched: FetchedDeadLetter, step: Step) -> None:
+async def _take(
+    dead_letters: DeadLetters, fetched: FetchedDeadLetter, acked: Counter[str], step: Step
+) -> None:
     await step(dead_letters, fetched)
+    acked[fetched.record.name] = 1
     await fetched.ack()
 
 
