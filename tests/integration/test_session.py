@@ -1,0 +1,74 @@
+"""A session connects again after each loss, and raises refusals only until it was ready once."""
+
+import asyncio
+
+import pytest
+from aio_pika.abc import AbstractConnection
+
+from deploy.local.stack import Stack
+from tests.proxy import Proxy
+from tests.running import until
+from tests.unit.fakes import cancel_all
+from worker.rabbitmq.connection import Broker, BrokerUnreachableError
+from worker.rabbitmq.session import Session
+from worker.rabbitmq.topology import TopologyError
+
+
+async def open_a_channel(connection: AbstractConnection) -> None:
+    await (await connection.channel()).close()
+
+
+async def test_a_request_is_repeated_on_a_new_connection_after_a_loss(stack: Stack) -> None:
+    async with Proxy.before(stack.rabbitmq.url) as proxy:
+        used = []
+
+        async def request(connection: AbstractConnection) -> str:
+            used.append(connection)
+            if len(used) == 2:
+                proxy.reset()
+            await open_a_channel(connection)
+            return "done"
+
+        async with Session(Broker(proxy.url(stack.rabbitmq.url), None, "test"), "test") as session:
+            assert await session.call(request, timeout_s=20) == "done"
+            assert session.ready.is_set()
+            assert await session.call(request, timeout_s=20) == "done"
+    assert used[0] is used[1] is not used[2]
+    assert session.connection is None
+
+
+async def test_a_broker_that_stays_unreachable_is_named_with_the_reason() -> None:
+    session = Session(Broker("amqp://127.0.0.1:1/", None, "test", setting="THE_URL"), "test")
+    message = r"^THE_URL: the broker was out of reach for 0\.5 s \(.*Connect call failed"
+    with pytest.raises(BrokerUnreachableError, match=message):
+        async with session.opened(0.5):
+            pass
+
+
+async def test_a_refusal_is_raised_at_the_start_and_retried_later(stack: Stack) -> None:
+    problems: list[str] = []
+    session = Session(Broker(stack.rabbitmq.url, None, "test"), "test", report=problems.append)
+    is_refused = True
+
+    async def serve(connection: AbstractConnection) -> None:
+        if is_refused:
+            raise TopologyError(["the queue is exclusive to another connection"])
+        session.mark_ready()
+        await connection.closed()
+
+    with pytest.raises(TopologyError):
+        await session.run(serve)
+    assert session.connection is None
+    is_refused = False
+    running = asyncio.create_task(session.run(serve))
+    await until(session.ready.is_set, "it is ready")
+    is_refused = True
+    assert session.connection is not None
+    await session.connection.close()
+    await until(lambda: len(problems) >= 2, "the refusals are reported")
+    assert session.problem == problems[-1] == "the queue is exclusive to another connection"
+    is_refused = False
+    await until(session.ready.is_set, "it is ready again")
+    assert session.problem == ""
+    await cancel_all([running])
+    assert session.connection is None
