@@ -22,7 +22,7 @@ demo: $(INSTALLED) ## start RabbitMQ, S3 and a simulated model, ask questions ab
 	@$(BIN)/python -m deploy.local.demo
 
 stack: $(INSTALLED) ## start RabbitMQ, S3 and a model simulator locally (stop with Ctrl-C)
-	@$(BIN)/python -m deploy.local up
+	@$(BIN)/python -m deploy.local
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 

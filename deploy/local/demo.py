@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import aio_pika
@@ -20,7 +20,7 @@ import aio_pika
 from deploy.local.ports import PortBlock
 from deploy.local.processes import SupervisedProcess
 from deploy.local.sample_jobs import ask, console
-from deploy.local.service import http_ok, no_proxy_opener
+from deploy.local.service import http_ok
 from deploy.local.stack import Stack
 from deploy.local.terminal import raise_keyboard_interrupt
 from worker.rabbitmq.topology import Topology
@@ -31,14 +31,6 @@ SIMULATED_LATENCY_S = 0.8
 _REPOSITORY = Path(__file__).parents[2]
 # Settings of the user's own worker that say how to use the services that the environment names.
 _KEPT_SETTINGS = ("VQA_RABBITMQ_", "VQA_S3_", "VQA_MODEL_HEADERS", "VQA_PRICES")
-_SHOWN_METRICS = (
-    "vqa_jobs_total",
-    "vqa_model_requests_total",
-    "vqa_tokens_total",
-    "vqa_cost_usd_total",
-    "vqa_image_bytes_total",
-    "vqa_concurrency_limit",
-)
 
 
 def main() -> int:
@@ -66,9 +58,8 @@ def _run() -> None:
             model = f"{stack.model_api.models[0]} at {stack.model_api.base_url} (real, costs money)"
         console.print(f"   ready after {time.monotonic() - started:.0f} s; the model is {model}")
         topology = _own_topology()
-        with _worker(stack, topology) as url:
+        with _worker(stack, topology):
             ask(stack.rabbitmq.url, topology.jobs, stack.s3)
-            _show_metrics(url)
     console.print(
         f"\nDone in {time.monotonic() - started:.0f} s. Everything that was started here is stopped. Next:\n"
         "   make stack          keep RabbitMQ, S3 and the simulated model running\n"
@@ -94,12 +85,10 @@ def _own_topology() -> Topology:
 
 
 @contextmanager
-def _worker(stack: Stack, topology: Topology) -> Iterator[str]:
-    """Run a worker; yield the URL of its HTTP endpoints."""
-    ports = PortBlock()
-    port = ports.take()
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory(prefix="vqa-demo-") as folder:
+def _worker(stack: Stack, topology: Topology) -> Iterator[None]:
+    """Run a worker in the context; it is ready."""
+    with closing(PortBlock()) as ports, tempfile.TemporaryDirectory(prefix="vqa-demo-") as folder:
+        port = ports.take()
         process = SupervisedProcess(
             "worker",
             [sys.executable, "-m", "worker", "run"],
@@ -111,12 +100,13 @@ def _worker(stack: Stack, topology: Topology) -> Iterator[str]:
         try:
             process.launch()
             process.wait_until(
-                lambda: http_ok(f"{url}/readyz"), timeout_seconds=WORKER_START_TIMEOUT_S, advice=""
+                lambda: http_ok(f"http://127.0.0.1:{port}/readyz"),
+                timeout_seconds=WORKER_START_TIMEOUT_S,
+                advice="",
             )
-            yield url
+            yield
         finally:
             process.stop()
-            ports.close()
             asyncio.run(_delete(topology, stack.rabbitmq.url))
 
 
@@ -147,14 +137,6 @@ async def _delete(topology: Topology, url: str) -> None:
         for queue in topology.queues():
             await channel.queue_delete(queue.name, if_unused=False, if_empty=False)
         await channel.exchange_delete(topology.control.name)
-
-
-def _show_metrics(url: str) -> None:
-    console.print("Some of the worker's metrics:")
-    with no_proxy_opener.open(f"{url}/metrics", timeout=5) as response:
-        for line in response.read().decode().splitlines():
-            if line.startswith(_SHOWN_METRICS) and not line.endswith(" 0.0"):
-                console.print(f"   {line}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

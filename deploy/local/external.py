@@ -6,7 +6,7 @@ import boto3
 from botocore.exceptions import BotoCoreError
 
 from deploy.local.rabbitmq import Broker
-from deploy.local.s3 import Credentials, ObjectStore
+from deploy.local.s3 import ObjectStore
 from deploy.local.simulated_model import ModelApi
 from worker.settings.urls import fallback_key_variable
 
@@ -48,7 +48,9 @@ def external_s3(environment: Mapping[str, str]) -> ObjectStore | None:
         )
     return ObjectStore(
         endpoint,
-        Credentials(credentials.access_key or "", credentials.secret_key or "", credentials.token),
+        credentials.access_key or "",
+        credentials.secret_key or "",
+        session_token=credentials.token,
         region=session.region_name or "us-east-1",
         bucket=environment.get("VQA_DEMO_BUCKET") or "vqa-images",
     )

@@ -107,16 +107,6 @@ class SupervisedProcess:
         """Send SIGKILL to the process group, as in a crash."""
         self._end(signal.SIGKILL, 10)
 
-    def pause(self) -> None:
-        """Freeze the process group (SIGSTOP): connections stay open and nothing answers."""
-        if self.running:
-            os.killpg(self.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Continue a frozen process group (SIGCONT)."""
-        if self.running:
-            os.killpg(self.pid, signal.SIGCONT)
-
     def _end(self, number: signal.Signals, grace_seconds: float) -> None:
         supervisor = self._supervisor
         if supervisor is None:

@@ -29,8 +29,6 @@ disk_free_limit.absolute = 50MB
 class Broker(Service):
     """A broker at a URL."""
 
-    user = password = _GUEST
-
     def __init__(
         self,
         url: str,
@@ -94,7 +92,7 @@ class RabbitMQ(Broker):
         """Return whether AMQP clients, the management API and the metrics are answered."""
         return (
             _speaks_amqp(self._amqp_port)
-            and http_ok(f"{self.management_url}/api/overview", user=_GUEST, password=_GUEST)
+            and http_ok(self.management_url)
             and http_ok(f"{self.prometheus_url}/metrics")
         )
 

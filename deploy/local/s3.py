@@ -32,15 +32,6 @@ class Certificate:
     key: Path
 
 
-@dataclass(frozen=True)
-class Credentials:
-    """AWS credentials."""
-
-    access_key: str
-    secret_key: str
-    session_token: str | None = None
-
-
 class ObjectStore(Service):
     """An S3 server at a URL."""
 
@@ -52,16 +43,18 @@ class ObjectStore(Service):
     def __init__(
         self,
         endpoint_url: str,
-        credentials: Credentials,
+        access_key: str,
+        secret_key: str,
         *,
+        session_token: str | None = None,
         region: str = "us-east-1",
         bucket: str = "vqa-images",
     ) -> None:
         super().__init__()
         self.endpoint_url = endpoint_url
-        self.access_key = credentials.access_key
-        self.secret_key = credentials.secret_key
-        self.session_token = credentials.session_token
+        self.access_key = access_key
+        self.secret_key = secret_key
+        self.session_token = session_token
         self.region = region
         self.bucket = bucket
 
@@ -93,7 +86,7 @@ class S3(ObjectStore):
 
     def __init__(self, folder: Path, ports: PortBlock, certificate: Certificate | None = None) -> None:
         used = {f"{server}.port{kind}": ports.take() for server in _SERVERS for kind in ("", ".grpc")}
-        super().__init__(f"http://127.0.0.1:{used['s3.port']}", Credentials("local", secrets.token_hex(16)))
+        super().__init__(f"http://127.0.0.1:{used['s3.port']}", "local", secrets.token_hex(16))
         (folder / "data").mkdir(parents=True)
         (folder / "identities.json").write_text(self._identities())
         arguments = _arguments(folder, used)

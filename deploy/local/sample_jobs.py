@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -111,15 +110,10 @@ async def _results(
 ) -> dict[str | None, Result]:
     """Submit the jobs and return their results by id."""
     console.print(f"[bold]Submitting[/bold] {len(jobs)} jobs to the queue {jobs_queue}")
-    columns = TextColumn("   answered"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    results = {}
-    async with Client(rabbitmq_url, jobs_queue=jobs_queue, replies="exclusive") as client:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("answered", total=len(jobs))
-            async for result in client.ask_many(jobs, timeout=ANSWER_TIMEOUT_S):
-                results[result.id] = result
-                progress.advance(task)
-    return results
+    with console.status("Waiting for the answers"):
+        async with Client(rabbitmq_url, jobs_queue=jobs_queue, replies="exclusive") as client:
+            results = client.ask_many(jobs, timeout=ANSWER_TIMEOUT_S)
+            return {result.id: result async for result in results}
 
 
 def _cells(result: Result) -> tuple[str | Text, ...]:
@@ -127,11 +121,11 @@ def _cells(result: Result) -> tuple[str | Text, ...]:
     if result.error:
         answer = Text(f"{result.error.code}: {result.error.message}", style="red")
     usage = result.usage
-    has_cost = usage is not None and usage.cost_usd is not None
+    cost_usd = usage.cost_usd if usage else None
     return (
         answer,
         str(usage.total_tokens) if usage else "-",
-        f"{usage.cost_usd:.6f}" if usage and has_cost else "-",
+        "-" if cost_usd is None else f"{cost_usd:.6f}",
         f"{result.timings.total_s:.2f}",
     )
 

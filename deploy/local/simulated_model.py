@@ -6,11 +6,12 @@ import secrets
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 
 from deploy.local.model_simulator.behavior import Behavior, Outcome, Rule
 from deploy.local.model_simulator.calls import Call, State
@@ -74,12 +75,7 @@ class SimulatedModel(ModelApi):
         Raises:
             ValueError: There is no such field, or the value is invalid.
         """
-        rules = behavior.get("rules")
-        if isinstance(rules, Iterable):
-            behavior["rules"] = [
-                rule.model_dump(mode="json") if isinstance(rule, Rule) else rule for rule in rules
-            ]
-        self._request("POST", "/simulator/configure", behavior)
+        self._request("POST", "/simulator/configure", to_jsonable_python(behavior))
 
     def play(self, outcome: Outcome, *, times: int | None = 1, marker: str | None = None) -> None:
         """Add an outcome for the next calls.

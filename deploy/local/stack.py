@@ -4,9 +4,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from deploy.local.external import external_model, external_rabbitmq, external_s3
@@ -18,7 +17,7 @@ from deploy.local.s3 import S3, Certificate, ObjectStore
 from deploy.local.simulated_model import ModelApi, SimulatedModel
 
 
-class Stack:
+class Stack(AbstractContextManager["Stack"]):
     """The three services, ready.
 
     Made by `start`. As a context manager it stops at the end of the block; however this process ends, the
@@ -104,22 +103,9 @@ class Stack:
         }
         return variables | _no_proxy(os.environ)
 
-    def stopped_services(self) -> list[str]:
-        """Return the names of the services that do not run any more."""
-        services = {"RabbitMQ": self.rabbitmq, "S3": self.s3, "the model": self.model_api}
-        return [name for name, service in services.items() if not service.running]
-
-    def stop(self) -> None:
-        """Stop all services that were started here, and delete their data. May be called again."""
+    def __exit__(self, *_: object) -> None:
+        """Stop all services that were started here, and delete their data."""
         self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 def _temporary_folder(resources: ExitStack) -> Path:

@@ -89,7 +89,7 @@ def judge(records: Records) -> Verdict:
 
 def is_paid(call: Call) -> bool:
     """Whether the stand-in gave a full answer, whoever got it."""
-    return call.status == 200 and call.played in (None, "answer", "drip") and call.ended is not None
+    return call.status == 200 and call.played in (None, "answer") and call.ended is not None
 
 
 def calls_by_job(calls: Iterable[Call]) -> dict[str, list[Call]]:

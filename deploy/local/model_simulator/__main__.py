@@ -21,9 +21,8 @@ def main() -> None:
     # Pillow would only warn about images of too many pixels; `image_analysis` refuses them.
     Image.MAX_IMAGE_PIXELS = None
     behavior = Behavior.model_validate_json(arguments.behavior)
-    # Not an argument by default: every user of the machine can read arguments.
-    api_key = arguments.api_key or os.environ.get(_KEY_VARIABLE) or None
-    simulator = ModelSimulator(behavior, api_key=api_key)
+    # Not an argument, as every user of the machine can read those.
+    simulator = ModelSimulator(behavior, api_key=os.environ.get(_KEY_VARIABLE))
     asyncio.run(_serve(simulator.application(), arguments.host, arguments.port))
 
 
@@ -44,13 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deploy.local.model_simulator",
         description="Simulate a multimodal model behind an OpenAI-compatible API. It is not a model: it "
-        "decodes the images, describes their pixels, and fails in scripted ways for tests.",
+        "decodes the images, describes their pixels, and fails in scripted ways for tests. "
+        f"Callers need the key in ${_KEY_VARIABLE}, if it is set.",
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument(
-        "--api-key", help=f"the key that callers need (default: ${_KEY_VARIABLE}, otherwise any key)"
-    )
     parser.add_argument("--behavior", default="{}", help="JSON: see `behavior.Behavior` for the fields")
     return parser
 

@@ -165,17 +165,15 @@ def _truncated(request: dict[str, Any], text: str) -> tuple[str, str]:
 
 def _tool_to_call(request: dict[str, Any]) -> dict[str, Any] | None:
     """Return the function that the request demands to be called; other tools are never called."""
-    functions: list[dict[str, Any]] = [tool.get("function", {}) for tool in request.get("tools") or []]
-    match request.get("tool_choice"):
-        case "required" if functions:
-            return functions[0]
-        case {"type": "function", "function": {"name": str(name)}}:
-            for function in functions:
-                if function.get("name") == name:
-                    return function
-            raise RefusedError(f"tool_choice: there is no tool {name!r}", param="tool_choice")
-        case _:
-            return None
+    choice = request.get("tool_choice")
+    if choice in (None, "none", "auto"):
+        return None
+    name = choice["function"]["name"] if isinstance(choice, dict) else None
+    for tool in request.get("tools") or []:
+        function: dict[str, Any] = tool["function"]
+        if name in (None, function["name"]):
+            return function
+    raise RefusedError(f"tool_choice: there is no tool {name!r}", param="tool_choice")
 
 
 def _tool_call(function: dict[str, Any], text: str, pictures: Sequence[Picture]) -> dict[str, Any]:

@@ -73,16 +73,7 @@ class Reset(_Outcome):
     kind: Literal["reset"] = "reset"
 
 
-class Drip(_Outcome):
-    """The usual answer, a few bytes at a time."""
-
-    kind: Literal["drip"] = "drip"
-    seconds: float = 1.0
-    """From the first byte to the last."""
-    pieces: int = Field(default=20, ge=1)
-
-
-Outcome = Answer | Error | Malformed | Hang | Reset | Drip
+Outcome = Answer | Error | Malformed | Hang | Reset
 
 
 class Rule(_Strict):
@@ -105,8 +96,6 @@ class Behavior(_Strict):
     """The number of concurrent calls beyond which calls get 429."""
     retry_after: str | None = None
     """The `Retry-After` of those 429; DeepInfra is not known to send one."""
-    estimated_cost: bool = True
-    """Whether `usage` has this field, as at DeepInfra."""
     decode: bool = True
     """Whether images are decoded completely; if not, only their headers are read."""
     rules: list[Rule] = []

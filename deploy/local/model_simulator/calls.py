@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 
 class Picture(BaseModel):
@@ -61,4 +61,3 @@ class State(BaseModel):
 
     calls: int = 0
     in_progress: int = 0
-    most_at_once: int = Field(default=0, description="The maximum of `in_progress`.")

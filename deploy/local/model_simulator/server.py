@@ -1,14 +1,13 @@
 """The HTTP server: the OpenAI-compatible endpoints, and its control under `/simulator/`."""
 
 import asyncio
-import contextlib
 import hmac
 import json
 import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any, assert_never
 
 from aiohttp import web
@@ -18,7 +17,6 @@ from deploy.local.model_simulator import answers, image_analysis
 from deploy.local.model_simulator.behavior import (
     Answer,
     Behavior,
-    Drip,
     Error,
     Hang,
     Malformed,
@@ -33,7 +31,6 @@ from deploy.local.model_simulator.request import (
     without_pictures,
 )
 
-SERVER_NAME = "vqa-model-simulator"
 _MAX_BODY_BYTES = 1 << 30
 _REMEMBERED_CALLS = 100_000
 # DeepInfra's answer has neither code nor type.
@@ -52,9 +49,7 @@ class ModelSimulator:
 
     def application(self) -> web.Application:
         """Return the web application."""
-        application = web.Application(
-            client_max_size=_MAX_BODY_BYTES, middlewares=[_name_the_server, _refuse_invalid]
-        )
+        application = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_refuse_invalid])
         application.add_routes(
             [
                 web.get("/v1/models", self.list_models),
@@ -70,29 +65,26 @@ class ModelSimulator:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """Answer a chat completion, and remember the call."""
-        call = self._remember(request)
+        state, call = self._state, self._remember(request)
         try:
-            with self._counted():
-                response = await self._answer(request, call)
+            response = await self._answer(request, call)
             call.status = response.status
         except RefusedError as refused:
             call.status, call.error = refused.status, str(refused)
-            response = _refusal(refused)
+            raise
         except (asyncio.CancelledError, ConnectionError):
             call.disconnected = True
             raise
         finally:
+            state.in_progress -= 1
             call.ended = time.time()
         return response
 
     async def list_models(self, request: web.Request) -> web.Response:
         """List the models."""
-        try:
-            self._check_key(request)
-        except RefusedError as refused:
-            return _refusal(refused)
+        self._check_key(request)
         models = [
-            {"id": model, "object": "model", "created": 0, "owned_by": SERVER_NAME}
+            {"id": model, "object": "model", "created": 0, "owned_by": "vqa-model-simulator"}
             for model in self._behavior.models
         ]
         return web.json_response({"object": "list", "data": models})
@@ -125,21 +117,12 @@ class ModelSimulator:
 
     def _remember(self, request: web.Request) -> Call:
         self._state.calls += 1
+        self._state.in_progress += 1
         headers = {name.lower(): value for name, value in request.headers.items()}
         authorized = headers.pop("authorization", None) is not None
         call = Call(number=self._state.calls, started=time.time(), headers=headers, authorized=authorized)
         self._calls.append(call)
         return call
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        state = self._state
-        state.in_progress += 1
-        state.most_at_once = max(state.most_at_once, state.in_progress)
-        try:
-            yield
-        finally:
-            state.in_progress -= 1
 
     async def _answer(self, request: web.Request, call: Call) -> web.StreamResponse:
         limit = self._behavior.max_concurrent
@@ -166,8 +149,6 @@ class ModelSimulator:
             call.error = outcome.message
             return _scripted_error(outcome)
         changes = outcome if isinstance(outcome, Answer) else Answer()
-        if not self._behavior.estimated_cost and changes.usage == "full":
-            changes = changes.model_copy(update={"usage": "no_cost"})
         usual = answers.body(body, conversation, call.images, changes)
         if outcome is None or isinstance(outcome, Answer):
             return web.json_response(usual, headers=changes.headers)
@@ -193,23 +174,17 @@ class ModelSimulator:
             raise RefusedError("The model simulator does not stream", param="stream")
 
 
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
 @web.middleware
-async def _name_the_server(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    response = await handler(request)
-    if not response.prepared:
-        response.headers["Server"] = SERVER_NAME
-    return response
-
-
-@web.middleware
-async def _refuse_invalid(request: web.Request, handler: _Handler) -> web.StreamResponse:
+async def _refuse_invalid(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     try:
         return await handler(request)
     except ValidationError as error:
         return web.Response(status=422, text=str(error))
+    except RefusedError as refused:
+        kind = "invalid_request_error"
+        return _error(refused.status, str(refused), kind, param=refused.param, code=refused.code)
 
 
 def _parse(content: bytes) -> dict[str, Any]:
@@ -222,27 +197,26 @@ def _parse(content: bytes) -> dict[str, Any]:
     return body
 
 
-def _refusal(refused: RefusedError) -> web.Response:
-    error = {
-        "message": str(refused),
-        "type": "invalid_request_error",
-        "param": refused.param,
-        "code": refused.code,
-    }
-    return web.json_response({"error": error}, status=refused.status)
+def _error(status: int, message: str, kind: str, **fields: str | None) -> web.Response:
+    body = {"error": {"message": message, "type": kind, "param": None, "code": None} | fields}
+    return web.json_response(body, status=status)
 
 
 def _scripted_error(outcome: Error) -> web.Response:
-    if isinstance(outcome.body, str):
-        return web.Response(status=outcome.status, text=outcome.body, headers=outcome.headers)
-    kind = outcome.type or "scripted_error"
-    error = {"message": outcome.message, "type": kind, "param": None, "code": outcome.code}
-    body = {"error": error} if outcome.body is None else outcome.body
-    return web.json_response(body, status=outcome.status, headers=outcome.headers)
+    match outcome.body:
+        case str(text):
+            response = web.Response(status=outcome.status, text=text)
+        case dict(body):
+            response = web.json_response(body, status=outcome.status)
+        case None:
+            kind = outcome.type or "scripted_error"
+            response = _error(outcome.status, outcome.message, kind, code=outcome.code)
+    response.headers.update(outcome.headers)
+    return response
 
 
 async def _misbehave(
-    outcome: Malformed | Drip | Hang | Reset, request: web.Request, usual: bytes
+    outcome: Malformed | Hang | Reset, request: web.Request, usual: bytes
 ) -> web.StreamResponse:
     match outcome:
         case Malformed(how="not_json"):
@@ -254,8 +228,6 @@ async def _misbehave(
             return web.Response(body=usual[: len(usual) // 2], content_type="application/json")
         case Malformed():
             return await _send_truncated(request, usual)
-        case Drip():
-            return await _drip(request, usual, outcome)
         case Hang():
             return await _hang()
         case Reset():
@@ -265,29 +237,14 @@ async def _misbehave(
             assert_never(outcome)
 
 
-async def _prepared(request: web.Request, length: int) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/json", "Server": SERVER_NAME})
-    response.content_length = length
-    await response.prepare(request)
-    return response
-
-
 async def _send_truncated(request: web.Request, body: bytes) -> web.StreamResponse:
-    response = await _prepared(request, len(body))
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    response.content_length = len(body)
+    await response.prepare(request)
     await response.write(body[: len(body) // 2])
     # The half has to arrive before the reset, which drops data on its way.
     await asyncio.sleep(0.05)
     _reset_connection(request)
-    return response
-
-
-async def _drip(request: web.Request, body: bytes, outcome: Drip) -> web.StreamResponse:
-    response = await _prepared(request, len(body))
-    size = -(-len(body) // outcome.pieces)
-    for start in range(0, len(body), size):
-        await response.write(body[start : start + size])
-        await asyncio.sleep(outcome.seconds / outcome.pieces)
-    await response.write_eof()
     return response
 
 

@@ -51,20 +51,6 @@ def test_a_service_that_ignores_the_request_to_stop_is_killed_after_the_grace(tm
     assert alive([process.pid]) == []
 
 
-def test_a_service_can_be_frozen_and_go_on(tmp_path: Path) -> None:
-    process = start(tmp_path, "sh", "-c", "while :; do echo tick; sleep 0.01; done")
-    time.sleep(0.1)
-    process.pause()
-    time.sleep(0.1)
-    before = process.log.stat().st_size
-    time.sleep(0.2)
-    assert process.log.stat().st_size == before
-    process.resume()
-    time.sleep(0.2)
-    assert process.log.stat().st_size > before
-    process.kill()
-
-
 def test_a_service_can_be_started_again(tmp_path: Path) -> None:
     process = start(tmp_path, "sleep", "600")
     first = process.pid

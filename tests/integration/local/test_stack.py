@@ -21,13 +21,12 @@ from deploy.local.processes import ServiceStartError
 from deploy.local.stack import Stack
 from tests.integration.local.processes_seen import alive, family, wait_until_gone
 
-GIVEN = ("VQA_", "DEEPINFRA_", "OPENAI_")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+SIGNALS = (signal.SIGINT, signal.SIGKILL)
 
 
 @dataclass
 class Up:
-    """`python -m deploy.local up`, running."""
+    """`python -m deploy.local`, running."""
 
     process: subprocess.Popen[str]
     folder: Path
@@ -36,14 +35,10 @@ class Up:
 
 
 @pytest.fixture(scope="module")
-def ups(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[signal.Signals, Up]]:
-    """Starts one stack for each signal, all at the same time; that of SIGTERM borrows the tests' broker."""
+def ups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[signal.Signals, Up]]:
+    """Starts one stack for each signal, all at the same time."""
     folders = {number: tmp_path_factory.mktemp(number.name) for number in SIGNALS}
-    processes = {
-        signal.SIGINT: start_up(folders[signal.SIGINT], "--own"),
-        signal.SIGKILL: start_up(folders[signal.SIGKILL], "--own"),
-        signal.SIGTERM: start_up(folders[signal.SIGTERM], VQA_RABBITMQ_URL=stack.rabbitmq.url),
-    }
+    processes = {number: start_up(folder) for number, folder in folders.items()}
     try:
         yield {
             number: Up(process, folders[number], read_exports(process), family(process.pid))
@@ -55,11 +50,10 @@ def ups(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
             process.communicate()
 
 
-def start_up(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(GIVEN)}
-    return subprocess.Popen(  # noqa: S603 - a program of this repository
-        [sys.executable, "-m", "deploy.local", "up", *arguments],
-        env=inherited | {"TMPDIR": str(folder)} | environment,
+def start_up(folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.local"],
+        env={**os.environ, "TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -80,13 +74,11 @@ def read_exports(process: subprocess.Popen[str]) -> dict[str, str]:
 
 def test_several_stacks_run_side_by_side(stack: Stack, ups: dict[signal.Signals, Up]) -> None:
     environments = [stack.environment(), *(up.environment for up in ups.values())]
-    for name in ("VQA_S3_ENDPOINT_URL", "VQA_MODEL_BASE_URL"):
+    for name in ("VQA_RABBITMQ_URL", "VQA_S3_ENDPOINT_URL", "VQA_MODEL_BASE_URL"):
         assert len({environment[name] for environment in environments}) == len(environments)
-    brokers = {environment["VQA_RABBITMQ_URL"] for environment in environments}
-    assert len(brokers) == len(environments) - 1
-    for number, up in ups.items():
-        # Each service and its guard; without a broker of its own there are two of each.
-        assert len(up.pids) >= (4 if number == signal.SIGTERM else 8)
+    for up in ups.values():
+        # Each process and its supervisor.
+        assert len(up.pids) >= 8
         assert alive(up.pids) == up.pids
 
 
@@ -113,7 +105,7 @@ def test_a_stack_in_the_foreground_leaves_nothing_behind_however_it_ends(
     pids = family(up.process.pid)
     up.process.send_signal(number)
     code = up.process.wait(20)
-    assert code == (0 if number in (signal.SIGINT, signal.SIGTERM) else -number)
+    assert code == (0 if number == signal.SIGINT else -number)
     assert wait_until_gone(pids) == []
     assert wait_until_empty(up.folder) == []
     port = up.environment["VQA_S3_ENDPOINT_URL"].rpartition(":")[2]
