@@ -203,14 +203,13 @@ def _error(status: int, message: str, kind: str, **fields: str | None) -> web.Re
 
 
 def _scripted_error(outcome: Error) -> web.Response:
-    match outcome.body:
-        case str(text):
-            response = web.Response(status=outcome.status, text=text)
-        case dict(body):
-            response = web.json_response(body, status=outcome.status)
-        case None:
-            kind = outcome.type or "scripted_error"
-            response = _error(outcome.status, outcome.message, kind, code=outcome.code)
+    if isinstance(outcome.body, str):
+        response = web.Response(status=outcome.status, text=outcome.body)
+    elif outcome.body is not None:
+        response = web.json_response(outcome.body, status=outcome.status)
+    else:
+        kind = outcome.type or "scripted_error"
+        response = _error(outcome.status, outcome.message, kind, code=outcome.code)
     response.headers.update(outcome.headers)
     return response
 

@@ -3,6 +3,7 @@
 import asyncio
 import platform
 import re
+import signal
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -37,7 +38,7 @@ async def start_container(
     """Starts the image's worker with the settings given; its name is that of its jobs queue."""
     workers: list[Worker] = []
 
-    async def start(*flags: str, without: tuple[str, ...] = (), **settings: str) -> Worker:
+    async def start(*flags: str, wait: bool = True, without: tuple[str, ...] = (), **settings: str) -> Worker:
         worker = Worker.of(stack, tmp_path, **settings)
         told = [
             f"--env={name}"
@@ -46,7 +47,10 @@ async def start_container(
         ]
         worker.command = engine.start(image, flags=(f"--name={worker.jobs_queue}", *told, *flags))
         workers.append(worker)
-        return await worker.start()
+        if wait:
+            return await worker.start()
+        worker.launch()
+        return worker
 
     yield start
     for worker in workers:
@@ -200,6 +204,33 @@ def check_of(service: dict[str, Any]) -> list[str]:
     kind, *command = service["healthcheck"]["test"]
     assert kind == "CMD"
     return [str(part) for part in command]
+
+
+async def test_sigterm_during_its_start_ends_it_at_once(
+    engine: Engine, start_container: StartContainer
+) -> None:
+    """Linux ignores a signal to process 1 without a handler: the worker installs one before its imports."""
+    worker = await start_container(wait=False)
+    process = await until(lambda: process_of(engine, worker.jobs_queue), "the container runs")
+    await until(lambda: handles_sigterm(process), "the handler is installed")
+    assert not worker.log()
+    engine("kill", "--signal=TERM", worker.jobs_queue)
+    assert await worker.ended(10) == 128 + signal.SIGTERM, worker.output()
+
+
+def process_of(engine: Engine, container: str) -> Path | None:
+    """The folder below /proc of a container's process 1, if it runs the worker."""
+    if not engine.tries("container", "inspect", container):
+        return None
+    folder = Path("/proc", engine("inspect", "--format={{.State.Pid}}", container).strip())
+    command = folder / "cmdline"
+    return folder if command.exists() and b"vqa-worker" in command.read_bytes() else None
+
+
+def handles_sigterm(process: Path) -> bool:
+    caught = re.search(r"^SigCgt:\t(\w+)$", (process / "status").read_text(), re.MULTILINE)
+    assert caught
+    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 async def test_sigterm_ends_it_with_0(start_container: StartContainer) -> None:
