@@ -5,25 +5,25 @@ FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 RUN python -m venv --without-pip /app && python -m venv --without-pip /build
-# requirements-tracing.lock has what traces need as well.
+# requirements-tracing.lock also has the packages for traces.
 ARG LOCK=requirements.lock
 COPY ${LOCK} requirements-build.lock ./
-# An index or a certificate authority of your own comes as secrets, which stay out of the image.
+# Your own package index or certificate authority comes as a secret, which stays out of the image.
 RUN --mount=type=secret,id=pip-conf,target=/etc/pip.conf --mount=type=secret,id=ca-bundle \
   pip --python /app/bin/python install --no-compile --only-binary=:all: --require-hashes -r ${LOCK} \
   && pip --python /build/bin/python install --only-binary=:all: --require-hashes -r requirements-build.lock
-# The SDK describes some 450 services of Amazon's, most of its size: S3 is used, and those that give credentials.
+# Most of the SDK's size is the data of 450 AWS services: keep S3 and those that provide credentials.
 RUN find /app/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
   ! -name s3 ! -name signin ! -name sso ! -name sso-oidc ! -name sts -exec rm -r {} +
 COPY LICENSE README.md pyproject.toml ./
 COPY worker worker
-# Compiled files are not compared with their sources, whose times an image may lose; pip has left some that would be.
+# Unchecked hashes: an image may lose the sources' times, with which Python compares compiled files by default.
 RUN pip --python /build/bin/python wheel --no-deps --no-build-isolation --wheel-dir /dist . \
   && pip --python /app/bin/python install --no-compile --no-deps --no-index /dist/*.whl \
   && python -m compileall -f -q -j 0 --invalidation-mode unchecked-hash /app
 
 FROM ${PYTHON_IMAGE}
-# The base comes without compiled files of the standard library, which nothing could write later either.
+# The base has no compiled files of the standard library, and the read-only container could not write them.
 RUN python -m compileall -f -q -j 0 --invalidation-mode unchecked-hash \
   -x '/(ensurepip|idlelib|pydoc_data|site-packages|test|tkinter|turtledemo)/' \
   "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
@@ -35,7 +35,7 @@ EXPOSE 8080
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["vqa-worker"]
 CMD ["run"]
-# Last, since they change with every commit.
+# Last, as they change with every commit.
 ARG PYTHON_IMAGE
 ARG VERSION=unknown
 ARG REVISION=unknown

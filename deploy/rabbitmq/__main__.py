@@ -1,4 +1,4 @@
-"""Writes the files beside this, or those for names of your own."""
+"""Write the files in this folder, or those for your own names."""
 
 import argparse
 import os
@@ -13,9 +13,8 @@ from worker.settings import BrokerSettings, SettingsError, load_broker_settings
 
 HERE = Path(__file__).parent
 PLACE = Place(vhost="vqa", cluster="rabbitmq")
-# The worker's settings with which it can do without the default exchange.
+# With these settings the worker does not need the default exchange.
 STRICT = {"VQA_REPLY_EXCHANGE": "vqa.replies", "VQA_JOBS_EXCHANGE": "vqa.jobs.back"}
-# With them it would try direct replies in vain.
 STRICT_SETTINGS = {
     **STRICT,
     "VQA_ALLOWED_REPLY_TO": "vqa.results,vqa.results.*,amq.gen-*",
@@ -24,13 +23,13 @@ STRICT_SETTINGS = {
 
 
 def topology_with(settings: Mapping[str, str]) -> Topology:
-    """As these settings say, and no others."""
+    """Return the topology of these settings only."""
     with patch.dict(os.environ, settings, clear=True):
         return Topology.from_settings(BrokerSettings(_env_file=None))
 
 
 def own_files() -> Mapping[Path, str]:
-    """The files of this folder: for the default settings, and below `strict` for those that need least."""
+    """Return the files of this folder: for the default settings, and in `strict` for least privilege."""
     folders = {HERE: topology_with({}), HERE / "strict": topology_with(STRICT)}
     return {
         folder / name: text
@@ -40,19 +39,21 @@ def own_files() -> Mapping[Path, str]:
 
 
 def outdated(wanted: Mapping[Path, str]) -> list[Path]:
-    """Those that are missing or say something else."""
+    """Return the files that are missing or differ."""
     return [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write them, or with `--check` only compare; returns the exit code."""
+    """Write the files, or with `--check` only compare them; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deploy.rabbitmq", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if one is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if a file is out of date"
+    )
     parser.add_argument(
         "--into",
         type=Path,
         metavar="FOLDER",
-        help="write files there for the names that VQA_JOBS_QUEUE and the like say in the environment",
+        help="write files to this folder for the names in the environment (VQA_JOBS_QUEUE, …)",
     )
     parser.add_argument("--vhost", default=PLACE.vhost, help="with --into: the virtual host (%(default)s)")
     parser.add_argument(
