@@ -28,14 +28,14 @@ def no_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
 
 
-def test_an_empty_environment_gives_nothing() -> None:
+def test_an_empty_environment_names_no_external_service() -> None:
     empty = {"VQA_RABBITMQ_URL": "", "OPENAI_API_KEY": ""}
     assert external_rabbitmq(empty) is None
     assert external_s3(empty) is None
     assert external_model(empty) is None
 
 
-def test_a_broker_of_somebody_else_is_used_and_never_stopped() -> None:
+def test_an_external_broker_is_never_stopped() -> None:
     broker = external_rabbitmq({"VQA_RABBITMQ_URL": "amqp://u:secret@broker.example/"})
     assert broker is not None
     assert broker.running
@@ -105,14 +105,16 @@ def test_a_key_goes_to_its_own_provider(environment: dict[str, str], url: str, k
         ("https://api.openai.com/v1", "DEEPINFRA_TOKEN", "set OPENAI_API_KEY or VQA_MODEL_API_KEY,"),
     ],
 )
-def test_a_url_without_its_key_is_not_sent_another_providers(url: str, other: str, wanted: str) -> None:
+def test_a_url_without_its_key_is_never_used_with_another_provider_s_key(
+    url: str, other: str, wanted: str
+) -> None:
     with pytest.raises(IncompleteConfigurationError, match=wanted):
         external_model({"VQA_MODEL_BASE_URL": url, other: "key-of-another"})
 
 
 @pytest.mark.usefixtures("no_aws")
 @pytest.mark.parametrize("half", [{}, {"AWS_ACCESS_KEY_ID": "only-this"}, {"AWS_PROFILE": "not-there"}])
-def test_an_s3_server_without_usable_credentials_is_refused(
+def test_an_s3_server_without_usable_credentials_is_an_error(
     half: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in half.items():
@@ -145,10 +147,10 @@ def test_the_demo_names_a_missing_setting(
         timeout=PATIENCE_S,
         check=False,
     )
-    said = ran.stdout + ran.stderr
-    assert ran.returncode == 1, said
-    assert f"{next(iter(environment))} is set without" in said
-    assert "Traceback" not in said
+    output = ran.stdout + ran.stderr
+    assert ran.returncode == 1, output
+    assert f"{next(iter(environment))} is set without" in output
+    assert "Traceback" not in output
 
 
 def test_the_model_is_one_of_the_providers() -> None:
@@ -163,7 +165,7 @@ def test_the_model_is_one_of_the_providers() -> None:
     assert chosen.models == ("mine",)
 
 
-def test_a_stack_takes_what_is_given_and_starts_only_the_rest(
+def test_a_stack_uses_external_services_and_starts_only_the_rest(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("VQA_RABBITMQ_URL", "VQA_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

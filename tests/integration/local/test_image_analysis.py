@@ -28,13 +28,13 @@ def test_colours_have_plain_names(pixel: tuple[int, int, int], name: str) -> Non
     assert main_colours(Image.new("RGB", (8, 8), pixel)) == [name]
 
 
-def test_the_colours_of_the_demos_pictures_are_those_that_a_person_would_name() -> None:
+def test_the_sample_images_have_the_colours_that_a_person_would_name() -> None:
     assert main_colours(draw_receipt()) == ["white", "brown"]
     assert main_colours(draw_street_sign()) == ["blue", "red", "green"]
     assert main_colours(draw_bar_chart())[0] == "white"
     assert set(main_colours(draw_seascape())) >= {"blue", "orange"}
 
 
-def test_what_is_transparent_counts_as_white() -> None:
+def test_transparent_pixels_count_as_white() -> None:
     picture = InlinePicture(encoded(Image.new("RGBA", (10, 10), (255, 0, 0, 0)), "PNG"), "image/png", None)
     assert look_at(picture, "image 1", decode=True).colours == ["white"]

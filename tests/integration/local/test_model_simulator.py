@@ -43,7 +43,7 @@ async def test_the_answer_proves_that_the_bytes_arrived_unchanged(
     assert (seen["sha256"], seen["bytes"], seen["declared_type"]) == (digest, len(content), media_type)
 
 
-async def test_it_says_what_it_is_wherever_it_appears(
+async def test_it_never_passes_for_a_real_model(
     ask: Ask, model: SimulatedModel, http: aiohttp.ClientSession
 ) -> None:
     _, answer = await ask("Hello")
@@ -144,7 +144,7 @@ async def test_a_truncated_picture_is_refused(ask: Ask, inline: Inline, plain: P
         assert (kind, status, answer["error"]["code"]) == (kind, 400, "invalid_image")
 
 
-async def test_what_is_no_picture_is_refused(ask: Ask, inline: Inline) -> None:
+async def test_content_other_than_an_image_is_refused(ask: Ask, inline: Inline) -> None:
     status, answer = await ask("?", inline(b"<Error><Code>NoSuchKey</Code></Error>"))
     assert (status, answer["error"]["code"]) == (400, "invalid_image")
 

@@ -45,7 +45,7 @@ async def test_an_error_carries_headers_and_any_body(
         assert await response.text() == "slow down"
 
 
-async def test_an_outcome_is_played_as_often_as_told(model: SimulatedModel, ask: Ask) -> None:
+async def test_an_outcome_is_played_the_given_number_of_times(model: SimulatedModel, ask: Ask) -> None:
     model.play(Error(status=500), times=2)
     assert [(await ask("?"))[0] for _ in range(3)] == [500, 500, 200]
 
@@ -94,7 +94,7 @@ async def test_a_200_of_another_shape(model: SimulatedModel, ask: Ask) -> None:
     assert "choices" not in answer
 
 
-async def test_a_200_that_breaks_off(model: SimulatedModel, ask: Ask) -> None:
+async def test_a_200_that_is_truncated(model: SimulatedModel, ask: Ask) -> None:
     model.play(Malformed(how="truncated"))
     with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ClientOSError)):
         await ask("?")
@@ -108,7 +108,7 @@ async def test_a_connection_that_is_reset_before_the_answer(model: SimulatedMode
     assert (call.played, call.status) == ("reset", None)
 
 
-async def test_a_call_that_never_ends_is_seen_to_be_given_up(model: SimulatedModel, ask: Ask) -> None:
+async def test_a_call_whose_caller_disconnects_is_recorded(model: SimulatedModel, ask: Ask) -> None:
     model.play(Hang())
     asking = asyncio.create_task(ask("?"))
     call = await until(lambda: next(iter(model.calls()), None), "the call is begun")
@@ -159,7 +159,7 @@ async def test_usage_can_be_missing_or_without_a_price(model: SimulatedModel, as
     assert "estimated_cost" not in (await ask("?"))[1]["usage"]
 
 
-async def test_more_calls_at_once_than_allowed_are_turned_away(model: SimulatedModel, ask: Ask) -> None:
+async def test_more_concurrent_calls_than_allowed_get_429(model: SimulatedModel, ask: Ask) -> None:
     model.configure(max_concurrent=2, latency=0.5)
     got = await asyncio.gather(*(ask("?") for _ in range(5)))
     assert sorted(status for status, _ in got) == [200, 200, 429, 429, 429]

@@ -10,7 +10,7 @@ def test_two_stacks_never_share_a_port() -> None:
     assert len(set(ports)) == len(ports)
 
 
-def test_a_port_that_somebody_listens_on_is_not_handed_out() -> None:
+def test_a_port_in_use_is_not_returned() -> None:
     with closing(PortBlock()) as block:
         expected = sorted(block.take() for _ in range(3))
     with socket.create_server(("127.0.0.1", expected[0])) as taken, closing(PortBlock()) as block:

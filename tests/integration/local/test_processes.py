@@ -66,14 +66,14 @@ def test_a_service_that_ends_while_it_starts_shows_the_end_of_its_log_and_what_t
         wait_until_ready(process, timeout_seconds=5)
 
 
-def test_a_service_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
+def test_a_service_that_is_never_ready_is_an_error(tmp_path: Path) -> None:
     process = start(tmp_path, "sleep", "600")
     with pytest.raises(ServiceStartError, match="was not ready"):
         wait_until_ready(process)
     process.kill()
 
 
-def test_a_program_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_missing_program_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ServiceStartError, match="no-such-program"):
         start(tmp_path, "/no-such-program")
 

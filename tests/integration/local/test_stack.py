@@ -119,7 +119,7 @@ def wait_until_empty(folder: Path) -> list[Path]:
     return list(folder.iterdir())
 
 
-def test_a_stack_that_fails_half_way_takes_down_what_it_had_started(
+def test_a_stack_that_fails_to_start_stops_its_other_services(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "rabbitmq-server"
@@ -153,7 +153,7 @@ async def test_a_broker_restart_keeps_a_durable_message_and_the_address(stack: S
         await queue.delete(if_unused=False, if_empty=False)
 
 
-def test_rabbitmqctl_speaks_to_the_stacks_own_broker(stack: Stack) -> None:
+def test_rabbitmqctl_controls_the_stack_s_broker(stack: Stack) -> None:
     assert "guest" in stack.rabbitmq.ctl("list_users").split()
     with pytest.raises(RuntimeError, match="no_such_command"):
         stack.rabbitmq.ctl("no_such_command")
@@ -168,7 +168,7 @@ def test_the_object_store_keeps_its_objects_through_a_restart(stack: Stack) -> N
     client.close()
 
 
-def test_the_environment_names_all_that_the_worker_needs(stack: Stack) -> None:
+def test_the_environment_has_all_settings_that_the_worker_needs(stack: Stack) -> None:
     assert set(stack.environment()) >= {
         "VQA_RABBITMQ_URL",
         "VQA_S3_ENDPOINT_URL",
@@ -182,7 +182,7 @@ def test_the_environment_names_all_that_the_worker_needs(stack: Stack) -> None:
     }
 
 
-def test_a_proxy_of_the_machine_is_kept_out_of_the_way(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_of_the_machine_is_not_used(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
     monkeypatch.setenv("NO_PROXY", "intranet.example")
     assert stack.environment()["NO_PROXY"] == "intranet.example,127.0.0.1,localhost"

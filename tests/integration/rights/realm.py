@@ -17,7 +17,7 @@ from tests.breaking import administer, url_as
 VHOST = "vqa"
 USERS = (WORKER, PUBLISHER, KEDA, OPERATOR)
 PLAIN_FOLDER, STRICT_FOLDER = HERE, HERE / "strict"
-# What a worker needs to know beside its user's URL.
+# The worker's settings in addition to its user's URL.
 SETTINGS: Mapping[Path, Mapping[str, str]] = {
     PLAIN_FOLDER: {},
     STRICT_FOLDER: STRICT_SETTINGS,

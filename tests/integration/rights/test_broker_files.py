@@ -38,7 +38,7 @@ def variant(request: pytest.FixtureRequest) -> tuple[Path, Topology]:
 
 
 @pytest.fixture
-def said(variant: tuple[Path, Topology]) -> dict[str, Any]:
+def server(variant: tuple[Path, Topology]) -> dict[str, Any]:
     """What is for a server, without the virtual host that each entry names."""
     found: dict[str, Any] = json.loads((variant[0] / "definitions.json").read_text())
     for kind, entries in found.items():
@@ -60,7 +60,7 @@ def test_the_files_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_a_file_that_was_changed_by_hand_is_found_and_put_right(
+def test_a_file_that_was_edited_is_reported_and_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "HERE", tmp_path)
@@ -76,41 +76,41 @@ def test_a_file_that_was_changed_by_hand_is_found_and_put_right(
     assert "xyz" not in by_hand.read_text()
 
 
-def test_the_server_gets_what_the_settings_mean_and_an_exchange_for_publishers(
-    variant: tuple[Path, Topology], said: dict[str, Any]
+def test_the_server_gets_the_topology_and_an_exchange_for_publishers(
+    variant: tuple[Path, Topology], server: dict[str, Any]
 ) -> None:
     meant = definitions(variant[1])
-    assert said["queues"] == meant["queues"]
+    assert server["queues"] == meant["queues"]
     intake = "vqa.jobs.intake"
-    assert [it for it in said["bindings"] if it["source"] != intake] == meant["bindings"]
-    assert [it["destination"] for it in said["bindings"] if it["source"] == intake] == ["vqa.jobs"]
-    kinds = {it["name"]: it["type"] for it in said["exchanges"]}
+    assert [it for it in server["bindings"] if it["source"] != intake] == meant["bindings"]
+    assert [it["destination"] for it in server["bindings"] if it["source"] == intake] == ["vqa.jobs"]
+    kinds = {it["name"]: it["type"] for it in server["exchanges"]}
     assert kinds.pop(intake) == "fanout"
     assert kinds.pop("vqa.replies", "topic") == "topic"
     assert kinds.items() <= {it["name"]: it["type"] for it in meant["exchanges"]}.items()
 
 
-def test_kubernetes_gets_the_same_as_the_server(said: dict[str, Any], resources: Resources) -> None:
-    assert [it["name"] for it in specs(resources, "Vhost")] == [it["name"] for it in said["vhosts"]]
+def test_kubernetes_gets_the_same_as_the_server(server: dict[str, Any], resources: Resources) -> None:
+    assert [it["name"] for it in specs(resources, "Vhost")] == [it["name"] for it in server["vhosts"]]
     assert [
         (it["name"], {"x-queue-type": it["type"], **it["arguments"]}) for it in specs(resources, "Queue")
-    ] == [(it["name"], it["arguments"]) for it in said["queues"]]
+    ] == [(it["name"], it["arguments"]) for it in server["queues"]]
     assert [(it["name"], it["type"]) for it in specs(resources, "Exchange")] == [
-        (it["name"], it["type"]) for it in said["exchanges"]
+        (it["name"], it["type"]) for it in server["exchanges"]
     ]
     assert [
         (it["source"], it["destination"], it["destinationType"], it["routingKey"])
         for it in specs(resources, "Binding")
     ] == [
         (it["source"], it["destination"], it["destination_type"], it["routing_key"])
-        for it in said["bindings"]
+        for it in server["bindings"]
     ]
     assert [
         (it["name"], it["pattern"], it["applyTo"], it["definition"]) for it in specs(resources, "Policy")
-    ] == [(it["name"], it["pattern"], it["apply-to"], it["definition"]) for it in said["policies"]]
+    ] == [(it["name"], it["pattern"], it["apply-to"], it["definition"]) for it in server["policies"]]
     for kind, entries in (("Permission", "permissions"), ("TopicPermission", "topic_permissions")):
         given = [{"user": it["userReference"]["name"], **it["permissions"]} for it in specs(resources, kind)]
-        assert given == said[entries]
+        assert given == server[entries]
 
 
 def test_kubernetes_gets_the_same_users_with_the_same_tags(
@@ -160,25 +160,23 @@ OWN = {
 }
 
 
-def test_files_for_names_of_ones_own_come_from_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_for_other_names_use_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OWN.items():
         monkeypatch.setenv(name, value)
     assert main(["--into", str(tmp_path / "new"), "--vhost", "a", "--cluster", "mq"]) == 0
-    said = json.loads((tmp_path / "new" / "definitions.json").read_text())
-    assert [it["name"] for it in said["queues"]] == [
+    server = json.loads((tmp_path / "new" / "definitions.json").read_text())
+    assert [it["name"] for it in server["queues"]] == [
         "graves (old)",
         "answers",
         "team.a+b",
         "team.a+b.retry.3s",
     ]
-    assert {it["vhost"] for it in (*said["queues"], *said["permissions"], *said["bindings"])} == {"a"}
+    assert {it["vhost"] for it in (*server["queues"], *server["permissions"], *server["bindings"])} == {"a"}
     text = (tmp_path / "new" / "topology-operator.yaml").read_text()
     assert {it["spec"][REFERENCE]["name"] for it in yaml.safe_load_all(text)} == {"mq"}
 
 
-def test_a_wrong_name_is_told(
+def test_an_invalid_name_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VQA_JOBS_QUEUE", "amq.mine")
@@ -188,16 +186,16 @@ def test_a_wrong_name_is_told(
 
 
 @pytest.mark.parametrize("exchanges", [{}, STRICT], ids=["plain", "strict"])
-def test_rights_are_for_the_names_themselves_and_no_others(exchanges: dict[str, str]) -> None:
+def test_permissions_match_the_exact_names_only(exchanges: dict[str, str]) -> None:
     topology = topology_with({**OWN, **exchanges})
-    said = json.loads(files(topology, Place("a", "mq"))["definitions.json"])
-    operator = said["permissions"][-1]
-    own = {it["name"] for it in (*said["queues"], *said["exchanges"])}
+    server = json.loads(files(topology, Place("a", "mq"))["definitions.json"])
+    operator = server["permissions"][-1]
+    own = {it["name"] for it in (*server["queues"], *server["exchanges"])}
     for right in ("configure", "write", "read"):
         assert all(re.search(operator[right], name) for name in own)
         others = ("team.aab", "teamXa+b", "graves", "answersX", "amq.topic", "xanswers", "vqa.jobs")
         assert not any(re.search(operator[right], name) for name in others)
-    worker = said["permissions"][0]
+    worker = server["permissions"][0]
     assert re.search(worker["read"], "team.a+b")
     assert not any(
         re.search(worker["read"], name) for name in ("answers", "graves (old)", "team.a+b.retry.3s")
@@ -205,13 +203,13 @@ def test_rights_are_for_the_names_themselves_and_no_others(exchanges: dict[str, 
     assert bool(re.search(worker["write"], "amq.default")) == (not exchanges)
 
 
-def test_no_rights_are_an_expression_that_no_name_matches() -> None:
+def test_without_permissions_the_expression_matches_no_name() -> None:
     assert regex([]) == "^$"
     assert regex([Right("a", ""), Right("a", "")]) == "^a$"
     assert regex([Right("a", ""), Right("b", "")]) == "^(a|b)$"
 
 
-def test_every_right_says_what_it_is_for() -> None:
+def test_every_permission_has_a_reason() -> None:
     for _, topology in FOLDERS.values():
         for user in users(topology):
             topics = [right for topic in user.topics for right in (*topic.write, *topic.read)]

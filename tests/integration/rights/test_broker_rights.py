@@ -90,30 +90,30 @@ async def test_a_job_is_answered(scene: Scene) -> None:
     assert reply.message.exchange == scene.reply_exchange
 
 
-async def test_a_job_is_tried_again(scene: Scene) -> None:
+async def test_a_job_is_retried(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=500), marker=marker)
     reply = await scene.client.ask(**job(marker))
     assert (reply.body["status"], reply.body["attempts"]) == ("succeeded", 2)
 
 
-async def test_a_job_becomes_a_dead_letter_which_the_operator_puts_back(scene: Scene) -> None:
+async def test_a_job_becomes_a_dead_letter_which_the_operator_replays(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=500), marker=marker, times=2)
     dying = job(marker)
     reply = await scene.client.ask(**dying)
     assert reply.body["error"]["code"] == "attempts_exhausted"
-    letter = await take(scene.realm, "vqa.jobs.dead")
-    assert letter.headers["vqa-error-code"] == "attempts_exhausted"
-    assert letter.exchange == (BACK if scene.realm.is_strict else "")
+    dead_letter = await take(scene.realm, "vqa.jobs.dead")
+    assert dead_letter.headers["vqa-error-code"] == "attempts_exhausted"
+    assert dead_letter.exchange == (BACK if scene.realm.is_strict else "")
     async with await aio_pika.connect(scene.realm.url(OPERATOR)) as connection:
         channel = await connection.channel()
-        await channel.default_exchange.publish(aio_pika.Message(letter.body), "vqa.jobs")
+        await channel.default_exchange.publish(aio_pika.Message(dead_letter.body), "vqa.jobs")
     await until(lambda: len(scene.client.replies[dying["id"]]) == 2, "another result")
     assert scene.client.replies[dying["id"]][1].body["status"] == "succeeded"
 
 
-async def test_a_worker_that_pauses_gives_back_what_it_holds(scene: Scene) -> None:
+async def test_a_worker_that_pauses_requeues_its_jobs(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=401), marker=marker)
     before = len(events(scene.worker, "consumption_resumed"))
@@ -122,7 +122,7 @@ async def test_a_worker_that_pauses_gives_back_what_it_holds(scene: Scene) -> No
     await until(lambda: len(events(scene.worker, "consumption_resumed")) > before, "the pause is over")
 
 
-async def test_a_worker_that_stops_gives_back_what_it_cannot_end(scene: Scene, tmp_path: Path) -> None:
+async def test_a_worker_that_stops_requeues_unfinished_jobs(scene: Scene, tmp_path: Path) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Answer(after=2), marker=marker, times=None)
     stopping = Worker.of(scene.stack, tmp_path, VQA_SHUTDOWN_GRACE="0", **scene.realm.settings)
@@ -147,7 +147,7 @@ async def test_a_worker_that_stops_gives_back_what_it_cannot_end(scene: Scene, t
     assert len(calls_with(scene.stack, marker)) > len(jobs)
 
 
-async def test_the_publisher_takes_a_job_back(scene: Scene) -> None:
+async def test_the_publisher_cancels_a_job(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Hang(), marker=marker, times=None)
     taken_back = job(marker)
@@ -158,7 +158,7 @@ async def test_the_publisher_takes_a_job_back(scene: Scene) -> None:
     assert reply.body["error"]["code"] == "cancelled"
 
 
-async def test_a_private_queue_for_replies_gets_them(scene: Scene) -> None:
+async def test_an_exclusive_reply_queue_gets_replies(scene: Scene) -> None:
     queue = await scene.client.reply_queue(scene.reply_exchange)
     asked = job()
     await scene.client.publish(asked, reply_to=queue)
@@ -167,7 +167,7 @@ async def test_a_private_queue_for_replies_gets_them(scene: Scene) -> None:
     assert reply.message.exchange == scene.reply_exchange
 
 
-async def test_a_direct_reply_comes_unless_the_default_exchange_is_closed_to_the_worker(scene: Scene) -> None:
+async def test_direct_replies_work_if_the_worker_may_write_to_the_default_exchange(scene: Scene) -> None:
     asked = job()
     async with await aio_pika.connect(scene.realm.url(PUBLISHER)) as connection:
         caller = await connection.channel()
@@ -185,9 +185,7 @@ async def test_a_direct_reply_comes_unless_the_default_exchange_is_closed_to_the
         assert json.loads(answer.body)["status"] == "succeeded"
 
 
-async def test_a_worker_that_may_not_look_for_its_queues_works_with_them_all_the_same(
-    scene: Scene, tmp_path: Path
-) -> None:
+async def test_a_worker_that_may_not_check_its_queues_still_works(scene: Scene, tmp_path: Path) -> None:
     worker = Worker.of(scene.stack, tmp_path, **scene.realm.settings)
     worker.command = [sys.executable, "-c", MAY_NOT_LOOK]
 
@@ -208,7 +206,7 @@ async def test_a_worker_that_may_not_look_for_its_queues_works_with_them_all_the
         worker.kill()
 
 
-async def test_keda_reads_what_it_scales_by(realm: Realm, scene: Scene) -> None:
+async def test_keda_reads_the_queue_length(realm: Realm, scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Hang(), marker=marker, times=None)
     running = job(marker)
@@ -298,49 +296,49 @@ def delete_queue(name: str) -> Act:
 ACTS: dict[str, tuple[Act, set[str]]] = {
     "publish a job": (publish(INTAKE), {PUBLISHER, OPERATOR}),
     "cancel a job": (publish(CONTROL), {PUBLISHER, OPERATOR}),
-    "publish by an exchange of the broker's": (publish("amq.topic", "x"), set()),
+    "publish to a built-in exchange": (publish("amq.topic", "x"), set()),
     "take a job": (get("vqa.jobs"), {WORKER, OPERATOR}),
     "read a result": (get("vqa.results"), {PUBLISHER, OPERATOR}),
     "read a dead letter": (get("vqa.jobs.dead"), {OPERATOR}),
-    "read what waits for a retry": (get("vqa.jobs.retry.120s"), {OPERATOR}),
-    "read a queue of somebody's": (get("others"), set()),
-    "throw away dead letters": (purge("vqa.jobs.dead"), {OPERATOR}),
-    "throw away jobs": (purge("vqa.jobs"), {WORKER, OPERATOR}),
-    "make a queue that the server names": (make_queue(None), {WORKER, PUBLISHER}),
-    "make a queue for one's own results": (make_queue("vqa.results.mine"), {PUBLISHER, OPERATOR}),
-    "make a queue of the worker's names": (make_queue("vqa.jobs.mine"), {OPERATOR}),
-    "make a queue of another name": (make_queue("mine"), set()),
-    "make an exchange of the worker's names": (make_exchange("vqa.jobs.mine"), {OPERATOR}),
-    "make an exchange of another name": (make_exchange("mine"), set()),
-    "delete a queue of the worker's": (delete_queue("vqa.jobs.deletable"), {OPERATOR}),
-    "delete a queue of somebody's": (delete_queue("others"), set()),
-    "hear of cancellations": (listen(CONTROL), {WORKER}),
-    "overhear jobs that are published": (listen(INTAKE), set()),
-    "have cancellations sent to the jobs": (bind("vqa.jobs", CONTROL, ""), {OPERATOR}),
+    "read a retry queue": (get("vqa.jobs.retry.120s"), {OPERATOR}),
+    "read another application's queue": (get("others"), set()),
+    "purge dead letters": (purge("vqa.jobs.dead"), {OPERATOR}),
+    "purge jobs": (purge("vqa.jobs"), {WORKER, OPERATOR}),
+    "declare a queue with a generated name": (make_queue(None), {WORKER, PUBLISHER}),
+    "declare a result queue": (make_queue("vqa.results.mine"), {PUBLISHER, OPERATOR}),
+    "declare a queue below the jobs queue": (make_queue("vqa.jobs.mine"), {OPERATOR}),
+    "declare a queue of another name": (make_queue("mine"), set()),
+    "declare an exchange below the jobs queue": (make_exchange("vqa.jobs.mine"), {OPERATOR}),
+    "declare an exchange of another name": (make_exchange("mine"), set()),
+    "delete a queue of the worker": (delete_queue("vqa.jobs.deletable"), {OPERATOR}),
+    "delete another application's queue": (delete_queue("others"), set()),
+    "consume cancellations": (listen(CONTROL), {WORKER}),
+    "consume published jobs a second time": (listen(INTAKE), set()),
+    "bind the jobs queue for cancellations": (bind("vqa.jobs", CONTROL, ""), {OPERATOR}),
 }
 PLAIN_ACTS: dict[str, tuple[Act, set[str]]] = {
     # What the worker may do here more than it needs: this reaches every queue of the virtual host.
-    "publish to a queue of somebody's": (publish("", "others"), {WORKER, OPERATOR}),
+    "publish to another application's queue": (publish("", "others"), {WORKER, OPERATOR}),
 }
 STRICT_ACTS: dict[str, tuple[Act, set[str]]] = {
-    "publish to a queue of somebody's": (publish("", "others"), {OPERATOR}),
-    "put a job back": (publish(BACK, "vqa.jobs"), {WORKER, OPERATOR}),
+    "publish to another application's queue": (publish("", "others"), {OPERATOR}),
+    "requeue a job": (publish(BACK, "vqa.jobs"), {WORKER, OPERATOR}),
     "publish a result": (publish(REPLIES, "vqa.results"), {WORKER, OPERATOR}),
-    "publish a result for somebody": (publish(REPLIES, "vqa.results.somebody"), {WORKER, OPERATOR}),
-    "publish by a key that is no queue for replies": (publish(REPLIES, "others"), {OPERATOR}),
-    "get replies in a private queue": (listen(REPLIES), {PUBLISHER}),
-    "get replies by the name of a client's queue": (listen(REPLIES, "vqa.results.mine"), {PUBLISHER}),
-    "overhear results": (listen(REPLIES, "vqa.results"), set()),
-    "overhear all results": (listen(REPLIES, "#"), set()),
-    "have results sent to the jobs": (bind("vqa.jobs", REPLIES, "vqa.results.mine"), {OPERATOR}),
-    "overhear jobs that go back": (listen(BACK, "vqa.jobs"), set()),
-    "fill a queue of somebody's": (bind("others", REPLIES, "vqa.results"), set()),
+    "publish a result to a reply queue": (publish(REPLIES, "vqa.results.somebody"), {WORKER, OPERATOR}),
+    "publish a result with another routing key": (publish(REPLIES, "others"), {OPERATOR}),
+    "bind an exclusive queue for replies": (listen(REPLIES), {PUBLISHER}),
+    "bind a client's queue for replies": (listen(REPLIES, "vqa.results.mine"), {PUBLISHER}),
+    "consume results a second time": (listen(REPLIES, "vqa.results"), set()),
+    "consume all results a second time": (listen(REPLIES, "#"), set()),
+    "bind the jobs queue for results": (bind("vqa.jobs", REPLIES, "vqa.results.mine"), {OPERATOR}),
+    "consume requeued jobs a second time": (listen(BACK, "vqa.jobs"), set()),
+    "bind another application's queue": (bind("others", REPLIES, "vqa.results"), set()),
 }
 
 
 @pytest.fixture(scope="module")
 async def others(realm: Realm) -> None:
-    """A queue that is no business of these users, and one to delete."""
+    """Another application's queue, and one to delete."""
     path = f"/api/permissions/{VHOST}/guest"
     everything = {"configure": ".*", "write": ".*", "read": ".*"}
     await asyncio.to_thread(administer, realm.stack, "PUT", path, everything)
@@ -352,7 +350,7 @@ async def others(realm: Realm) -> None:
 
 @pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("user", USERS)
-async def test_each_user_may_do_what_is_its_own_and_is_refused_the_rest(realm: Realm, user: str) -> None:
+async def test_each_user_has_its_permissions_and_no_others(realm: Realm, user: str) -> None:
     acts = ACTS | (STRICT_ACTS if realm.is_strict else PLAIN_ACTS)
     done, refused = set(), {}
     async with await aio_pika.connect(realm.url(user)) as connection:
@@ -371,7 +369,7 @@ async def test_each_user_may_do_what_is_its_own_and_is_refused_the_rest(realm: R
 
 
 @pytest.mark.parametrize("user", USERS)
-async def test_no_user_gets_into_another_virtual_host(realm: Realm, user: str) -> None:
+async def test_no_user_has_access_to_another_virtual_host(realm: Realm, user: str) -> None:
     worker_s = Broker(url=realm.url(user, vhost=""), ssl_context=None, name="a test")
     with pytest.raises(BrokerRefusedError, match="may not use it"):
         await worker_s.connect()
@@ -399,9 +397,7 @@ MANAGEMENT: dict[str, tuple[str, str, object]] = {
 
 
 @pytest.mark.parametrize("user", USERS)
-async def test_the_management_interface_shows_queues_to_keda_and_nothing_else_to_anybody(
-    realm: Realm, user: str
-) -> None:
+async def test_the_management_api_shows_queues_to_keda_only(realm: Realm, user: str) -> None:
     shown, refused = set(), {}
     for name, (method, path, body) in MANAGEMENT.items():
         try:
@@ -415,8 +411,8 @@ async def test_the_management_interface_shows_queues_to_keda_and_nothing_else_to
     # Publishing is refused by the broker behind it, with its own code inside; for newer versions there is no
     # other virtual host.
     assert all(
-        said.startswith("401 ")
-        or "403 ACCESS_REFUSED" in said
-        or (said.startswith("404 ") and "another" in name)
-        for name, said in refused.items()
+        reason.startswith("401 ")
+        or "403 ACCESS_REFUSED" in reason
+        or (reason.startswith("404 ") and "another" in name)
+        for name, reason in refused.items()
     ), refused

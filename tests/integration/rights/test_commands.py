@@ -27,11 +27,11 @@ def cli_as(realm: Realm, stack: Stack, folder: Path, user: str) -> Cli:
     return Cli(folder, {**stack.environment(), **realm.settings, "VQA_RABBITMQ_URL": realm.url(user)})
 
 
-async def test_the_worker_s_user_has_a_tick_for_each_right(
+async def test_check_passes_every_permission_of_the_worker_s_user(
     realm: Realm, stack: Stack, tmp_path: Path
 ) -> None:
-    told = await cli_as(realm, stack, tmp_path, WORKER).told("check")
-    findings = {it["check"]: it["status"] for it in told}
+    printed = await cli_as(realm, stack, tmp_path, WORKER).told("check")
+    findings = {it["check"]: it["status"] for it in printed}
     assert "failed" not in findings.values()
     for right in (
         "right to take jobs",
@@ -43,7 +43,7 @@ async def test_the_worker_s_user_has_a_tick_for_each_right(
     assert findings.get("direct reply-to") == ("skipped" if realm.is_strict else None)
 
 
-async def test_the_operator_looks_at_dead_letters_and_puts_them_back(
+async def test_the_operator_lists_and_replays_dead_letters(
     realm: Realm, stack: Stack, tmp_path: Path
 ) -> None:
     cli = cli_as(realm, stack, tmp_path, OPERATOR)
@@ -58,8 +58,8 @@ async def test_the_operator_looks_at_dead_letters_and_puts_them_back(
         jobs = await channel.get_queue("vqa.jobs", ensure=False)
         back = await jobs.get(no_ack=True)
         assert back.body == b"{}"
-    (told,) = await cli.told("top", "--once")
-    assert told["queues"]["dead"] == 0
+    (figures,) = await cli.told("top", "--once")
+    assert figures["queues"]["dead"] == 0
 
 
 @pytest.fixture

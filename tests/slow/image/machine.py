@@ -32,11 +32,11 @@ def debian_mirror() -> str | None:
 
 def pip_secrets(folder: Path) -> list[str]:
     """The flags that hand pip's settings to a build, as the Dockerfile takes them; files go to `folder`."""
-    said = _pip_settings()
+    settings = _pip_settings()
     configuration = RawConfigParser()
-    configuration["global"] = {name: said[name] for name in PIP_SETTINGS if name in said}
+    configuration["global"] = {name: settings[name] for name in PIP_SETTINGS if name in settings}
     flags = [f"--secret=id=pip-conf,src={folder / 'pip.conf'}"]
-    if authorities := said.get("cert") or os.environ.get("SSL_CERT_FILE"):
+    if authorities := settings.get("cert") or os.environ.get("SSL_CERT_FILE"):
         configuration["global"]["cert"] = "/run/secrets/ca-bundle"
         flags.append(f"--secret=id=ca-bundle,src={authorities}")
     with (folder / "pip.conf").open("w") as file:
@@ -53,8 +53,8 @@ def _pip_settings() -> dict[str, str]:
     ).stdout.splitlines()
     # Variables, `:env:.name`, come first in the list and last in rank; folders of this machine are not there.
     pairs = [line.split("=", 1) for line in reversed(listed) if "=" in line]
-    said = {name.rpartition(".")[2]: str(ast.literal_eval(value)) for name, value in pairs}
-    indexes = said.pop("extra-index-url", "").split()
+    settings = {name.rpartition(".")[2]: str(ast.literal_eval(value)) for name, value in pairs}
+    indexes = settings.pop("extra-index-url", "").split()
     if reachable := [url for url in indexes if not url.startswith("file:")]:
-        said["extra-index-url"] = " ".join(reachable)
-    return said
+        settings["extra-index-url"] = " ".join(reachable)
+    return settings

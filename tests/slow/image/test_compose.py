@@ -1,4 +1,4 @@
-"""`deploy/compose.yaml`, as far as it can be told without pulling images; `make lint` checks its schema."""
+"""`deploy/compose.yaml`, as far as possible without pulling images; `make lint` checks its schema."""
 
 import re
 import subprocess
@@ -22,23 +22,23 @@ def filled_in(value: str) -> str:
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
 
 
-def test_the_worker_starts_with_the_settings_that_it_is_given(
+def test_the_settings_of_the_worker_are_valid(
     services: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = {name: filled_in(value) for name, value in services["worker"]["environment"].items()}
+    environment = {name: filled_in(value) for name, value in services["worker"]["environment"].items()}
     known = {variable(name) for name in Settings.model_fields}
-    assert {name for name in told if not name.startswith("AWS_")} <= known
+    assert {name for name in environment if not name.startswith("AWS_")} <= known
     for name in known:
         monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     settings = load_settings()
     assert settings.model_base_url == "http://model:8000/v1"
     assert settings.shutdown_grace < int(services["worker"]["stop_grace_period"].removesuffix("s"))
 
 
-def test_everything_that_runs_on_has_a_healthcheck_and_is_waited_for(services: dict[str, Any]) -> None:
+def test_every_service_has_a_healthcheck_which_dependents_wait_for(services: dict[str, Any]) -> None:
     lasting = {name for name, service in services.items() if "profiles" not in service}
     assert {name for name in lasting if "healthcheck" in services[name]} == lasting
     conditions = {
@@ -51,14 +51,14 @@ def test_everything_that_runs_on_has_a_healthcheck_and_is_waited_for(services: d
 
 
 @pytest.mark.parametrize("name", ["worker", "model", "ask"])
-def test_what_is_built_here_runs_without_rights(services: dict[str, Any], name: str) -> None:
+def test_own_images_run_without_privileges(services: dict[str, Any], name: str) -> None:
     service = services[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_nothing_listens_beyond_this_machine(services: dict[str, Any]) -> None:
+def test_ports_listen_on_this_machine_only(services: dict[str, Any]) -> None:
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert ports
     assert all(port.startswith(LOOPBACK) for port in ports)
@@ -76,7 +76,7 @@ def test_the_s3_server_is_the_version_that_the_tests_run(services: dict[str, Any
     assert services["s3"]["image"] == f"chrislusf/seaweedfs:{locked[1]}"
 
 
-def test_what_it_builds_from_and_mounts_is_there(services: dict[str, Any]) -> None:
+def test_files_that_it_builds_from_and_mounts_exist(services: dict[str, Any]) -> None:
     for service in services.values():
         if "build" in service:
             context = DEPLOY / service["build"]["context"]
@@ -98,7 +98,7 @@ def test_grafana_finds_prometheus_and_the_dashboard(services: dict[str, Any]) ->
     assert home == f"{folder}/{DASHBOARD.name}"
 
 
-def test_prometheus_asks_whom_there_is(services: dict[str, Any]) -> None:
+def test_prometheus_scrapes_existing_services(services: dict[str, Any]) -> None:
     jobs = YAML(typ="safe").load(DEPLOY / "compose" / "prometheus.yaml")["scrape_configs"]
     discovered = {name for job in jobs for it in job.get("dns_sd_configs", []) for name in it["names"]}
     targets = {
@@ -112,7 +112,7 @@ def test_prometheus_asks_whom_there_is(services: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(900)  # with the installation
-def test_prometheus_takes_its_configuration() -> None:
+def test_prometheus_accepts_its_configuration() -> None:
     install({"promtool": "prometheus"})
     done = subprocess.run(
         ["promtool", "check", "config", str(DEPLOY / "compose" / "prometheus.yaml")],

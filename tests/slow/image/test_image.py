@@ -40,12 +40,12 @@ async def start_container(
 
     async def start(*flags: str, wait: bool = True, without: tuple[str, ...] = (), **settings: str) -> Worker:
         worker = Worker.of(stack, tmp_path, **settings)
-        told = [
+        variables = [
             f"--env={name}"
             for name in worker.environment
             if name.startswith(("VQA_", "AWS_")) and name not in without
         ]
-        worker.command = engine.start(image, flags=(f"--name={worker.jobs_queue}", *told, *flags))
+        worker.command = engine.start(image, flags=(f"--name={worker.jobs_queue}", *variables, *flags))
         workers.append(worker)
         if wait:
             return await worker.start()
@@ -58,7 +58,7 @@ async def start_container(
         worker.kill()
 
 
-def test_the_image_says_what_it_is(config: dict[str, Any]) -> None:
+def test_the_image_has_labels(config: dict[str, Any]) -> None:
     revision = run("git", "rev-parse", "HEAD").strip()
     labels = {
         name: value for name, value in config["Labels"].items() if name.startswith("org.opencontainers")
@@ -73,7 +73,7 @@ def test_the_image_says_what_it_is(config: dict[str, Any]) -> None:
     }
 
 
-def test_it_runs_the_worker_itself_as_a_numeric_user_that_is_not_root(config: dict[str, Any]) -> None:
+def test_process_1_is_the_worker_as_a_numeric_user_other_than_root(config: dict[str, Any]) -> None:
     # In exec form, so that no shell stands between a signal and the worker.
     assert config["Entrypoint"] == ["vqa-worker"]
     assert config["Cmd"] == ["run"]
@@ -82,13 +82,13 @@ def test_it_runs_the_worker_itself_as_a_numeric_user_that_is_not_root(config: di
     assert list(config["ExposedPorts"]) == ["8080/tcp"]
 
 
-def test_nothing_of_the_building_machine_is_in_its_environment(config: dict[str, Any]) -> None:
+def test_its_environment_has_nothing_of_the_build_machine(config: dict[str, Any]) -> None:
     names = {variable.split("=")[0] for variable in config["Env"]}
     base = {"GPG_KEY", "LANG", "PYTHON_SHA256", "PYTHON_VERSION"}
     assert names - base == {"PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
 
 
-def test_inside_the_user_has_no_rights_to_speak_of(inside: dict[str, Any]) -> None:
+def test_the_user_has_no_privileges(inside: dict[str, Any]) -> None:
     assert inside["user"] == [10001, 10001]
     assert set(inside["groups"]) <= {10001}
     capabilities = {name: value for name, value in inside["process"].items() if name.startswith("Cap")}
@@ -97,13 +97,13 @@ def test_inside_the_user_has_no_rights_to_speak_of(inside: dict[str, Any]) -> No
     assert inside["writable_to_the_user"] == []
 
 
-def test_no_folder_can_be_written_to_and_the_worker_needs_none(inside: dict[str, Any]) -> None:
+def test_the_worker_runs_without_a_writable_folder(inside: dict[str, Any]) -> None:
     # EACCES is for folders that the user may not even enter.
     assert set(inside["attempts_to_write"]) <= {"EROFS", "EACCES"}
     assert inside["attempts_to_write"]["EROFS"] > 100
 
 
-def test_the_packages_in_it_are_those_of_the_lock_and_the_worker_and_no_more(inside: dict[str, Any]) -> None:
+def test_its_packages_are_exactly_the_lock_and_the_worker(inside: dict[str, Any]) -> None:
     minor = ".".join(inside["python"].split(".")[:2])
     found = {(canonicalize_name(name), version) for name, version in inside["distributions"]}
     assert found == {*locked(minor), ("vqa-worker", __version__)}
@@ -118,24 +118,24 @@ def locked(python: str) -> Iterator[tuple[str, str]]:
             yield requirement.name, str(requirement.specifier).removeprefix("==")
 
 
-def test_what_it_loads_is_its_own_or_the_standard_librarys(inside: dict[str, Any]) -> None:
+def test_it_imports_only_its_own_packages_and_the_standard_library(inside: dict[str, Any]) -> None:
     assert inside["foreign_modules"] == []
 
 
-def test_no_tool_is_among_its_commands(inside: dict[str, Any]) -> None:
+def test_it_contains_no_tools(inside: dict[str, Any]) -> None:
     assert "vqa-worker" in inside["commands"]
     assert not {"pip", "pip3", "pytest", "typer", "hatch", "cc"} & set(inside["commands"])
 
 
-def test_all_that_the_worker_loads_is_compiled_for_good(inside: dict[str, Any]) -> None:
+def test_all_modules_that_the_worker_imports_are_compiled(inside: dict[str, Any]) -> None:
     assert inside["not_compiled"] == []
 
 
-def test_it_knows_the_worlds_certificate_authorities(inside: dict[str, Any]) -> None:
+def test_it_has_certificate_authorities(inside: dict[str, Any]) -> None:
     assert inside["authorities"] > 50
 
 
-def test_of_amazons_services_it_has_those_that_it_uses(inside: dict[str, Any]) -> None:
+def test_it_has_the_aws_services_that_it_uses(inside: dict[str, Any]) -> None:
     assert inside["clients"] == ["s3", "signin", "sso", "sso-oidc", "sts"]
 
 
@@ -150,14 +150,14 @@ def test_of_amazons_services_it_has_those_that_it_uses(inside: dict[str, Any]) -
         ("compiled Python of the standard", "standard library"),
     ],
 )
-def test_its_size_is_the_documented_one(inside: dict[str, Any], row: str, kind: str) -> None:
+def test_its_size_is_as_documented(inside: dict[str, Any], row: str, kind: str) -> None:
     page = (ROOT / "docs" / "deployment.md").read_text()
-    told = re.search(rf"^\| {row}[^|]*\| (\d+) \|$", page, re.MULTILINE)
-    assert told
-    assert inside["megabytes"][kind] == pytest.approx(int(told[1]), rel=0.1, abs=1)
+    documented = re.search(rf"^\| {row}[^|]*\| (\d+) \|$", page, re.MULTILINE)
+    assert documented
+    assert inside["megabytes"][kind] == pytest.approx(int(documented[1]), rel=0.1, abs=1)
 
 
-async def test_the_container_answers_a_job_and_ends_well_when_the_engine_stops_it(
+async def test_the_container_answers_a_job_and_drains_when_the_engine_stops_it(
     stack: Stack,
     engine: Engine,
     start_container: StartContainer,
@@ -186,7 +186,7 @@ async def test_the_container_answers_a_job_and_ends_well_when_the_engine_stops_i
         assert await worker.ended() == 0, worker.output()
 
 
-async def test_the_healthcheck_of_compose_tells_whether_it_takes_jobs(
+async def test_the_compose_healthcheck_reports_readiness(
     stack: Stack, engine: Engine, services: dict[str, Any], start_container: StartContainer
 ) -> None:
     async with Proxy.before(stack.rabbitmq.url) as broker:
@@ -238,7 +238,7 @@ async def test_sigterm_ends_it_with_0(start_container: StartContainer) -> None:
     assert await worker.stop() == 0, worker.output()
 
 
-async def test_a_pods_identity_gets_it_the_credentials_of_a_role(
+async def test_a_pod_identity_gives_it_the_credentials_of_a_role(
     start_container: StartContainer, client_of: MakeClient, tmp_path: Path
 ) -> None:
     content = picture()
@@ -269,7 +269,7 @@ ROLE_GRANTED = (
 )
 
 
-def test_wrong_settings_end_it_with_78_and_a_line_for_each(engine: Engine, image: str) -> None:
+def test_invalid_settings_end_it_with_78_and_a_line_for_each(engine: Engine, image: str) -> None:
     done = subprocess.run(
         engine.start(image, flags=("--env=VQA_MAX_ATTEMPTS=none",)),
         capture_output=True,
@@ -314,7 +314,7 @@ for model in json.load(urllib.request.urlopen("http://127.0.0.1:8000/v1/models")
 """
 
 
-async def test_the_image_of_the_model_simulator_asks_a_worker_about_pictures(
+async def test_the_image_of_the_model_simulator_runs_the_sample_jobs(
     stack: Stack,
     engine: Engine,
     simulator_image: str,
@@ -322,13 +322,13 @@ async def test_the_image_of_the_model_simulator_asks_a_worker_about_pictures(
     start_container: StartContainer,
 ) -> None:
     worker = await start_container()
-    told = {**worker.environment, "VQA_DEMO_BUCKET": stack.s3.bucket}
-    flags = [f"--env={name}" for name in told if name.startswith(("VQA_", "AWS_"))]
+    environment = {**worker.environment, "VQA_DEMO_BUCKET": stack.s3.bucket}
+    flags = [f"--env={name}" for name in environment if name.startswith(("VQA_", "AWS_"))]
     flags += [f"--tmpfs={folder}" for folder in services["ask"]["tmpfs"]]
     done = await asyncio.to_thread(
         subprocess.run,
         engine.start(simulator_image, *services["ask"]["command"], flags=tuple(flags)),
-        env=told,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
