@@ -1,9 +1,9 @@
-// Asks a question about an image in S3 and prints the answer:
+// Ask a question about an image in S3 and print the answer:
 //
 //   npm install
 //   node ask.mjs s3://photos/table.jpg "Which fruit is on the table?"
 //
-// VQA_RABBITMQ_URL and VQA_JOBS_QUEUE say where, as they do for the worker.
+// VQA_RABBITMQ_URL and VQA_JOBS_QUEUE are those of the worker.
 
 import { randomUUID } from 'node:crypto';
 import { connect } from 'amqplib';
@@ -30,18 +30,18 @@ try {
   await connection.close();
 }
 
-// Publishes a job and returns its result. A service would keep the channel and its reply queue.
+// Publish a job and return its result. A service would keep the channel and its reply queue.
 async function ask(job, timeoutMs = 120_000) {
   const id = randomUUID();
-  // Nobody should be paid for an answer that nobody waits for.
+  // After the timeout the answer is no longer needed and must not be billed.
   const deadline = new Date(Date.now() + timeoutMs).toISOString();
   const channel = await connection.createConfirmChannel();
-  // A queue of this connection's own; the workers allow its name, amq.gen-…
+  // An exclusive, server-named queue; the workers allow amq.gen-… by default.
   const replies = await channel.assertQueue('', { exclusive: true });
 
   const result = new Promise((resolve, reject) => {
     setTimeout(() => reject(new Error(`no result within ${timeoutMs} ms`)), timeoutMs).unref();
-    // What no queue takes comes back, before it is confirmed.
+    // An unroutable message is returned before its confirm.
     channel.on('return', () => reject(new Error(`the queue ${jobsQueue} does not exist`)));
     channel.consume(replies.queue, (message) => {
       if (message?.properties.correlationId !== id) return;
@@ -59,7 +59,7 @@ async function ask(job, timeoutMs = 120_000) {
     replyTo: replies.queue,
     timestamp: Math.floor(Date.now() / 1000),
   });
-  // Confirmed: the broker has it on the disk.
+  // Confirmed: RabbitMQ has stored the job.
   const [, received] = await Promise.all([channel.waitForConfirms(), result]);
   return received;
 }

@@ -1,4 +1,4 @@
-"""Turns the notebook into tables, and into `docs/performance.md`."""
+"""Render the notebook as tables and as `docs/performance.md`."""
 
 import platform
 from collections.abc import Iterable, Sequence
@@ -24,12 +24,12 @@ _PAGE: Final = Path(__file__).with_name("page.md")
 
 
 def tables(notebook: Notebook) -> str:
-    """All tables, for the terminal."""
+    """Return all tables, for the terminal."""
     return "\n".join([_machine(notebook), "", *_sections(notebook, {})]) + _remarks(notebook) + "\n"
 
 
 def page(notebook: Notebook, drawn: Sequence[str]) -> str:
-    """The page for the documentation, with the pictures that were drawn."""
+    """Return the documentation page, with the charts."""
     pictures = {name.rpartition(".")[0]: f"performance/{name}" for name in drawn}
     text = Template(_PAGE.read_text()).substitute(
         machine=_machine(notebook),
@@ -45,7 +45,7 @@ def page(notebook: Notebook, drawn: Sequence[str]) -> str:
 
 
 def about(bench: Bench, cores: Cores) -> dict[str, str]:
-    """What the run is made on and with."""
+    """Return the machine and the software of the run."""
     broker = bench.stack.rabbitmq.ctl("version").strip()
     return {
         "machine": machine.description(cores),
@@ -77,11 +77,11 @@ def _summary(notebook: Notebook) -> str:
         *(("memory", it, "peak_mb", f"Peak memory, {it} in flight, MB") for it in notebook.cases("memory")),
         ("link", "link", "cpu_ms", "CPU per job, `link` delivery, ms"),
         ("start", "start", "seconds", "Start to first answer, s"),
-        ("latency", "50%", "p99", "Added to the API's time at half load, p99, ms"),
+        ("latency", "50%", "p99", "Added latency at half load, p99, ms"),
     ]
     rows = [_compared(notebook, *it) for it in asked]
     return table(
-        ["", WORKER, "FastStream", "aio-pika", "FastStream is … times that", "aio-pika is … times that"],
+        ["", WORKER, "FastStream", "aio-pika", "FastStream / vqa-worker", "aio-pika / vqa-worker"],
         [row for row in rows if any(cell != _NONE for cell in row[1:])],
     )
 
@@ -96,9 +96,9 @@ def _compared(notebook: Notebook, scenario: str, case: str, figure: str, title: 
 def _sections(notebook: Notebook, pictures: dict[str, str]) -> Iterable[str]:
     made = {it.scenario for it in notebook.measurements}
     if "cpu" in made:
-        yield _cpu_section(notebook, "cpu", "CPU by size of the picture, plain HTTP", pictures.get("cpu"))
+        yield _cpu_section(notebook, "cpu", "CPU by image size, plain HTTP", pictures.get("cpu"))
     if "tls" in made:
-        yield _cpu_section(notebook, "tls", "CPU with TLS to S3 and to the API")
+        yield _cpu_section(notebook, "tls", "CPU with TLS to S3 and the model API")
     if "memory" in made:
         yield _memory_section(notebook, pictures.get("memory"))
     if "link" in made:
@@ -131,13 +131,13 @@ def _cpu_section(notebook: Notebook, scenario: str, title: str, picture: str | N
                 ]
             )
     header = [
-        "picture",
+        "image",
         "",
         "CPU ms per job",
-        "jobs/s a core",
+        "jobs/s per core",
         f"times {WORKER}",
-        "jobs/s seen",
-        "its core busy",
+        "jobs/s observed",
+        "core utilisation",
     ]
     return _section(title, picture, table(header, rows))
 
@@ -159,14 +159,14 @@ def _memory_section(notebook: Notebook, picture: str | None) -> str:
                     _shown(notebook.ratio("memory", case, "peak_mb", who, WORKER)) if who != WORKER else "1",
                 ]
             )
-    header = ["in flight", "", "peak MB", "before, MB", "at the API at once", f"times {WORKER}"]
+    header = ["in flight", "", "peak MB", "before, MB", "concurrent requests", f"times {WORKER}"]
     note = (
-        "The highest resident memory (VmHWM) of a fresh process, which has answered small pictures before. "
-        "The model thinks for 15 s (6 s in the short form), and for more than 1 GB of pictures that much "
-        "longer, so that all of them are with it at the same time. *At the API at once*: how many calls the "
-        "stand-in really held open. Celery is shown as far as its pool goes."
+        "Peak RSS (VmHWM) of a new process after warm-up with small images. "
+        "The simulated API takes 15 s per request (6 s in the short form), and proportionally longer for "
+        "more than 1 GB of images, so that all requests are open at the same time. *Concurrent requests*: as "
+        "counted by the simulated API. Celery is measured up to the size of its pool."
     )
-    return _section("Memory while the model thinks", picture, table(header, rows), note)
+    return _section("Memory with requests in flight", picture, table(header, rows), note)
 
 
 def _start_section(notebook: Notebook) -> str:
@@ -175,9 +175,7 @@ def _start_section(notebook: Notebook) -> str:
         for who in notebook.contenders("start")
     ]
     header = ["", "start to first answer, s", "CPU until then, s", "idle, MB"]
-    return _section(
-        "Start", None, table(header, rows), "One job with a picture of 100 KB waits in the queue."
-    )
+    return _section("Start", None, table(header, rows), "One job with an image of 100 KB is in the queue.")
 
 
 def _latency_section(notebook: Notebook, picture: str | None) -> str:
@@ -189,16 +187,16 @@ def _latency_section(notebook: Notebook, picture: str | None) -> str:
             figures = ("jobs_per_s", "p50", "p95", "p99")
             rows.append([who, case, *(_shown(notebook.spread("latency", who, case, it)) for it in figures)])
     note = (
-        "From publishing a job (a picture of 100 KB) to its result, less the 100 ms that the stand-in takes "
-        "after the request's last byte: what is left is the broker, S3, the transfer, and the contender. "
-        "Jobs come at random times (Poisson), whether or not earlier ones are answered. Load is a share of "
-        "what the contender managed without a pause in the same process just before. The servers share the "
-        "other core with the publisher, and their part is in every figure. *RabbitMQ alone*: publishing to "
-        "one queue and reading from it, as often a second as half of this worker's load and with nobody "
-        "between; a job goes through two."
+        "From publishing a job (an image of 100 KB) to its result, minus the 100 ms that the simulated API "
+        "takes after the last byte of the request: RabbitMQ, S3, the transfer, and the worker. "
+        "Jobs arrive at random times (Poisson), independent of earlier ones. Load is a percentage of "
+        "the maximum throughput of the same process, measured before. The servers share the "
+        "other core with the publisher, and are included in every figure. *RabbitMQ alone*: publishing to "
+        "one queue and consuming from it, at the rate of half of this worker's load; "
+        "a job passes through two queues."
     )
     header = ["", "load", "jobs/s", "p50 ms", "p95 ms", "p99 ms"]
-    return _section("Time added to the API's own", picture, table(header, rows), note)
+    return _section("Added latency", picture, table(header, rows), note)
 
 
 def _flat_section(notebook: Notebook) -> str:
@@ -206,17 +204,17 @@ def _flat_section(notebook: Notebook) -> str:
     for case in notebook.cases("flat"):
         figures = ("cpu_ms", "concurrent", "jobs_per_s")
         rows.append([case, *(_shown(notebook.spread("flat", WORKER, case, it)) for it in figures)])
-    header = ["", "CPU ms per job", "at the API at once", "jobs/s seen"]
+    header = ["", "CPU ms per job", "concurrent requests", "jobs/s observed"]
     note = (
-        "This worker, pictures of 100 KB. In the first two rows the stand-in takes as long as makes the "
-        "jobs per second the same; in the others it answers at once, and so many more jobs are in the queue "
-        "than are in flight."
+        "This worker, images of 100 KB. In the first two rows the response time of the simulated API is "
+        "chosen for equal throughput; in the others it answers immediately, and many more jobs are queued "
+        "than in flight."
     )
-    return _section("Does it depend on how much there is?", None, table(header, rows), note)
+    return _section("Effect of concurrency and queue depth", None, table(header, rows), note)
 
 
 def _standin(notebook: Notebook) -> str:
-    lines = ["Its own CPU, for one call, against the contender's for the same job:", ""]
+    lines = ["Its CPU time per request, and the worker's for the same job:", ""]
     rows = []
     for case in notebook.cases("cpu"):
         for who in (WORKER, "aio-pika"):
@@ -225,14 +223,14 @@ def _standin(notebook: Notebook) -> str:
                 continue
             slower = notebook.spread("standin", who, case, "cpu_ms")
             rows.append([case, who, _shown(own), _shown(theirs), _shown(slower)])
-    header = ["picture", "", "stand-in, ms", "contender, ms", "contender with a stand-in 50 ms slower, ms"]
+    header = ["image", "", "simulated API, ms", "worker, ms", "worker with a 50 ms slower API, ms"]
     return "\n".join([*lines, table(header, rows), "", _STANDIN_NOTE])
 
 
 _STANDIN_NOTE: Final = (
-    "Were the stand-in in the way, a contender's CPU per job would change with its speed: the last column "
-    "shows by how much it does. A contender that does not fill its core (*its core busy*) waited for the "
-    "servers; its CPU per job is then rather too high than too low, as fewer things are done at one waking."
+    "If the simulated API were a bottleneck, CPU per job would change with its speed: see the last column. "
+    "A worker that does not saturate its core (*core utilisation*) waited for the servers; "
+    "its CPU per job is then overestimated, because less work is batched per wake-up."
 )
 
 
@@ -240,8 +238,8 @@ def _remarks(notebook: Notebook) -> str:
     others = [it.figures["others"] for it in notebook.measurements if "others" in it.figures]
     disturbed = sum(it > _DISTURBED for it in others)
     found = (
-        f"- During {disturbed} of {len(others)} measurements, other programs of this machine took more than "
-        f"{_DISTURBED:.0%} of the contender's core. They take its caches too: such figures are too high.\n"
+        f"- During {disturbed} of {len(others)} measurements, other programs used more than "
+        f"{_DISTURBED:.0%} of the worker's core and its caches: these figures are too high.\n"
     )
     took = f"- The run took {notebook.about['took']}.\n" if "took" in notebook.about else ""
     return "".join(f"- {remark}\n" for remark in notebook.remarks) + found * bool(disturbed) + took

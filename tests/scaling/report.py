@@ -1,4 +1,4 @@
-"""Turns what was found into tables, and into `docs/scaling.md`."""
+"""Render the findings as tables and as `docs/scaling.md`."""
 
 from pathlib import Path
 from statistics import median
@@ -27,13 +27,13 @@ S3_GETS_PER_S: Final = 5500
 
 
 def tables(findings: Findings) -> str:
-    """What there is to see at once, for the terminal."""
+    """Return a summary for the terminal."""
     parts = (_run(findings), _costs(findings), _sizes(findings), _limits(findings))
     return "\n\n".join(parts) + "\n"
 
 
 def page(findings: Findings) -> str:
-    """The page for the documentation."""
+    """Return the documentation page."""
     run, costs = findings.run, findings.costs
     numbers = Release.usual(pods=1).numbers
     text = Template(_PAGE.read_text()).substitute(
@@ -87,15 +87,15 @@ def page(findings: Findings) -> str:
 def _run(findings: Findings) -> str:
     real, foretold = findings.run.real.summary, findings.run.simulated.summary
     rows = [
-        _pair("most pods", real.most_replicas, foretold.most_replicas),
-        _pair("pods called for, restarts included", real.starts, foretold.starts),
-        _pair("most jobs without an answer", real.most_backlog, foretold.most_backlog),
+        _pair("maximum pods", real.most_replicas, foretold.most_replicas),
+        _pair("pods started, including restarts", real.starts, foretold.starts),
+        _pair("largest backlog", real.most_backlog, foretold.most_backlog),
         _pair("first job to first ready pod, s", real.first_pod_s, foretold.first_pod_s),
         _pair("last job to last answer, s", real.drain_s, foretold.drain_s),
-        _pair("the same in the ideal, s", real.ideal_drain_s, foretold.ideal_drain_s),
-        _pair("last answer to last pod's end, s", real.empty_s, foretold.empty_s),
-        _pair("seconds of pods", real.pod_s, foretold.pod_s),
-        ["of these, idle", f"{real.idle:.0%}", f"{foretold.idle:.0%}"],
+        _pair("the same, ideal, s", real.ideal_drain_s, foretold.ideal_drain_s),
+        _pair("last answer to last pod stopped, s", real.empty_s, foretold.empty_s),
+        _pair("pod-seconds", real.pod_s, foretold.pod_s),
+        ["idle", f"{real.idle:.0%}", f"{foretold.idle:.0%}"],
     ]
     return table(["", "real", "simulated"], rows)
 
@@ -103,13 +103,13 @@ def _run(findings: Findings) -> str:
 def _costs(findings: Findings) -> str:
     it = findings.costs
     rows = [
-        ["a job: CPU of the worker, ms", number(it.worker_cpu_ms)],
-        ["a job: CPU of RabbitMQ, ms", number(it.broker_cpu_ms)],
-        ["a job: CPU of the S3 server, ms", number(it.s3_cpu_ms)],
-        ["a pod: start, s (median)", number(median(findings.run.start_s))],
-        ["a pod: most resident memory, MB", number(it.worker_mb)],
-        ["a pod: connections to RabbitMQ", f"{it.connections:g}"],
-        ["a pod: memory of RabbitMQ for them, KB", number(it.broker_pod_kb)],
+        ["job: CPU of the worker, ms", number(it.worker_cpu_ms)],
+        ["job: CPU of RabbitMQ, ms", number(it.broker_cpu_ms)],
+        ["job: CPU of the S3 server, ms", number(it.s3_cpu_ms)],
+        ["pod: start, s (median)", number(median(findings.run.start_s))],
+        ["pod: peak resident memory, MB", number(it.worker_mb)],
+        ["pod: connections to RabbitMQ", f"{it.connections:g}"],
+        ["pod: memory of RabbitMQ for them, KB", number(it.broker_pod_kb)],
     ]
     return table(["", "measured"], rows)
 
@@ -137,8 +137,8 @@ def _sizes(findings: Findings) -> str:
             ]
         )
     header = [
-        "pods", "jobs/s they manage", "jobs", "most without an answer", "all pods ready after, s",
-        "worked off after the last job in, s", "mean wait, s", "hours of pods", "of these, idle",
+        "pods", "capacity, jobs/s", "jobs", "largest backlog", "all pods ready after, s",
+        "drained after the last job in, s", "mean wait, s", "pod-hours", "idle",
     ]  # fmt: skip
     return table(header, rows)
 
@@ -153,19 +153,19 @@ def _limits_of(pods: int, findings: Findings) -> dict[str, str]:
     costs, calls = findings.costs, pods * _concurrency()
     per_s = study.most_per_s(pods, _concurrency())
     return {
-        "calls at the API at once": f"{calls:,}",
+        "concurrent model requests": f"{calls:,}",
         f"times the limit of {study.PROVIDER}": f"{calls / study.PROVIDER:,.1f}",
-        "jobs a second": f"{per_s:,.0f}",
-        "workers: cores in all": _scaled(per_s * _worker_ms() / 1000),
+        "jobs per second": f"{per_s:,.0f}",
+        "workers: total cores": _scaled(per_s * _worker_ms() / 1000),
         "workers: memory requested, GB": _scaled(pods * _pod_gb()),
-        "broker: cores for the jobs": _scaled(per_s * costs.broker_cpu_ms / 1000),
-        "broker: connections": f"{pods * costs.connections:,.0f}",
-        "broker: memory for them, MB": _scaled(pods * costs.broker_pod_kb / 1000),
-        "S3: GET a second": f"{per_s:,.0f}",
+        "RabbitMQ: cores for the jobs": _scaled(per_s * costs.broker_cpu_ms / 1000),
+        "RabbitMQ: connections": f"{pods * costs.connections:,.0f}",
+        "RabbitMQ: memory for them, MB": _scaled(pods * costs.broker_pod_kb / 1000),
+        "S3: GETs per second": f"{per_s:,.0f}",
         "S3: share of one prefix": f"{per_s / S3_GETS_PER_S:.0%}",
         "network: images in, MB/s": f"{per_s * IMAGE_MB:,.0f}",
-        "network: base64 out to the API, MB/s": f"{per_s * IMAGE_MB * 4 / 3:,.0f}",
-        "the model's bill, USD an hour": f"{per_s * 3600 * _job_usd():,.0f}",
+        "network: base64 out to the model API, MB/s": f"{per_s * IMAGE_MB * 4 / 3:,.0f}",
+        "model cost, USD per hour": f"{per_s * 3600 * _job_usd():,.0f}",
     }
 
 
@@ -183,12 +183,12 @@ def _beyond(findings: Findings) -> str:
         for pods, it in findings.beyond.items()
     ]
     header = [
-        "most pods",
-        "calls at once",
+        "maximum pods",
+        "concurrent requests",
         "429s",
-        "worked off in, s",
+        "drained in, s",
         "mean wait, s",
-        "seconds of pods",
+        "pod-seconds",
         "idle",
     ]
     return table(header, rows)
@@ -196,7 +196,7 @@ def _beyond(findings: Findings) -> str:
 
 def _variants(findings: Findings, load: str) -> str:
     rows = [_variant(it.name, it.summary) for it in findings.variants if it.load == load]
-    header = ["", "most jobs without an answer", "mean wait, s", "pods started", "seconds of pods", "idle"]
+    header = ["", "largest backlog", "mean wait, s", "pods started", "pod-seconds", "idle"]
     return table(header, rows)
 
 
@@ -230,14 +230,14 @@ def _concurrency() -> int:
 
 
 def _worker_ms() -> float:
-    """CPU of the worker for a job with a picture of 1 MB, as docs/performance.md has it."""
+    """Return the CPU time of the worker for a job with an image of 1 MB, from docs/performance.md."""
     spread = Notebook.load(_PERFORMANCE).spread("cpu", WORKER, "1 MB", "cpu_ms")
     assert spread is not None
     return spread.median
 
 
 def _pod_gb() -> float:
-    """The memory that the chart asks for."""
+    """Return the memory request of the chart, in GB."""
     mebibytes = render(keda()).container["resources"]["requests"]["memory"].removesuffix("Mi")
     return int(mebibytes) * 2**20 / 1e9
 
