@@ -191,7 +191,7 @@ class Cli:
 
 
 def _run_here(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, stdin: bytes) -> Ended:
-    out, err = io.StringIO(), io.StringIO()
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
     with (
         _ONE_COMMAND,
         patch.dict(os.environ, environment, clear=True),
@@ -207,7 +207,12 @@ def _run_here(arguments: Sequence[str], environment: Mapping[str, str], folder: 
         except SystemExit as exited:
             # argparse exits by itself where the usage is wrong.
             code = exited.code if isinstance(exited.code, int) else 1
-    return Ended(code, out.getvalue(), err.getvalue())
+    return Ended(code, _text(out), _text(err))
+
+
+def _text(stream: io.TextIOWrapper) -> str:
+    stream.seek(0)
+    return stream.read()
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:
