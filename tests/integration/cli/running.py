@@ -191,7 +191,8 @@ class Cli:
 
 
 def _run_here(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, stdin: bytes) -> Ended:
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, newline="") for _ in range(2))
     with (
         _ONE_COMMAND,
         patch.dict(os.environ, environment, clear=True),

@@ -92,7 +92,7 @@ async def test_a_person_sees_marks_and_a_summary(cli: Cli) -> None:
     assert lines[1].startswith("! settings: VQA_SHUTDOWN_GRACE: 3 s are less than")
     count = Counter(line[0] for line in lines)
     assert ended.warnings_ == [f"{count['✓']} ok, {count['!']} warning"]
-    plain = await cli.having(PYTHONIOENCODING="ascii", VQA_SHUTDOWN_GRACE="3").run_process("check")
+    plain = await cli.having(PYTHONIOENCODING="ascii", VQA_SHUTDOWN_GRACE="3").run("check")
     assert plain.out.startswith("[ok] settings: make sense\n! settings: ")
     seen = Terminal(cli, "check")
     assert await seen.ended() == 0
