@@ -110,39 +110,26 @@ class Settlement:
         """Ack, then count and log the outcome."""
         await delivery.ack()
         took_s = time.monotonic() - delivery.received
+        self._count(outcome, took_s)
+        _log_outcome(delivery, outcome, took_s)
+
+    def _count(self, outcome: Outcome, took_s: float) -> None:
         match outcome:
             case Succeeded(result=result):
-                self._count(result, "", outcome.model, took_s)
-                log.info("job_finished", **_log_fields(delivery, outcome), **_details(result))
+                self._count_finished(result, "", outcome.model, took_s)
             case Failed(result=result, code=code):
-                self._count(result, code, outcome.model, took_s)
-                log.warning("job_finished", **_log_fields(delivery, outcome), error=code, **_details(result))
+                self._count_finished(result, code, outcome.model, took_s)
             case DeadLettered(result=result, code=code):
-                self._count(result, code, outcome.model, took_s)
+                self._count_finished(result, code, outcome.model, took_s)
                 metrics.series(metrics.DEAD_LETTERS, code).inc()
-                log.error(
-                    "job_finished",
-                    **_log_fields(delivery, outcome),
-                    error=code,
-                    dead_letter=True,
-                    **_details(result),
-                )
-            case Retried(delay_s=delay_s, attempts=attempts, reason=reason):
+            case Retried(reason=reason):
                 metrics.series(metrics.RETRIES, reason).inc()
-                log.warning(
-                    "job_retried",
-                    **_log_fields(delivery, outcome),
-                    reason=reason,
-                    attempts=attempts,
-                    delay_s=delay_s,
-                )
             case Requeued():
                 metrics.JOBS_REQUEUED.inc()
-                log.debug("job_requeued", **_log_fields(delivery, outcome), total_s=round(took_s, 3))
             case _:
                 assert_never(outcome)
 
-    def _count(self, result: Result, error: str, model: str, took_s: float) -> None:
+    def _count_finished(self, result: Result, error: str, model: str, took_s: float) -> None:
         metrics.series(metrics.JOBS, result.status, error, model).inc()
         metrics.series(metrics.JOB_DURATION, result.status, model).observe(took_s)
         self._tenants.ended(result.metadata, result.status)
@@ -226,6 +213,23 @@ def _failed_as_too_large(outcome: Outcome, why: str) -> Outcome:
     failed = {"status": "failed", "answer": None, "response": None, "error": failure}
     result = outcome.result.model_copy(update=failed)
     return Failed(job_id=outcome.job_id, model=outcome.model, result=result, code=failure.code)
+
+
+def _log_outcome(delivery: Delivery, outcome: Outcome, took_s: float) -> None:
+    fields = _log_fields(delivery, outcome)
+    match outcome:
+        case Succeeded(result=result):
+            log.info("job_finished", **fields, **_details(result))
+        case Failed(result=result, code=code):
+            log.warning("job_finished", **fields, error=code, **_details(result))
+        case DeadLettered(result=result, code=code):
+            log.error("job_finished", **fields, error=code, dead_letter=True, **_details(result))
+        case Retried(delay_s=delay_s, attempts=attempts, reason=reason):
+            log.warning("job_retried", **fields, reason=reason, attempts=attempts, delay_s=delay_s)
+        case Requeued():
+            log.debug("job_requeued", **fields, total_s=round(took_s, 3))
+        case _:
+            assert_never(outcome)
 
 
 def _log_fields(delivery: Delivery, outcome: Outcome) -> Mapping[str, Any]:
