@@ -85,7 +85,7 @@ lint: $(INSTALLED) ## run the static checks
 # Words and phrases that this project replaced by standard terms: .codespell/retired.txt says which by which.
 words: $(INSTALLED) ## list retired words and phrases that are still in use
 	$(BIN)/codespell --dictionary .codespell/retired.txt
-	! git grep --line-number --ignore-case --perl-regexp --file .codespell/phrases.txt -- . $(WITHOUT_PHRASES)
+	! git grep --line-number --ignore-case --perl-regexp -f .codespell/phrases.txt -- . $(WITHOUT_PHRASES)
 WITHOUT_PHRASES := ':!.codespell' ':!*.lock' ':!*.svg'
 
 format: $(INSTALLED) ## put the code in form

@@ -46,7 +46,7 @@ sys.exit(main(["run"]))
 
 
 async def open_channel(resources: AsyncExitStack, url: str) -> AbstractChannel:
-    """Open a channel on a connection of its own."""
+    """Open a channel on a new connection."""
     connection = await resources.enter_async_context(await aio_pika.connect(url))
     return await connection.channel(on_return_raises=True)
 
@@ -92,7 +92,7 @@ async def is_full(channel: AbstractChannel, queue: str, body: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Realm:
-    """A worker in a virtual host of its own, where the test grants and revokes permissions."""
+    """A worker in its own virtual host, where the test grants and revokes permissions."""
 
     stack: Stack
     worker: Worker

@@ -133,8 +133,8 @@ async def test_a_trace_is_continued(client: Client, worker: Worker) -> None:
 
     for reply in (answered, refused, await client.result(unreadable)):
         assert reply.message.headers == trace
-    letter = await client.take(worker.dead_letter_queue)
-    assert trace.items() <= letter.headers.items()
+    dead_letter = await client.take(worker.dead_letter_queue)
+    assert trace.items() <= dead_letter.headers.items()
 
 
 async def test_a_trace_is_continued_over_a_retry(client: Client, stack: Stack) -> None:
@@ -359,9 +359,9 @@ async def test_direct_reply_to_goes_by_the_default_exchange_all_the_same(
 async def test_dead_letters_and_retries_do_not_go_by_the_reply_exchange(equipped: Equipped) -> None:
     body = uuid.uuid4().hex.encode()
     await equipped.client.publish(body)
-    letter = await equipped.client.take(equipped.worker.dead_letter_queue)
-    assert letter.body == body
-    assert letter.exchange == ""
+    dead_letter = await equipped.client.take(equipped.worker.dead_letter_queue)
+    assert dead_letter.body == body
+    assert dead_letter.exchange == ""
 
 
 # What a result says
@@ -543,7 +543,7 @@ def _job(**fields: Any) -> dict[str, Any]:
 
 
 async def _send(client: Client, *, headers: dict[str, Any] | None = None, **fields: Any) -> Reply:
-    """The result of a job; what is no field of a job is a property of its message."""
+    """Publish a job and return its result; `fields` that a job does not have are message properties."""
     of_job = {name: fields.pop(name) for name in ("question", "model", "metadata") if name in fields}
     job = _job(**of_job)
     await client.publish(job, headers=headers, **fields)

@@ -39,7 +39,7 @@ async def test_a_request_is_repeated_on_a_new_connection_after_a_loss(stack: Sta
 
 async def test_a_broker_that_stays_unreachable_is_named_with_the_reason() -> None:
     session = Session(Broker("amqp://127.0.0.1:1/", None, "test", setting="THE_URL"), "test")
-    message = r"^THE_URL: the broker was out of reach for 0\.5 s \(.*Connect call failed"
+    message = r"^THE_URL: the broker was unreachable for 0\.5 s \(.*Connect call failed"
     with pytest.raises(BrokerUnreachableError, match=message):
         async with session.opened(0.5):
             pass

@@ -231,7 +231,7 @@ async def test_a_broker_that_stays_out_of_reach_ends_it_with_a_sentence(tmp_path
     ended = await run(tmp_path, "apply", "--timeout", "0.5", VQA_RABBITMQ_URL="amqp://u:s3cr3t@127.0.0.1:1/")
     assert (ended.code, ended.output) == (1, "")
     (line,) = ended.errors
-    assert line.startswith("VQA_RABBITMQ_URL: the broker was out of reach for 0.5 s (")
+    assert line.startswith("VQA_RABBITMQ_URL: the broker was unreachable for 0.5 s (")
     assert "Connect call failed" in line
     assert "s3cr3t" not in line
 

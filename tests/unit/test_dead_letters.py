@@ -232,7 +232,7 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [0, 1]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_ends_the_command() -> None:
     with pytest.raises(CommandError, match="/dev/full: cannot be written to: No space left"):  # noqa: SIM117
         with Lines(Path("/dev/full")) as lines:

@@ -95,14 +95,14 @@ async def test_a_published_message_is_a_result_or_a_copy_of_the_job() -> None:
     for unsettled in (RETRY, JOBS_REQUEUED):
         (copy,), _ = await settled(unsettled, body=body)
         assert json.loads(copy.body) == body
-    (reply, letter), _ = await settled(DEAD, body=body)
+    (reply, dead), _ = await settled(DEAD, body=body)
     assert reply.body == FAILED.to_body()
-    assert json.loads(letter.body) == body
-    assert (letter.headers["vqa-error-code"], letter.headers["vqa-error-message"]) == (
+    assert json.loads(dead.body) == body
+    assert (dead.headers["vqa-error-code"], dead.headers["vqa-error-message"]) == (
         "attempts_exhausted",
         "why",
     )
-    assert letter.headers["vqa-attempts"] == 5
+    assert dead.headers["vqa-attempts"] == 5
 
 
 async def test_a_retry_carries_its_attempts_and_a_requeued_job_the_previous_ones() -> None:
@@ -181,8 +181,8 @@ REPLY_EXCHANGE = replace(TOPOLOGY, reply_exchange="replies")
 
 async def test_results_go_by_the_reply_exchange_and_jobs_by_the_default_one() -> None:
     for reply_to in (None, "results.a"):
-        (reply, letter), _ = await settled(DEAD, topology=REPLY_EXCHANGE, reply_to=reply_to)
-        assert (reply.exchange, letter.exchange) == ("replies", "")
+        (reply, dead), _ = await settled(DEAD, topology=REPLY_EXCHANGE, reply_to=reply_to)
+        assert (reply.exchange, dead.exchange) == ("replies", "")
     for outcome in (RETRY, JOBS_REQUEUED):
         (copy,), _ = await settled(outcome, topology=REPLY_EXCHANGE)
         assert copy.exchange == ""
@@ -190,8 +190,8 @@ async def test_results_go_by_the_reply_exchange_and_jobs_by_the_default_one() ->
 
 async def test_copies_of_jobs_go_by_the_jobs_exchange_and_results_do_not() -> None:
     topology = replace(TOPOLOGY, jobs_exchange="back")
-    (reply, letter), _ = await settled(DEAD, topology=topology)
-    assert (reply.exchange, letter.exchange) == ("", "back")
+    (reply, dead), _ = await settled(DEAD, topology=topology)
+    assert (reply.exchange, dead.exchange) == ("", "back")
     for outcome in (RETRY, JOBS_REQUEUED):
         (copy,), _ = await settled(outcome, topology=topology)
         assert copy.exchange == "back"

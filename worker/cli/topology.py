@@ -76,7 +76,7 @@ async def apply(settings: BrokerSettings, *, timeout_s: float, as_json: bool) ->
     """Make what the settings mean, where it is not there yet; says what was made and what was there.
 
     Raises:
-        BrokerUnreachableError: the broker was out of reach for `timeout_s` seconds.
+        BrokerUnreachableError: the broker was unreachable for `timeout_s` seconds.
         BrokerRefusedError, TopologyError: it refuses the credentials, or something of the topology.
     """
     broker = Broker(

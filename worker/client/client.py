@@ -4,8 +4,8 @@
         result = await client.ask("s3://photos/table.jpg", "Which fruit is on the table?")
         print(result.answer)
 
-It needs a broker with workers behind it, and none of their settings. Results come to a queue of its own, so
-that a program that asks never takes a result from another one.
+It needs a broker with workers, and none of their settings. Each client has its own reply queue, so it never
+takes the results of another program.
 """
 
 import asyncio
@@ -138,7 +138,7 @@ class Client:
         self._max_in_flight = max_in_flight
         self._slots = asyncio.Semaphore(max_in_flight)
         self._waiting: dict[str, asyncio.Future[Result]] = {}
-        # The ids of waiting jobs that may be in the queue, and of those that the broker has confirmed.
+        # The ids of waiting jobs that may be in the queue, and of jobs that the broker has confirmed.
         self._sent: set[str] = set()
         self._confirmed: set[str] = set()
         self._session: asyncio.Task[None] | None = None

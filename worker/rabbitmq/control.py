@@ -75,7 +75,7 @@ class Control:
             self._on_listening()
 
     async def _open(self, connection: AbstractConnection) -> AbstractQueue:
-        # A channel of its own: a refusal closes it.
+        # A separate channel: a refusal closes it.
         channel = await connection.channel(publisher_confirms=False)
         if self._topology.declare:
             await self._topology.control.declare(channel, passive=False)

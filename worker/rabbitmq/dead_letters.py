@@ -69,7 +69,7 @@ class DeadLetters:
     """The dead letters that are in the queue now, each read once. Made by `opened`.
 
     Attributes:
-        total: the number of dead letters at the beginning, except those that another reader holds.
+        total: the number of dead letters at the beginning, without the ones that another reader holds.
     """
 
     def __init__(self, topology: Topology, reading: AbstractChannel, writing: AbstractChannel) -> None:

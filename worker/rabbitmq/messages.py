@@ -104,7 +104,7 @@ def replayed(delivery: Delivery, queue: str) -> OutgoingMessage:
 
 
 def renewed(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> OutgoingMessage:
-    """Build a copy of a dead letter with its headers, except those that RabbitMQ routes by or counts in."""
+    """Build a copy of a dead letter, without the headers that RabbitMQ routes by or counts in."""
     kept = {name: value for name, value in headers.items() if name not in DROPPED_HEADERS}
     return _copy(delivery, queue, kept)
 

@@ -45,7 +45,7 @@ class Publisher:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._warnings = RateLimitedWarnings()
         # Exchanges whose last message made the broker close a channel. Their messages go one by one, each on
-        # a channel of its own, so that no other message's confirm is lost.
+        # a separate channel, so that no other message's confirm is lost.
         self._isolated_exchanges: set[str] = set()
         self._isolation = asyncio.Lock()
         # The number of unconfirmed messages on each channel, and whether one was refused on the current one.

@@ -65,7 +65,7 @@ class Session:
     async def once(
         cls, broker: Broker, timeout_s: float, request: Callable[[AbstractConnection], Awaitable[T]]
     ) -> T:
-        """Make one request on a connection of its own.
+        """Make one request on a new connection.
 
         Raises:
             BrokerRefusedError, BrokerUnreachableError: as `call`.
@@ -189,7 +189,7 @@ class Session:
         except TimeoutError:
             reason = self.problem or "it does not answer"
             raise BrokerUnreachableError(
-                f"{self._broker.setting}: the broker was out of reach for {timeout_s:g} s ({reason})"
+                f"{self._broker.setting}: the broker was unreachable for {timeout_s:g} s ({reason})"
             ) from None
 
     async def _repeated(self, attempt: Callable[[], Awaitable[T]]) -> T:

@@ -98,7 +98,7 @@ async def test_a_broker_that_cannot_be_reached_is_one_sentence(cli: Cli) -> None
         # `results` says first that this is not the broker it was submitted to.
         *noted, line = end.err.splitlines()
         assert len(noted) <= 1
-        assert line.startswith("VQA_RABBITMQ_URL: the broker was out of reach for 0.5 s")
+        assert line.startswith("VQA_RABBITMQ_URL: the broker was unreachable for 0.5 s")
 
 
 async def test_a_broker_that_refuses_is_one_sentence(cli: Cli, stack: Stack) -> None:

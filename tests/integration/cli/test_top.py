@@ -159,7 +159,7 @@ async def test_what_is_not_there_at_the_start_is_told(cli: Cli) -> None:
     assert line.startswith(f"the queue {missing.jobs_queue} does not exist, or not for this user")
     away = await cli.having(VQA_RABBITMQ_URL="amqp://127.0.0.1:1/").run("top", "--once", "--timeout", "0.3")
     assert (away.code, len(away.warnings_)) == (1, 1)
-    assert "out of reach for 0.3 s" in away.err
+    assert "unreachable for 0.3 s" in away.err
 
 
 async def test_what_answers_and_is_no_worker_is_silent(cli: Cli, stack: Stack) -> None:
