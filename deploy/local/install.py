@@ -27,8 +27,8 @@ _PROBE_TIMEOUT_SECONDS = 5
 
 HOW_TO_INSTALL = (
     "RabbitMQ is needed and could not be installed: install it (Debian/Ubuntu: "
-    "`sudo apt-get install rabbitmq-server`, macOS: `brew install rabbitmq`), or start one with Docker "
-    "(`docker run --rm -p 5672:5672 rabbitmq:4`) and set VQA_RABBITMQ_URL=amqp://guest:guest@localhost/."
+    "`sudo apt-get install rabbitmq-server`, macOS: `brew install rabbitmq`), or start Docker, "
+    "or set VQA_RABBITMQ_URL to the URL of a broker."
 )
 
 

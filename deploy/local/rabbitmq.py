@@ -59,15 +59,37 @@ class Broker(Service):
         raise ExternalServiceError(f"rabbitmqctl {' '.join(arguments)}: the broker was not started here.")
 
 
-class RabbitMQ(Broker):
+class LocalBroker(Broker):
+    """A broker on this machine, with new data."""
+
+    def __init__(self, ports: Sequence[int], processes: Sequence[SupervisedProcess]) -> None:
+        """`ports`: those of AMQP, of the management API and of the metrics."""
+        self._amqp_port, management, prometheus = ports
+        super().__init__(
+            f"amqp://{_GUEST}:{_GUEST}@127.0.0.1:{self._amqp_port}/",
+            f"http://127.0.0.1:{management}",
+            f"http://127.0.0.1:{prometheus}",
+            processes,
+        )
+
+    def is_ready(self) -> bool:
+        """Return whether AMQP clients, the management API and the metrics are answered."""
+        return (
+            _speaks_amqp(self._amqp_port)
+            and http_ok(self.management_url)
+            and http_ok(f"{self.prometheus_url}/metrics")
+        )
+
+
+class RabbitMQ(LocalBroker):
     """A private node on free ports, with its own data and Erlang port mapper, apart from a system service."""
 
     advice = "If the log does not show the reason, try again; check that `localhost` resolves to 127.0.0.1."
 
     def __init__(self, installation: Installation, folder: Path, ports: PortBlock) -> None:
-        self._amqp_port, management, prometheus = used = [ports.take() for _ in range(3)]
+        used = [ports.take() for _ in range(3)]
         self._ctl = installation.ctl
-        self._node = f"vqa-{self._amqp_port}@localhost"
+        self._node = f"vqa-{used[0]}@localhost"
         self._environment = _environment(installation, folder, self._node, ports)
         _write_configuration(folder, used)
         epmd = ["-port", self._environment["ERL_EPMD_PORT"], "-address", "127.0.0.1"]
@@ -77,23 +99,13 @@ class RabbitMQ(Broker):
             "epmd": [str(installation.epmd), *epmd],
         }
         super().__init__(
-            f"amqp://{_GUEST}:{_GUEST}@127.0.0.1:{self._amqp_port}/",
-            f"http://127.0.0.1:{management}",
-            f"http://127.0.0.1:{prometheus}",
+            used,
             [
                 SupervisedProcess(
                     name, command, environment=self._environment, folder=folder, leftovers=[folder]
                 )
                 for name, command in commands.items()
             ],
-        )
-
-    def is_ready(self) -> bool:
-        """Return whether AMQP clients, the management API and the metrics are answered."""
-        return (
-            _speaks_amqp(self._amqp_port)
-            and http_ok(self.management_url)
-            and http_ok(f"{self.prometheus_url}/metrics")
         )
 
     def ctl(self, *arguments: str) -> str:

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Self
 
+from deploy.local.container import RabbitMQContainer, docker_answers
 from deploy.local.external import external_model, external_rabbitmq, external_s3
-from deploy.local.install import ensure_rabbitmq
+from deploy.local.install import ensure_rabbitmq, find_installation
 from deploy.local.model_simulator.behavior import Behavior
 from deploy.local.ports import PortBlock
 from deploy.local.rabbitmq import Broker, RabbitMQ
@@ -62,9 +63,7 @@ class Stack(AbstractContextManager["Stack"]):
             s3 = external_s3(given) or S3(root / "s3", ports, s3_certificate)
             model = external_model(given) or SimulatedModel(root / "model", ports, simulator)
             # Last, as it may install RabbitMQ: only when the configuration is known to be complete.
-            rabbitmq = external_rabbitmq(given) or RabbitMQ(
-                ensure_rabbitmq(on_progress), root / "rabbitmq", ports
-            )
+            rabbitmq = external_rabbitmq(given) or local_rabbitmq(root / "rabbitmq", ports, on_progress)
             services = rabbitmq, s3, model
             for service in services:
                 resources.callback(service.close)
@@ -106,6 +105,14 @@ class Stack(AbstractContextManager["Stack"]):
     def __exit__(self, *_: object) -> None:
         """Stop all services that were started here, and delete their data."""
         self._resources.close()
+
+
+def local_rabbitmq(folder: Path, ports: PortBlock, on_progress: Callable[[str], None]) -> Broker:
+    """Return the installed RabbitMQ; else one in Docker; else install it, which changes the machine."""
+    if find_installation() is None and docker_answers():
+        on_progress("RabbitMQ is not installed: its official image is used, in Docker")
+        return RabbitMQContainer(folder, ports)
+    return RabbitMQ(ensure_rabbitmq(on_progress), folder, ports)
 
 
 def _temporary_folder(resources: ExitStack) -> Path:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local import install
+from deploy.local import install, stack
+from deploy.local.container import RabbitMQContainer
 from deploy.local.install import (
     Installation,
     RabbitMQNotInstalledError,
@@ -14,6 +15,8 @@ from deploy.local.install import (
     find_installation,
     install_commands,
 )
+from deploy.local.ports import PortBlock
+from deploy.local.rabbitmq import Broker, RabbitMQ
 
 HERE = Installation(Path("/a/rabbitmq-server"), Path("/a/rabbitmqctl"), Path("/a/epmd"))
 SetMachine = Callable[..., None]
@@ -90,3 +93,20 @@ def test_a_second_caller_waits_until_the_first_has_installed(monkeypatch: pytest
         caller.join(30)
     assert found == [HERE, HERE]
     assert installations == [HERE]
+
+
+@pytest.mark.parametrize(
+    ("installed", "docker", "expected"),
+    [(True, True, RabbitMQ), (True, False, RabbitMQ), (False, True, RabbitMQContainer)],
+)
+def test_docker_is_used_only_where_rabbitmq_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, installed: bool, docker: bool, expected: type[Broker]
+) -> None:
+    monkeypatch.setattr(stack, "find_installation", lambda: HERE if installed else None)
+    monkeypatch.setattr(stack, "ensure_rabbitmq", lambda _: HERE)
+    monkeypatch.setattr(stack, "docker_answers", lambda: docker)
+    ports = PortBlock()
+    try:
+        assert type(stack.local_rabbitmq(tmp_path / "rabbitmq", ports, print)) is expected
+    finally:
+        ports.close()
