@@ -611,7 +611,7 @@ async def test_attempts_exhausted_when_a_job_never_comes_to_an_end(strict: Stric
     body = _failure(await strict.client.result(job_id), "attempts_exhausted", retryable=True)
     kept = await strict.dead_letter_of(job_id)
 
-    assert "delivered 21 times without coming to an end (VQA_DELIVERY_LIMIT)" in body["error"]["message"]
+    assert "delivered 21 times without an outcome (VQA_DELIVERY_LIMIT)" in body["error"]["message"]
     assert kept.headers["vqa-error-code"] == "attempts_exhausted"
     assert calls_with(stack, marker) == []
 

@@ -26,7 +26,7 @@ class Keeper:
 async def work(cancellations: Cancellations, job_id: str) -> str:
     """A job that would take for ever; returns the code it ends with."""
     try:
-        with cancellations.heeded(job_id):
+        with cancellations.cancellable(job_id):
             await asyncio.Event().wait()
     except JobError as error:
         return error.code
@@ -42,7 +42,7 @@ async def running(cancellations: Cancellations, *job_ids: str) -> list[asyncio.T
 async def test_what_runs_of_a_cancelled_job_ends_and_the_rest_goes_on() -> None:
     cancellations = Cancellations()
     mine, mine_too, other = await running(cancellations, "a", "a", "b")
-    cancellations.heard("a")
+    cancellations.cancel("a")
     assert {await mine, await mine_too} == {ErrorCode.CANCELLED}
     assert not mine.cancelled()
     assert not other.done()
@@ -51,12 +51,12 @@ async def test_what_runs_of_a_cancelled_job_ends_and_the_rest_goes_on() -> None:
 
 async def test_a_job_that_comes_after_its_cancellation_is_not_begun() -> None:
     cancellations = Cancellations()
-    cancellations.heard("a")
+    cancellations.cancel("a")
     begun = False
-    with pytest.raises(JobError) as caught, cancellations.heeded("a"):
+    with pytest.raises(JobError) as caught, cancellations.cancellable("a"):
         begun = True
     assert (caught.value.code, begun) == (ErrorCode.CANCELLED, False)
-    with cancellations.heeded("b"):
+    with cancellations.cancellable("b"):
         begun = True
     assert begun
 
@@ -70,7 +70,7 @@ async def test_a_worker_that_stops_gives_a_job_back_though_it_was_cancelled(
     (task,) = await running(cancellations, "a")
     if stop_comes_first:
         task.cancel()
-    cancellations.heard("a")
+    cancellations.cancel("a")
     if not stop_comes_first:
         task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -81,7 +81,7 @@ async def test_several_cancel_messages_for_one_job_are_one_cancellation() -> Non
     cancellations = Cancellations()
     mine, mine_too = await running(cancellations, "a", "a")
     for _ in range(3):
-        cancellations.heard("a")
+        cancellations.cancel("a")
     assert {await mine, await mine_too} == {ErrorCode.CANCELLED}
     assert mine.cancelling() == 0
 
@@ -91,7 +91,7 @@ async def test_a_cancel_message_that_comes_while_the_job_ends_changes_nothing() 
 
     async def cleans_up() -> str:
         try:
-            with cancellations.heeded("a"):
+            with cancellations.cancellable("a"):
                 try:
                     await asyncio.Event().wait()
                 finally:
@@ -102,17 +102,17 @@ async def test_a_cancel_message_that_comes_while_the_job_ends_changes_nothing() 
 
     task = asyncio.create_task(cleans_up())
     await asyncio.sleep(0)
-    cancellations.heard("a")
+    cancellations.cancel("a")
     await asyncio.sleep(0)
-    cancellations.heard("a")
+    cancellations.cancel("a")
     assert await task == ErrorCode.CANCELLED
 
 
 async def test_a_job_that_is_done_is_not_reached_any_more() -> None:
     cancellations = Cancellations()
-    with cancellations.heeded("a"):
+    with cancellations.cancellable("a"):
         pass
-    cancellations.heard("a")
+    cancellations.cancel("a")
     await asyncio.sleep(0)
 
 
@@ -128,22 +128,22 @@ async def test_only_the_youngest_are_remembered(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cancellation, "REMEMBERED", 2)
     cancellations = Cancellations()
     for job_id in ("a", "b", "a", "c"):
-        cancellations.heard(job_id)
-    with cancellations.heeded("b"):
+        cancellations.cancel(job_id)
+    with cancellations.cancellable("b"):
         pass
     for job_id in ("a", "c"):
-        with pytest.raises(JobError), cancellations.heeded(job_id):
+        with pytest.raises(JobError), cancellations.cancellable(job_id):
             pass
 
 
 async def test_what_is_heard_is_kept_under_a_name_that_does_not_tell_the_id() -> None:
     cancellations, keeper = Cancellations(), Keeper()
     cancellations.listening()
-    cancellations.heard("heard before there was anything to keep it in")
-    cancellations.keep_with(keeper)
+    cancellations.cancel("heard before there was anything to keep it in")
+    cancellations.store_in(keeper)
     assert len(keeper.kept) == 1
     keeper.kept.clear()
-    cancellations.heard("invoice-4711")
+    cancellations.cancel("invoice-4711")
     cancellations.listening()
     assert (keeper.kept, keeper.looks) == ([name_of("invoice-4711")], 1)
     assert "4711" not in keeper.kept[0]

@@ -11,6 +11,7 @@ from structlog.testing import CapturingLogger
 
 from tests.running import until
 from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
+from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
 from worker.jobs.in_flight_jobs import LOST_ACK_S, InFlightJobs
 from worker.jobs.outcome import Outcome, Requeued, Retried, Succeeded
@@ -30,12 +31,14 @@ class Work:
 
     def __init__(self) -> None:
         self.started: list[Delivery] = []
+        self.attempts: list[Attempt] = []
         self.cancelled = 0
         self.may_end = asyncio.Event()
         self.ends_with: Callable[[Delivery], Outcome] = answered
 
-    async def __call__(self, delivery: Delivery) -> Outcome:
+    async def __call__(self, delivery: Delivery, attempt: Attempt) -> Outcome:
         self.started.append(delivery)
+        self.attempts.append(attempt)
         try:
             await self.may_end.wait()
         except asyncio.CancelledError:
@@ -256,7 +259,7 @@ async def test_work_that_is_cut_off_goes_back_to_the_queue(worker: Worker) -> No
     for delivery, _ in several:
         worker.in_flight.accept(delivery)
     await turns_of_the_loop()
-    worker.in_flight.cut_off()
+    worker.in_flight.cancel_all()
     async with asyncio.timeout(20):
         await worker.in_flight.drained()
     assert worker.work.cancelled == 3
@@ -272,8 +275,10 @@ async def test_a_job_cancelled_at_the_end_of_the_grace_keeps_its_restored_attemp
     worker.in_flight.accept(delivery)
     await turns_of_the_loop()
     # The job was read, and two of its three attempts were an outage's.
-    delivery.progress.job_id, delivery.progress.model, delivery.progress.attempts = "job-1", "llama", 2
-    worker.in_flight.cut_off()
+    (attempt,) = worker.work.attempts
+    attempt.job_id, attempt.allowed_model = "job-1", "llama"
+    attempt.restore_attempts(2)
+    worker.in_flight.cancel_all()
     async with asyncio.timeout(20):
         await worker.in_flight.drained()
     (copy,) = worker.publisher.to("jobs")
@@ -287,7 +292,7 @@ async def test_a_job_cancelled_before_it_was_read_is_logged_with_its_message_id(
 ) -> None:
     worker.in_flight.accept(worker.connection.delivers(message_id="m-1")[0])
     await turns_of_the_loop()
-    worker.in_flight.cut_off()
+    worker.in_flight.cancel_all()
     async with asyncio.timeout(20):
         await worker.in_flight.drained()
     (line,) = [call.kwargs for call in settlement_log.calls if call.args == ("job_requeued",)]
@@ -299,7 +304,7 @@ async def test_a_result_that_waits_for_the_broker_is_not_cut_off(worker: Worker)
     worker.work.may_end.set()
     worker.in_flight.accept(worker.connection.delivers()[0])
     await turns_of_the_loop()
-    worker.in_flight.cut_off()
+    worker.in_flight.cancel_all()
     worker.publisher.let_go.set()
     await worker.finish()
     assert len(worker.publisher.results()) == 1
@@ -311,9 +316,9 @@ async def test_what_cannot_even_be_given_back_is_let_go_of_unsettled(worker: Wor
     worker.publisher.let_go.clear()
     handler = worker.in_flight.accept(delivery)
     await turns_of_the_loop()
-    worker.in_flight.cut_off()
+    worker.in_flight.cancel_all()
     await turns_of_the_loop()
-    worker.in_flight.abandon()
+    worker.in_flight.abandon_all()
     async with asyncio.timeout(20):
         await worker.in_flight.drained()
     assert handler.cancelled()
@@ -475,9 +480,10 @@ async def test_what_is_in_flight_is_told_the_oldest_first(worker: Worker) -> Non
     for delivery in (young, old):
         worker.in_flight.accept(delivery)
     await turns_of_the_loop()
-    young.progress.job_id, young.progress.model = "read", "m"
-    young.progress.enters("model")
-    first, second = worker.in_flight.look()
+    attempt = worker.work.attempts[0]
+    attempt.job_id, attempt.allowed_model = "read", "m"
+    attempt.enter("model", time.monotonic())
+    first, second = worker.in_flight.snapshot()
 
     assert (first["job_id"], first["stage"], first["attempts"], first["model"]) == ("old", "decode", 1, None)
     assert (second["job_id"], second["stage"], second["attempts"], second["model"]) == (
@@ -495,13 +501,13 @@ async def test_a_delivery_that_is_attached_to_running_work_tells_of_that_work(wo
     first, _ = worker.connection.delivers()
     worker.in_flight.accept(first)
     await turns_of_the_loop()
-    first.progress.enters("model")
+    worker.work.attempts[0].enter("model", time.monotonic())
     worker.connection.lives = False
     worker.in_flight.accept(Connection().delivers(redelivered=True)[0])
     await turns_of_the_loop()
-    assert [job["stage"] for job in worker.in_flight.look()] == ["model", "model"]
+    assert [job["stage"] for job in worker.in_flight.snapshot()] == ["model", "model"]
     await worker.finish()
-    assert worker.in_flight.look() == []
+    assert worker.in_flight.snapshot() == []
 
 
 async def test_what_waits_for_the_broker_to_confirm_is_being_published(worker: Worker) -> None:
@@ -509,7 +515,7 @@ async def test_what_waits_for_the_broker_to_confirm_is_being_published(worker: W
     worker.work.may_end.set()
     handler = worker.in_flight.accept(worker.connection.delivers()[0])
     await turns_of_the_loop(30)
-    assert [job["stage"] for job in worker.in_flight.look()] == ["publish"]
+    assert [job["stage"] for job in worker.in_flight.snapshot()] == ["publish"]
     worker.publisher.let_go.set()
     await handler
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from tests.fake_s3 import Answer, FakeS3, give, head, say
 from tests.unit.fakes import turns_of_the_loop
@@ -182,3 +183,18 @@ async def test_an_image_that_breaks_off_for_many_is_told_by_each_in_its_own_word
     assert len(fake.asked) == 1
     assert [it.reason for it in faults] == ["connection_error"] * jobs
     assert sum(not it.is_duplicate for it in faults) == 1
+
+
+async def test_images_that_cannot_be_opened_in_time_are_a_transient_error(fake: FakeS3) -> None:
+    async def hang(_: web.BaseRequest) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    fake.answer = hang
+    async with loader(fake) as images:
+        wanted = located(images, "s3://photos/a.png")
+        async with images.reserve(wanted) as reservation:
+            with pytest.raises(TransientError) as caught:
+                async with images.open(wanted, reservation, time_left_s=0.2):
+                    pass
+    assert caught.value.reason == "timeout"

@@ -72,6 +72,4 @@ def test_the_table_of_levels_has_all() -> None:
 
 
 def test_the_table_of_stages_has_all_that_a_job_goes_through() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "worker").rglob("*.py"))
-    entered = set(re.findall(r'\.enters\("(\w+)"\)', source))
-    assert {row[0].strip("`") for row in _table("In-flight jobs")} == {"decode", *get_args(Stage), *entered}
+    assert {row[0].strip("`") for row in _table("In-flight jobs")} == set(get_args(Stage))

@@ -157,7 +157,7 @@ async def test_a_job_that_is_delivered_again_while_it_runs_has_a_span_for_each_d
     uses(traced.tracer)
     may_end, lives = asyncio.Event(), True
 
-    async def process(_: object) -> Outcome:
+    async def process(*_: object) -> Outcome:
         with tracing.spans().call("m", "deepinfra"):
             await may_end.wait()
         return ANSWERED

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.unit.fakes import a_delivery
+from worker.clock import Clock
 from worker.errors import ErrorCode
-from worker.jobs.attempt import Report
-from worker.jobs.outcome import Failed, Succeeded
+from worker.jobs.attempt import Attempt
+from worker.jobs.outcome import Failed, Outcome, Succeeded
+from worker.jobs.results import Results
 from worker.messages.result import JobFailure, Result, Timings, Usage
-from worker.model.answer import MalformedAnswerError, parse_answer
+from worker.model.answer import Answer, MalformedAnswerError, parse_answer
 from worker.observability.redaction import Redactor
 
 # Every character, lone surrogates too: a model may be cut off in the middle of an emoji.
@@ -55,6 +57,11 @@ class Dear:
     completion = 1e308
 
 
+def answered(answer: Answer, *, include_response: bool) -> Outcome:
+    results = Results(Redactor([]), Clock(), include_response=include_response)
+    return results.answered(Attempt.of(a_delivery()), answer)
+
+
 def strictly(body: bytes) -> Any:
     """The value of RFC 8259 JSON in UTF-8."""
 
@@ -68,12 +75,11 @@ def strictly(body: bytes) -> Any:
 def test_whatever_the_api_answers_the_result_is_strict_json(
     response: Any, price: Dear | None, include_response: bool
 ) -> None:
-    report = Report(a_delivery(), Redactor([]), include_response=include_response, timeout_s=60)
     try:
         answer = parse_answer(json.dumps(response).encode(), price)
     except MalformedAnswerError:
         return
-    outcome = report.answered(answer)
+    outcome = answered(answer, include_response=include_response)
     assert isinstance(outcome, Succeeded | Failed)
     body = strictly(outcome.result.to_body())
     assert body["status"] == ("succeeded" if isinstance(outcome, Succeeded) else "failed")
@@ -88,7 +94,7 @@ def test_a_lone_surrogate_becomes_a_question_mark_and_loses_no_answer() -> None:
     answer = parse_answer(
         b'{"choices":[{"message":{"content":"cut \\ud83d","x":{"\\udc00":["\\ud83d"]}}}]}', None
     )
-    outcome = Report(a_delivery(), Redactor([]), include_response=True, timeout_s=60).answered(answer)
+    outcome = answered(answer, include_response=True)
     assert isinstance(outcome, Succeeded)
     body = strictly(outcome.result.to_body())
     assert body["answer"] == "cut ?"

@@ -33,7 +33,7 @@ class Slow(ConditionalStore):
 
 async def test_cancellations_that_come_while_one_is_written_are_all_kept() -> None:
     objects = Slow()
-    cancelled_jobs = CancelledJobs(objects, Cancellations())
+    cancelled_jobs = CancelledJobs(objects, Cancellations().remember)
     cancelled_jobs.add("first")
     catching_up = asyncio.create_task(cancelled_jobs.catch_up())
     for name in ("second", "third", "fourth"):
@@ -49,7 +49,7 @@ async def test_cancellations_that_come_while_one_is_written_are_all_kept() -> No
 async def test_what_is_new_is_kept_even_where_nothing_may_be_listed() -> None:
     objects = Slow()
     objects.there = None
-    cancelled_jobs = CancelledJobs(objects, Cancellations())
+    cancelled_jobs = CancelledJobs(objects, Cancellations().remember)
     cancelled_jobs.add("first")
     objects.may_write.release()
     with pytest.raises(DependencyDownError):
@@ -60,13 +60,13 @@ async def test_what_is_new_is_kept_even_where_nothing_may_be_listed() -> None:
 async def test_what_was_cancelled_while_nobody_listened_is_heeded() -> None:
     objects, cancellations = Slow(), Cancellations()
     other = Cancellations()
-    other.heard("invoice-4711")
-    cancelled_jobs = CancelledJobs(objects, cancellations)
-    other.keep_with(cancelled_jobs)
+    other.cancel("invoice-4711")
+    cancelled_jobs = CancelledJobs(objects, cancellations.remember)
+    other.store_in(cancelled_jobs)
     objects.may_write.release()
     await cancelled_jobs.catch_up()
     objects.there = [name.removeprefix(FOLDER) for name in objects.written]
     cancelled_jobs.look_again()
     await cancelled_jobs.catch_up()
-    with pytest.raises(JobError), cancellations.heeded("invoice-4711"):
+    with pytest.raises(JobError), cancellations.cancellable("invoice-4711"):
         pass

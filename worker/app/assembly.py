@@ -5,14 +5,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
+from worker.clock import Clock
 from worker.errors import DependencyDownError
 from worker.images.loader import ImageLoader, LinkPolicy
 from worker.images.source import SourcePolicy
 from worker.jobs.cancellation import Cancellations
+from worker.jobs.request import RequestRules
+from worker.jobs.results import Results
 from worker.model.client import Model
 from worker.observability.redaction import Redactor
 from worker.observability.tenants import Tenants
-from worker.processor import Processor, Rules
+from worker.processor import Processor, World
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
 from worker.resilience.outage_detector import Health
 from worker.resilience.retry_policy import RetryPolicy
@@ -56,26 +59,30 @@ async def assemble(
         objects = conditional_store_at(settings.result_store, s3)
         store = ResultStore(objects, max_job_s=settings.job_timeout)
         stack.push_async_callback(store.close)
-        cancelled_jobs = CancelledJobs(objects, cancellations)
+        cancelled_jobs = CancelledJobs(objects, cancellations.remember)
         await _catch_up(cancelled_jobs)
-        cancellations.keep_with(cancelled_jobs)
+        cancellations.store_in(cancelled_jobs)
         background = {
             "result-store": store.send_heartbeats,
             "result-store-leftovers": store.tidy_up,
             "tombstones": cancelled_jobs.run,
         }
-    processor = Processor(
-        _images(settings, s3),
-        open_model(settings, redact, stack),
-        gate=gate,
-        health=health,
-        rules=_rules(settings),
-        redact=redact,
-        cancellations=cancellations,
+    clock = Clock()
+    world = World(
+        images=_images(settings, s3),
+        model=open_model(settings, redact, stack),
         store=store,
+        limiter=gate,
+        health=health,
+        cancellations=cancellations,
         tenants=tenants,
+        results=Results(redact, clock, include_response=settings.include_response),
+        rules=_rules(settings),
+        retry=RetryPolicy(settings.max_attempts, settings.retry_delays),
+        job_timeout_s=settings.job_timeout,
+        clock=clock,
     )
-    return Assembled(processor, background)
+    return Assembled(Processor(world), background)
 
 
 async def open_s3(settings: Settings, stack: AsyncExitStack) -> S3:
@@ -132,14 +139,12 @@ def open_model(settings: Settings, redact: Redactor, stack: AsyncExitStack) -> M
     return model
 
 
-def _rules(settings: Settings) -> Rules:
-    return Rules(
+def _rules(settings: Settings) -> RequestRules:
+    return RequestRules(
         default_model=settings.model,
         allowed_models=frozenset(settings.allowed_models),
         max_job_bytes=settings.max_job_bytes,
         delivery_limit=settings.delivery_limit,
-        job_timeout_s=settings.job_timeout,
         send_image_detail=settings.send_image_detail,
-        include_response=settings.include_response,
-        retry=RetryPolicy(settings.max_attempts, settings.retry_delays),
+        stores_results=settings.result_store is not None,
     )

@@ -161,12 +161,14 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
     metrics.initialize_series(settings.allowed_models)
     tenants.initialize_series(settings.allowed_models)
     settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to), tenants)
-    in_flight = InFlightJobs(tasks, lambda delivery: processor.result().process(delivery), settlement)
+    in_flight = InFlightJobs(
+        tasks, lambda delivery, attempt: processor.result().process(delivery, attempt), settlement
+    )
     cancellations = Cancellations()
     consumer = Consumer(
         broker,
         topology,
-        Control(topology, on_cancel=cancellations.heard, on_listening=cancellations.listening),
+        Control(topology, on_cancel=cancellations.cancel, on_listening=cancellations.listening),
         prefetch=settings.max_concurrency,
         on_delivery=lambda delivery: _ignore(in_flight.accept(delivery)),
     )
@@ -235,9 +237,9 @@ async def _drain(parts: _Parts, grace_s: float) -> bool:
     if await _in_time(parts.in_flight.drained(), max(0.0, ends - time.monotonic())):
         return True
     log.warning("grace_period_expired", after_s=grace_s)
-    parts.in_flight.cut_off()
+    parts.in_flight.cancel_all()
     if not await _in_time(parts.in_flight.drained(), GIVE_BACK_S):
-        parts.in_flight.abandon()
+        parts.in_flight.abandon_all()
     return False
 
 
@@ -307,7 +309,7 @@ def _handle_questions(parts: _Parts, stop: asyncio.Event) -> None:
 
 def _tell(parts: _Parts, *, stopping: bool) -> None:
     """Log what is in flight: how many jobs, and the oldest of them."""
-    jobs, state = parts.in_flight.look(), _readiness(parts, stopping=stopping)
+    jobs, state = parts.in_flight.snapshot(), _readiness(parts, stopping=stopping)
     asked.info(
         "in_flight_summary",
         status=state.status,

@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass
 from typing import Self, assert_never
 
-from worker.errors import ErrorCode, JobError, TransientError
+from worker.errors import Dependency, ErrorCode, JobError, TransientError
 from worker.images.coalesced_reads import CoalescedReads
 from worker.images.content import SIGNATURE_BYTES, media_type
 from worker.images.encoding import decode_slices, encode, iterate_async
@@ -124,9 +124,11 @@ class ImageLoader:
 
     @asynccontextmanager
     async def open(
-        self, images: Sequence[ImageSource], reservation: Reservation
+        self, images: Sequence[ImageSource], reservation: Reservation, *, time_left_s: float | None = None
     ) -> AsyncIterator[OpenImages]:
         """Open all images of a job, in order; shrink the reservation to what they need.
+
+        `time_left_s`: a transient error ends opening after so many seconds.
 
         Raises:
             JobError: an image is missing, forbidden, too large, or of an unsupported type.
@@ -135,7 +137,7 @@ class ImageLoader:
         """
         opened = OpenImages(reservation)
         try:
-            opened.urls.extend(await self._open_all(images, opened))
+            opened.urls.extend(await self._open_in_time(images, opened, time_left_s))
             if not any(isinstance(url, StreamedUrl) for url in opened.urls):
                 reservation.shrink_to(sum(url.length for url in opened.urls))
             yield opened
@@ -144,6 +146,15 @@ class ImageLoader:
 
     def _is_link(self, source: Source) -> bool:
         return isinstance(source, Link) or (self._links is not None and isinstance(source, S3Object))
+
+    async def _open_in_time(
+        self, images: Sequence[ImageSource], opened: OpenImages, time_left_s: float | None
+    ) -> list[BufferedUrl | StreamedUrl]:
+        try:
+            async with asyncio.timeout(time_left_s):
+                return await self._open_all(images, opened)
+        except TimeoutError:
+            raise TransientError(Dependency.S3, "timeout", "the images could not be read in time") from None
 
     async def _open_all(
         self, images: Sequence[ImageSource], opened: OpenImages

@@ -1,4 +1,4 @@
-"""Jobs that somebody has cancelled: those that run are aborted, those that come are not begun."""
+"""Cancelled jobs: running ones are aborted, and later deliveries of them are not worked on."""
 
 import asyncio
 import hashlib
@@ -9,68 +9,68 @@ from typing import Protocol
 
 from worker.errors import ErrorCode, JobError
 
-# Far more than anybody takes back at once; about a hundred bytes each.
+# Cancelled jobs that a worker remembers, at about a hundred bytes each.
 REMEMBERED = 100_000
 
 
-class Keeper(Protocol):
-    """Where cancellations are kept for workers that were not there to hear them."""
+class CancellationStore(Protocol):
+    """Cancelled jobs, for workers that missed the cancel message."""
 
     def add(self, name: str) -> None:
-        """Keep one."""
+        """Store one."""
 
     def look_again(self) -> None:
-        """There may be some that this worker did not hear."""
+        """Read all of them again, since messages may have been missed."""
 
 
 class Cancellations:
-    """Which jobs were cancelled, as far as this worker has heard, and which of them it is at."""
+    """The cancelled jobs that this worker knows of, and the tasks that work on cancellable jobs."""
 
     def __init__(self) -> None:
-        self._keeper: Keeper | None = None
-        self._names: OrderedDict[str, None] = OrderedDict()
+        self._store: CancellationStore | None = None
+        self._cancelled: OrderedDict[str, None] = OrderedDict()
         # The tasks that work on each job and are not aborted yet.
         self._running: dict[str, list[asyncio.Task[object]]] = {}
 
-    def keep_with(self, keeper: Keeper) -> None:
-        """Keep what was heard so far, and what will be."""
-        self._keeper = keeper
-        for name in self._names:
-            keeper.add(name)
+    def store_in(self, store: CancellationStore) -> None:
+        """Store the jobs cancelled so far and from now on."""
+        self._store = store
+        for name in self._cancelled:
+            store.add(name)
 
-    def heard(self, job_id: str) -> None:
-        """Abort a cancelled job, and remember it for deliveries that come later."""
+    def cancel(self, job_id: str) -> None:
+        """Abort a job, and remember it for deliveries that come later."""
         name = name_of(job_id)
         self.remember([name])
         # Each task once: a second cancel message must not look like a stop of the worker.
         for task in self._running.pop(name, ()):
             task.cancel()
-        if self._keeper is not None:
-            self._keeper.add(name)
+        if self._store is not None:
+            self._store.add(name)
 
     def listening(self) -> None:
-        """From now on this worker hears of cancellations; what came before, it may have missed."""
-        if self._keeper is not None:
-            self._keeper.look_again()
+        """Note that cancel messages arrive from now on; earlier ones may have been missed."""
+        if self._store is not None:
+            self._store.look_again()
 
     def remember(self, names: Iterable[str]) -> None:
-        """These were cancelled before."""
+        """Remember cancelled jobs by name, the youngest of them if there are too many."""
         for name in names:
-            self._names[name] = None
-            self._names.move_to_end(name)
-            if len(self._names) > REMEMBERED:
-                self._names.popitem(last=False)
+            self._cancelled[name] = None
+            self._cancelled.move_to_end(name)
+            if len(self._cancelled) > REMEMBERED:
+                self._cancelled.popitem(last=False)
 
     @contextmanager
-    def heeded(self, job_id: str) -> Iterator[None]:
-        """Work on a job that may be cancelled, in the task that does it.
+    def cancellable(self, job_id: str) -> Iterator[None]:
+        """Let `cancel` abort the current task while it works on a job.
 
         Raises:
-            JobError: it has been.
+            JobError: the job is cancelled.
         """
         name, task = name_of(job_id), asyncio.current_task()
-        assert task is not None  # noqa: S101 - for the type checker: a context of asyncio's
-        if name in self._names:
+        assert task is not None  # noqa: S101 - for the type checker: there is one wherever jobs run
+        if name in self._cancelled:
             raise _cancelled()
         self._running.setdefault(name, []).append(task)
         try:
@@ -92,7 +92,7 @@ class Cancellations:
 
 
 def name_of(job_id: str) -> str:
-    """What a job goes by here and in the result store: whoever lists the store learns no ids."""
+    """Return the name of a job here and in the result store; it does not reveal the id."""
     return hashlib.sha256(job_id.encode(errors="replace")).hexdigest()
 
 

@@ -1,12 +1,11 @@
-"""The jobs of this process: each worked on once, however often the broker delivers it.
+"""The jobs in flight in this process: each is worked on once, however often the broker delivers it.
 
-A lost connection makes the broker deliver every unsettled job again. The work that runs (or has just
-ended) here is then used for the new delivery too, and not paid for again.
+When a connection is lost, the broker delivers every unsettled job again. The work that runs here, or has just
+ended, then serves the new delivery as well, and is not paid for again.
 """
 
 import asyncio
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -15,30 +14,33 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import structlog
 from structlog.contextvars import bind_contextvars
 
-from worker.jobs.delivery import Delivery, Progress
+from worker.clock import Clock
+from worker.jobs.attempt import Attempt
+from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome, Requeued, Retried
+from worker.jobs.results import requeued
 from worker.observability import metrics
 from worker.observability.logs import describe_exception
 from worker.observability.tracing import spans
 
 log = structlog.get_logger(__name__)
 
-# Jobs that ended and are remembered in case their ack was lost. A few hundred bytes each; far more than
-# a broker can have unsettled with this process.
+# Settled jobs that are remembered in case their ack was lost, at a few hundred bytes each: far more than a
+# broker has unsettled with one process.
 REMEMBERED = 10_000
-# Of messages that the publisher sent several times: how many of them.
-REMEMBERED_TWINS = 100
-# A lost ack is found out with its connection, and a quorum queue hands out first what came back. What says
-# the same after so long a time has been submitted again.
+# The same for duplicates of one message.
+REMEMBERED_DUPLICATES = 100
+# A lost ack shows soon: quorum queues deliver returned messages first. An equal message that comes after so
+# many seconds was submitted again.
 LOST_ACK_S = 1800.0
 EXIT_FAILURE = 1
 
 
 class Settlement(Protocol):
-    """Who publishes and acks."""
+    """Publish outcomes and ack deliveries."""
 
     async def publish(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
-        """Publish what the outcome calls for, confirmed, or something in its place, which is returned.
+        """Publish the outcome, or one in its place, and return it once the broker has confirmed.
 
         None: the broker has the job itself back.
         """
@@ -49,99 +51,107 @@ class Settlement(Protocol):
 
 @dataclass(eq=False)
 class _Work:
-    """One job's work: the task that does it, how far it is, and whether its outcome has been published."""
+    """The work on one job: its task, its attempt, and whether its outcome is published."""
 
     task: asyncio.Task[Outcome | Exception]
-    progress: Progress
+    attempt: Attempt
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     is_published: bool = False
 
 
 class _Ack(NamedTuple):
-    """When a message was acked, and whether the connection that the ack went over still lives."""
+    """When a message was acked, and whether the connection of that ack is still open."""
 
     is_alive: Callable[[], bool]
     at: float
 
 
 class InFlightJobs:
-    """Starts work for deliveries, and settles each delivery when its work has ended."""
+    """Start work for deliveries, and settle each delivery when its work has ended."""
 
     def __init__(
         self,
         tasks: asyncio.TaskGroup,
-        process: Callable[[Delivery], Coroutine[None, None, Outcome]],
+        process: Callable[[Delivery, Attempt], Coroutine[None, None, Outcome]],
         settlement: Settlement,
+        clock: Clock | None = None,
     ) -> None:
         self._tasks = tasks
         self._process = process
         self._settlement = settlement
+        self._clock = clock or Clock()
         self._running: dict[bytes, _Work] = {}
-        # Messages whose outcome is out, and their acks.
+        # The acks of published messages.
         self._acked: OrderedDict[bytes, list[_Ack]] = OrderedDict()
         self._handlers: dict[asyncio.Task[Outcome | None], Delivery] = {}
+        self._attempts: dict[Delivery, Attempt] = {}
 
     @property
     def is_idle(self) -> bool:
-        """Whether every delivery has been settled."""
+        """Whether every delivery is settled."""
         return not self._handlers
 
     @property
     def unsettled(self) -> int:
-        """How many deliveries there are of which the broker does not yet know what became."""
+        """The number of unsettled deliveries."""
         return len(self._handlers)
 
     def accept(self, delivery: Delivery) -> asyncio.Task[Outcome | None]:
-        """Take a delivery; the task ends when it is settled, with the outcome that was published for it."""
+        """Accept a delivery; return the task that settles it and returns the published outcome."""
+        self._attempts[delivery] = Attempt.of(delivery)
         task = self._tasks.create_task(self._handle(delivery), name="delivery")
         self._handlers[task] = delivery
-        task.add_done_callback(self._handlers.pop)
+        task.add_done_callback(self._forget)
         return task
 
-    def look(self) -> list[dict[str, Any]]:
-        """What is in flight, the oldest first, as log lines say it: no job's question, and no image."""
-        now = time.monotonic()
+    def _forget(self, task: asyncio.Task[Outcome | None]) -> None:
+        del self._attempts[self._handlers.pop(task)]
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """Return the fields of a log line for each delivery, oldest first; nothing of the jobs' content."""
+        now = self._clock.monotonic()
         deliveries = sorted(self._handlers.values(), key=lambda delivery: delivery.received)
-        return [_facts(delivery, now) for delivery in deliveries]
+        return [_log_fields(delivery, self._attempts[delivery], now) for delivery in deliveries]
 
     async def drained(self) -> None:
-        """Return when every delivery accepted so far, and since, has been settled."""
+        """Return when every delivery is settled, including those that arrive meanwhile."""
         while self._handlers:
             await asyncio.wait(set(self._handlers))
 
-    def cut_off(self) -> None:
-        """Stop the work that still runs; its jobs go back to the queue, uncounted."""
+    def cancel_all(self) -> None:
+        """Cancel the running work; its jobs are requeued and the attempts do not count."""
         for work in self._running.values():
             work.task.cancel()
 
-    def abandon(self) -> None:
-        """Let go of what cannot even be given back; the broker delivers it again."""
+    def abandon_all(self) -> None:
+        """Leave all deliveries unsettled; the broker delivers them again when the connection closes."""
         for task in self._handlers:
             task.cancel()
 
     async def _handle(self, delivery: Delivery) -> Outcome | None:
+        attempt = self._attempts[delivery]
         with spans().process(delivery) as span:
-            trace_id = delivery.progress.trace_id = span.trace_id or delivery.progress.trace_id
-            if trace_id is not None:
-                # On every line that is logged from here on, in this task and in the job's.
-                bind_contextvars(trace_id=trace_id)
-            outcome = await self._see_to_its_end(delivery)
+            attempt.trace_id = span.trace_id or attempt.trace_id
+            if attempt.trace_id is not None:
+                # On every line that this task and the job's task log from here on.
+                bind_contextvars(trace_id=attempt.trace_id)
+            outcome = await self._work_and_settle(delivery)
             span.became(outcome)
         return outcome
 
-    async def _see_to_its_end(self, delivery: Delivery) -> Outcome | None:
+    async def _work_and_settle(self, delivery: Delivery) -> Outcome | None:
         if self._lost_its_ack(delivery):
             await delivery.ack()
             return None
         work = self._running.get(delivery.key) or self._start(delivery)
-        delivery.progress = work.progress
+        self._attempts[delivery] = work.attempt
         try:
             return await self._settle(work, delivery)
         except MemoryError:
-            _end_without_memory()
-        except Exception as error:  # noqa: BLE001 - whatever a message does, the worker goes on
-            log.error("settlement_failed", exception=describe_exception(error))  # noqa: TRY400
-            # The broker itself moves it to the dead-letter queue: nothing is lost.
+            _exit_without_memory()
+        except Exception as error:  # noqa: BLE001 - no message may stop the worker
+            log.error("settlement_failed", exception=describe_exception(error))  # noqa: TRY400 - described without the job's content
+            # The broker dead-letters it itself: nothing is lost.
             await delivery.reject()
             return None
         finally:
@@ -151,24 +161,25 @@ class InFlightJobs:
     def _start(self, delivery: Delivery) -> _Work:
         if delivery.queued_s is not None:
             metrics.waited_in_queue(delivery.queued_s)
-        task = self._tasks.create_task(_caught(self._process(delivery)), name="job")
+        attempt = self._attempts[delivery]
+        task = self._tasks.create_task(_bug_as_value(self._process(delivery, attempt)), name="job")
         metrics.JOBS_IN_FLIGHT.inc()
         task.add_done_callback(lambda _: metrics.JOBS_IN_FLIGHT.dec())
-        work = self._running[delivery.key] = _Work(task, delivery.progress)
+        work = self._running[delivery.key] = _Work(task, attempt)
         return work
 
     async def _settle(self, work: _Work, delivery: Delivery) -> Outcome | None:
-        outcome = await _outcome_of(work.task, delivery)
+        outcome = await _outcome_of(work, delivery)
         async with work.turn:
-            # A delivery whose connection is gone adds nothing to an outcome that is out: it comes again.
-            # A message that the publisher sent twice gets its own.
+            # A delivery whose connection is lost comes again: a published outcome needs no second message.
+            # A duplicate that the publisher sent gets its own.
             if self._lost_its_ack(delivery) or (work.is_published and not delivery.is_alive()):
                 await delivery.ack()
                 return None
-            # The broker has the job back, and may have given it to another worker: a copy would double it.
+            # The broker has the job back and may have delivered it elsewhere: a copy would be a duplicate.
             if isinstance(outcome, Requeued | Retried) and not delivery.is_alive():
                 return None
-            delivery.progress.enters("publish")
+            work.attempt.enter("publish", self._clock.monotonic())
             published = await self._settlement.publish(delivery, outcome)
             if published is None:
                 return None
@@ -178,76 +189,66 @@ class InFlightJobs:
         return published
 
     def _lost_its_ack(self, delivery: Delivery) -> bool:
-        """Whether this message's outcome is out and only the ack was lost, with the connection.
+        """Return whether this message's outcome is published and only the ack was lost.
 
-        An ack on a connection that lives cannot be lost: then it is another message that says the same.
+        An ack is lost with its connection only: on an open one, this is another message with equal content.
         """
         if delivery.redelivered:
             acks = self._acked.get(delivery.key, [])
             for nth, ack in enumerate(acks):
                 if not ack.is_alive() and delivery.received - ack.at < LOST_ACK_S:
-                    # From now on it is this delivery's ack that can be lost.
+                    # From now on, this delivery's ack is the one that can be lost.
                     acks[nth] = _Ack(delivery.is_alive, delivery.received)
                     return True
         return False
 
     def _remember(self, delivery: Delivery) -> None:
         self._running.pop(delivery.key, None)
-        # A list: hardly ever are there several, and a deque takes ten times as much memory.
-        twins = self._acked.setdefault(delivery.key, [])
-        twins.append(_Ack(delivery.is_alive, time.monotonic()))
-        del twins[:-REMEMBERED_TWINS]
+        # A list, since there are seldom duplicates, and a deque takes ten times as much memory.
+        duplicates = self._acked.setdefault(delivery.key, [])
+        duplicates.append(_Ack(delivery.is_alive, self._clock.monotonic()))
+        del duplicates[:-REMEMBERED_DUPLICATES]
         self._acked.move_to_end(delivery.key)
         if len(self._acked) > REMEMBERED:
             self._acked.popitem(last=False)
 
 
-def _facts(delivery: Delivery, now: float) -> dict[str, Any]:
-    progress = delivery.progress
+def _log_fields(delivery: Delivery, attempt: Attempt, now: float) -> dict[str, Any]:
     return {
-        "job_id": progress.job_id or delivery.message_id,
-        "stage": progress.stage,
+        "job_id": attempt.job_id or delivery.message_id,
+        "stage": attempt.stage,
         "age_s": round(now - delivery.received, 3),
-        "stage_s": round(now - progress.since, 3),
-        "attempts": progress.attempts,
-        "model": progress.model,
-        "trace_id": progress.trace_id,
+        "stage_s": round(now - attempt.since, 3),
+        "attempts": attempt.number,
+        "model": attempt.allowed_model,
+        "trace_id": attempt.trace_id,
     }
 
 
-async def _caught(work: Coroutine[None, None, Outcome]) -> Outcome | Exception:
-    """What the work came to. A bug is a value too: raised in the task group, it would end all jobs."""
+async def _bug_as_value(work: Coroutine[None, None, Outcome]) -> Outcome | Exception:
+    """Return the outcome, or the exception: raised in the task group, it would cancel all jobs."""
     try:
         return await work
     except MemoryError:
-        _end_without_memory()
+        _exit_without_memory()
     except Exception as bug:  # noqa: BLE001 - raised again by `_outcome_of`
         return bug
 
 
-async def _outcome_of(task: asyncio.Task[Outcome | Exception], delivery: Delivery) -> Outcome:
-    """Return the outcome of a job's task; a job whose task was cancelled is requeued."""
-    await asyncio.wait({task})
-    if task.cancelled():
-        return _requeued_at_shutdown(delivery)
-    outcome = task.result()
+async def _outcome_of(work: _Work, delivery: Delivery) -> Outcome:
+    """Wait for the outcome of a job; a job whose task was cancelled is requeued."""
+    await asyncio.wait({work.task})
+    if work.task.cancelled():
+        work.attempt.job_id = work.attempt.job_id or delivery.message_id
+        return requeued(work.attempt, "the worker stops")
+    outcome = work.task.result()
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-def _requeued_at_shutdown(delivery: Delivery) -> Requeued:
-    progress = delivery.progress
-    return Requeued(
-        job_id=progress.job_id or delivery.message_id,
-        model=progress.model or metrics.UNKNOWN_MODEL,
-        reason="the worker stops",
-        restored_attempts=delivery.attempts + 1 - progress.attempts,
-    )
-
-
-def _end_without_memory() -> NoReturn:
-    """End the process as it is: nothing it does can be relied on now, and the broker has all its jobs."""
+def _exit_without_memory() -> NoReturn:
+    """Exit at once: nothing works reliably without memory, and the broker still has all jobs."""
     try:
         log.critical("out_of_memory")
     finally:

@@ -1,4 +1,4 @@
-"""What a job became: a closed set of values, matched in the one place that settles deliveries."""
+"""The outcome of a job: a closed set of values, matched exhaustively by the settlement."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,9 +9,9 @@ from worker.messages.result import Result
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Outcome:
-    """What every outcome knows: the job's id, if it was read, and the model as a metric's label."""
+    """What every outcome has: the job's id, if known, and the model as a metric label."""
 
-    # As log lines and spans name the outcome.
+    # In log lines and spans.
     name: ClassVar[str]
 
     job_id: str | None
@@ -20,7 +20,7 @@ class _Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Succeeded(_Outcome):
-    """The model answered."""
+    """The API answered; the result has the answer."""
 
     name: ClassVar[str] = "succeeded"
 
@@ -29,7 +29,7 @@ class Succeeded(_Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(_Outcome):
-    """The job failed for good, and its publisher is told."""
+    """The job failed permanently; the result has the error."""
 
     name: ClassVar[str] = "failed"
 
@@ -39,7 +39,7 @@ class Failed(_Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLettered(_Outcome):
-    """The job failed for good and is kept; its publisher is told, where there is somebody to tell."""
+    """The job failed permanently and goes to the dead-letter queue; its publisher gets the result."""
 
     name: ClassVar[str] = "dead_lettered"
 
@@ -51,7 +51,11 @@ class DeadLettered(_Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retried(_Outcome):
-    """The attempt failed; the broker holds the job for `delay_s` whole seconds. So many attempts count."""
+    """The attempt failed; the broker holds the job for `delay_s` whole seconds.
+
+    Attributes:
+        attempts: the number of attempts that count.
+    """
 
     name: ClassVar[str] = "retried"
 
@@ -62,7 +66,7 @@ class Retried(_Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requeued(_Outcome):
-    """The job returns to the queue, and this attempt is not counted.
+    """The job returns to the queue, and this attempt does not count.
 
     Attributes:
         restored_attempts: earlier attempts that an outage caused and that no longer count.

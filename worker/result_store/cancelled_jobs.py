@@ -2,11 +2,11 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable, Iterable
 
 import structlog
 
 from worker.errors import DependencyDownError
-from worker.jobs.cancellation import Cancellations
 from worker.s3.conditional_store import ConditionalStore
 
 log = structlog.get_logger(__name__)
@@ -18,9 +18,10 @@ NEXT_TRY_S = 5.0
 class CancelledJobs:
     """Store and read cancelled jobs: one empty object for each, named by the hash of its id."""
 
-    def __init__(self, objects: ConditionalStore, cancellations: Cancellations) -> None:
+    def __init__(self, objects: ConditionalStore, remember: Callable[[Iterable[str]], None]) -> None:
+        """`remember`: called with the names of all cancelled jobs in the store."""
         self._objects = objects
-        self._cancellations = cancellations
+        self._remember = remember
         self._new: deque[str] = deque()
         self._is_behind = True
         self._has_work = asyncio.Event()
@@ -58,7 +59,7 @@ class CancelledJobs:
             await self._write()
             if self._is_behind:
                 self._is_behind = False
-                self._cancellations.remember(await self._objects.names(FOLDER))
+                self._remember(await self._objects.names(FOLDER))
         except (DependencyDownError, asyncio.CancelledError):
             self._is_behind = True
             self._has_work.set()

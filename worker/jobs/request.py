@@ -1,0 +1,138 @@
+"""The request: what remains of a job once it is decoded and checked."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from worker.errors import ErrorCode, JobError
+from worker.images.source import ImageSource
+from worker.jobs.attempt import Attempt
+from worker.jobs.delivery import Delivery
+from worker.messages.conversation import Conversation, ImageRef
+from worker.messages.decoding import decode
+from worker.messages.job import Job
+from worker.model.request import PLACEHOLDER, fingerprint, frame
+from worker.s3.aws import S3Object
+
+# A job that was delivered too often is decoded this many times more, to find the id for its result. Decoding
+# may be what crashes the workers.
+MAX_DECODES_OVER_LIMIT = 3
+
+_TOO_OFTEN = (
+    "the job was delivered {} times without an outcome (VQA_DELIVERY_LIMIT): it may crash the workers"
+)
+
+
+class DeliveredTooOftenError(Exception):
+    """The job was delivered more than `VQA_DELIVERY_LIMIT` times without an outcome."""
+
+    def __init__(self, deliveries: int) -> None:
+        super().__init__(_TOO_OFTEN.format(deliveries))
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRules:
+    """The settings that a job is checked against.
+
+    Attributes:
+        stores_results: whether requests need a key in the result store.
+    """
+
+    default_model: str
+    allowed_models: Collection[str]
+    max_job_bytes: int
+    delivery_limit: int
+    send_image_detail: bool
+    stores_results: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked job. It holds nothing as large as its images.
+
+    Attributes:
+        model: the model to call.
+        frame: the JSON of the API request, cut where images belong.
+        images: where the images are, in order.
+        deadline: the job fails if the API was not called before.
+        store_key: identifies the job in the result store; empty without one.
+    """
+
+    model: str
+    frame: Sequence[bytes]
+    images: Sequence[ImageSource]
+    deadline: datetime | None
+    store_key: str = ""
+
+    @property
+    def reads_s3(self) -> bool:
+        """Whether any image is read from S3."""
+        return any(isinstance(image.source, S3Object) for image in self.images)
+
+    def check_deadline(self, now: datetime, *, in_s: float = 0.0) -> None:
+        """Check that the deadline is still ahead, `in_s` seconds from now.
+
+        Raises:
+            JobError: it is not.
+        """
+        if self.deadline is not None and now + timedelta(seconds=in_s) >= self.deadline:
+            when = "comes before the API may be called again" if in_s else "has passed"
+            raise JobError(ErrorCode.DEADLINE_EXCEEDED, f"the deadline {self.deadline.isoformat()} {when}")
+
+
+def read_job(delivery: Delivery, attempt: Attempt, rules: RequestRules) -> Job:
+    """Decode the message, and note in the attempt which job it is.
+
+    Raises:
+        InvalidJobError: it is not a job.
+        DeliveredTooOftenError: it was delivered so often that it is not decoded again.
+    """
+    if delivery.deliveries > rules.delivery_limit + MAX_DECODES_OVER_LIMIT:
+        attempt.job_id = delivery.message_id
+        raise DeliveredTooOftenError(delivery.deliveries)
+    job = decode(delivery.body, delivery.message_id, rules.max_job_bytes)
+    attempt.identify(job)
+    return job
+
+
+def make_request(
+    job: Job,
+    delivery: Delivery,
+    attempt: Attempt,
+    rules: RequestRules,
+    check_images: Callable[[Sequence[ImageRef], bytes], list[ImageSource]],
+) -> Request:
+    """Check a job, note its model in the attempt, and return what remains of it.
+
+    Raises:
+        DeliveredTooOftenError: it must not be attempted again.
+        JobError: the job breaks one of the rules.
+    """
+    model = attempt.allowed_model = _model_of(job, rules)
+    if delivery.deliveries > rules.delivery_limit:
+        raise DeliveredTooOftenError(delivery.deliveries)
+    conversation = Conversation(job)
+    messages = conversation.render(PLACEHOLDER, send_detail=rules.send_image_detail)
+    return Request(
+        model=model,
+        frame=frame(model, messages, job.params or {}),
+        images=check_images(conversation.images(), delivery.body),
+        deadline=job.deadline,
+        store_key=_store_key(job, conversation, model, rules),
+    )
+
+
+def _model_of(job: Job, rules: RequestRules) -> str:
+    model = job.model if job.model is not None else rules.default_model
+    if model not in rules.allowed_models:
+        raise JobError(ErrorCode.INVALID_JOB, "model: is not among VQA_ALLOWED_MODELS")
+    return model
+
+
+def _store_key(job: Job, conversation: Conversation, model: str, rules: RequestRules) -> str:
+    """Return the job's key in the result store, which only someone who knows the whole job can compute."""
+    if not rules.stores_results:
+        return ""
+    messages = conversation.render("", send_detail=rules.send_image_detail)
+    urls = [ref.url for ref in conversation.images()]
+    return fingerprint(job.id or "", model, messages, job.params or {}, urls)

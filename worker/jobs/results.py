@@ -1,0 +1,126 @@
+"""Build outcomes from an attempt and the answer or the error that ended it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from worker.clock import Clock
+from worker.errors import ErrorCode
+from worker.jobs.attempt import Attempt, Stage
+from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
+from worker.messages.decoding import InvalidJobError
+from worker.messages.result import JobFailure, Result, Timings
+from worker.model.answer import Answer
+
+_DIGITS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Build the outcomes that carry a result.
+
+    Attributes:
+        redact: removes secrets from a text.
+        include_response: whether each result has the API's whole response (`VQA_INCLUDE_RESPONSE`).
+    """
+
+    redact: Callable[[str], str]
+    clock: Clock
+    include_response: bool = False
+
+    def answered(self, attempt: Attempt, answer: Answer) -> Outcome:
+        """Return Succeeded, or Failed for an empty answer: it is paid for, so there is no other attempt."""
+        paid: dict[str, Any] = {
+            "finish_reason": answer.finish_reason,
+            "usage": answer.usage,
+            "response": answer.response if self.include_response or not answer.is_plain else None,
+        }
+        if answer.is_empty:
+            return self.failed(attempt, ErrorCode.EMPTY_ANSWER, _why_empty(answer), **paid)
+        result = self._result(attempt, status="succeeded", answer=answer.text, **paid)
+        return Succeeded(job_id=attempt.job_id, model=attempt.model, result=result)
+
+    def failed(self, attempt: Attempt, code: ErrorCode, message: str, **paid: Any) -> Outcome:
+        """Return the outcome of a job that failed permanently."""
+        result = self._failure(attempt, code, message, retryable=False, **paid)
+        return Failed(job_id=attempt.job_id, model=attempt.model, result=result, code=code)
+
+    def dead_lettered(self, attempt: Attempt, code: ErrorCode, message: str) -> Outcome:
+        """Return the outcome of a job that failed permanently and goes to the dead-letter queue."""
+        is_exhausted = code is ErrorCode.ATTEMPTS_EXHAUSTED
+        return DeadLettered(
+            job_id=attempt.job_id,
+            model=attempt.model,
+            result=self._failure(attempt, code, message, retryable=is_exhausted),
+            code=code,
+            message=self.redact(message),
+            # No attempt was made at a message that is not a job.
+            attempts=attempt.number if is_exhausted else attempt.counted_before,
+        )
+
+    def invalid(self, attempt: Attempt, error: InvalidJobError) -> Outcome:
+        """Return the outcome of a message that is not a job: a dead letter if its body has no readable id."""
+        attempt.job_id = error.job_id
+        fail = self.failed if error.id_in_body else self.dead_lettered
+        return fail(attempt, ErrorCode.INVALID_JOB, error.message)
+
+    def _failure(
+        self, attempt: Attempt, code: ErrorCode, message: str, *, retryable: bool, **paid: Any
+    ) -> Result:
+        error = JobFailure(code=code, message=self.redact(message), retryable=retryable)
+        return self._result(attempt, status="failed", error=error, **paid)
+
+    def _result(self, attempt: Attempt, **fields: Any) -> Result:
+        now = self.clock.monotonic()
+        return Result(
+            id=attempt.job_id,
+            model=attempt.allowed_model,
+            attempts=attempt.number,
+            metadata=attempt.metadata,
+            timings=Timings(
+                queued_s=attempt.queued_s,
+                fetch_s=_seconds(attempt, "fetch", now),
+                model_s=_seconds(attempt, "model", now),
+                total_s=round(now - attempt.received, _DIGITS),
+            ),
+            **fields,
+        )
+
+
+def retried(attempt: Attempt, delay_s: int, reason: str) -> Outcome:
+    """Return the outcome of an attempt that failed and counts; the next one follows after `delay_s`."""
+    return Retried(
+        job_id=attempt.job_id, model=attempt.model, delay_s=delay_s, attempts=attempt.number, reason=reason
+    )
+
+
+def postponed(attempt: Attempt, delay_s: int, reason: str) -> Outcome:
+    """Return the outcome of an attempt that does not count; the next one follows after `delay_s`."""
+    attempts = attempt.number - 1
+    return Retried(
+        job_id=attempt.job_id, model=attempt.model, delay_s=delay_s, attempts=attempts, reason=reason
+    )
+
+
+def requeued(attempt: Attempt, reason: str) -> Requeued:
+    """Return the outcome of an attempt that does not count, of a job that any worker may take at once."""
+    return Requeued(
+        job_id=attempt.job_id,
+        model=attempt.model,
+        reason=reason,
+        restored_attempts=attempt.restored_attempts,
+    )
+
+
+def _seconds(attempt: Attempt, stage: Stage, now: float) -> float | None:
+    return round(attempt.seconds_in(stage, now), _DIGITS) if attempt.has_entered(stage) else None
+
+
+def _why_empty(answer: Answer) -> str:
+    if answer.refusal is not None:
+        return f"the model refused to answer: {answer.refusal}"
+    if answer.finish_reason == "length":
+        return "the token limit was reached before any text: raise params.max_tokens"
+    if answer.finish_reason == "content_filter":
+        return "the API's content filter removed the whole answer"
+    return f"the API answered with neither text nor a tool call (finish_reason {answer.finish_reason})"
