@@ -95,7 +95,6 @@ def _worker(stack: Stack, topology: Topology) -> Iterator[None]:
             environment=_worker_environment(stack, topology, port),
             # Without the user's `.env`, which is not meant for this worker.
             folder=Path(folder),
-            leftovers=[Path(folder)],
         )
         try:
             process.launch()

@@ -33,7 +33,7 @@ class SupervisedProcess:
         *,
         environment: Mapping[str, str],
         folder: Path,
-        leftovers: Sequence[Path],
+        leftovers: Sequence[Path] = (),
     ) -> None:
         """Describe the process; `launch` starts it.
 
@@ -41,8 +41,8 @@ class SupervisedProcess:
             name: Its name in messages and of its log file.
             command: The program and its arguments.
             environment: Its whole environment.
-            folder: Its working directory and the place of its log.
-            leftovers: Folders and files to delete if this program dies without cleaning up.
+            folder: Its working directory with its log; deleted if this program dies without cleaning up.
+            leftovers: Files and folders to delete in addition if this program dies without cleaning up.
         """
         self.name = name
         self.log = folder / f"{name.lower().replace(' ', '-')}.log"
@@ -50,7 +50,7 @@ class SupervisedProcess:
         self._command = command
         self._environment = environment
         self._folder = folder
-        self._leftovers = os.pathsep.join(map(str, leftovers))
+        self._leftovers = os.pathsep.join(map(str, [*leftovers, folder]))
         self._supervisor: subprocess.Popen[str] | None = None
 
     @property

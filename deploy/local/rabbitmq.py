@@ -101,9 +101,7 @@ class RabbitMQ(LocalBroker):
         super().__init__(
             used,
             [
-                SupervisedProcess(
-                    name, command, environment=self._environment, folder=folder, leftovers=[folder]
-                )
+                SupervisedProcess(name, command, environment=self._environment, folder=folder)
                 for name, command in commands.items()
             ],
         )

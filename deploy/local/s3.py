@@ -107,7 +107,7 @@ class S3(ObjectStore):
             [_find_weed(), *arguments],
             environment={**_inherited_environment(), **environment},
             folder=folder,
-            leftovers=[*self._sockets, folder],
+            leftovers=self._sockets,
         )
         self._processes = [server]
 

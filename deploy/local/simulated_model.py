@@ -60,7 +60,6 @@ class SimulatedModel(ModelApi):
             [*command, f"--behavior={behavior.model_dump_json()}"],
             environment={**os.environ, "PYTHONPATH": path, "SIMULATOR_API_KEY": api_key},
             folder=folder,
-            leftovers=[folder],
         )
         self._root = f"http://127.0.0.1:{port}"
         super().__init__(f"{self._root}/v1", api_key, tuple(behavior.models), [process])

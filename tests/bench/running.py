@@ -54,7 +54,6 @@ class StandIn:
             [sys.executable, "-m", "tests.bench.standin", *addresses, *tls],
             environment={**os.environ, "PYTHONPATH": str(ROOT)},
             folder=folder,
-            leftovers=[folder],
         )
 
     def start(self) -> None:
@@ -183,7 +182,6 @@ class Bench:
             contender.command,
             environment={**_inherited(), **contender.environment(run)},
             folder=self._folder / name,
-            leftovers=[self._folder / name],
         )
         running = Running(process, self.cores, self._http_port, setup.as_link)
         self.standin.set_latency(0)

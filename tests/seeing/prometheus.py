@@ -44,7 +44,6 @@ class Prometheus(Service):
             _command(folder, port),
             environment={"PATH": "/usr/bin:/bin"},
             folder=folder,
-            leftovers=[folder],
         )
         super().__init__([server])
         self._root = f"http://127.0.0.1:{port}"

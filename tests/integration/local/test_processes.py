@@ -16,7 +16,7 @@ from pathlib import Path
 from deploy.local.processes import SupervisedProcess
 folder = Path(sys.argv[1]) / "stack" / "part"
 command = ["sh", "-c", "sleep 600 & sleep 600"]
-process = SupervisedProcess("sleeper", command, environment=os.environ, folder=folder, leftovers=[folder])
+process = SupervisedProcess("sleeper", command, environment=os.environ, folder=folder)
 process.launch()
 print(process.pid, flush=True)
 time.sleep(600)
@@ -24,7 +24,7 @@ time.sleep(600)
 
 
 def start(folder: Path, *command: str) -> SupervisedProcess:
-    process = SupervisedProcess("Sleeper", command, environment=os.environ, folder=folder, leftovers=[])
+    process = SupervisedProcess("Sleeper", command, environment=os.environ, folder=folder)
     process.launch()
     return process
 
