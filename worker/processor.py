@@ -20,8 +20,9 @@ from worker.observability.tenants import Tenants
 from worker.resilience.admission import Admission, Grant, ResultStore
 from worker.resilience.calls import Calls, Images, ModelApi
 from worker.resilience.concurrency_limiter import AdmissionClosedError, ConcurrencyLimiter
+from worker.resilience.diagnostics import Diagnostics
 from worker.resilience.failures import Failures
-from worker.resilience.outage_detector import Health
+from worker.resilience.outage_detector import OutageDetector
 from worker.resilience.retry_policy import RetryPolicy
 
 log = structlog.get_logger(__name__)
@@ -39,7 +40,8 @@ class World:
     model: ModelApi
     store: ResultStore | None
     limiter: ConcurrencyLimiter
-    health: Health
+    detector: OutageDetector
+    diagnostics: Diagnostics
     cancellations: Cancellations
     tenants: Tenants
     results: Results
@@ -54,12 +56,12 @@ class Processor:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._health = world.health
+        self._detector = world.detector
         self._clock = world.clock
         self._results = world.results
-        self._admission = Admission(world.limiter, world.images, world.store, world.health, world.clock)
-        self._calls = Calls(world.images, world.model, world.health, world.clock)
-        self._failures = Failures(world.limiter, world.health, world.retry, world.results)
+        self._admission = Admission(world.limiter, world.images, world.store, world.diagnostics, world.clock)
+        self._calls = Calls(world.images, world.model, world.diagnostics, world.clock)
+        self._failures = Failures(world.detector, world.diagnostics, world.retry, world.results, world.clock)
 
     async def process(self, delivery: Delivery, attempt: Attempt) -> Outcome:
         """Return the outcome of an attempt. Every error becomes one, a bug in the worker included."""
@@ -77,7 +79,7 @@ class Processor:
         except AdmissionClosedError as error:
             return requeued(attempt, str(error))
         except DependencyDownError as error:
-            return self._failures.after_refusal(attempt, error)
+            return self._failures.after_unavailable(attempt, error)
         except TransientError as error:
             failure = error.without_traceback()
         except MemoryError:
@@ -90,12 +92,12 @@ class Processor:
         finally:
             observe_stages(attempt, self._clock.monotonic())
         # Outside of the `try`: its exception holds on to the images.
-        return await self._failures.after_fault(attempt, failure)
+        return await self._failures.after_transient_error(attempt, failure)
 
     def _decode(self, delivery: Delivery, attempt: Attempt) -> Request:
         rules = self._world.rules
         job = read_job(delivery, attempt, rules)
-        attempt.restore_attempts(self._health.take_restored_attempts(attempt.job_id or ""))
+        attempt.restore_attempts(self._detector.take_restored_attempts(attempt.job_id or ""))
         return make_request(job, delivery, attempt, rules, self._world.images.check)
 
     async def _answer(self, request: Request, attempt: Attempt) -> Answer:

@@ -12,7 +12,7 @@ from structlog.testing import CapturingLogger
 
 from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import a_delivery, cancel_all, turns_of_the_loop
-from worker.errors import Dependency
+from worker.errors import Dependency, DependencyDownError, TransientError
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome, Requeued, Retried
 from worker.resilience import consumer_controller
@@ -24,7 +24,7 @@ from worker.resilience.consumer_controller import (
     ConsumerController,
     next_prefetch,
 )
-from worker.resilience.outage_detector import FIRST_SUCCESSES, Health
+from worker.resilience.outage_detector import SUCCESSES_TO_RECOVER, OutageDetector, Success
 
 MODEL, S3 = Dependency.MODEL, Dependency.S3
 MAXIMUM = 200
@@ -53,12 +53,13 @@ class Worker:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.health = Health()
+        self.detector = OutageDetector()
         self.limiter = ConcurrencyLimiter(MAXIMUM, initial=32, clock=self.clock)
         self.consumer = Consumer(self.clock, jobs=3)
         self.started: list[str | None] = []
         self.rejected: list[str | None] = []
         self.succeeds = False
+        self.downs = 0
         self.outcome: Outcome | None = None
         self.may_finish = asyncio.Event()
         self.may_be_settled = asyncio.Event()
@@ -66,7 +67,7 @@ class Worker:
         self.may_be_settled.set()
         self.tasks: set[asyncio.Task[Outcome | None]] = set()
         self.controller = ConsumerController(
-            self.health,
+            self.detector,
             self.limiter,
             consumer=self.consumer,
             jobs=self,
@@ -106,17 +107,22 @@ class Worker:
             self.rejected.append(delivery.message_id)
         else:
             if self.succeeds:
-                for dependency in self.health.outages:
-                    self.health.succeeded(dependency, started, self.clock.monotonic())
+                for dependency in self.detector.outages:
+                    self.detector.observe(dependency, "job", Success(started), self.clock.monotonic())
         return self.outcome or Requeued(job_id=delivery.message_id, model="m", reason="down")
 
+    def go_down(self, dependency: Dependency = MODEL) -> None:
+        error = DependencyDownError(dependency, "the key is wrong")
+        self.downs += 1
+        self.detector.observe(dependency, f"job {self.downs}", error, self.clock.monotonic())
+
     async def down(self, dependency: Dependency = MODEL) -> None:
-        self.health.down(dependency, "the key is wrong", self.clock.monotonic())
+        self.go_down(dependency)
         await turns_of_the_loop()
 
     def up(self, dependency: Dependency = MODEL) -> None:
         now = self.clock.monotonic()
-        self.health.succeeded(dependency, now, now)
+        self.detector.observe(dependency, "job", Success(now), now)
 
     async def meet_429(self, retry_after_s: float | None) -> None:
         async with self.limiter.slot("m") as slot:
@@ -261,8 +267,9 @@ async def test_with_calls_of_20_s_a_maximum_of_200_is_reached_in_three_rounds(wo
 
 
 async def test_a_failure_that_is_not_an_outage_changes_nothing(worker: Worker) -> None:
-    worker.health.succeeded(MODEL, 0.0, 1.0)
-    worker.health.failed(MODEL, "job", "http_5xx", 2.0)
+    worker.up()
+    failure = TransientError(MODEL, "http_5xx", "it failed")
+    worker.detector.observe(MODEL, "job", failure, worker.clock.monotonic())
     await worker.clock.advance(10.0)
     assert worker.consumer.applied == []
     async with worker.limiter.slot("m"):
@@ -343,7 +350,7 @@ async def test_after_a_relapse_trials_are_rarer_than_before(worker: Worker) -> N
         worker.consumer.jobs.append("one more")
         started = worker.clock.monotonic()
         await worker.down()
-        while worker.health.outages:
+        while worker.detector.outages:
             await worker.clock.advance(0.5)
         waited.append(worker.consumer.asked_at[-1] - started)
     assert waited == [1, 2, 4, 8, 16, MAX_TRIAL_INTERVAL_S, MAX_TRIAL_INTERVAL_S]
@@ -355,8 +362,8 @@ async def test_an_outage_after_some_successes_is_tried_as_soon_as_the_first(work
         worker.consumer.jobs.append("one more")
         await worker.down()
         await worker.clock.advance(FIRST_TRIAL_S)
-        assert worker.health.outages == {}
-        for _ in range(FIRST_SUCCESSES):
+        assert worker.detector.outages == {}
+        for _ in range(SUCCESSES_TO_RECOVER):
             worker.up()
 
 
@@ -426,7 +433,7 @@ async def test_one_outage_may_follow_another(worker: Worker) -> None:
 
 
 async def test_an_outage_that_is_over_at_once_stops_nothing(worker: Worker) -> None:
-    worker.health.down(MODEL, "the key is wrong", worker.clock.monotonic())
+    worker.go_down()
     worker.up()
     await worker.clock.advance(10.0)
     assert worker.consumer.applied == []

@@ -42,7 +42,8 @@ from worker.observability.tenants import Tenants
 from worker.processor import Processor, World
 from worker.resilience.admission import ResultStore
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
-from worker.resilience.outage_detector import Health
+from worker.resilience.diagnostics import Diagnostics
+from worker.resilience.outage_detector import OutageDetector
 from worker.resilience.retry_policy import RetryPolicy
 from worker.s3.aws import S3Object
 
@@ -189,16 +190,18 @@ class Scene:
     ) -> None:
         self.images = Images()
         self.model = Model()
-        self.health = Health()
-        self.gate = ConcurrencyLimiter(limit, initial=limit)
-        self.cancellations = Cancellations()
         clock = Clock()
+        self.gate = ConcurrencyLimiter(limit, initial=limit, clock=clock)
+        self.detector = OutageDetector(lambda: self.gate.in_flight)
+        self.diagnostics = Diagnostics(self.detector, self.gate, clock)
+        self.cancellations = Cancellations()
         world = World(
             images=self.images,
             model=self.model,
             store=store,
             limiter=self.gate,
-            health=self.health,
+            detector=self.detector,
+            diagnostics=self.diagnostics,
             cancellations=self.cancellations,
             tenants=Tenants(),
             results=Results(Redactor(["s3cr3t-key"]), clock, include_response=include_response),
@@ -231,6 +234,11 @@ class Scene:
 @pytest.fixture
 def scene() -> Scene:
     return Scene()
+
+
+def go_down(scene: Scene, dependency: Dependency) -> None:
+    """Report that a dependency is unreachable, as another job's call would."""
+    scene.diagnostics.unavailable("another", DependencyDownError(dependency, "gone"))
 
 
 @pytest.fixture
@@ -501,7 +509,7 @@ async def test_an_image_that_breaks_off_while_it_is_sent_is_a_fault_of_its_sourc
 async def test_a_source_that_is_gone_while_an_image_is_sent_stops_the_worker(scene: Scene) -> None:
     scene.images.breaks_off = DependencyDownError(S3, "it is gone")
     assert isinstance(await scene.process(), Requeued)
-    assert set(scene.health.outages) == {S3}
+    assert set(scene.detector.outages) == {S3}
 
 
 async def test_the_last_attempt_is_the_end_and_says_why(scene: Scene) -> None:
@@ -533,7 +541,7 @@ async def test_without_room_for_its_images_in_time_a_job_goes_back_uncounted() -
         outcome = await scene.process(id=f"job-{n}", delivery={"attempts": 2})
         assert isinstance(outcome, Requeued)
         assert "VQA_JOB_TIMEOUT" in outcome.reason
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
     assert (scene.images.loaded, scene.model.asked) == (0, [])
     assert await scene.is_free()
 
@@ -590,7 +598,7 @@ async def test_a_lone_job_that_fails_again_and_again_stops_nobody(scene: Scene) 
     scene.model.deeds = [transient()]
     for attempts in (0, 1, 2, 0, 1, 2):
         assert not isinstance(await scene.process(delivery={"attempts": attempts}), Requeued)
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
 
 
 async def test_three_different_jobs_that_fail_in_a_row_are_an_outage_and_the_rest_goes_back(
@@ -599,14 +607,14 @@ async def test_three_different_jobs_that_fail_in_a_row_are_an_outage_and_the_res
     scene.model.deeds = [transient()]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(7)]
     assert [type(outcome) for outcome in outcomes] == [Retried] * 2 + [Requeued] * 5
-    assert set(scene.health.outages) == {MODEL}
+    assert set(scene.detector.outages) == {MODEL}
 
 
 async def test_bad_jobs_come_to_their_own_end_one_after_the_other(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     for n in range(4):
         assert isinstance(await scene.process(id=f"job-{n}", delivery={"attempts": 2}), DeadLettered)
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
 
 
 async def test_what_was_counted_for_an_outage_is_taken_back_when_the_job_comes_again(scene: Scene) -> None:
@@ -628,8 +636,8 @@ async def test_what_was_counted_for_an_outage_is_taken_back_when_the_job_comes_a
 
 
 async def test_more_is_not_taken_back_than_there_is(scene: Scene) -> None:
-    scene.health.counted(MODEL, "job-1", time.monotonic())
-    scene.health.down(MODEL, "gone", time.monotonic())
+    scene.detector.count_attempt(MODEL, "job-1", time.monotonic())
+    go_down(scene, MODEL)
     outcome = await scene.process()
     assert isinstance(outcome, Succeeded)
     assert outcome.result.attempts == 1
@@ -654,18 +662,18 @@ async def suspect(scene: Scene, **job: Any) -> AsyncIterator[asyncio.Task[Outcom
 
 @pytest.fixture(autouse=True)
 def nobody_waits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.resilience.failures.ALONE_S", 0.0)
+    monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_ALONE_S", 0.0)
 
 
 @pytest.fixture
 def patiently(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody's patience ends within a test."""
-    monkeypatch.setattr("worker.resilience.failures.VERDICT_S", 1000.0)
+    monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_S", 1000.0)
 
 
 def succeeds(scene: Scene) -> None:
     """Another job's call, begun now, goes well."""
-    scene.health.succeeded(MODEL, time.monotonic(), time.monotonic())
+    scene.diagnostics.succeeded(MODEL, "another", time.monotonic())
 
 
 @pytest.mark.usefixtures("patiently")
@@ -682,7 +690,7 @@ async def test_who_waits_for_a_verdict_holds_neither_its_slot_nor_its_images(sce
 async def test_the_jobs_that_reveal_an_outage_lose_no_attempt(scene: Scene, is_duplicate: bool) -> None:
     scene.model.deeds = [TransientError(MODEL, "http_5xx", "no", is_duplicate=is_duplicate)]
     async with suspect(scene, delivery={"attempts": 2}) as task:
-        scene.health.down(MODEL, "gone", time.monotonic())
+        go_down(scene, MODEL)
         assert isinstance(await task, Requeued)
 
 
@@ -694,8 +702,8 @@ async def test_a_failure_that_others_do_not_share_is_counted_for_good(scene: Sce
         outcome = await task
         assert isinstance(outcome, Retried)
         assert outcome.attempts == 1
-    scene.health.down(MODEL, "gone", time.monotonic())
-    assert scene.health.take_restored_attempts("job-1") == 0
+    go_down(scene, MODEL)
+    assert scene.detector.take_restored_attempts("job-1") == 0
 
 
 @pytest.mark.usefixtures("patiently")
@@ -709,19 +717,19 @@ async def test_a_403_is_the_jobs_own_as_soon_as_another_succeeds(scene: Scene) -
 async def test_without_a_verdict_the_attempt_is_counted_until_there_is_one(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.resilience.failures.VERDICT_S", 0.3)
+    monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_S", 0.3)
     scene.model.deeds = [transient()]
     async with suspect(scene) as task:
         assert isinstance(await task, Retried)
-    scene.health.down(MODEL, "gone", time.monotonic())
-    assert scene.health.take_restored_attempts("job-1") == 1
+    go_down(scene, MODEL)
+    assert scene.detector.take_restored_attempts("job-1") == 1
 
 
 @pytest.mark.usefixtures("patiently")
 async def test_a_stop_is_not_held_up_by_a_verdict(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     async with suspect(scene) as task:
-        scene.health.end_verdicts()
+        scene.diagnostics.stop()
         assert isinstance(await task, Retried)
 
 
@@ -729,12 +737,12 @@ async def test_a_stop_is_not_held_up_by_a_verdict(scene: Scene) -> None:
 async def test_where_nobody_else_calls_a_verdict_is_hardly_waited_for(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.resilience.failures.ALONE_S", 0.1)
+    monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_ALONE_S", 0.1)
     scene.model.deeds = [transient()]
     assert isinstance(await scene.process(), Retried)
     alone = asyncio.create_task(scene.process(id="another"))
     await turns_of_the_loop()
-    scene.health.down(MODEL, "gone", time.monotonic())
+    go_down(scene, MODEL)
     assert isinstance(await alone, Requeued)
 
 
@@ -767,10 +775,10 @@ async def test_a_hiccup_between_successes_goes_back_uncounted_and_stops_nobody(s
     for n in range(10):
         scene.images.deeds = [partial_refusal(is_duplicate=True)]
         assert isinstance(await scene.process(id=f"echo-{n}"), Requeued)
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
     scene.images.deeds = [partial_refusal()]
     assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
-    assert set(scene.health.outages) == {S3}
+    assert set(scene.detector.outages) == {S3}
 
 
 async def test_an_object_that_is_refused_again_and_again_is_counted_in_the_end(scene: Scene) -> None:
@@ -781,7 +789,7 @@ async def test_an_object_that_is_refused_again_and_again_is_counted_in_the_end(s
         scene.images.deeds = [partial_refusal()]
         found.append(type(await scene.process()))
     assert found == [Requeued] * 4 + [Retried] * 2
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
 
 
 @pytest.mark.parametrize("attempts", [0, 2])
@@ -798,11 +806,11 @@ async def test_echoes_of_one_fault_are_no_outage_and_fail_each_job_all_the_same(
         else:
             assert isinstance(outcome, Retried)
             assert (outcome.reason, outcome.attempts) == ("connection_error", 1)
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
 
 
 async def test_an_echo_in_an_outage_gives_the_job_back(scene: Scene) -> None:
-    scene.health.down(S3, "gone", time.monotonic())
+    go_down(scene, S3)
     scene.images.breaks_off = TransientError(S3, "connection_error", "it broke off", is_duplicate=True)
     assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
 
@@ -811,7 +819,7 @@ async def test_an_image_that_breaks_off_for_many_while_it_is_sent_is_no_outage(s
     for n in range(10):
         scene.images.breaks_off = TransientError(S3, "connection_error", "it broke off", is_duplicate=n > 0)
         assert isinstance(await scene.process(id=f"job-{n}"), Retried)
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
 
 
 @pytest.mark.parametrize(
@@ -820,19 +828,19 @@ async def test_an_image_that_breaks_off_for_many_while_it_is_sent_is_no_outage(s
     ids=["answer", "rejection", "empty"],
 )
 async def test_any_answer_of_the_api_is_a_sign_of_life(scene: Scene, sign: Deed) -> None:
-    scene.health.down(MODEL, "gone", time.monotonic())
+    go_down(scene, MODEL)
     scene.model.deeds = [sign]
     await scene.process()
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
 
 
 async def test_a_429_is_a_sign_of_life_too(scene: Scene) -> None:
-    scene.health.down(MODEL, "gone", time.monotonic())
+    go_down(scene, MODEL)
     scene.model.deeds = [RateLimitedError(0.01), for_ever]
     task = asyncio.create_task(scene.process())
     while len(scene.model.asked) < 2:  # noqa: ASYNC110 - the fake has no event for it
         await asyncio.sleep(0.01)
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
@@ -851,10 +859,10 @@ async def test_a_429_is_a_sign_of_life_too(scene: Scene) -> None:
 async def test_only_what_s3_has_said_is_a_sign_of_its_life(
     scene: Scene, source: Source, deeds: list[Deed], is_sign: bool
 ) -> None:
-    scene.health.down(S3, "gone", time.monotonic())
+    go_down(scene, S3)
     scene.images.source, scene.images.deeds = source, deeds
     await scene.process()
-    assert (scene.health.outages == {}) is is_sign
+    assert (scene.detector.outages == {}) is is_sign
 
 
 async def test_a_403_is_the_jobs_own_once_others_have_succeeded(scene: Scene) -> None:
@@ -896,7 +904,7 @@ async def test_an_outage_that_goes_on_as_403_rejects_no_job(scene: Scene) -> Non
     scene.model.deeds = [transient("http_403", forbidden=True)]
     for _ in range(3):
         assert isinstance(await scene.process(), Requeued)
-    assert set(scene.health.outages) == {MODEL}
+    assert set(scene.detector.outages) == {MODEL}
 
 
 async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scene: Scene) -> None:
@@ -910,7 +918,7 @@ async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scen
     # After the longest of the delays, and with as many attempts behind it as before.
     expected = Retried(job_id="job-1", model="usual", delay_s=5, attempts=1, reason="model_unavailable")
     assert found[-2:] == [expected] * 2
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
     scene.model.deeds = [ANSWER, gone]
     await scene.process(id="another")
     late = await scene.process(deadline=in_(3), delivery={"attempts": 1})
@@ -966,9 +974,9 @@ async def test_that_the_store_is_well_says_nothing_of_the_images_s3() -> None:
     scene.images.deeds = [transient("timeout", dependency=S3)]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(5)]
     assert isinstance(outcomes[-1], Requeued)
-    assert set(scene.health.outages) == {S3}
+    assert set(scene.detector.outages) == {S3}
     await scene.process(id="the next")
-    assert set(scene.health.outages) == {S3}
+    assert set(scene.detector.outages) == {S3}
 
 
 async def test_behind_a_closed_gate_nothing_is_claimed_but_for_a_trial() -> None:
@@ -1081,14 +1089,14 @@ async def test_past_its_deadline_a_job_fails_if_the_store_has_no_answer(
     store.find_deeds = [] if deed is None else [deed]
     scene = Scene(store=store)
     assert refusal(await scene.process(deadline=in_(-1)))[0] is ErrorCode.DEADLINE_EXCEEDED
-    assert (store.claims, scene.model.asked, scene.health.outages) == (0, [], {})
+    assert (store.claims, scene.model.asked, scene.detector.outages) == (0, [], {})
 
 
 async def test_a_403_for_everyone_is_an_outage(scene: Scene) -> None:
     scene.model.deeds = [transient("http_403", forbidden=True)]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(5)]
     assert isinstance(outcomes[-1], Requeued)
-    assert set(scene.health.outages) == {MODEL}
+    assert set(scene.detector.outages) == {MODEL}
 
 
 @pytest.mark.parametrize("part", ["images", "model"])
@@ -1097,7 +1105,7 @@ async def test_what_is_down_for_everybody_gives_the_job_back_uncounted(scene: Sc
     getattr(scene, part).deeds = [DependencyDownError(dependency, "check the key")]
     outcome = await scene.process(delivery={"attempts": 2})
     assert outcome == Requeued(job_id="job-1", model="usual", reason="check the key")
-    assert scene.health.outages[dependency].reason == "check the key"
+    assert scene.detector.outages[dependency].reason == "check the key"
     assert await scene.is_free()
 
 
@@ -1133,7 +1141,7 @@ async def test_429s_without_end_give_the_job_back_when_its_time_is_over() -> Non
     assert isinstance(outcome, Requeued)
     assert "VQA_JOB_TIMEOUT" in outcome.reason
     assert len(scene.model.asked) > 1
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
 
 
 async def test_a_long_pause_gives_the_job_back_when_its_time_is_over() -> None:
@@ -1186,7 +1194,7 @@ async def test_a_bug_is_a_counted_attempt_and_its_words_stay_inside(
     assert "test_processor.py" in call.kwargs["exception"]
     assert CANARY not in str(log.calls)
     # It says nothing about the dependencies.
-    assert scene.health.outages == {}
+    assert scene.detector.outages == {}
 
 
 async def test_a_bug_that_stays_buries_the_job(scene: Scene, log: CapturingLogger) -> None:
@@ -1242,7 +1250,7 @@ async def test_whatever_happens_a_job_has_an_outcome_and_leaves_no_slot_behind(
         outcome = await scene.process(id=f"job-{number}", delivery={"attempts": attempts})
         assert outcome.job_id == f"job-{number}"
         if isinstance(outcome, Requeued):
-            assert scene.health.outages
+            assert scene.detector.outages
         if isinstance(outcome, Retried):
             # Attempts that turned out to have been an outage's are taken back.
             assert 1 <= outcome.attempts <= attempts + 1

@@ -17,7 +17,8 @@ from worker.observability.redaction import Redactor
 from worker.observability.tenants import Tenants
 from worker.processor import Processor, World
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
-from worker.resilience.outage_detector import Health
+from worker.resilience.diagnostics import Diagnostics
+from worker.resilience.outage_detector import OutageDetector
 from worker.resilience.retry_policy import RetryPolicy
 from worker.result_store.cancelled_jobs import CancelledJobs
 from worker.result_store.store import ResultStore
@@ -42,7 +43,8 @@ async def assemble(
     settings: Settings,
     *,
     gate: ConcurrencyLimiter,
-    health: Health,
+    detector: OutageDetector,
+    diagnostics: Diagnostics,
     cancellations: Cancellations,
     tenants: Tenants,
     stack: AsyncExitStack,
@@ -73,7 +75,8 @@ async def assemble(
         model=open_model(settings, redact, stack),
         store=store,
         limiter=gate,
-        health=health,
+        detector=detector,
+        diagnostics=diagnostics,
         cancellations=cancellations,
         tenants=tenants,
         results=Results(redact, clock, include_response=settings.include_response),

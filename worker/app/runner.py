@@ -32,7 +32,8 @@ from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 from worker.rabbitmq.topology import Topology
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
 from worker.resilience.consumer_controller import ConsumerController
-from worker.resilience.outage_detector import Health
+from worker.resilience.diagnostics import Diagnostics
+from worker.resilience.outage_detector import OutageDetector
 from worker.settings import Settings, broker_ssl_context, wants_traces
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class _Parts:
     consumer: Consumer
     in_flight: InFlightJobs
     controller: ConsumerController
-    health: Health
+    detector: OutageDetector
+    diagnostics: Diagnostics
     gate: ConcurrencyLimiter
     cancellations: Cancellations
     topology: Topology
@@ -149,13 +151,14 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         name=f"vqa-worker@{socket.gethostname()}",
     )
     clock = Clock()
-    health = Health()
     gate = ConcurrencyLimiter(
         settings.max_concurrency,
         initial=settings.initial_concurrency,
         models=len(settings.allowed_models),
         clock=clock,
     )
+    detector = OutageDetector(lambda: gate.in_flight)
+    diagnostics = Diagnostics(detector, gate, clock)
     publisher = Publisher(broker, topology)
     tenants = Tenants(settings.tenant_key, settings.tenants)
     metrics.initialize_series(settings.allowed_models)
@@ -173,14 +176,25 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         on_delivery=lambda delivery: _ignore(in_flight.accept(delivery)),
     )
     controller = ConsumerController(
-        health,
+        detector,
         gate,
         consumer=consumer,
         jobs=in_flight,
         maximum=settings.max_concurrency,
         clock=clock,
     )
-    return _Parts(publisher, consumer, in_flight, controller, health, gate, cancellations, topology, tenants)
+    return _Parts(
+        publisher=publisher,
+        consumer=consumer,
+        in_flight=in_flight,
+        controller=controller,
+        detector=detector,
+        diagnostics=diagnostics,
+        gate=gate,
+        cancellations=cancellations,
+        topology=topology,
+        tenants=tenants,
+    )
 
 
 def _begin_traces(settings: Settings, topology: Topology, stack: AsyncExitStack) -> None:
@@ -204,7 +218,8 @@ async def _assembled(settings: Settings, parts: _Parts, stack: AsyncExitStack) -
         return await assemble(
             settings,
             gate=parts.gate,
-            health=parts.health,
+            detector=parts.detector,
+            diagnostics=parts.diagnostics,
             cancellations=parts.cancellations,
             tenants=parts.tenants,
             stack=stack,
@@ -228,7 +243,7 @@ async def _drain(parts: _Parts, grace_s: float) -> bool:
     ends = time.monotonic() + grace_s
     log.info("stopping", grace_s=grace_s)
     parts.gate.close("the worker stops")
-    parts.health.end_verdicts()
+    parts.diagnostics.stop()
     try:
         async with asyncio.timeout(HOLD_TIMEOUT_S):
             await parts.consumer.hold()
@@ -293,7 +308,7 @@ def _readiness(parts: _Parts, *, stopping: bool) -> Readiness:
         return Readiness(is_ready=False, status="stopping", reasons=("the worker was told to stop",))
     if not parts.consumer.is_connected:
         return Readiness(is_ready=False, status="no_broker", reasons=("not connected to RabbitMQ",))
-    if outages := parts.health.outages:
+    if outages := parts.detector.outages:
         reasons = tuple(f"{dependency.label}: {outage.reason}" for dependency, outage in outages.items())
         return Readiness(is_ready=True, status="paused", reasons=reasons)
     # Obeying the API's word is no outage; it is said why nothing is taken.

@@ -16,7 +16,7 @@ from worker.jobs.attempt import Attempt
 from worker.jobs.request import Request
 from worker.model.answer import Answer, deserialize_answer, serialize_answer
 from worker.resilience.concurrency_limiter import AdmissionClosedError, ConcurrencyLimiter, Slot
-from worker.resilience.outage_detector import Health
+from worker.resilience.diagnostics import Diagnostics
 
 log = structlog.get_logger(__name__)
 
@@ -92,13 +92,13 @@ class Admission:
         limiter: ConcurrencyLimiter,
         images: ImageMemory,
         store: ResultStore | None,
-        health: Health,
+        diagnostics: Diagnostics,
         clock: Clock,
     ) -> None:
         self._limiter = limiter
         self._images = images
         self._store = store
-        self._health = health
+        self._diagnostics = diagnostics
         self._clock = clock
 
     @asynccontextmanager
@@ -160,7 +160,7 @@ class Admission:
         self._limiter.check(also_trials=False)
         async with self._until(_half(grant.attempt), request, _NO_LEASE):
             lease = await held.enter_async_context(store.acquire(request.store_key, self._limiter.check))
-        self._health.succeeded(Dependency.RESULT_STORE, started, self._clock.monotonic())
+        self._diagnostics.succeeded(Dependency.RESULT_STORE, grant.attempt.job_id, started)
         return lease
 
     async def _find(self, store: ResultStore, request: Request) -> Answer | None:

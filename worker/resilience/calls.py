@@ -13,7 +13,7 @@ from worker.jobs.request import Request
 from worker.messages.conversation import ImageRef
 from worker.model.answer import Answer
 from worker.model.request import ImageUrl, RequestBody
-from worker.resilience.outage_detector import Health
+from worker.resilience.diagnostics import Diagnostics
 
 
 class OpenImages(Protocol):
@@ -52,10 +52,10 @@ class ModelApi(Protocol):
 class Calls:
     """Open the images and call the API."""
 
-    def __init__(self, images: Images, model: ModelApi, health: Health, clock: Clock) -> None:
+    def __init__(self, images: Images, model: ModelApi, diagnostics: Diagnostics, clock: Clock) -> None:
         self._images = images
         self._model = model
-        self._health = health
+        self._diagnostics = diagnostics
         self._clock = clock
 
     @asynccontextmanager
@@ -75,7 +75,7 @@ class Calls:
                 yield images
         except JobError as error:
             if error.code is ErrorCode.IMAGE_NOT_FOUND:
-                self._succeeded(Dependency.S3, started)
+                self._diagnostics.succeeded(Dependency.S3, attempt.job_id, started)
             raise
 
     async def ask(self, request: Request, attempt: Attempt, images: OpenImages) -> Answer:
@@ -92,16 +92,13 @@ class Calls:
             answer = await self._model.complete(request.model, body, time_left_s=attempt.time_left_s(started))
         except (JobError, RateLimitedError):
             # The API works, although it refuses this request or this rate.
-            self._succeeded(Dependency.MODEL, started)
+            self._diagnostics.succeeded(Dependency.MODEL, attempt.job_id, started)
             raise
         else:
-            self._succeeded(Dependency.MODEL, started)
+            self._diagnostics.succeeded(Dependency.MODEL, attempt.job_id, started)
             return answer
         finally:
             attempt.enter("diagnose", self._clock.monotonic())
             attempt.move("model", "fetch", body.waited_s)
             if body.is_sent and request.reads_s3:
-                self._succeeded(Dependency.S3, fetch_started)
-
-    def _succeeded(self, dependency: Dependency, started: float) -> None:
-        self._health.succeeded(dependency, started, self._clock.monotonic())
+                self._diagnostics.succeeded(Dependency.S3, attempt.job_id, fetch_started)

@@ -12,7 +12,7 @@ from worker.errors import Dependency
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome, Requeued
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
-from worker.resilience.outage_detector import Health
+from worker.resilience.outage_detector import OutageDetector
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +61,7 @@ class ConsumerController:
 
     def __init__(
         self,
-        health: Health,
+        detector: OutageDetector,
         limiter: ConcurrencyLimiter,
         *,
         consumer: Consumer,
@@ -69,7 +69,7 @@ class ConsumerController:
         maximum: int,
         clock: Clock,
     ) -> None:
-        self._health = health
+        self._detector = detector
         self._limiter = limiter
         self._consumer = consumer
         self._jobs = jobs
@@ -86,9 +86,9 @@ class ConsumerController:
         while True:
             with suppress(TimeoutError):
                 async with self._clock.timeout(ADJUST_INTERVAL_S):
-                    await self._health.changed.wait()
-            self._health.changed.clear()
-            if self._health.outages:
+                    await self._detector.changed.wait()
+            self._detector.changed.clear()
+            if self._detector.outages:
                 await self._pause()
             self._limiter.publish_limit()
             await self._adjust()
@@ -112,7 +112,7 @@ class ConsumerController:
         self._limiter.close("the worker is paused")
         logged = self._log_outages(set())
         # After a relapse trials are as rare as before it.
-        is_relapse = any(outage.is_relapse for outage in self._health.outages.values())
+        is_relapse = any(outage.is_relapse for outage in self._detector.outages.values())
         self._trial_interval_s = _longer(self._trial_interval_s) if is_relapse else FIRST_TRIAL_S
         await self._apply(0)
         await self._try_until_up(logged)
@@ -121,7 +121,7 @@ class ConsumerController:
 
     def _log_outages(self, logged: set[Dependency]) -> set[Dependency]:
         """Log the outages that are not yet logged; return all of them."""
-        outages = self._health.outages
+        outages = self._detector.outages
         for dependency in outages.keys() - logged:
             log.error("consumption_paused", dependency=dependency.label, reason=outages[dependency].reason)
         return set(outages)
@@ -129,7 +129,7 @@ class ConsumerController:
     async def _try_until_up(self, logged: set[Dependency]) -> None:
         """Try one job after another at growing intervals, until one succeeds."""
         wait_s = self._trial_interval_s
-        while self._health.outages:
+        while self._detector.outages:
             await self._clock.sleep(wait_s)
             delivery = await self._consumer.take_one()
             if delivery is None:

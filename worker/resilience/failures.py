@@ -1,71 +1,66 @@
-"""What becomes of a job whose attempt failed: an outage's victim, or in trouble of its own."""
+"""Decide the outcome of a failed attempt, from the diagnosis of its failure."""
 
-import time
-from datetime import UTC, datetime
-
-from worker.errors import DependencyDownError, ErrorCode, TransientError
+from worker.clock import Clock
+from worker.errors import Dependency, DependencyDownError, ErrorCode, TransientError
 from worker.jobs.attempt import Attempt
 from worker.jobs.outcome import Outcome, Retried
 from worker.jobs.results import Results, postponed, requeued, retried
-from worker.resilience.concurrency_limiter import ConcurrencyLimiter
-from worker.resilience.outage_detector import ALONE_S, VERDICT_S, Health, Verdict
+from worker.resilience.diagnostics import Diagnostics
+from worker.resilience.outage_detector import Diagnosis, OutageDetector
 from worker.resilience.retry_policy import Exhausted, RetryPolicy, TooLate, TryAgain, after, after_attempt
 
-# Event loops fire timers some milliseconds early: what must not come too late, ends a little sooner.
+# Event loops fire timers some milliseconds early and late: a retry must not come after the deadline.
 DEADLINE_SLACK_S = 0.02
 
 
 class Failures:
-    """Tells failures of one job from failures of everybody, and decides what follows."""
+    """Requeue the jobs that an outage stopped; retry, fail or dead-letter those that failed on their own."""
 
     def __init__(
-        self, gate: ConcurrencyLimiter, health: Health, retry: RetryPolicy, results: Results
+        self,
+        detector: OutageDetector,
+        diagnostics: Diagnostics,
+        retry: RetryPolicy,
+        results: Results,
+        clock: Clock,
     ) -> None:
-        self._gate = gate
-        self._health = health
+        self._detector = detector
+        self._diagnostics = diagnostics
         self._retry = retry
         self._results = results
+        self._clock = clock
 
-    async def after_fault(self, attempt: Attempt, error: TransientError) -> Outcome:
-        """Tell the job's own trouble from an outage, and decide what follows."""
-        job_id, failed_at = attempt.job_id or "", time.monotonic()
-        if error.forbidden and self._health.is_forbidden_alone(error.dependency, job_id, failed_at):
-            self._health.ended(error.dependency, job_id)
-            return self._results.failed(attempt, ErrorCode.MODEL_REJECTED, error.message)
-        verdict = await self._verdict(attempt, error, failed_at)
-        if verdict is Verdict.DOWN:
-            return requeued(attempt, f"{error.dependency} is down")
-        if verdict is Verdict.OPEN:
-            self._health.counted(error.dependency, job_id, failed_at)
-        elif error.forbidden:
-            return self._results.failed(attempt, ErrorCode.MODEL_REJECTED, error.message)
-        return self._counted(attempt, error, error.reason)
+    async def after_transient_error(self, attempt: Attempt, error: TransientError) -> Outcome:
+        """Return the outcome of a failed call; wait a moment for what other calls show about it."""
+        failed_at = self._clock.monotonic()
+        attempt.enter("diagnose", failed_at)
+        match await self._diagnostics.failed(attempt.job_id, error, self._patience_s(attempt)):
+            case Diagnosis.OUTAGE:
+                return requeued(attempt, f"{error.dependency} is down")
+            case Diagnosis.CLEARED if error.forbidden:
+                self._end(error.dependency, attempt)
+                return self._results.failed(attempt, ErrorCode.MODEL_REJECTED, error.message)
+            case Diagnosis.PENDING:
+                self._detector.count_attempt(error.dependency, attempt.job_id or "", failed_at)
+        return self._counted(attempt, error.dependency, error.reason, error.message)
 
-    def after_refusal(self, attempt: Attempt, error: DependencyDownError) -> Outcome:
-        """Give the job back while the dependency is down.
+    def after_unavailable(self, attempt: Attempt, error: DependencyDownError) -> Outcome:
+        """Return the outcome of a job whose dependency is unreachable or refuses all calls.
 
-        If it is down for this job only, that counts, unless it can be so for one bucket or one model: then
-        the job waits at the broker until somebody puts that right, and loses no attempt by it.
+        It is requeued, unless only this job is affected. Then the attempt counts; but one bucket or one model
+        may be unavailable for as long as nobody repairs it, and a job that needs it loses no attempt
+        meanwhile.
         """
-        verdict = Verdict.OPEN
-        if not error.is_duplicate:
-            verdict = self._health.refused_everybody(
-                error.dependency,
-                attempt.job_id or "",
-                error.message,
-                time.monotonic(),
-                others=self._gate.in_flight,
-                may_be_partial=error.may_be_partial,
-            )
-        if verdict is Verdict.OWN and error.may_be_partial:
-            return self._put_off(attempt, error)
-        if verdict is Verdict.OWN:
-            return self._counted(attempt, error, f"{error.dependency}_unavailable")
-        return requeued(attempt, error.message)
+        if self._diagnostics.unavailable(attempt.job_id, error) is not Diagnosis.CLEARED:
+            return requeued(attempt, error.message)
+        reason = f"{error.dependency}_unavailable"
+        if error.may_be_partial:
+            return self._postponed(attempt, reason, error.message)
+        return self._counted(attempt, error.dependency, reason, error.message)
 
     def try_again(self, attempt: Attempt, reason: str, message: str) -> Outcome:
-        """Another attempt, if there is one left and time for it."""
-        match after_attempt(attempt.number, self._retry, attempt.deadline, datetime.now(UTC)):
+        """Return the outcome of a counted attempt: a retry, if attempts and time are left."""
+        match after_attempt(attempt.number, self._retry, attempt.deadline, self._clock.now()):
             case TryAgain(delay_s):
                 return retried(attempt, delay_s, reason)
             case Exhausted():
@@ -74,42 +69,31 @@ class Failures:
             case TooLate():
                 return self._too_late(attempt, message)
 
-    def _put_off(self, attempt: Attempt, error: DependencyDownError) -> Outcome:
-        match after(self._retry.longest_delay_s, attempt.deadline, datetime.now(UTC)):
+    def _postponed(self, attempt: Attempt, reason: str, message: str) -> Outcome:
+        match after(self._retry.longest_delay_s, attempt.deadline, self._clock.now()):
             case TryAgain(delay_s):
-                return postponed(attempt, delay_s, f"{error.dependency}_unavailable")
+                return postponed(attempt, delay_s, reason)
             case TooLate():
-                return self._too_late(attempt, error.message)
+                return self._too_late(attempt, message)
 
-    def _counted(self, attempt: Attempt, error: TransientError | DependencyDownError, reason: str) -> Outcome:
-        """The attempt counts; if it was the last, the job is no more that could tell of an outage."""
-        outcome = self.try_again(attempt, reason, error.message)
+    def _counted(self, attempt: Attempt, dependency: Dependency, reason: str, message: str) -> Outcome:
+        outcome = self.try_again(attempt, reason, message)
         if not isinstance(outcome, Retried):
-            self._health.ended(error.dependency, attempt.job_id or "")
+            self._end(dependency, attempt)
         return outcome
 
-    async def _verdict(self, attempt: Attempt, error: TransientError, failed_at: float) -> Verdict:
-        """Whose trouble a failure was; where others call too, what they meet is waited for."""
-        attempt.enter("diagnose", time.monotonic())
-        others, verdict = self._gate.in_flight, Verdict.OPEN
-        if not error.is_duplicate:
-            verdict = self._health.failed(
-                error.dependency, attempt.job_id or "", error.reason, failed_at, others=others
-            )
-        if verdict is not Verdict.OPEN:
-            return verdict
-        is_alone = not others and not self._health.has_suspects(error.dependency)
-        patience_s = self._patience_s(attempt, ALONE_S if is_alone else VERDICT_S)
-        return await self._health.verdict(error.dependency, failed_at, patience_s)
-
-    def _patience_s(self, attempt: Attempt, most_s: float) -> float:
-        """How long a job that failed may wait for a verdict: a retry must not come too late by that."""
-        patience_s = min(most_s, attempt.time_left_s(time.monotonic()))
-        if attempt.deadline is None:
-            return patience_s
-        until_deadline_s = (attempt.deadline - datetime.now(UTC)).total_seconds()
-        return min(patience_s, until_deadline_s - self._retry.delay_s(attempt.number) - DEADLINE_SLACK_S)
+    def _end(self, dependency: Dependency, attempt: Attempt) -> None:
+        self._detector.end_job(dependency, attempt.job_id or "")
 
     def _too_late(self, attempt: Attempt, message: str) -> Outcome:
         text = f"the deadline comes before the next attempt; the last one failed because {message}"
         return self._results.failed(attempt, ErrorCode.DEADLINE_EXCEEDED, text)
+
+    def _patience_s(self, attempt: Attempt) -> float:
+        """Return how long the diagnosis may take, so that a retry still comes before the deadline."""
+        patience_s = attempt.time_left_s(self._clock.monotonic())
+        if attempt.deadline is None:
+            return patience_s
+        until_deadline_s = (attempt.deadline - self._clock.now()).total_seconds()
+        delay_s = self._retry.delay_s(attempt.number)
+        return min(patience_s, until_deadline_s - delay_s - DEADLINE_SLACK_S)

@@ -1,63 +1,63 @@
-"""Whether a dependency is down, or only a job is in trouble with it.
-
-A dependency that cannot be reached or refuses everybody is down at once. One that fails in other ways is
-down when several different jobs in a row met failures and none a success. A single job that fails
-again and again is that job's own trouble. What the first jobs met is not known at that time: they wait a
-moment for a verdict, and attempts that were counted in vain are handed back when it comes later.
-Times are seconds of a monotonic clock, passed in.
-"""
+"""Detect outages: tell a failing dependency from a failing job. Pure; times are passed in."""
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
+from typing import Any, TypeAlias
 
-from worker.errors import Dependency
+from worker.errors import Dependency, DependencyDownError, TransientError
 from worker.observability import metrics
 
-# Fewer would take two bad jobs for an outage, more would make many calls in vain in a real one.
+# This many distinct failing jobs in a row are an outage. With fewer, two bad jobs would look like one; with
+# more, many calls would fail in a real one.
 DISTINCT_JOBS = 3
-# So many more if some of them have already come to their end by it.
-MORE_IN_TURN = 2
-# Of many calls at once some fail one after the other by chance, or since a batch was bad: then it takes one
-# in so many of those that run.
-CROWD = 4
-# How long a job that failed waits for what others meet. It waits for its retry anyway.
-VERDICT_S = 2.0
-# And where nobody else calls at that moment: others may just be about to, if jobs came together.
-ALONE_S = 0.25
-# How often a job may fail though others have succeeded since it last did, and still be taken for a sign of
-# an outage: a provider may fall over again as soon as it is up. Beyond that the job is the trouble, or a
-# batch of bad ones would stop the worker again and again.
-FAIR_CHANCES = 3
-# How many failing jobs are remembered: far more than fail at once, at little cost.
+# This many more if some of those jobs have already ended: bad jobs one after another are a weaker sign than
+# jobs that fail at the same time.
+EXTRA_IF_ENDED = 2
+# With many calls in flight, some fail in a row by chance: at least one job for this many calls must fail.
+CALLS_PER_FAILING_JOB = 4
+# How many times a job may fail although others succeeded since its last failure, before it no longer counts
+# as a sign of an outage. A dependency may fail again right after it recovered; a bad job must not cause
+# outages for ever.
+MAX_REPEATS = 3
+# Of failing jobs; far more than fail at once, at little cost.
 REMEMBERED_JOBS = 1000
-# How old a success may be to say that others succeed.
-RECENT_S = 60.0
-
-# What falls over again within so many seconds, and before so many calls went well, was not really up.
+# Others succeed if the last success is at most this old.
+RECENT_SUCCESS_S = 60.0
+# An outage is a relapse if it begins so soon after the last one, and before so many calls succeeded.
 RELAPSE_S = 5.0
-FIRST_SUCCESSES = 3
+SUCCESSES_TO_RECOVER = 3
 
 _NEVER = float("-inf")
 _WATCHED = (Dependency.MODEL, Dependency.S3, Dependency.RESULT_STORE)
 
 
-class Verdict(Enum):
-    """Whose trouble a failure was."""
+class Diagnosis(Enum):
+    """What a call's result says about its dependency."""
 
-    DOWN = auto()
-    """The dependency's: it is down."""
-    OWN = auto()
-    """The job's own: others have succeeded since."""
-    OPEN = auto()
-    """Nobody can tell yet."""
+    OUTAGE = auto()
+    """The dependency is down."""
+    CLEARED = auto()
+    """The dependency works: a failure is the job's own."""
+    PENDING = auto()
+    """Not known yet: the results of other calls will show it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Success:
+    """A call that began at `started` showed that the dependency works."""
+
+    started: float
+
+
+CallResult: TypeAlias = Success | TransientError | DependencyDownError
 
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """Since when (a monotonic clock's seconds) and why a dependency is down; if it was hardly up before."""
+    """An outage: its start, its reason, and whether the dependency had hardly recovered from the last one."""
 
     since: float
     reason: str
@@ -65,198 +65,191 @@ class Outage:
 
 
 @dataclass(slots=True)
-class _Met:
-    """What a job has met: when it failed last, how often again after others succeeded, and its first 403."""
+class _JobRecord:
+    """The failures of one job with one dependency.
 
-    last: float
-    again: int = 0
+    Attributes:
+        last_failed_at: the time of the last failure.
+        repeats: failures although other jobs had succeeded since the failure before.
+        forbidden_at: the time of the first 403.
+    """
+
+    last_failed_at: float
+    repeats: int = 0
     forbidden_at: float | None = None
 
 
 @dataclass(slots=True)
-class _Counted:
-    """How many of a job's attempts were counted since a success, and when the last of them failed."""
+class _CountedAttempts:
+    """The attempts of one job that were counted while the diagnosis was pending."""
 
-    attempts: int = 0
-    failed_at: float = _NEVER
+    count: int = 0
+    last_failed_at: float = _NEVER
 
 
 @dataclass(slots=True)
 class _State:
-    """What is known of one dependency.
+    """What is known about one dependency.
 
     Attributes:
-        began_well: when the youngest of the calls that went well began.
-        up_at, successes: when the last outage ended, and how many calls have gone well since.
-        failing: the different jobs that failed in a row, with no success in between.
-        ended: those of them that have come to their end by that.
-        met: what each job met here, the one that failed last at the end.
-        counted: attempts that may turn out to have been an outage's: no call begun since has succeeded.
-        suspects: who waits for a verdict, and since when.
+        outage: the current outage.
+        succeeded_at: the time of the last success.
+        good_call_began: the start of the latest successful call.
+        recovered_at, successes: the end of the last outage, and the successes since.
+        failing: the distinct jobs that failed in a row, without a success in between.
+        ended: those of them that have ended.
+        records: each job's failures, the latest last.
+        counted: attempts that are restored if the failures turn out to be an outage.
     """
 
     outage: Outage | None = None
     succeeded_at: float = _NEVER
-    began_well: float = _NEVER
-    up_at: float = _NEVER
+    good_call_began: float = _NEVER
+    recovered_at: float = _NEVER
     successes: int = 0
     failing: set[str] = field(default_factory=set)
     ended: set[str] = field(default_factory=set)
-    met: OrderedDict[str, _Met] = field(default_factory=OrderedDict)
-    counted: OrderedDict[str, _Counted] = field(default_factory=OrderedDict)
-    suspects: dict[asyncio.Future[Verdict], float] = field(default_factory=dict)
+    records: OrderedDict[str, _JobRecord] = field(default_factory=OrderedDict)
+    counted: OrderedDict[str, _CountedAttempts] = field(default_factory=OrderedDict)
 
 
-class Health:
-    """What the jobs' outcomes say about the dependencies."""
+class OutageDetector:
+    """Diagnose each call's result from all results so far.
 
-    def __init__(self) -> None:
+    The first row that applies decides; tests/unit/test_outage_detector.py tests each of them.
+
+    | result | condition | diagnosis |
+    |---|---|---|
+    | success | begun before the outage | outage: it shows nothing |
+    | success | otherwise | cleared; ends the outage |
+    | any failure | an outage lasts | outage |
+    | any failure | a duplicate of another job's failure | pending |
+    | 403 | a call begun after this job's first 403 succeeded, and no other job fails | cleared |
+    | any failure | the job failed more than 3 times after others had succeeded | cleared |
+    | transient error | 3 distinct jobs failed in a row, or 1 for 4 calls in flight; 2 more with ended jobs |
+    outage | | transient error | otherwise | pending | | unavailable | others succeeded within 60 s, it may be
+    one bucket or model, a first failure, few jobs | pending | | unavailable | otherwise | outage |
+
+    An outage restores the attempts that were counted for it while the diagnosis was pending, unless a call
+    begun after them succeeded.
+
+    Args:
+        calls_in_flight: returns how many calls run.
+
+    Attributes:
+        changed: set when an outage begins or ends.
+    """
+
+    def __init__(self, calls_in_flight: Callable[[], int] = lambda: 0) -> None:
+        self._calls_in_flight = calls_in_flight
         self._states = {name: _State() for name in _WATCHED}
-        # Attempts to hand back, by job.
-        self._restored_attempts: OrderedDict[str, int] = OrderedDict()
-        self._gives_verdicts = True
+        # Attempts not to count, by job.
+        self._restored: OrderedDict[str, int] = OrderedDict()
         self.changed = asyncio.Event()
         for dependency in self._states:
             metrics.DEPENDENCY_UP.labels(dependency.label).set(1)
 
     @property
     def outages(self) -> dict[Dependency, Outage]:
-        """The dependencies that are down, and why."""
+        """Return the current outages."""
         return {name: state.outage for name, state in self._states.items() if state.outage}
 
-    def succeeded(self, dependency: Dependency, started: float, now: float) -> None:
-        """A call begun at `started` went well; one begun before the outage proves nothing."""
+    def observe(self, dependency: Dependency, job: str, result: CallResult, now: float) -> Diagnosis:
+        """Record the result of a call for a job, and return the diagnosis: see the table above."""
         state = self._states[dependency]
-        if state.outage and started < state.outage.since:
-            return
-        state.failing.clear()
-        state.ended.clear()
-        state.succeeded_at = now
-        state.began_well = max(state.began_well, started)
-        _acquit(state, started)
-        state.successes += 1
+        if isinstance(result, Success):
+            return self._succeeded(dependency, result.started, now)
+        if result.is_duplicate:
+            return Diagnosis.OUTAGE if state.outage else Diagnosis.PENDING
+        if isinstance(result, TransientError) and result.forbidden and _is_forbidden_alone(state, job, now):
+            return Diagnosis.CLEARED
+        is_repeat = _record_failure(state, job, now)
         if state.outage:
-            state.outage, state.up_at, state.successes = None, now, 1
-            self._publish(dependency)
+            return Diagnosis.OUTAGE
+        repeats = state.records[job].repeats
+        if isinstance(result, TransientError):
+            return (
+                Diagnosis.CLEARED if repeats > MAX_REPEATS else self._transient(dependency, job, result, now)
+            )
+        if is_repeat and repeats > MAX_REPEATS:
+            return Diagnosis.CLEARED
+        return self._unavailable(dependency, job, result, now)
 
-    def failed(
-        self, dependency: Dependency, job: str, reason: str, now: float, *, others: int = 0
-    ) -> Verdict:
-        """A call failed in a way that may be the job's, while `others` calls ran."""
-        state = self._states[dependency]
-        _meet(state, job, now)
-        if state.outage:
-            return Verdict.DOWN
-        if state.met[job].again > FAIR_CHANCES:
-            return Verdict.OWN
-        state.failing.add(job)
-        if not _is_enough(state, others):
-            return Verdict.OPEN
-        count = len(state.failing | state.ended)
-        self.down(dependency, f"{count} different jobs in a row failed: {reason}", now)
-        return Verdict.DOWN
-
-    def refused_everybody(
-        self,
-        dependency: Dependency,
-        job: str,
-        reason: str,
-        now: float,
-        *,
-        others: int = 0,
-        may_be_partial: bool = False,
-    ) -> Verdict:
-        """A call failed as anybody's would, or with `may_be_partial` as that of many would.
-
-        It is the job's own trouble if time and again others have succeeded since this very job met the same
-        (a bucket that only looks like an outage, say): it must not stop the others for ever. What may concern
-        one bucket or one model only stops nobody if others were served just before, until it is met by
-        several jobs in a row, or by the same twice; until then the verdict is open.
-        """
-        state = self._states[dependency]
-        fails_again = _meet(state, job, now)
-        if state.outage:
-            return Verdict.DOWN
-        if fails_again and state.met[job].again > FAIR_CHANCES:
-            return Verdict.OWN
-        is_new = job not in state.failing and now - state.succeeded_at < RECENT_S
-        state.failing.add(job)
-        if may_be_partial and is_new and not _is_enough(state, others):
-            return Verdict.OPEN
-        self.down(dependency, reason, now)
-        return Verdict.DOWN
-
-    def down(self, dependency: Dependency, reason: str, now: float) -> None:
-        """The dependency is out of reach or refuses everybody; what was counted for it is handed back."""
+    def diagnosis(self, dependency: Dependency, failed_at: float) -> Diagnosis:
+        """Return what is known by now about a failure at `failed_at`."""
         state = self._states[dependency]
         if state.outage:
-            return
-        is_relapse = now - state.up_at < RELAPSE_S and state.successes < FIRST_SUCCESSES
-        state.outage = Outage(now, reason, is_relapse)
-        _tell(state, Verdict.DOWN)
-        for job, counted in state.counted.items():
-            self._restored_attempts[job] = self._restored_attempts.get(job, 0) + counted.attempts
-        state.counted.clear()
-        _forget_the_oldest(self._restored_attempts)
-        self._publish(dependency)
+            return Diagnosis.OUTAGE
+        return Diagnosis.CLEARED if state.good_call_began >= failed_at else Diagnosis.PENDING
 
-    async def verdict(self, dependency: Dependency, failed_at: float, patience_s: float) -> Verdict:
-        """Wait for what calls begun after a failure say about it: at most `patience_s`, then it is open."""
-        state = self._states[dependency]
-        if state.outage:
-            return Verdict.DOWN
-        if patience_s <= 0 or not self._gives_verdicts:
-            return Verdict.OPEN
-        verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        state.suspects[verdict] = failed_at
-        try:
-            async with asyncio.timeout(patience_s):
-                return await verdict
-        except TimeoutError:
-            return Verdict.OPEN
-        finally:
-            del state.suspects[verdict]
+    def count_attempt(self, dependency: Dependency, job: str, failed_at: float) -> None:
+        """Record that an attempt is counted while the diagnosis is pending; an outage restores it."""
+        counted = self._states[dependency].counted.setdefault(job, _CountedAttempts())
+        counted.count += 1
+        counted.last_failed_at = failed_at
+        _forget_oldest(self._states[dependency].counted)
 
-    def has_suspects(self, dependency: Dependency) -> bool:
-        """Whether jobs wait for a verdict: what fails together is tried again together."""
-        return bool(self._states[dependency].suspects)
-
-    def end_verdicts(self) -> None:
-        """The worker stops: nobody waits for a verdict any more."""
-        self._gives_verdicts = False
-        for state in self._states.values():
-            _tell(state, Verdict.OPEN)
-
-    def counted(self, dependency: Dependency, job: str, failed_at: float) -> None:
-        """An attempt is counted although the verdict is open; `down` hands it back if it was in vain."""
-        state = self._states[dependency]
-        counted = state.counted.setdefault(job, _Counted())
-        counted.attempts += 1
-        counted.failed_at = failed_at
-        _forget_the_oldest(state.counted)
-
-    def ended(self, dependency: Dependency, job: str) -> None:
-        """A job that failed has come to its end by that, with no outage in sight."""
+    def end_job(self, dependency: Dependency, job: str) -> None:
+        """Record that a job ended by its failure, without an outage."""
         state = self._states[dependency]
         if job in state.failing:
             state.failing.remove(job)
             state.ended.add(job)
 
     def take_restored_attempts(self, job: str) -> int:
-        """How many of the attempts that were counted for a job are not to count; told once."""
-        return self._restored_attempts.pop(job, 0)
+        """Return how many of a job's counted attempts an outage caused, and forget them."""
+        return self._restored.pop(job, 0)
 
-    def is_forbidden_alone(self, dependency: Dependency, job: str, now: float) -> bool:
-        """A job met a 403; returns whether it is forbidden for this job only.
-
-        So it is if a call begun since its first 403 has gone well, and no other job is failing. Never for the
-        first one, nor in an outage: the others get the time of a retry to show whether they fail as well.
-        """
+    def _succeeded(self, dependency: Dependency, started: float, now: float) -> Diagnosis:
         state = self._states[dependency]
-        met = _remembered(state, job, now)
-        if met.forbidden_at is None:
-            met.forbidden_at = now
-        return not state.outage and state.began_well > met.forbidden_at and state.failing <= {job}
+        if state.outage and started < state.outage.since:
+            return Diagnosis.OUTAGE
+        state.failing.clear()
+        state.ended.clear()
+        state.succeeded_at = now
+        state.good_call_began = max(state.good_call_began, started)
+        for job in [job for job, counted in state.counted.items() if counted.last_failed_at <= started]:
+            del state.counted[job]
+        state.successes += 1
+        if state.outage:
+            state.outage, state.recovered_at, state.successes = None, now, 1
+            self._publish(dependency)
+        return Diagnosis.CLEARED
+
+    def _transient(self, dependency: Dependency, job: str, error: TransientError, now: float) -> Diagnosis:
+        state = self._states[dependency]
+        state.failing.add(job)
+        if not self._are_enough(state):
+            return Diagnosis.PENDING
+        count = len(state.failing | state.ended)
+        return self._begin_outage(dependency, f"{count} different jobs in a row failed: {error.reason}", now)
+
+    def _unavailable(
+        self, dependency: Dependency, job: str, error: DependencyDownError, now: float
+    ) -> Diagnosis:
+        state = self._states[dependency]
+        is_first = job not in state.failing and now - state.succeeded_at < RECENT_SUCCESS_S
+        state.failing.add(job)
+        if error.may_be_partial and is_first and not self._are_enough(state):
+            return Diagnosis.PENDING
+        return self._begin_outage(dependency, error.message, now)
+
+    def _are_enough(self, state: _State) -> bool:
+        """Return whether enough distinct jobs have failed in a row."""
+        enough = max(DISTINCT_JOBS, self._calls_in_flight() // CALLS_PER_FAILING_JOB)
+        with_ended = len(state.failing | state.ended)
+        return len(state.failing) >= enough or with_ended >= enough + EXTRA_IF_ENDED
+
+    def _begin_outage(self, dependency: Dependency, reason: str, now: float) -> Diagnosis:
+        state = self._states[dependency]
+        is_relapse = now - state.recovered_at < RELAPSE_S and state.successes < SUCCESSES_TO_RECOVER
+        state.outage = Outage(now, reason, is_relapse)
+        for job, counted in state.counted.items():
+            self._restored[job] = self._restored.get(job, 0) + counted.count
+        state.counted.clear()
+        _forget_oldest(self._restored)
+        self._publish(dependency)
+        return Diagnosis.OUTAGE
 
     def _publish(self, dependency: Dependency) -> None:
         is_up = dependency.label not in {down.label for down in self.outages}
@@ -264,46 +257,33 @@ class Health:
         self.changed.set()
 
 
-def _meet(state: _State, job: str, now: float) -> bool:
-    """Remember a failure; returns whether others have succeeded since this very job failed before."""
-    met = _remembered(state, job, now)
-    fails_again = state.succeeded_at > met.last
-    met.again += fails_again
-    met.last = now
-    return fails_again
+def _is_forbidden_alone(state: _State, job: str, now: float) -> bool:
+    """Record a 403; return whether the API refuses this job only. Never for the first one, nor in an outage.
 
-
-def _remembered(state: _State, job: str, now: float) -> _Met:
-    """What this job has met; it is the last to be forgotten."""
-    met = state.met.setdefault(job, _Met(last=now))
-    state.met.move_to_end(job)
-    _forget_the_oldest(state.met)
-    return met
-
-
-def _is_enough(state: _State, others: int) -> bool:
-    """Whether so many different jobs have failed in a row, while `others` calls run, that it is an outage.
-
-    If some of them are no more it takes a few more: bad jobs that come one after the other are less of a sign
-    than jobs that fail at the same time, and yet an outage in a quiet hour must not pass for them for ever.
+    Until the retry, the results of other jobs show whether they are refused too.
     """
-    enough = max(DISTINCT_JOBS, others // CROWD)
-    return len(state.failing) >= enough or len(state.failing | state.ended) >= enough + MORE_IN_TURN
+    record = _record_of(state, job, now)
+    if record.forbidden_at is None:
+        record.forbidden_at = now
+    return not state.outage and state.good_call_began > record.forbidden_at and state.failing <= {job}
 
 
-def _tell(state: _State, verdict: Verdict, *, failed_by: float = float("inf")) -> None:
-    for suspect, failed_at in state.suspects.items():
-        if failed_at <= failed_by and not suspect.done():
-            suspect.set_result(verdict)
+def _record_failure(state: _State, job: str, now: float) -> bool:
+    """Record a failure; return whether others have succeeded since this job's last one."""
+    record = _record_of(state, job, now)
+    is_repeat = state.succeeded_at > record.last_failed_at
+    record.repeats += is_repeat
+    record.last_failed_at = now
+    return is_repeat
 
 
-def _acquit(state: _State, started: float) -> None:
-    """A call begun at `started` went well: what failed before that was no outage that lasts."""
-    _tell(state, Verdict.OWN, failed_by=started)
-    for job in [job for job, counted in state.counted.items() if counted.failed_at <= started]:
-        del state.counted[job]
+def _record_of(state: _State, job: str, now: float) -> _JobRecord:
+    record = state.records.setdefault(job, _JobRecord(last_failed_at=now))
+    state.records.move_to_end(job)
+    _forget_oldest(state.records)
+    return record
 
 
-def _forget_the_oldest(remembered: OrderedDict[str, Any]) -> None:
+def _forget_oldest(remembered: OrderedDict[str, Any]) -> None:
     while len(remembered) > REMEMBERED_JOBS:
         remembered.popitem(last=False)

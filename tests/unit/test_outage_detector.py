@@ -1,0 +1,488 @@
+"""The outage detector: what each result of a call leads to."""
+
+from collections import Counter
+from random import Random
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.errors import Dependency, DependencyDownError, TransientError
+from worker.observability import metrics
+from worker.resilience.outage_detector import (
+    CALLS_PER_FAILING_JOB,
+    DISTINCT_JOBS,
+    MAX_REPEATS,
+    RECENT_SUCCESS_S,
+    RELAPSE_S,
+    REMEMBERED_JOBS,
+    CallResult,
+    Diagnosis,
+    Outage,
+    OutageDetector,
+    Success,
+)
+
+MODEL, S3, STORE = Dependency.MODEL, Dependency.S3, Dependency.RESULT_STORE
+OUTAGE, CLEARED, PENDING = Diagnosis.OUTAGE, Diagnosis.CLEARED, Diagnosis.PENDING
+BOTH = pytest.mark.parametrize("dependency", [MODEL, S3])
+
+
+def transient(dependency: Dependency = MODEL, reason: str = "http_5xx") -> TransientError:
+    return TransientError(dependency, reason, "it failed")
+
+
+def forbidden() -> TransientError:
+    return TransientError(MODEL, "http_403", "it is forbidden", forbidden=True)
+
+
+def unavailable(dependency: Dependency = MODEL, reason: str = "the key is wrong") -> DependencyDownError:
+    return DependencyDownError(dependency, reason)
+
+
+def partial(dependency: Dependency = MODEL) -> DependencyDownError:
+    return DependencyDownError(dependency, "SlowDown", may_be_partial=True)
+
+
+def jobs(count: int) -> list[str]:
+    return [f"job {n}" for n in range(count)]
+
+
+class Detector(OutageDetector):
+    """With shorter ways to report results."""
+
+    def __init__(self, in_flight: int = 0) -> None:
+        super().__init__(lambda: in_flight)
+
+    def fail(self, job: str, now: float, dependency: Dependency = MODEL) -> Diagnosis:
+        return self.observe(dependency, job, transient(dependency), now)
+
+    def fail_all(self, count: int, now: float = 0.0, dependency: Dependency = MODEL) -> list[Diagnosis]:
+        return [self.fail(job, now, dependency) for job in jobs(count)]
+
+    def succeed(self, started: float, now: float, dependency: Dependency = MODEL) -> Diagnosis:
+        return self.observe(dependency, "another", Success(started), now)
+
+    def go_down(self, now: float, dependency: Dependency = MODEL, reason: str = "the key is wrong") -> None:
+        assert self.observe(dependency, "any", unavailable(dependency, reason), now) is OUTAGE
+
+
+def up(dependency: Dependency) -> float | None:
+    return metrics.REGISTRY.get_sample_value("vqa_dependency_up", {"dependency": dependency})
+
+
+# The table in the docstring of OutageDetector, row by row
+
+
+class Observed(NamedTuple):
+    """One result: of which job, and when."""
+
+    now: float
+    job: str
+    result: CallResult
+
+
+def again(times: int, failure: CallResult) -> list[Observed]:
+    """Let a job fail that many times, each time followed by another job's success."""
+    return [
+        observed
+        for n in range(times)
+        for observed in (Observed(n, "job", failure), Observed(n + 0.5, "other", Success(n + 0.2)))
+    ]
+
+
+DUPLICATE = TransientError(MODEL, "http_5xx", "it failed", is_duplicate=True)
+OTHERS_FAIL = [Observed(90, job, transient()) for job in jobs(2)]
+SUCCESS = Observed(90, "other", Success(89))
+DOWN = Observed(95, "other", unavailable())
+
+TABLE = [
+    pytest.param([DOWN], Success(94), OUTAGE, id="success, begun before the outage"),
+    pytest.param([DOWN], Success(95), CLEARED, id="success, begun during the outage"),
+    pytest.param([], Success(95), CLEARED, id="success, without an outage"),
+    pytest.param([DOWN], transient(), OUTAGE, id="transient error, during an outage"),
+    pytest.param([DOWN], unavailable(), OUTAGE, id="unavailable, during an outage"),
+    pytest.param([DOWN], forbidden(), OUTAGE, id="403, during an outage"),
+    pytest.param([DOWN], DUPLICATE, OUTAGE, id="duplicate, during an outage"),
+    pytest.param(OTHERS_FAIL, DUPLICATE, PENDING, id="duplicate"),
+    pytest.param([], forbidden(), PENDING, id="403, the first"),
+    pytest.param([SUCCESS], forbidden(), PENDING, id="403, the first, after a success"),
+    pytest.param(
+        [Observed(80, "job", forbidden()), SUCCESS], forbidden(), CLEARED, id="403, a later call succeeded"
+    ),
+    pytest.param(
+        [Observed(89.5, "job", forbidden()), SUCCESS],
+        forbidden(),
+        PENDING,
+        id="403, a call begun before it succeeded",
+    ),
+    pytest.param(
+        [Observed(80, "job", forbidden()), SUCCESS, Observed(91, "other", transient())],
+        forbidden(),
+        PENDING,
+        id="403, another job fails too",
+    ),
+    pytest.param(again(MAX_REPEATS, transient()), transient(), PENDING, id="transient error, 3 repeats"),
+    pytest.param(again(MAX_REPEATS + 1, transient()), transient(), CLEARED, id="transient error, 4 repeats"),
+    pytest.param(again(MAX_REPEATS + 1, partial()), partial(), CLEARED, id="unavailable, 4 repeats"),
+    pytest.param(again(MAX_REPEATS + 1, unavailable()), unavailable(), CLEARED, id="down, 4 repeats"),
+    pytest.param([], transient(), PENDING, id="transient error, the first"),
+    pytest.param([Observed(90, "job", transient())] * 9, transient(), PENDING, id="transient error, one job"),
+    pytest.param(OTHERS_FAIL[:1], transient(), PENDING, id="transient error, two jobs"),
+    pytest.param(OTHERS_FAIL, transient(), OUTAGE, id="transient error, three jobs in a row"),
+    pytest.param([*OTHERS_FAIL, SUCCESS], transient(), PENDING, id="transient error, not in a row"),
+    pytest.param([SUCCESS], partial(), PENDING, id="partly unavailable, others just succeeded"),
+    pytest.param([], partial(), OUTAGE, id="partly unavailable, nothing succeeded yet"),
+    pytest.param(
+        [Observed(100 - RECENT_SUCCESS_S, "other", Success(39))],
+        partial(),
+        OUTAGE,
+        id="partly unavailable, the last success is old",
+    ),
+    pytest.param(
+        [SUCCESS, Observed(91, "job", partial())],
+        partial(),
+        OUTAGE,
+        id="partly unavailable, the same job again",
+    ),
+    pytest.param(
+        [SUCCESS, *(Observed(91, job, partial()) for job in jobs(2))],
+        partial(),
+        OUTAGE,
+        id="partly unavailable, three jobs in a row",
+    ),
+    pytest.param([SUCCESS], unavailable(), OUTAGE, id="unavailable"),
+]
+
+
+@pytest.mark.parametrize(("history", "result", "diagnosis"), TABLE)
+def test_each_row_of_the_table(history: list[Observed], result: CallResult, diagnosis: Diagnosis) -> None:
+    detector = OutageDetector()
+    for observed in history:
+        detector.observe(MODEL, observed.job, observed.result, observed.now)
+    assert detector.observe(MODEL, "job", result, 100.0) is diagnosis
+
+
+# How many jobs are an outage
+
+
+@BOTH
+def test_everything_is_up_at_the_start(dependency: Dependency) -> None:
+    detector = Detector()
+    assert detector.outages == {}
+    assert not detector.changed.is_set()
+    assert up(dependency) == 1
+
+
+@BOTH
+@given(times=st.integers(1, 200))
+def test_a_single_job_that_fails_many_times_is_never_an_outage(dependency: Dependency, times: int) -> None:
+    detector = Detector()
+    assert {detector.fail("job", float(now), dependency) for now in range(times)} == {PENDING}
+    assert detector.outages == {}
+
+
+@BOTH
+def test_two_jobs_that_fail_many_times_are_not_an_outage(dependency: Dependency) -> None:
+    detector = Detector()
+    for now in range(20):
+        assert detector.fail_all(2, float(now), dependency) == [PENDING, PENDING]
+    assert detector.outages == {}
+
+
+@BOTH
+def test_three_distinct_jobs_that_fail_in_a_row_are_an_outage(dependency: Dependency) -> None:
+    detector = Detector()
+    assert DISTINCT_JOBS == 3
+    assert detector.fail_all(3, dependency=dependency) == [PENDING, PENDING, OUTAGE]
+    assert detector.changed.is_set()
+    assert set(detector.outages) == {dependency}
+    assert "http_5xx" in detector.outages[dependency].reason
+    assert up(dependency) == 0
+
+
+def test_bad_jobs_that_end_one_after_another_are_an_outage_only_after_five() -> None:
+    detector = Detector()
+    for job in jobs(4):
+        assert {detector.fail(job, float(now)) for now in range(3)} == {PENDING}
+        detector.end_job(MODEL, job)
+    detector.end_job(MODEL, "unknown")
+    assert detector.fail("fifth", 9.0) is OUTAGE
+    assert detector.outages[MODEL].reason == "5 different jobs in a row failed: http_5xx"
+
+
+def test_a_success_forgets_jobs_that_have_ended() -> None:
+    detector = Detector()
+    for job in jobs(4):
+        detector.fail(job, 0.0)
+        detector.end_job(MODEL, job)
+    detector.succeed(1.0, 1.0)
+    assert set(detector.fail_all(2, 2.0)) == {PENDING}
+
+
+@pytest.mark.parametrize("in_flight", [0, 12, 16, 64, 200])
+def test_with_many_calls_in_flight_more_jobs_must_fail_in_a_row(in_flight: int) -> None:
+    enough = max(DISTINCT_JOBS, in_flight // CALLS_PER_FAILING_JOB)
+    assert Detector(in_flight).fail_all(enough) == [PENDING] * (enough - 1) + [OUTAGE]
+
+
+@pytest.mark.parametrize(("in_flight", "rate"), [(31, 0.1), (63, 0.2)])
+def test_sporadic_failures_among_many_calls_are_never_an_outage(in_flight: int, rate: float) -> None:
+    detector, chance = Detector(in_flight), Random(7)  # noqa: S311 - no cryptography
+    for n in range(5000):
+        if chance.random() < rate:
+            assert detector.fail(f"job {n}", float(n)) is PENDING
+        else:
+            detector.succeed(n - 20.0, float(n))
+
+
+def test_dependencies_are_diagnosed_independently() -> None:
+    detector = Detector()
+    detector.fail_all(2, dependency=MODEL)
+    assert set(detector.fail_all(2, dependency=S3)) == {PENDING}
+    detector.go_down(1.0, S3)
+    assert set(detector.outages) == {S3}
+    detector.succeed(2.0, 3.0, MODEL)
+    assert set(detector.outages) == {S3}
+
+
+# The course of an outage
+
+
+def test_an_outage_keeps_its_start_and_its_first_reason() -> None:
+    detector = Detector()
+    detector.go_down(1.0, reason="first")
+    detector.changed.clear()
+    detector.go_down(2.0, reason="second")
+    detector.fail_all(6, 3.0)
+    assert detector.outages == {MODEL: Outage(1.0, "first")}
+    assert not detector.changed.is_set()
+
+
+@pytest.mark.parametrize(("started", "is_over"), [(4.9, False), (5.0, True), (5.1, True)])
+def test_only_a_call_begun_after_the_start_of_an_outage_ends_it(started: float, is_over: bool) -> None:
+    detector = Detector()
+    detector.go_down(5.0)
+    detector.changed.clear()
+    detector.succeed(started, 10.0)
+    assert (MODEL not in detector.outages) is is_over
+    assert detector.changed.is_set() is is_over
+    assert up(MODEL) == (1 if is_over else 0)
+
+
+@pytest.mark.parametrize(
+    ("successes", "later_s", "is_relapse"),
+    [(1, 1.0, True), (2, RELAPSE_S - 1, True), (3, 1.0, False), (1, RELAPSE_S, False)],
+)
+def test_an_outage_soon_after_another_is_a_relapse(successes: int, later_s: float, is_relapse: bool) -> None:
+    detector = Detector()
+    detector.go_down(1.0)
+    assert not detector.outages[MODEL].is_relapse
+    for _ in range(successes):
+        detector.succeed(2.0, 3.0)
+    detector.go_down(3.0 + later_s, S3)
+    detector.go_down(3.0 + later_s, MODEL)
+    assert detector.outages[MODEL].is_relapse is is_relapse
+    assert not detector.outages[S3].is_relapse
+
+
+def test_after_an_outage_the_next_takes_as_many_jobs() -> None:
+    detector = Detector()
+    detector.fail_all(3)
+    detector.succeed(1.0, 2.0)
+    assert detector.fail_all(3, 3.0) == [PENDING, PENDING, OUTAGE]
+
+
+def test_the_result_store_is_diagnosed_apart_from_the_images_s3_and_published_as_s3() -> None:
+    detector = Detector()
+    detector.go_down(1.0, S3)
+    detector.succeed(2.0, 3.0, STORE)
+    assert set(detector.outages) == {S3}
+    detector.go_down(4.0, STORE)
+    detector.succeed(5.0, 6.0, S3)
+    assert (set(detector.outages), up(S3)) == ({STORE}, 0)
+    detector.succeed(7.0, 8.0, STORE)
+    assert (detector.outages, up(S3)) == ({}, 1)
+
+
+def test_the_outages_are_a_copy() -> None:
+    detector = Detector()
+    detector.outages[MODEL] = Outage(0.0, "made up")
+    assert detector.outages == {}
+
+
+# Jobs that fail many times
+
+
+def test_a_job_that_causes_outages_alone_is_cleared_after_four() -> None:
+    detector = Detector()
+    for n in range(MAX_REPEATS + 1):
+        assert detector.observe(S3, "job", unavailable(S3), n + 0.1) is OUTAGE
+        detector.succeed(n + 0.2, n + 0.3, S3)
+    assert detector.observe(S3, "job", unavailable(S3), 9.0) is CLEARED
+    assert detector.outages == {}
+    # Without a success since, it may be an outage again.
+    assert detector.observe(S3, "job", unavailable(S3), 10.0) is OUTAGE
+
+
+def test_jobs_of_one_outage_also_show_the_next() -> None:
+    detector = Detector()
+    for now in (1.0, 5.0):
+        assert {detector.observe(MODEL, job, unavailable(), now) for job in jobs(12)} == {OUTAGE}
+        detector.succeed(now + 1, now + 2)
+    assert OUTAGE in detector.fail_all(12, 9.0)
+
+
+def test_failing_again_during_an_outage_does_not_count_as_a_repeat() -> None:
+    detector = Detector()
+    detector.succeed(0.0, 0.5)
+    for n in range(9):
+        assert detector.observe(MODEL, "job", unavailable(), n + 1.0) is OUTAGE
+
+
+def test_a_batch_of_bad_jobs_causes_four_outages_at_most() -> None:
+    """Each time another job's success shows that the dependency works."""
+    detector = Detector()
+    found = []
+    for now in range(10):
+        found.append(OUTAGE in detector.fail_all(10, float(now)))
+        detector.succeed(now + 0.5, now + 0.5)
+    assert found == [True] * (MAX_REPEATS + 1) + [False] * (9 - MAX_REPEATS)
+    assert set(detector.fail_all(10, 20.0)) == {CLEARED}
+
+
+def test_during_an_outage_failures_of_a_known_bad_job_are_the_outage_s_too() -> None:
+    detector = Detector()
+    for now in range(10):
+        detector.fail("bad", float(now))
+        detector.succeed(now + 0.5, now + 0.5)
+    assert detector.fail("bad", 20.0) is CLEARED
+    detector.go_down(21.0)
+    assert detector.fail("bad", 22.0) is OUTAGE
+
+
+def test_a_failing_object_is_cleared_after_four_repeats() -> None:
+    detector = Detector()
+    found = []
+    for now in range(MAX_REPEATS + 3):
+        detector.succeed(float(now), float(now), S3)
+        found.append(detector.observe(S3, "job", partial(S3), now + 0.5))
+    assert found == [PENDING] * (MAX_REPEATS + 1) + [CLEARED, CLEARED]
+    assert detector.outages == {}
+
+
+def test_failing_jobs_are_forgotten_beyond_a_number() -> None:
+    detector = Detector(10**6)
+    for n in range(REMEMBERED_JOBS + 1):
+        detector.observe(MODEL, f"job {n}", forbidden(), float(n))
+    detector.succeed(1e6, 1e6)
+    assert detector.observe(MODEL, "job 1", forbidden(), 2e6) is CLEARED
+    assert detector.observe(MODEL, "job 0", forbidden(), 2e6) is PENDING
+
+
+# What is known later about a failure
+
+
+def test_a_failure_is_pending_until_an_outage_or_a_success_of_a_later_call() -> None:
+    detector = Detector()
+    detector.fail("job", 1.0)
+    assert detector.diagnosis(MODEL, 1.0) is PENDING
+    detector.succeed(0.9, 2.0)
+    detector.succeed(1.5, 2.0, S3)
+    assert detector.diagnosis(MODEL, 1.0) is PENDING
+    detector.succeed(1.0, 3.0)
+    assert detector.diagnosis(MODEL, 1.0) is CLEARED
+    assert detector.diagnosis(MODEL, 1.1) is PENDING
+    detector.go_down(4.0)
+    assert detector.diagnosis(MODEL, 1.0) is OUTAGE
+
+
+# Attempts counted while the diagnosis was pending
+
+
+def test_an_outage_restores_counted_attempts_once() -> None:
+    detector = Detector()
+    detector.count_attempt(MODEL, "job", 1.0)
+    detector.count_attempt(MODEL, "job", 2.0)
+    detector.count_attempt(MODEL, "another", 2.0)
+    assert detector.take_restored_attempts("job") == 0
+    detector.go_down(3.0)
+    assert (detector.take_restored_attempts("job"), detector.take_restored_attempts("another")) == (2, 1)
+    assert (detector.take_restored_attempts("job"), detector.take_restored_attempts("unknown")) == (0, 0)
+    detector.succeed(4.0, 4.0)
+    detector.go_down(5.0)
+    assert detector.take_restored_attempts("job") == 0
+
+
+def test_attempts_are_not_restored_after_a_later_call_succeeded() -> None:
+    detector = Detector()
+    for job, failed_at in (("early", 1.0), ("late", 3.0)):
+        detector.count_attempt(MODEL, job, failed_at)
+    detector.succeed(2.0, 4.0)
+    detector.succeed(4.0, 4.0, S3)
+    detector.go_down(5.0)
+    assert (detector.take_restored_attempts("early"), detector.take_restored_attempts("late")) == (0, 1)
+
+
+def test_only_an_outage_of_the_dependency_that_failed_restores_attempts() -> None:
+    detector = Detector()
+    detector.count_attempt(MODEL, "job", 1.0)
+    detector.go_down(2.0, S3)
+    assert detector.take_restored_attempts("job") == 0
+    detector.count_attempt(S3, "other", 3.0)
+    assert detector.take_restored_attempts("other") == 0
+
+
+def test_counted_attempts_are_forgotten_beyond_a_number() -> None:
+    detector = Detector()
+    for n in range(REMEMBERED_JOBS + 1):
+        detector.count_attempt(MODEL, f"job {n}", 1.0)
+    detector.go_down(2.0)
+    for n in range(REMEMBERED_JOBS - 1):
+        detector.count_attempt(S3, f"other {n}", 3.0)
+    detector.go_down(4.0, S3)
+    assert [detector.take_restored_attempts(f"job {n}") for n in (0, 1, REMEMBERED_JOBS)] == [0, 0, 1]
+    assert detector.take_restored_attempts("other 0") == 1
+
+
+EVENTS = st.lists(
+    st.tuples(st.just("failed"), st.sampled_from(jobs(8)))
+    | st.tuples(st.just("succeeded"), st.integers(0, 3))
+    | st.tuples(st.just("down"), st.just("any")),
+    max_size=60,
+)
+
+
+@given(events=EVENTS)
+def test_outages_follow_the_rules_for_any_sequence_of_results(events: list[tuple[str, str | int]]) -> None:
+    """The rules in other words: a set of failing jobs, cleared by a success that counts."""
+    detector = Detector()
+    failing: set[str | int] = set()
+    since: float | None = None
+    # For each job: whether others have succeeded since its last failure, and its failures after that.
+    others_succeeded, repeats = dict[str | int, bool](), Counter[str | int]()
+    for now, (event, what) in enumerate(events):
+        match event:
+            case "failed":
+                repeats[what] += others_succeeded.get(what, False)
+                others_succeeded[what] = False
+                is_cleared = since is None and repeats[what] > MAX_REPEATS
+                if since is None and not is_cleared:
+                    failing.add(what)
+                    since = now if len(failing) >= DISTINCT_JOBS else None
+                expected = CLEARED if is_cleared else PENDING if since is None else OUTAGE
+                assert detector.fail(str(what), now) is expected
+            case "succeeded":
+                started = now - int(what)
+                if since is None or started >= since:
+                    failing, since = set(), None
+                    others_succeeded = dict.fromkeys(others_succeeded, True)
+                detector.succeed(started, now)
+            case _:
+                since = now if since is None else since
+                # Of ever new jobs, so that none of them is cleared.
+                detector.observe(MODEL, f"new {now}", unavailable(), now)
+        assert (MODEL in detector.outages) is (since is not None)
+        if since is not None:
+            assert detector.outages[MODEL].since == since
