@@ -1,4 +1,4 @@
-"""What follows from a failed attempt. Pure: the clock is passed in."""
+"""Decide whether and when a failed job is tried again. Pure: the time is passed in."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,47 +7,47 @@ from datetime import datetime, timedelta
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """`VQA_MAX_ATTEMPTS` and `VQA_RETRY_DELAYS` (whole seconds; the last one repeats)."""
+    """`VQA_MAX_ATTEMPTS` and `VQA_RETRY_DELAYS`: whole seconds, the last of which repeats."""
 
     max_attempts: int
     delays_s: Sequence[int]
 
     def delay_s(self, attempts: int) -> int:
-        """The delay after the `attempts`-th attempt."""
+        """Return the delay in seconds after the `attempts`-th attempt."""
         return self.delays_s[min(attempts, len(self.delays_s)) - 1]
 
     @property
     def longest_delay_s(self) -> int:
-        """What is waited for where nothing is in a hurry."""
+        """Return the longest delay in seconds."""
         return max(self.delays_s)
 
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
-    """Try again after `delay_s` whole seconds, one of the policy's own."""
+    """Try again after `delay_s` seconds, which is one of the policy's delays: each has a retry queue."""
 
     delay_s: int
 
 
 @dataclass(frozen=True, slots=True)
 class Exhausted:
-    """That was the last attempt."""
+    """No attempts are left."""
 
 
 @dataclass(frozen=True, slots=True)
 class TooLate:
-    """The next attempt would come after the job's deadline."""
+    """The next attempt would begin after the job's deadline."""
 
 
 def after_attempt(
     attempts: int, policy: RetryPolicy, deadline: datetime | None, now: datetime
 ) -> TryAgain | Exhausted | TooLate:
-    """Decide after the `attempts`-th attempt (from 1) has failed."""
+    """Return what follows after the `attempts`-th attempt (from 1) failed."""
     return Exhausted() if attempts >= policy.max_attempts else after(policy.delay_s(attempts), deadline, now)
 
 
 def after(delay_s: int, deadline: datetime | None, now: datetime) -> TryAgain | TooLate:
-    """Decide whether a job can wait so long."""
+    """Return TryAgain, or TooLate if the job's deadline comes before `delay_s` have passed."""
     if deadline is not None and now + timedelta(seconds=delay_s) >= deadline:
         return TooLate()
     return TryAgain(delay_s)

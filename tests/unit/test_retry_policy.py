@@ -1,4 +1,4 @@
-"""What follows from a failed attempt."""
+"""Whether and when a failed job is tried again."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -13,14 +13,14 @@ USUAL = RetryPolicy(max_attempts=5, delays_s=(1, 5, 30, 120))
 
 
 @pytest.mark.parametrize(("attempts", "delay_s"), [(1, 1), (2, 5), (3, 30), (4, 120)])
-def test_the_delays_grow_in_their_order(attempts: int, delay_s: int) -> None:
+def test_the_delays_are_used_in_order(attempts: int, delay_s: int) -> None:
     assert after_attempt(attempts, USUAL, None, NOW) == TryAgain(delay_s)
 
 
 @pytest.mark.parametrize("attempts", [5, 6, 1000])
-def test_the_last_attempt_and_any_beyond_it_are_the_end(attempts: int) -> None:
+def test_after_the_last_attempt_there_is_no_other(attempts: int) -> None:
     assert after_attempt(attempts, USUAL, None, NOW) == Exhausted()
-    # A deadline changes nothing about it: the fault is told, not the time.
+    # Also past the deadline: the result names the failure, not the deadline.
     assert after_attempt(attempts, USUAL, NOW, NOW) == Exhausted()
 
 
@@ -30,7 +30,7 @@ def test_the_last_delay_repeats() -> None:
     assert decisions == [TryAgain(1)] + [TryAgain(2)] * 8
 
 
-def test_a_single_attempt_may_be_all_there_is() -> None:
+def test_a_policy_may_allow_a_single_attempt() -> None:
     assert after_attempt(1, RetryPolicy(1, (1,)), None, NOW) == Exhausted()
 
 
@@ -45,13 +45,11 @@ def test_a_single_attempt_may_be_all_there_is() -> None:
         (9, TryAgain(1)),
     ],
 )
-def test_an_attempt_that_would_come_after_the_deadline_is_not_waited_for(
-    left_s: float, decision: TryAgain | TooLate
-) -> None:
+def test_no_retry_begins_after_the_deadline(left_s: float, decision: TryAgain | TooLate) -> None:
     assert after_attempt(1, USUAL, NOW + timedelta(seconds=left_s), NOW) == decision
 
 
-def test_deadlines_at_the_ends_of_time_are_compared_like_any_other() -> None:
+def test_deadlines_at_the_limits_of_datetime_are_compared_like_others() -> None:
     late = datetime.fromisoformat("9999-12-31T23:59:59-23:59")
     early = datetime.fromisoformat("0001-01-01T00:00:00+23:59")
     assert after_attempt(1, USUAL, late, NOW) == TryAgain(1)
@@ -64,7 +62,7 @@ def test_deadlines_at_the_ends_of_time_are_compared_like_any_other() -> None:
     delays=st.lists(st.integers(1, 86_400), min_size=1, max_size=8),
     left_s=st.none() | st.floats(-100_000, 100_000),
 )
-def test_every_decision_keeps_to_the_policy(
+def test_every_decision_follows_the_policy(
     attempts: int, maximum: int, delays: list[int], left_s: float | None
 ) -> None:
     deadline = None if left_s is None else NOW + timedelta(seconds=left_s)
