@@ -74,7 +74,7 @@ async def _scene(stack: Stack, folder: Path, **settings: str) -> AsyncIterator[S
             stack,
             folder,
             VQA_MODEL_BASE_URL=proxy.url(stack.model.base_url),
-            VQA_MODEL_TIMEOUT="1",
+            VQA_MODEL_TIMEOUT="2",
             VQA_MAX_ATTEMPTS="3",
             **settings,
         )
