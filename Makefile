@@ -39,10 +39,10 @@ $(BENCH): requirements-bench.lock $(INSTALLED)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	@touch $@
 
-bench: $(BENCH) ## measure the worker beside others (40 minutes or more; Linux), write docs/performance.md
+bench: $(BENCH) ## compare the worker with others (40 minutes or more; Linux), write docs/performance.md
 	@$(BIN)/python -m tests.bench --write docs
 
-bench-quick: $(BENCH) ## the same in short, under two minutes, told only
+bench-quick: $(BENCH) ## short benchmark (under two minutes), prints results only
 	@$(BIN)/python -m tests.bench --quick
 
 scale-demo: $(BENCH) ## scale workers from zero to the most and back as KEDA would (8 minutes; Linux), write docs/scaling.md
@@ -92,7 +92,7 @@ format: $(INSTALLED) ## put the code in form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(INSTALLED) ## write what is generated anew: pages of docs/, the dashboard, files of deploy/rabbitmq/ and of the chart
+docs: $(INSTALLED) ## regenerate pages of docs/, the dashboard, files of deploy/rabbitmq/ and of the chart
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m deploy.grafana
 	$(BIN)/python docs/chart.py
@@ -101,7 +101,7 @@ docs: $(INSTALLED) ## write what is generated anew: pages of docs/, the dashboar
 dashboard-preview: $(BENCH) ## draw the dashboard's data under a real load into docs/ (three minutes)
 	@$(BIN)/python -m tests.seeing.preview
 
-golden: $(INSTALLED) ## write anew what the chart's ci/ files render to (tests/slow/helm/golden): look at the difference
+golden: $(INSTALLED) ## update the chart's golden files (tests/slow/helm/golden); review the difference
 	$(BIN)/python -m tests.slow.helm.goldens
 
 lock: ## take the latest releases into the locks (needs uv)

@@ -3,7 +3,7 @@
 The README's table and the schema's descriptions come from the comments in `values.yaml`. Rules and dashboard
 are copies, because Helm cannot read files outside the chart.
 """
-# ruff: noqa: INP001  # a script beside the pages, not a package
+# ruff: noqa: INP001  # a script next to the pages, not a package
 
 import argparse
 import json

@@ -1,5 +1,5 @@
 """Generate the pages that are derived from the code: `python docs/generate.py [--check]`."""
-# ruff: noqa: INP001  # a script beside the pages, not a package
+# ruff: noqa: INP001  # a script next to the pages, not a package
 
 import argparse
 import json

@@ -64,7 +64,7 @@ async def calls_begun(stack: Stack, marker: str, count: int) -> list[Call]:
 
 
 async def model_answered(stack: Stack, marker: str) -> None:
-    """Wait until every call about these jobs has come to its end."""
+    """Wait until every call about these jobs has completed."""
     await until(lambda: all(call.ended for call in calls_with(stack, marker)), "the model's answers")
 
 
@@ -96,7 +96,7 @@ def events(worker: Worker, event: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class BrokerUser:
-    """A user of the broker, through which a worker's connections can be told from a test's."""
+    """A user of the broker, through which a worker's connections can be distinguished from a test's."""
 
     stack: Stack
     name: str

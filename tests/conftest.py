@@ -130,7 +130,7 @@ async def own_client_of(own_stack: Stack) -> AsyncIterator[MakeClient]:
 
 @pytest.fixture(scope="session")
 async def worker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worker]:
-    """A worker with usual settings that many tests share; jobs are told apart by their ids and markers."""
+    """A worker with usual settings that many tests share; jobs are distinguished by their ids and markers."""
     worker = Worker.of(stack, tmp_path_factory.mktemp("shared-worker"), VQA_MAX_ATTEMPTS="3")
     await worker.start()
     yield worker

@@ -1,4 +1,4 @@
-"""A small stand-in for S3, for what a real server cannot be brought to do."""
+"""A small simulator for S3, for what a real server cannot be brought to do."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ class FakeS3:
     @classmethod
     @contextlib.asynccontextmanager
     async def serving(cls, content: bytes, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Self]:
-        """One that gives `content` for every key, until told otherwise."""
+        """One that gives `content` for every key, until this is changed."""
         fake = cls(give(content))
         runner = web.ServerRunner(web.Server(fake._handle, handler_cancellation=True), shutdown_timeout=1)
         await runner.setup()

@@ -65,7 +65,7 @@ class Proxy:
         self.delay_s = 0.0
         """How late each piece arrives, in both directions."""
         self.cut_after: int | None = None
-        """Each connection made from now on breaks off after so many bytes from the server; None: never."""
+        """Each connection made from now on is reset after so many bytes from the server; None: never."""
         self.cuts_politely = False
         """Whether that looks like an orderly end, and not like a broken connection."""
 

@@ -41,7 +41,7 @@ async def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> An
         if value:
             return value
         if time.monotonic() > ends:
-            raise AssertionError(f"waited {patience_s} s in vain: {what}")
+            raise AssertionError(f"waited {patience_s} s without success: {what}")
         await asyncio.sleep(pause_s)
         pause_s = min(1.3 * pause_s, LONGEST_PAUSE_S)
 
@@ -56,7 +56,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has come to its end: its exit code, its log and the lines of its stderr."""
+    """A process that has completed: its exit code, its log and the lines of its stderr."""
 
     code: int
     output: str
@@ -96,7 +96,7 @@ class Worker:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """All that it is told."""
+        """All its settings."""
         return self._environment
 
     @property
@@ -161,7 +161,7 @@ class Worker:
     @classmethod
     @contextlib.asynccontextmanager
     async def running(cls, stack: Stack, folder: Path, **settings: str) -> AsyncIterator[Self]:
-        """A worker for as long as the context lasts, told to stop in the end."""
+        """A worker for as long as the context lasts, asked to stop in the end."""
         worker = cls.of(stack, folder, **settings)
         try:
             yield await worker.start()
@@ -234,7 +234,7 @@ class Worker:
 
 
 def calls_with(stack: Stack, marker: str) -> list[Call]:
-    """The calls that the stand-in model got whose last user message contains `marker`."""
+    """The calls that the model simulator received whose last user message contains `marker`."""
     return [call for call in stack.model.calls() if marker in call.question]
 
 
@@ -307,7 +307,7 @@ class Client:
             async with asyncio.timeout(patience_s), self._arrival:
                 await self._arrival.wait_for(lambda: self.replies.get(job_id))
         except TimeoutError:
-            raise AssertionError(f"waited {patience_s} s in vain: a result for {job_id}") from None
+            raise AssertionError(f"waited {patience_s} s without success: a result for {job_id}") from None
         return self.replies[job_id][0]
 
     async def ask(self, patience_s: float = PATIENCE_S, **fields: Any) -> Reply:

@@ -136,7 +136,7 @@ def _option(text: str, value: str | None = None) -> VariableOption:
 
 
 def _lines(panels: Sequence[Panel]) -> Iterator[list[Panel]]:
-    """The panels of a row, as many beside each other as there is room for."""
+    """The panels of a row, as many next to each other as there is room for."""
     line: list[Panel] = []
     for panel in panels:
         if sum(other.width for other in line) + panel.width > _WIDTH:

@@ -1,4 +1,4 @@
-"""`python -m tests.bench`: this worker beside what one would write instead, on this machine."""
+"""`python -m tests.bench`: this worker compared with others, on this machine."""
 
 import argparse
 import logging
@@ -45,7 +45,7 @@ def main() -> int:
     try:
         _measure(arguments, notebook)
     except (WrongError, ServiceStartError, RabbitMQNotInstalledError) as error:
-        print_status(f"\nThe benchmark broke off, and its figures mean nothing:\n{error}")
+        print_status(f"\nThe benchmark was interrupted, and its figures mean nothing:\n{error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "--redraw",
         type=Path,
         metavar="FOLDER",
-        help="measure nothing: write them anew from the figures there",
+        help="measure nothing: write them again from the figures there",
     )
     return parser
 

@@ -20,7 +20,7 @@ Environment = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Run:
-    """What a contender is told for one run."""
+    """What a contender is given for one run."""
 
     rabbitmq_url: str
     jobs_queue: str
@@ -46,7 +46,7 @@ class Contender:
     jobs_queue_arguments: Mapping[str, FieldValue]
     takes_links: bool = False
     most_in_flight: int = 1_000_000
-    """By its nature, whatever it is told."""
+    """By its nature, regardless of its arguments."""
     only_by_name: bool = False
     """Whether it takes part only where it is asked for."""
 
@@ -65,7 +65,7 @@ def worker(command: str | None = None) -> Contender:
 
 
 def traced(command: str | None = None) -> list[Contender]:
-    """The worker sending traces, all of them and one in a hundred; the stand-in takes them, too."""
+    """The worker sending traces, all of them and one in a hundred; the simulator takes them, too."""
     return [
         replace(
             worker(command),

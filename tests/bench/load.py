@@ -196,7 +196,7 @@ class Load:
         batch = self._batches.get(name)
         try:
             if batch is None:
-                raise WrongError(f"a result that nobody asked for: {result}")  # noqa: TRY301 - told in one place
+                raise WrongError(f"a result that nobody asked for: {result}")  # noqa: TRY301 - reported in one place
             batch.check(int(number), result.get("answer"))
         except WrongError as error:
             self._wrong = self._wrong or WrongError(f"{error}; the whole result: {result}")
@@ -209,7 +209,7 @@ class Load:
         results = await self._channel.declare_queue(
             self.results_queue, durable=True, arguments={"x-queue-type": "quorum"}
         )
-        # What is read is checked at once, and a run that breaks off is worth nothing: no acks needed.
+        # What is read is checked at once, and a run that is interrupted is worth nothing: no acks needed.
         tag = await results.consume(self._receive, no_ack=True)
         self._stop_reading = lambda: results.cancel(tag)
 

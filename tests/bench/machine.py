@@ -37,7 +37,7 @@ class Cores:
 
 @contextmanager
 def pinned(cores: frozenset[int]) -> Iterator[None]:
-    """Let processes that are started in the block run on these cores, now and for good."""
+    """Let processes that are started in the block run on these cores, now and permanently."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:

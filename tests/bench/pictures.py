@@ -1,4 +1,4 @@
-"""Pictures of any size, each unlike the others, and what the stand-in must say of them."""
+"""Pictures of any size, each unlike the others, and what the simulator must say of them."""
 
 import base64
 import os

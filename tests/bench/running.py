@@ -43,14 +43,14 @@ class Setup:
 
 
 class StandIn:
-    """The stand-in's process."""
+    """The simulator's process."""
 
     def __init__(self, folder: Path, ports: PortBlock, certificate: Certificate) -> None:
         self._port, self._tls_port = ports.take(), ports.take()
         addresses = ("--port", str(self._port), "--tls-port", str(self._tls_port))
         tls = ("--certificate", str(certificate.certificate), "--key", str(certificate.key))
         self._process = SupervisedProcess(
-            "stand-in",
+            "simulator",
             [sys.executable, "-m", "tests.bench.standin", *addresses, *tls],
             environment={**os.environ, "PYTHONPATH": str(ROOT)},
             folder=folder,
@@ -139,7 +139,7 @@ class Running:
 
 
 class Bench:
-    """RabbitMQ, S3, the stand-in and the pictures."""
+    """RabbitMQ, S3, the simulator and the pictures."""
 
     def __init__(
         self, stack: Stack, standin: StandIn, cores: Cores, folder: Path, ports: PortBlock, ca_file: Path
@@ -166,7 +166,7 @@ class Bench:
             resources.callback(ports.close)
             ca_file, certificate = _certificate(folder)
             stack = resources.enter_context(Stack.start(s3_certificate=certificate, on_progress=tell))
-            standin = StandIn(folder / "stand-in", ports, certificate)
+            standin = StandIn(folder / "simulator", ports, certificate)
             resources.callback(standin.stop)
             standin.start()
             yield cls(stack, standin, cores, folder, ports, ca_file)

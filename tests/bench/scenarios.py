@@ -85,7 +85,7 @@ async def tls(bench: Bench, plan: Plan, notebook: Notebook) -> None:
 
 
 async def standin(bench: Bench, plan: Plan, notebook: Notebook) -> None:
-    """Whether the stand-in's speed shows in the contenders' figures: the CPU per job when it is slower."""
+    """Whether the simulator's speed shows in the contenders' figures: the CPU per job when it is slower."""
     for number in range(plan.rounds):
         for contender in plan.only(WORKER, "aio-pika"):
             async with bench.running(contender, Setup()) as running:

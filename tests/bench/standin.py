@@ -1,13 +1,13 @@
-"""A stand-in for the model's API that costs next to nothing: `python -m tests.bench.standin --port N`.
+"""A simulator for the model's API that costs next to nothing: `python -m tests.bench.standin --port N`.
 
 It holds no picture. It looks for `;base64,` in the bytes of the request's body as they arrive, keeps a
 running CRC-32 of what follows up to the closing quote, and throws that away; of the body only the text around
 the pictures remains. Its answer names each picture's length and checksum, so that it depends on every byte
-that came; a link is answered with its path. What it does beside the API:
+that came; a link is answered with its path. What it does next to the API:
 
 - `GET /bench/set?latency=S`: seconds that every answer waits from here on, from the request's last byte;
 - `GET /bench/stats`: its counters as JSON; `max_concurrent` and `cpu_s` count from the previous look.
-- anything else, such as `POST /v1/traces`: thrown away.
+- anything else, such as `POST /v1/traces`: deleted.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MARKER: Final = b";base64,"
 _QUOTE: Final = re.compile(b'"')
 _HEAD_ENDS: Final = b"\r\n\r\n"
 _LINE_ENDS: Final = b"\r\n"
-# Text around pictures, and heads: more than this is no request of this benchmark.
+# Text around pictures, and heads: more than this is not a request of this benchmark.
 _MOST_TEXT_BYTES: Final = 1_000_000
 # Fits into a core's own cache.
 _READ_BYTES: Final = 256 * 1024
@@ -165,7 +165,7 @@ class Connection(asyncio.BufferedProtocol):
         self._counted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are no subclasses.
+        # uvloop's transports are not subclasses.
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -220,7 +220,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._left is None:
             return self._take_chunk_size(data, body)
         part = data[: self._left]
-        # The line end that closes a chunk is counted with it, and is no part of the body.
+        # The line end that closes a chunk is counted with it, and is not a part of the body.
         inside = part
         if self._chunked:
             inside = part[: max(0, self._left - len(_LINE_ENDS))]

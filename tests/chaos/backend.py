@@ -52,7 +52,7 @@ class _Connection(aio_pika.Connection):
 
 
 class Backend:
-    """One connection that publishes and one that reads, each made anew whenever it is lost."""
+    """One connection that publishes and one that reads, each made again whenever it is lost."""
 
     def __init__(self, url: str, *, jobs: str, results: str, dead_letters: str, private: str) -> None:
         self._url = url
@@ -134,7 +134,7 @@ class Backend:
         return await aio_pika.connect(self._url, timeout=10, heartbeat=10, connection_class=_Connection)
 
     async def _publish_surely(self, message: aio_pika.Message, exchange: str, key: str) -> int:
-        """Publish until it is confirmed; returns how often that was in vain."""
+        """Publish until it is confirmed; returns how often that was without success."""
         for vain in itertools.count():
             if await self._publish(message, exchange, key):
                 return vain

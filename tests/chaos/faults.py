@@ -95,7 +95,7 @@ async def _broker_killed(scene: Scene, _: Backend, __: Fault) -> AsyncIterator[N
 
 @contextlib.asynccontextmanager
 async def _broker_restarted(scene: Scene, _: Backend, __: Fault) -> AsyncIterator[None]:
-    """What it does after it has closed its connections takes long, and is no matter here."""
+    """What it does after it has closed its connections takes long, and is not a matter here."""
     os.kill(scene.stack.rabbitmq.pids[0], signal.SIGTERM)
     await asyncio.sleep(2)
     await asyncio.to_thread(scene.stack.rabbitmq.kill)
@@ -167,7 +167,7 @@ async def _model_restarted(scene: Scene, _: Backend, __: Fault) -> AsyncIterator
 
 
 def _reset(of: Callable[[Place], Proxy]) -> Inject:
-    """Connections break off; new ones are fine."""
+    """Connections are interrupted; new ones are fine."""
 
     @contextlib.asynccontextmanager
     async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
@@ -179,7 +179,7 @@ def _reset(of: Callable[[Place], Proxy]) -> Inject:
 
 
 def _unreachable(of: Callable[[Place], Proxy]) -> Inject:
-    """Connections break off, and new ones are refused."""
+    """Connections are interrupted, and new ones are refused."""
 
     @contextlib.asynccontextmanager
     async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
@@ -201,7 +201,7 @@ def _silent(of: Callable[[Place], Proxy]) -> Inject:
             proxy.freeze()
         yield
         for proxy in proxies:
-            if fault.value == "and breaks off":
+            if fault.value == "and is interrupted":
                 proxy.reset()
             proxy.thaw()
 
@@ -225,7 +225,7 @@ def _late(of: Callable[[Place], Proxy]) -> Inject:
 
 
 def _model(**behaviour: Callable[[Fault], object]) -> Inject:
-    """The stand-in behaves otherwise: settings of `model_simulator.behavior.Behavior`."""
+    """The simulator behaves otherwise: settings of `model_simulator.behavior.Behavior`."""
 
     @contextlib.asynccontextmanager
     async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
@@ -238,7 +238,7 @@ def _model(**behaviour: Callable[[Fault], object]) -> Inject:
 
 
 def _model_plays(outcome: Callable[[Fault], Outcome]) -> Inject:
-    """The stand-in treats every call so, those of the jobs with a fate of their own too."""
+    """The simulator treats every call so, those of the jobs with a fate of their own too."""
 
     @contextlib.asynccontextmanager
     async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
@@ -288,7 +288,7 @@ def _malformed(fault: Fault) -> Outcome:
 
 INJECTED: Final[dict[str, Inject]] = {
     "worker killed": _worker_killed,
-    "worker told to stop": _worker_told_to_stop,
+    "worker asked to stop": _worker_told_to_stop,
     "worker frozen": _worker_frozen,
     "broker killed": _broker_killed,
     "broker restarted": _broker_restarted,

@@ -18,7 +18,7 @@ from deploy.local.model_simulator.answers import PREFIX
 from deploy.local.model_simulator.behavior import Answer, Error, Rule
 
 SUCCEEDED: Final = "succeeded"
-# What makes the stand-in answer a job in its own way, whatever else is wrong.
+# What makes the simulator answer a job in its own way, whatever else is wrong.
 POISON, REJECTED, EMPTY, SLOW = "chaos-poison", "chaos-rejected", "chaos-empty", "chaos-slow"
 STANDING_RULES: Final = (
     Rule(outcome=Error(status=500, message="It hurts"), times=None, marker=POISON),
@@ -38,7 +38,7 @@ def job_of(question: str) -> str | None:
 
 @dataclass(frozen=True)
 class Stored:
-    """An image in S3: its URL, its bytes, and how the stand-in calls it in an answer."""
+    """An image in S3: its URL, its bytes, and how the simulator calls it in an answer."""
 
     url: str
     content: bytes
@@ -59,7 +59,7 @@ class Asked:
         elsewhere: whether the result may also be in the results queue, as undeliverable.
         dies: whether it must come to the dead-letter queue, too.
         again_after_s: a second submission follows so much later.
-        cancelled_after_s: it is taken back so much later.
+        cancelled_after_s: it is cancelled so much later.
         id_in_body: whether the body says the id; else only the message's own id does.
         sent_at: when each submission was confirmed by the broker (Unix time).
         doubtful: submissions that had to be sent again, since the broker went before it confirmed them.
@@ -93,7 +93,7 @@ class Asked:
 
     def _fault_of_answer(self, answer: str) -> str | None:
         if not answer.startswith(PREFIX):
-            return f"not the stand-in's answer: {answer!r}"
+            return f"not the simulator's answer: {answer!r}"
         if tuple(_SEEN.findall(answer)) != self.sees:
             return f"an answer about other images: {answer!r}"
         return None if self.sees or f"#{self.id}#" in answer or "a link to" in answer else f"{answer!r}"
@@ -222,7 +222,7 @@ class Jobs:
         return self._job(kind, self._small(), code="invalid_job", imagse=[])
 
     def unreadable(self, kind: str) -> Asked:
-        """Not JSON: the message's own id tells whom the failed result is for."""
+        """Not JSON: the message's own id reports whom the failed result is for."""
         job_id, codes = self._id(), frozenset({"invalid_job"})
         return Asked(job_id, kind, f"{{not JSON {job_id}".encode(), codes, dies=True, id_in_body=False)
 
@@ -249,7 +249,7 @@ MAKERS: Final[Mapping[str, tuple[float, Callable[[Jobs, str], Asked]]]] = {
     "submitted twice": (6, Jobs.again),
     "cancelled": (4, Jobs.cancelled),
     "a private reply queue": (5, Jobs.private),
-    "a reply queue that is gone": (2, Jobs.nobodys),
+    "a reply queue that is missing": (2, Jobs.nobodys),
     "a deadline": (4, Jobs.deadline),
     "a deadline in the past": (2, Jobs.late),
     "a missing image": (3, Jobs.missing),

@@ -27,12 +27,12 @@ class Kind:
 
 KINDS: Final = {
     "worker killed": Kind("worker", (0.2, 3), who="one"),
-    "worker told to stop": Kind("worker", (0, 1), who="one"),
+    "worker asked to stop": Kind("worker", (0, 1), who="one"),
     "worker frozen": Kind("worker", (1, 9), who="one"),
     "broker killed": Kind("broker", (0.5, 5)),
     "broker restarted": Kind("broker", (0, 1)),
     "broker connections reset": Kind("broker", (0, 0), who="either"),
-    "broker silent": Kind("broker", (11, 15), ("and comes back", "and breaks off"), who="either"),
+    "broker silent": Kind("broker", (11, 15), ("and comes back", "and is interrupted"), who="either"),
     "broker slow": Kind("broker", (3, 8), (0.05, 0.2, 0.5), who="either"),
     "broker out of memory": Kind("broker", (3, 6)),
     "broker refuses results": Kind("broker", (3, 6)),

@@ -42,7 +42,7 @@ def noticed(logs: Mapping[str, Sequence[Mapping[str, object]]], lives: Sequence[
     broken = sum(line["reason"] == "connection_error" for line in logs["job_retried"])
     return {
         "workers killed": sum(life.code == -9 for life in lives),
-        "workers that stopped when they were told to": sum(life.ending == "told to stop" for life in lives),
+        "workers that stopped when they were asked to": sum(life.ending == "asked to stop" for life in lives),
         "connections to the broker made": len(logs["rabbitmq_connected"]),
         "connections to the broker lost": len(logs["rabbitmq_connection_lost"]),
         "publishes that failed and were repeated": len(logs["publish_failed"]),
@@ -50,7 +50,7 @@ def noticed(logs: Mapping[str, Sequence[Mapping[str, object]]], lives: Sequence[
         "pauses for S3": paused["s3"],
         "times they resumed": len(logs["consumption_resumed"]),
         "retries": len(logs["job_retried"]),
-        "retries after a connection broke off": broken,
+        "retries after a connection was interrupted": broken,
     }
 
 
@@ -83,7 +83,7 @@ def _figures(records: Records, verdict: Verdict) -> list[tuple[str, object]]:
         ("dead letters", len(records.dead_letters)),
         ("calls", calls),
         ("calls that were answered", paid),
-        ("calls that got no answer at all", sum(call.status is None for call in records.calls)),
+        ("calls that got no answer", sum(call.status is None for call in records.calls)),
         ("calls refused by a limit (429)", sum(call.status == 429 for call in records.calls)),
         ("calls per job that was called for", f"{calls / max(1, len(calls_by_job(records.calls))):.2f}"),
         ("workers started", len(records.lives)),

@@ -96,7 +96,7 @@ class Watch:
     """Looks on; this one sees nothing."""
 
     def around(self, scene: Scene) -> AbstractAsyncContextManager[None]:  # noqa: ARG002 - for those who look
-        """From before the first job until everything has come to its end."""
+        """From before the first job until everything has completed."""
         return contextlib.nullcontext()
 
 
@@ -116,7 +116,7 @@ async def run(
             async with (watch or Watch()).around(scene):
                 await _go_through(options, injector, traffic, places, tell)
                 await _drain(scene, traffic, Jobs(options.seed + 1, places, HARMLESS), tell)
-                tell(f"  {time.time() - injector.began:6.1f} s: everything has come to its end")
+                tell(f"  {time.time() - injector.began:6.1f} s: everything has completed")
             scene.note_the_dead()
             await asyncio.gather(
                 *(scene.stop_worker(place) for place in scene.places if not place.life.ended)
@@ -161,7 +161,7 @@ def put_images(stack: Stack, private_queue: str, seed: int) -> Places:
 
 
 async def _drain(scene: Scene, traffic: Traffic, harmless: Jobs, tell: Callable[[str], None]) -> None:
-    """Wait until everything has come to its end, or has had time enough.
+    """Wait until everything has completed, or has had time enough.
 
     A trickle of jobs that succeed goes on meanwhile: where nothing but poison is left, nobody could tell it
     from a model that is down.
@@ -173,7 +173,7 @@ async def _drain(scene: Scene, traffic: Traffic, harmless: Jobs, tell: Callable[
         await until(lambda: not traffic.waiting(), "the last results", DRAIN_S)
         await until(scene.at_rest, "the workers have nothing in hand", DRAIN_S)
     except AssertionError as error:
-        tell(f"  not everything came to its end: {error}; {len(traffic.waiting())} jobs wait for a result")
+        tell(f"  not everything completed: {error}; {len(traffic.waiting())} jobs wait for a result")
 
 
 async def _nothing_is_left(scene: Scene, backend: Backend, tell: Callable[[str], None]) -> None:
@@ -182,7 +182,7 @@ async def _nothing_is_left(scene: Scene, backend: Backend, tell: Callable[[str],
     for queue in (jobs_queue, *(f"{jobs_queue}.retry.{delay}s" for delay in (1, 2, 3))):
         if depth := await backend.depth(queue):
             tell(f"  {depth} messages are left in {queue}")
-    # What is in the queues that the backend reads is there by now; it has only to be handed over.
+    # What is in the queues that the backend reads is there by now; it has only to be delivered.
     await asyncio.sleep(1)
 
 

@@ -21,16 +21,16 @@ from tests.chaos import jobs
 from tests.proxy import Proxy
 from tests.running import Worker
 
-# Not by long: enough to be told from a slow answer, and short of what hangs in the plan.
+# Not by long: enough to be distinguished from a slow answer, and short of what hangs in the plan.
 MODEL_TIMEOUT_S: Final = 6.0
 # Seconds; both ends give a connection up after two or three times as long a silence.
 HEARTBEAT_S: Final = 3
 LATENCY_S: Final = 0.15
-# The header by which the stand-in's calls tell who made them.
+# The header by which the simulator's calls tell who made them.
 WORKER_HEADER: Final = "x-chaos-worker"
 _SCRAPE_S: Final = 1.0
 
-Ending = Literal["killed", "told to stop", "by itself"]
+Ending = Literal["killed", "asked to stop", "by itself"]
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Life:
     ending: Ending | None = None
     code: int | None = None
     was_cut_off: bool = False
-    """Whether it had to leave jobs unfinished when it was told to stop."""
+    """Whether it had to leave jobs unfinished when it was asked to stop."""
     metrics: str = ""
     """What it last showed; what it counted after that, until it was killed, is not known."""
 
@@ -118,17 +118,17 @@ class Scene:
         return self.places if who is None else [self.places[who]]
 
     def calm_the_model(self, *first: Rule, **behaviour: object) -> None:
-        """The stand-in's usual behaviour, but for the rules and the settings given."""
+        """The simulator's usual behaviour, but for the rules and the settings given."""
         usual: dict[str, object] = {"latency": LATENCY_S, "max_concurrent": None, "retry_after": None}
         rules = [*first, *jobs.STANDING_RULES]
         self.stack.model.configure(**{**usual, **behaviour, "rules": rules})
 
     def remember_calls(self) -> None:
-        """Ask the stand-in for its calls and have it forget them; it must be out of everybody's reach."""
+        """Ask the simulator for its calls and have it forget them; it must be out of everybody's reach."""
         self._calls += self.stack.model.calls()
 
     def calls(self) -> list[Call]:
-        """All calls that there were, over the stand-in's restarts."""
+        """All calls that there were, over the simulator's restarts."""
         return [*self._calls, *self.stack.model.calls()]
 
     async def start_worker(self, place: Place) -> None:
@@ -158,7 +158,7 @@ class Scene:
         """SIGTERM, and wait for the end."""
         life = place.life
         await asyncio.to_thread(self._scrape, life)
-        life.ending = "told to stop"
+        life.ending = "asked to stop"
         await life.worker.stop(signal.SIGTERM, patience_s)
         self._note_end(life)
 

@@ -17,10 +17,10 @@ LATE_S: Final = 30.0
 UNDELIVERABLE: Final = "vqa-undeliverable-to"
 
 # Why a job was paid for again. The first three cannot be helped; what has no such reason is a bug.
-CUT_OFF: Final = "the answer before was cut off or timed out on its way"
+CUT_OFF: Final = "the answer before was interrupted or timed out on its way"
 DIED: Final = "the worker that had the answer was killed or cut off"
 ELSEWHERE: Final = "its connection was lost, and another worker got the job meanwhile"
-NO_STORE: Final = "the store was out of reach"
+NO_STORE: Final = "the store was unreachable"
 SUBMITTED: Final = "it was submitted again"
 PLAIN: Final = "for no reason"
 
@@ -80,7 +80,7 @@ def judge(records: Records) -> Verdict:
     _judge_results(records, verdict)
     _judge_dead_letters(records, verdict)
     _judge_payments(records, verdict)
-    expected = {"killed": -9, "told to stop": 0}
+    expected = {"killed": -9, "asked to stop": 0}
     for life in records.lives:
         if life.code != expected.get(life.ending or ""):
             verdict.died.append(f"worker {life.name}, {life.ending}, ended with {life.code}")
@@ -88,7 +88,7 @@ def judge(records: Records) -> Verdict:
 
 
 def is_paid(call: Call) -> bool:
-    """Whether the stand-in gave a full answer, whoever got it."""
+    """Whether the simulator gave a full answer, whoever got it."""
     return call.status == 200 and call.played in (None, "answer") and call.ended is not None
 
 

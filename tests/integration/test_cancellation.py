@@ -163,7 +163,7 @@ async def test_a_worker_started_later_knows_from_the_result_store_what_was_cance
 async def test_a_worker_that_may_not_listen_says_so_and_works_all_the_same(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
-    """It needs no more than `^amq\\.gen-.*$` beside its own queues' names, which this user lacks."""
+    """It needs no more than `^amq\\.gen-.*$` next to its own queues' names, which this user lacks."""
     maker = await start_worker()
     assert await maker.stop() == 0
     with BrokerUser.of(stack, configure="^t[0-9a-f]+\\.") as user:

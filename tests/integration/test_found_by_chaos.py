@@ -27,7 +27,7 @@ async def is_full(channel: AbstractChannel, queue: str) -> bool:
 async def test_results_that_a_full_queue_refused_are_delivered_when_its_limit_is_lifted(
     own_stack: Stack, start_own_worker: StartWorker
 ) -> None:
-    """RabbitMQ tells a channel that the queue is full, and never that it has no limit any more."""
+    """RabbitMQ reports to a channel that the queue is full, and never that it has no limit any more."""
     marker, ctl = uuid.uuid4().hex, own_stack.rabbitmq.ctl
     worker = await start_own_worker()
     async with await aio_pika.connect(own_stack.rabbitmq.url) as connection:

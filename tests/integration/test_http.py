@@ -58,7 +58,7 @@ async def test_it_is_unready_from_the_signal_on_and_alive_to_the_end(
 
     stopping = asyncio.create_task(worker.stop())
     await until(lambda: worker.ready()[0] == 503, "it is not ready")
-    assert worker.ready() == (503, {"status": "stopping", "reasons": ["the worker was told to stop"]})
+    assert worker.ready() == (503, {"status": "stopping", "reasons": ["the worker was asked to stop"]})
     assert worker.get("/livez")[0] == 200
     assert worker.metric("vqa_jobs_in_flight") == 1
 
@@ -117,7 +117,7 @@ async def test_a_process_that_stood_still_was_late(start_worker: StartWorker) ->
     # So long it stands still: this is not waited for.
     await asyncio.sleep(2.5)
     worker.process.send_signal(signal.SIGCONT)
-    await until(lambda: worker.metric("vqa_event_loop_lag_seconds_sum") > 1, "it is told")
+    await until(lambda: worker.metric("vqa_event_loop_lag_seconds_sum") > 1, "the lag is reported")
     assert await worker.stop() == 0
 
 
@@ -154,7 +154,7 @@ async def test_a_hundred_connections_that_say_nothing_keep_no_probe_out(worker: 
     idle = [socket.create_connection(("127.0.0.1", worker.port), timeout=5) for _ in range(100)]
     try:
         idle[0].sendall(b"GET /livez HT")
-        idle[1].sendall(b"\x16\x03\x01 no HTTP at all\r\n\r\n")
+        idle[1].sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
         assert worker.get("/livez")[0] == 200
     finally:
         for connection in idle:

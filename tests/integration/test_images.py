@@ -225,7 +225,7 @@ async def by_link(
     stack: Stack, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[Worker, Client]]:
     """A worker with `VQA_IMAGE_DELIVERY=link`."""
-    # The stand-in takes https links only. The scheme is no part of what is signed, and the worker itself
+    # The simulator takes https links only. The scheme is not a part of what is signed, and the worker itself
     # never opens a connection to S3 for a link: so its server is called a TLS server here.
     endpoint = stack.s3.endpoint_url.replace("http://", "https://")
     folder = tmp_path_factory.mktemp("by-link")

@@ -59,10 +59,10 @@ async def asked(worker: Worker) -> Seen:
     worker.process.send_signal(signal.SIGUSR1)
 
     def all_of_it() -> Seen | None:
-        told = events(worker, "in_flight_summary")[states:]
+        reported = events(worker, "in_flight_summary")[states:]
         listed = events(worker, "in_flight_job")[jobs:]
-        is_all = told and len(listed) == told[0]["jobs"] - told[0]["not_shown"]
-        return Seen(told[0], listed) if is_all else None
+        is_all = reported and len(listed) == reported[0]["jobs"] - reported[0]["not_shown"]
+        return Seen(reported[0], listed) if is_all else None
 
     seen: Seen = await until(all_of_it, "the worker says what is in flight")
     return seen

@@ -1,4 +1,4 @@
-"""Jobs as publishers send them, through a real worker, broker, S3 and the stand-in model."""
+"""Jobs as publishers send them, through a real worker, broker, S3 and the model simulator."""
 
 import base64
 import hashlib
@@ -146,7 +146,7 @@ async def test_params_reach_the_api_unchanged(client: Client, stack: Stack, put_
     reply, call = await _ask(client, stack, question=_question(), images=[put_image()], params=params)
 
     assert call.params == params
-    # JSON tells numbers apart that Python does not.
+    # JSON distinguishes numbers that Python does not.
     assert json.dumps(call.params, sort_keys=True) == json.dumps(params, sort_keys=True)
     assert reply.body["status"] == "succeeded"
     assert set(json.loads(reply.body["answer"])) == {"answer", "count"}
@@ -321,6 +321,6 @@ def _data_url(content: bytes) -> str:
 
 
 def _seen(content: bytes, **fields: Any) -> dict[str, Any]:
-    """An image part as the stand-in remembers it."""
+    """An image part as the simulator remembers it."""
     url = f"sha256:{hashlib.sha256(content).hexdigest()}"
     return {"type": "image_url", "image_url": {"url": url, **fields}}

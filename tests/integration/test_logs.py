@@ -299,10 +299,10 @@ def test_a_fault_that_repeats_is_told_a_few_times_and_then_counted(lines: Lines)
     log_suppressed_events()
     assert [line["reason"] for line in lines()] == ["http_5xx"] * MAX_SHOWN + ["timeout"]
     log_suppressed_events(flush=True)
-    told = lines()[-1]
-    assert told.pop("timestamp")
-    assert told.pop("window_s") < 60
-    assert told == {
+    reported = lines()[-1]
+    assert reported.pop("timestamp")
+    assert reported.pop("window_s") < 60
+    assert reported == {
         "level": "warning",
         "event": "events_suppressed",
         "logger": "worker.tests",
@@ -327,10 +327,10 @@ def test_the_same_of_a_library_is_counted_whatever_values_it_has(lines: Lines) -
         logging.getLogger("opentelemetry.exporter").error("Failed to export %s", number)
     log_suppressed_events(flush=True)
     assert len(lines()) == MAX_SHOWN + 1
-    told = lines()[-1]
-    assert (told["logger"], told["level"]) == ("opentelemetry.exporter", "error")
-    assert (told["suppressed_event"], told["count"]) == ("Failed to export %s", 5)
-    assert "reason" not in told
+    reported = lines()[-1]
+    assert (reported["logger"], reported["level"]) == ("opentelemetry.exporter", "error")
+    assert (reported["suppressed_event"], reported["count"]) == ("Failed to export %s", 5)
+    assert "reason" not in reported
 
 
 @pytest.mark.parametrize("level", ["info", "warning", "error"])

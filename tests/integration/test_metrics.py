@@ -26,8 +26,8 @@ Labels = frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a worker tells after its jobs, and the results that it gave."""
+class Reported:
+    """What a worker reports after its jobs, and the results that it gave."""
 
     exposition: str
     log: str
@@ -57,7 +57,7 @@ ANSWERED = ("two images", "after a 500", "after a reset", "after nonsense", "aft
 
 
 @pytest.fixture(scope="module")
-async def told(stack: Stack, put_image: PutImage, tmp_path_factory: pytest.TempPathFactory) -> Told:
+async def reported(stack: Stack, put_image: PutImage, tmp_path_factory: pytest.TempPathFactory) -> Reported:
     images = picture(), picture("JPEG", (100, 100))
     async with (
         Worker.running(
@@ -95,7 +95,7 @@ async def told(stack: Stack, put_image: PutImage, tmp_path_factory: pytest.TempP
             "after a 429": Error(status=429, headers={"Retry-After": "0.1"}),
         }
         results = [_result_of(client, stack, name, job, outcomes.get(name)) for name, job in jobs.items()]
-        # Failures that come together could be an outage, and what waits after a 429 could begin anew: each of
+        # Failures that come together could be an outage, and jobs that wait after a 429 could start: each of
         # these by itself.
         at_once = len(jobs) - sum(name.startswith("after") for name in jobs)
         replies = await asyncio.gather(*results[:at_once])
@@ -104,7 +104,7 @@ async def told(stack: Stack, put_image: PutImage, tmp_path_factory: pytest.TempP
         await client.result("unreadable")
         await until(lambda: worker.metric("vqa_jobs_total") == len(jobs) + 1, "all jobs are counted")
         exposition = worker.get("/metrics")[1]
-        return Told(
+        return Reported(
             exposition=exposition,
             log=worker.output(),
             before=before,
@@ -126,7 +126,7 @@ async def _result_of(
         stack.model.play(outcome, marker=question)
     fields = {"id": job_id, "question": question, "images": [LINK], "metadata": {"x": "a-note-for-nobody"}}
     attempts: dict[str, Any] = {"vqa-attempts": 1} if name == "exhausted" else {}
-    # Two have a timestamp: this one, and the one that is no job.
+    # Two have a timestamp: this one, and the one that is not a job.
     timed = {"timestamp": int(time.time())} if name == "two images" else {}
     await client.publish({**fields, **job}, headers=attempts, **timed)
     return await client.result(job_id)
@@ -141,8 +141,8 @@ def _samples(exposition: str) -> dict[str, dict[Labels, float]]:
     return samples
 
 
-def test_the_jobs_came_to_the_ends_that_the_figures_are_about(told: Told) -> None:
-    codes = {name: body["error"] and body["error"]["code"] for name, body in told.results.items()}
+def test_the_jobs_came_to_the_ends_that_the_figures_are_about(reported: Reported) -> None:
+    codes = {name: body["error"] and body["error"]["code"] for name, body in reported.results.items()}
     assert codes == {
         **dict.fromkeys((*ANSWERED, "other model")),
         "unknown model": "invalid_job",
@@ -153,9 +153,9 @@ def test_the_jobs_came_to_the_ends_that_the_figures_are_about(told: Told) -> Non
     }
 
 
-def test_jobs_are_counted_by_status_error_and_model(told: Told) -> None:
-    first, second = told.models
-    assert told.counted("vqa_jobs_total") == {
+def test_jobs_are_counted_by_status_error_and_model(reported: Reported) -> None:
+    first, second = reported.models
+    assert reported.counted("vqa_jobs_total") == {
         # error, model, status
         ("", first, "succeeded"): 5,
         ("", second, "succeeded"): 1,
@@ -167,33 +167,33 @@ def test_jobs_are_counted_by_status_error_and_model(told: Told) -> None:
     }
 
 
-def test_retries_and_dead_letters_are_counted_by_reason(told: Told) -> None:
-    assert told.counted("vqa_retries_total") == {
+def test_retries_and_dead_letters_are_counted_by_reason(reported: Reported) -> None:
+    assert reported.counted("vqa_retries_total") == {
         ("http_5xx",): 1,
         ("connection_error",): 1,
         ("malformed_response",): 1,
     }
-    assert told.counted("vqa_dead_letters_total") == {("attempts_exhausted",): 1, ("invalid_job",): 1}
+    assert reported.counted("vqa_dead_letters_total") == {("attempts_exhausted",): 1, ("invalid_job",): 1}
 
 
-def test_durations_are_observed_once_for_each_job(told: Told) -> None:
-    first, second = told.models
-    assert told.values("vqa_job_duration_seconds_count") == {
+def test_durations_are_observed_once_for_each_job(reported: Reported) -> None:
+    first, second = reported.models
+    assert reported.values("vqa_job_duration_seconds_count") == {
         # model, status
         (first, "succeeded"): 5,
         (second, "succeeded"): 1,
         (first, "failed"): 4,
         ("unknown", "failed"): 2,
     }
-    assert told.values("vqa_job_duration_seconds_sum")[(first, "failed")] >= 3
-    assert told.values("vqa_job_queue_seconds_count") == {(): 2}
-    assert 0 <= told.values("vqa_job_queue_seconds_sum")[()] < 120
+    assert reported.values("vqa_job_duration_seconds_sum")[(first, "failed")] >= 3
+    assert reported.values("vqa_job_queue_seconds_count") == {(): 2}
+    assert 0 <= reported.values("vqa_job_queue_seconds_sum")[()] < 120
 
 
-def test_stages_are_observed_once_for_each_time_a_job_came_to_them(told: Told) -> None:
-    first, second = told.models
+def test_stages_are_observed_once_for_each_time_a_job_came_to_them(reported: Reported) -> None:
+    first, second = reported.models
     # Ten jobs, three of them twice (their retries), and one that went back to the start after a 429.
-    assert told.values("vqa_stage_duration_seconds_count") == {
+    assert reported.values("vqa_stage_duration_seconds_count") == {
         # model, stage
         (first, "wait"): 13,
         (second, "wait"): 1,
@@ -207,18 +207,18 @@ def test_stages_are_observed_once_for_each_time_a_job_came_to_them(told: Told) -
     }
 
 
-def test_tokens_and_costs_are_those_of_the_results(told: Told) -> None:
-    first, second = told.models
+def test_tokens_and_costs_are_those_of_the_results(reported: Reported) -> None:
+    first, second = reported.models
     paid = (*ANSWERED, "empty")
-    assert told.values("vqa_tokens_total") == {
-        (first, "prompt"): told.sum_of("prompt_tokens", paid),
-        (first, "completion"): told.sum_of("completion_tokens", paid),
-        (second, "prompt"): told.sum_of("prompt_tokens", ["other model"]),
-        (second, "completion"): told.sum_of("completion_tokens", ["other model"]),
+    assert reported.values("vqa_tokens_total") == {
+        (first, "prompt"): reported.sum_of("prompt_tokens", paid),
+        (first, "completion"): reported.sum_of("completion_tokens", paid),
+        (second, "prompt"): reported.sum_of("prompt_tokens", ["other model"]),
+        (second, "completion"): reported.sum_of("completion_tokens", ["other model"]),
     }
-    assert told.sum_of("cost_usd", paid) > 0
-    assert told.values("vqa_cost_usd_total") == {
-        (first,): pytest.approx(told.sum_of("cost_usd", paid)),
+    assert reported.sum_of("cost_usd", paid) > 0
+    assert reported.values("vqa_cost_usd_total") == {
+        (first,): pytest.approx(reported.sum_of("cost_usd", paid)),
         (second,): 0,
     }
 
@@ -226,30 +226,30 @@ def test_tokens_and_costs_are_those_of_the_results(told: Told) -> None:
 CALLS = {"200": 6, "422": 1, "429": 1, "500": 1, "timeout": 1, "connection": 1, "malformed": 1}
 
 
-def test_calls_are_counted_by_their_outcome(told: Told) -> None:
-    first, second = told.models
-    assert told.counted("vqa_model_requests_total") == {
+def test_calls_are_counted_by_their_outcome(reported: Reported) -> None:
+    first, second = reported.models
+    assert reported.counted("vqa_model_requests_total") == {
         **{(code, first): count for code, count in CALLS.items()},
         ("200", second): 1,
     }
     # The timeout, the reset and the nonsense.
-    assert told.counted("vqa_ambiguous_calls_total") == {(first,): 3}
+    assert reported.counted("vqa_ambiguous_calls_total") == {(first,): 3}
 
 
-def test_calls_have_the_names_and_labels_of_opentelemetry(told: Told) -> None:
-    first, second = told.models
-    duration = told.after["gen_ai_client_operation_duration_seconds_count"]
+def test_calls_have_the_names_and_labels_of_opentelemetry(reported: Reported) -> None:
+    first, second = reported.models
+    duration = reported.after["gen_ai_client_operation_duration_seconds_count"]
     assert duration == {
         **{_call(first, error_type="" if code == "200" else code): count for code, count in CALLS.items()},
         _call(second, error_type=""): 1,
     }
-    assert told.after["gen_ai_client_token_usage_count"] == {
+    assert reported.after["gen_ai_client_token_usage_count"] == {
         _call(model, gen_ai_token_type=kind): count
         for model, count in ((first, 6), (second, 1))
         for kind in ("input", "output")
     }
-    assert told.after["gen_ai_client_token_usage_sum"] == {
-        _call(model, gen_ai_token_type=theirs): told.values("vqa_tokens_total")[model, ours]
+    assert reported.after["gen_ai_client_token_usage_sum"] == {
+        _call(model, gen_ai_token_type=theirs): reported.values("vqa_tokens_total")[model, ours]
         for model in (first, second)
         for ours, theirs in (("prompt", "input"), ("completion", "output"))
     }
@@ -264,57 +264,57 @@ def _call(model: str, **labels: str) -> Labels:
     return frozenset({**common, **labels}.items())
 
 
-def test_the_buckets_of_opentelemetry_s_names_are_its_own(told: Told) -> None:
-    assert _buckets(told, "gen_ai_client_token_usage") == [*(4.0**n for n in range(14)), float("inf")]
+def test_the_buckets_of_opentelemetry_s_names_are_its_own(reported: Reported) -> None:
+    assert _buckets(reported, "gen_ai_client_token_usage") == [*(4.0**n for n in range(14)), float("inf")]
     recommended = [0.01 * 2**n for n in range(14)]
-    assert _buckets(told, "gen_ai_client_operation_duration_seconds")[:14] == pytest.approx(recommended)
+    assert _buckets(reported, "gen_ai_client_operation_duration_seconds")[:14] == pytest.approx(recommended)
 
 
-def test_the_buckets_of_a_job_reach_its_longest_time(told: Told) -> None:
+def test_the_buckets_of_a_job_reach_its_longest_time(reported: Reported) -> None:
     for name in (
         "vqa_job_duration_seconds",
         "vqa_stage_duration_seconds",
         "gen_ai_client_operation_duration_seconds",
     ):
-        assert _buckets(told, name)[-2] >= JOB_TIMEOUT_CEILING_S
+        assert _buckets(reported, name)[-2] >= JOB_TIMEOUT_CEILING_S
 
 
-def _buckets(told: Told, name: str) -> list[float]:
-    limits = {float(dict(labels)["le"]) for labels in told.after[f"{name}_bucket"]}
+def _buckets(reported: Reported, name: str) -> list[float]:
+    limits = {float(dict(labels)["le"]) for labels in reported.after[f"{name}_bucket"]}
     return sorted(limits)
 
 
-def test_only_bytes_that_were_loaded_are_counted(told: Told) -> None:
-    assert told.values("vqa_image_bytes_total") == {("inline",): sum(map(len, told.images))}
+def test_only_bytes_that_were_loaded_are_counted(reported: Reported) -> None:
+    assert reported.values("vqa_image_bytes_total") == {("inline",): sum(map(len, reported.images))}
 
 
-def test_gauges_tell_the_present(told: Told) -> None:
-    assert told.before["vqa_concurrency_limit"] == {frozenset(): MAX_CONCURRENCY}
+def test_gauges_tell_the_present(reported: Reported) -> None:
+    assert reported.before["vqa_concurrency_limit"] == {frozenset(): MAX_CONCURRENCY}
     # It fell with a 429, and may be back by now.
-    assert 1 <= told.values("vqa_concurrency_limit")[()] <= MAX_CONCURRENCY
-    assert told.values("vqa_jobs_in_flight") == told.values("vqa_concurrency_in_use") == {(): 0}
-    assert told.before["vqa_job_queue_wait_max_seconds"] == {frozenset(): 0}
-    assert 0 < told.values("vqa_job_queue_wait_max_seconds")[()] < 120
-    for samples in (told.before, told.after):
+    assert 1 <= reported.values("vqa_concurrency_limit")[()] <= MAX_CONCURRENCY
+    assert reported.values("vqa_jobs_in_flight") == reported.values("vqa_concurrency_in_use") == {(): 0}
+    assert reported.before["vqa_job_queue_wait_max_seconds"] == {frozenset(): 0}
+    assert 0 < reported.values("vqa_job_queue_wait_max_seconds")[()] < 120
+    for samples in (reported.before, reported.after):
         assert samples["vqa_dependency_up"] == {
             frozenset({("dependency", dependency)}): 1 for dependency in ("model", "s3", "rabbitmq")
         }
 
 
-def test_the_build_is_told(told: Told) -> None:
-    assert told.values("vqa_build_info") == {(platform.python_version(), __version__): 1}
+def test_the_build_is_told(reported: Reported) -> None:
+    assert reported.values("vqa_build_info") == {(platform.python_version(), __version__): 1}
 
 
-def test_a_fresh_worker_counts_nothing(told: Told) -> None:
+def test_a_fresh_worker_counts_nothing(reported: Reported) -> None:
     counts = {
         name: samples
-        for name, samples in told.before.items()
+        for name, samples in reported.before.items()
         if name.startswith(("vqa_", "gen_ai_")) and name.endswith(("_total", "_count", "_sum"))
     }
     assert sum(value for samples in counts.values() for value in samples.values()) == 0
 
 
-def test_what_alerts_add_up_is_there_before_it_happens(told: Told) -> None:
+def test_what_alerts_add_up_is_there_before_it_happens(reported: Reported) -> None:
     """`increase` sees no growth in a series that begins with its first count."""
     for name in (
         "vqa_jobs_total",
@@ -324,26 +324,28 @@ def test_what_alerts_add_up_is_there_before_it_happens(told: Told) -> None:
         "vqa_tokens_total",
         "vqa_ambiguous_calls_total",
     ):
-        assert told.before[name].keys() == told.after[name].keys(), name
+        assert reported.before[name].keys() == reported.after[name].keys(), name
 
 
-def test_without_a_tenant_s_field_nothing_is_told_by_tenant(told: Told) -> None:
-    assert [name for name in told.after if name.startswith("vqa_tenant_")] == []
+def test_without_a_tenant_s_field_nothing_is_told_by_tenant(reported: Reported) -> None:
+    assert [name for name in reported.after if name.startswith("vqa_tenant_")] == []
 
 
-def test_no_series_tells_when_it_was_made(told: Told) -> None:
-    assert [name for name in told.after if name.endswith("_created")] == []
+def test_no_series_tells_when_it_was_made(reported: Reported) -> None:
+    assert [name for name in reported.after if name.endswith("_created")] == []
 
 
-def test_the_exposition_is_what_prometheus_reads(told: Told) -> None:
-    for family in text_string_to_metric_families(told.exposition):
+def test_the_exposition_is_what_prometheus_reads(reported: Reported) -> None:
+    for family in text_string_to_metric_families(reported.exposition):
         assert family.documentation, family.name
         assert family.type in ("counter", "gauge", "histogram"), family.name
 
 
-def test_neither_metrics_nor_log_tell_what_was_asked_or_what_is_secret(told: Told, stack: Stack) -> None:
+def test_neither_metrics_nor_log_tell_what_was_asked_or_what_is_secret(
+    reported: Reported, stack: Stack
+) -> None:
     """At the level debug, which is when libraries talk."""
-    assert "botocore" in told.log
-    for text in (told.exposition, told.log):
-        for secret in (*SECRETS, told.api_key, stack.s3.secret_key, "evil", "data:image", "[simulated"):
+    assert "botocore" in reported.log
+    for text in (reported.exposition, reported.log):
+        for secret in (*SECRETS, reported.api_key, stack.s3.secret_key, "evil", "data:image", "[simulated"):
             assert secret not in text

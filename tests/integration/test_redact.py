@@ -204,7 +204,7 @@ WRAPPINGS = [
 @given(secret=SECRET, before=AROUND, after=AROUND, wrapping=st.sampled_from(WRAPPINGS))
 def test_no_known_secret_ever_comes_through(secret: str, before: str, after: str, wrapping: str) -> None:
     assume(not any(secret in fixed for fixed in (MARK, *WRAPPINGS)))
-    # The words that redaction puts in are no leak.
+    # The words that redaction puts in are not a leak.
     assume(not re.search("redacted|characters", secret))
     shown = Redactor([secret], limit=10**6)(before + wrapping.format(secret, secret) + after)
     assert secret not in shown

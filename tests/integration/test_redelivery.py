@@ -75,7 +75,7 @@ async def scene(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> A
 async def test_jobs_whose_connections_are_lost_while_they_run_are_paid_once_and_answered_once(
     scene: Scene,
 ) -> None:
-    """First the broker closes them, with a reason, then they break off: that makes three deliveries."""
+    """First the broker closes them, with a reason, then they are interrupted: that makes three deliveries."""
     marker = uuid.uuid4().hex
     scene.model.freeze()
     ids = await publish(scene.client, 3, marker)
@@ -120,7 +120,7 @@ async def test_a_job_whose_ack_is_lost_on_the_way_is_neither_paid_nor_answered_a
     consuming.swallows_sent = True
     scene.model.thaw()
     await results(scene.client, ids)
-    await until(lambda: scene.worker.metric("vqa_jobs_in_flight") == 0, "they are acked, in vain")
+    await until(lambda: scene.worker.metric("vqa_jobs_in_flight") == 0, "they are acked, without success")
     before = scene.connections_made()
     consuming.reset()
     await scene.connected_again(before)

@@ -22,7 +22,7 @@ def kept_at() -> str:
     return f"s3://{BUCKET}/answers/{uuid.uuid4().hex}"
 
 
-def told(reply: Reply) -> dict[str, Any]:
+def reported(reply: Reply) -> dict[str, Any]:
     """What a result says, but for the times."""
     return {name: value for name, value in reply.body.items() if name != "timings"}
 
@@ -56,7 +56,7 @@ async def test_a_job_submitted_again_is_answered_from_the_store(
     replies = await two_results(client, short["id"])
 
     assert first.body["answer"]
-    assert told(replies[1]) == {**told(first), "metadata": {"n": 2}}
+    assert reported(replies[1]) == {**reported(first), "metadata": {"n": 2}}
     assert replies[1].message.correlation_id == "another sender's"
     assert len(calls_with(stack, marker)) == 1
     assert worker.metric("vqa_result_store_operations_total", result="reused") == 1
@@ -102,7 +102,7 @@ async def test_only_what_was_paid_for_is_kept(
         first, second = await two_results(client, it["id"])
         assert len(calls_with(stack, marker)) == calls
         if marker == empty:
-            assert told(first) == told(second)
+            assert reported(first) == reported(second)
             assert second.body["error"]["code"] == "empty_answer"
         else:
             assert (first.body["status"], second.body["status"]) == ("failed", "succeeded")
@@ -153,7 +153,7 @@ async def test_of_two_workers_with_the_same_job_at_once_one_asks_and_the_other_w
     assert {worker.metric("vqa_jobs_total", status="succeeded") for worker in workers} == {2}
     assert sum(worker.metric("vqa_result_store_operations_total", result="waited") for worker in workers) >= 1
     assert await asyncio.gather(*(worker.stop() for worker in workers)) == [0, 0]
-    # What told of them that they live goes with them.
+    # Their heartbeat objects are deleted with them.
     listed = stack.s3.client().list_objects_v2(Bucket=BUCKET, Prefix=kept_at.partition(f"{BUCKET}/")[2])
     assert [
         key.rpartition("/")[0].rpartition("/")[2] for key in (it["Key"] for it in listed["Contents"])
@@ -275,7 +275,7 @@ async def test_past_its_deadline_a_job_is_answered_from_the_store(
     await client.publish({**paid, **past})
     await client.publish({**unpaid, **past})
     first, second = await two_results(client, paid["id"])
-    assert told(first) == told(second)
+    assert reported(first) == reported(second)
     assert (await client.result(unpaid["id"])).body["error"]["code"] == "deadline_exceeded"
     assert len(calls_with(stack, marker)) == 1
 

@@ -1,4 +1,4 @@
-"""An S3 that is gone, refuses the worker, or breaks off in the middle of an image."""
+"""An S3 that is missing, refuses the worker, or is interrupted in the middle of an image."""
 
 import asyncio
 import uuid
@@ -78,7 +78,7 @@ async def test_jobs_wait_for_an_s3_that_is_gone_and_lose_no_attempt(own_stack: S
         assert [reason.partition(":")[0] for reason in reasons] == ["s3"]
         assert worker.metric("vqa_dependency_up", dependency="s3") == 0
         assert worker.metric("vqa_dependency_up", dependency="model") == 1
-        await until(lambda: client.depth(worker.jobs_queue), "jobs are given back")
+        await until(lambda: client.depth(worker.jobs_queue), "jobs are requeued")
     finally:
         await asyncio.to_thread(own_stack.s3.start)
         await scene.proxy.accept()
@@ -298,7 +298,7 @@ async def test_two_outages_at_once_are_both_told_and_both_waited_for(fiction: Fi
         def reasons() -> set[str]:
             return {reason.partition(":")[0] for reason in fiction.worker.ready()[1]["reasons"]}
 
-        await until(lambda: reasons() == {"s3", "model"}, "both are told")
+        await until(lambda: reasons() == {"s3", "model"}, "both are reported")
         fiction.s3.answer = well
         await until(lambda: reasons() == {"model"}, "one is over")
     finally:

@@ -1,4 +1,4 @@
-"""The worker's end: what is in flight is finished, the rest given back, and nothing is lost or counted."""
+"""The worker's end: what is in flight is finished, the rest requeued, and nothing is lost or counted."""
 
 import asyncio
 import signal
@@ -51,7 +51,7 @@ async def test_the_first_signal_finishes_what_runs_and_gives_back_what_was_not_b
         async def are_back() -> bool:
             return await client.depth(first.jobs_queue) == 10
 
-        await until(are_back, "jobs are given back")
+        await until(are_back, "jobs are requeued")
         assert client.replies == {}
         model.thaw()
         assert await first.ended() == 0, first.output()
@@ -168,7 +168,7 @@ async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor
     async with Proxy.before(own_stack.rabbitmq.url) as proxy:
         worker = await start_own_worker(VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
         client = await own_client_of(worker)
-        # The worker asks for a job to try with, and is told to stop before it has an answer.
+        # The worker asks for a job to try with, and is asked to stop before it has an answer.
         proxy.freezes_on = BASIC_GET
         ids = await publish(client, 1, running)
         await calls_begun(own_stack, running, 1)
@@ -189,7 +189,7 @@ async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor
     assert {name for name, value in message.headers.items() if value} == {"vqa-copy"}
 
 
-@pytest.mark.parametrize("why", ["it is paused", "it is told to stop"])
+@pytest.mark.parametrize("why", ["it is paused", "it is asked to stop"])
 async def test_jobs_go_back_only_when_the_broker_has_ended_the_flow_so_that_it_counts_no_delivery(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient, *, why: str
 ) -> None:

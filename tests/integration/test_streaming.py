@@ -1,4 +1,4 @@
-"""Large images on their way through a real worker: byte for byte, or not at all, and never a hang."""
+"""Large images on their way through a real worker: byte for byte, or not, and never a hang."""
 
 import asyncio
 import base64
@@ -215,7 +215,7 @@ async def test_a_large_image_that_breaks_off_is_told_as_such_and_the_call_was_no
 
 
 async def test_the_call_that_was_begun_is_broken_off_at_once(scene: Scene) -> None:
-    """While S3 is silent, the API has the beginning; when S3 breaks off, so does the call."""
+    """While S3 is silent, the API has the beginning; when S3 is interrupted, so is the request."""
     model, proceed = scene.stack.model, asyncio.Event()
 
     async def wait(request: web.BaseRequest) -> web.StreamResponse:
@@ -314,7 +314,7 @@ async def test_what_is_no_image_is_never_sent_as_one(scene: Scene, answer: Answe
 
 
 async def test_after_all_that_images_arrive_as_before(scene: Scene) -> None:
-    """Whatever broke off left no connection behind that the next job would find half a request on."""
+    """Whatever was interrupted left no connection behind that the next job would find half a request on."""
     calls = await asyncio.gather(*[look(scene.client, scene.stack, f"s3://{BUCKET}/it") for _ in range(10)])
     assert {image.sha256 for call in calls for image in call.images} == {sha256(LARGE)}
     assert scene.worker.ready() == (200, {"status": "ready", "reasons": []})
@@ -515,7 +515,7 @@ async def test_a_look_at_a_linked_image_tells_what_is_wrong_before_the_api_is_as
     assert calls_with(stack, question) == []
     (asked,) = s3.asked
     assert asked.headers["range"] == "bytes=0-11"
-    # Without the setting, all this is left to the API, and S3 is not asked at all.
+    # Without the setting, all this is left to the API, and S3 is not asked.
     s3.asked.clear()
     assert (await look(linked.not_looking, stack, f"s3://{BUCKET}/it")).links
     assert s3.asked == []
@@ -540,7 +540,7 @@ async def test_a_linked_image_that_is_well_is_asked_for_once_and_passed_on_as_a_
 
 @dataclass
 class HastyApi:
-    """Reads so much of a request, then says what it is told to; whole requests it answers as an API does."""
+    """Reads so much of a request, then says what it is asked to; whole requests it answers as an API does."""
 
     url: str = ""
     says: bytes | None = None
@@ -575,7 +575,7 @@ class HastyApi:
         await writer.drain()
         if self.closes and writer.can_write_eof():
             writer.write_eof()
-        # Half a request is no reason to hang up on the answer: servers go on reading for a while.
+        # Half a request is not a reason to hang up on the answer: servers go on reading for a while.
         while await reader.read(1 << 16):
             pass
         raise ConnectionResetError

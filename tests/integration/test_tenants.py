@@ -1,4 +1,4 @@
-"""Costs and jobs by tenant, told by a real worker; no job can make a tenant up."""
+"""Costs and jobs by tenant, reported by a real worker; no job can make a tenant up."""
 
 import time
 from pathlib import Path

@@ -64,8 +64,8 @@ async def shown(folder: Path, *arguments: str, **settings: str) -> dict[str, lis
     """What it prints as JSON, if all went well."""
     ended = await run(folder, *arguments, "--json", **settings)
     assert (ended.code, ended.errors) == (0, [])
-    told: dict[str, list[dict[str, Any]]] = json.loads(ended.output)
-    return told
+    reported: dict[str, list[dict[str, Any]]] = json.loads(ended.output)
+    return reported
 
 
 FIELDS = {
@@ -76,7 +76,7 @@ FIELDS = {
 
 
 def there(stack: Stack, vhost: str) -> dict[str, list[dict[str, Any]]]:
-    """What there is in a virtual host, in an order of its own, as far as `show` tells it, too."""
+    """What there is in a virtual host, in an order of its own, as far as `show` reports it, too."""
     found = administer(stack, "GET", f"/api/definitions/{vhost}")
     return {
         kind: in_order([{field: entry.get(field, False) for field in fields} for entry in found[kind]])
@@ -93,23 +93,23 @@ def in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 async def test_what_the_settings_mean_is_shown_without_a_broker_or_any_other_setting(tmp_path: Path) -> None:
     nowhere = "amqp://user:s3cr3t@127.0.0.1:1/"
-    told = await shown(tmp_path, "show", VQA_RABBITMQ_URL=nowhere, VQA_HTTP_PORT="none of its business")
-    assert [queue["name"] for queue in told["queues"]] == QUEUES
-    assert told["queues"][2]["arguments"]["x-dead-letter-routing-key"] == "vqa.jobs.dead"
-    assert told["queues"][3]["arguments"]["x-message-ttl"] == 1000
-    assert [(it["name"], it["type"]) for it in told["exchanges"]] == [("vqa.jobs.control", "fanout")]
-    assert told["bindings"] == []
+    reported = await shown(tmp_path, "show", VQA_RABBITMQ_URL=nowhere, VQA_HTTP_PORT="none of its business")
+    assert [queue["name"] for queue in reported["queues"]] == QUEUES
+    assert reported["queues"][2]["arguments"]["x-dead-letter-routing-key"] == "vqa.jobs.dead"
+    assert reported["queues"][3]["arguments"]["x-message-ttl"] == 1000
+    assert [(it["name"], it["type"]) for it in reported["exchanges"]] == [("vqa.jobs.control", "fanout")]
+    assert reported["bindings"] == []
 
 
 async def test_exchanges_are_shown_with_what_is_bound_to_them(tmp_path: Path) -> None:
     settings = {**EXCHANGES, "VQA_JOBS_QUEUE": "j", "VQA_RESULTS_QUEUE": "r", "VQA_RETRY_DELAYS": "7"}
-    told = await shown(tmp_path, "show", **settings)
-    assert [(it["name"], it["type"]) for it in told["exchanges"]] == [
+    reported = await shown(tmp_path, "show", **settings)
+    assert [(it["name"], it["type"]) for it in reported["exchanges"]] == [
         ("j.control", "fanout"),
         ("vqa.back", "direct"),
         ("vqa.replies", "direct"),
     ]
-    assert [(it["source"], it["destination"], it["routing_key"]) for it in told["bindings"]] == [
+    assert [(it["source"], it["destination"], it["routing_key"]) for it in reported["bindings"]] == [
         ("vqa.back", "j.dead", "j.dead"),
         ("vqa.back", "j", "j"),
         ("vqa.back", "j.retry.7s", "j.retry.7s"),
@@ -117,7 +117,7 @@ async def test_exchanges_are_shown_with_what_is_bound_to_them(tmp_path: Path) ->
     ]
     for_people = await run(tmp_path, "show", **settings)
     assert for_people.code == 0
-    for entry in (*told["queues"], *told["exchanges"]):
+    for entry in (*reported["queues"], *reported["exchanges"]):
         assert entry["name"] in for_people.output
         assert all(json.dumps(value) in for_people.output for value in entry["arguments"].values())
     assert "binding of queue r to exchange vqa.replies\n" in for_people.output
@@ -126,8 +126,8 @@ async def test_exchanges_are_shown_with_what_is_bound_to_them(tmp_path: Path) ->
 async def test_what_is_shown_can_be_given_to_the_broker_s_management(
     stack: Stack, vhost: str, url: str, tmp_path: Path
 ) -> None:
-    told = await shown(tmp_path, "show", **EXCHANGES)
-    await asyncio.to_thread(administer, stack, "POST", f"/api/definitions/{vhost}", told)
+    reported = await shown(tmp_path, "show", **EXCHANGES)
+    await asyncio.to_thread(administer, stack, "POST", f"/api/definitions/{vhost}", reported)
     given = there(stack, vhost)
     assert {it["name"] for it in given["queues"]} == set(QUEUES)
     parts = await shown(tmp_path, "apply", VQA_RABBITMQ_URL=url, **EXCHANGES)
@@ -164,8 +164,8 @@ async def test_all_that_is_missing_is_made_and_a_second_time_nothing_changes(
     assert (second.code, second.errors) == (0, [])
     assert second.output == first.output.replace(": made", ": was there")
     assert there(stack, vhost) == made
-    told = await shown(tmp_path, "show", **EXCHANGES)
-    assert made == {kind: in_order(entries) for kind, entries in told.items()}
+    reported = await shown(tmp_path, "show", **EXCHANGES)
+    assert made == {kind: in_order(entries) for kind, entries in reported.items()}
 
 
 async def test_it_makes_what_a_worker_would_make_at_its_start(

@@ -233,9 +233,9 @@ async def test_a_dead_letter_carries_the_trace_on(scene: Scene, put_image: PutIm
     spans = await scene.spans(trace_id, scene.process, times=2)
 
     (buried,) = (span for span in spans if span.name == f"publish {scene.worker.dead_letter_queue}")
-    (told,) = (span for span in spans if span.name == f"publish {scene.worker.results_queue}")
+    (reported,) = (span for span in spans if span.name == f"publish {scene.worker.results_queue}")
     assert letter.headers["traceparent"] == f"00-{trace_id}-{buried.span_id}-01"
-    assert reply.message.headers["traceparent"] == f"00-{trace_id}-{told.span_id}-01"
+    assert reply.message.headers["traceparent"] == f"00-{trace_id}-{reported.span_id}-01"
     last = [span for span in spans if span.name == scene.process][-1]
     assert (last.attributes["vqa.outcome"], last.attributes["error.type"]) == (
         "dead_lettered",

@@ -1,4 +1,4 @@
-"""Without traces nothing of OpenTelemetry is loaded; a collector in trouble costs the jobs nothing."""
+"""Without traces nothing of OpenTelemetry is loaded; a collector that fails costs the jobs nothing."""
 
 import json
 import sys
@@ -104,7 +104,7 @@ async def test_variables_that_the_library_refuses_end_the_start(start_worker: St
     assert "max_queue_size" in line
 
 
-# A collector in trouble
+# A collector that fails
 
 
 async def test_a_collector_that_refuses_costs_no_job_and_few_lines(
@@ -176,7 +176,7 @@ async def test_the_library_s_own_variables_are_heeded(
         job = {"id": job_id, "question": "What?", "images": [put_image()]}
         await client.publish(job, headers={"traceparent": f"00-{trace_id}-{'1' * 16}-01"})
         await client.result(job_id)
-        # What is left in the end is sent before the worker is gone.
+        # What is left in the end is sent before the worker exits.
         assert await worker.stop() == 0, worker.output()
         assert {span.trace_id for span in receiver.spans} == {trace_id}
         resource = receiver.spans[0].resource

@@ -1,4 +1,4 @@
-"""Messages that are no jobs, and messages that are barely messages: told, kept, and never in the way."""
+"""Messages that are not jobs, and messages that are barely messages: reported, kept, and never in the way."""
 
 import contextlib
 import json
@@ -187,15 +187,15 @@ async def post_is_clean(worker: Worker, client: Client) -> None:
     """After all that was sent to it, the worker holds no message, and lost its connection never."""
     await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "no job is in flight")
     assert await client.depth(worker.jobs_queue) == 0
-    told = [line for line in worker.log() if line["level"] != "info" and line["event"] != "job_finished"]
-    assert told == []
+    reported = [line for line in worker.log() if line["level"] != "info" and line["event"] != "job_finished"]
+    assert reported == []
 
 
 def _with_id(job_id: str, rest: str) -> bytes:
     return b'{"id":"%s",%s}' % (job_id.encode(), rest.encode())
 
 
-# What a body can be. With an id that can be read, the publisher is told and nothing is kept.
+# What a body can be. With an id that can be read, the publisher is informed and nothing is kept.
 
 READABLE_ID = {
     "NaN": ('"question":"?","images":["x"],"metadata":{"x":NaN}', "strict JSON"),
@@ -261,14 +261,14 @@ NO_READABLE_ID = {
     % (b"[" * 2000 + b"]" * 2000),
     "huge number": b'{"id":"huge","question":"?","images":["x"],"metadata":{"x":%s}}' % (b"9" * 4400),
     "too long": b'{"question":"%s","images":["https://example.com/"]}' % (b"?" * MAX_JOB_BYTES),
-    "no id at all": b'{"question":"?","images":["https://example.com/"]}',
+    "no id": b'{"question":"?","images":["https://example.com/"]}',
 }
 
 
 async def test_without_an_id_and_anybody_to_tell_a_message_is_kept_and_nobody_told(post: Post) -> None:
     sent = int(time.time()) - 100
     await post.nothing_is_left()
-    told = sum(map(len, post.client.replies.values()))
+    reported = sum(map(len, post.client.replies.values()))
     for body in NO_READABLE_ID.values():
         post.send(body, timestamp=struct.pack(">Q", sent), content_type=short("text/x"))
     for kind, body in NO_READABLE_ID.items():
@@ -282,11 +282,11 @@ async def test_without_an_id_and_anybody_to_tell_a_message_is_kept_and_nobody_to
         assert letter.content_type == "text/x", kind
         assert (letter.correlation_id, letter.reply_to) == (None, None), kind
     await post.nothing_is_left()
-    assert sum(map(len, post.client.replies.values())) == told + 1  # that of `nothing_is_left`
+    assert sum(map(len, post.client.replies.values())) == reported + 1  # that of `nothing_is_left`
 
 
 async def test_with_a_message_id_the_publisher_is_told_too(post: Post) -> None:
-    messages = {uuid.uuid4().hex: kind for kind in NO_READABLE_ID if kind != "no id at all"}
+    messages = {uuid.uuid4().hex: kind for kind in NO_READABLE_ID if kind != "no id"}
     for message_id, kind in messages.items():
         post.send(NO_READABLE_ID[kind], message_id=short(message_id))
     for message_id, kind in messages.items():

@@ -59,7 +59,7 @@ def main() -> int:
     try:
         findings = _find()
     except (AssertionError, ServiceStartError, RabbitMQNotInstalledError) as error:
-        print_status(f"\nIt broke off, and there is nothing to show:\n{error}")
+        print_status(f"\nIt was interrupted, and there is nothing to show:\n{error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--redraw",
         type=Path,
         metavar="FOLDER",
-        help="run nothing: write them anew from the figures there",
+        help="run nothing: write them again from the figures there",
     )
     return parser
 

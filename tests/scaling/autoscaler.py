@@ -2,7 +2,7 @@
 
 After the sources of KEDA 2 (`pkg/scaling/executor/scale_scaledobjects.go`, `pkg/scalers/rabbitmq_scaler.go`)
 and Kubernetes (`pkg/controller/podautoscaler/horizontal.go`, `replica_calculator.go`), whose functions are
-named beside each rule. KEDA decides between none and some. Between one and the most it leaves everything to
+named next to each rule. KEDA decides between none and some. Between one and the most it leaves everything to
 the HPA that it makes, which asks KEDA's metrics server at each of its own turns for the queue as it is then.
 """
 

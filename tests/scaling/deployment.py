@@ -1,4 +1,4 @@
-"""Real workers in the place of pods: started, and told to stop by SIGTERM, as a Deployment does."""
+"""Real workers in the place of pods: started, and asked to stop by SIGTERM, as a Deployment does."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from typing import Final, Self
 from deploy.local.stack import Stack
 from tests.running import Worker
 
-# The header by which the stand-in's calls tell who made them.
+# The header by which the simulator's calls tell who made them.
 POD_HEADER: Final = "x-scaling-pod"
 
 
@@ -70,7 +70,7 @@ class Deployment:
 
     @property
     def wanted(self) -> list[Pod]:
-        """The pods that were not told to stop."""
+        """The pods that were not asked to stop."""
         return [pod for pod in self.pods if pod.told_at is None]
 
     @property
@@ -80,7 +80,7 @@ class Deployment:
 
     @property
     def ending(self) -> int:
-        """How many were told to stop and still run."""
+        """How many were asked to stop and still run."""
         return sum(pod.told_at is not None and pod.ended_at is None for pod in self.pods)
 
     def scale(self, replicas: int) -> None:

@@ -26,16 +26,16 @@ class Run:
     calls: int
     start_s: list[float]
     interrupted: list[int]
-    """How many calls each of the pods had open that were told to stop in the middle of some."""
+    """How many calls each of the pods had open that were asked to stop in the middle of some."""
     real: Course
     simulated: Course
 
     @classmethod
     def of(cls, ended: Ended) -> Self:
         """With what is to be kept of it."""
-        plan, told = ended.plan, [pod for pod in ended.pods if pod.told_at]
+        plan, reported = ended.plan, [pod for pod in ended.pods if pod.told_at]
         simulated = ended.simulated()
-        open_calls = [len(ended.calls_of(pod, pod.told_at)) for pod in told if pod.told_at]
+        open_calls = [len(ended.calls_of(pod, pod.told_at)) for pod in reported if pod.told_at]
         return cls(
             factor=plan.factor,
             pods=plan.numbers.maximum,

@@ -17,7 +17,7 @@ class Sample:
         messages: jobs in the queue, waiting and in work, as the broker's endpoint shows them.
         replicas: pods that the autoscaler wants.
         ready: pods that take jobs.
-        ending: pods that were told to stop and still finish what they have.
+        ending: pods that were asked to stop and still finish what they have.
         published: jobs up to now; and so on.
         refused: calls that met a 429, up to now.
     """

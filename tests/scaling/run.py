@@ -79,7 +79,7 @@ class Ended:
         return faults
 
     def interrupted(self) -> list[Pod]:
-        """Pods that were told to stop in the middle of calls."""
+        """Pods that were asked to stop in the middle of calls."""
         return [pod for pod in self.pods if pod.told_at and self.calls_of(pod, pod.told_at)]
 
     def calls_of(self, pod: Pod, moment: float) -> list[Call]:
@@ -166,7 +166,7 @@ class _Going:
                 tasks.create_task(self._publish_all())
                 tasks.create_task(self._control(tell))
         except TimeoutError:
-            raise AssertionError(f"waited in vain for the end: {self.samples[-1:]}") from None
+            raise AssertionError(f"waited without success for the end: {self.samples[-1:]}") from None
 
     async def _control(self, tell: Callable[[str], None]) -> None:
         """The loop: look at the queue when it is time, and have as many pods as follow from that."""

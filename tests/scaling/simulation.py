@@ -26,8 +26,8 @@ class World:
     Attributes:
         concurrency: calls that one pod makes at once, at most.
         call_s: what a job takes from its delivery to its result.
-        start_s: from the wish for a pod until it takes jobs, for one pod after the other and then anew.
-        report_s: how often a queue tells its length to the broker's statistics (`quorum_tick_interval`).
+        start_s: from the wish for a pod until it takes jobs, for one pod after the other and then again.
+        report_s: how often a queue reports its length to the broker's statistics (`quorum_tick_interval`).
         sampling_s: how often the endpoint takes it from there (`sample_retention_policies`).
         provider: calls that the API takes at once, from all pods together.
         seen: instead of the broker's clocks: at which second the figures were of which second.
@@ -56,7 +56,7 @@ def simulate(
         seed: Of chance, which makes calls last up to a fifth longer or shorter.
 
     Raises:
-        RuntimeError: It does not come to its end.
+        RuntimeError: It does not complete.
     """
     pods = Pods(world, seed)
     autoscaler = Autoscaler(world.numbers)

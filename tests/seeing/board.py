@@ -32,7 +32,7 @@ def load() -> dict[str, Any]:
 
 
 def panels(board: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All panels that are no rows."""
+    """All panels that are not rows."""
     return [panel for panel in board["panels"] if panel["type"] != "row"]
 
 

@@ -142,7 +142,7 @@ def _curves(axes: Axes, panel: Mapping[str, Any], lines: Sequence[Line], times: 
 
 
 def _columns(lines: Sequence[Line]) -> int:
-    """How many names there is room for beside each other."""
+    """How many names there is room for next to each other."""
     return 2 if max(len(line.name) for line in lines) > _LONG_NAME else 3
 
 

@@ -28,7 +28,7 @@ WINDOW_S: Final = 12
 SAYS: Final = """\
 Preview of the dashboard vqa-worker
 Drawn by matplotlib from what the dashboard's own queries found in a real Prometheus: no screenshot of Grafana
-One worker, a real RabbitMQ and S3, a stand-in for the model: calm, bad jobs, a provider that limits (429),
+One worker, a real RabbitMQ and S3, a simulator for the model: calm, bad jobs, a provider that limits (429),
 one that refuses the key (the worker pauses), a burst, calm again.""".splitlines()
 
 
@@ -52,7 +52,7 @@ def main() -> int:
 async def _played() -> dict[int, list[drawing.Line]]:
     seconds = sum(value for name, value in vars(PACE).items() if name != "jobs_per_s")
     print_status(
-        f"Starting RabbitMQ, S3, the stand-in model and Prometheus; then {seconds:.0f} seconds of jobs"
+        f"Starting RabbitMQ, S3, the model simulator and Prometheus; then {seconds:.0f} seconds of jobs"
     )
     with Stack.start() as stack, tempfile.TemporaryDirectory() as folder:
         stack.s3.client().create_bucket(Bucket=BUCKET)

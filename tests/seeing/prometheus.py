@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes what it is told to."""
+"""A real Prometheus that scrapes what it is asked to."""
 
 import json
 import shutil

@@ -13,7 +13,7 @@ def names_in(expr: str) -> set[str]:
     """The names of all metrics in an expression; Grafana's durations may stand in it.
 
     Raises:
-        ValueError: it is no PromQL, or it asks for metrics without naming them.
+        ValueError: it is not PromQL, or it asks for metrics without naming them.
     """
     return {str(selector.name) for selector in _selectors(expr)}
 

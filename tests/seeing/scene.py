@@ -126,10 +126,10 @@ class Scene:
             await asyncio.sleep(max(0.0, began + (nth + 1) / jobs_per_s - time.monotonic()))
 
     async def _let_die(self) -> None:
-        """One job that fails at every attempt, one whose deadline is over, and one that is no job."""
+        """One job that fails at every attempt, one whose deadline is over, and one that is not a job."""
         await self._publish({"images": ["https://example.com/x.png"]}, Error(status=500), times=None)
         await self._publish({"deadline": "2020-01-01T00:00:00Z", "images": ["https://example.com/x.png"]})
-        await self.client.publish(b"no job at all", message_id="unreadable")
+        await self.client.publish(b"no job", message_id="unreadable")
 
     async def _publish(
         self, fields: dict[str, Any], outcome: Outcome | None = None, times: int | None = 1

@@ -46,14 +46,14 @@ async def test_under_faults_of_each_kind_nothing_is_lost_or_wrong_or_paid_twice(
     own_stack: Stack, tmp_path: Path
 ) -> None:
     own_stack.model.reset()
-    told: list[str] = []
+    reported: list[str] = []
     try:
-        ended = await run(own_stack, tmp_path, replace(SHORT, kinds=SHORT_KINDS), told.append)
+        ended = await run(own_stack, tmp_path, replace(SHORT, kinds=SHORT_KINDS), reported.append)
     finally:
         own_stack.model.reset()
     found, noticed = ended.verdict, ended.noticed
 
-    assert found.is_good, f"{ended}\n{told}"
+    assert found.is_good, f"{ended}\n{reported}"
     assert len(ended.records.asked) > 0.9 * SHORT.seconds * SHORT.rate
     # And all of it did happen.
     assert {it.fault.kind for it in ended.records.happened} == set(IMPORTANT)
@@ -64,7 +64,7 @@ async def test_under_faults_of_each_kind_nothing_is_lost_or_wrong_or_paid_twice(
     assert noticed["pauses for the model"] >= 1
     assert noticed["times they resumed"] >= 1
     # Of these faults only S3's breaks connections off in the middle of an answer.
-    assert noticed["pauses for S3"] + noticed["retries after a connection broke off"] >= 1
+    assert noticed["pauses for S3"] + noticed["retries after a connection was interrupted"] >= 1
     assert any(call.status == 429 for call in ended.records.calls)
 
 
@@ -123,7 +123,7 @@ def call(started: float, worker: str = "0.0", status: int = 200) -> Call:
     )
 
 
-def life(name: str, *, ended: float, ending: Any = "told to stop", code: int = 0) -> Life:
+def life(name: str, *, ended: float, ending: Any = "asked to stop", code: int = 0) -> Life:
     return Life(name, Worker({}, Path()), began=0.0, ended=ended, ending=ending, code=code)
 
 
@@ -202,12 +202,12 @@ KILLED = [life("0.0", ended=1.2, ending="killed", code=-9), life("1.0", ended=99
         pytest.param(
             replace(TWICE, happened=[hit("model connections reset", 1.4, 1.4)]),
             verdict.CUT_OFF,
-            id="the answer was cut off",
+            id="the answer was interrupted",
         ),
         pytest.param(
             replace(TWICE, happened=[hit("model connections reset", 1.4, 1.4, who=1)]),
             verdict.PLAIN,
-            id="another worker's answer was cut off",
+            id="another worker's answer was interrupted",
         ),
         pytest.param(replace(TWICE, lives=KILLED), verdict.DIED, id="its worker was killed"),
         pytest.param(
@@ -255,7 +255,7 @@ def test_calls_that_failed_were_not_paid_for() -> None:
 
 
 def test_the_verdict_finds_workers_that_end_by_themselves_or_not_as_they_should() -> None:
-    for ending, code in (("by itself", 0), ("told to stop", 1), ("killed", 0)):
+    for ending, code in (("by itself", 0), ("asked to stop", 1), ("killed", 0)):
         assert judge(replace(CALM, lives=[life("0.0", ended=99.0, ending=ending, code=code)])).died
 
 

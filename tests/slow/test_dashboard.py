@@ -1,4 +1,4 @@
-"""The dashboard: its form, and what each of its queries finds when a real worker has had all trouble."""
+"""The dashboard: its form, and what each of its queries finds after every kind of failure."""
 
 import json
 import math

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limi
 MB = 1_000_000
 MIB = 1024 * 1024
 BUFFER_BYTES = 32 * MIB
-# Of allocators that keep what they were given back, of threads' stacks, of connections.
+# Of allocators that keep freed memory, of threads' stacks, of connections.
 SLACK_BYTES = 40 * MIB
 JOBS = 64
 IMAGE_BYTES = 10 * MB
@@ -252,7 +252,7 @@ async def let_it_grow(scene: Scene, worker: Worker, client: Client) -> None:
 
 
 async def test_small_images_are_not_held_while_the_api_thinks(scene: Scene, idle_bytes: int) -> None:
-    """They go out from memory, all of a job's at once, and are gone when they were sent."""
+    """They go out from memory, all of a job's at once, and are released when they were sent."""
     jobs = 32
     limit = idle_bytes + BUFFER_BYTES + SLACK_BYTES
     assert limit < idle_bytes + jobs * SMALL_PER_JOB * SMALL_BYTES * 4 / 3 / 2

@@ -1,7 +1,7 @@
 """From zero to the most and back by real workers, a real broker and the decisions of KEDA and the HPA.
 
 Time passes sixty times as fast as in a cluster. The number of workers follows from the chart's ScaledObject,
-as Helm renders it, and from the length of the queue, as the broker tells it to KEDA.
+as Helm renders it, and from the length of the queue, as the broker reports it to KEDA.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The page on scaling is made of the figures that are kept beside it, and of the chart as it is."""
+"""The page on scaling is made of the figures that are kept next to it, and of the chart as it is."""
 
 from pathlib import Path
 from typing import Final
@@ -33,10 +33,10 @@ def test_what_is_kept_can_be_read_again(findings: Findings, tmp_path: Path) -> N
 def test_the_simulation_still_says_what_the_page_tells_of_it(findings: Findings) -> None:
     pods = study.SIZES[0]
     now = {pods: study.sizes(lambda _: None, [pods])[pods].summary, **study.beyond_the_provider()}
-    told = {pods: findings.sizes[pods].summary, **findings.beyond}
+    reported = {pods: findings.sizes[pods].summary, **findings.beyond}
     for size, summary in now.items():
         for figure in ("most_backlog", "drain_s", "wait_s", "pod_s", "refused"):
-            expected = pytest.approx(getattr(told[size], figure), rel=0.1)
+            expected = pytest.approx(getattr(reported[size], figure), rel=0.1)
             assert getattr(summary, figure) == expected, f"{figure} of {size} pods: run `make scale-demo`"
 
 

@@ -110,17 +110,17 @@ def test_without_text_only_a_tool_call_is_an_answer(message: dict[str, Any], cal
 
 
 @pytest.mark.parametrize(
-    ("refusal", "told"), [("I can't.", "I can't."), ("", None), (None, None), (5, None), ({"a": 1}, None)]
+    ("refusal", "reported"), [("I can't.", "I can't."), ("", None), (None, None), (5, None), ({"a": 1}, None)]
 )
-def test_a_refusal_is_told_if_it_is_one(refusal: Any, told: str | None) -> None:
-    assert read({"content": None, "refusal": refusal}).refusal == told
+def test_a_refusal_is_told_if_it_is_one(refusal: Any, reported: str | None) -> None:
+    assert read({"content": None, "refusal": refusal}).refusal == reported
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"), [("stop", "stop"), ("", ""), (None, None), (5, None), (["stop"], None)]
+    ("reason", "reported"), [("stop", "stop"), ("", ""), (None, None), (5, None), (["stop"], None)]
 )
-def test_a_finish_reason_is_text_or_none(reason: Any, told: str | None) -> None:
-    assert read({"content": "a"}, choice={"finish_reason": reason}).finish_reason == told
+def test_a_finish_reason_is_text_or_none(reason: Any, reported: str | None) -> None:
+    assert read({"content": "a"}, choice={"finish_reason": reason}).finish_reason == reported
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from worker.images.memory_budget import MemoryBudget, Reservation
 
 
 class Holders:
-    """Tasks that hold a share each until told to leave."""
+    """Tasks that hold a share each until asked to leave."""
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
@@ -101,7 +101,7 @@ async def test_what_is_given_back_early_is_the_next_one_s() -> None:
         them.shares[0].shrink_to(3)
         await turns_of_the_loop()
         assert them.holding == [0, 1]
-        # It can only give back.
+        # It can only release.
         them.shares[0].shrink_to(9)
         assert budget.try_reserve(1) is None
         them.shares[0].release()
@@ -121,7 +121,7 @@ async def test_who_stops_waiting_leaves_no_gap_and_blocks_nobody(gone: list[int]
         assert them.holding == [0]
         them.cancel(*gone)
         await turns_of_the_loop()
-        # Only when both large ones are gone is the small one the next, and fits in at once.
+        # Only when both large ones are released is the small one the next, and fits in at once.
         assert them.holding == ([0, 3] if gone == [1, 2] else [0])
         them.leave(0, 1, 2, 3)
         await asyncio.gather(*them.tasks.values(), return_exceptions=True)

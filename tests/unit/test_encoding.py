@@ -51,7 +51,7 @@ async def joined(pieces: AsyncIterator[bytes]) -> bytes:
     return b"".join([bytes(piece) async for piece in pieces])
 
 
-async def gather(pieces: AsyncIterable[bytes], got: list[bytes]) -> None:
+async def collect(pieces: AsyncIterable[bytes], got: list[bytes]) -> None:
     """What comes before a fault counts too."""
     async for piece in pieces:
         got.append(bytes(piece))  # noqa: PERF401
@@ -105,11 +105,11 @@ async def test_however_it_is_cut_only_the_end_is_padded(pieces: list[bytes]) -> 
 async def test_a_fault_of_the_source_comes_through_as_it_is() -> None:
     async def broken() -> AsyncIterator[bytes]:
         yield b"12345"
-        raise TransientError(Dependency.S3, "connection_error", "it broke off")
+        raise TransientError(Dependency.S3, "connection_error", "it was interrupted")
 
     got: list[bytes] = []
-    with pytest.raises(TransientError, match="it broke off"):
-        await gather(EncodedStream(broken()), got)
+    with pytest.raises(TransientError, match="it was interrupted"):
+        await collect(EncodedStream(broken()), got)
     # What is over is not padded to an image that looks whole.
     assert b"".join(got) == base64.b64encode(b"123")
 
@@ -219,23 +219,23 @@ async def test_small_bodies_go_out_in_one_piece_and_large_ones_in_pieces_that_ar
 
 
 async def test_a_body_tells_when_it_is_handed_over_and_not_before() -> None:
-    told: list[int] = []
+    reported: list[int] = []
     got = 0
     text = BufferedUrl(b"x" * 2 * SMALL_BODY_BYTES)
-    body = RequestBody([b"<", b">"], [text], on_sent=lambda: told.append(got))
+    body = RequestBody([b"<", b">"], [text], on_sent=lambda: reported.append(got))
     async for piece in body:
-        assert not told
+        assert not reported
         assert not body.is_sent
         got += len(piece)
-    assert told == [body.length]
+    assert reported == [body.length]
     assert body.is_sent
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        TransientError(Dependency.S3, "connection_error", "it broke off"),
-        DependencyDownError(Dependency.S3, "it is gone"),
+        TransientError(Dependency.S3, "connection_error", "it was interrupted"),
+        DependencyDownError(Dependency.S3, "it is missing"),
     ],
 )
 async def test_a_body_that_breaks_off_says_why_and_is_never_called_sent(fault: Exception) -> None:
@@ -243,16 +243,16 @@ async def test_a_body_that_breaks_off_says_why_and_is_never_called_sent(fault: E
         yield CONTENT[:1000]
         raise fault
 
-    told: list[bool] = []
+    reported: list[bool] = []
     url = StreamedUrl(PREFIX, 2000, broken())
-    body = RequestBody([b'"', b'"'], [url], on_sent=lambda: told.append(True))
+    body = RequestBody([b'"', b'"'], [url], on_sent=lambda: reported.append(True))
     got: list[bytes] = []
     with pytest.raises(type(fault)) as caught:
-        await gather(body, got)
+        await collect(body, got)
     assert caught.value is fault
     assert body.failure is fault
     assert sum(map(len, got)) < body.length
-    assert (told, body.is_sent) == ([], False)
+    assert (reported, body.is_sent) == ([], False)
 
 
 async def test_who_is_late_when_the_time_is_up_can_be_told() -> None:

@@ -91,7 +91,7 @@ def fault(body: bytes | dict[str, Any], message_id: str | None = None) -> Invali
 
 
 def words_about(body: bytes) -> str:
-    """Why a body is no job; nothing if it is one."""
+    """Why a body is not a job; nothing if it is one."""
     try:
         decode(body, None, NO_LIMIT)
     except InvalidJobError as error:

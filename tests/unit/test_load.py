@@ -1,4 +1,4 @@
-"""What is held of a job's images, and for how long; and in whose words a fault is told."""
+"""What is held of a job's images, and for how long; and in whose words a fault is reported."""
 
 import asyncio
 import base64
@@ -166,7 +166,7 @@ def torn(content: bytes) -> Answer:
 async def test_an_image_that_breaks_off_for_many_is_told_by_each_in_its_own_words_and_counts_once(
     fake: FakeS3, content: bytes
 ) -> None:
-    """Small ones break off before the call is made, large ones while they are sent."""
+    """Small ones are interrupted before the call is made, large ones while they are sent."""
     jobs = 8
     fake.answer = torn(content)
 

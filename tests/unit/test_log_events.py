@@ -15,7 +15,7 @@ PAGE = (ROOT / "docs/logging.md").read_text()
 
 
 def _levels(call: ast.Call, tree: ast.Module) -> set[str]:
-    """The levels that a call logs at; none if it is no logging."""
+    """The levels that a call logs at; none if it does not log."""
     match call.func:
         case ast.Attribute(value=ast.Name(id="log" | "asked") | ast.Call(), attr="log"):
             return {"as suppressed"}
@@ -58,12 +58,12 @@ def test_the_table_has_each_event_with_its_levels() -> None:
     logged: dict[str, set[str]] = {}
     for event, levels in _logged():
         logged.setdefault(event, set()).update(levels)
-    told = {
+    reported = {
         event: set(levels.split(", "))
         for events, levels, _ in _table("Event reference")
         for event in re.findall(r"`(\w+)`", events)
     }
-    assert told == logged
+    assert reported == logged
     assert len(logged) > 30
 
 

@@ -92,6 +92,6 @@ def test_lines_that_never_say_the_same_take_no_memory_without_end(
     shown(MAX_SHOWN + 1)
     for number in range(MAX_KINDS):
         assert shown(1, kind(str(number))) == 1
-    # The oldest had to go; what it withheld is told.
+    # The oldest had to go; what it withheld is reported.
     assert [suppressed.records for suppressed in sampler.suppressed()] == [1]
     assert shown(1) == 1

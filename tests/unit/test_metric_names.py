@@ -20,7 +20,7 @@ from worker.observability.metrics import DECLARED
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 
-# By their other name, where the broker is told to return metrics per object.
+# By their other name, where the broker is configured to return metrics per object.
 PER_OBJECT = {name.replace("_detailed", "") for name in BROKER_METRICS}
 OF_KUBERNETES = {"container_cpu_cfs_throttled_periods_total"}
 # What Prometheus adds to whatever it scrapes.
@@ -143,5 +143,5 @@ async def test_the_broker_has_the_other_names_too(stack: Stack, worker: Worker) 
         of_the_queue = rf'{{[^}}]*queue="{worker.jobs_queue}"'
         return [it for it in PER_OBJECT if not re.search(f"^{it}{of_the_queue}", exposition, re.MULTILINE)]
 
-    # It gathers them every few seconds.
+    # It collects them every few seconds.
     await until(lambda: not missing(), "all are there")

@@ -69,7 +69,7 @@ Answering = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 @dataclass
 class Api:
-    """A server that says what it is told to say: bytes of HTTP, or whatever a function does."""
+    """A server that says what it is asked to say: bytes of HTTP, or whatever a function does."""
 
     port: int = 0
     says: bytes | Answering = b""

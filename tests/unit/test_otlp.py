@@ -153,7 +153,7 @@ async def test_a_job_that_goes_back_is_no_failure(traced: Traced) -> None:
 async def test_a_job_that_is_delivered_again_while_it_runs_has_a_span_for_each_delivery(
     traced: Traced, uses: Callable[[tracing.Tracer], None]
 ) -> None:
-    """The call belongs to the first, which began it; the outcome is told once, as it is published once."""
+    """The call belongs to the first, which began it; the outcome is reported and published once."""
     uses(traced.tracer)
     may_end, lives = asyncio.Event(), True
 

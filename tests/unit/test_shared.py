@@ -18,7 +18,7 @@ SIZE = len(b"".join(PIECES))
 
 
 class FakeReading:
-    """Gives a piece for each `go`, and fails in the end if told to."""
+    """Gives a piece for each `go`, and fails in the end if asked to."""
 
     def __init__(self) -> None:
         self.size = SIZE
@@ -45,7 +45,7 @@ class FakeReading:
 
 
 class FakeS3:
-    """Opens readings when told to."""
+    """Opens readings when asked to."""
 
     def __init__(self) -> None:
         self.opened: list[FakeReading] = []
@@ -266,7 +266,7 @@ async def test_what_cannot_be_opened_is_told_to_every_reader(fault: Exception, c
     assert [type(it) for it in await ended(tasks)] == [type(fault)] * count
     assert scene.s3.asked == 1
     assert scene.nothing_is_left()
-    # The next one asks anew.
+    # The next one asks again.
     scene.s3.failure = None
     again = scene.readers(1)
     await turns_of_the_loop()
@@ -282,7 +282,7 @@ async def test_a_read_that_breaks_off_breaks_off_for_every_reader(kept: bool) ->
     scene.s3.may_open.set()
     await turns_of_the_loop()
     for reading in scene.s3.opened:
-        reading.failure = TransientError(Dependency.S3, "connection_error", "it broke off")
+        reading.failure = TransientError(Dependency.S3, "connection_error", "it was interrupted")
         reading.finish()
     found = await ended(tasks)
     assert [type(it) for it in found] == [TransientError] * 3
@@ -294,7 +294,7 @@ async def test_a_read_that_breaks_off_breaks_off_for_every_reader(kept: bool) ->
 async def test_a_fault_that_readers_share_is_one_sign_of_an_outage_and_not_many(
     count: int, moment: str
 ) -> None:
-    scene, fault = Scene(), TransientError(Dependency.S3, "connection_error", "it broke off")
+    scene, fault = Scene(), TransientError(Dependency.S3, "connection_error", "it was interrupted")
     scene.s3.failure = fault if moment == "opening" else None
     tasks = scene.readers(count)
     await turns_of_the_loop()
@@ -304,14 +304,14 @@ async def test_a_fault_that_readers_share_is_one_sign_of_an_outage_and_not_many(
         reading.failure = fault
         reading.finish()
     found = await ended(tasks)
-    told = [it for it in found if isinstance(it, TransientError)]
-    assert len(told) == count
-    assert sum(not it.is_duplicate for it in told) == 1
-    assert {(it.dependency, it.reason, it.message) for it in told} == {
-        (Dependency.S3, "connection_error", "it broke off")
+    reported = [it for it in found if isinstance(it, TransientError)]
+    assert len(reported) == count
+    assert sum(not it.is_duplicate for it in reported) == 1
+    assert {(it.dependency, it.reason, it.message) for it in reported} == {
+        (Dependency.S3, "connection_error", "it was interrupted")
     }
-    # One object that several tasks raise would gather the traceback of each.
-    assert len({id(it) for it in told}) == count
+    # One object that several tasks raise would collect the traceback of each.
+    assert len({id(it) for it in reported}) == count
 
 
 async def test_faults_of_reads_of_ones_own_are_no_echoes() -> None:
@@ -321,7 +321,7 @@ async def test_faults_of_reads_of_ones_own_are_no_echoes() -> None:
     scene.s3.may_open.set()
     await turns_of_the_loop()
     for reading in scene.s3.opened:
-        reading.failure = TransientError(Dependency.S3, "connection_error", "it broke off")
+        reading.failure = TransientError(Dependency.S3, "connection_error", "it was interrupted")
         reading.finish()
     found = await ended(tasks)
     assert [it.is_duplicate for it in found if isinstance(it, TransientError)] == [False] * 3

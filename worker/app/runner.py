@@ -305,7 +305,7 @@ async def _in_time(waiting: Awaitable[None], seconds: float) -> bool:
 
 def _readiness(parts: _Parts, *, stopping: bool) -> Readiness:
     if stopping:
-        return Readiness(is_ready=False, status="stopping", reasons=("the worker was told to stop",))
+        return Readiness(is_ready=False, status="stopping", reasons=("the worker was asked to stop",))
     if not parts.consumer.is_connected:
         return Readiness(is_ready=False, status="no_broker", reasons=("not connected to RabbitMQ",))
     if outages := parts.detector.outages:

@@ -10,7 +10,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
-# Bytes that a response may have waiting before its sender is told to stop; twice as much at most.
+# Bytes that a response may have waiting before its sender is asked to stop; twice as much at most.
 READ_BUFFER_BYTES = 64 * 1024
 # Idle connections are given up before the usual load balancers do it (60 s): a request on a connection that
 # is just being closed fails, and nobody knows whether it was worked on.
@@ -18,7 +18,7 @@ KEEP_ALIVE_S = 30.0
 
 
 class ProxyOptions(TypedDict, total=False):
-    """What a request is told of the proxy; nothing if there is none."""
+    """Return the proxy headers of a request; nothing if there is no proxy."""
 
     proxy: str
     proxy_headers: Mapping[str, str]

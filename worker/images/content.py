@@ -1,4 +1,4 @@
-"""What an image is, told by its first bytes and never by its name."""
+"""What an image is, detected from its first bytes and never from its name."""
 
 # JPEG: ISO/IEC 10918-1 (start of image, then a marker). PNG: RFC 2083 §3.1. WebP: RFC 9649 §2.4.
 _JPEG = b"\xff\xd8\xff"

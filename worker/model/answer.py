@@ -87,7 +87,7 @@ def parse_answer(body: bytes, price: Price | None) -> Answer:
     Lenient in everything but the message itself: an answer must not be lost to an odd usage field.
 
     Raises:
-        MalformedAnswerError: the body is no chat completion.
+        MalformedAnswerError: the body is not a chat completion.
     """
     response = _parse_object(body)
     choice = _first_choice(response)
@@ -171,7 +171,7 @@ def _is_plain(response: Mapping[str, Any], choice: Mapping[str, Any], message: M
 
 
 def _usage_of(usage: object, price: Price | None) -> Usage | None:
-    """What was told of the usage, however little it is; None if that is nothing."""
+    """What the API reported as usage, however little it is; None if that is nothing."""
     if not isinstance(usage, dict):
         return None
     prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))

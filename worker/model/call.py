@@ -9,9 +9,9 @@ from worker.observability.tracing import Span, spans
 
 
 class Call:
-    """What is told of one API call; one of `answered` and `failed` is called, once.
+    """What is reported of one API call; one of `answered` and `failed` is called, once.
 
-    Neither is, if an image broke off while it was sent: the API never had the request.
+    Neither is, if an image was interrupted while it was sent: the API never had the request.
     """
 
     def __init__(self, figures: metrics.ModelCall, span: Span) -> None:

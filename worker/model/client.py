@@ -67,11 +67,11 @@ class _Client(openai.AsyncOpenAI):
 
     @property
     def default_headers(self) -> dict[str, str | openai.Omit]:
-        """What every request says, beside the key."""
+        """What every request says, next to the key."""
         return {**self._headers}
 
     def _prepare_url(self, url: str) -> httpx2.URL:
-        # The SDK takes the URL apart anew for each call, a fiftieth of a job's cost.
+        # The SDK takes the URL apart again for each call, a fiftieth of a job's cost.
         return parsed(url)
 
 
@@ -100,10 +100,10 @@ class Model:
         """Make one call, bounded by `VQA_MODEL_TIMEOUT` and by `time_left_s`.
 
         Raises:
-            JobError: the API refuses this request for good.
+            JobError: the API refuses this request permanently.
             RateLimitedError: the API answered 429.
-            TransientError: the call failed in a way that may pass, or an image broke off while it was sent.
-            DependencyDownError: the API, or an image's source, is out of reach or refuses everybody.
+            TransientError: the request failed and may succeed later, or an image could not be read.
+            DependencyDownError: the API, or an image's source, is unreachable or refuses everybody.
         """
         started = time.monotonic()
         with observed(model, self._provider, lambda: body.is_sent) as call:
@@ -129,7 +129,7 @@ class Model:
         """The models that the API lists; None if it has no such list, as not every server has.
 
         Raises:
-            DependencyDownError: the API is out of reach, failing or refuses; the message says what to do.
+            DependencyDownError: the API is unreachable, failing or refuses; the message says what to do.
         """
         url = f"{self._url.removesuffix('/chat/completions')}/models"
         try:
@@ -174,7 +174,7 @@ class Model:
                 return TransientError(
                     Dependency.MODEL,
                     "connection_error",
-                    f"the connection to the API broke off: {_name_of(error)}",
+                    f"the connection to the API was interrupted: {_name_of(error)}",
                 )
 
     def _translate_status(self, error: openai.APIStatusError) -> Exception:
@@ -207,7 +207,7 @@ class Model:
 
 def _open_session(timeout_s: float) -> aiohttp.ClientSession:
     return open_session(
-        # Half the time at most: a connection that nobody answers must be told from a slow answer.
+        # Half the time at most: a connection that nobody answers must be distinguished from a slow answer.
         connect_timeout_s=min(CONNECT_TIMEOUT_S, timeout_s / 2),
         read_timeout_s=None,
     )

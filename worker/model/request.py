@@ -42,7 +42,7 @@ def fingerprint(
     params: Mapping[str, Any],
     urls: Sequence[str],
 ) -> str:
-    """What tells a job from every other: SHA-256 in hexadecimal of its id and all that it asks.
+    """What distinguishes a job from every other: SHA-256 in hexadecimal of its id and all that it asks.
 
     `messages` as for `frame`, with any text in the places of the URLs, which come by themselves. However a
     publisher orders and spaces its JSON, it is the same.

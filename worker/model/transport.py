@@ -1,7 +1,7 @@
 """The openai SDK's way to the network: the event loop's own client, in the place of the SDK's HTTP library.
 
 The SDK comes with a client of this kind (`openai[aiohttp]`). This one does less, since a worker needs neither
-cookies nor redirects nor several transports; and it tells of a failure what a worker must know: whether the
+cookies nor redirects nor several transports; and it reports of a failure what a worker must know: whether the
 request can have been worked on, and so be paid for.
 """
 

@@ -43,7 +43,7 @@ class Request:
 
     @property
     def welcome(self) -> Collection[int]:
-        """The statuses that are no errors."""
+        """The statuses that are not errors."""
         if self.method == "DELETE":
             return (_OK, _NO_CONTENT)
         return (_OK, _PARTIAL, _NO_SUCH_RANGE) if "Range" in self.headers else (_OK,)
@@ -90,8 +90,8 @@ class S3:
 
         Raises:
             JobError: there is no such object, or it may not be read. Messages don't name the image.
-            TransientError: the read broke off or took too long.
-            DependencyDownError: S3 is out of reach, failing, or refuses these credentials.
+            TransientError: the read was interrupted or took too long.
+            DependencyDownError: S3 is unreachable, failing, or refuses these credentials.
         """
         try:
             if not self._is_elsewhere(source.bucket):
@@ -202,7 +202,7 @@ class S3:
         return is_directory_bucket(bucket) or bucket in self._elsewhere
 
     def _only_if_elsewhere(self, bucket: str, error: S3ResponseError) -> None:
-        """Remember where the bucket is not, if S3 says so for good; raise any other answer again."""
+        """Remember where the bucket is not, if S3 says so permanently; raise any other answer again."""
         if not error.is_elsewhere:
             raise error
         if error.is_passing:

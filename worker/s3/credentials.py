@@ -50,7 +50,7 @@ class CredentialsCache:
         return self._renewable is not None and self._renewable.refresh_needed(within_s)
 
     async def _renew(self) -> None:
-        """Renew in good time. A failure is no matter yet: the SDK logs it, and there is another try."""
+        """Renew in good time. A failure is not a matter yet: the SDK logs it, and there is another try."""
         try:
             self._frozen = await asyncio.to_thread(self._find)
         except BotoCoreError:
@@ -73,6 +73,6 @@ class CredentialsCache:
 
 
 def role_denied(error: ClientError) -> CredentialRetrievalError:
-    """STS refuses the role; of its answer only the code is told."""
+    """STS refuses the role; of its answer only the code is reported."""
     code = error.response.get("Error", {}).get("Code", "no code")
     return CredentialRetrievalError(provider="STS", error_msg=code)

@@ -108,8 +108,8 @@ def translate(error: Exception) -> Exception:
 
     Returns:
         JobError: there is no such object, or it may not be read.
-        TransientError: the read broke off or took too long.
-        DependencyDownError: S3 is out of reach, failing, or refuses these credentials.
+        TransientError: the read was interrupted or took too long.
+        DependencyDownError: S3 is unreachable, failing, or refuses these credentials.
     """
     return _from_answer(error) if isinstance(error, S3ResponseError) else _from_failure(error)
 
@@ -149,7 +149,9 @@ def _from_failure(error: Exception) -> Exception:
         case TimeoutError() | ReadTimeoutError():
             return TransientError(Dependency.S3, "timeout", f"S3 took too long ({kind})")
         case _ if isinstance(error, _BROKE_OFF):
-            return TransientError(Dependency.S3, "connection_error", f"reading from S3 broke off ({kind})")
+            return TransientError(
+                Dependency.S3, "connection_error", f"reading from S3 was interrupted ({kind})"
+            )
         case _:
             return DependencyDownError(
                 Dependency.S3, f"S3 cannot be asked ({kind}): check the AWS configuration"

@@ -39,7 +39,7 @@ app.kubernetes.io/name: {{ include "vqa-worker.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
-{{/* What tells the pods of workers from all others, those of the hook too. Deployments cannot change it later. */}}
+{{/* What distinguishes the pods of workers from all others, those of the hook too. Deployments cannot change it later. */}}
 {{- define "vqa-worker.workerLabels" -}}
 {{ include "vqa-worker.instanceLabels" . }}
 app.kubernetes.io/component: "worker"
@@ -147,8 +147,8 @@ VQA_{{ regexReplaceAll "([A-Z])" . "_${1}" | upper }}
 {{- end }}
 {{- end }}
 
-{{/* Seconds from SIGTERM to SIGKILL: what the jobs get, and what the worker takes afterwards to give back those that
-     were cut off (10), to end consuming (5), to send its last spans (5) and to close its connections (5). */}}
+{{/* Seconds from SIGTERM to SIGKILL: what the jobs get, and what the worker takes afterwards to requeue those that
+     were interrupted (10), to end consuming (5), to send its last spans (5) and to close its connections (5). */}}
 {{- define "vqa-worker.terminationGracePeriodSeconds" -}}
 {{- add (ceil .Values.settings.shutdownGrace) 25 }}
 {{- end }}

@@ -64,7 +64,7 @@ def test_all_kinds_are_among_what_is_checked() -> None:
 
 
 @pytest.mark.skipif(
-    not CRDS.is_dir(), reason="the definitions of KEDA's and Prometheus' kinds are not beside this copy"
+    not CRDS.is_dir(), reason="the definitions of KEDA's and Prometheus' kinds are not next to this copy"
 )
 @pytest.mark.parametrize("kind", CUSTOM_KINDS)
 def test_a_field_that_a_custom_kind_does_not_know_is_found(kind: str) -> None:

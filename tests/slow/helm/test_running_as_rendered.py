@@ -57,7 +57,7 @@ def _values(of_stack: dict[str, str], port: int) -> Values:
 
 
 def _environment(stack: Stack, rendered: Rendered, pod: Object, folder: Path) -> dict[str, str]:
-    """What a container has: nothing but its pod tells it of the broker, the API and S3."""
+    """What a container has: nothing but its pod gives it the broker, the API and S3."""
     of_stack = stack.environment()
     credentials = {name: text for name, text in of_stack.items() if name.startswith("AWS_")}
     of_pod = environment_in(folder, rendered, pod, {"s3-credentials": credentials})
@@ -127,7 +127,7 @@ async def test_it_answers_and_its_probes_are_answered_where_they_ask(
 
 
 async def test_while_it_has_no_broker_it_lives_and_is_not_ready(rendered: Rendered, start: Start) -> None:
-    """So that a rollout waits, and nothing is restarted in vain."""
+    """So that a rollout waits, and nothing is restarted without success."""
     # Port 1: nobody is there.
     pod = start(VQA_RABBITMQ_URL="amqp://guest:guest@127.0.0.1:1/")
     await pod.serve()

@@ -39,7 +39,7 @@ def test_keda_takes_strings_only(name: str) -> None:
 
 
 @pytest.mark.skipif(
-    not SCALER.is_file(), reason="the table of the scaler's own fields is not beside this copy"
+    not SCALER.is_file(), reason="the table of the scaler's own fields is not next to this copy"
 )
 @pytest.mark.parametrize("name", ["keda", "full", "airgapped"])
 def test_the_scaler_knows_every_key_that_it_is_given(name: str) -> None:

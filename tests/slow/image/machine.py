@@ -7,7 +7,7 @@ import sys
 from configparser import RawConfigParser
 from pathlib import Path
 
-# Where to fetch packages from, and how to get there; what else a machine tells pip is about its own folders.
+# The package index and the way to it; pip's other settings concern the machine's own folders.
 PIP_SETTINGS = (
     "index-url",
     "extra-index-url",

@@ -1,4 +1,4 @@
-"""A stand-in for the official Python image, of Debian's packages, for machines that can pull no image.
+"""A simulator for the official Python image, of Debian's packages, for machines that can pull no image.
 
 Debian's testing suite has the Python that the Dockerfile asks for. What matters of the official image is
 imitated: `python` and `pip` in /usr/local/bin, and no compiled file of the standard library.
