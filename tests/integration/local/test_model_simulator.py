@@ -1,4 +1,4 @@
-"""The stand-in's honest side: what it sees, what it refuses, and that it never passes for a model."""
+"""The answers of the model simulator: what they describe, and what is refused."""
 
 import base64
 import hashlib

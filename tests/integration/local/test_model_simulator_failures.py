@@ -1,4 +1,4 @@
-"""The stand-in's scripted failures, as a client sees them."""
+"""The scripted failures of the model simulator, as a client sees them."""
 
 import asyncio
 import json
