@@ -1,4 +1,4 @@
-"""What the tests share that break things: jobs in numbers, and a broker's user of one's own."""
+"""Helpers of tests that inject faults: batches of jobs, waiting for states, users of the broker."""
 
 import asyncio
 import base64
@@ -22,12 +22,12 @@ PICTURE = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
 
 
 def job(question: str = "What is it?", image: str = PICTURE, **fields: Any) -> dict[str, Any]:
-    """A job with an id of its own."""
+    """Return a job with a new id."""
     return {"id": uuid.uuid4().hex, "question": question, "images": [image], **fields}
 
 
 async def publish(client: Client, count: int, question: str, **fields: Any) -> list[str]:
-    """Publish so many jobs with the same question, each with its id behind it; returns the ids."""
+    """Publish `count` jobs with the same question, each followed by its id; return the ids."""
     jobs = [job(question, **fields) for _ in range(count)]
     for it in jobs:
         it["question"] = f"{question} {it['id']}"
@@ -36,7 +36,7 @@ async def publish(client: Client, count: int, question: str, **fields: Any) -> l
 
 
 async def results(client: Client, ids: Iterable[str], patience_s: float = PATIENCE_S) -> list[Reply]:
-    """The first result of each job."""
+    """Wait for the first result of each job."""
     wanted = list(ids)
     await until(
         lambda: all(client.replies.get(it) for it in wanted),
@@ -48,12 +48,12 @@ async def results(client: Client, ids: Iterable[str], patience_s: float = PATIEN
 
 
 def statuses(replies: Iterable[Reply]) -> Counter[str]:
-    """How many results there are of each kind: the status, or the error's code."""
+    """Count the results by error code, or by status where there is no error."""
     return Counter((reply.body["error"] or {}).get("code", reply.body["status"]) for reply in replies)
 
 
 async def calls_begun(stack: Stack, marker: str, count: int) -> list[Call]:
-    """Wait until so many calls about these jobs have reached the model."""
+    """Wait until `count` calls with this marker have reached the model; return them."""
 
     def begun() -> list[Call]:
         calls = calls_with(stack, marker)
@@ -69,7 +69,7 @@ async def model_answered(stack: Stack, marker: str) -> None:
 
 
 async def said(worker: Worker, status: str) -> tuple[int, list[str]]:
-    """Wait until `/readyz` says this status; returns the HTTP status and the reasons."""
+    """Wait until `/readyz` reports this status; return the HTTP status and the reasons."""
 
     def answer() -> tuple[int, list[str]] | None:
         code, body = worker.ready()
@@ -90,7 +90,7 @@ def hasty(worker: Worker) -> Worker:
 
 
 def events(worker: Worker, event: str) -> list[dict[str, Any]]:
-    """The worker's log lines of one kind."""
+    """Return the worker's log lines with this event."""
     return [line for line in worker.log() if line.get("event") == event]
 
 
@@ -116,21 +116,21 @@ class BrokerUser:
         return url_as(self.stack, self.name, self.password, "" if self.vhost == "/" else self.vhost)
 
     def set_password(self, password: str) -> None:
-        """What the broker takes from now on."""
+        """Change the password for new connections."""
         administer(self.stack, "PUT", f"/api/users/{self.name}", {"password": password, "tags": ""})
 
     def permit(self, *, configure: str = ".*", write: str = ".*", read: str = ".*") -> None:
-        """What the user may do on channels and connections made from now on."""
+        """Set the user's permissions."""
         rights = {"configure": configure, "write": write, "read": read}
         administer(self.stack, "PUT", f"/api/permissions/{quote(self.vhost, safe='')}/{self.name}", rights)
 
     def close_connections(self) -> None:
-        """Have the broker close them, with a reason."""
+        """Close the user's connections from the broker's side."""
         administer(self.stack, "DELETE", f"/api/connections/username/{self.name}")
 
 
 async def held_by_broker(stack: Stack, queue: str) -> tuple[int, int]:
-    """How many messages a queue has, and how many of them are ready; the broker's own word, a second late."""
+    """Return how many messages a queue has and how many are ready, as `rabbitmqctl list_queues` shows it."""
     listed = await asyncio.to_thread(stack.rabbitmq.ctl, "list_queues", "name", "messages", "messages_ready")
     (line,) = [line.split() for line in listed.splitlines() if line.split()[:1] == [queue]]
     return int(line[1]), int(line[2])
@@ -138,7 +138,7 @@ async def held_by_broker(stack: Stack, queue: str) -> tuple[int, int]:
 
 @contextmanager
 def own_vhost(stack: Stack) -> Iterator[str]:
-    """A virtual host of a test's own, where its administrator may do everything."""
+    """Make a virtual host in which `guest` has all permissions; delete it at the end."""
     vhost = uuid.uuid4().hex
     administer(stack, "PUT", f"/api/vhosts/{vhost}")
     everything = {"configure": ".*", "write": ".*", "read": ".*"}
@@ -152,7 +152,7 @@ def own_vhost(stack: Stack) -> Iterator[str]:
 def administer(
     stack: Stack, method: str, path: str, body: object = None, *, user: str = "guest:guest"
 ) -> Any:
-    """Ask the broker's management interface; returns what it answers, if anything."""
+    """Call the management API of the broker; return the response, if any."""
     credentials = base64.b64encode(user.encode()).decode()
     request = urllib.request.Request(  # noqa: S310 - our own http:// URL
         f"{stack.rabbitmq.management_url}{path}",
@@ -166,6 +166,6 @@ def administer(
 
 
 def url_as(stack: Stack, user: str, password: str, vhost: str = "") -> str:
-    """The broker's URL with other credentials."""
+    """Return the broker's URL with other credentials."""
     parts = urlsplit(stack.rabbitmq.url)
     return f"amqp://{user}:{password}@{parts.hostname}:{parts.port}/{vhost}"

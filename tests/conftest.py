@@ -37,7 +37,7 @@ def stack() -> Iterator[Stack]:
 
 @pytest.fixture(scope="session")
 def own_stack() -> Iterator[Stack]:
-    """A second stack, for tests that stop, kill and fill its parts."""
+    """A second stack, for tests that stop, kill or fill its services."""
     with Stack.start(use_environment=False) as stack:
         stack.s3.client().create_bucket(Bucket=BUCKET)
         yield stack
@@ -45,7 +45,7 @@ def own_stack() -> Iterator[Stack]:
 
 @pytest.fixture(scope="session")
 def put_image(stack: Stack) -> PutImage:
-    """Uploads bytes (by default a small PNG unlike any other) and returns its s3:// URL."""
+    """Upload bytes (by default a new small PNG) and return the s3:// URL."""
     s3 = stack.s3.client()
 
     def put(content: bytes | None = None, key: str | None = None) -> str:
@@ -57,7 +57,7 @@ def put_image(stack: Stack) -> PutImage:
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (48, 32)) -> bytes:
-    """A picture whose bytes are unlike any other's."""
+    """Return a picture of a random colour."""
     colour = tuple(uuid.uuid4().bytes[:3])
     buffer = BytesIO()
     Image.new("RGB", size, colour).save(buffer, kind)
@@ -66,7 +66,7 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (48, 32)) -> bytes:
 
 @asynccontextmanager
 async def _starting(stack: Stack, folder: Path) -> AsyncIterator[StartWorker]:
-    """Starts workers with the settings given; kills what still runs in the end."""
+    """Start workers with the given settings; kill those that still run at the end."""
     workers: list[Worker] = []
 
     async def start(*, wait: bool = True, like: Worker | None = None, **settings: str) -> Worker:
@@ -91,21 +91,21 @@ async def _starting(stack: Stack, folder: Path) -> AsyncIterator[StartWorker]:
 
 @pytest.fixture
 async def start_worker(stack: Stack, tmp_path: Path) -> AsyncIterator[StartWorker]:
-    """Starts workers with the settings given; kills what still runs in the end."""
+    """Start workers with the given settings; kill those that still run at the end."""
     async with _starting(stack, tmp_path) as start:
         yield start
 
 
 @pytest.fixture
 async def start_own_worker(own_stack: Stack, tmp_path: Path) -> AsyncIterator[StartWorker]:
-    """The same on the stack that may be broken."""
+    """The same on `own_stack`."""
     async with _starting(own_stack, tmp_path) as start:
         yield start
 
 
 @asynccontextmanager
 async def _making_clients(stack: Stack) -> AsyncIterator[MakeClient]:
-    """Makes clients of workers."""
+    """Make clients of workers."""
     async with AsyncExitStack() as clients:
 
         async def make(worker: Worker) -> Client:
@@ -116,14 +116,14 @@ async def _making_clients(stack: Stack) -> AsyncIterator[MakeClient]:
 
 @pytest.fixture
 async def client_of(stack: Stack) -> AsyncIterator[MakeClient]:
-    """Makes clients of workers."""
+    """Make clients of workers."""
     async with _making_clients(stack) as make:
         yield make
 
 
 @pytest.fixture
 async def own_client_of(own_stack: Stack) -> AsyncIterator[MakeClient]:
-    """The same on the stack that may be broken."""
+    """The same on `own_stack`."""
     async with _making_clients(own_stack) as make:
         yield make
 

@@ -1,4 +1,4 @@
-"""A real worker process and a publisher's side of the broker, for tests."""
+"""Start real worker processes, publish jobs and read results, for tests."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,14 @@ from deploy.local.stack import Stack
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 90.0
-# Between two looks at a condition; shorter ones would take processor time from what is waited for.
-LONGEST_PAUSE_S = 0.1
+# Polling more often would take processor time from the process under test.
+MAX_POLL_INTERVAL_S = 0.1
 
 
 async def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> Any:
-    """Poll `condition` (sync or async) until it returns something true, which is returned."""
+    """Poll `condition` (sync or async) until its result is true; return the result."""
     ends = time.monotonic() + patience_s
-    pause_s = 0.01
+    interval_s = 0.01
     while True:
         value = condition()
         if asyncio.iscoroutine(value):
@@ -42,13 +42,13 @@ async def until(condition: Any, what: str, patience_s: float = PATIENCE_S) -> An
             return value
         if time.monotonic() > ends:
             raise AssertionError(f"waited {patience_s} s without success: {what}")
-        await asyncio.sleep(pause_s)
-        pause_s = min(1.3 * pause_s, LONGEST_PAUSE_S)
+        await asyncio.sleep(interval_s)
+        interval_s = min(1.3 * interval_s, MAX_POLL_INTERVAL_S)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A result as its reader sees it."""
+    """A result message."""
 
     body: dict[str, Any]
     message: AbstractIncomingMessage
@@ -64,7 +64,7 @@ class Ended:
 
 
 class Worker:
-    """`vqa-worker run` in a process of its own, with queues of its own."""
+    """Run `vqa-worker run` in its own process with its own queues."""
 
     def __init__(self, environment: Mapping[str, str], log_file: Path) -> None:
         self._environment = {**environment, "PYTHONUNBUFFERED": "1"}
@@ -77,7 +77,7 @@ class Worker:
 
     @classmethod
     def of(cls, stack: Stack, folder: Path, **settings: str) -> Self:
-        """A worker on the stack with queues under a fresh name; `settings` as VQA_… or other variables."""
+        """Return a worker on the stack with new queues; `settings` are environment variables."""
         name = f"t{uuid.uuid4().hex[:10]}"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VQA_", "AWS_", "OTEL_"))}
         environment = {
@@ -113,7 +113,7 @@ class Worker:
 
     def launch(self) -> None:
         """Start without waiting."""
-        # A folder without a `.env`, whatever a developer keeps in the project's own.
+        # A working directory without a `.env`: a developer's own must not be read.
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen(  # noqa: S603 - a test's own
                 self.command,
@@ -124,13 +124,13 @@ class Worker:
             )
 
     async def start(self) -> Self:
-        """Start, and return when it takes jobs."""
+        """Start the worker and wait until it is ready."""
         await self.serve()
         await until(lambda: self.ready()[0] == 200, "the worker is ready")
         return self
 
     async def serve(self) -> None:
-        """Start, and return when its endpoints answer, whether it takes jobs or not."""
+        """Start the worker and wait until its HTTP endpoints answer, ready or not."""
         seen = len(self.log())
         self.launch()
         await until(lambda: self._started(seen), "the worker logs that it started")
@@ -146,13 +146,13 @@ class Worker:
         return False
 
     async def stop(self, number: signal.Signals = signal.SIGTERM, patience_s: float = PATIENCE_S) -> int:
-        """Send a signal and return the exit code."""
+        """Send a signal, wait for the exit and return the exit code."""
         assert self.process is not None
         self.process.send_signal(number)
         return await self.ended(patience_s)
 
     async def ended(self, patience_s: float = PATIENCE_S) -> int:
-        """Wait for the end and return the exit code."""
+        """Wait for the exit and return the exit code."""
         process = self.process
         assert process is not None
         await until(lambda: process.poll() is not None, "the worker ends", patience_s)
@@ -170,7 +170,7 @@ class Worker:
             worker.kill()
 
     async def run_to_end(self, patience_s: float = PATIENCE_S) -> "Ended":
-        """Run a worker that ends by itself."""
+        """Run a worker that exits by itself."""
         done = await asyncio.to_thread(
             subprocess.run,
             self.command,
@@ -184,13 +184,13 @@ class Worker:
         return Ended(done.returncode, done.stdout, done.stderr.splitlines())
 
     def kill(self) -> None:
-        """SIGKILL, if it still runs."""
+        """Send SIGKILL if the process still runs."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
 
     def output(self) -> str:
-        """All that it printed so far."""
+        """Return the output so far."""
         return self._log_file.read_text() if self._log_file.exists() else ""
 
     def log(self) -> list[dict[str, Any]]:
@@ -206,7 +206,7 @@ class Worker:
         return list(self._log_lines)
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body of one of its endpoints; status 0 if it does not answer."""
+        """Return status and body of an HTTP endpoint; status 0 if it does not answer."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as response:
                 return response.status, response.read().decode()
@@ -217,12 +217,12 @@ class Worker:
             return 0, ""
 
     def ready(self) -> tuple[int, dict[str, Any]]:
-        """`/readyz`: status and body."""
+        """Return status and body of `/readyz`."""
         status, body = self.get("/readyz")
         return status, json.loads(body) if body else {}
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples that have these labels; 0.0 if there is none."""
+        """Return the sum of the samples with these labels; 0.0 if there are none."""
         _, text = self.get("/metrics")
         samples = "".join(line for line in text.splitlines(keepends=True) if line.startswith(name))
         return sum(
@@ -239,7 +239,7 @@ def calls_with(stack: Stack, marker: str) -> list[Call]:
 
 
 class Client:
-    """Publishes jobs and reads results, as a backend would."""
+    """Publish jobs and read results, as a backend does."""
 
     def __init__(self, channel: AbstractChannel, worker: Worker, exchange: str = "") -> None:
         self._channel = channel
@@ -253,7 +253,7 @@ class Client:
     async def of(
         cls, stack: Stack, worker: Worker, *, url: str | None = None, exchange: str = ""
     ) -> AsyncIterator[Self]:
-        """A connection of its own that reads the worker's results queue, and publishes by an exchange."""
+        """Connect, consume the worker's results queue, and publish through `exchange`."""
         # No heartbeats: the event loop does not run during synchronous tests.
         broker = URL(url or stack.rabbitmq.url).update_query(heartbeat=0)
         connection = await aio_pika.connect(broker)
@@ -264,12 +264,12 @@ class Client:
             yield client
 
     async def listen(self, queue: str) -> None:
-        """Gather the results of one more queue into `replies`."""
+        """Collect the results of another queue in `replies` too."""
         results = await self._channel.get_queue(queue, ensure=False)
         await results.consume(self._receive)
 
     async def reply_queue(self, exchange: str = "") -> str:
-        """A queue of its own that the worker may reply to, by an exchange if one is named."""
+        """Declare an exclusive reply queue, bound to `exchange` if one is given; return its name."""
         queue = await self._channel.declare_queue(exclusive=True)
         if exchange:
             await queue.bind(exchange, queue.name)
@@ -297,12 +297,12 @@ class Client:
         await exchange.publish(message, self._worker.jobs_queue)
 
     async def cancel(self, job_id: str) -> None:
-        """Take a job back."""
+        """Publish a cancel message for a job."""
         control = await self._channel.get_exchange(f"{self._worker.jobs_queue}.control", ensure=False)
         await control.publish(aio_pika.Message(json.dumps({"cancel": job_id}).encode()), "")
 
     async def result(self, job_id: str | None, patience_s: float = PATIENCE_S) -> Reply:
-        """The first result of a job."""
+        """Wait for the first result of a job."""
         try:
             async with asyncio.timeout(patience_s), self._arrival:
                 await self._arrival.wait_for(lambda: self.replies.get(job_id))
@@ -311,17 +311,17 @@ class Client:
         return self.replies[job_id][0]
 
     async def ask(self, patience_s: float = PATIENCE_S, **fields: Any) -> Reply:
-        """Publish a job (with a fresh id unless given) and wait for its result."""
+        """Publish a job (with a new id unless one is given) and wait for its result."""
         job = {"id": uuid.uuid4().hex, **fields}
         await self.publish(job)
         return await self.result(job["id"], patience_s)
 
     async def queue(self, name: str) -> AbstractQueue:
-        """A handle on a queue, to `get` from."""
+        """Return the queue, to `get` from."""
         return await self._channel.get_queue(name, ensure=False)
 
     async def take(self, queue_name: str, patience_s: float = PATIENCE_S) -> AbstractIncomingMessage:
-        """Take one message from a queue, acked."""
+        """Wait for one message of a queue and ack it."""
         queue = await self.queue(queue_name)
         message: AbstractIncomingMessage = await until(
             lambda: queue.get(fail=False), f"a message in {queue_name}", patience_s
@@ -331,7 +331,7 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def reading(self, queue_name: str) -> AsyncIterator[list[AbstractIncomingMessage]]:
-        """All messages of a queue, acked as they come, for as long as the context lasts."""
+        """Consume a queue in this context; the list grows with each acked message."""
         queue = await self.queue(queue_name)
         messages: list[AbstractIncomingMessage] = []
 
@@ -346,6 +346,6 @@ class Client:
             await queue.cancel(tag)
 
     async def depth(self, queue_name: str) -> int:
-        """How many messages are ready in a queue."""
+        """Return the number of ready messages in a queue."""
         queue = await self._channel.declare_queue(queue_name, passive=True)
         return queue.declaration_result.message_count or 0

@@ -464,7 +464,7 @@ async def test_the_worker_waits_for_a_broker_that_accepts_connections_and_is_sil
         await asyncio.gather(waiting.serve(), leaving.serve())
         assert waiting.ready()[1]["status"] == leaving.ready()[1]["status"] == "no_broker"
         assert waiting.get("/livez")[0] == 200
-        assert await leaving.stop(patience_s=20) == 0, leaving.output()
+        assert await leaving.stop(patience_s=60) == 0, leaving.output()
         proxy.thaw()
         await said(waiting, "ready")
         client = await own_client_of(waiting)

@@ -170,7 +170,7 @@ async def test_a_job_is_cancelled_when_its_caller_stops_waiting(
         with pytest.raises(TimeoutError):
             await client.ask_job(words(marker), timeout=1.0)
         # The next job gets the only slot, because the call was cancelled.
-        assert (await client.ask_job(words("Next?"), timeout=20)).succeeded
+        assert (await client.ask_job(words("Next?"), timeout=60)).succeeded
     assert worker.metric("vqa_jobs_total", error="cancelled") == 1
 
 
@@ -254,7 +254,7 @@ async def test_a_result_that_is_lost_with_the_connection_raises(
             proxy.reset()
             with pytest.raises(ReplyLostError):
                 await answer
-            assert (await client.ask_job(words("Again?"), timeout=20)).succeeded
+            assert (await client.ask_job(words("Again?"), timeout=60)).succeeded
 
 
 @pytest.mark.parametrize("replies", ["queue", "exclusive"])
@@ -272,7 +272,7 @@ async def test_a_deleted_reply_queue_is_created_again(stack: Stack, worker: Work
             assert requests._channel is not None  # noqa: SLF001
             await requests._channel.queue_delete(first)  # noqa: SLF001
         await until(lambda: not requests.connected.is_set(), "the session ends")
-        assert (await client.ask_job(words("Still there?"), timeout=20)).succeeded
+        assert (await client.ask_job(words("Still there?"), timeout=60)).succeeded
 
 
 async def test_the_reply_queue_is_deleted_with_the_client(stack: Stack, worker: Worker) -> None:

@@ -171,7 +171,7 @@ async def test_an_s3_that_says_nothing_more_holds_up_neither_the_job_nor_the_end
     ids = await publish(scene.client, 1, "What is it?", image=image)
     await until(lambda: scene.worker.metric("vqa_retries_total", reason="timeout") > timeouts, "a retry")
     # A thread still waits for what S3 never says.
-    assert await scene.worker.stop(patience_s=10) == 0, scene.worker.output()
+    assert await scene.worker.stop(patience_s=60) == 0, scene.worker.output()
     scene.proxy.thaw()
     await scene.worker.start()
     (reply,) = await results(scene.client, ids)

@@ -108,8 +108,8 @@ async def test_a_second_signal_ends_it_at_once_and_the_next_worker_answers_its_j
         signal_to(worker, signal.SIGTERM)
         await said(worker, "stopping")
 
-    assert await first.stop(signal.SIGTERM, patience_s=5) == 143
-    assert await second.stop(signal.SIGINT, patience_s=5) == 130
+    assert await first.stop(signal.SIGTERM, patience_s=60) == 143
+    assert await second.stop(signal.SIGINT, patience_s=60) == 130
     third = await start_own_worker(like=first)
     replies = await results(client, ids)
     assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
@@ -131,7 +131,7 @@ async def test_a_worker_without_work_a_broker_or_a_model_stops_as_well(
         (lost,) = await publish(client, 1, marker)
         await said(paused, "paused")
         await until(lambda: events(lonely, "rabbitmq_unreachable"), "it waits for the broker")
-        codes = await asyncio.gather(paused.stop(patience_s=10), lonely.stop(patience_s=10))
+        codes = await asyncio.gather(paused.stop(patience_s=60), lonely.stop(patience_s=60))
 
     assert list(codes) == [0, 0], paused.output() + lonely.output()
     message = await client.take(paused.jobs_queue)
@@ -154,7 +154,7 @@ async def test_a_worker_that_is_just_talking_to_the_broker_stops_as_well(
             signal_to(worker, signal.SIGTERM)
             await until(lambda: events(worker, "stopping"), "it is stopping")
             proxy.thaw()
-            return await worker.ended(patience_s=20)
+            return await worker.ended(patience_s=60)
 
         assert await asyncio.gather(*map(stop_at, (QUEUE_DECLARE, CHANNEL_CLOSE))) == [0, 0]
 

@@ -72,7 +72,7 @@ class Worker:
     async def finish(self) -> None:
         """Let all work end, and return when everything is settled."""
         self.work.may_end.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.in_flight.drained()
 
 
@@ -260,7 +260,7 @@ async def test_work_that_is_cut_off_goes_back_to_the_queue(worker: Worker) -> No
         worker.in_flight.accept(delivery)
     await turns_of_the_loop()
     worker.in_flight.cancel_all()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await worker.in_flight.drained()
     assert worker.work.cancelled == 3
     assert [message.message_id for message in worker.publisher.to("jobs")] == ["m-0", "m-1", "m-2"]
@@ -279,7 +279,7 @@ async def test_a_job_cancelled_at_the_end_of_the_grace_keeps_its_restored_attemp
     attempt.job_id, attempt.allowed_model = "job-1", "llama"
     attempt.restore_attempts(2)
     worker.in_flight.cancel_all()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await worker.in_flight.drained()
     (copy,) = worker.publisher.to("jobs")
     assert copy.headers["vqa-attempts"] == 1
@@ -293,7 +293,7 @@ async def test_a_job_cancelled_before_it_was_read_is_logged_with_its_message_id(
     worker.in_flight.accept(worker.connection.delivers(message_id="m-1")[0])
     await turns_of_the_loop()
     worker.in_flight.cancel_all()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await worker.in_flight.drained()
     (line,) = [call.kwargs for call in settlement_log.calls if call.args == ("job_requeued",)]
     assert line["job_id"] == "m-1"
@@ -319,7 +319,7 @@ async def test_what_cannot_even_be_given_back_is_let_go_of_unsettled(worker: Wor
     worker.in_flight.cancel_all()
     await turns_of_the_loop()
     worker.in_flight.abandon_all()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await worker.in_flight.drained()
     assert handler.cancelled()
     assert events == []
@@ -405,7 +405,7 @@ async def test_drained_waits_for_what_comes_meanwhile_too(worker: Worker) -> Non
     await turns_of_the_loop()
     assert not drained.done()
     worker.work.may_end.set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await drained
     assert len(worker.publisher.results()) == 2
 

@@ -27,7 +27,7 @@ KIB = 1024
 PNG = b"\x89PNG\r\n\x1a\n"
 NOISE = random.Random(2).randbytes(900 * KIB)  # noqa: S311 - no secret
 SMALL, LARGE = PNG + NOISE[: 100 * KIB], PNG + NOISE
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 
 @pytest.fixture(autouse=True)

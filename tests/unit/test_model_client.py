@@ -603,7 +603,7 @@ async def test_an_answer_that_trickles_in_is_bounded_as_a_whole(api: Api) -> Non
             await asyncio.sleep(0.02)
 
     api.says = trickle
-    async with asyncio.timeout(20), a_model(api.url, timeout_s=0.4) as model:
+    async with asyncio.timeout(60), a_model(api.url, timeout_s=0.4) as model:
         error = await fault(model)
     assert isinstance(error, TransientError)
     assert error.reason == "timeout"

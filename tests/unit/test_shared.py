@@ -92,7 +92,7 @@ class Scene:
 
 
 async def ended(tasks: "list[asyncio.Task[bytes]]") -> list[bytes | BaseException]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         return await asyncio.gather(*tasks, return_exceptions=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-PATIENCE_S = 30
+PATIENCE_S = 60
 
 
 def cannot_unshare() -> str | None:

@@ -13,7 +13,7 @@ from worker.result_store import store as rooms
 from worker.result_store.store import ResultStore
 from worker.s3.conditional_store import ConditionalStore, StoredObject
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 
 
 class Memory(ConditionalStore):

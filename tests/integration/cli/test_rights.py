@@ -103,14 +103,14 @@ async def test_a_client_needs_no_more_than_it_is_said_to_need(
     ways = {"configure": r"^vqa\.results\.client-.*$", "read": r"^vqa\.results\.client-.*$"}
     user.permit(**ways, write=f"^{intake}$")
     async with Client(user.url, jobs_queue=worker.jobs_queue, jobs_exchange=intake) as client:
-        assert (await client.ask_job(QUESTION, timeout=20)).succeeded
+        assert (await client.ask_job(QUESTION, timeout=60)).succeeded
         user.permit(**ways, write="^$")
     async with Client(user.url, jobs_queue=worker.jobs_queue, jobs_exchange=intake) as client:
         with pytest.raises(RefusedError, match="the client's user may not publish jobs"):
-            await client.ask_job(QUESTION, timeout=20)
+            await client.ask_job(QUESTION, timeout=60)
     user.permit(configure=r"^amq\.gen-.*$", read=r"^amq\.gen-.*$", write=r"^amq\.default$")
     async with Client(user.url, jobs_queue=worker.jobs_queue, replies="exclusive") as client:
-        assert (await client.ask_job(QUESTION, timeout=20)).succeeded
+        assert (await client.ask_job(QUESTION, timeout=60)).succeeded
 
 
 async def test_where_results_go_by_an_exchange_the_queue_for_them_is_bound_to_it(
@@ -128,4 +128,4 @@ async def test_where_results_go_by_an_exchange_the_queue_for_them_is_bound_to_it
         async with Client(
             stack.rabbitmq.url, jobs_queue=lone_cli.jobs_queue, reply_exchange=exchange, replies=replies
         ) as client:
-            assert (await client.ask_job(QUESTION, timeout=20)).succeeded
+            assert (await client.ask_job(QUESTION, timeout=60)).succeeded
