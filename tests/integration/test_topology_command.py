@@ -131,7 +131,7 @@ async def test_what_is_shown_can_be_given_to_the_broker_s_management(
     given = there(stack, vhost)
     assert {it["name"] for it in given["queues"]} == set(QUEUES)
     parts = await shown(tmp_path, "apply", VQA_RABBITMQ_URL=url, **EXCHANGES)
-    assert not any(part["made"] for part in (*parts["queues"], *parts["exchanges"]))
+    assert not any(part["created"] for part in (*parts["queues"], *parts["exchanges"]))
     assert there(stack, vhost) == given
 
 
@@ -152,17 +152,17 @@ async def test_all_that_is_missing_is_made_and_a_second_time_nothing_changes(
     first = await run(tmp_path, "apply", **settings)
     assert (first.code, first.errors) == (0, [])
     lines = first.output.splitlines()
-    assert lines[:8] == [*(f"queue {name}: made" for name in QUEUES), "exchange vqa.jobs.control: made"]
+    assert lines[:8] == [*(f"queue {name}: created" for name in QUEUES), "exchange vqa.jobs.control: created"]
     assert lines[8:10] == [
-        "exchange vqa.back (VQA_JOBS_EXCHANGE): made",
-        "exchange vqa.replies (VQA_REPLY_EXCHANGE): made",
+        "exchange vqa.back (VQA_JOBS_EXCHANGE): created",
+        "exchange vqa.replies (VQA_REPLY_EXCHANGE): created",
     ]
-    assert all(line.endswith(": is there") for line in lines[10:])
+    assert all(line.endswith(": exists") for line in lines[10:])
     made = there(stack, vhost)
 
     second = await run(tmp_path, "apply", **settings)
     assert (second.code, second.errors) == (0, [])
-    assert second.output == first.output.replace(": made", ": was there")
+    assert second.output == first.output.replace(": created", ": exists")
     assert there(stack, vhost) == made
     reported = await shown(tmp_path, "show", **EXCHANGES)
     assert made == {kind: in_order(entries) for kind, entries in reported.items()}
@@ -215,7 +215,7 @@ async def test_an_exchange_for_replies_that_somebody_has_made_is_left_as_it_is(
     topic = {"type": "topic", "durable": True}
     await asyncio.to_thread(administer, stack, "PUT", f"/api/exchanges/{vhost}/vqa.replies", topic)
     parts = await shown(tmp_path, "apply", VQA_RABBITMQ_URL=url, VQA_REPLY_EXCHANGE="vqa.replies")
-    assert [part["made"] for part in parts["exchanges"]] == [True, False]
+    assert [part["created"] for part in parts["exchanges"]] == [True, False]
     found = there(stack, vhost)
     assert {it["name"]: it["type"] for it in found["exchanges"]} == {
         "vqa.jobs.control": "fanout",
@@ -256,8 +256,8 @@ async def test_a_broker_that_comes_late_or_breaks_off_is_waited_for(url: str, tm
         proxy.thaw()
         ended = await running
     assert (ended.code, ended.errors) == (0, [])
-    made = [line for line in ended.output.splitlines() if line.endswith(": made")]
-    assert made == [*(f"queue {name}: made" for name in QUEUES[3:]), "exchange vqa.jobs.control: made"]
+    made = [line for line in ended.output.splitlines() if line.endswith(": created")]
+    assert made == [*(f"queue {name}: created" for name in QUEUES[3:]), "exchange vqa.jobs.control: created"]
     assert len(ended.output.splitlines()) == len(QUEUES) + 1
 
 

@@ -21,7 +21,7 @@ from pamqp.header import ContentHeader
 
 from worker.cli.dlq import render
 from worker.cli.dlq.records import Lines
-from worker.cli.dlq.selection import Choice, moment
+from worker.cli.dlq.selection import Filter, parse_time
 from worker.cli.shell import CommandError
 from worker.rabbitmq import messages
 from worker.rabbitmq.dead_letter_record import DeadLetter
@@ -106,7 +106,7 @@ def test_any_dead_letter_can_be_read_and_is_the_same_when_renewed(
             # Floating-point numbers go out in single precision.
             _, said = pamqp.decode.field_table(pamqp.encode.field_table({name: value}))
             assert new.headers[name] == said[name]
-    json.dumps(render.whole(held))
+    json.dumps(render.full_json(held))
     assert all(line.isprintable() for line in [*render.table([held.record]), *render.page(held)])
 
 
@@ -163,44 +163,44 @@ def a_dead_letter(
 
 def test_a_dead_letter_is_selected_by_one_value_of_each_option() -> None:
     one, other = a_dead_letter(body='{"model": "m/a"}'), a_dead_letter("invalid_job", body='{"model": "m/b"}')
-    assert one in Choice(codes=["attempts_*"])
-    assert other not in Choice(codes=["attempts_*"])
-    assert other in Choice(codes=["attempts_*", "invalid_job"], models=["m/*"])
-    assert one not in Choice(codes=["attempts_*"], models=["m/b"])
-    assert a_dead_letter() in Choice(models=["default"])
-    assert Choice().is_any
-    assert not Choice(ids=["a"]).is_any
+    assert one in Filter(codes=["attempts_*"])
+    assert other not in Filter(codes=["attempts_*"])
+    assert other in Filter(codes=["attempts_*", "invalid_job"], models=["m/*"])
+    assert one not in Filter(codes=["attempts_*"], models=["m/b"])
+    assert a_dead_letter() in Filter(models=["default"])
+    assert Filter().matches_all
+    assert not Filter(ids=["a"]).matches_all
 
 
 def test_time_ranges_include_their_ends_and_exclude_dead_letters_without_a_time() -> None:
-    assert a_dead_letter() in Choice(since=NOW, until=NOW)
-    assert a_dead_letter() not in Choice(since=NOW + timedelta(seconds=1))
-    assert a_dead_letter() not in Choice(until=NOW - timedelta(seconds=1))
-    assert a_dead_letter(died_at=None) not in Choice(since=NOW)
-    assert a_dead_letter(died_at=None) in Choice()
+    assert a_dead_letter() in Filter(since=NOW, until=NOW)
+    assert a_dead_letter() not in Filter(since=NOW + timedelta(seconds=1))
+    assert a_dead_letter() not in Filter(until=NOW - timedelta(seconds=1))
+    assert a_dead_letter(died_at=None) not in Filter(since=NOW)
+    assert a_dead_letter(died_at=None) in Filter()
 
 
 def test_a_dead_letter_is_selected_by_its_job_id_and_by_a_prefix_of_its_name() -> None:
     it = a_dead_letter(message_id="the-job")
     for name in ("the-job", it.name, it.name[:4]):
-        assert it in Choice(ids=["another", name])
+        assert it in Filter(ids=["another", name])
     for name in ("the", it.name[:3], ""):
-        assert it not in Choice(ids=[name])
+        assert it not in Filter(ids=[name])
 
 
 def test_a_time_has_several_formats() -> None:
-    assert moment("2030-01-31T13:00:00+01:00") == NOW
-    assert moment("2030-01-31") == NOW.replace(hour=0)
+    assert parse_time("2030-01-31T13:00:00+01:00") == NOW
+    assert parse_time("2030-01-31") == NOW.replace(hour=0)
     for text, ago in {"90s": 90, "2m": 120, "1.5h": 5400, "1d": 86400, "1w": 604800}.items():
-        assert abs(moment(text) - (datetime.now(UTC) - timedelta(seconds=ago))) < timedelta(minutes=1)
+        assert abs(parse_time(text) - (datetime.now(UTC) - timedelta(seconds=ago))) < timedelta(minutes=1)
 
 
 @pytest.mark.parametrize(
     "text", ["", "2", "h", "2030-02-30", "2030-01-31T12:00:00", "999999999w", "-2h", "2 h"]
 )
 def test_an_invalid_time_is_rejected(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is no time"):
-        moment(text)
+    with pytest.raises(typer.BadParameter, match="is not a time"):
+        parse_time(text)
 
 
 # Showing
@@ -227,14 +227,14 @@ def test_a_body_that_is_not_json_is_shown_escaped_and_shortened() -> None:
 def test_lines_are_appended(tmp_path: Path) -> None:
     path = tmp_path / "new" / "lines.jsonl"
     for number in range(2):
-        with Lines(path, keeps=True) as lines:
+        with Lines(path, fsync=True) as lines:
             lines.add({"number": number, "text": "ä\n\ud800"})
     assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [0, 1]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_ends_the_command() -> None:
-    with pytest.raises(CommandError, match="/dev/full: cannot be written to: No space left"):  # noqa: SIM117
+    with pytest.raises(CommandError, match="cannot write /dev/full: No space left"):  # noqa: SIM117
         with Lines(Path("/dev/full")) as lines:
             lines.add({})
 

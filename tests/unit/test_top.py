@@ -23,10 +23,10 @@ def sample(
     cost: float = 0,
     in_flight: float = 0,
     limit: float = 8,
-    down: frozenset[str] = frozenset(),
+    paused: frozenset[str] = frozenset(),
 ) -> Sample:
     counts = {"succeeded": jobs, "failed": 0.0, "prompt_tokens": jobs * 100, "cost_usd": cost}
-    return Sample(counts, {1.0: jobs / 2, 2.0: jobs, inf: jobs}, in_flight, limit, down)
+    return Sample(counts, {1.0: jobs / 2, 2.0: jobs, inf: jobs}, in_flight, limit, paused)
 
 
 def figures_of(*observed: tuple[float, dict[str, Sample]]) -> FleetFigures:
@@ -63,8 +63,8 @@ def test_what_a_worker_says_is_read_with_all_its_models_together() -> None:
     grown = {bound: count - before.buckets.get(bound, 0.0) for bound, count in after.buckets.items()}
     assert (grown[0.1], grown[0.25], grown[inf]) == (0, 2, 2)
     assert (after.in_flight, after.limit) == (3, 32)
-    assert "s3" in after.down
-    assert "model" not in after.down
+    assert "s3" in after.paused
+    assert "model" not in after.paused
 
 
 @pytest.mark.parametrize("text", ["", "<html></html>", "up 1\n", "vqa_jobs_in_flight 1\n"])
@@ -126,15 +126,17 @@ def test_a_worker_that_is_gone_counts_no_more_and_its_cost_is_kept() -> None:
     fleet.observe(0.0, {"a": sample(jobs=0, cost=1), "b": sample(jobs=0, cost=2)}, ())
     fleet.observe(10.0, {"a": sample(jobs=10, cost=1)}, ("b",))
     figures = fleet.figures()
-    assert (figures.workers, figures.silent, figures.cost_usd) == (1, ["b"], 3.0)
+    assert (figures.workers, figures.unreachable, figures.cost_usd) == (1, ["b"], 3.0)
     assert figures.per_s is not None
     assert figures.per_s["succeeded"] == pytest.approx(1.0)
 
 
 def test_what_workers_pause_for_is_counted() -> None:
-    down = frozenset({"model"})
-    figures = figures_of((0.0, {"a": sample(down=down), "b": sample(down=down | {"s3"}), "c": sample()}))
-    assert figures.down == {"model": 2, "s3": 1}
+    paused = frozenset({"model"})
+    figures = figures_of(
+        (0.0, {"a": sample(paused=paused), "b": sample(paused=paused | {"s3"}), "c": sample()})
+    )
+    assert figures.paused == {"model": 2, "s3": 1}
 
 
 def test_no_worker_at_all_has_figures_too() -> None:
@@ -170,19 +172,19 @@ def test_a_quantile_lies_in_the_bucket_where_it_is(values: list[float], share: f
 # Shown
 
 
-QUEUES = render.QueueFigures(jobs=1200, retries=3, results=1, dead=2, consumers=4)
+QUEUES = render.QueueFigures(jobs=1200, retries=3, results=1, dead_letters=2, consumers=4)
 
 
 def fleet_figures(**changed: object) -> FleetFigures:
     values: dict[str, object] = {
         "workers": 3,
-        "silent": ["10.0.0.9:8080"],
+        "unreachable": ["10.0.0.9:8080"],
         "per_s": {"succeeded": 10.0, "failed": 0.5, "prompt_tokens": 1234.4, "cost_usd": 0.001},
         "latencies": Latencies(0.25, 1.25, None),
         "in_flight": 60,
         "limit": 96,
         "cost_usd": 1.5,
-        "down": {"model": 1},
+        "paused": {"model": 1},
         **changed,
     }
     return FleetFigures(**values)  # type: ignore[arg-type]
@@ -191,9 +193,9 @@ def fleet_figures(**changed: object) -> FleetFigures:
 def test_a_line_says_it_all() -> None:
     line = render.line(render.Figures("vqa.jobs", QUEUES, "", fleet_figures()), NOW)
     assert line.partition(" ")[2].split(" · ") == [
-        "queues 1,200 waiting, 3 for their next attempt, 2 dead, results: 1, 4 consumers",
-        "workers 3 answering, 1 silent (10.0.0.9:8080)",
-        "jobs 10.0/s, 0.5/s failed, 60 in flight of 96, the rest in 2 min",
+        "queues 1,200 ready, 3 in retry, 2 dead-lettered, 1 on the results queue, 4 consumers",
+        "workers 3 up, 1 unreachable (10.0.0.9:8080)",
+        "jobs 10.0/s, 0.5/s failed, 60 in flight of 96, ETA 2 min",
         "latency p50 250 ms, p90 1.2 s, p99 -",
         "tokens 1,234 + 0/s",
         "cost $1.5000 so far, $3.60/h",
@@ -204,16 +206,16 @@ def test_a_line_says_it_all() -> None:
 def test_without_workers_only_the_queues_are_told_and_a_broker_in_trouble_is() -> None:
     assert render.line(render.Figures("q", QUEUES, "", None), NOW).count("·") == 0
     unseen = render.line(render.Figures("q", render.QueueFigures(jobs=7), "", None), NOW)
-    assert "queues 7 waiting, ? for their next attempt, ? dead, results: ?, 0 consumers" in unseen
+    assert "queues 7 ready, ? in retry, ? dead-lettered, ? on the results queue, 0 consumers" in unseen
     line = render.line(render.Figures("q", None, "it is away", fleet_figures()), NOW)
     assert "queues it is away · workers" in line
-    assert "the rest in" not in line
+    assert "ETA" not in line
 
 
 def test_programs_get_numbers() -> None:
     told = render.in_json(render.Figures("q", QUEUES, "", fleet_figures(per_s=None)), NOW)
     assert told["at"] == "2030-01-31T12:00:00.000Z"
-    assert told["queues"] == {"jobs": 1200, "retries": 3, "results": 1, "dead": 2, "consumers": 4}
+    assert told["queues"] == {"jobs": 1200, "retries": 3, "results": 1, "dead_letters": 2, "consumers": 4}
     assert told["workers"]["per_s"] is None
     assert told["workers"]["latency_s"] == {"p50": 0.25, "p90": 1.25, "p99": None}
     assert told["workers"]["paused"] == {"model": 1}
@@ -234,7 +236,7 @@ def test_a_worker_s_url_may_be_short(text: str, host: str, port: int, path: str)
 
 @pytest.mark.parametrize("text", ["", "https://host", "http://", "host:port", "http://host:99999", "[::1"])
 def test_what_is_no_worker_s_url_is_told(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is no http:// URL of a worker"):
+    with pytest.raises(typer.BadParameter, match="is not a worker URL"):
         WorkerUrl.parse(text)
 
 

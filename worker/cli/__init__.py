@@ -1,1 +1,1 @@
-"""Commands beside `run`: what they do, as plain functions; the command line itself is `__main__`."""
+"""The commands except `run`, as plain functions; `worker.__main__` parses the command line."""

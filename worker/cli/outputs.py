@@ -1,6 +1,6 @@
-"""Results as files: JSONL as they came, CSV for tables, or the output and error files of OpenAI's Batch API.
+"""Write results as JSONL, CSV, or output and error files of OpenAI's Batch API, in the order of the jobs.
 
-A file is there with all of it or not at all; its lines are in the order of the jobs.
+Files are replaced atomically: a file exists completely or not.
 """
 
 import csv
@@ -16,7 +16,7 @@ from typing import Any, Final, TextIO
 from worker.cli.shell import Screen
 from worker.cli.submit import batch
 from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Form
-from worker.cli.submit.manifest import Kept, Manifest, Received
+from worker.cli.submit.state import Received, StoredResult, SubmissionState
 
 _COLUMNS: Final = (
     "id",
@@ -35,11 +35,12 @@ _COLUMNS: Final = (
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go: to files, or to stdout where there is no path.
+    """The destination of results.
 
     Attributes:
-        errors: where failed requests of a batch go, if there are any; by default beside the output.
-        form: None: that of the path's name, and of what was submitted.
+        path: the output file; None: stdout.
+        errors: the Batch API's error file; None: next to the output file.
+        form: None: chosen by the file name and the form of the input.
     """
 
     path: Path | None = None
@@ -47,7 +48,7 @@ class Output:
     form: Form | None = None
 
     def form_for(self, submitted: str) -> Form:
-        """The form for what was submitted in another."""
+        """Return the output form for jobs submitted in the form `submitted`."""
         by_name = FORMS_BY_SUFFIX.get(self.path.suffix.lower()) if self.path is not None else None
         if self.form is not None or by_name == "csv":
             return self.form or "csv"
@@ -55,98 +56,98 @@ class Output:
 
 
 class Stream:
-    """Tells results on stdout as they come: lines of JSON for a program, or a few words for a person."""
+    """Print results on stdout as they arrive: JSON lines, or short text."""
 
-    def __init__(self, manifest: Manifest, form: Form, screen: Screen, *, in_words: bool) -> None:
-        self._manifest = manifest
+    def __init__(self, state: SubmissionState, form: Form, screen: Screen, *, as_text: bool) -> None:
+        self._state = state
         self._form = form
         self._screen = screen
-        self._in_words = in_words
-        self._names = manifest.counts().total > 1
+        self._as_text = as_text
+        self._has_many = state.counts().total > 1
 
-    def tell_all(self) -> None:
-        """Tell what has come before."""
-        for kept in self._manifest.results():
-            self._tell(kept)
+    def print_all(self) -> None:
+        """Print the results collected so far."""
+        for stored in self._state.results():
+            self._print(stored)
 
-    def tell(self, new: Sequence[Received]) -> None:
-        """Tell what has just come."""
+    def print_new(self, new: Sequence[Received]) -> None:
+        """Print results that have just arrived."""
         for received in new:
-            self._tell(self._manifest.result(received.id))
+            self._print(self._state.result(received.id))
 
-    def _tell(self, kept: Kept) -> None:
-        self._screen.write(self._words(kept) if self._in_words else line_of(kept, self._form))
+    def _print(self, stored: StoredResult) -> None:
+        self._screen.write(self._text(stored) if self._as_text else line_of(stored, self._form))
 
-    def _words(self, kept: Kept) -> str:
-        result = json.loads(kept.body)
+    def _text(self, stored: StoredResult) -> str:
+        result = json.loads(stored.body)
         error = result.get("error")
-        words = f"failed: {error.get('message')} ({error.get('code')})" if error else result.get("answer")
-        if words is None:
-            words = "called tools: --json shows them"
-        if not self._names:
-            return str(words)
-        return f"{(result.get('metadata') or {}).get('image') or kept.custom_id or kept.id}: {words}"
+        text = f"failed: {error.get('message')} ({error.get('code')})" if error else result.get("answer")
+        if text is None:
+            text = "the model called tools; use --json to see them"
+        if not self._has_many:
+            return str(text)
+        return f"{(result.get('metadata') or {}).get('image') or stored.custom_id or stored.id}: {text}"
 
 
-def line_of(kept: Kept, form: Form) -> str:
-    """A result as a line of JSON, in JSONL's or the Batch API's form."""
-    result = json.loads(kept.body)
+def line_of(stored: StoredResult, form: Form) -> str:
+    """Format a result as a line of JSONL or of a Batch API file."""
+    result = json.loads(stored.body)
     if form == "batch":
-        result = batch.line_of(kept.custom_id or kept.id, result, kept.at)
+        result = batch.line_of(stored.custom_id or stored.id, result, stored.at)
     return json.dumps(result, ensure_ascii=False)
 
 
-def write(manifest: Manifest, form: Form, path: Path, errors: Path | None) -> list[Path]:
-    """Write what there is; returns the files that were written.
+def write(state: SubmissionState, form: Form, path: Path, errors: Path | None) -> list[Path]:
+    """Write the collected results; return the written files.
 
-    `errors`: where failed requests of a batch go, if there are any; by default beside the output.
+    `errors`: the Batch API's error file; None: next to the output file. Written only if a request failed.
     """
     if form == "csv":
-        with _whole(path) as file:
-            _write_csv(manifest, file)
+        with _atomic(path) as file:
+            _write_csv(state, file)
         return [path]
     if form == "jsonl":
-        with _whole(path) as file:
-            _write_lines(manifest.results(), form, file)
+        with _atomic(path) as file:
+            _write_lines(state.results(), form, file)
         return [path]
-    with _whole(path) as file:
-        _write_lines((kept for kept in manifest.results() if not kept.failed), form, file)
+    with _atomic(path) as file:
+        _write_lines((stored for stored in state.results() if not stored.failed), form, file)
     errors = errors or path.with_name(f"{path.stem}.errors{path.suffix}")
-    if not any(kept.failed for kept in manifest.results()):
-        # One from before would tell of errors that are no more.
+    if not any(stored.failed for stored in state.results()):
+        # A file of an earlier run would list errors that no longer exist.
         errors.unlink(missing_ok=True)
         return [path]
-    with _whole(errors) as file:
-        _write_lines((kept for kept in manifest.results() if kept.failed), form, file)
+    with _atomic(errors) as file:
+        _write_lines((stored for stored in state.results() if stored.failed), form, file)
     return [path, errors]
 
 
-def write_csv_to_stdout(manifest: Manifest) -> None:
-    """The same as a CSV file, on stdout."""
-    _write_csv(manifest, sys.stdout)
+def write_csv_to_stdout(state: SubmissionState) -> None:
+    """Print the collected results as CSV."""
+    _write_csv(state, sys.stdout)
 
 
-def _write_lines(results: Iterable[Kept], form: Form, file: TextIO) -> None:
-    file.writelines(f"{line_of(kept, form)}\n" for kept in results)
+def _write_lines(results: Iterable[StoredResult], form: Form, file: TextIO) -> None:
+    file.writelines(f"{line_of(stored, form)}\n" for stored in results)
 
 
-def _write_csv(manifest: Manifest, file: TextIO) -> None:
+def _write_csv(state: SubmissionState, file: TextIO) -> None:
     metadata: dict[str, None] = {}
-    for result in _results(manifest):
+    for result in _results(state):
         metadata.update(dict.fromkeys(result.get("metadata") or {}))
     names = [name for name in metadata if name not in _COLUMNS]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*_COLUMNS, *names])
-    for result in _results(manifest):
+    for result in _results(state):
         own = result.get("metadata") or {}
         writer.writerow([*_cells(result), *(_cell(own.get(name)) for name in names)])
 
 
-def _results(manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """The results, those of a batch's requests under the ids that they have there."""
-    for kept in manifest.results():
-        result = json.loads(kept.body)
-        yield {**result, "id": kept.custom_id or result.get("id")}
+def _results(state: SubmissionState) -> Iterator[dict[str, Any]]:
+    """Yield the results; those of a batch have the `custom_id` as id."""
+    for stored in state.results():
+        result = json.loads(stored.body)
+        yield {**result, "id": stored.custom_id or result.get("id")}
 
 
 def _cells(result: Mapping[str, Any]) -> Iterator[str]:
@@ -162,8 +163,8 @@ def _cell(value: Any) -> str:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[TextIO]:
-    """A file that takes its place when it is complete and on the disk."""
+def _atomic(path: Path) -> Iterator[TextIO]:
+    """Open a file that replaces `path` when it is complete and on the disk."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with unfinished.open("w", encoding="utf-8", errors="replace", newline="") as file:

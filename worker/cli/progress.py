@@ -1,4 +1,4 @@
-"""Progress as a person sees it on a terminal: bars on stderr, and nothing where nobody looks."""
+"""Progress bars on stderr, drawn only on a terminal."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -20,18 +20,18 @@ from rich.text import Text
 
 from worker.cli.shell import Screen
 from worker.cli.submit.estimate import dollars
-from worker.cli.submit.manifest import Counts
+from worker.cli.submit.state import Counts
 
-DRAWN_EACH_S: Final = 0.25
+REFRESH_INTERVAL_S: Final = 0.25
 
 
 @dataclass
 class Bar:
-    """One thing that is counted; `note` says more of it."""
+    """One progress bar."""
 
     title: str
     read: Callable[[], tuple[int, int, str]]
-    """Returns how much is done, of how much, and a note."""
+    """Return the done and total counts and a note."""
 
 
 class _Rate(ProgressColumn):
@@ -40,9 +40,9 @@ class _Rate(ProgressColumn):
 
 
 @asynccontextmanager
-async def shown(screen: Screen, bars: Iterable[Bar]) -> AsyncIterator[None]:
-    """Show how far things have come, for as long as the context lasts."""
-    if not screen.is_watched:
+async def show_progress(screen: Screen, bars: Iterable[Bar]) -> AsyncIterator[None]:
+    """Show progress bars while the context lasts."""
+    if not screen.is_terminal:
         yield
         return
     progress = Progress(
@@ -53,8 +53,8 @@ async def shown(screen: Screen, bars: Iterable[Bar]) -> AsyncIterator[None]:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
         console=screen.progress,
-        refresh_per_second=1 / DRAWN_EACH_S,
-        # Stdout may be somewhere else.
+        refresh_per_second=1 / REFRESH_INTERVAL_S,
+        # Stdout may be a pipe.
         redirect_stdout=False,
         redirect_stderr=False,
     )
@@ -73,7 +73,7 @@ async def shown(screen: Screen, bars: Iterable[Bar]) -> AsyncIterator[None]:
 async def _draw(progress: Progress, tasks: list[tuple[TaskID, Bar]]) -> None:
     while True:
         _update(progress, tasks)
-        await asyncio.sleep(DRAWN_EACH_S)
+        await asyncio.sleep(REFRESH_INTERVAL_S)
 
 
 def _update(progress: Progress, tasks: list[tuple[TaskID, Bar]]) -> None:
@@ -83,7 +83,7 @@ def _update(progress: Progress, tasks: list[tuple[TaskID, Bar]]) -> None:
 
 
 def results_note(counts: Counts) -> str:
-    """What results have come to so far."""
+    """Return failures, tokens and cost of the results so far."""
     cost = f", {dollars(counts.cost)}" if counts.knows_cost else ""
     failed = f"{counts.failed:,} failed, " if counts.failed else ""
     return f"{failed}{counts.tokens:,} tokens{cost}"

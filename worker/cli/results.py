@@ -1,4 +1,4 @@
-"""`vqa-worker results`: the command line."""
+"""`vqa-worker results`: list submissions, collect results, delete a submission."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -7,21 +7,21 @@ import typer
 
 from worker.cli import state_dir
 from worker.cli.shell import (
-    DEFAULT_PATIENCE_S,
+    DEFAULT_CONNECT_TIMEOUT_S,
     EXIT_OK,
     CommandError,
+    ConnectTimeout,
     Json,
-    Patience,
     Screen,
     UsageError,
     broker_of,
     counted,
-    read,
+    load,
 )
-from worker.cli.submit.commands import ErrorsPath, OutputForm, OutputPath
+from worker.cli.submit.options import ErrorsPath, OutputForm, OutputPath
 
 if TYPE_CHECKING:
-    from worker.cli.submit.manifest import Manifest
+    from worker.cli.submit.state import SubmissionState
     from worker.rabbitmq.connection import Broker
 
 
@@ -33,7 +33,7 @@ async def results(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Name of a submission, or path of its manifest; without it all are listed.",
+            help="Name of a submission, or path of its state file (default: list all submissions).",
             autocompletion=_known_names,
             show_default=False,
         ),
@@ -43,57 +43,52 @@ async def results(
     output_form: OutputForm = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Collect available results and exit.")] = False,
     wait_timeout: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", min=0.1, help="Maximum time to wait for results, in seconds."),
+        float | None, typer.Option(metavar="SECONDS", min=0.1, help="Maximum time to wait for results.")
     ] = None,
     delete: Annotated[
-        bool,
-        typer.Option("--delete", help="Delete the submission, its results and their queue."),
+        bool, typer.Option("--delete", help="Delete the submission, its results and its queue.")
     ] = False,
     as_json: Json = False,
-    timeout: Patience = DEFAULT_PATIENCE_S,
+    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> int:
-    """Gather the results of a submission.
+    """Collect the results of a submission, or list all submissions.
 
         vqa-worker results orders-3f9a1c2b7d -o results.csv
 
         vqa-worker results orders-3f9a1c2b7d --no-wait --json | jq .answer
 
-    They come from a queue of the submission's own, so that nobody else's results are touched, and are kept in
-    its manifest before the broker may forget them: broken off, the same command goes on. Exit code 1 says
-    that a job failed, or that results are missing.
+    Each submission has its own reply queue. A result is acked after it is stored on the disk, so an
+    interrupted command can be run again. Exit code 1 means that a job failed or a result is pending.
     """
     screen = Screen(as_json=as_json)
     if name is None:
         return _list(screen)
     if no_wait and wait_timeout is not None:
-        raise UsageError("--no-wait and --wait-timeout cannot be combined")
+        raise UsageError("--no-wait and --wait-timeout cannot be combined.")
     from worker.cli.outputs import Output
-    from worker.cli.submit.collect import Harvest
+    from worker.cli.submit.collect import Collection
     from worker.settings import load_command_settings
 
-    settings = read(load_command_settings, screen)
-    manifest = state_dir.find(name)
+    settings = load(load_command_settings, screen)
+    state = state_dir.find(name)
     try:
         broker = broker_of(settings)
-        with manifest.locked("gathering"):
+        with state.locked("collecting"):
             if delete:
-                return await _delete(manifest, broker, screen, timeout)
-            _check(manifest, settings.rabbitmq_address, screen)
-            harvest = Harvest(
-                manifest, broker, screen, Output(output, errors, output_form), patience_s=timeout
-            )
-            return await harvest.bring_in(only_now=no_wait, within_s=wait_timeout)
+                return await _delete(state, broker, screen, timeout)
+            _check(state, settings.rabbitmq_address, screen)
+            output_to = Output(output, errors, output_form)
+            collection = Collection(state, broker, screen, output_to, timeout_s=timeout)
+            return await collection.run(no_wait=no_wait, wait_timeout_s=wait_timeout)
     finally:
-        manifest.close()
+        state.close()
 
 
 def _list(screen: Screen) -> int:
-    """Say which submissions there are."""
     for name in (names := state_dir.names()):
-        manifest = state_dir.find(name)
-        counts, head = manifest.counts(), manifest.head()
-        manifest.close()
+        state = state_dir.find(name)
+        counts, head = state.counts(), state.head()
+        state.close()
         screen.emit(
             {
                 "name": name,
@@ -103,39 +98,45 @@ def _list(screen: Screen) -> int:
                 "submitted": counts.confirmed,
                 "succeeded": counts.succeeded,
                 "failed": counts.failed,
-                "missing": counts.missing,
+                "pending": counts.pending,
             }
         )
-        screen.say(
+        screen.print(
             f"{name}: {counts.confirmed:,} of {counted(counts.total, 'job')} submitted,"
-            f" {counts.succeeded:,} answered, {counts.failed:,} failed, {counts.missing:,} missing"
+            f" {counts.succeeded:,} succeeded, {counts.failed:,} failed, {counts.pending:,} pending"
         )
     if not names:
-        screen.note(f"no submissions in {state_dir.folder()}")
+        screen.note(f"No submissions in {state_dir.folder()}.")
     return EXIT_OK
 
 
-def _check(manifest: "Manifest", broker: str, screen: Screen) -> None:
-    head, counts = manifest.head(), manifest.counts()
+def _check(state: "SubmissionState", broker: str, screen: Screen) -> None:
+    """Warn about a different broker and about jobs that are not submitted yet.
+
+    Raises:
+        CommandError: the results go to a queue that another program reads.
+    """
+    head, counts = state.head(), state.counts()
     if not head["is_private"]:
-        text = f"its results go to {head['reply_to']}, which others read: there is nothing to gather here"
+        text = f"the results of {head['name']} are sent to the queue {head['reply_to']}. Read them there."
         raise CommandError(text)
     if head["broker"] != broker:
-        screen.note(f"it was submitted to {head['broker']}, and VQA_RABBITMQ_URL names {broker}")
+        screen.note(f"Warning: submitted to {head['broker']}, but VQA_RABBITMQ_URL is {broker}.")
     if left := counts.total - counts.confirmed:
         screen.note(
-            f"not submitted yet: {left:,} of {counted(counts.total, 'job')}; submit them again to go on"
+            f"Warning: {left:,} of {counted(counts.total, 'job')} not submitted yet. Run the same"
+            " `vqa-worker submit` again to resume."
         )
 
 
-async def _delete(manifest: "Manifest", broker: "Broker", screen: Screen, patience_s: float) -> int:
+async def _delete(state: "SubmissionState", broker: "Broker", screen: Screen, timeout_s: float) -> int:
     from worker.rabbitmq.replies import delete_queue
     from worker.rabbitmq.session import Session
 
-    head, missing = manifest.head(), manifest.counts().missing
+    head, pending = state.head(), state.counts().pending
     if head["is_private"]:
-        await Session.once(broker, patience_s, partial(delete_queue, name=head["reply_to"]))
-    manifest.delete()
-    screen.emit({"name": head["name"], "missing": missing, "forgotten": True})
-    screen.say(f"{head['name']} is forgotten; {missing:,} of its results had not come")
+        await Session.once(broker, timeout_s, partial(delete_queue, name=head["reply_to"]))
+    state.delete()
+    screen.emit({"name": head["name"], "pending": pending, "deleted": True})
+    screen.print(f"Deleted {head['name']}; {counted(pending, 'result')} had not been collected.")
     return EXIT_OK

@@ -1,6 +1,6 @@
-"""`vqa-worker schema`: what the messages look like, for programs and their makers; needs no broker.
+"""`vqa-worker schema`: JSON Schemas of the messages and an AsyncAPI document of the worker.
 
-The JSON Schemas are made from `Job` and `Result`, the AsyncAPI document from these and the topology.
+The schemas come from `Job` and `Result`, the AsyncAPI document from these and the topology.
 """
 
 import json
@@ -36,7 +36,7 @@ _ENQUEUED: Final = {
 
 
 class _Generator(GenerateJsonSchema):
-    """Pydantic's, without what is no part of JSON Schema or says a field's name once more."""
+    """Pydantic's generator without titles and without OpenAPI's `discriminator`."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002 - the library's signature
         return False
@@ -48,12 +48,12 @@ class _Generator(GenerateJsonSchema):
 
 
 def job_schema(ref_template: str = "#/$defs/{model}") -> dict[str, Any]:
-    """What a job has to be, as far as a JSON Schema can say it."""
+    """Return the JSON Schema of jobs."""
     return _schema(Job, "validation", ref_template)
 
 
 def result_schema(ref_template: str = "#/$defs/{model}") -> dict[str, Any]:
-    """What results are. It lets pass what a later version may add: fields, and error codes."""
+    """Return the JSON Schema of results. It allows unknown fields and error codes of later versions."""
     schema = _schema(Result, "serialization", ref_template)
     for part in (schema, *schema["$defs"].values()):
         if "properties" in part:
@@ -71,14 +71,14 @@ def _schema(model: type[BaseModel], mode: JsonSchemaMode, ref_template: str) -> 
 
 
 def asyncapi(settings: BrokerSettings) -> dict[str, Any]:
-    """The worker as an AsyncAPI document: it receives jobs and sends results, at the settings' queues."""
+    """Return an AsyncAPI document of the worker with the queue names of the settings."""
     topology = Topology.from_settings(settings)
     return {
         "asyncapi": ASYNCAPI,
         "info": {
             "title": "vqa-worker",
             "version": __version__,
-            "description": "Answers questions about images: jobs in, results out, by RabbitMQ.",
+            "description": "Answers questions about images. Jobs and results are RabbitMQ messages.",
             "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
         },
         "defaultContentType": messages.CONTENT_TYPE,
@@ -111,21 +111,21 @@ def _channels(topology: Topology, vhost: str) -> dict[str, Any]:
         }
 
     return {
-        "jobs": channel(topology.jobs, "job", "Where jobs are taken from."),
+        "jobs": channel(topology.jobs, "job", "The jobs queue."),
         "results": channel(
-            topology.results, "result", "Where results go whose jobs name no (permitted) `reply_to`."
+            topology.results, "result", "The results queue, for jobs without an allowed `reply_to`."
         ),
         "replies": {
             "address": None,
-            "description": "The queue that a job names in `reply_to`, if `VQA_ALLOWED_REPLY_TO` permits it.",
+            "description": "The queue in the job's `reply_to`, if `VQA_ALLOWED_REPLY_TO` permits it.",
             "messages": {"result": {"$ref": "#/components/messages/result"}},
         },
         "deadLetters": channel(
-            topology.dead_letters, "deadLetter", "Jobs that a person should look at: `vqa-worker dlq list`."
+            topology.dead_letters, "deadLetter", "The dead-letter queue: see `vqa-worker dlq list`."
         ),
         "control": {
             "address": topology.control.name,
-            "description": "What is said here, every worker hears; the routing key means nothing.",
+            "description": "Messages to all workers; the routing key is ignored.",
             "messages": {"cancellation": {"$ref": "#/components/messages/cancellation"}},
             "bindings": {"amqp": _exchange(topology, vhost)},
         },
@@ -163,28 +163,32 @@ def _operations() -> dict[str, Any]:
         "channel": {"$ref": "#/channels/replies"},
     }
     return {
-        "receiveJob": {**operation("receive", "jobs", "Take a job, and answer it."), "reply": reply},
-        "sendResult": operation("send", "results", "Tell what became of a job that names no `reply_to`."),
-        "sendDeadLetter": operation("send", "deadLetters", "Keep a job that failed for good."),
-        "receiveCancellation": operation("receive", "control", "Give up a job."),
+        "receiveJob": {**operation("receive", "jobs", "Consume a job."), "reply": reply},
+        "sendResult": operation("send", "results", "Publish the result of a job."),
+        "sendDeadLetter": operation("send", "deadLetters", "Dead-letter a job."),
+        "receiveCancellation": operation("receive", "control", "Cancel a job."),
     }
 
 
 def _messages() -> dict[str, Any]:
     correlation = {
         "location": "$message.header#/correlation_id",
-        "description": "The AMQP property `correlation_id`; of a result the job's own, else the job's id.",
+        "description": "The AMQP property `correlation_id`; a result has the job's, or the job's id.",
     }
     died = {
         messages.ERROR_CODE_HEADER: {"type": "string", "description": "The error's code."},
-        messages.ERROR_MESSAGE_HEADER: {"type": "string", "description": "The last fault, for a person."},
-        properties.ATTEMPTS_HEADER: {"type": "integer", "description": "How many attempts were counted."},
-        properties.DIED_AT_HEADER: {"type": "string", "format": "date-time", "description": "When it died."},
+        messages.ERROR_MESSAGE_HEADER: {"type": "string", "description": "The last error."},
+        properties.ATTEMPTS_HEADER: {"type": "integer", "description": "The number of counted attempts."},
+        properties.DIED_AT_HEADER: {
+            "type": "string",
+            "format": "date-time",
+            "description": "When it was dead-lettered.",
+        },
     }
     undeliverable = {
         messages.UNDELIVERABLE_HEADER: {
             "type": "string",
-            "description": "The `reply_to` queue that could not take it; only where that is so.",
+            "description": "The `reply_to` queue that could not take the result; absent otherwise.",
         }
     }
     job = {"payload": {"$ref": "#/components/schemas/Job"}, "correlationId": correlation}
@@ -192,7 +196,7 @@ def _messages() -> dict[str, Any]:
         "job": {**job, "title": "Job", "headers": _headers({**_TRACE, **_ENQUEUED})},
         "deadLetter": {
             "title": "Dead letter",
-            "summary": "A job as it came, with why it failed. (It may be no job at all: then that is why.)",
+            "summary": "The unchanged message, with the error in its headers. It may be an invalid job.",
             "correlationId": correlation,
             "payload": {},
             "headers": _headers({**_TRACE, **_ENQUEUED, **died}),
@@ -216,7 +220,7 @@ def _schemas() -> dict[str, Any]:
     template = "#/components/schemas/{model}"
     cancellation = {
         "type": "object",
-        "properties": {"cancel": {"type": "string", "description": "The id of the job to give up."}},
+        "properties": {"cancel": {"type": "string", "description": "The id of the job to cancel."}},
         "required": ["cancel"],
         "additionalProperties": False,
     }
@@ -229,7 +233,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def show(settings: BrokerSettings, what: str | None, *, compact: bool) -> str:
-    """`job`, `result` or `asyncapi`, or all of them under their names."""
+    """Return `job`, `result` or `asyncapi` as JSON, or all of them in one object."""
     objects = {"job": job_schema(), "result": result_schema(), "asyncapi": asyncapi(settings)}
     document = objects[what] if what else objects
     return json.dumps(document, ensure_ascii=False, indent=None if compact else 2)

@@ -1,32 +1,32 @@
-"""The shell around every command but `run`: what they share, so that they look and end alike.
+"""What every command except `run` shares: output, settings, errors and exit codes.
 
-A command is a plain function, sync or async, in a module of its own beside this one. It takes typer's
-parameters, works by a `Screen`, and returns its exit code (None: 0):
+A command is a plain function, sync or async, in a module next to this one. It takes typer's parameters,
+prints through a `Screen` and returns its exit code (None: 0):
 
     async def peek(
-        queue: Annotated[str, typer.Argument(help="…")], as_json: Json = False, timeout: Patience = 15.0
+        queue: Annotated[str, typer.Argument(help="…")], as_json: Json = False, timeout: ConnectTimeout = 15.0
     ) -> int | None:
-        '''First line: what the list of commands says.
+        '''Show the depth of a queue.
 
-        The rest, in Markdown, with examples, is what `--help` says.
+        `--help` shows the whole docstring as Markdown; the list of commands shows its first line.
         '''
         screen = Screen(as_json=as_json)
-        settings = read(load_broker_settings, screen)      # only the settings that it uses
+        settings = load(load_broker_settings, screen)      # only the settings that it uses
         broker = broker_of(settings)
         found = await Session.once(broker, timeout, lambda connection: …)
         screen.emit({"queue": queue, "found": found})       # with --json: one object a line, on stdout
-        screen.say(f"{queue}: {found}")                     # without: for a person, on stdout
-        screen.note("…")                                    # beside either, on stderr
-        raise CommandError("what was wrong and what to do")
+        screen.print(f"{queue}: {found}")                   # without --json: text on stdout
+        screen.note("…")                                    # always: text on stderr
+        raise CommandError("<what is wrong>. <What to do>.")
 
-`commands.py` registers it by `add(app, "peek", peek)`. That wraps it: an async one gets its event loop, and
-what it raises becomes lines for a person on stderr and an exit code, never a traceback:
+`commands.py` registers it with `add(app, "peek", peek)`, which gives an async function its event loop and
+turns exceptions into messages on stderr and an exit code, never a traceback:
 
-    0 done · 1 something failed or is out of reach · 2 wrong usage · 78 wrong settings, or the broker or S3
-    refuses them · 130 Ctrl-C · 141 nobody reads stdout any more (`| head`)
+    0 success · 1 failure, or a dependency is unreachable · 2 wrong usage · 78 wrong settings, or credentials
+    that RabbitMQ or S3 refuse · 130 Ctrl-C · 141 stdout was closed (`| head`)
 
-Modules of commands import what is heavy (aio-pika, the SDKs) within the functions that need it: `--help` and
-the shell's completion load every one of them.
+Commands import slow modules (aio-pika, the SDKs) inside functions: `--help` and shell completion import
+every command.
 """
 
 import asyncio
@@ -49,17 +49,17 @@ if TYPE_CHECKING:
 EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
-# sysexits.h: something is wrong with the configuration.
+# sysexits.h: EX_CONFIG, a configuration error.
 EXIT_CONFIG: Final = 78
-# What a shell says of a process that SIGINT and SIGPIPE have ended.
+# 128 + SIGINT and 128 + SIGPIPE, as shells report them.
 EXIT_INTERRUPTED: Final = 130
 EXIT_CLOSED_PIPE: Final = 141
 
 Kind = TypeVar("Kind", bound="BrokerSettings")
 Function = Callable[..., Any]
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
-Patience = Annotated[
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+ConnectTimeout = Annotated[
     float,
     typer.Option(
         "--timeout",
@@ -68,14 +68,14 @@ Patience = Annotated[
         help="Connection timeout in seconds.",
     ),
 ]
-DEFAULT_PATIENCE_S: Final = 15.0
+DEFAULT_CONNECT_TIMEOUT_S: Final = 15.0
 
 
 class CommandError(Exception):
-    """The command cannot go on.
+    """The command failed.
 
     Attributes:
-        lines: what was wrong and what to do, for a person.
+        lines: printed on stderr, the first one after `Error: `. Says what is wrong and what to do.
         code: the exit code.
     """
 
@@ -86,22 +86,22 @@ class CommandError(Exception):
 
 
 class UsageError(CommandError):
-    """The command was called in a way that makes no sense."""
+    """Wrong arguments or options."""
 
     def __init__(self, *lines: str) -> None:
         super().__init__(*lines, code=EXIT_USAGE)
 
 
-class _NobodyReadsError(Exception):
-    """Stdout was closed by its reader."""
+class _ClosedPipeError(Exception):
+    """The reader of stdout has closed it."""
 
 
 class Screen:
-    """Where a command writes: for a person, or as JSON for a program.
+    """The output of a command: text, or JSON with `--json`.
 
     Attributes:
-        as_json: whether stdout is for a program.
-        progress: the console on stderr that progress is shown on; it is only drawn on a terminal.
+        as_json: whether stdout gets JSON.
+        progress: the console on stderr for progress bars, which it draws only on a terminal.
     """
 
     def __init__(self, *, as_json: bool = False) -> None:
@@ -109,29 +109,29 @@ class Screen:
         self.progress = Console(stderr=True, soft_wrap=True, highlight=False)
 
     @property
-    def is_watched(self) -> bool:
-        """Whether a person sees stderr as it comes."""
+    def is_terminal(self) -> bool:
+        """Whether stderr is a terminal."""
         return self.progress.is_terminal
 
     @property
-    def may_ask(self) -> bool:
-        """Whether there is a person to ask."""
-        return self.is_watched and sys.stdin.isatty()
+    def is_interactive(self) -> bool:
+        """Whether a question can be asked: stdin and stderr are a terminal."""
+        return self.is_terminal and sys.stdin.isatty()
 
     def emit(self, value: Mapping[str, Any]) -> None:
-        """With `--json`: one object, on a line of its own."""
+        """With `--json`, print one object on one line."""
         if self.as_json:
             self.write(json.dumps(value, ensure_ascii=False))
 
-    def say(self, *lines: str) -> None:
-        """Without `--json`: lines for a person."""
+    def print(self, *lines: str) -> None:
+        """Without `--json`, print lines of text."""
         if not self.as_json:
             self.write(*lines)
 
     def write(self, *lines: str) -> None:
-        """Lines on stdout, whoever reads it."""
-        if self.is_watched and sys.stdout.isatty():
-            # The same terminal: a bar that is drawn there makes room.
+        """Print lines on stdout, with and without `--json`."""
+        if self.is_terminal and sys.stdout.isatty():
+            # On one terminal the console keeps lines and progress bars apart.
             for line in lines:
                 self.progress.print(line, markup=False, emoji=False)
             return
@@ -139,43 +139,42 @@ class Screen:
             sys.stdout.writelines(f"{line}\n" for line in lines)
             sys.stdout.flush()
         except BrokenPipeError:
-            raise _NobodyReadsError from None
+            raise _ClosedPipeError from None
 
     def note(self, *lines: str) -> None:
-        """Lines beside the output, on stderr."""
+        """Print lines on stderr."""
         for line in lines:
             self.progress.print(line, markup=False, emoji=False)
 
     def confirm(self, question: str) -> bool:
-        """Ask the person at the terminal; no is the answer that Enter gives."""
+        """Ask at the terminal; Enter means no."""
         return typer.confirm(question, default=False, err=True)
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 job`, `1,000 jobs`."""
+    """Return a number with its noun: `1 job`, `1,000 jobs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def read(load: Callable[[], Kind], screen: Screen) -> Kind:
-    """The settings that `load` reads; says what looks like a setting and is none.
-
-    What libraries log from here on is not shown: what goes wrong is told in lines of its own.
+def load(load_settings: Callable[[], Kind], screen: Screen) -> Kind:
+    """Load settings, warn about unknown variables, and silence the libraries' log lines.
 
     Raises:
-        SettingsError: some are wrong.
+        SettingsError: a setting is wrong.
     """
     from worker.observability.logs import configure_logging
     from worker.observability.redaction import Redactor
 
-    settings = load()
+    settings = load_settings()
     screen.note(*settings.unknown_variables)
     configure_logging("error", None, Redactor(settings.secret_values()), stream=sys.stderr)
+    # Errors are printed as messages; log lines would repeat them.
     logging.disable()
     return settings
 
 
 def broker_of(settings: "BrokerSettings") -> "Broker":
-    """The broker that the settings name."""
+    """Return the broker of the settings."""
     import socket
 
     from worker.rabbitmq.connection import Broker
@@ -189,7 +188,7 @@ def broker_of(settings: "BrokerSettings") -> "Broker":
 
 
 def add(app: typer.Typer, name: str, function: Function, **options: Any) -> None:
-    """Make a function a command of the app; `options` as typer's `command` takes them."""
+    """Register a function as a command; `options` are those of typer's `command`."""
     app.command(name, **options)(_wrapped(function))
 
 
@@ -206,8 +205,8 @@ def _run(function: Callable[[], Any]) -> int:
         returned = function()
         code = _on_uvloop(returned) if inspect.iscoroutine(returned) else returned
         sys.stdout.flush()
-    except (_NobodyReadsError, BrokenPipeError):
-        # Python flushes stdout once more in the end, and would complain.
+    except (_ClosedPipeError, BrokenPipeError):
+        # Python flushes stdout again at exit and would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CLOSED_PIPE
     except KeyboardInterrupt:
@@ -217,9 +216,9 @@ def _run(function: Callable[[], Any]) -> int:
     except typer.Exit:
         raise
     except BaseExceptionGroup as group:
-        return _ended(_first(group))
-    except Exception as error:  # noqa: BLE001 - none of them may end in a traceback
-        return _ended(error)
+        return _report(_first(group))
+    except Exception as error:  # noqa: BLE001 - a command never ends in a traceback
+        return _report(error)
     return code or EXIT_OK
 
 
@@ -232,24 +231,26 @@ def _on_uvloop(main: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What brought a group of tasks down."""
+    """Return the first exception of a task group."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
-def _ended(error: BaseException) -> int:
-    lines, code = _told(error)
+def _report(error: BaseException) -> int:
+    """Print an error on stderr; return the exit code."""
+    lines, code = _describe(error)
     for line in lines:
         print(line, file=sys.stderr)  # noqa: T201
     return code
 
 
-def _told(error: BaseException) -> tuple[Sequence[str], int]:
-    """What to say of an error, and the exit code."""
+def _describe(error: BaseException) -> tuple[Sequence[str], int]:
+    """Return an error's message and exit code. Each line about a setting starts with the setting's name."""
     if isinstance(error, CommandError):
-        return error.lines, error.code
+        first, *others = error.lines
+        return [f"Error: {first}", *others], error.code
     from worker.errors import DependencyDownError
     from worker.observability.logs import describe_exception
     from worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachableError
@@ -266,9 +267,9 @@ def _told(error: BaseException) -> tuple[Sequence[str], int]:
         case BrokerUnreachableError():
             return [str(error)], EXIT_FAILURE
         case DependencyDownError():
-            return [error.message], EXIT_FAILURE
+            return [f"Error: {error.message}"], EXIT_FAILURE
         case OSError() if error.filename is not None:
-            return [f"{error.filename}: {error.strerror}"], EXIT_FAILURE
+            return [f"Error: {error.filename}: {error.strerror}"], EXIT_FAILURE
         case KeyboardInterrupt():
             return [], EXIT_INTERRUPTED
-    return [f"vqa-worker has a bug, please report it: {describe_exception(error)}"], EXIT_FAILURE
+    return [f"Internal error (please report): {describe_exception(error)}"], EXIT_FAILURE

@@ -1,4 +1,4 @@
-"""The S3 that commands use, and how local files come to it. Loaded where it is used: it brings the SDK."""
+"""S3 access for commands: a client, and uploads of local files. Import it late; it loads the SDK."""
 
 import asyncio
 import hashlib
@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Final
 
 from worker.cli.shell import CommandError
-from worker.cli.submit.manifest import Manifest
+from worker.cli.submit.state import SubmissionState
 from worker.images.content import media_type
 from worker.s3.aws import Aws, Endpoint, S3Object
 from worker.s3.client import S3
 from worker.s3.uploads import upload_if_missing
 from worker.settings import CommandSettings
 
-UPLOADS_AT_ONCE: Final = 16
+MAX_CONCURRENT_UPLOADS: Final = 16
 
 
 @asynccontextmanager
 async def open_s3(settings: CommandSettings) -> AsyncIterator[S3]:
-    """A client for as long as the context lasts.
+    """Open an S3 client.
 
     Raises:
-        S3ConfigurationError: the AWS configuration makes no sense.
+        S3ConfigurationError: the AWS configuration is invalid.
     """
     endpoint = Endpoint(settings.s3_endpoint_url, settings.s3_addressing_style)
     s3 = S3(await asyncio.to_thread(Aws, endpoint))
@@ -34,29 +34,29 @@ async def open_s3(settings: CommandSettings) -> AsyncIterator[S3]:
 
 
 class Uploads:
-    """Puts the files that a manifest names into S3, each once."""
+    """Upload the files of a submission to S3, each once."""
 
-    def __init__(self, manifest: Manifest, s3: S3) -> None:
-        self._manifest = manifest
+    def __init__(self, state: SubmissionState, s3: S3) -> None:
+        self._state = state
         self._s3 = s3
-        self._todo = manifest.uploads_to_do()
+        self._todo = state.pending_uploads()
         self._done = 0
-        self._put = 0
+        self._new = 0
 
     def progress(self) -> tuple[int, int, str]:
-        """How many files are there, of how many, and how many had to be put there."""
-        return self._done, len(self._todo), f"{self._put:,} new"
+        """Return the numbers of finished and of all uploads, and a note with the number of new objects."""
+        return self._done, len(self._todo), f"{self._new:,} new"
 
     async def run(self) -> None:
-        """Put all that is not known to be there.
+        """Upload all files that are not uploaded yet.
 
         Raises:
-            CommandError: a file is not what it was.
-            DependencyDownError: S3 is out of reach or refuses.
+            CommandError: a file is unreadable or has changed.
+            DependencyDownError: S3 is unreachable or refuses access.
         """
         todo = iter(self._todo)
         async with asyncio.TaskGroup() as group:
-            for _ in range(UPLOADS_AT_ONCE):
+            for _ in range(MAX_CONCURRENT_UPLOADS):
                 group.create_task(self._work(todo))
 
     async def _work(self, todo: Iterator[tuple[str, str]]) -> None:
@@ -65,8 +65,8 @@ class Uploads:
             content = await asyncio.to_thread(_read, path, key)
             kind = media_type(content) or "application/octet-stream"
             is_new = await upload_if_missing(self._s3, S3Object(bucket, key), content, kind)
-            self._put += is_new
-            self._manifest.is_uploaded(url)
+            self._new += is_new
+            self._state.set_uploaded(url)
             self._done += 1
 
 
@@ -74,7 +74,9 @@ def _read(path: str, key: str) -> bytes:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise CommandError(f"{path}: {error.strerror}") from None
+        raise CommandError(f"cannot read {path}: {error.strerror}.") from None
     if hashlib.sha256(content).hexdigest() not in key:
-        raise CommandError(f"{path}: has changed since the jobs about it were planned")
+        raise CommandError(
+            f"{path} has changed since it was submitted. Restore it, or submit with another --name."
+        )
     return content

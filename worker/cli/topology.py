@@ -1,4 +1,4 @@
-"""`vqa-worker topology`: shows what the settings mean at the broker, and makes it there."""
+"""`vqa-worker topology`: show the queues, exchanges and bindings of the settings, or create them."""
 
 import json
 import socket
@@ -14,9 +14,9 @@ Definitions = dict[str, list[dict[str, Any]]]
 
 
 def definitions(topology: Topology) -> Definitions:
-    """The queues, exchanges and bindings, in the form of a virtual host's definitions.
+    """Return queues, exchanges and bindings as RabbitMQ definitions.
 
-    RabbitMQ's management interface takes them so (`POST /api/definitions/<vhost>`).
+    The management API imports them with `POST /api/definitions/<vhost>`.
     """
     exchanges = [topology.control, *topology.exchanges()]
     return {
@@ -54,30 +54,31 @@ def definitions(topology: Topology) -> Definitions:
 
 
 def show(settings: BrokerSettings, *, as_json: bool) -> str:
-    """What the settings mean; nothing is connected to."""
+    """Return the topology of the settings as text or JSON; connects to nothing."""
     topology = Topology.from_settings(settings)
     return json.dumps(definitions(topology), indent=2) if as_json else "\n".join(_lines(topology))
 
 
 def _lines(topology: Topology) -> Iterator[str]:
     for queue in topology.queues():
-        yield f"{queue}: durable{_named(queue.arguments)}"
+        yield f"{queue}: durable{_format_arguments(queue.arguments)}"
     for exchange in (topology.control, *topology.exchanges()):
         yield f"{exchange}: durable, {exchange.type.value}"
     for binding in topology.bindings():
         yield str(binding)
 
 
-def _named(arguments: Mapping[str, Any]) -> str:
+def _format_arguments(arguments: Mapping[str, Any]) -> str:
     return "".join(f", {name}: {json.dumps(value)}" for name, value in arguments.items())
 
 
 async def apply(settings: BrokerSettings, *, timeout_s: float, as_json: bool) -> str:
-    """Make what the settings mean, where it is not there yet; says what was made and what was there.
+    """Create what is missing of the topology; return what was created and what existed, as text or JSON.
 
     Raises:
         BrokerUnreachableError: the broker was unreachable for `timeout_s` seconds.
-        BrokerRefusedError, TopologyError: it refuses the credentials, or something of the topology.
+        BrokerRefusedError: the broker refuses the credentials.
+        TopologyError: the broker refuses a part of the topology.
     """
     broker = Broker(
         url=settings.rabbitmq_url.get_secret_value(),
@@ -86,20 +87,20 @@ async def apply(settings: BrokerSettings, *, timeout_s: float, as_json: bool) ->
     )
     topology = Topology.from_settings(settings)
     parts = await Session.once(broker, timeout_s, lambda connection: create(connection, topology))
-    return _told_in_json(topology, parts) if as_json else "\n".join(_told(topology, parts))
+    return _created_json(topology, parts) if as_json else "\n".join(_created_lines(topology, parts))
 
 
-def _told(topology: Topology, parts: Sequence[tuple[Part, bool]]) -> Iterator[str]:
+def _created_lines(topology: Topology, parts: Sequence[tuple[Part, bool]]) -> Iterator[str]:
     for part, is_new in parts:
-        yield f"{part}: {'made' if is_new else 'was there'}"
+        yield f"{part}: {'created' if is_new else 'exists'}"
     for binding in topology.bindings():
-        yield f"{binding}: is there"
+        yield f"{binding}: exists"
 
 
-def _told_in_json(topology: Topology, parts: Sequence[tuple[Part, bool]]) -> str:
-    """The definitions, with `made` in each queue and exchange; of bindings it is not known."""
-    told = definitions(topology)
+def _created_json(topology: Topology, parts: Sequence[tuple[Part, bool]]) -> str:
+    """Return the definitions, each queue and exchange with `created`; it is unknown for bindings."""
+    found = definitions(topology)
     # In the same order, queues before exchanges.
-    for entry, (_, is_new) in zip([*told["queues"], *told["exchanges"]], parts, strict=True):
-        entry["made"] = is_new
-    return json.dumps(told, indent=2)
+    for entry, (_, is_new) in zip([*found["queues"], *found["exchanges"]], parts, strict=True):
+        entry["created"] = is_new
+    return json.dumps(found, indent=2)

@@ -11,14 +11,14 @@ from tests.running import Worker
 
 @pytest.fixture
 def cli(stack: Stack, worker: Worker, tmp_path: Path) -> Iterator[Cli]:
-    """Commands for the queues of the worker that many tests share."""
+    """Commands for the queues of the shared worker."""
     with commands(stack, tmp_path, worker) as cli:
         yield cli
 
 
 @pytest.fixture
-async def lone_cli(stack: Stack, tmp_path: Path) -> AsyncIterator[Cli]:
-    """Commands for queues that are there and that no worker reads."""
+async def no_worker_cli(stack: Stack, tmp_path: Path) -> AsyncIterator[Cli]:
+    """Commands for queues that exist and have no worker."""
     with commands(stack, tmp_path) as cli:
         made = await cli.run("topology", "apply")
         assert made.code == 0, made.err

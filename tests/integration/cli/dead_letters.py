@@ -1,4 +1,4 @@
-"""A worker's queues with dead letters in them, for commands to work with."""
+"""Queues with dead letters for commands."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -21,7 +21,7 @@ from worker.rabbitmq.topology import Topology, create
 
 
 class Queues:
-    """The queues of commands that no worker shares."""
+    """Queues without a worker."""
 
     def __init__(self, cli: Cli, channel: AbstractChannel) -> None:
         self.jobs = cli.settings["VQA_JOBS_QUEUE"]
@@ -45,7 +45,7 @@ class Queues:
             await create(connection, queues.topology)
             yield queues
 
-    async def bury(
+    async def dead_letter(
         self,
         body: bytes | Mapping[str, Any],
         code: str = "attempts_exhausted",
@@ -53,7 +53,7 @@ class Queues:
         ago_s: float = 60.0,
         **more: Any,
     ) -> None:
-        """A letter as a worker would put it there."""
+        """Publish a dead letter as a worker does."""
         died_at = datetime.now(UTC) - timedelta(seconds=ago_s)
         headers = {
             "vqa-error-code": code,
@@ -73,16 +73,16 @@ class Queues:
         found = await self._channel.declare_queue(queue, passive=True)
         return found.declaration_result.message_count or 0
 
-    async def filled(self, queue: str, count: int) -> None:
-        """Wait until so many are ready: what a killed process held comes back when the broker sees it."""
+    async def until_depth(self, queue: str, count: int) -> None:
+        """Wait until so many messages are ready: the broker requeues what a killed process held."""
 
         async def is_there() -> bool:
             return await self.depth(queue) == count
 
         await until(is_there, f"{count} messages in {queue}")
 
-    async def emptied(self, queue: str) -> list[AbstractIncomingMessage]:
-        """All that is in a queue, taken out."""
+    async def drain(self, queue: str) -> list[AbstractIncomingMessage]:
+        """Consume all messages of a queue."""
         found = await self._channel.get_queue(queue, ensure=False)
         messages = []
         while (message := await found.get(fail=False, no_ack=True)) is not None:
@@ -97,10 +97,10 @@ def ids_of(messages: list[AbstractIncomingMessage]) -> list[str]:
     return [json.loads(message.body)["id"] for message in messages]
 
 
-async def buried(queues: Queues, count: int, **more: Any) -> list[str]:
+async def add_dead_letters(queues: Queues, count: int, **more: Any) -> list[str]:
     jobs = [job() for _ in range(count)]
     for it in jobs:
-        await queues.bury(it, **more)
+        await queues.dead_letter(it, **more)
     return [it["id"] for it in jobs]
 
 
@@ -108,7 +108,7 @@ def broker_of(stack: Stack) -> Broker:
     return Broker(url=stack.rabbitmq.url, ssl_context=None, name="test")
 
 
-async def looked(stack: Stack, queues: Queues, most: int | None = None) -> list[FetchedDeadLetter]:
+async def read_dead_letters(stack: Stack, queues: Queues, most: int | None = None) -> list[FetchedDeadLetter]:
     found = await bulk.select(
         broker_of(stack), queues.topology, lambda held: held, limit=most, timeout_s=15.0
     )
@@ -116,5 +116,5 @@ async def looked(stack: Stack, queues: Queues, most: int | None = None) -> list[
 
 
 def state(cli: Cli) -> Path:
-    """Where commands keep what they remember."""
+    """Return the state folder."""
     return cli.folder / "state" / "vqa-worker"

@@ -24,19 +24,19 @@ import structlog
 from deploy.local.stack import Stack
 from tests.running import ROOT, Worker
 from worker.__main__ import main
-from worker.cli.submit.manifest import Counts, Manifest
+from worker.cli.submit.state import Counts, SubmissionState
 
 PATIENCE_S = 60.0
 COMMAND = [sys.executable, "-m", "worker"]
 # The environment, the folder and the standard streams are the process's: one command at a time.
 _ONE_COMMAND = threading.Lock()
 # The environment variables that commands inherit.
-KEPT = ("PATH", "HOME", "LANG")
+INHERITED = ("PATH", "HOME", "LANG")
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A command that has come to its end."""
+class Completed:
+    """A command that has exited."""
 
     code: int
     out: str
@@ -44,27 +44,27 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
-        """What it printed, a line each."""
+        """The lines of stdout."""
         return self.out.splitlines()
 
     @property
-    def warnings_(self) -> list[str]:
-        """What it said beside that, a line each."""
+    def err_lines(self) -> list[str]:
+        """The lines of stderr."""
         return self.err.splitlines()
 
     @property
     def objects(self) -> list[dict[str, Any]]:
-        """What it printed with `--json`."""
+        """The objects on stdout with `--json`."""
         return [json.loads(line) for line in self.lines]
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The last of these."""
+        """The last object."""
         return self.objects[-1]
 
 
 class Cli:
-    """`vqa-worker` with settings of its own; what it remembers is below `folder`."""
+    """`vqa-worker` with its own settings; its state folder is in `folder`."""
 
     def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
         self.folder = folder
@@ -74,14 +74,14 @@ class Cli:
 
     @classmethod
     def of(cls, stack: Stack, folder: Path, worker: Worker | None = None, **settings: str) -> "Cli":
-        """Commands for a worker's queues, or for queues that no worker reads."""
+        """Return commands for a worker's queues, or for queues without a worker."""
         name = f"t{uuid.uuid4().hex[:10]}"
         queues = {
             "VQA_JOBS_QUEUE": worker.jobs_queue if worker else f"{name}.jobs",
             "VQA_RESULTS_QUEUE": worker.results_queue if worker else f"{name}.results",
         }
         environment = stack.environment()
-        # What is a worker's business only.
+        # Settings of workers only.
         for needless in (
             "VQA_MODEL_API_KEY",
             "VQA_MODEL_BASE_URL",
@@ -97,7 +97,7 @@ class Cli:
 
     @property
     def environment(self) -> dict[str, str]:
-        inherited = {name: os.environ[name] for name in KEPT if name in os.environ}
+        inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
         state = str(self.folder / "state")
         return {
             **inherited,
@@ -107,7 +107,7 @@ class Cli:
             "NO_COLOR": "1",
         }
 
-    async def run(self, *arguments: str, stdin: str | bytes = "", **settings: str) -> Ended:
+    async def run(self, *arguments: str, stdin: str | bytes = "", **settings: str) -> Completed:
         """Run a command to its end: in this process, which is much faster than starting another."""
         raw = stdin.encode() if isinstance(stdin, str) else stdin
         if self.command is COMMAND:
@@ -115,7 +115,7 @@ class Cli:
             return await asyncio.to_thread(_run_here, arguments, environment, self.folder, raw)
         return await self.run_process(*arguments, stdin=raw, **settings)
 
-    async def run_process(self, *arguments: str, stdin: bytes = b"", **settings: str) -> Ended:
+    async def run_process(self, *arguments: str, stdin: bytes = b"", **settings: str) -> Completed:
         """Run a command to its end in its own process."""
         done = await asyncio.to_thread(
             subprocess.run,
@@ -127,20 +127,20 @@ class Cli:
             timeout=PATIENCE_S,
             check=False,
         )
-        return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
+        return Completed(done.returncode, done.stdout.decode(), done.stderr.decode())
 
-    async def told(self, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
-        """What it prints with `--json` before it ends with this code."""
+    async def run_json(self, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
+        """Run a command with `--json`; check its exit code and return the objects."""
         ended = await self.run(*arguments, "--json")
         assert ended.code == code, ended
         return ended.objects
 
-    def having(self, **settings: str) -> "Cli":
-        """The same with other settings."""
+    def with_settings(self, **settings: str) -> "Cli":
+        """Return commands with changed settings."""
         return Cli(self.folder, {**self.settings, **settings})
 
     def start(self, *arguments: str, stdout: int | IO[Any] = subprocess.PIPE) -> "subprocess.Popen[str]":
-        """Start a command; killed in the end if it still runs."""
+        """Start a command; `end_all` kills it."""
         process = subprocess.Popen(  # noqa: S603 - a test's own
             [*self.command, *arguments],
             env=self.environment,
@@ -154,33 +154,33 @@ class Cli:
         return process
 
     def adopt(self, process: "subprocess.Popen[Any]") -> None:
-        """Have it killed in the end, if it still runs."""
+        """Let `end_all` kill a process."""
         self._started.append(process)
 
     def write(self, name: str, *lines: Mapping[str, Any] | str) -> str:
-        """A file of these lines; returns its name."""
+        """Write a file of lines; return its name."""
         texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
         (self.folder / name).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
         return name
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """The lines of a JSONL file."""
+        """Read a JSONL file."""
         return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
 
     @property
-    def manifests(self) -> list[Path]:
-        """The manifests that there are."""
+    def state_files(self) -> list[Path]:
+        """The state files of submissions."""
         return sorted((self.folder / "state" / "vqa-worker").glob("*.submission"))
 
     def counts(self) -> Counts | None:
-        """How far the only submission has come; None before it is planned."""
-        if not self.manifests:
+        """Return the progress of the only submission; None before it is planned."""
+        if not self.state_files:
             return None
-        with contextlib.closing(Manifest.open(self.manifests[0])) as manifest:
-            return manifest.counts() if "planned" in manifest.head() else None
+        with contextlib.closing(SubmissionState.open(self.state_files[0])) as state:
+            return state.counts() if "planned" in state.head() else None
 
     def end_all(self) -> None:
-        """Kill what still runs."""
+        """Kill all processes that still run."""
         for process in self._started:
             if process.poll() is None:
                 process.kill()
@@ -190,7 +190,9 @@ class Cli:
                     pipe.close()
 
 
-def _run_here(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, stdin: bytes) -> Ended:
+def _run_here(
+    arguments: Sequence[str], environment: Mapping[str, str], folder: Path, stdin: bytes
+) -> Completed:
     encoding = environment.get("PYTHONIOENCODING", "utf-8")
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding, newline="") for _ in range(2))
     with (
@@ -208,7 +210,7 @@ def _run_here(arguments: Sequence[str], environment: Mapping[str, str], folder: 
         except SystemExit as exited:
             # argparse exits by itself where the usage is wrong.
             code = exited.code if isinstance(exited.code, int) else 1
-    return Ended(code, _text(out), _text(err))
+    return Completed(code, _text(out), _text(err))
 
 
 def _text(stream: io.TextIOWrapper) -> str:
@@ -237,26 +239,26 @@ def _logging_restored() -> Iterator[None]:
         structlog.configure(**saved)
 
 
-def finished(process: "subprocess.Popen[str]") -> Ended:
-    """A started command, waited for."""
+def finished(process: "subprocess.Popen[str]") -> Completed:
+    """Wait for a started command."""
     out, err = process.communicate(timeout=PATIENCE_S)
-    return Ended(process.returncode, out or "", err)
+    return Completed(process.returncode, out or "", err)
 
 
-async def ended(process: "subprocess.Popen[str]") -> Ended:
-    """The same without holding up anybody."""
+async def ended(process: "subprocess.Popen[str]") -> Completed:
+    """Wait for a started command without blocking the event loop."""
     return await asyncio.to_thread(finished, process)
 
 
-async def killed(process: "subprocess.Popen[str]") -> None:
-    """Killed with SIGKILL, in the midst of whatever it does."""
+async def kill(process: "subprocess.Popen[str]") -> None:
+    """Kill a command with SIGKILL."""
     process.send_signal(signal.SIGKILL)
     assert (await ended(process)).code == -signal.SIGKILL
 
 
 @contextlib.contextmanager
 def commands(stack: Stack, folder: Path, worker: Worker | None = None, **settings: str) -> Iterator[Cli]:
-    """Commands whose processes end with the context."""
+    """Yield commands whose processes are killed at the end."""
     cli = Cli.of(stack, folder, worker, **settings)
     try:
         yield cli
@@ -266,13 +268,13 @@ def commands(stack: Stack, folder: Path, worker: Worker | None = None, **setting
 
 @asynccontextmanager
 async def channel_of(stack: Stack) -> AsyncIterator[aio_pika.abc.AbstractChannel]:
-    """A channel for looking at queues."""
+    """Yield a channel."""
     async with await aio_pika.connect(stack.rabbitmq.url) as connection:
         yield await connection.channel()
 
 
 async def depth(stack: Stack, queue: str) -> int | None:
-    """How many messages wait in a queue; None if there is none."""
+    """Return the depth of a queue; None if it does not exist."""
     async with channel_of(stack) as channel:
         try:
             found = await channel.declare_queue(queue, passive=True)
@@ -281,8 +283,8 @@ async def depth(stack: Stack, queue: str) -> int | None:
         return found.declaration_result.message_count
 
 
-async def emptied(stack: Stack, queue: str) -> list[aio_pika.abc.AbstractIncomingMessage]:
-    """Everything that was in a queue, taken out."""
+async def drain(stack: Stack, queue: str) -> list[aio_pika.abc.AbstractIncomingMessage]:
+    """Consume all messages of a queue."""
     count = await depth(stack, queue) or 0
     messages: list[aio_pika.abc.AbstractIncomingMessage] = []
     async with channel_of(stack) as channel:

@@ -1,4 +1,4 @@
-"""A terminal for commands: what a person types, and what is on the screen."""
+"""A pseudo-terminal for commands."""
 
 import os
 import pty
@@ -10,7 +10,7 @@ from tests.running import PATIENCE_S, until
 
 
 class Terminal:
-    """A command whose stdin and stderr are a terminal, and its stdout too unless told otherwise."""
+    """A command whose stdin and stderr are a terminal, and its stdout too unless reported otherwise."""
 
     def __init__(self, cli: Cli, *arguments: str, pipes: bool = False) -> None:
         self._side, command_side = pty.openpty()
@@ -28,15 +28,15 @@ class Terminal:
         os.set_blocking(self._side, False)
 
     def type(self, text: str) -> None:
-        """What a person types."""
+        """Type text."""
         os.write(self._side, text.encode())
 
     async def shows(self, pattern: str) -> None:
-        """Wait until that was on the screen."""
+        """Wait until the screen has shown a pattern."""
         await until(lambda: re.search(pattern, self._read()), f"{pattern!r} on the screen: {self.shown!r}")
 
     async def ended(self) -> int:
-        """Wait for the end; returns the exit code."""
+        """Wait for the exit; return the exit code."""
 
         def has_ended() -> bool:
             self._read()
@@ -50,8 +50,8 @@ class Terminal:
     def _read(self) -> str:
         try:
             while some := os.read(self._side, 65536):
-                # Without what moves the cursor and colours the text.
+                # Without escape sequences.
                 self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", some.decode(errors="replace"))
         except OSError:
-            pass  # nothing there now, or nobody at the other side any more
+            pass  # no data now, or the other side is closed
         return self.shown

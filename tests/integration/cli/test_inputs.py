@@ -10,17 +10,17 @@ import pytest
 
 from deploy.local.stack import Stack
 from tests.conftest import PutImage, picture
-from tests.integration.cli.running import Cli, depth, emptied
+from tests.integration.cli.running import Cli, depth, drain
 from tests.running import calls_with
 
 
 def line(custom_id: str, content: Any, **fields: Any) -> dict[str, Any]:
-    """A line of an input file of the Batch API."""
+    """Return a line of a Batch API input file."""
     body = {"model": "simulated/vision", "messages": [{"role": "user", "content": content}]}
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body, **fields}
 
 
-async def test_a_file_of_jobs_is_submitted_as_it_is(cli: Cli, stack: Stack, put_image: PutImage) -> None:
+async def test_a_file_of_jobs_is_submitted_unchanged(cli: Cli, stack: Stack, put_image: PutImage) -> None:
     url = put_image()
     job = {
         "id": "one",
@@ -35,26 +35,26 @@ async def test_a_file_of_jobs_is_submitted_as_it_is(cli: Cli, stack: Stack, put_
     name = submitted.summary["name"]
     assert submitted.summary == {
         "name": name,
-        "manifest": str(cli.manifests[0]),
+        "state_file": str(cli.state_files[0]),
         "jobs": 2,
         "submitted": 2,
         "queue": cli.jobs_queue,
         "reply_to": submitted.summary["reply_to"],
     }
     assert submitted.summary["reply_to"].startswith(f"vqa.results.{name}-")
-    gathered = await cli.run("results", name, "--json")
-    assert sorted(result["id"] for result in gathered.objects) == sorted([f"{name}-2", "one"])
+    collected = await cli.run("results", name, "--json")
+    assert sorted(result["id"] for result in collected.objects) == sorted([f"{name}-2", "one"])
     (call,) = calls_with(stack, "Größe? \u2028")
     assert call.ended
 
 
-async def test_messages_are_as_a_publisher_would_send_them(lone_cli: Cli, stack: Stack) -> None:
+async def test_messages_have_the_properties_of_a_publisher_s(no_worker_cli: Cli, stack: Stack) -> None:
     long_id = "ü" * 256
     jobs = [{"id": id_, "question": "What?", "images": ["s3://b/k"]} for id_ in ("short", long_id)]
-    lone_cli.write("jobs.jsonl", *jobs)
+    no_worker_cli.write("jobs.jsonl", *jobs)
     before = datetime.now(UTC) - timedelta(seconds=1)
-    submitted = await lone_cli.run("submit", "jobs.jsonl", "--json")
-    short, long = await emptied(stack, lone_cli.jobs_queue)
+    submitted = await no_worker_cli.run("submit", "jobs.jsonl", "--json")
+    short, long = await drain(stack, no_worker_cli.jobs_queue)
     assert [json.loads(message.body) for message in (short, long)] == jobs
     assert (short.message_id, short.correlation_id) == ("short", "short")
     assert short.reply_to == long.reply_to == submitted.summary["reply_to"]
@@ -69,7 +69,9 @@ async def test_messages_are_as_a_publisher_would_send_them(lone_cli: Cli, stack:
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-async def test_a_table_is_a_file_of_jobs(lone_cli: Cli, stack: Stack, delimiter: str) -> None:
+async def test_a_csv_file_with_any_delimiter_is_a_file_of_jobs(
+    no_worker_cli: Cli, stack: Stack, delimiter: str
+) -> None:
     rows = [
         ["id", "image1", "image2", "question", "max_tokens", "order", "deadline"],
         ["a", "s3://b/1", "s3://b/2", '"Two\nlines?"', "20", "17", "2030-01-31T12:00:00Z"],
@@ -77,10 +79,10 @@ async def test_a_table_is_a_file_of_jobs(lone_cli: Cli, stack: Stack, delimiter:
         [""] * 7,
     ]
     text = "\ufeff" + "\r\n".join(delimiter.join(row) for row in rows)
-    (lone_cli.folder / "jobs.csv").write_text(text, encoding="utf-8", newline="")
-    submitted = await lone_cli.run("submit", "jobs.csv", "--name", "mine")
+    (no_worker_cli.folder / "jobs.csv").write_text(text, encoding="utf-8", newline="")
+    submitted = await no_worker_cli.run("submit", "jobs.csv", "--name", "mine")
     assert submitted.code == 0, submitted.err
-    assert [json.loads(message.body) for message in await emptied(stack, lone_cli.jobs_queue)] == [
+    assert [json.loads(message.body) for message in await drain(stack, no_worker_cli.jobs_queue)] == [
         {
             "id": "a",
             "images": ["s3://b/1", "s3://b/2"],
@@ -93,27 +95,29 @@ async def test_a_table_is_a_file_of_jobs(lone_cli: Cli, stack: Stack, delimiter:
     ]
 
 
-async def test_a_column_of_images_holds_several(lone_cli: Cli, stack: Stack) -> None:
+async def test_an_images_column_holds_several_images(no_worker_cli: Cli, stack: Stack) -> None:
     long = f"data:image/png;base64,{'A' * 200_000}"
-    lone_cli.write("jobs.csv", "images,image", "s3://b/1; s3://b/2,", '"[""s3://b/3;4""]",', f',"{long}"')
-    await lone_cli.run("submit", "jobs.csv", "--question", "What?")
-    bodies = [json.loads(message.body) for message in await emptied(stack, lone_cli.jobs_queue)]
+    no_worker_cli.write(
+        "jobs.csv", "images,image", "s3://b/1; s3://b/2,", '"[""s3://b/3;4""]",', f',"{long}"'
+    )
+    await no_worker_cli.run("submit", "jobs.csv", "--question", "What?")
+    bodies = [json.loads(message.body) for message in await drain(stack, no_worker_cli.jobs_queue)]
     assert [body["images"] for body in bodies] == [["s3://b/1", "s3://b/2"], ["s3://b/3;4"], [long]]
     assert {body["question"] for body in bodies} == {"What?"}
 
 
-async def test_stdin_is_a_file_of_jobs_too(lone_cli: Cli, stack: Stack) -> None:
+async def test_stdin_is_detected_as_jsonl_csv_or_batch(no_worker_cli: Cli, stack: Stack) -> None:
     jsonl = json.dumps({"question": "What?", "images": ["s3://b/k"]})
     for text in (jsonl, "image,question\ns3://b/k,What?\n", json.dumps(line("x", "What?"))):
-        submitted = await lone_cli.run("submit", "-", "--json", stdin=text)
+        submitted = await no_worker_cli.run("submit", "-", "--json", stdin=text)
         assert submitted.code == 0, submitted.err
         assert submitted.summary["name"].startswith("stdin-")
-    assert await depth(stack, lone_cli.jobs_queue) == 3
-    again = await lone_cli.run("submit", "-", "--json", stdin=jsonl)
+    assert await depth(stack, no_worker_cli.jobs_queue) == 3
+    again = await no_worker_cli.run("submit", "-", "--json", stdin=jsonl)
     assert again.summary["submitted"] == 0
 
 
-async def test_a_batch_s_requests_are_jobs_with_all_their_params(lone_cli: Cli, stack: Stack) -> None:
+async def test_batch_requests_become_jobs_with_all_params(no_worker_cli: Cli, stack: Stack) -> None:
     picture_url = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
     content = [
         {"type": "text", "text": "What?"},
@@ -122,10 +126,10 @@ async def test_a_batch_s_requests_are_jobs_with_all_their_params(lone_cli: Cli, 
     request = line("request 1/ü", content)
     request["body"].update({"max_completion_tokens": 50, "temperature": 0, "stream": False, "n": 1})
     # By its content, whatever its name.
-    lone_cli.write("input.ndjson", request, line("\n", "Only words"))
-    submitted = await lone_cli.run("submit", "input.ndjson", "--name", "batch")
+    no_worker_cli.write("input.ndjson", request, line("\n", "Only words"))
+    submitted = await no_worker_cli.run("submit", "input.ndjson", "--name", "batch")
     assert submitted.code == 0, submitted.err
-    first, second = [json.loads(message.body) for message in await emptied(stack, lone_cli.jobs_queue)]
+    first, second = [json.loads(message.body) for message in await drain(stack, no_worker_cli.jobs_queue)]
     assert first == {
         "id": "batch-request 1/ü",
         "model": "simulated/vision",
@@ -137,28 +141,32 @@ async def test_a_batch_s_requests_are_jobs_with_all_their_params(lone_cli: Cli, 
     assert len(second["id"]) == len("batch-") + 32
 
 
-async def test_what_is_no_job_stops_all_of_them_and_each_is_named(lone_cli: Cli, stack: Stack) -> None:
+async def test_invalid_jobs_are_listed_and_nothing_is_submitted(no_worker_cli: Cli, stack: Stack) -> None:
     fine = {"id": "fine", "question": "What?", "images": ["s3://b/k"]}
-    lone_cli.write("jobs.jsonl", fine, "{", "[]", {**fine, "id": "b", "imags": []}, fine, {**fine, "id": 7})
-    refused = await lone_cli.run("submit", "jobs.jsonl")
+    no_worker_cli.write(
+        "jobs.jsonl", fine, "{", "[]", {**fine, "id": "b", "imags": []}, fine, {**fine, "id": 7}
+    )
+    refused = await no_worker_cli.run("submit", "jobs.jsonl")
     assert (refused.code, refused.out) == (2, "")
-    assert [told.split(": ", 1)[0] for told in refused.err.splitlines()[:-1]] == [
+    first, *named, last = refused.err.splitlines()
+    assert first == "Error: 5 invalid jobs; nothing submitted."
+    assert [error.split(": ", 1)[0] for error in named] == [
         f"jobs line {number}" for number in (2, 3, 4, 5, 6)
     ]
     assert "imags: unknown field" in refused.err
-    assert "there is another job with the id before it" in refused.err
-    assert refused.err.splitlines()[-1].startswith("nothing was submitted; --skip-invalid")
-    lone_cli.write("many.jsonl", *["{"] * 30)
-    assert "and 20 more" in (await lone_cli.run("submit", "many.jsonl")).err
-    assert await depth(stack, lone_cli.jobs_queue) == 0
-    assert lone_cli.manifests == []
+    assert "duplicate id" in refused.err
+    assert last.startswith("Use --skip-invalid")
+    no_worker_cli.write("many.jsonl", *["{"] * 30)
+    assert "and 20 more" in (await no_worker_cli.run("submit", "many.jsonl")).err
+    assert await depth(stack, no_worker_cli.jobs_queue) == 0
+    assert no_worker_cli.state_files == []
 
 
-async def test_requests_that_no_worker_can_answer_are_named(lone_cli: Cli) -> None:
+async def test_unsupported_batch_requests_are_listed(no_worker_cli: Cli) -> None:
     embeddings = line("b", "x", url="/v1/embeddings")
     several, streamed = line("c", "x"), line("d", "x")
     several["body"]["n"], streamed["body"]["stream"] = 2, True
-    lone_cli.write(
+    no_worker_cli.write(
         "batch.jsonl",
         line("a", "x"),
         embeddings,
@@ -167,31 +175,31 @@ async def test_requests_that_no_worker_can_answer_are_named(lone_cli: Cli) -> No
         {**line("e", "x"), "body": 1},
         line("a", "y"),
     )
-    refused = await lone_cli.run("submit", "batch.jsonl")
+    refused = await no_worker_cli.run("submit", "batch.jsonl")
     assert refused.code == 2
-    assert [told.partition(": ")[2] for told in refused.err.splitlines()[:-1]] == [
-        "only POST /v1/chat/completions can be answered, not POST /v1/embeddings",
-        "body.n: answers come whole, and one for each request",
-        "body.stream: answers come whole, and one for each request",
+    assert [error.partition(": ")[2] for error in refused.err.splitlines()[1:-1]] == [
+        "only POST /v1/chat/completions is supported, not POST /v1/embeddings",
+        "body.n: streaming and several answers per request are not supported",
+        "body.stream: streaming and several answers per request are not supported",
         "body: must be an object",
-        "there is another job with the custom_id before it",
+        "duplicate custom_id",
     ]
 
 
-async def test_a_table_that_names_no_images_is_refused(lone_cli: Cli) -> None:
+async def test_malformed_csv_files_are_errors(no_worker_cli: Cli) -> None:
     tables = (
-        ("question\nWhat?", "the first line must name the columns, `image` or `images` among them"),
+        ("question\nWhat?", "the first line must contain the column names, including `image` or `images`"),
         ("image,image\na,b", "two columns have the same name"),
         ("image,seed\ns3://b/k,x", "line 2: seed: must be a number"),
-        ("image\ns3://b/k,x,y", "line 2: has 3 cells; the first line names 1 columns"),
+        ("image\ns3://b/k,x,y", "line 2: has 3 cells but the first line has 1 columns"),
     )
     for number, (text, _) in enumerate(tables):
-        lone_cli.write(f"jobs{number}.csv", text)
-    runs = (lone_cli.run("submit", f"jobs{number}.csv", "-q", "What?") for number in range(len(tables)))
-    for (_, told), refused in zip(tables, await asyncio.gather(*runs), strict=True):
+        no_worker_cli.write(f"jobs{number}.csv", text)
+    runs = (no_worker_cli.run("submit", f"jobs{number}.csv", "-q", "What?") for number in range(len(tables)))
+    for (_, reported), refused in zip(tables, await asyncio.gather(*runs), strict=True):
         assert refused.code == 2, refused
-        assert told in refused.err
-    (lone_cli.folder / "latin.csv").write_bytes("image\nü".encode("latin-1"))
-    assert "is not UTF-8 text" in (await lone_cli.run("submit", "latin.csv", "-q", "What?")).err
-    missing = await lone_cli.run("submit", "gone.csv")
-    assert (missing.code, missing.err) == (1, "gone.csv: No such file or directory\n")
+        assert reported in refused.err
+    (no_worker_cli.folder / "latin.csv").write_bytes("image\nü".encode("latin-1"))
+    assert "is not UTF-8 text" in (await no_worker_cli.run("submit", "latin.csv", "-q", "What?")).err
+    missing = await no_worker_cli.run("submit", "gone.csv")
+    assert (missing.code, missing.err) == (1, "Error: gone.csv: No such file or directory\n")

@@ -1,4 +1,4 @@
-"""`vqa-worker results` and `submit --wait`: gathering on a queue of one's own, into several forms."""
+"""`vqa-worker results` and `submit --wait`: collecting from the own reply queue, output formats."""
 
 import csv
 import json
@@ -12,9 +12,9 @@ from openai.types.chat import ChatCompletion
 from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
 from tests.conftest import PutImage, StartWorker
-from tests.integration.cli.running import Cli, channel_of, depth, ended, killed
+from tests.integration.cli.running import Cli, channel_of, depth, ended, kill
 from tests.running import Client, until
-from worker.cli.submit.manifest import Counts
+from worker.cli.submit.state import Counts
 
 
 def question(marker: str) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def question(marker: str) -> dict[str, Any]:
 
 
 def request(custom_id: str, content: str, **body: Any) -> dict[str, Any]:
-    """A line of an input file of the Batch API."""
+    """Return a line of a Batch API input file."""
     messages = [{"role": "user", "content": content}]
     return {
         "custom_id": custom_id,
@@ -33,14 +33,14 @@ def request(custom_id: str, content: str, **body: Any) -> dict[str, Any]:
 
 
 def far(cli: Cli) -> Counts:
-    """How far the only submission has come."""
+    """Return the progress of the only submission."""
     return cli.counts() or Counts()
 
 
 # Forms
 
 
-async def test_a_batch_is_answered_with_an_output_and_an_error_file(cli: Cli) -> None:
+async def test_a_batch_gets_an_output_and_an_error_file(cli: Cli) -> None:
     cli.write(
         "batch.jsonl",
         request("request-1", "Hello?"),
@@ -80,7 +80,7 @@ async def test_a_batch_is_answered_with_an_output_and_an_error_file(cli: Cli) ->
     assert second["id"].startswith("batch_req_")
 
 
-async def test_where_workers_keep_the_api_s_answer_the_output_file_has_that(
+async def test_the_output_file_has_the_api_s_response_if_workers_include_it(
     start_worker: StartWorker, cli: Cli
 ) -> None:
     worker = await start_worker(VQA_INCLUDE_RESPONSE="true")
@@ -94,7 +94,7 @@ async def test_where_workers_keep_the_api_s_answer_the_output_file_has_that(
     assert sorted(path.name for path in cli.folder.glob("*.jsonl")) == ["batch.jsonl", "out.jsonl"]
 
 
-async def test_lines_that_are_no_requests_end_in_the_error_file(cli: Cli) -> None:
+async def test_invalid_requests_are_in_the_error_file(cli: Cli) -> None:
     cli.write(
         "batch.jsonl", request("a", "Hello?"), {"custom_id": "b", "body": 1}, request("a", "Twice?"), "{"
     )
@@ -107,7 +107,7 @@ async def test_lines_that_are_no_requests_end_in_the_error_file(cli: Cli) -> Non
     assert errors[0]["error"]["message"] == "body: must be an object"
 
 
-async def test_results_become_a_table(cli: Cli, put_image: PutImage) -> None:
+async def test_results_are_written_as_csv(cli: Cli, put_image: PutImage) -> None:
     cli.write(
         "jobs.csv",
         "id,image,question,order",
@@ -116,8 +116,8 @@ async def test_results_become_a_table(cli: Cli, put_image: PutImage) -> None:
     )
     done = await cli.run("submit", "jobs.csv", "--wait", "-o", "out.csv")
     assert done.code == 1
-    assert "1 answered, 1 failed, " in done.err
-    assert done.err.endswith("written: out.csv\n")
+    assert "1 succeeded, 1 failed, " in done.err
+    assert done.err.endswith("Wrote out.csv\n")
     with (cli.folder / "out.csv").open(encoding="utf-8", newline="") as file:
         first, second = csv.DictReader(file)
     assert (first["id"], first["status"], first["order"]) == ("a", "succeeded", "17")
@@ -133,7 +133,7 @@ async def test_results_become_a_table(cli: Cli, put_image: PutImage) -> None:
     assert table.out == (cli.folder / "out.csv").read_text(encoding="utf-8")
 
 
-async def test_results_in_files_are_in_the_order_of_the_jobs(cli: Cli) -> None:
+async def test_files_of_results_have_the_order_of_the_jobs(cli: Cli) -> None:
     cli.write("jobs.jsonl", *({"id": f"{n}", **question("In order?")} for n in range(60)))
     done = await cli.run("submit", "jobs.jsonl", "--wait", "-o", "out.jsonl")
     assert done.code == 0
@@ -143,7 +143,7 @@ async def test_results_in_files_are_in_the_order_of_the_jobs(cli: Cli) -> None:
 # Whose results
 
 
-async def test_nobody_else_s_results_are_taken_and_the_queue_is_gone_in_the_end(
+async def test_only_own_results_are_collected_and_the_queue_is_deleted_at_the_end(
     cli: Cli, stack: Stack, client: Client
 ) -> None:
     cli.write("jobs.jsonl", *(question("Mine?") for _ in range(5)))
@@ -151,37 +151,35 @@ async def test_nobody_else_s_results_are_taken_and_the_queue_is_gone_in_the_end(
     other = uuid.uuid4().hex
     await client.publish({"id": other, **question("Theirs?")})
     name, queue = submitted.summary["name"], submitted.summary["reply_to"]
-    gathered = await cli.run("results", name, "--json")
-    assert gathered.code == 0
-    assert len(gathered.objects) == 5
+    collected = await cli.run("results", name, "--json")
+    assert collected.code == 0
+    assert len(collected.objects) == 5
     assert await depth(stack, queue) is None
     assert (await client.result(other)).body["status"] == "succeeded"
-    # They are kept, and told again without the broker.
+    # They are kept, and reported again without the broker.
     again = await cli.run("results", name, "--json", VQA_RABBITMQ_URL="amqp://127.0.0.1:1/")
     assert again.code == 0
     assert re.fullmatch(
-        r"it was submitted to amqp://\S+, and VQA_RABBITMQ_URL names amqp://127.0.0.1:1/\n", again.err
+        r"Warning: submitted to amqp://\S+, but VQA_RABBITMQ_URL is amqp://127.0.0.1:1/.\n", again.err
     )
-    assert sorted(again.lines) == sorted(gathered.lines)
+    assert sorted(again.lines) == sorted(collected.lines)
 
 
-async def test_a_result_that_comes_twice_is_told_once_and_others_are_left_out(
-    lone_cli: Cli, stack: Stack
-) -> None:
-    lone_cli.write("jobs.jsonl", {"id": "a", **question("?")}, {"id": "b", **question("?")})
-    submitted = (await lone_cli.run("submit", "jobs.jsonl", "--json")).summary
+async def test_duplicate_and_unknown_results_are_ignored(no_worker_cli: Cli, stack: Stack) -> None:
+    no_worker_cli.write("jobs.jsonl", {"id": "a", **question("?")}, {"id": "b", **question("?")})
+    submitted = (await no_worker_cli.run("submit", "jobs.jsonl", "--json")).summary
     async with channel_of(stack) as channel:
         for body in (_result("a"), _result("a"), b"no JSON", b"[]", _result("c"), _result("b")):
             await _publish(channel, submitted["reply_to"], body)
-    gathered = await lone_cli.run("results", submitted["name"], "--json")
-    assert gathered.code == 0
-    assert [result["id"] for result in gathered.objects] == ["a", "b"]
-    assert gathered.err == "results in the queue that are of no job of this submission: 3\n"
+    collected = await no_worker_cli.run("results", submitted["name"], "--json")
+    assert collected.code == 0
+    assert [result["id"] for result in collected.objects] == ["a", "b"]
+    assert collected.err == "Ignored 3 unexpected results (unknown job id).\n"
 
 
-async def test_a_queue_that_is_gone_is_one_sentence(lone_cli: Cli, stack: Stack) -> None:
-    submitted = (await lone_cli.run("submit", "s3://b/k", "What?", "--json")).summary
-    waiting = lone_cli.start("results", submitted["name"])
+async def test_a_deleted_reply_queue_is_reported(no_worker_cli: Cli, stack: Stack) -> None:
+    submitted = (await no_worker_cli.run("submit", "s3://b/k", "What?", "--json")).summary
+    waiting = no_worker_cli.start("results", submitted["name"])
     async with channel_of(stack) as channel:
 
         async def is_read() -> bool:
@@ -190,35 +188,35 @@ async def test_a_queue_that_is_gone_is_one_sentence(lone_cli: Cli, stack: Stack)
 
         await until(is_read, "the queue is read")
         await channel.queue_delete(submitted["reply_to"])
-    gone = await ended(waiting)
-    for end in (gone, await lone_cli.run("results", submitted["name"])):
+    deleted = await ended(waiting)
+    for end in (deleted, await no_worker_cli.run("results", submitted["name"])):
         assert (end.code, end.out) == (1, "")
         (sentence,) = end.err.splitlines()
-        assert sentence.startswith(f"the queue {submitted['reply_to']} does not exist any more")
+        assert sentence.startswith(f"Error: the queue {submitted['reply_to']} does not exist any more")
 
 
 # How long
 
 
-async def test_a_gatherer_that_is_killed_loses_nothing_and_tells_nothing_twice(
+async def test_a_collector_that_is_killed_loses_and_repeats_no_result(
     start_worker: StartWorker, cli: Cli
 ) -> None:
     worker = await start_worker(VQA_MAX_CONCURRENCY="4")
     cli.settings.update(VQA_JOBS_QUEUE=worker.jobs_queue, VQA_RESULTS_QUEUE=worker.results_queue)
     ids = [f"job-{n}" for n in range(400)]
     cli.write("jobs.jsonl", *({"id": job_id, **question("Killed?")} for job_id in ids))
-    gathering = cli.start("submit", "jobs.jsonl", "--wait", "-o", "out.jsonl")
-    await until(lambda: far(cli).in_hand >= 40, "some results are there")
-    await killed(gathering)
+    collecting = cli.start("submit", "jobs.jsonl", "--wait", "-o", "out.jsonl")
+    await until(lambda: far(cli).received >= 40, "some results are there")
+    await kill(collecting)
     before = far(cli)
-    assert before.missing, "it was over before it was killed"
+    assert before.pending, "it was over before it was killed"
     assert not (cli.folder / "out.jsonl").exists()
 
-    name = cli.manifests[0].name.removesuffix(".submission")
+    name = cli.state_files[0].name.removesuffix(".submission")
     assert (await cli.run("submit", "jobs.jsonl")).code == 0  # what was not submitted yet
-    gathering = cli.start("results", name, "-o", "out.jsonl")
-    await until(lambda: far(cli).in_hand >= before.in_hand + 40, "more results are there")
-    await killed(gathering)
+    collecting = cli.start("results", name, "-o", "out.jsonl")
+    await until(lambda: far(cli).received >= before.received + 40, "more results are there")
+    await kill(collecting)
     done = await cli.run("results", name, "-o", "out.jsonl", "--json")
     assert done.code == 0, done.err
     assert [result["id"] for result in cli.read("out.jsonl")] == ids
@@ -227,41 +225,41 @@ async def test_a_gatherer_that_is_killed_loses_nothing_and_tells_nothing_twice(
     assert done.summary["total_tokens"] == tokens
 
 
-async def test_what_is_there_now_can_be_had_without_waiting(lone_cli: Cli, stack: Stack) -> None:
-    lone_cli.write("jobs.jsonl", *({"id": job_id, **question("?")} for job_id in "abc"))
-    submitted = (await lone_cli.run("submit", "jobs.jsonl", "--json")).summary
+async def test_available_results_are_collected_without_waiting(no_worker_cli: Cli, stack: Stack) -> None:
+    no_worker_cli.write("jobs.jsonl", *({"id": job_id, **question("?")} for job_id in "abc"))
+    submitted = (await no_worker_cli.run("submit", "jobs.jsonl", "--json")).summary
     async with channel_of(stack) as channel:
         await _publish(channel, submitted["reply_to"], _result("b"))
-    now = await lone_cli.run("results", submitted["name"], "--no-wait", "-o", "out.jsonl", "--json")
+    now = await no_worker_cli.run("results", submitted["name"], "--no-wait", "-o", "out.jsonl", "--json")
     assert now.code == 1
-    assert now.summary["missing"] == 2
-    assert [result["id"] for result in lone_cli.read("out.jsonl")] == ["b"]
-    late = await lone_cli.run("results", submitted["name"], "--wait-timeout", "0.5")
+    assert now.summary["pending"] == 2
+    assert [result["id"] for result in no_worker_cli.read("out.jsonl")] == ["b"]
+    late = await no_worker_cli.run("results", submitted["name"], "--wait-timeout", "0.5")
     assert late.code == 1
     assert late.lines == ["b: an answer"]
-    assert "results that have not come within 0.5 s: 2" in late.err
+    assert "2 results pending after 0.5 s." in late.err
     assert await depth(stack, submitted["reply_to"]) == 0
 
 
-async def test_submissions_are_listed_and_forgotten(lone_cli: Cli, stack: Stack) -> None:
-    assert (await lone_cli.run("results")).err.startswith("no submissions in ")
-    first = (await lone_cli.run("submit", "s3://b/k", "What?", "--name", "first", "--json")).summary
-    await lone_cli.run("submit", "s3://b/k", "What?", "--name", "second")
-    listed = await lone_cli.run("results", "--json")
-    assert {it["name"]: (it["jobs"], it["submitted"], it["missing"]) for it in listed.objects} == {
+async def test_submissions_are_listed_and_deleted(no_worker_cli: Cli, stack: Stack) -> None:
+    assert (await no_worker_cli.run("results")).err.startswith("No submissions in ")
+    first = (await no_worker_cli.run("submit", "s3://b/k", "What?", "--name", "first", "--json")).summary
+    await no_worker_cli.run("submit", "s3://b/k", "What?", "--name", "second")
+    listed = await no_worker_cli.run("results", "--json")
+    assert {it["name"]: (it["jobs"], it["submitted"], it["pending"]) for it in listed.objects} == {
         "first": (1, 1, 1),
         "second": (1, 1, 1),
     }
-    unknown = await lone_cli.run("results", "third")
+    unknown = await no_worker_cli.run("results", "third")
     assert (unknown.code, unknown.out) == (1, "")
-    assert unknown.err.startswith("there is no submission of the name third here (there are: ")
-    forgotten = await lone_cli.run("results", "first", "--delete")
-    assert forgotten.lines == ["first is forgotten; 1 of its results had not come"]
+    assert unknown.err.startswith("Error: no such submission: third (known: ")
+    deleted = await no_worker_cli.run("results", "first", "--delete")
+    assert deleted.lines == ["Deleted first; 1 result had not been collected."]
     assert await depth(stack, first["reply_to"]) is None
-    assert [it["name"] for it in (await lone_cli.run("results", "--json")).objects] == ["second"]
+    assert [it["name"] for it in (await no_worker_cli.run("results", "--json")).objects] == ["second"]
 
 
-async def test_results_come_while_jobs_are_still_being_submitted(cli: Cli, stack: Stack) -> None:
+async def test_results_are_collected_while_jobs_are_submitted(cli: Cli, stack: Stack) -> None:
     """With room for one job at a time in the queue, all get through."""
     stack.model.play(Error(status=500), marker="At once?")
     cli.write("jobs.jsonl", *(question(f"At once? {n}") for n in range(30)))

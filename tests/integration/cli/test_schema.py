@@ -12,7 +12,9 @@ from docs import generate
 from tests.integration.cli.running import Cli
 from worker.cli.schema import job_schema, result_schema
 
-BARE = "import sys, worker.__main__ as it; it._has_shell = lambda: False; sys.exit(it.main(sys.argv[1:]))"
+WITHOUT_TYPER = (
+    "import sys, worker.__main__ as it; it._has_shell = lambda: False; sys.exit(it.main(sys.argv[1:]))"
+)
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def cli(tmp_path: Path) -> Cli:
     return Cli(tmp_path, {})
 
 
-async def test_each_document_is_printed_for_programs(cli: Cli) -> None:
+async def test_each_document_is_printed_as_json(cli: Cli) -> None:
     expected = {
         "job": job_schema(),
         "result": result_schema(),
@@ -28,26 +30,26 @@ async def test_each_document_is_printed_for_programs(cli: Cli) -> None:
     }
     for name, document in expected.items():
         ended = await cli.run("schema", name)
-        assert (ended.code, ended.warnings_, json.loads(ended.out)) == (0, [], document)
-    (everything,) = await cli.told("schema")
+        assert (ended.code, ended.err_lines, json.loads(ended.out)) == (0, [], document)
+    (everything,) = await cli.run_json("schema")
     assert everything == expected
     Draft202012Validator.check_schema(everything["job"])
 
 
-async def test_settings_that_it_needs_are_checked(cli: Cli) -> None:
-    ended = await cli.having(VQA_RETRY_DELAYS="soon", VQA_MAX_ATTEMPTS="many").run("schema")
+async def test_wrong_settings_are_reported(cli: Cli) -> None:
+    ended = await cli.with_settings(VQA_RETRY_DELAYS="soon", VQA_MAX_ATTEMPTS="many").run("schema")
     assert (ended.code, ended.out) == (78, "")
-    (line,) = ended.warnings_
+    (line,) = ended.err_lines
     assert line.startswith("VQA_RETRY_DELAYS")
     ended = await cli.run("schema", "answer")
     assert ended.code == 2
-    assert "'answer' is not one of" in " ".join(ended.warnings_)
+    assert "'answer' is not one of" in " ".join(ended.err_lines)
 
 
-def test_it_needs_nothing_but_what_the_worker_needs(cli: Cli) -> None:
-    def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
+def test_schema_works_without_the_extra(cli: Cli) -> None:
+    def no_extra_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(  # noqa: S603 - a test's own
-            [sys.executable, "-c", BARE, *arguments],
+            [sys.executable, "-c", WITHOUT_TYPER, *arguments],
             env=cli.environment,
             cwd=cli.folder,
             capture_output=True,
@@ -55,10 +57,10 @@ def test_it_needs_nothing_but_what_the_worker_needs(cli: Cli) -> None:
             check=False,
         )
 
-    done = bare("schema", "asyncapi")
+    done = no_extra_cli("schema", "asyncapi")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == generate.asyncapi_document()
-    done = bare("schema", "job", "--json")
+    done = no_extra_cli("schema", "job", "--json")
     assert (done.returncode, json.loads(done.stdout)) == (0, job_schema())
     assert len(done.stdout.splitlines()) == 1
-    assert bare("schema", "answer").returncode == 2
+    assert no_extra_cli("schema", "answer").returncode == 2

@@ -1,4 +1,4 @@
-"""What all commands share: help, completion, exit codes, sentences instead of tracebacks, pipes, Ctrl-C."""
+"""Behaviour of all commands: help, completion, exit codes, error messages, pipes, Ctrl-C."""
 
 import asyncio
 import signal
@@ -9,22 +9,22 @@ import pytest
 
 from deploy.local.stack import Stack
 from tests.breaking import url_as
-from tests.integration.cli.running import Cli, Ended, ended
+from tests.integration.cli.running import Cli, Completed, ended
 from tests.running import until
 
 NOBODY = "amqp://guest:guest@127.0.0.1:1/"
-# What each command is called with where it comes as far as the broker.
+# Arguments with which each command connects to the broker.
 REACHING_OUT = (
     ("submit", "s3://bucket/key", "What?"),
     ("results", "known"),
 )
-BARE = "import sys; sys.modules['typer'] = None; from worker.__main__ import main; sys.exit(main())"
+WITHOUT_TYPER = "import sys; sys.modules['typer'] = None; from worker.__main__ import main; sys.exit(main())"
 
 
 @pytest.fixture
-def bare(cli: Cli) -> Cli:
-    """Commands where the extra is not installed."""
-    cli.command = [sys.executable, "-c", BARE]
+def no_extra_cli(cli: Cli) -> Cli:
+    """Commands without the extra `cli`."""
+    cli.command = [sys.executable, "-c", WITHOUT_TYPER]
     return cli
 
 
@@ -39,8 +39,8 @@ async def test_the_help_lists_every_command(cli: Cli) -> None:
         assert "vqa-worker " in helped.out.split("Arguments")[0]
 
 
-async def test_without_the_extra_other_commands_say_what_to_install(bare: Cli) -> None:
-    ended = await bare.run("submit", "s3://bucket/key", "What?")
+async def test_without_the_extra_other_commands_name_the_package_to_install(no_extra_cli: Cli) -> None:
+    ended = await no_extra_cli.run("submit", "s3://bucket/key", "What?")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
         "vqa-worker submit: all commands except run, topology and schema need:"
@@ -48,18 +48,18 @@ async def test_without_the_extra_other_commands_say_what_to_install(bare: Cli) -
     )
 
 
-async def test_without_the_extra_a_worker_and_its_topology_lack_nothing(bare: Cli) -> None:
-    assert (await bare.run("--version")).out.startswith("vqa-worker ")
-    helped = await bare.run("--help")
+async def test_run_and_topology_work_without_the_extra(no_extra_cli: Cli) -> None:
+    assert (await no_extra_cli.run("--version")).out.startswith("vqa-worker ")
+    helped = await no_extra_cli.run("--help")
     assert helped.code == 0
     assert "pipinstall'vqa-worker[cli]'" in "".join(helped.out.split())
-    assert (await bare.run("topology", "show")).code == 0
-    started = await bare.run("run", VQA_MODEL_BASE_URL="https://api.example/v1")
+    assert (await no_extra_cli.run("topology", "show")).code == 0
+    started = await no_extra_cli.run("run", VQA_MODEL_BASE_URL="https://api.example/v1")
     assert started.code == 78
     assert "VQA_MODEL_API_KEY" in started.err
 
 
-async def test_a_worker_starts_without_loading_what_only_people_need(cli: Cli) -> None:
+async def test_a_worker_starts_without_importing_the_command_line_s_libraries(cli: Cli) -> None:
     cli.command = [sys.executable, "-X", "importtime", "-m", "worker"]
     started = await cli.run("run", VQA_MODEL_BASE_URL="https://api.example/v1")
     assert started.code == 78
@@ -68,13 +68,13 @@ async def test_a_worker_starts_without_loading_what_only_people_need(cli: Cli) -
         assert f" {name}\n" not in started.err
 
 
-async def test_the_version_is_told(cli: Cli) -> None:
-    told = await cli.run("--version")
-    assert told.code == 0
-    assert told.out.startswith("vqa-worker ")
+async def test_the_version_is_printed(cli: Cli) -> None:
+    reported = await cli.run("--version")
+    assert reported.code == 0
+    assert reported.out.startswith("vqa-worker ")
 
 
-async def test_completion_knows_commands_and_submissions(cli: Cli, put_image_url: str) -> None:
+async def test_completion_offers_commands_and_submissions(cli: Cli, put_image_url: str) -> None:
     async def complete(*words: str) -> list[str]:
         asked = await cli.run_process(
             _VQA_WORKER_COMPLETE="complete_bash",
@@ -90,8 +90,8 @@ async def test_completion_knows_commands_and_submissions(cli: Cli, put_image_url
     assert await complete("results", "") == ["mine"]
 
 
-async def test_a_broker_that_cannot_be_reached_is_one_sentence(cli: Cli) -> None:
-    await _known(cli)
+async def test_an_unreachable_broker_is_one_message(cli: Cli) -> None:
+    await _submit_known(cli)
     cli.settings["VQA_RABBITMQ_URL"] = NOBODY
     for end in await _side_by_side(cli, *((*command, "--timeout", "0.5") for command in REACHING_OUT)):
         assert (end.code, end.out) == (1, "")
@@ -101,15 +101,15 @@ async def test_a_broker_that_cannot_be_reached_is_one_sentence(cli: Cli) -> None
         assert line.startswith("VQA_RABBITMQ_URL: the broker was unreachable for 0.5 s")
 
 
-async def test_a_broker_that_refuses_is_one_sentence(cli: Cli, stack: Stack) -> None:
-    await _known(cli)
+async def test_refused_credentials_are_one_message(cli: Cli, stack: Stack) -> None:
+    await _submit_known(cli)
     cli.settings["VQA_RABBITMQ_URL"] = url_as(stack, "guest", "wr0ng")
     for end in await _side_by_side(cli, *REACHING_OUT):
         assert (end.code, end.out) == (78, "")
         assert end.err == "VQA_RABBITMQ_URL: the broker refuses this user name and password\n"
 
 
-async def test_wrong_settings_are_a_sentence_each(cli: Cli) -> None:
+async def test_each_wrong_setting_is_one_message(cli: Cli) -> None:
     cli.settings.update(VQA_RABBITMQ_URL="rabbit", VQA_S3_ENDPOINT_URL="s3")
     for end in await _side_by_side(cli, *REACHING_OUT):
         assert (end.code, end.out) == (78, "")
@@ -119,33 +119,38 @@ async def test_wrong_settings_are_a_sentence_each(cli: Cli) -> None:
         ]
 
 
-async def test_a_name_that_looks_like_a_setting_is_told_of(cli: Cli) -> None:
+async def test_an_unknown_variable_is_a_warning(cli: Cli) -> None:
     ended = await cli.run("submit", "s3://b/k", "What?", "--dry-run", VQA_PRICE="1")
     assert ended.code == 0
     assert ended.err.startswith("VQA_PRICE: in the environment, is not a setting")
 
 
-async def test_a_queue_that_is_not_there_is_one_sentence(stack: Stack, tmp_path: Path) -> None:
+async def test_a_missing_jobs_queue_is_one_message(stack: Stack, tmp_path: Path) -> None:
     cli = Cli.of(stack, tmp_path)
     ended = await cli.run("submit", "s3://bucket/key", "What?")
     assert ended.code == 1
     (line,) = ended.err.splitlines()
-    assert line.startswith(f"the queue {cli.jobs_queue} does not exist: start a worker, or make it with")
+    assert line.startswith(
+        f"Error: the queue {cli.jobs_queue} does not exist. Start a worker, run `vqa-worker topology apply`"
+    )
 
 
-async def test_wrong_usage_is_told_and_is_code_2(cli: Cli) -> None:
+async def test_wrong_usage_exits_with_2(cli: Cli) -> None:
     wrong: tuple[tuple[tuple[str, ...], str], ...] = (
         (("submit",), "nothing to submit"),
         (("submit", "s3://b/k", "What?", "--reply-to", "q", "--wait"), "--reply-to"),
         (("submit", "s3://b/k", "What?", "-o", "out.jsonl"), "--output"),
-        (("submit", "--prefix", "photos/", "What?"), "--prefix: photos/ is not s3://bucket/prefix"),
+        (
+            ("submit", "--prefix", "photos/", "What?"),
+            "--prefix: photos/ is not of the form s3://bucket/prefix",
+        ),
         (
             ("submit", "s3://b/k", "What?", "--param", "top_p=high"),
-            "--param: the value of top_p must be JSON",
+            "--param: the value of top_p is not JSON",
         ),
         (("submit", "s3://b/k", "What?", "--price", "much"), "--price: much is not two numbers"),
-        (("submit", "s3://b/k", "What?", "--deadline", "soon"), "--deadline: soon is neither a time"),
-        (("submit", "s3://b/k", "What?", "--name", "a/b"), "must be letters"),
+        (("submit", "s3://b/k", "What?", "--deadline", "soon"), "--deadline: soon is not a time"),
+        (("submit", "s3://b/k", "What?", "--name", "a/b"), "must consist of"),
         (("submit", "--nothing"), "No such option"),
         (
             ("results", "x", "--no-wait", "--wait-timeout", "3"),
@@ -153,13 +158,13 @@ async def test_wrong_usage_is_told_and_is_code_2(cli: Cli) -> None:
         ),
         (("nothing",), "No such command"),
     )
-    for (_, told), end in zip(wrong, await _side_by_side(cli, *(it for it, _ in wrong)), strict=True):
+    for (_, reported), end in zip(wrong, await _side_by_side(cli, *(it for it, _ in wrong)), strict=True):
         assert (end.code, end.out) == (2, ""), end
-        assert told in end.err
+        assert reported in end.err
         assert "Traceback" not in end.err
 
 
-async def test_a_reader_that_goes_away_is_not_complained_of(cli: Cli, put_image_url: str) -> None:
+async def test_a_closed_pipe_is_not_an_error(cli: Cli, put_image_url: str) -> None:
     lines = [{"id": f"{n}", "question": "What?", "images": [put_image_url]} for n in range(50)]
     cli.write("jobs.jsonl", *lines)
     await cli.run("submit", "jobs.jsonl", "--name", "many", "--wait", "-o", "out.jsonl")
@@ -167,39 +172,41 @@ async def test_a_reader_that_goes_away_is_not_complained_of(cli: Cli, put_image_
     assert process.stdout is not None
     process.stdout.close()
     process.stdout = None
-    gone = await ended(process)
-    assert (gone.code, gone.err) == (141, "")
+    closed = await ended(process)
+    assert (closed.code, closed.err) == (141, "")
 
 
-async def test_a_reader_that_goes_away_is_not_complained_of_without_the_extra_either(bare: Cli) -> None:
+async def test_a_closed_pipe_is_not_an_error_without_the_extra(no_extra_cli: Cli) -> None:
     for command in (("topology", "show"), ("schema",)):
-        process = bare.start(*command)
+        process = no_extra_cli.start(*command)
         assert process.stdout is not None
         process.stdout.close()
         process.stdout = None
-        gone = await ended(process)
-        assert (gone.code, gone.err) == (141, "")
+        closed = await ended(process)
+        assert (closed.code, closed.err) == (141, "")
 
 
-async def test_ctrl_c_ends_at_once_and_says_how_to_go_on(lone_cli: Cli) -> None:
-    process = lone_cli.start("submit", "s3://bucket/key", "What?", "--name", "mine", "--wait")
+async def test_ctrl_c_exits_at_once_and_says_how_to_resume(no_worker_cli: Cli) -> None:
+    process = no_worker_cli.start("submit", "s3://bucket/key", "What?", "--name", "mine", "--wait")
 
     def is_sent() -> bool:
-        counts = lone_cli.counts()
+        counts = no_worker_cli.counts()
         return counts is not None and counts.confirmed == 1
 
     await until(is_sent, "the job is submitted")
     process.send_signal(signal.SIGINT)
     interrupted = await ended(process)
     assert (interrupted.code, interrupted.out) == (130, "")
-    assert interrupted.err == "broken off; the same command goes on with mine, and sends nothing twice\n"
+    assert interrupted.err == (
+        "Interrupted. Run the same command again to resume mine; no job is submitted twice.\n"
+    )
 
 
-async def _side_by_side(cli: Cli, *commands: tuple[str, ...]) -> list[Ended]:
+async def _side_by_side(cli: Cli, *commands: tuple[str, ...]) -> list[Completed]:
     return await asyncio.gather(*(cli.run(*command) for command in commands))
 
 
-async def _known(cli: Cli) -> None:
-    """Let there be a submission."""
+async def _submit_known(cli: Cli) -> None:
+    """Create a submission."""
     known = await cli.run("submit", "s3://bucket/key", "What?", "--name", "known")
     assert known.code == 0, known.err

@@ -1,4 +1,4 @@
-"""`vqa-worker submit`: by hand, from local files, about a prefix in S3; what it costs, and who reads it."""
+"""`vqa-worker submit`: by hand, local files, S3 prefixes, cost estimates, reply queues."""
 
 import asyncio
 import hashlib
@@ -9,12 +9,12 @@ import pytest
 
 from deploy.local.stack import Stack
 from tests.conftest import BUCKET, PutImage, picture
-from tests.integration.cli.running import Cli, depth, emptied
+from tests.integration.cli.running import Cli, depth, drain
 from tests.running import calls_with
 
 ASSUMED = (
-    "assumed: 500 tokens an image (--image-tokens), 4 characters of text a token,"
-    " 200 tokens an answer (--answer-tokens) or what limits it"
+    "assuming 500 tokens per image (--image-tokens), 4 characters of text per token,"
+    " 200 tokens per answer (--answer-tokens) unless the job limits it"
 )
 PRICES = {"VQA_PRICES": json.dumps({"simulated/vision": [2.0, 10.0]})}
 
@@ -22,20 +22,18 @@ PRICES = {"VQA_PRICES": json.dumps({"simulated/vision": [2.0, 10.0]})}
 # By hand
 
 
-async def test_a_question_asked_by_hand_is_answered_in_words_and_leaves_nothing(
+async def test_a_question_asked_by_hand_prints_the_answer_and_leaves_no_state(
     cli: Cli, stack: Stack, put_image: PutImage
 ) -> None:
     asked = await cli.run("submit", put_image(), "What is this?", "--wait")
     assert (asked.code, asked.err) == (0, "")
     (answer,) = asked.lines
     assert "PNG" in answer
-    assert cli.manifests == []
+    assert cli.state_files == []
     assert "vqa.results.ask-" not in stack.rabbitmq.ctl("list_queues", "name")
 
 
-async def test_several_images_are_asked_about_together_or_each_by_itself(
-    cli: Cli, put_image: PutImage
-) -> None:
+async def test_several_images_are_one_job_or_one_job_each(cli: Cli, put_image: PutImage) -> None:
     first, second = put_image(), put_image(picture("JPEG"))
     together = await cli.run("submit", first, second, "What differs?", "--wait")
     assert "2 pictures" in together.out
@@ -46,9 +44,7 @@ async def test_several_images_are_asked_about_together_or_each_by_itself(
     }
 
 
-async def test_what_the_command_line_says_of_a_job_reaches_the_model(
-    cli: Cli, stack: Stack, put_image: PutImage
-) -> None:
+async def test_options_reach_the_model(cli: Cli, stack: Stack, put_image: PutImage) -> None:
     question = "Is it 17?"
     said = [
         "--system=Be brief.", "--model=simulated/vision-small", "--max-tokens=7",
@@ -63,7 +59,7 @@ async def test_what_the_command_line_says_of_a_job_reaches_the_model(
     assert call.params == {"max_tokens": 7, "stop": ["x"]}
 
 
-async def test_a_job_that_fails_is_told_of_and_is_code_1(cli: Cli) -> None:
+async def test_a_failed_job_is_printed_and_exits_with_1(cli: Cli) -> None:
     asked = await cli.run("submit", f"s3://{BUCKET}/nothing.png", "What?", "--wait")
     assert asked.code == 1
     assert asked.out.startswith("failed: images[0] (s3://")
@@ -90,7 +86,7 @@ async def test_a_local_image_is_uploaded_once_under_the_hash_of_its_content(cli:
     assert s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() == b"was not put again"
 
 
-async def test_paths_in_a_file_of_jobs_start_from_its_folder(cli: Cli, stack: Stack) -> None:
+async def test_paths_in_a_file_of_jobs_are_relative_to_its_folder(cli: Cli, stack: Stack) -> None:
     folder = cli.folder / "sub"
     folder.mkdir()
     (folder / "it.png").write_bytes(picture())
@@ -103,29 +99,29 @@ async def test_paths_in_a_file_of_jobs_start_from_its_folder(cli: Cli, stack: St
     assert len(calls_with(stack, question)) == 2
 
 
-async def test_what_is_no_image_is_refused_before_anything_is_sent(cli: Cli, tmp_path: Path) -> None:
+async def test_invalid_images_are_reported_before_any_job_is_sent(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
     (tmp_path / "ok.png").write_bytes(picture())
     wrong: tuple[tuple[tuple[str, ...], str], ...] = (
-        (("notes.png", "--bucket", BUCKET), "notes.png: is no JPEG, PNG or WebP image"),
+        (("notes.png", "--bucket", BUCKET), "notes.png: is not a JPEG, PNG or WebP image"),
         (("missing.png", "--bucket", BUCKET), "missing.png: No such file or directory"),
-        (("ok.png",), "ok.png: is a local file: --bucket says where to upload it"),
-        (("missing.png",), "missing.png: is neither a URL nor a file"),
-        (("http://host/a.png",), "http://host/a.png: images are s3://bucket/key, https:// links"),
+        (("ok.png",), "ok.png: is a local file; use --bucket to upload it"),
+        (("missing.png",), "missing.png: no such file (and not a URL)"),
+        (("http://host/a.png",), "http://host/a.png: an image must be s3://bucket/key, https://…"),
     )
     runs = (cli.run("submit", *arguments, "-q", "What?") for arguments, _ in wrong)
-    for (_, told), refused in zip(wrong, await asyncio.gather(*runs), strict=True):
+    for (_, reported), refused in zip(wrong, await asyncio.gather(*runs), strict=True):
         assert refused.code == 2
-        assert told in refused.err
-    assert cli.manifests == []
+        assert reported in refused.err
+    assert cli.state_files == []
 
 
-async def test_an_s3_that_refuses_is_one_sentence(cli: Cli) -> None:
+async def test_refused_s3_credentials_are_one_message(cli: Cli) -> None:
     (cli.folder / "it.png").write_bytes(picture())
     refused = await cli.run("submit", "it.png", "What?", "--bucket", BUCKET, AWS_SECRET_ACCESS_KEY="wrong")
     assert refused.code == 1
     (sentence,) = refused.err.splitlines()
-    assert sentence.startswith(f"bucket {BUCKET}: S3 answered 403 ")
+    assert sentence.startswith(f"Error: bucket {BUCKET}: S3 answered 403 ")
     assert "check the AWS credentials" in sentence
     nowhere = await cli.run("submit", "--prefix", "s3://no-such-bucket/", "What?")
     assert nowhere.code == 1
@@ -135,7 +131,7 @@ async def test_an_s3_that_refuses_is_one_sentence(cli: Cli) -> None:
 # A whole prefix
 
 
-async def test_a_prefix_is_asked_about_and_what_comes_later_is_new(
+async def test_a_prefix_is_submitted_and_a_later_run_submits_only_new_objects(
     cli: Cli, stack: Stack, put_image: PutImage
 ) -> None:
     keys = ["a b/1.png", "a b/ü&+%20.PNG", "a b/2.jpeg"]
@@ -159,45 +155,48 @@ async def test_a_prefix_is_asked_about_and_what_comes_later_is_new(
 # Costs
 
 
-async def test_a_dry_run_sends_nothing_and_says_what_it_would_cost(lone_cli: Cli, stack: Stack) -> None:
-    (lone_cli.folder / "it.png").write_bytes(picture())
+async def test_a_dry_run_prints_the_cost_and_sends_nothing(no_worker_cli: Cli, stack: Stack) -> None:
+    (no_worker_cli.folder / "it.png").write_bytes(picture())
     jobs: list[dict[str, object]] = [
         {"question": "x" * 400, "images": ["it.png", "it.png"], "params": {"max_tokens": 50}},
         {"question": "x" * 400, "images": ["s3://b/k"], "system": "x" * 40},
     ]
-    lone_cli.write("jobs.jsonl", *jobs)
+    no_worker_cli.write("jobs.jsonl", *jobs)
     asked = ("submit", "jobs.jsonl", "--bucket", BUCKET, "--dry-run", "--image-tokens=500")
-    told = await lone_cli.run(*asked, **PRICES)
-    assert told.code == 0, told.err
-    assert told.lines == [
-        "2 jobs about 3 images, for simulated/vision",
-        "local files go to S3 first, unless they are there: 1",
+    reported = await no_worker_cli.run(*asked, **PRICES)
+    assert reported.code == 0, reported.err
+    assert reported.lines == [
+        "2 jobs with 3 images for simulated/vision",
+        "1 local file to upload, except those already in S3",
         "about 1,710 prompt and 250 completion tokens",
         "about $0.005920",
         ASSUMED,
-        "nothing was submitted (--dry-run)",
+        "Nothing submitted (dry run).",
     ]
-    estimate = (await lone_cli.run(*asked, "--json", **PRICES)).summary
+    estimate = (await no_worker_cli.run(*asked, "--json", **PRICES)).summary
     assert estimate["prompt_tokens"] == 3 * 500 + 100 + 110
     assert estimate["completion_tokens"] == 50 + 200
     assert estimate["cost_usd"] == pytest.approx((1710 * 2 + 250 * 10) / 1e6)
-    unknown = await lone_cli.run(*asked)
-    assert "cost: not known, because VQA_PRICES has no price for simulated/vision" in unknown.out
-    given = await lone_cli.run(*asked, "--json", "--price", "1,1")
+    unknown = await no_worker_cli.run(*asked)
+    assert "cost unknown: VQA_PRICES has no price for simulated/vision" in unknown.out
+    given = await no_worker_cli.run(*asked, "--json", "--price", "1,1")
     assert given.summary["cost_usd"] == pytest.approx(1960 / 1e6)
-    assert await depth(stack, lone_cli.jobs_queue) == 0
-    assert lone_cli.manifests == []
+    assert await depth(stack, no_worker_cli.jobs_queue) == 0
+    assert no_worker_cli.state_files == []
 
 
 # Who reads the results
 
 
-async def test_results_may_go_to_a_queue_that_others_read(lone_cli: Cli, stack: Stack) -> None:
-    queue = lone_cli.settings["VQA_RESULTS_QUEUE"]
-    submitted = await lone_cli.run("submit", "s3://b/k", "What?", "--reply-to", queue, "--name", "mine")
-    assert submitted.lines == ["1 job submitted as mine", f"their results come to {queue}"]
-    (message,) = await emptied(stack, lone_cli.jobs_queue)
+async def test_results_can_be_sent_to_another_program_s_queue(no_worker_cli: Cli, stack: Stack) -> None:
+    queue = no_worker_cli.settings["VQA_RESULTS_QUEUE"]
+    submitted = await no_worker_cli.run("submit", "s3://b/k", "What?", "--reply-to", queue, "--name", "mine")
+    assert submitted.lines == [
+        "Submitted 1 job (submission mine).",
+        f"Results are sent to the queue {queue}.",
+    ]
+    (message,) = await drain(stack, no_worker_cli.jobs_queue)
     assert message.reply_to == queue
-    gathered = await lone_cli.run("results", "mine")
-    assert gathered.code == 1
-    assert "which others read: there is nothing to gather here" in gathered.err
+    collected = await no_worker_cli.run("results", "mine")
+    assert collected.code == 1
+    assert "the results of mine are sent to the queue" in collected.err

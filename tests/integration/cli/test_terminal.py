@@ -1,4 +1,4 @@
-"""Commands on a terminal: questions to a person, and bars that show how far things are."""
+"""Commands on a terminal: confirmation and progress bars."""
 
 import asyncio
 import json
@@ -11,41 +11,41 @@ from tests.integration.cli.running import Cli, depth
 from tests.integration.cli.terminal import Terminal
 
 
-async def test_a_person_is_asked_before_much_is_submitted(lone_cli: Cli, stack: Stack) -> None:
+async def test_a_large_submission_asks_for_confirmation(no_worker_cli: Cli, stack: Stack) -> None:
     job = {"question": "What?", "images": ["s3://b/k"], "model": "m"}
-    lone_cli.write("jobs.jsonl", *[job] * 1001)
-    lone_cli.settings["VQA_PRICES"] = json.dumps({"m": [10, 10]})
-    refused = Terminal(lone_cli, "submit", "jobs.jsonl")
-    await refused.shows(r"1,001 jobs about 1,001 images, for m")
+    no_worker_cli.write("jobs.jsonl", *[job] * 1001)
+    no_worker_cli.settings["VQA_PRICES"] = json.dumps({"m": [10, 10]})
+    refused = Terminal(no_worker_cli, "submit", "jobs.jsonl")
+    await refused.shows(r"1,001 jobs with 1,001 images for m")
     await refused.shows(r"Submit 1,001 jobs, about \$12\.03\? \[y/N\]")
     refused.type("\n")
     assert await refused.ended() == 1
-    assert refused.shown.endswith("nothing was submitted\r\n")
-    assert (await depth(stack, lone_cli.jobs_queue), lone_cli.manifests) == (0, [])
+    assert refused.shown.endswith("Nothing submitted.\r\n")
+    assert (await depth(stack, no_worker_cli.jobs_queue), no_worker_cli.state_files) == (0, [])
 
-    agreed = Terminal(lone_cli, "submit", "jobs.jsonl")
+    agreed = Terminal(no_worker_cli, "submit", "jobs.jsonl")
     await agreed.shows(r"\[y/N\]")
     agreed.type("y\n")
     assert await agreed.ended() == 0
     assert re.search(r"submitted .*1001/1001", agreed.shown)
-    assert await depth(stack, lone_cli.jobs_queue) == 1001
+    assert await depth(stack, no_worker_cli.jobs_queue) == 1001
 
-    unasked = Terminal(lone_cli, "submit", "jobs.jsonl", "--name", "other", "--yes")
+    unasked = Terminal(no_worker_cli, "submit", "jobs.jsonl", "--name", "other", "--yes")
     assert await unasked.ended() == 0
     assert "[y/N]" not in unasked.shown
 
 
-async def test_bars_show_what_is_done_failed_and_paid(cli: Cli) -> None:
+async def test_progress_bars_show_results_failures_and_cost(cli: Cli) -> None:
     fine = {"messages": [{"role": "user", "content": "Bars?"}]}
     cli.write("jobs.jsonl", *[fine] * 4, {"question": "What?", "images": ["s3://no-bucket/key"]})
     shown = Terminal(cli, "submit", "jobs.jsonl", "--wait", "-o", "out.jsonl")
     assert await shown.ended() == 1
     assert re.search(r"submitted .*5/5", shown.shown)
     assert re.search(r"results .*5/5 .*1 failed, \d+ tokens, \$0\.0\d+", shown.shown)
-    assert re.search(r"4 answered, 1 failed, \d+ tokens, \$0\.0\d+\r\nwritten: out.jsonl\r\n$", shown.shown)
+    assert re.search(r"4 succeeded, 1 failed, \d+ tokens, \$0\.0\d+\r\nWrote out.jsonl\r\n$", shown.shown)
 
 
-async def test_a_bar_shows_which_files_were_not_there(cli: Cli) -> None:
+async def test_a_progress_bar_shows_new_uploads(cli: Cli) -> None:
     for name in ("a.png", "b.png", "c.png"):
         (cli.folder / name).write_bytes(picture())
     first = Terminal(cli, "submit", "a.png", "b.png", "What?", "--bucket", BUCKET)
@@ -56,7 +56,7 @@ async def test_a_bar_shows_which_files_were_not_there(cli: Cli) -> None:
     assert re.search(r"uploaded .*2/2 .*1 new", second.shown)
 
 
-async def test_bars_and_answers_share_a_terminal(cli: Cli) -> None:
+async def test_progress_bars_and_answers_share_a_terminal(cli: Cli) -> None:
     cli.write(
         "jobs.jsonl", *({"id": f"it-{n}", "messages": [{"role": "user", "content": "?"}]} for n in range(3))
     )
@@ -66,7 +66,7 @@ async def test_bars_and_answers_share_a_terminal(cli: Cli) -> None:
         assert f"it-{number}: [simulated model]" in shown.shown
 
 
-async def test_answers_in_a_pipe_are_free_of_bars(cli: Cli) -> None:
+async def test_answers_in_a_pipe_have_no_progress_bars(cli: Cli) -> None:
     cli.write("jobs.jsonl", *({"messages": [{"role": "user", "content": "?"}]} for _ in range(3)))
     shown = Terminal(cli, "submit", "jobs.jsonl", "--wait", "--json", pipes=True)
     reading = asyncio.create_task(asyncio.to_thread(shown.process.communicate))
@@ -76,10 +76,10 @@ async def test_answers_in_a_pipe_are_free_of_bars(cli: Cli) -> None:
     assert "results" in shown.shown
 
 
-async def test_a_submission_that_waits_says_what_for(lone_cli: Cli) -> None:
-    lone_cli.write("jobs.jsonl", *[{"question": "What?", "images": ["s3://b/k"]}] * 5)
-    shown = Terminal(lone_cli, "submit", "jobs.jsonl", "--max-queue", "2")
-    await shown.shows(r"waiting: the queue holds 2 \(--max-queue 2\)")
+async def test_a_waiting_submission_says_why(no_worker_cli: Cli) -> None:
+    no_worker_cli.write("jobs.jsonl", *[{"question": "What?", "images": ["s3://b/k"]}] * 5)
+    shown = Terminal(no_worker_cli, "submit", "jobs.jsonl", "--max-queue", "2")
+    await shown.shows(r"waiting: queue depth is 2 \(--max-queue 2\)")
     shown.process.send_signal(signal.SIGINT)
     assert await shown.ended() == 130
-    assert "broken off; the same command goes on" in shown.shown
+    assert "Interrupted. Run the same command again" in shown.shown

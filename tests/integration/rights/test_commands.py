@@ -30,13 +30,13 @@ def cli_as(realm: Realm, stack: Stack, folder: Path, user: str) -> Cli:
 async def test_check_passes_every_permission_of_the_worker_s_user(
     realm: Realm, stack: Stack, tmp_path: Path
 ) -> None:
-    printed = await cli_as(realm, stack, tmp_path, WORKER).told("check")
+    printed = await cli_as(realm, stack, tmp_path, WORKER).run_json("check")
     findings = {it["check"]: it["status"] for it in printed}
     assert "failed" not in findings.values()
     for right in (
-        "right to take jobs",
-        "right to publish results",
-        "right to publish jobs back",
+        "permission to consume jobs",
+        "permission to publish results",
+        "permission to publish requeued jobs",
         "cancellations",
     ):
         assert findings[right] == "ok", right
@@ -52,14 +52,14 @@ async def test_the_operator_lists_and_replays_dead_letters(
         message = aio_pika.Message(b"{}", headers={"vqa-error-code": "it_died"})
         await channel.default_exchange.publish(message, "vqa.jobs.dead")
         for _ in range(5):
-            assert [it["code"] for it in await cli.told("dlq", "list")] == ["it_died"]
-        (replayed,) = await cli.told("dlq", "replay", "--yes")
+            assert [it["code"] for it in await cli.run_json("dlq", "list")] == ["it_died"]
+        (replayed,) = await cli.run_json("dlq", "replay", "--yes")
         assert replayed["done"]
         jobs = await channel.get_queue("vqa.jobs", ensure=False)
         back = await jobs.get(no_ack=True)
         assert back.body == b"{}"
-    (figures,) = await cli.told("top", "--once")
-    assert figures["queues"]["dead"] == 0
+    (figures,) = await cli.run_json("top", "--once")
+    assert figures["queues"]["dead_letters"] == 0
 
 
 @pytest.fixture
@@ -75,10 +75,10 @@ async def test_the_publisher_submits_a_job_and_collects_its_result(
 ) -> None:
     cli = cli_as(realm, stack, tmp_path, PUBLISHER)
     job = ("submit", put_image(), "What is it?", "--exchange", INTAKE)
-    (waited_for,) = await cli.told(*job, "--wait")
+    (waited_for,) = await cli.run_json(*job, "--wait")
     assert waited_for["status"] == "succeeded"
-    await cli.told(*job, "--name", "collected-later")
-    (collected,) = await cli.told("results", "collected-later")
+    await cli.run_json(*job, "--name", "collected-later")
+    (collected,) = await cli.run_json("results", "collected-later")
     assert collected["status"] == "succeeded"
 
 

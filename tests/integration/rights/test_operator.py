@@ -64,7 +64,7 @@ async def test_only_the_operator_declares_the_topology_and_a_worker_runs_with_it
 
     applied = await apply_as(OPERATOR, bare, tmp_path)
     assert (applied.code, applied.errors) == (0, [])
-    assert all(line.endswith((": made", ": is there")) for line in applied.output.splitlines())
+    assert all(line.endswith((": created", ": exists")) for line in applied.output.splitlines())
     async with Worker.running(bare.stack, tmp_path, **bare.settings) as worker:
         # The publishers' exchange is not a setting of the worker: only the files declare it.
         async with Client.of(bare.stack, worker, url=bare.url(OPERATOR)) as client:
@@ -80,7 +80,7 @@ async def test_the_import_declares_the_same_topology_as_the_operator(
         imported = administer(stack, "GET", f"/api/definitions/{VHOST}")
         applied = await apply_as(OPERATOR, realm, tmp_path)
         assert (applied.code, applied.errors) == (0, [])
-        assert not [line for line in applied.output.splitlines() if line.endswith(": made")]
+        assert not [line for line in applied.output.splitlines() if line.endswith(": created")]
         assert administer(stack, "GET", f"/api/definitions/{VHOST}") == imported
         assert [it["name"] for it in imported["policies"]] == ["vqa"]
 

@@ -1,1 +1,1 @@
-"""`vqa-worker check`: a doctor, who looks at each setting and at all that the worker depends on."""
+"""`vqa-worker check`: check the configuration and every dependency."""

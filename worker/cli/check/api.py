@@ -1,4 +1,4 @@
-"""What is looked at behind `VQA_MODEL_BASE_URL`."""
+"""Checks of the model API at `VQA_MODEL_BASE_URL`."""
 
 import base64
 import difflib
@@ -19,13 +19,13 @@ from worker.observability.redaction import Redactor
 from worker.settings import Settings
 
 QUESTION: Final = "Which colour is this? Answer with one word."
-# As small as it gets would be one pixel, which some models refuse: they look at patches of up to 32.
+# Some models refuse images smaller than their patches, which have up to 32 pixels.
 SIDE_PIXELS: Final = 64
 CHECK: Final = "model API"
 
 
 async def api_findings(settings: Settings, *, ask: bool) -> AsyncIterator[Finding]:
-    """The list of models, and a question if that is wished."""
+    """Check the list of models; with `ask`, send a question."""
     async with AsyncExitStack() as stack:
         model = open_model(settings, Redactor(settings.secret_values()), stack)
         try:
@@ -34,10 +34,8 @@ async def api_findings(settings: Settings, *, ask: bool) -> AsyncIterator[Findin
             yield failed(CHECK, f"{settings.model_base_url}: {error.message}")
             return
         if names is None:
-            text = (
-                f"{settings.model_base_url} has no list of models, so that neither address nor key were tried"
-            )
-            yield skipped(CHECK, text if ask else f"{text}: --ask does")
+            text = f"{settings.model_base_url}: GET /models returned 404; URL and key not verified"
+            yield skipped(CHECK, text if ask else f"{text}. Use --ask.")
         else:
             yield ok(CHECK, f"{settings.model_base_url} lists {len(names)} models")
             for name in settings.allowed_models:
@@ -49,14 +47,14 @@ async def api_findings(settings: Settings, *, ask: bool) -> AsyncIterator[Findin
 def _listed(name: str, names: Collection[str]) -> Finding:
     check = f"model {name}"
     if name in names:
-        return ok(check, "is there")
+        return ok(check, "available")
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return failed(check, f"the API does not list it: check VQA_MODEL and VQA_ALLOWED_MODELS{hint}")
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return failed(check, f"not listed by the API. Check VQA_MODEL and VQA_ALLOWED_MODELS{hint}.")
 
 
 async def _asked(model: Model, settings: Settings) -> Finding:
-    """Ask about a picture of a few dozen pixels. It is a real call, and paid for."""
+    """Send one billed request with a small image."""
     check = f"question to {settings.model}"
     started = time.monotonic()
     try:
@@ -66,9 +64,9 @@ async def _asked(model: Model, settings: Settings) -> Finding:
     except (JobError, TransientError, DependencyDownError) as error:
         return failed(check, error.message)
     except RateLimitedError as error:
-        return failed(check, f"{error}: try again later")
+        return failed(check, f"{error}. Try again later.")
     took_s = time.monotonic() - started
-    return ok(check, f"answered in {took_s:.2f} s{_cost(answer)}{_oddity(answer)}")
+    return ok(check, f"answered in {took_s:.2f} s{_cost(answer)}{_empty_note(answer)}")
 
 
 def _question(model: str) -> RequestBody:
@@ -79,18 +77,18 @@ def _question(model: str) -> RequestBody:
 
 def _cost(answer: Answer) -> str:
     if answer.usage is None:
-        return ", without telling the tokens"
+        return ", no token usage reported"
     tokens = f", {answer.usage.prompt_tokens} + {answer.usage.completion_tokens} tokens"
     cost = answer.usage.cost_usd
     return tokens if cost is None else f"{tokens}, ${cost:.6f}"
 
 
-def _oddity(answer: Answer) -> str:
-    return f" (with no text: finish_reason {answer.finish_reason})" if answer.is_empty else ""
+def _empty_note(answer: Answer) -> str:
+    return f" (empty answer: finish_reason {answer.finish_reason})" if answer.is_empty else ""
 
 
 def red_square(side: int) -> bytes:
-    """A PNG (RFC 2083) of so many pixels each way, all of them red."""
+    """Return a red square PNG (RFC 2083) with a side of so many pixels."""
     row = b"\0" + b"\xff\0\0" * side
     parts = (
         (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),

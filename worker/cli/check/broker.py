@@ -1,4 +1,4 @@
-"""What is looked at on the broker. Nothing is changed there."""
+"""Checks of RabbitMQ: connection, topology, permissions. They change nothing."""
 
 from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
 from typing import Final
@@ -16,19 +16,21 @@ DEFAULT: Final = "the default exchange"
 
 
 async def broker_findings(
-    settings: BrokerSettings, broker: Broker, patience_s: float
+    settings: BrokerSettings, broker: Broker, timeout_s: float
 ) -> AsyncIterator[Finding]:
-    """The connection, then all that is behind it."""
+    """Check the connection, queues, exchanges and permissions."""
     try:
-        async with Session(broker, "check").opened(patience_s) as connection:
+        async with Session(broker, "check").opened(timeout_s) as connection:
             probes = Probes(connection)
             yield ok("broker", f"{probes.version} at {settings.rabbitmq_address}{_user(settings)}")
-            async for finding in _behind(probes, Topology.from_settings(settings)):
+            async for finding in _topology_findings(probes, Topology.from_settings(settings)):
                 yield finding
     except (BrokerRefusedError, BrokerUnreachableError) as error:
         yield failed("broker", f"{settings.rabbitmq_address}: {error}")
     except ConnectionError as error:
-        yield failed("broker", f"it went away during the check ({type(error).__name__}): try again")
+        yield failed(
+            "broker", f"the connection was lost during the check ({type(error).__name__}). Try again."
+        )
 
 
 def _user(settings: BrokerSettings) -> str:
@@ -36,27 +38,27 @@ def _user(settings: BrokerSettings) -> str:
     return f", as user {unquote(name)}" if name else ""
 
 
-async def _behind(probes: Probes, topology: Topology) -> AsyncIterator[Finding]:
+async def _topology_findings(probes: Probes, topology: Topology) -> AsyncIterator[Finding]:
     queues: dict[str, Found] = {}
     exchanges: set[str] = set()
-    unseen: set[str] = set()
+    hidden: set[str] = set()
     parts: list[Part] = [*topology.queues(), topology.control, *topology.exchanges()]
     for part in parts:
         try:
             found = await probes.find(part)
         except NotAllowedError as error:
-            # What may be done with it shows without seeing it.
-            unseen.add(part.name)
-            yield _unseen(topology, part, str(error))
+            # Permissions can be checked without seeing it.
+            hidden.add(part.name)
+            yield _hidden_part(topology, part, str(error))
             continue
         if found is not None and isinstance(part, QueueSpec):
             queues[part.name] = found
         elif found is not None:
             exchanges.add(part.name)
         yield await _part(probes, topology, part, found)
-    for finding in _life(topology, queues):
+    for finding in _activity(topology, queues):
         yield finding
-    async for finding in _rights(probes, topology, {*queues, *exchanges, *unseen}):
+    async for finding in _permissions(probes, topology, {*queues, *exchanges, *hidden}):
         yield finding
 
 
@@ -64,77 +66,79 @@ async def _part(probes: Probes, topology: Topology, part: Part, found: Found | N
     check = str(part)
     if found is None:
         return _missing(topology, part)
-    told = "is there"
+    state = "exists"
     if isinstance(part, QueueSpec):
-        told = f"{found.messages} waiting, {counted(found.consumers, 'consumer')}"
+        state = f"{found.messages} ready, {counted(found.consumers, 'consumer')}"
     if part.may_differ:
-        return ok(check, told)
+        return ok(check, state)
     try:
         difference = await probes.compare(part)
     except NotAllowedError as error:
         if topology.declare and part == topology.control:
-            # It does without.
-            return warning(check, f"cancellations would not be heard: {error}")
+            # A worker runs without it.
+            return warning(check, f"the worker will not receive cancellations: {error}")
         if topology.declare:
             return failed(check, f"{error}; or set VQA_DECLARE_TOPOLOGY=false")
-        return ok(check, f"{told} (its arguments were not compared: this user may not declare it)")
+        return ok(check, f"{state}; arguments not checked (the user has no permission to declare it)")
     if difference is None:
-        return ok(check, f"{told}; as the worker needs it")
-    text = f"other arguments than the worker's: {difference}"
+        return ok(check, f"{state}; arguments OK")
+    text = f"arguments differ from the worker's: {difference}"
     return (failed if topology.declare else warning)(
-        check, f"{text}; delete it, change it by a policy, or name another"
+        check, f"{text}. Delete it, change it with a policy, or configure another name."
     )
 
 
-def _unseen(topology: Topology, part: Part, reason: str) -> Finding:
-    """RabbitMQ 4.3 shows nothing to a user without any right to it; one that declares it has one."""
+def _hidden_part(topology: Topology, part: Part, reason: str) -> Finding:
+    """RabbitMQ 4.3 hides a queue from a user without permissions on it; a user that declares it has one."""
     if topology.declare and not part.may_differ and part != topology.control:
         return failed(str(part), f"{reason}; or set VQA_DECLARE_TOPOLOGY=false")
-    return skipped(str(part), f"this user may not look for it: {reason}")
+    return skipped(str(part), f"hidden from this user: {reason}")
 
 
 def _missing(topology: Topology, part: Part) -> Finding:
     if part.may_differ:
-        return failed(str(part), "does not exist: create it (`vqa-worker topology apply` does)")
+        return failed(str(part), "does not exist. Run `vqa-worker topology apply`.")
     if not topology.declare and part != topology.control:
-        return failed(str(part), "does not exist: `vqa-worker topology apply` makes it")
-    return warning(
-        str(part), "does not exist yet: a worker makes it at its start, or `vqa-worker topology apply`"
-    )
+        return failed(str(part), "does not exist. Run `vqa-worker topology apply`.")
+    return warning(str(part), "does not exist yet. Start a worker or run `vqa-worker topology apply`.")
 
 
-def _life(topology: Topology, found: Mapping[str, Found]) -> list[Finding]:
-    """What the figures say."""
+def _activity(topology: Topology, found: Mapping[str, Found]) -> list[Finding]:
+    """Check for consumers and dead letters."""
     findings = []
     jobs, dead = found.get(topology.jobs), found.get(topology.dead_letters)
     if jobs is not None and not jobs.consumers:
-        findings.append(warning("workers", f"none takes jobs from {topology.jobs} at the moment"))
+        findings.append(warning("workers", f"no consumers on {topology.jobs}"))
     if dead is not None and dead.messages:
-        text = f"{counted(dead.messages, 'letter')} on {topology.dead_letters}: `vqa-worker dlq list`"
+        text = f"{counted(dead.messages, 'message')} on {topology.dead_letters}. Run `vqa-worker dlq list`."
         findings.append(warning("dead letters", text))
     return findings
 
 
-async def _rights(probes: Probes, topology: Topology, there: Collection[str]) -> AsyncIterator[Finding]:
-    """What the user may do, as far as it shows without doing it."""
-    if topology.jobs in there:
-        yield await _right("right to take jobs", probes.may_consume(topology.jobs))
-    if topology.control.name in there:
+async def _permissions(
+    probes: Probes, topology: Topology, existing: Collection[str]
+) -> AsyncIterator[Finding]:
+    """Check the user's permissions without consuming or publishing."""
+    if topology.jobs in existing:
+        yield await _permission("permission to consume jobs", probes.may_consume(topology.jobs))
+    if topology.control.name in existing:
         try:
             await probes.may_listen(topology.control)
         except NotAllowedError as error:
-            yield warning("cancellations", f"would not be heard: {error}")
+            yield warning("cancellations", f"the worker will not receive them: {error}")
         else:
-            yield ok("cancellations", "can be heard")
-    # Last, because a broker that takes no messages says nothing more to whoever has sent one.
+            yield ok("cancellations", "permission granted")
+    # Last, because a broker with a resource alarm blocks a connection that publishes.
     try:
         for what, exchange, queue in (
             ("results", topology.reply_exchange, topology.results),
-            ("jobs back", topology.jobs_exchange, topology.jobs),
+            ("requeued jobs", topology.jobs_exchange, topology.jobs),
         ):
-            if not exchange or exchange in there:
-                by = f"by exchange {exchange}" if exchange else f"by {DEFAULT}"
-                yield await _right(f"right to publish {what}", probes.may_publish(exchange, queue), by)
+            if not exchange or exchange in existing:
+                by = f"on exchange {exchange}" if exchange else f"on {DEFAULT}"
+                yield await _permission(
+                    f"permission to publish {what}", probes.may_publish(exchange, queue), by
+                )
         if topology.reply_exchange and topology.jobs_exchange:
             yield await _direct_replies(probes)
     except BlockedError as error:
@@ -147,11 +151,11 @@ async def _direct_replies(probes: Probes) -> Finding:
     except BlockedError:
         raise
     except NotAllowedError:
-        return skipped("direct reply-to", f"goes by {DEFAULT}, which this user may not write to")
-    return ok("direct reply-to", f"granted by {DEFAULT}")
+        return skipped("direct reply-to", f"no write permission on {DEFAULT}")
+    return ok("direct reply-to", f"granted on {DEFAULT}")
 
 
-async def _right(check: str, probe: Awaitable[None], how: str = "") -> Finding:
+async def _permission(check: str, probe: Awaitable[None], how: str = "") -> Finding:
     try:
         await probe
     except BlockedError:

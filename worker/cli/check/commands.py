@@ -1,4 +1,4 @@
-"""The command itself."""
+"""The command `vqa-worker check`."""
 
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated
@@ -7,16 +7,16 @@ import typer
 
 from worker.cli.check.finding import Finding, Report, Status, failed, ok, warning
 from worker.cli.shell import (
-    DEFAULT_PATIENCE_S,
+    DEFAULT_CONNECT_TIMEOUT_S,
     EXIT_CONFIG,
     EXIT_FAILURE,
     EXIT_OK,
+    ConnectTimeout,
     Json,
-    Patience,
     Screen,
     add,
     broker_of,
-    read,
+    load,
 )
 
 if TYPE_CHECKING:
@@ -31,23 +31,23 @@ def register(app: typer.Typer) -> None:
 async def check(
     image: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="An image to look at as the worker would: s3://bucket/key."),
+        typer.Option(metavar="URL", help="Test read access to this image: s3://bucket/key; repeatable."),
     ] = None,
     ask: Annotated[
-        bool, typer.Option("--ask", help="Ask the model a real question too. It costs what a question costs.")
+        bool, typer.Option("--ask", help="Also send one test request to the model (billed).")
     ] = False,
     as_json: Json = False,
-    patience: Patience = DEFAULT_PATIENCE_S,
+    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> int:
-    """Look at every setting and at all that the worker depends on, and say what to do about it.
+    """Check the configuration and every dependency, and suggest a fix for each problem.
 
     - `vqa-worker check`
     - `vqa-worker check --image s3://photos/2030/table.jpg --ask`
     - `vqa-worker check --json | jq 'select(.status == "failed")'`
 
-    Nothing is changed: no job is taken, no message published, no queue made; one small object comes and goes
-    in the result store, where there is one. Ends with 0 if nothing has failed (warnings are none), 1 if
-    something has, 78 if settings are wrong.
+    Read-only: consumes no job, publishes no message, creates no queue; it writes and deletes one small object
+    in the result store, if there is one. Exit codes: 0 no failures (warnings do not count), 1 a check failed,
+    78 a setting is wrong.
     """
     screen = Screen(as_json=as_json)
     report = Report(screen)
@@ -55,41 +55,41 @@ async def check(
     if broker_settings is not None:
         from worker.cli.check.broker import broker_findings
 
-        await _all(report, broker_findings(broker_settings, broker_of(broker_settings), patience))
+        await _add_all(report, broker_findings(broker_settings, broker_of(broker_settings), timeout))
     if settings is not None:
         from worker.cli.check.api import api_findings
         from worker.cli.check.storage import storage_findings
 
-        await _all(report, storage_findings(settings, image or ()))
-        await _all(report, api_findings(settings, ask=ask))
-    report.end()
+        await _add_all(report, storage_findings(settings, image or ()))
+        await _add_all(report, api_findings(settings, ask=ask))
+    report.print_summary()
     if settings is None:
         return EXIT_CONFIG
     return EXIT_FAILURE if report.count[Status.FAILED] else EXIT_OK
 
 
-async def _all(report: Report, findings: AsyncIterator[Finding]) -> None:
+async def _add_all(report: Report, findings: AsyncIterator[Finding]) -> None:
     async for finding in findings:
         report.add(finding)
 
 
 def _settings(screen: Screen, report: Report) -> "tuple[Settings | None, BrokerSettings | None]":
-    """All settings; where some are wrong, those of the broker, if they are not."""
+    """Load all settings; if one is wrong, at least the settings of the broker."""
     from worker.settings import SettingsError, load_broker_settings, load_settings
 
     try:
-        settings = read(load_settings, screen)
+        settings = load(load_settings, screen)
     except SettingsError as error:
         for fault in error.faults:
             report.add(failed("settings", fault))
     else:
-        report.add(ok("settings", "make sense"))
+        report.add(ok("settings", "valid"))
         for text in settings.warnings():
-            # The others have been told by `read`.
+            # `load` has printed the others.
             if text not in settings.unknown_variables:
                 report.add(warning("settings", text))
         return settings, settings
     try:
-        return None, read(load_broker_settings, screen)
+        return None, load(load_broker_settings, screen)
     except SettingsError:
         return None, None

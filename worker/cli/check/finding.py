@@ -1,4 +1,4 @@
-"""What a check found."""
+"""Findings of `vqa-worker check`, and how they are printed."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from worker.cli.shell import Screen
 
 
 class Status(StrEnum):
-    """How a check ended."""
+    """The outcome of a check."""
 
     OK = "ok"
     WARNING = "warning"
@@ -38,7 +38,7 @@ COLOURS: Final[Mapping[Status, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check: what was looked at, how it is, and what to do."""
+    """One check: its name, status, and a message with a fix if there is a problem."""
 
     check: str
     status: Status
@@ -46,27 +46,27 @@ class Finding:
 
 
 def ok(check: str, message: str) -> Finding:
-    """All is well."""
+    """Return a finding without a problem."""
     return Finding(check, Status.OK, message)
 
 
 def warning(check: str, message: str) -> Finding:
-    """It works, or will, and yet somebody should look at it."""
+    """Return a finding that does not keep a worker from working."""
     return Finding(check, Status.WARNING, message)
 
 
 def failed(check: str, message: str) -> Finding:
-    """A worker would not work so."""
+    """Return a finding that keeps a worker from working."""
     return Finding(check, Status.FAILED, message)
 
 
 def skipped(check: str, message: str) -> Finding:
-    """It cannot be looked at from here."""
+    """Return a finding for a check that is not possible."""
     return Finding(check, Status.SKIPPED, message)
 
 
 class Report:
-    """Tells each finding when it comes, and counts them."""
+    """Print findings as they are made, and count them."""
 
     def __init__(self, screen: Screen) -> None:
         from worker.observability.redaction import Redactor
@@ -76,14 +76,14 @@ class Report:
         self.count: Counter[Status] = Counter()
 
     def add(self, finding: Finding) -> None:
-        """Tell one."""
+        """Print and count a finding."""
         self.count[finding.status] += 1
         message = self._clean(finding.message)
         self._screen.emit({"check": finding.check, "status": finding.status, "message": message})
-        self._screen.say(f"{_mark(finding.status)} {finding.check}: {message}")
+        self._screen.print(f"{_mark(finding.status)} {finding.check}: {message}")
 
-    def end(self) -> None:
-        """Tell how many there were of each kind."""
+    def print_summary(self) -> None:
+        """Print the number of findings per status."""
         counts = [f"{count} {status}" for status in Status if (count := self.count[status])]
         self._screen.note(", ".join(counts))
 

@@ -1,4 +1,4 @@
-"""What is looked at in S3: buckets, images, the result store."""
+"""Checks of S3: credentials, buckets, images, the result store."""
 
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -22,7 +22,7 @@ _GLOB: Final = frozenset("*?[")
 
 
 async def storage_findings(settings: Settings, images: Sequence[str]) -> AsyncIterator[Finding]:
-    """The buckets that are named in full, the images given, and the result store."""
+    """Check each bucket without wildcards, the given images, and the result store."""
     async with AsyncExitStack() as stack:
         try:
             s3 = await open_s3(settings, stack)
@@ -36,7 +36,9 @@ async def storage_findings(settings: Settings, images: Sequence[str]) -> AsyncIt
         globs = [bucket for bucket in settings.allowed_buckets if _GLOB & set(bucket)]
         if globs and not images:
             named = ", ".join(globs)
-            yield skipped("buckets", f"{named}: name an object to try, --image s3://bucket/key")
+            yield skipped(
+                "buckets", f"{named}: cannot check wildcards. Name an object with --image s3://bucket/key."
+            )
         for image in images:
             yield await _image(s3, settings, image)
         if settings.result_store is not None:
@@ -44,84 +46,84 @@ async def storage_findings(settings: Settings, images: Sequence[str]) -> AsyncIt
 
 
 async def _credentials(s3: "S3", settings: Settings) -> Finding:
-    """Sign something, which nobody gets."""
+    """Sign a URL, which needs credentials but no request."""
     try:
         await s3.link(S3Object("bucket", "key"), 1)
     except DependencyDownError as error:
         return failed("S3", error.message)
-    return ok("S3", f"{settings.s3_endpoint_url or 'Amazon'}, and there are credentials")
+    return ok("S3", f"{settings.s3_endpoint_url or 'AWS'}; credentials found (not verified)")
 
 
 async def _bucket(s3: "S3", bucket: str) -> Finding:
-    """Ask for an object that is not there: S3 says so, or why it doesn't."""
+    """Read an object that does not exist: S3 answers 404, or why access is denied."""
     check = f"bucket {bucket}"
     try:
         await s3.read_beginning(S3Object(bucket, f"vqa-worker-check/{uuid.uuid4().hex}"), 1)
     except JobError as error:
         if "NoSuchBucket" in error.message:
-            return failed(check, "does not exist: check VQA_ALLOWED_BUCKETS and VQA_S3_ENDPOINT_URL")
+            return failed(check, "does not exist. Check VQA_ALLOWED_BUCKETS and VQA_S3_ENDPOINT_URL.")
         if error.code == ErrorCode.IMAGE_FORBIDDEN:
             return warning(
                 check,
-                "S3 denies an object that is not there, as it does to those who may not list the bucket (or"
-                f" not read it): name one that is there, --image s3://{bucket}/key",
+                "S3 denies access to an object that does not exist: the permission to list the bucket (or to"
+                f" read it) is missing. Check an object that exists with --image s3://{bucket}/key.",
             )
     except (TransientError, DependencyDownError) as error:
         return failed(check, error.message)
-    return ok(check, "may be read")
+    return ok(check, "readable")
 
 
 async def _image(s3: "S3", settings: Settings, url: str) -> Finding:
-    """What the worker would do with an image, up to its first bytes."""
+    """Check an image as a worker does, up to its first bytes."""
     check = f"image {display_url(url)}"
     policy = SourcePolicy(settings.allowed_buckets, settings.allowed_link_hosts)
     try:
         source = parse_source(url, "it", policy, MessageBody(url.encode()))
         if isinstance(source, Link):
-            return ok(check, "is allowed, and left to the API to fetch")
+            return ok(check, "allowed; the API fetches it")
         if not isinstance(source, S3Object):
-            return skipped(check, "is in the job itself")
+            return skipped(check, "part of the job")
         size, beginning = await s3.read_beginning(source, SIGNATURE_BYTES)
     except (JobError, TransientError, DependencyDownError) as error:
         return failed(check, error.message)
     kind = media_type(beginning)
     if kind is None:
-        return failed(check, "is neither JPEG nor PNG nor WebP")
+        return failed(check, "not a JPEG, PNG or WebP image")
     if size > settings.max_image_bytes:
-        return failed(check, f"has {size} bytes; VQA_MAX_IMAGE_BYTES allows {settings.max_image_bytes}")
+        return failed(check, f"has {size} bytes; the limit VQA_MAX_IMAGE_BYTES is {settings.max_image_bytes}")
     return ok(check, f"{kind}, {size} bytes")
 
 
 async def _store(objects: "ConditionalStore") -> Finding:
-    """Do once what the worker does there, with an object that goes again."""
+    """Use the result store as a worker does, with an object that is deleted afterwards."""
     check, name = "result store", f"check/{uuid.uuid4().hex}"
     try:
         try:
-            trouble = await _use(objects, name)
+            problem = await _use(objects, name)
         finally:
             await objects.delete(name)
-        trouble = trouble or ("it did not go when deleted" if await objects.read(name) else "")
+        problem = problem or ("a deleted object can still be read" if await objects.read(name) else "")
     except DependencyDownError as error:
         return failed(check, error.message)
-    if trouble:
-        return failed(check, f"VQA_RESULT_STORE: {trouble}: answers cannot be kept safely in such a store")
-    return ok(check, "objects can be put, read, listed and deleted, and conditions are heeded")
+    if problem:
+        return failed(check, f"VQA_RESULT_STORE: {problem}. Use an S3 service with conditional writes.")
+    return ok(check, "objects can be written, read, listed and deleted, and conditional writes work")
 
 
 async def _use(objects: "ConditionalStore", name: str) -> str:
-    """What is wrong; empty if nothing is."""
+    """Return what is wrong with the store; empty if nothing is."""
     etag = await objects.create(name, b"check")
     if etag is None:
-        return "a new object was taken for an old one"
+        return "creating a new object fails with 412"
     if await objects.create(name, b"other") is not None:
-        return "it does not heed If-None-Match"
+        return "it ignores If-None-Match"
     found = await objects.read(name)
     if found is None or found.body != b"check":
-        return "what was put is not what is read"
+        return "it returns another object than was written"
     if name.rpartition("/")[2] not in await objects.names("check/"):
-        return "what was put is not listed"
+        return "a new object is not listed"
     if await objects.replace(name, b"newer", etag) is None:
-        return "a replacement with the right ETag was refused"
+        return "it refuses If-Match with the current ETag"
     if await objects.replace(name, b"too late", etag) is not None:
-        return "it does not heed If-Match"
+        return "it ignores If-Match"
     return ""

@@ -1,1 +1,1 @@
-"""`vqa-worker dlq`: looks into the dead-letter queue, puts letters back as jobs, or throws them away."""
+"""`vqa-worker dlq`: list, show, replay and purge the messages of the dead-letter queue."""

@@ -1,4 +1,4 @@
-"""The commands themselves."""
+"""The commands of `vqa-worker dlq`."""
 
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Sequence
@@ -11,19 +11,19 @@ import typer
 
 from worker.cli.dlq import render
 from worker.cli.dlq.records import Lines
-from worker.cli.dlq.selection import Choice, is_called, moment
+from worker.cli.dlq.selection import Filter, matches_id, parse_time
 from worker.cli.shell import (
-    DEFAULT_PATIENCE_S,
+    DEFAULT_CONNECT_TIMEOUT_S,
     EXIT_OK,
     CommandError,
+    ConnectTimeout,
     Json,
-    Patience,
     Screen,
     UsageError,
     add,
     broker_of,
     counted,
-    read,
+    load,
 )
 
 if TYPE_CHECKING:
@@ -37,62 +37,71 @@ T = TypeVar("T")
 
 MAX_LISTED: Final = 1000
 MAX_SHOWN: Final = 20
-# Slower than this, a letter that waits for its turn would be held for too long.
-SLOWEST: Final = 0.02
+# At a lower rate a dead letter would be held unacknowledged for more than a minute.
+MIN_RATE: Final = 0.02
 
-_CHOICE = "Which letters"
+_FILTERS = "Filters"
 Codes = Annotated[
     list[str] | None,
-    typer.Option("--code", metavar="GLOB", help="Those that died of this error.", rich_help_panel=_CHOICE),
+    typer.Option("--code", metavar="GLOB", help="Filter by error code.", rich_help_panel=_FILTERS),
 ]
 Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
         metavar="GLOB",
-        help="Those for this model; `default`: they name none, `unknown`: unreadable.",
-        rich_help_panel=_CHOICE,
+        help="Filter by model; `default`: the job names none, `unknown`: the job is unreadable.",
+        rich_help_panel=_FILTERS,
     ),
 ]
 Ids = Annotated[
     list[str] | None,
-    typer.Option("--id", metavar="ID", help="A job's id or a letter's name.", rich_help_panel=_CHOICE),
+    typer.Option(
+        "--id",
+        metavar="ID",
+        help="Filter by job id, or by name of the dead letter.",
+        rich_help_panel=_FILTERS,
+    ),
 ]
 Since = Annotated[
     datetime | None,
     typer.Option(
         "--since",
         metavar="TIME",
-        parser=moment,
-        help="Those that died then or later: `2h` (ago), `2030-01-31` or an RFC 3339 time.",
-        rich_help_panel=_CHOICE,
+        parser=parse_time,
+        help="Dead-lettered at this time or later: `2h` (ago), `2030-01-31` or an RFC 3339 time.",
+        rich_help_panel=_FILTERS,
     ),
 ]
 Until = Annotated[
     datetime | None,
     typer.Option(
-        "--until", metavar="TIME", parser=moment, help="Those that died before.", rich_help_panel=_CHOICE
+        "--until",
+        metavar="TIME",
+        parser=parse_time,
+        help="Dead-lettered before this time.",
+        rich_help_panel=_FILTERS,
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Maximum number of messages to read.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")]
 Record = Annotated[
     Path | None,
     typer.Option(
         dir_okay=False,
-        help="Add a line for each letter to this file; where submissions are remembered, if none is given.",
+        help="Append one line per dead letter to this file (default: in ~/.local/state/vqa-worker).",
     ),
 ]
 
 
-class _Desk(NamedTuple):
-    """What every one of the commands works with."""
+class _Context(NamedTuple):
+    """What all four commands need."""
 
     screen: Screen
     broker: "Broker"
     topology: "Topology"
-    patience_s: float
+    timeout_s: float
 
 
 def register(app: typer.Typer) -> None:
@@ -113,55 +122,59 @@ async def list_(
     until: Until = None,
     limit: Limit = MAX_LISTED,
     as_json: Json = False,
-    patience: Patience = DEFAULT_PATIENCE_S,
+    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> None:
-    """List the dead letters. All of them stay where they are.
+    """List dead-lettered jobs (read-only).
 
     - `vqa-worker dlq list`
     - `vqa-worker dlq list --code attempts_exhausted --since 2h`
     - `vqa-worker dlq list --json | jq -r .job_id`
 
-    During the look, a few seconds for a thousand letters, nobody else can fetch them.
+    While it reads, a few seconds per thousand messages, other consumers cannot fetch them.
     """
-    desk = _desk(Screen(as_json=as_json), patience)
-    choice = _choice(code, model, ids, since, until)
-    letters = await _chosen(desk, choice, limit)
-    for letter in letters:
-        desk.screen.emit(render.in_json(letter))
-    if letters:
-        desk.screen.say(*render.table(letters))
+    context = _context(Screen(as_json=as_json), timeout)
+    filters = _filter(code, model, ids, since, until)
+    dead_letters = await _select(context, filters, limit)
+    for dead_letter in dead_letters:
+        context.screen.emit(render.in_json(dead_letter))
+    if dead_letters:
+        context.screen.print(*render.table(dead_letters))
 
 
 async def show(
-    name: Annotated[str, typer.Argument(metavar="ID", help="A job's id or a letter's name.")],
+    name: Annotated[str, typer.Argument(metavar="ID", help="Job id, or name of the dead letter.")],
     limit: Limit = None,
     as_json: Json = False,
-    patience: Patience = DEFAULT_PATIENCE_S,
+    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> None:
-    """Show a dead letter with its job, question and all. It stays where it is.
+    """Show one dead-lettered job with its headers and body (read-only).
 
     - `vqa-worker dlq show order-4711-photo`
     - `vqa-worker dlq show 3f9a12c04b --json | jq -r .body > job.json`
 
-    For a person, images in the job are told by their length; with `--json`, `body` is the job as it came.
+    Long data URLs are shortened; with `--json`, `body` is the complete message body.
     """
-    desk = _desk(Screen(as_json=as_json), patience)
+    context = _context(Screen(as_json=as_json), timeout)
 
     def pick(held: "FetchedDeadLetter") -> dict[str, Any] | list[str] | None:
-        if not is_called(held.record, name):
+        if not matches_id(held.record, name):
             return None
-        return render.whole(held) if as_json else list(render.page(held))
+        return render.full_json(held) if as_json else list(render.page(held))
 
     from worker.cli.dlq.bulk import select
 
-    found = await _told(select(desk.broker, desk.topology, pick, limit=limit, timeout_s=desk.patience_s))
+    found = await _translated(
+        select(context.broker, context.topology, pick, limit=limit, timeout_s=context.timeout_s)
+    )
     if not found.picked:
-        raise CommandError(f"{name}: none of the {found.examined} letters looked at has this id or name")
-    for number, letter in enumerate(found.picked):
-        if isinstance(letter, dict):
-            desk.screen.emit(letter)
+        raise CommandError(
+            f"no such dead letter: {name} ({found.examined:,} read). Run `vqa-worker dlq list`."
+        )
+    for number, dead_letter in enumerate(found.picked):
+        if isinstance(dead_letter, dict):
+            context.screen.emit(dead_letter)
         else:
-            desk.screen.say(*([""] if number else []), *letter)
+            context.screen.print(*([""] if number else []), *dead_letter)
 
 
 async def replay(
@@ -171,37 +184,37 @@ async def replay(
     since: Since = None,
     until: Until = None,
     rate: Annotated[
-        float | None, typer.Option(min=SLOWEST, metavar="N", help="At most so many letters a second.")
+        float | None, typer.Option(min=MIN_RATE, metavar="N", help="Maximum number of jobs per second.")
     ] = None,
     record: Record = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     as_json: Json = False,
-    patience: Patience = DEFAULT_PATIENCE_S,
+    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> int | None:
-    """Put dead letters back on the jobs queue, as the jobs that they were.
+    """Move dead letters back to the jobs queue.
 
     - `vqa-worker dlq replay --dry-run`
     - `vqa-worker dlq replay --code attempts_exhausted --since 2h --rate 5`
     - `vqa-worker dlq replay --id order-4711-photo --yes`
 
-    Shows first what would be done, and asks. Attempts are counted anew. A letter leaves the dead-letter queue
-    after the broker has confirmed the job: whatever happens in between, it is on one of the two, at worst on
-    both.
+    Lists the jobs and asks for confirmation first. Attempts start again at 0. A message is removed from the
+    dead-letter queue only after RabbitMQ has confirmed the job, so an interruption loses nothing; at worst
+    one job is on both queues.
     """
-    desk = _desk(Screen(as_json=as_json), patience)
-    letters = await _chosen(desk, _choice(code, model, ids, since, until), limit)
-    desk.screen.note(*_doubts(letters))
-    target = f"put back on {desk.topology.jobs}"
-    if not _is_wanted(desk.screen, letters, "replay", target, dry_run=dry_run, yes=yes):
+    context = _context(Screen(as_json=as_json), timeout)
+    dead_letters = await _select(context, _filter(code, model, ids, since, until), limit)
+    context.screen.note(*_warnings(dead_letters))
+    done = f"moved to {context.topology.jobs}"
+    if not _is_confirmed(context.screen, dead_letters, "replay", done, dry_run=dry_run, yes=yes):
         return None
 
     async def step(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
         await dead.replay(held)
 
-    with Lines(record or _kept("replayed")) as lines:
-        return await _work_off(desk, letters, "replay", step, lines, rate=rate)
+    with Lines(record or _default_record("replayed")) as lines:
+        return await _process(context, dead_letters, "replay", step, lines, rate=rate)
 
 
 async def purge(
@@ -211,121 +224,127 @@ async def purge(
     since: Since = None,
     until: Until = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="All that there are.", rich_help_panel=_CHOICE)
+        bool, typer.Option("--all", help="Delete all of them.", rich_help_panel=_FILTERS)
     ] = False,
     save: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Keep the letters in this file first, jobs and all (JSON)."),
+        typer.Option(dir_okay=False, help="Write the complete messages to this file first (JSONL)."),
     ] = None,
     record: Record = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     as_json: Json = False,
-    patience: Patience = DEFAULT_PATIENCE_S,
+    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> int | None:
-    """Throw dead letters away. They are gone then, unless they were saved.
+    """Delete dead letters. This cannot be undone; use `--save` to keep a copy.
 
     - `vqa-worker dlq purge --code invalid_job --dry-run`
-    - `vqa-worker dlq purge --until 30d --save letters.jsonl`
+    - `vqa-worker dlq purge --until 30d --save dead-letters.jsonl`
     - `vqa-worker dlq purge --all --yes`
     """
-    choice = _choice(code, model, ids, since, until)
-    if choice.is_any and not everything:
-        raise UsageError("say which letters, e.g. --code invalid_job or --until 30d; or --all")
-    desk = _desk(Screen(as_json=as_json), patience)
-    letters = await _chosen(desk, choice, limit)
-    if not _is_wanted(desk.screen, letters, "purge", "thrown away", dry_run=dry_run, yes=yes):
+    filters = _filter(code, model, ids, since, until)
+    if filters.matches_all and not everything:
+        raise UsageError("no filter. Give one, such as --code invalid_job or --until 30d, or use --all.")
+    context = _context(Screen(as_json=as_json), timeout)
+    dead_letters = await _select(context, filters, limit)
+    if not _is_confirmed(context.screen, dead_letters, "purge", "deleted", dry_run=dry_run, yes=yes):
         return None
     with ExitStack() as files:
-        lines = files.enter_context(Lines(record or _kept("purged")))
-        saved = files.enter_context(Lines(save, keeps=True)) if save else None
+        lines = files.enter_context(Lines(record or _default_record("purged")))
+        saved = files.enter_context(Lines(save, fsync=True)) if save else None
 
         async def step(_: "DeadLetters", held: "FetchedDeadLetter") -> None:
             if saved is not None:
-                saved.add(render.whole(held))
+                saved.add(render.full_json(held))
 
-        return await _work_off(desk, letters, "purge", step, lines)
+        return await _process(context, dead_letters, "purge", step, lines)
 
 
-def _desk(screen: Screen, patience_s: float) -> _Desk:
+def _context(screen: Screen, timeout_s: float) -> _Context:
     from worker.settings import load_broker_settings
 
-    settings = read(load_broker_settings, screen)
+    settings = load(load_broker_settings, screen)
     from worker.rabbitmq.properties import install_tolerant_decoders
     from worker.rabbitmq.topology import Topology
 
     install_tolerant_decoders()
-    return _Desk(screen, broker_of(settings), Topology.from_settings(settings), patience_s)
+    return _Context(screen, broker_of(settings), Topology.from_settings(settings), timeout_s)
 
 
-def _kept(name: str) -> Path:
+def _default_record(name: str) -> Path:
     from worker.cli.state_dir import folder
 
     return folder() / f"{name}.jsonl"
 
 
-def _choice(
+def _filter(
     code: list[str] | None,
     model: list[str] | None,
     ids: list[str] | None,
     since: datetime | None,
     until: datetime | None,
-) -> Choice:
-    return Choice(codes=code or (), models=model or (), ids=ids or (), since=since, until=until)
+) -> Filter:
+    return Filter(codes=code or (), models=model or (), ids=ids or (), since=since, until=until)
 
 
-async def _chosen(desk: _Desk, choice: Choice, limit: int | None) -> Sequence["DeadLetter"]:
-    """The letters that are meant, the oldest first; says how many others there are."""
+async def _select(context: _Context, filters: Filter, limit: int | None) -> Sequence["DeadLetter"]:
+    """Return the matching dead letters, oldest first; print how many there are in all."""
     from worker.cli.dlq.bulk import select
 
     def pick(held: "FetchedDeadLetter") -> "DeadLetter | None":
-        return held.record if held.record in choice else None
+        return held.record if held.record in filters else None
 
-    found = await _told(select(desk.broker, desk.topology, pick, limit=limit, timeout_s=desk.patience_s))
-    chosen = f"{len(found.picked)} of them chosen" if not choice.is_any else ""
-    part = f"{found.examined} of them looked at (--limit)" if found.examined < found.total else ""
-    there = f"{desk.topology.dead_letters}: {counted(found.total, 'letter')}"
-    desk.screen.note(", ".join(filter(None, (there, part, chosen))))
-    return sorted(found.picked, key=lambda letter: letter.died_at or datetime.min.replace(tzinfo=UTC))
+    found = await _translated(
+        select(context.broker, context.topology, pick, limit=limit, timeout_s=context.timeout_s)
+    )
+    total = f"{context.topology.dead_letters}: {counted(found.total, 'dead letter')}"
+    read = f"{found.examined:,} read (--limit)" if found.examined < found.total else ""
+    matching = "" if filters.matches_all else f"{len(found.picked):,} matching"
+    context.screen.note(", ".join(filter(None, (total, read, matching))))
+    return sorted(
+        found.picked, key=lambda dead_letter: dead_letter.died_at or datetime.min.replace(tzinfo=UTC)
+    )
 
 
-def _doubts(letters: Sequence["DeadLetter"]) -> Iterator[str]:
-    """What will fail again."""
+def _warnings(dead_letters: Sequence["DeadLetter"]) -> Iterator[str]:
+    """Yield a warning for each kind of job that will fail again."""
     now = datetime.now(UTC)
-    if late := sum(letter.deadline is not None and letter.deadline < now for letter in letters):
-        yield f"{late} with a deadline that has passed: the worker will refuse them (deadline_exceeded)"
-    if wrong := sum(letter.code == "invalid_job" for letter in letters):
-        yield f"{wrong} that are no jobs (invalid_job): they will be back, unless the worker has changed"
+    if late := sum(
+        dead_letter.deadline is not None and dead_letter.deadline < now for dead_letter in dead_letters
+    ):
+        yield f"{counted(late, 'job')} past the deadline will fail again (deadline_exceeded)"
+    if wrong := sum(dead_letter.code == "invalid_job" for dead_letter in dead_letters):
+        yield f"{counted(wrong, 'invalid job')} will fail again unless the worker was upgraded (invalid_job)"
 
 
-def _is_wanted(
-    screen: Screen, letters: Sequence["DeadLetter"], action: str, done: str, *, dry_run: bool, yes: bool
+def _is_confirmed(
+    screen: Screen, dead_letters: Sequence["DeadLetter"], action: str, done: str, *, dry_run: bool, yes: bool
 ) -> bool:
-    """Show what would be done, and ask if need be."""
-    if not letters:
-        screen.note("nothing to do")
+    """List the dead letters and ask for confirmation, as the options say."""
+    if not dead_letters:
+        screen.note("No matching dead letters.")
         return False
     if dry_run or not yes:
-        for letter in letters if dry_run else ():
-            screen.emit({"action": action, "done": False, **render.in_json(letter)})
-        screen.say(*render.table(letters[:MAX_SHOWN]))
-        if len(letters) > MAX_SHOWN:
-            screen.say(f"… and {len(letters) - MAX_SHOWN} more")
-    count = f"{len(letters)} ({render.summary(letters)})"
+        for dead_letter in dead_letters if dry_run else ():
+            screen.emit({"action": action, "done": False, **render.in_json(dead_letter)})
+        screen.print(*render.table(dead_letters[:MAX_SHOWN]))
+        if len(dead_letters) > MAX_SHOWN:
+            screen.print(f"… and {len(dead_letters) - MAX_SHOWN} more")
+    count = f"{len(dead_letters)} ({render.summary(dead_letters)})"
     if dry_run:
-        screen.note(f"{count} would be {done}; nothing was done (--dry-run)")
+        screen.note(f"{count} would be {done} (dry run)")
         return False
     if yes:
         return True
-    if not screen.may_ask:
-        raise UsageError(f"{count} would be {done}; nothing was done: add --yes to do it")
-    return screen.confirm(f"{count} will be {done}. Go on?")
+    if not screen.is_interactive:
+        raise UsageError(f"{count} would be {done}, but there is no terminal to ask at. Add --yes.")
+    return screen.confirm(f"{count} will be {done}. Continue?")
 
 
-async def _work_off(
-    desk: _Desk,
-    letters: Sequence["DeadLetter"],
+async def _process(
+    context: _Context,
+    dead_letters: Sequence["DeadLetter"],
     action: str,
     step: "Step",
     lines: Lines,
@@ -333,35 +352,37 @@ async def _work_off(
     rate: float | None = None,
 ) -> int:
     from worker.cli.dlq.bulk import process
-    from worker.cli.progress import Bar
-    from worker.cli.progress import shown as progress
+    from worker.cli.progress import Bar, show_progress
 
-    wanted = Counter(letter.name for letter in letters)
-    planned, done, total = Counter(wanted), Counter[str](), len(letters)
+    wanted = Counter(dead_letter.name for dead_letter in dead_letters)
+    planned, done, total = Counter(wanted), Counter[str](), len(dead_letters)
 
-    def so_far() -> int:
-        # After a lost connection one may be done twice.
+    def processed() -> int:
+        # After a lost connection one dead letter can be processed twice.
         return (done & planned).total()
 
-    async def recorded(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
+    async def process_one(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
         await step(dead, held)
         line = {"action": action, "done": True, **render.in_json(held.record)}
-        lines.add({"at": render.plain(datetime.now(UTC)), "queue": desk.topology.dead_letters, **line})
-        desk.screen.emit(line)
+        lines.add({"at": render.plain(datetime.now(UTC)), "queue": context.topology.dead_letters, **line})
+        context.screen.emit(line)
         done[held.record.name] += 1
 
-    work = process(desk.broker, desk.topology, wanted, recorded, rate=rate, timeout_s=desk.patience_s)
+    work = process(
+        context.broker, context.topology, wanted, process_one, rate=rate, timeout_s=context.timeout_s
+    )
     try:
-        async with progress(desk.screen, [Bar(action, lambda: (so_far(), total, ""))]):
-            await _told(work)
+        async with show_progress(context.screen, [Bar(action, lambda: (processed(), total, ""))]):
+            await _translated(work)
     finally:
-        desk.screen.note(f"{action}: {so_far()} of {total} done, recorded in {lines.path}")
+        context.screen.note(f"{action}: {processed()} of {total} done; log: {lines.path}")
     if left := wanted.total():
-        raise CommandError(f"{left} were not there any more: somebody else took them, or holds them")
+        text = "not found: removed or held by another consumer meanwhile. Run the command again."
+        raise CommandError(f"{counted(left, 'dead letter')} {text}")
     return EXIT_OK
 
 
-async def _told(work: Awaitable[T]) -> T:
+async def _translated(work: Awaitable[T]) -> T:
     from worker.rabbitmq.dead_letters import DeadLettersError
 
     try:

@@ -1,4 +1,4 @@
-"""What was done with letters, and the letters themselves, kept in files: JSON, one object a line."""
+"""JSONL files: what was done with dead letters, and copies of them."""
 
 import json
 import os
@@ -8,38 +8,40 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from worker.cli.private_files import make_private_folder, open_private
 from worker.cli.shell import CommandError
 
 
 class Lines:
-    """A file that lines are added to; each is in it when `add` returns.
+    """A JSONL file that lines are appended to, readable by its owner only.
 
     Raises:
-        CommandError: it cannot be written to.
+        CommandError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, *, keeps: bool = False) -> None:
-        """`keeps`: it holds what is nowhere else soon, so that a line has to be on the disk."""
+    def __init__(self, path: Path, *, fsync: bool = False) -> None:
+        """`fsync`: wait for the disk after each line, because the message is then deleted."""
         self.path = path
-        self._keeps = keeps
+        self._fsync = fsync
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
+            make_private_folder(path.parent)
+            # pathlib has no opener; `__exit__` closes the file.
+            self._file = open(path, "ab", opener=open_private)  # noqa: SIM115 - see above
         except OSError as error:
-            raise self._trouble(error) from None
+            raise self._write_error(error) from None
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write one line."""
+        """Append one line; it is in the file when this returns."""
         try:
             self._file.write(json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n")
             self._file.flush()
-            if self._keeps:
+            if self._fsync:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            raise self._trouble(error) from None
+            raise self._write_error(error) from None
 
-    def _trouble(self, error: OSError) -> CommandError:
-        return CommandError(f"{self.path}: cannot be written to: {error.strerror}; name another file")
+    def _write_error(self, error: OSError) -> CommandError:
+        return CommandError(f"cannot write {self.path}: {error.strerror}. Choose another file.")
 
     def __enter__(self) -> Self:
         return self
@@ -47,6 +49,6 @@ class Lines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What could not be written was told then.
+        # `add` has reported what could not be written.
         with suppress(OSError):
             self._file.close()

@@ -1,4 +1,4 @@
-"""How letters are shown: to a person in lines, to a program as JSON."""
+"""Render dead letters as text and as JSON."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from worker.rabbitmq.dead_letter_record import DeadLetter
     from worker.rabbitmq.dead_letters import FetchedDeadLetter
 
-HEADS: Final = ("LETTER", "DIED AT", "CODE", "MODEL", "ATTEMPTS", "JOB", "WHY")
+HEADERS: Final = ("NAME", "DIED AT", "CODE", "MODEL", "ATTEMPTS", "JOB", "ERROR")
 GAP: Final = "  "
 LONG_TEXT_CHARS: Final = 200
 MAX_PLAIN_CHARS: Final = 2000
@@ -30,18 +30,17 @@ def _redactor() -> "Redactor":
 
 
 def _clean(text: str) -> str:
-    """One line, without anything secret or unprintable."""
+    """Return one line without secrets and unprintable characters."""
     return printable(_redactor()(text))
 
 
-def in_json(letter: "DeadLetter") -> dict[str, Any]:
-    """What is known of a letter."""
-    known = asdict(letter)
-    return {"letter": known.pop("name"), **{name: plain(value) for name, value in known.items()}}
+def in_json(dead_letter: "DeadLetter") -> dict[str, Any]:
+    """Return a dead letter without headers and body."""
+    return {name: plain(value) for name, value in asdict(dead_letter).items()}
 
 
-def whole(held: "FetchedDeadLetter") -> dict[str, Any]:
-    """A letter with headers and body: as text in `body`, or where it is none in `body_base64`."""
+def full_json(held: "FetchedDeadLetter") -> dict[str, Any]:
+    """Return a dead letter with headers and body: `body` if it is UTF-8, otherwise `body_base64`."""
     try:
         body = {"body": held.body.decode()}
     except UnicodeDecodeError:
@@ -54,7 +53,7 @@ def _rest(held: "FetchedDeadLetter") -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Whatever AMQP can carry, as JSON can hold it."""
+    """Convert any AMQP value to a JSON value."""
     match value:
         case None | bool() | int() | float() | str():
             return value
@@ -69,11 +68,11 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def table(letters: Iterable["DeadLetter"]) -> Iterator[str]:
-    """A line for each letter under a line of heads; on a narrow terminal, why it died is told below it."""
+def table(dead_letters: Iterable["DeadLetter"]) -> Iterator[str]:
+    """Yield a header and one line per dead letter; a narrow terminal gets the error on a second line."""
     from rich.cells import cell_len, set_cell_size
 
-    rows = [HEADS, *map(_row, letters)]
+    rows = [HEADERS, *map(_row, dead_letters)]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     is_narrow = columns is not None and sum(widths) + len(GAP) * len(widths) > columns
@@ -83,40 +82,48 @@ def table(letters: Iterable["DeadLetter"]) -> Iterator[str]:
             yield GAP.join([*cells, row[-1]])
             continue
         yield GAP.join(cells).rstrip()
-        if row is not HEADS:
+        if row is not HEADERS:
             yield f"{' ' * widths[0]}{GAP}{row[-1]}"
 
 
-def _row(letter: "DeadLetter") -> Sequence[str]:
-    died_at = f"{letter.died_at:%Y-%m-%d %H:%M:%S}" if letter.died_at else "-"
-    why = letter.message or f"moved here by RabbitMQ ({letter.code})"
-    cells = (letter.name, died_at, letter.code, letter.model, str(letter.attempts), letter.job_id or "-", why)
+def _row(dead_letter: "DeadLetter") -> Sequence[str]:
+    died_at = f"{dead_letter.died_at:%Y-%m-%d %H:%M:%S}" if dead_letter.died_at else "-"
+    error = dead_letter.message or f"dead-lettered by RabbitMQ ({dead_letter.code})"
+    cells = (
+        dead_letter.name,
+        died_at,
+        dead_letter.code,
+        dead_letter.model,
+        str(dead_letter.attempts),
+        dead_letter.job_id or "-",
+        error,
+    )
     return [_clean(cell) for cell in cells]
 
 
-def summary(letters: Sequence["DeadLetter"]) -> str:
-    """How many there are of each code."""
-    codes = Counter(_clean(letter.code) for letter in letters)
+def summary(dead_letters: Sequence["DeadLetter"]) -> str:
+    """Return the number of dead letters per error code."""
+    codes = Counter(_clean(dead_letter.code) for dead_letter in dead_letters)
     return ", ".join(f"{count} {code}" for code, count in codes.most_common())
 
 
 def page(held: "FetchedDeadLetter") -> Iterator[str]:
-    """A letter with all that it says, for a person: nothing in it can control the terminal."""
+    """Yield a dead letter as lines of text that cannot control the terminal."""
     for name, value in {**in_json(held.record), **_rest(held)}.items():
         if name == "headers":
-            yield from (f"header {printable(key)}: {printable(_in_words(it))}" for key, it in value.items())
+            yield from (f"header {printable(key)}: {printable(_as_text(it))}" for key, it in value.items())
         elif value is not None:
-            yield f"{name}: {printable(_in_words(value))}"
+            yield f"{name}: {printable(_as_text(value))}"
     yield ""
     yield from map(printable, _body(held.body))
 
 
-def _in_words(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _body(body: bytes) -> Sequence[str]:
-    """The body, indented where it is JSON; images and other long texts are told by their length."""
+    """Return the lines of a body: JSON is indented, long data URLs and long texts are shortened."""
     try:
         return json.dumps(_shortened(json.loads(body)), indent=2, ensure_ascii=False).split("\n")
     except (ValueError, RecursionError):
@@ -138,7 +145,7 @@ def _shortened(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """The text with an escape in the place of what cannot be seen."""
+    """Replace unprintable characters by escape sequences."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
         for char in text

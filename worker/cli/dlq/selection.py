@@ -1,4 +1,4 @@
-"""Which dead letters a command is about."""
+"""Filters for dead letters."""
 
 import re
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w":
 _DATE: Final = re.compile(r"\d{4}-\d\d-\d\d")
 
 
-def moment(text: str) -> datetime:
-    """`2h` (ago; s, m, h, d, w), `2030-01-31` (in UTC) or an RFC 3339 time, as a moment in UTC.
+def parse_time(text: str) -> datetime:
+    """Parse `2h` (ago; s, m, h, d, w), `2030-01-31` (UTC) or an RFC 3339 time.
 
     Raises:
-        BadParameter: it is none of these.
+        BadParameter: the text has another form.
     """
     from worker.messages.job import parse_deadline
 
@@ -33,21 +33,21 @@ def moment(text: str) -> datetime:
         found = None
     if found is None:
         raise typer.BadParameter(
-            f"{text!r} is no time: say 2h (ago; s, m, h, d or w), 2030-01-31, or 2030-01-31T12:00:00Z"
+            f"{text!r} is not a time. Use 2h (ago; s, m, h, d or w), 2030-01-31 or 2030-01-31T12:00:00Z."
         )
     return found.astimezone(UTC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """What a letter has to be like; each that is given has to hold, and of several of a kind one.
+class Filter:
+    """Conditions on dead letters: all that are given must match; of several codes, models or ids, one.
 
     Attributes:
-        codes: of errors; globs.
-        models: as the jobs name them; globs.
-        ids: of jobs, or names of letters (or their beginnings).
-        since: when it died, at the earliest; a letter that doesn't say when is not chosen then.
-        until: when it died, at the latest.
+        codes: globs on the error code.
+        models: globs on the model that the job names.
+        ids: job ids, or names of dead letters or prefixes of them.
+        since: dead-lettered at this time or later; excludes messages without a time.
+        until: dead-lettered at this time or earlier; excludes messages without a time.
     """
 
     codes: Sequence[str] = ()
@@ -57,19 +57,19 @@ class Choice:
     until: datetime | None = None
 
     @property
-    def is_any(self) -> bool:
-        """Whether it leaves no letter out."""
+    def matches_all(self) -> bool:
+        """Whether no condition is given."""
         return not (self.codes or self.models or self.ids or self.since or self.until)
 
-    def __contains__(self, letter: "DeadLetter") -> bool:
+    def __contains__(self, dead_letter: "DeadLetter") -> bool:
         return (
-            _fits(letter.code, self.codes)
-            and _fits(letter.model, self.models)
-            and (not self.ids or any(is_called(letter, name) for name in self.ids))
-            and self._is_in_time(letter.died_at)
+            _matches(dead_letter.code, self.codes)
+            and _matches(dead_letter.model, self.models)
+            and (not self.ids or any(matches_id(dead_letter, name) for name in self.ids))
+            and self._is_in_range(dead_letter.died_at)
         )
 
-    def _is_in_time(self, died_at: datetime | None) -> bool:
+    def _is_in_range(self, died_at: datetime | None) -> bool:
         if self.since is None and self.until is None:
             return True
         if died_at is None:
@@ -77,14 +77,14 @@ class Choice:
         return (self.since is None or died_at >= self.since) and (self.until is None or died_at <= self.until)
 
 
-# Shorter beginnings of names would be found in a job's id typed in part.
-MIN_NAME_CHARS: Final = 4
+# A shorter prefix could match by accident.
+MIN_PREFIX_CHARS: Final = 4
 
 
-def is_called(letter: "DeadLetter", name: str) -> bool:
-    """Whether this is the job's id, or the letter's name or its beginning."""
-    return letter.job_id == name or (len(name) >= MIN_NAME_CHARS and letter.name.startswith(name))
+def matches_id(dead_letter: "DeadLetter", name: str) -> bool:
+    """Return whether `name` is the job's id, or the dead letter's name or a prefix of it."""
+    return dead_letter.job_id == name or (len(name) >= MIN_PREFIX_CHARS and dead_letter.name.startswith(name))
 
 
-def _fits(text: str, globs: Sequence[str]) -> bool:
+def _matches(text: str, globs: Sequence[str]) -> bool:
     return not globs or any(fnmatchcase(text, glob) for glob in globs)

@@ -1,6 +1,6 @@
-"""The files of OpenAI's Batch API: its requests become jobs, results lines of its output and error files.
+"""Convert requests of OpenAI's Batch API to jobs, and results to lines of its output and error files.
 
-The shapes are those of `BatchRequestInput` and `BatchRequestOutput` in OpenAI's own description of its API.
+The formats are `BatchRequestInput` and `BatchRequestOutput` of OpenAI's API specification.
 """
 
 import hashlib
@@ -8,41 +8,41 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 URL: Final = "/v1/chat/completions"
-# Worth nothing to say, and the worker's to set: an answer that is not streamed, and one of it.
-_HARMLESS: Final = {"stream": (None, False), "n": (None, 1)}
+# Fields that the worker sets itself, with the values that a request may have.
+_IGNORED: Final = {"stream": (None, False), "n": (None, 1)}
 _OK: Final = 200
 
 
 def is_request(line: Mapping[str, Any]) -> bool:
-    """Whether a line of JSON is a request of a batch rather than a job."""
+    """Return whether a line of JSON is a batch request, not a job."""
     return "custom_id" in line and "body" in line
 
 
 def job_of(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The job that a request is; without its id.
+    """Convert a batch request to a job without an id.
 
     Raises:
-        ValueError: it is a request that no worker can answer; the message says why.
+        ValueError: the request is malformed or not supported.
     """
     if not isinstance(line.get("custom_id"), str) or not line["custom_id"]:
-        raise ValueError("custom_id: must be a text that is not empty")
+        raise ValueError("custom_id: must be a non-empty string")
     if line.get("method", "POST") != "POST" or line.get("url", URL) != URL:
-        raise ValueError(f"only POST {URL} can be answered, not {line.get('method')} {line.get('url')}")
+        raise ValueError(f"only POST {URL} is supported, not {line.get('method')} {line.get('url')}")
     body = line.get("body")
     if not isinstance(body, dict):
-        raise ValueError("body: must be an object")  # noqa: TRY004 - one type for all of it
+        raise ValueError("body: must be an object")  # noqa: TRY004 - callers handle one type
     params = {name: value for name, value in body.items() if name not in ("model", "messages")}
-    for name, harmless in _HARMLESS.items():
-        if params.pop(name, None) not in harmless:
-            raise ValueError(f"body.{name}: answers come whole, and one for each request")
+    for name, allowed in _IGNORED.items():
+        if params.pop(name, None) not in allowed:
+            raise ValueError(f"body.{name}: streaming and several answers per request are not supported")
     job = {name: body[name] for name in ("model", "messages") if name in body}
     return {**job, "params": params} if params else job
 
 
 def line_of(custom_id: str, result: Mapping[str, Any], created: int) -> dict[str, Any]:
-    """A line of the output file or, for a job that failed, of the error file.
+    """Convert a result to a line of the output file or, if the job failed, of the error file.
 
-    `created`: when the result came, in seconds since 1970, where the API's own answer is not there.
+    `created`: when the result arrived, in Unix seconds; used if the result lacks the API's response.
     """
     job_id = result.get("id") or custom_id
     line = {"id": f"batch_req_{_digest(job_id)}", "custom_id": custom_id}
@@ -54,7 +54,7 @@ def line_of(custom_id: str, result: Mapping[str, Any], created: int) -> dict[str
 
 
 def _completion(result: Mapping[str, Any], created: int) -> dict[str, Any]:
-    """The API's answer, made again of what the result says (`VQA_INCLUDE_RESPONSE` keeps the real one)."""
+    """Rebuild the API's response from a result (`VQA_INCLUDE_RESPONSE` keeps the original)."""
     message = {"role": "assistant", "content": result.get("answer"), "refusal": None}
     usage = result.get("usage") or {}
     return {

@@ -1,4 +1,4 @@
-"""What jobs are likely to cost, before they are sent; and on what assumptions."""
+"""Estimate the cost of jobs before they are sent."""
 
 import json
 from collections import Counter
@@ -14,34 +14,34 @@ from worker.settings import Price
 CHARS_PER_TOKEN: Final = 4
 CENT_USD: Final = 0.01
 PER_PRICE: Final = 1_000_000
-# The params by which a job limits its answer.
+# The params that limit the length of an answer.
 _LIMITS: Final = ("max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """Tokens that nobody knows before: those of one image, and of an answer without a limit."""
+    """Token counts that are unknown in advance: per image, and per answer without a limit."""
 
     image_tokens: int
     answer_tokens: int
 
     def __str__(self) -> str:
         return (
-            f"{self.image_tokens:,} tokens an image (--image-tokens),"
-            f" {CHARS_PER_TOKEN} characters of text a token,"
-            f" {self.answer_tokens:,} tokens an answer (--answer-tokens) or what limits it"
+            f"{self.image_tokens:,} tokens per image (--image-tokens),"
+            f" {CHARS_PER_TOKEN} characters of text per token,"
+            f" {self.answer_tokens:,} tokens per answer (--answer-tokens) unless the job limits it"
         )
 
 
 @dataclass
 class Estimate:
-    """The sums over jobs, by model where prices need that."""
+    """Sums over jobs; tokens are per model, because prices are."""
 
     assumptions: Assumptions
     default_model: str
     prices: Mapping[str, Price]
     price: Price | None = None
-    """Of every model, whatever `prices` says."""
+    """Overrides `prices` for every model."""
     jobs: int = 0
     images: int = 0
     uploads: int = 0
@@ -49,7 +49,7 @@ class Estimate:
     completion_tokens: Counter[str] = field(default_factory=Counter)
 
     def add(self, job: Job) -> None:
-        """One more job."""
+        """Count one more job."""
         model = job.model or self.default_model
         images, chars = _size_of(job)
         self.jobs += 1
@@ -58,13 +58,13 @@ class Estimate:
         self.completion_tokens[model] += self._answer_tokens(job.params or {})
 
     def usd(self) -> float | None:
-        """What it comes to; None if a model's price is not known."""
+        """Return the cost in USD; None if a model's price is unknown."""
         sums = [self._usd_of(model) for model in self.prompt_tokens]
         known = [usd for usd in sums if usd is not None]
         return sum(known) if len(known) == len(sums) else None
 
     def as_json(self) -> dict[str, Any]:
-        """For a program."""
+        """Return the estimate for `--json`."""
         return {
             "jobs": self.jobs,
             "images": self.images,
@@ -77,20 +77,20 @@ class Estimate:
         }
 
     def lines(self) -> Iterator[str]:
-        """For a person."""
+        """Yield the estimate as lines of text."""
         models = ", ".join(sorted(self.prompt_tokens))
-        yield f"{counted(self.jobs, 'job')} about {counted(self.images, 'image')}, for {models}"
+        yield f"{counted(self.jobs, 'job')} with {counted(self.images, 'image')} for {models}"
         if self.uploads:
-            yield f"local files go to S3 first, unless they are there: {self.uploads:,}"
+            yield f"{counted(self.uploads, 'local file')} to upload, except those already in S3"
         prompt, completion = self.prompt_tokens.total(), self.completion_tokens.total()
         yield f"about {prompt:,} prompt and {completion:,} completion tokens"
         usd = self.usd()
         if usd is None:
             unknown = ", ".join(sorted(self.prompt_tokens.keys() - self.prices.keys()))
-            yield f"cost: not known, because VQA_PRICES has no price for {unknown} (--price gives one)"
+            yield f"cost unknown: VQA_PRICES has no price for {unknown}; use --price"
         else:
             yield f"about {dollars(usd)}"
-        yield f"assumed: {self.assumptions}"
+        yield f"assuming {self.assumptions}"
 
     def _usd_of(self, model: str) -> float | None:
         price = self.price or self.prices.get(model)
@@ -105,7 +105,7 @@ class Estimate:
 
 
 def _size_of(job: Job) -> tuple[int, int]:
-    """How many images a job has, and how many characters of text."""
+    """Return a job's number of images and of characters of text."""
     format_chars = len(json.dumps((job.params or {}).get("response_format") or "")) - 2
     if job.messages is None:
         return len(job.images or ()), format_chars + len(job.question or "") + len(job.system or "")
@@ -121,5 +121,5 @@ def _size_of_message(message: ChatMessage) -> tuple[int, int]:
 
 
 def dollars(usd: float) -> str:
-    """An amount of money; with more places, if it is less than a cent."""
+    """Format USD; amounts below a cent get six decimal places."""
     return f"${usd:,.2f}" if usd >= CENT_USD or not usd else f"${usd:.6f}"

@@ -1,6 +1,6 @@
-"""Where jobs come from: arguments, files of jobs in several forms, and everything below a prefix in S3.
+"""Read jobs from the command line, from files (JSONL, CSV, Batch API) and from an S3 prefix.
 
-Each source gives entries: a job as it was written, and where it stands, for what may have to be said of it.
+Each source yields entries: a job as written, and its position for error messages.
 """
 
 import csv
@@ -24,25 +24,25 @@ FORMS_BY_SUFFIX: Final[dict[str, Form]] = {
     ".csv": "csv",
     ".tsv": "csv",
 }
-# Columns of a CSV file that are fields of a job, and those that are params; any other one is metadata.
+# CSV columns that are fields of a job, and those that are params; other columns are metadata.
 _FIELDS: Final = ("id", "question", "system", "model", "deadline")
 _PARAMS: Final = ("max_tokens", "temperature", "top_p", "seed")
 _IMAGE_SEPARATOR: Final = ";"
-# Of an image's name in the id of a job about it.
+# The part of an image's name in the id of its job.
 MAX_KEY_CHARS: Final = 60
-_HASHED_AT_ONCE: Final = 1024 * 1024
-# More than any job may have; a line without an end must not fill the memory.
+_HASH_CHUNK_BYTES: Final = 1024 * 1024
+# Longer than any job, so that a file without line ends does not fill the memory.
 _MAX_LINE_CHARS: Final = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A job as it was written, without what the command line adds.
+    """A job as written, without the command line's additions.
 
     Attributes:
-        where: where it stands, for a person.
-        key: what its id is made of, if it has none and its number will not do.
-        custom_id: if it is a batch's request.
+        where: its position, for error messages.
+        key: the base of its id if it has none; None: its number.
+        custom_id: set for a request of a batch.
     """
 
     where: str
@@ -52,8 +52,8 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """Something that should be a job and is none; `custom_id` if that could be read."""
+class InvalidEntry:
+    """An entry that is not a job; `custom_id` if it is readable."""
 
     where: str
     reason: str
@@ -61,14 +61,14 @@ class Fault:
 
 
 class Source(Protocol):
-    """Jobs from one place.
+    """A source of jobs.
 
     Attributes:
-        title: what a person calls it; it becomes a part of the submission's name.
-        form: how it is written, if it is a file.
-        folder: what paths of local images start from.
-        is_ad_hoc: said again, it is another submission; any other source is the same one, to be gone on with.
-        may_grow: there can be more of it later.
+        title: becomes a part of the submission's name.
+        form: the file format; None if it is not a file.
+        folder: the base of relative paths of local images.
+        is_ad_hoc: repeating the command makes a new submission instead of resuming the old one.
+        may_grow: a later run can find more jobs.
     """
 
     title: str
@@ -78,14 +78,14 @@ class Source(Protocol):
     may_grow: bool
 
     def digest(self) -> str:
-        """What tells it from every other."""
+        """Identify the source."""
 
-    def __aiter__(self) -> AsyncIterator[Entry | Fault]:
-        """The jobs in their order."""
+    def __aiter__(self) -> AsyncIterator[Entry | InvalidEntry]:
+        """Yield the jobs in order."""
 
 
 class Arguments:
-    """Jobs from the command line itself: one about all images, or one about each."""
+    """Jobs from the command line: one job for all images, or one per image."""
 
     title = "ask"
     form: Form | None = None
@@ -98,18 +98,18 @@ class Arguments:
         self._each = each
 
     def digest(self) -> str:
-        """Of the images' names."""
+        """Hash the images' names."""
         return hashlib.sha256(json.dumps([*self._images, self._each]).encode()).hexdigest()
 
-    async def __aiter__(self) -> AsyncIterator[Entry | Fault]:
-        """The jobs in their order."""
+    async def __aiter__(self) -> AsyncIterator[Entry | InvalidEntry]:
+        """Yield the jobs in order."""
         groups = [[image] for image in self._images] if self._each else [list(self._images)]
         for number, images in enumerate(groups, start=1):
-            yield _entry_about(images, f"{number}-{_name_in(images[0])}")
+            yield _entry_for(images, f"{number}-{_last_part(images[0])}")
 
 
 class File:
-    """A file of jobs: JSONL, CSV, or the requests of a batch."""
+    """A file of jobs: JSONL, CSV or Batch API requests."""
 
     is_ad_hoc = False
     may_grow = False
@@ -120,39 +120,39 @@ class File:
         self.path = path
         self.title = title or path.name.split(".")[0]
         self.folder = path.parent if folder is None else folder
-        self.form: Form | None = form or FORMS_BY_SUFFIX.get(path.suffix.lower()) or self._sniffed()
-        if self.form == "jsonl" and form is None and self._begins_like_a_batch():
+        self.form: Form | None = form or FORMS_BY_SUFFIX.get(path.suffix.lower()) or self._detected_form()
+        if self.form == "jsonl" and form is None and self._starts_with_batch_request():
             self.form = "batch"
 
     def digest(self) -> str:
-        """Of the file's content."""
+        """Hash the file's content."""
         digest = hashlib.sha256(str(self.form).encode())
         with self.path.open("rb") as file:
-            while piece := file.read(_HASHED_AT_ONCE):
-                digest.update(piece)
+            while chunk := file.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
         return digest.hexdigest()
 
-    async def __aiter__(self) -> AsyncIterator[Entry | Fault]:
-        """The jobs in their order."""
+    async def __aiter__(self) -> AsyncIterator[Entry | InvalidEntry]:
+        """Yield the jobs in order."""
         for entry in self._rows() if self.form == "csv" else self._lines():
             yield entry
 
-    def _sniffed(self) -> Form:
-        return "jsonl" if self._beginning().startswith("{") else "csv"
+    def _detected_form(self) -> Form:
+        return "jsonl" if self._first_line().startswith("{") else "csv"
 
-    def _begins_like_a_batch(self) -> bool:
+    def _starts_with_batch_request(self) -> bool:
         try:
-            first = pydantic_core.from_json(self._beginning())
+            first = pydantic_core.from_json(self._first_line())
         except ValueError:
             return False
         return isinstance(first, dict) and batch.is_request(first)
 
-    def _beginning(self) -> str:
-        """The first line that says something."""
+    def _first_line(self) -> str:
+        """Return the first line that is not blank."""
         return next((line.strip() for _, line in self._text_lines() if line.strip()), "")
 
     def _text_lines(self) -> Iterator[tuple[int, str]]:
-        # Without universal newlines: a lone CR or U+2028 ends no line of JSON. Excel puts a BOM in front.
+        # No universal newlines: a lone CR or U+2028 does not end a line of JSON. Excel writes a BOM.
         with self.path.open(encoding="utf-8-sig", newline="\n") as file:
             number = 0
             try:
@@ -160,20 +160,20 @@ class File:
                     number += 1
                     yield number, line
             except UnicodeDecodeError:
-                raise CommandError(f"{self.path}: is not UTF-8 text (after line {number})") from None
+                raise CommandError(f"{self.path} is not UTF-8 text (after line {number}).") from None
 
-    def _lines(self) -> Iterator[Entry | Fault]:
+    def _lines(self) -> Iterator[Entry | InvalidEntry]:
         for number, line in self._text_lines():
             if line.strip():
                 yield self._entry(f"{self.title} line {number}", line)
 
-    def _entry(self, where: str, line: str) -> Entry | Fault:
+    def _entry(self, where: str, line: str) -> Entry | InvalidEntry:
         try:
             job = pydantic_core.from_json(line, allow_inf_nan=False)
         except ValueError as error:
-            return Fault(where, f"is not JSON: {error}")
+            return InvalidEntry(where, f"not JSON: {error}")
         if not isinstance(job, dict):
-            return Fault(where, "must be a JSON object")
+            return InvalidEntry(where, "must be a JSON object")
         if self.form != "batch":
             if isinstance(image := job.pop("image", None), str | dict):
                 job.setdefault("images", [image])
@@ -182,13 +182,15 @@ class File:
         try:
             return Entry(where, batch.job_of(job), key=custom_id, custom_id=custom_id)
         except ValueError as error:
-            return Fault(where, str(error), custom_id=custom_id if isinstance(custom_id, str) else None)
+            return InvalidEntry(
+                where, str(error), custom_id=custom_id if isinstance(custom_id, str) else None
+            )
 
-    def _rows(self) -> Iterator[Entry | Fault]:
-        beginning = self._beginning()
-        delimiter = max(",;\t", key=beginning.count)
+    def _rows(self) -> Iterator[Entry | InvalidEntry]:
+        first_line = self._first_line()
+        delimiter = max(",;\t", key=first_line.count)
         with self.path.open(encoding="utf-8-sig", newline="") as file:
-            # A picture within a cell is longer than the library expects.
+            # A data URL in a cell is longer than the library's limit.
             csv.field_size_limit(_MAX_LINE_CHARS)
             rows = csv.reader(file, delimiter=delimiter)
             try:
@@ -198,26 +200,26 @@ class File:
                     if any(row):
                         yield self._row(f"{self.title} line {rows.line_num}", columns, row)
             except UnicodeDecodeError:
-                raise CommandError(f"{self.path}: is not UTF-8 text: save it as CSV UTF-8") from None
+                raise CommandError(f"{self.path} is not UTF-8 text. Save it as CSV UTF-8.") from None
             except csv.Error as error:
                 raise CommandError(f"{self.path} line {rows.line_num}: {error}") from None
 
     def _check(self, columns: Sequence[str]) -> None:
-        if not any(map(_is_of_images, columns)):
+        if not any(map(_is_image_column, columns)):
             raise UsageError(
-                f"{self.path}: the first line must name the columns, `image` or `images` among them"
+                f"{self.path}: the first line must contain the column names, including `image` or `images`."
             )
         if len(set(columns)) != len(columns):
-            raise UsageError(f"{self.path}: two columns have the same name")
+            raise UsageError(f"{self.path}: two columns have the same name.")
 
-    def _row(self, where: str, columns: Sequence[str], row: Sequence[str]) -> Entry | Fault:
+    def _row(self, where: str, columns: Sequence[str], row: Sequence[str]) -> Entry | InvalidEntry:
         if len(row) > len(columns):
-            return Fault(where, f"has {len(row)} cells; the first line names {len(columns)} columns")
+            return InvalidEntry(where, f"has {len(row)} cells but the first line has {len(columns)} columns")
         job: dict[str, Any] = {"images": [], "params": {}, "metadata": {}}
         for name, cell in zip(columns, row, strict=False):
             if not cell.strip():
                 continue
-            if _is_of_images(name):
+            if _is_image_column(name):
                 job["images"] += _images_in(cell, several=name == "images")
             elif name in _FIELDS:
                 job[name] = cell.strip() if name == "id" else cell
@@ -225,18 +227,18 @@ class File:
                 try:
                     job["params"][name] = json.loads(cell)
                 except ValueError:
-                    return Fault(where, f"{name}: must be a number")
+                    return InvalidEntry(where, f"{name}: must be a number")
             else:
                 job["metadata"][name] = cell
         return Entry(where, {name: value for name, value in job.items() if value not in ({}, [])})
 
 
-def _is_of_images(column: str) -> bool:
+def _is_image_column(column: str) -> bool:
     return column == "images" or (column.startswith("image") and (column[5:] or "0").isdecimal())
 
 
 def _images_in(cell: str, *, several: bool) -> list[Any]:
-    """The images in a cell; of several, a list in JSON or with semicolons between them."""
+    """Return the images in a cell; `several`: a JSON list, or separated by semicolons."""
     if not several:
         return [cell.strip()]
     if cell.lstrip().startswith("["):
@@ -250,9 +252,9 @@ def _images_in(cell: str, *, several: bool) -> list[Any]:
 
 
 class Listing:
-    """A job about each object below a prefix in S3, whose URLs are given.
+    """One job per object below an S3 prefix.
 
-    The ids follow from the URLs: what comes to the prefix later is new, and all the rest is not.
+    The job ids are derived from the URLs, so that a later run submits only new objects.
     """
 
     form: Form | None = None
@@ -261,32 +263,32 @@ class Listing:
     may_grow = True
 
     def __init__(self, identity: str, urls: AsyncIterable[str], *, title: str) -> None:
-        """`identity`: what is listed, prefix and pattern."""
+        """`identity`: prefix and pattern of the listing."""
         self._identity = identity
         self._urls = urls
         self.title = title.strip("/").rpartition("/")[2]
 
     def digest(self) -> str:
-        """Of the prefix, not of what is there."""
+        """Hash the prefix and pattern, not the listed objects."""
         return hashlib.sha256(self._identity.encode()).hexdigest()
 
-    async def __aiter__(self) -> AsyncIterator[Entry | Fault]:
-        """The jobs in their order."""
+    async def __aiter__(self) -> AsyncIterator[Entry | InvalidEntry]:
+        """Yield the jobs in order."""
         async for url in self._urls:
-            yield _entry_about([url], f"{_name_in(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
+            yield _entry_for([url], f"{_last_part(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
 
 
-def _entry_about(images: list[str], key: str) -> Entry:
-    """A job about images that nobody has given an id: its result names them."""
+def _entry_for(images: list[str], key: str) -> Entry:
+    """Return a job without an id; its metadata names the images."""
     shown = ", ".join(images)
-    # What is named here is echoed in the result; a data URL is nothing to be named by.
+    # The metadata is echoed in the result; a data URL would only make it long.
     named = [image for image in images if not image.lower().startswith("data:")]
     metadata = {"metadata": {"image": ", ".join(named)}} if named else {}
     return Entry(shown if named else "the image", {"images": images, **metadata}, key=key)
 
 
-def _name_in(image: str) -> str:
-    """The last part of an image's URL or path."""
+def _last_part(image: str) -> str:
+    """Return the last part of an image's URL or path."""
     return (
         "data" if image.lower().startswith("data:") else image.rstrip("/").rpartition("/")[2][-MAX_KEY_CHARS:]
     )

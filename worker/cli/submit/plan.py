@@ -1,6 +1,6 @@
-"""From what was written to what is sent: each job completed, checked as a worker checks it, and put down.
+"""Plan a submission: complete each job, validate it as a worker does, and add it to the state file.
 
-Nothing is sent before all of it is known to be in order.
+Jobs are sent only after all of them are planned.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from worker.cli.shell import UsageError
 from worker.cli.submit.estimate import Estimate
-from worker.cli.submit.inputs import Entry, Fault, Source
-from worker.cli.submit.manifest import Manifest, Planned, Received
+from worker.cli.submit.inputs import Entry, InvalidEntry, Source
+from worker.cli.submit.state import Planned, Received, SubmissionState
 from worker.errors import ErrorCode
 from worker.images.content import media_type
 from worker.messages.decoding import InvalidJobError, decode
@@ -27,9 +27,9 @@ from worker.messages.result import JobFailure, Result
 from worker.messages.serialization import to_json
 
 # Enough to see what is wrong with a file.
-MAX_FAULTS_SHOWN: Final = 10
-# So often others get their turn, Ctrl-C among them.
-BREATH_JOBS: Final = 200
+MAX_ERRORS_SHOWN: Final = 10
+# After so many jobs the event loop runs, so that Ctrl-C works.
+YIELD_EVERY_JOBS: Final = 200
 
 _SCHEMES: Final = ("s3://", "https://", "data:")
 _SPAN: Final = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
@@ -39,19 +39,19 @@ _SUFFIXES: Final = {"image/jpeg": "jpg", "image/png": "png", "image/webp": "webp
 
 @dataclass(frozen=True)
 class Bucket:
-    """Where local files go: a bucket, and what stands before their names there."""
+    """The bucket and key prefix for uploads."""
 
     name: str
     prefix: str
 
     def url(self, key: str) -> str:
-        """The URL of a file that goes by this name."""
+        """Return the URL of an object."""
         return f"s3://{self.name}/{self.prefix}{key}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Additions:
-    """What the command line says of all jobs; it comes before what they say themselves."""
+    """Fields from the command line for all jobs; they override the jobs' own."""
 
     question: str | None = None
     system: str | None = None
@@ -62,10 +62,10 @@ class Additions:
     uploads_to: Bucket | None = None
 
     def resolved(self) -> "Additions":
-        """The same with a time in the place of a span: a deadline of `2h` is two hours from now.
+        """Replace a span as deadline by a time: `2h` is two hours from now.
 
         Raises:
-            UsageError: the deadline is neither.
+            UsageError: the deadline is not a time or span.
         """
         if self.deadline is None:
             return self
@@ -75,16 +75,16 @@ class Additions:
         try:
             datetime.fromisoformat(self.deadline)
         except ValueError:
-            known = "a time (2030-01-31T12:00:00Z) nor a span (90s, 30m, 2h, 1d)"
-            raise UsageError(f"--deadline: {self.deadline} is neither {known}") from None
+            known = "a time (2030-01-31T12:00:00Z) or a span (90s, 30m, 2h, 1d)"
+            raise UsageError(f"--deadline: {self.deadline} is not {known}.") from None
         return self
 
     def digest(self) -> str:
-        """What tells these additions from others."""
+        """Identify these additions."""
         return json.dumps(asdict(self), sort_keys=True)
 
     def applied(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The job with what is said of all."""
+        """Return the job with the additions."""
         texts = {
             "question": self.question,
             "system": self.system,
@@ -100,101 +100,99 @@ class Additions:
 
 
 class Planner:
-    """Puts down the jobs of one submission.
+    """Add the jobs of a source to a state file.
 
     Attributes:
-        faults: what is wrong, a line each; of many only the first ones.
-        fault_count: how many there are.
+        errors: one message per invalid job, at most `MAX_ERRORS_SHOWN`.
+        error_count: the number of invalid jobs.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        state: SubmissionState,
         name: str,
         additions: Additions,
         estimate: Estimate,
         *,
         max_job_bytes: int,
-        keeps_invalid: bool,
+        skips_invalid: bool,
     ) -> None:
-        """`keeps_invalid`: what is no job becomes a failed result instead of a fault."""
-        self._manifest = manifest
+        """`skips_invalid`: add a failed result for each invalid job."""
+        self._state = state
         self._name = name
         self._additions = additions
         self._estimate = estimate
         self._max_job_bytes = max_job_bytes
-        self._keeps_invalid = keeps_invalid
+        self._skips_invalid = skips_invalid
         self._number = 0
-        self._may_be_there = False
-        self.faults: list[str] = []
-        self.fault_count = 0
+        self._may_exist = False
+        self.errors: list[str] = []
+        self.error_count = 0
 
     async def plan(self, source: Source) -> None:
-        """Put down all jobs of the source that are not there; within a transaction of the manifest."""
-        place = _Place(source.folder, self._additions.uploads_to)
-        self._may_be_there = source.may_grow
+        """Add all jobs of the source that are not in the state file. Call it in a transaction."""
+        files = _LocalFiles(source.folder, self._additions.uploads_to)
+        self._may_exist = source.may_grow
         async for item in source:
             self._number += 1
-            if self._number % BREATH_JOBS == 0:
+            if self._number % YIELD_EVERY_JOBS == 0:
                 await asyncio.sleep(0)
-            if isinstance(item, Fault):
-                self._fault(item)
+            if isinstance(item, InvalidEntry):
+                self._reject(item)
                 continue
             try:
-                self._put_down(item, place)
+                self._add(item, files)
             except (InvalidJobError, ValueError) as error:
-                self._fault(Fault(item.where, str(error), item.custom_id), item)
+                self._reject(InvalidEntry(item.where, str(error), item.custom_id), item)
 
-    def _put_down(self, item: Entry, place: "_Place") -> None:
+    def _add(self, item: Entry, files: "_LocalFiles") -> None:
         job = self._additions.applied(item.job)
         job.setdefault("id", self._id(item.key))
         for holder, key in _images(job):
-            holder[key] = self._at_url(place, holder[key])
+            holder[key] = self._upload_url(files, holder[key])
         body = to_json(job)
         checked = decode(body, None, self._max_job_bytes)
-        if self._manifest.add(Planned(str(checked.id), body, item.custom_id)):
+        if self._state.add(Planned(str(checked.id), body, item.custom_id)):
             self._estimate.add(checked)
-        elif not self._may_be_there:
-            raise ValueError(
-                f"there is another job with the {'custom_id' if item.custom_id else 'id'} before it"
-            )
+        elif not self._may_exist:
+            raise ValueError(f"duplicate {'custom_id' if item.custom_id else 'id'}")
 
-    def _at_url(self, place: "_Place", image: Any) -> Any:
+    def _upload_url(self, files: "_LocalFiles", image: Any) -> Any:
         if not isinstance(image, str) or image[:8].lower().startswith(_SCHEMES):
             return image
-        url, path = place.of(image)
-        if self._manifest.add_upload(url, str(path)):
+        url, path = files.locate(image)
+        if self._state.add_upload(url, str(path)):
             self._estimate.uploads += 1
         return url
 
     def _id(self, key: str | None) -> str:
-        """The id of a job that has none: the same whenever the same is submitted."""
+        """Return the id of a job without one: the same each time the same jobs are submitted."""
         own = f"{self._name}-{self._number if key is None else key}"
         return own if valid_id(own) else f"{self._name}-{hashlib.sha256(own.encode()).hexdigest()[:32]}"
 
-    def _fault(self, fault: Fault, item: Entry | None = None) -> None:
-        self.fault_count += 1
-        if len(self.faults) < MAX_FAULTS_SHOWN:
-            self.faults.append(f"{fault.where}: {fault.reason}")
-        if self._keeps_invalid:
+    def _reject(self, invalid: InvalidEntry, item: Entry | None = None) -> None:
+        self.error_count += 1
+        if len(self.errors) < MAX_ERRORS_SHOWN:
+            self.errors.append(f"{invalid.where}: {invalid.reason}")
+        if self._skips_invalid:
             given = valid_id(item.job.get("id")) if item is not None else None
-            own = given or self._id(fault.custom_id)
-            # A second job of the same id fails, too, and its result has to be told from the first one's.
-            for job_id in (own,) if self._may_be_there else (own, f"{self._name}-{self._number}-invalid"):
-                failed = _failed(job_id, fault.reason)
-                if self._manifest.add(Planned(job_id, None, fault.custom_id, failed)):
+            own = given or self._id(invalid.custom_id)
+            # A duplicate id fails too; its result needs another id than the first job's.
+            for job_id in (own,) if self._may_exist else (own, f"{self._name}-{self._number}-invalid"):
+                failed = _failed(job_id, invalid.reason)
+                if self._state.add(Planned(job_id, None, invalid.custom_id, failed)):
                     break
 
 
 def _failed(job_id: str, reason: str) -> Received:
-    """The result of a job that cannot be sent, as a worker would have given it."""
+    """Return the failed result of an invalid job, as a worker would publish it."""
     error = JobFailure(code=ErrorCode.INVALID_JOB, message=reason, retryable=False)
     body = Result(id=job_id, status="failed", error=error).to_body()
     return Received(job_id, body, int(time.time()), failed=True)
 
 
 def _images(job: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Where images are named in a job, as container and key; what has another form is left to the check."""
+    """Yield container and key of each image in a job; `decode` rejects malformed ones."""
     listed = job.get("images")
     for number, image in enumerate(listed if isinstance(listed, list) else ()):
         yield (image, "url") if isinstance(image, dict) and "url" in image else (listed, number)
@@ -207,32 +205,27 @@ def _images(job: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
                 yield image, "url"
 
 
-class _Place:
-    """Where local images are, and where they go: under the SHA-256 of their content."""
+class _LocalFiles:
+    """Local images, and their URLs after the upload: named by the SHA-256 of their content."""
 
     def __init__(self, folder: Path, bucket: Bucket | None) -> None:
         self._folder = folder
         self._bucket = bucket
         self._key = lru_cache(maxsize=4096)(_key)
 
-    def of(self, image: str) -> tuple[str, Path]:
-        """The URL that a local image will have, and its path.
+    def locate(self, image: str) -> tuple[str, Path]:
+        """Return the URL of a local image after the upload, and its path.
 
         Raises:
-            ValueError: it is no image that can be uploaded; the message says why.
+            ValueError: it cannot be uploaded.
         """
         if "://" in image:
-            raise ValueError(
-                f"{image}: images are s3://bucket/key, https:// links, data: URLs or local files"
-            )
+            raise ValueError(f"{image}: an image must be s3://bucket/key, https://…, data:… or a local file")
         path = (self._folder / image).absolute()
         if self._bucket is None:
-            what = (
-                "a local file: --bucket says where to upload it"
-                if path.is_file()
-                else "neither a URL nor a file"
-            )
-            raise ValueError(f"{image}: is {what}")
+            if path.is_file():
+                raise ValueError(f"{image}: is a local file; use --bucket to upload it")
+            raise ValueError(f"{image}: no such file (and not a URL)")
         return self._bucket.url(self._key(path)), path
 
 
@@ -243,5 +236,5 @@ def _key(path: Path) -> str:
         raise ValueError(f"{path}: {error.strerror}") from None
     kind = media_type(content)
     if kind is None:
-        raise ValueError(f"{path}: is no JPEG, PNG or WebP image")
+        raise ValueError(f"{path}: is not a JPEG, PNG or WebP image")
     return f"{hashlib.sha256(content).hexdigest()}.{_SUFFIXES[kind]}"

@@ -1,312 +1,333 @@
-"""What `vqa-worker submit` does with what it was told: plan, ask, upload, send, and gather the results."""
+"""The state file of a submission (SQLite): its jobs, which of them are confirmed, and their results.
 
-import asyncio
-import hashlib
-import json
-import uuid
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+It makes a submission resumable. A job is `PLANNED`, then `SENT` just before it is published, then `CONFIRMED`
+when the broker's confirm is recorded; a job found `SENT` by a later run may be on the queue or not. A result
+is acked only after it is committed here, and commits are on the disk.
+"""
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Self
 
-from worker.cli import state_dir
-from worker.cli.outputs import Output
-from worker.cli.progress import Bar, shown
-from worker.cli.shell import EXIT_FAILURE, EXIT_OK, Screen, UsageError, broker_of, counted
-from worker.cli.submit.collect import Harvest
-from worker.cli.submit.estimate import Assumptions, Estimate, dollars
-from worker.cli.submit.inputs import Source
-from worker.cli.submit.manifest import Manifest
-from worker.cli.submit.plan import Additions, Planner
-from worker.cli.submit.progress_of_results import Gathering
-from worker.cli.submit.submission import Submission, missing
-from worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, prepare
-from worker.rabbitmq.session import Session
-from worker.rabbitmq.topology import Topology
-from worker.settings import CommandSettings, Price
+from worker.cli.private_files import make_private_folder, open_private
+from worker.cli.shell import CommandError
 
-# More than these is not submitted by a slip of the hand.
-ASKS_ABOVE_JOBS: Final = 1000
-ASKS_ABOVE_USD: Final = 10.0
-SECONDS_PER_DAY: Final = 86_400
+PLANNED, SENT, CONFIRMED = range(3)
+
+_FORMAT: Final = "1"
+_BUSY_TIMEOUT_S: Final = 30.0
+_ROWS_AT_ONCE: Final = 500
+_SCHEMA: Final = """
+    CREATE TABLE head (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE jobs (
+        ordinal INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        custom_id TEXT,
+        body BLOB,
+        state INTEGER NOT NULL,
+        result BLOB,
+        received_at INTEGER,
+        failed INTEGER,
+        tokens INTEGER,
+        cost REAL
+    );
+    CREATE INDEX unconfirmed ON jobs (ordinal) WHERE state < 2;
+    CREATE TABLE uploads (url TEXT PRIMARY KEY, path TEXT NOT NULL, is_done INTEGER NOT NULL) WITHOUT ROWID;
+"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What is to be submitted, and how.
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A job to send; an invalid job has a failed result instead of a body."""
 
-    Attributes:
-        additions: what is said of all jobs.
-        price: in USD per million tokens, for every model, instead of the settings'.
-        name, manifest: of the submission and its file; by default they follow from what is submitted.
-        exchange: where jobs are published; empty: by the default one, to the queue.
-        reply_to: a queue that others read; None: one of the submission's own.
-        keeps_invalid: lines that are no jobs become failed results.
-        asks: whether a person is asked before much is submitted.
-        waits: whether the results are gathered at once.
-    """
+    id: str
+    body: bytes | None
+    custom_id: str | None = None
+    result: "Received | None" = None
 
-    source: Source
-    additions: Additions
-    assumptions: Assumptions
-    price: Price | None = None
-    name: str | None = None
-    manifest: Path | None = None
-    exchange: str = ""
-    reply_to: str | None = None
-    keep_days: int = 7
-    max_queue: int = 0
-    keeps_invalid: bool = False
-    asks: bool = True
-    waits: bool = False
-    output: Output = field(default_factory=Output)
-    patience_s: float = 15.0
+
+@dataclass(frozen=True, slots=True)
+class ToSend:
+    """A job without a recorded confirm."""
+
+    ordinal: int
+    id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A result from the reply queue, with the figures that the progress shows; `at` in Unix seconds."""
+
+    id: str
+    body: bytes
+    at: int
+    failed: bool
+    tokens: int = 0
+    cost: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """A stored result with the ids of its job; `at` in Unix seconds."""
+
+    ordinal: int
+    id: str
+    custom_id: str | None
+    body: bytes
+    at: int
+    failed: bool
+
+
+@dataclass
+class Counts:
+    """The progress of a submission."""
+
+    total: int = 0
+    sent: int = 0
+    confirmed: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    tokens: int = 0
+    cost: float = 0.0
+    knows_cost: bool = False
 
     @property
-    def is_passing(self) -> bool:
-        """Whether nobody will want to come back to it: a question that was asked by hand."""
-        return self.source.is_ad_hoc and self.name is None and self.manifest is None
+    def received(self) -> int:
+        """The number of jobs with a result."""
+        return self.succeeded + self.failed
 
-    def digest(self, settings: CommandSettings) -> str:
-        """What tells this submission from others: the same jobs for another broker are another one."""
-        if self.is_passing:
-            return uuid.uuid4().hex
-        parts = [
-            self.source.digest(),
-            self.additions.digest(),
-            settings.rabbitmq_address,
-            settings.jobs_queue,
-            self.reply_to,
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    @property
+    def pending(self) -> int:
+        """The number of jobs without a result."""
+        return self.total - self.received
 
-
-async def estimate(order: Order, settings: CommandSettings, screen: Screen) -> int:
-    """`--dry-run`: say what would be submitted, and what it is likely to cost."""
-    manifest = Manifest.temporary()
-    planned = await _plan(order, settings, manifest, "dry-run")
-    screen.emit(planned.as_json())
-    screen.say(*planned.lines(), "nothing was submitted (--dry-run)")
-    return EXIT_OK
+    def add(self, received: Received) -> None:
+        """Count one more result."""
+        self.failed += received.failed
+        self.succeeded += not received.failed
+        self.tokens += received.tokens
+        if received.cost is not None:
+            self.cost += received.cost
+            self.knows_cost = True
 
 
-async def carry_out(order: Order, settings: CommandSettings, screen: Screen) -> int:
-    """Submit, and gather the results if they are waited for; returns the exit code."""
-    digest = order.digest(settings)
-    name = order.name or f"{state_dir.fit_for_name(order.source.title)}-{digest[:10]}"
-    path = order.manifest or state_dir.path_of(name)
-    manifest = Manifest.open(path) if path.is_file() else _begun(order, settings, path, name, digest)
-    with ExitStack() as stack:
-        stack.callback(manifest.close)
-        stack.enter_context(manifest.locked("submitting"))
-        head = manifest.head()
-        if head.get("digest") != digest:
-            text = f"{path}: belongs to another submission ({head.get('source')}); choose another --name"
-            raise UsageError(text)
-        if not await _is_agreed(order, settings, manifest, screen):
-            return EXIT_FAILURE
-        errand = _Errand(order, settings, manifest, screen)
+class SubmissionState:
+    """An open state file. Not thread-safe."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path | None) -> None:
+        self._db = connection
+        self.path = path
+
+    @classmethod
+    def temporary(cls) -> Self:
+        """Create a temporary state that is deleted with the process."""
+        # An empty name means a temporary file, which SQLite uses only when its cache is full.
+        connection = sqlite3.connect("", isolation_level=None)
+        connection.executescript(_SCHEMA)
+        return cls(connection, None)
+
+    @classmethod
+    def create(cls, path: Path, head: Mapping[str, str]) -> Self:
+        """Create a state file with mode 0600 in a folder with mode 0700; open one that exists."""
+        make_private_folder(path.parent)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.unlink(missing_ok=True)
+        os.close(open_private(str(draft), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         try:
-            return await errand.run()
-        except asyncio.CancelledError:
-            screen.note(f"broken off; {_how_to_go_on(order, errand.name)}")
-            raise
+            connection = sqlite3.connect(draft, isolation_level=None)
+            connection.executescript(_SCHEMA)
+            cls(connection, draft).set_head({"format": _FORMAT, **head})
+            connection.close()
+            with suppress(FileExistsError):
+                # Unlike a rename, a link does not replace a file that another process created meanwhile.
+                path.hardlink_to(draft)
+        finally:
+            draft.unlink(missing_ok=True)
+        return cls.open(path)
 
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a state file.
 
-def _how_to_go_on(order: Order, name: str) -> str:
-    if order.is_passing:
-        return f"`vqa-worker results {name}` gathers what was asked"
-    return f"the same command goes on with {name}, and sends nothing twice"
-
-
-def _begun(order: Order, settings: CommandSettings, path: Path, name: str, digest: str) -> Manifest:
-    head = {
-        "name": name,
-        "digest": digest,
-        "source": order.source.title,
-        "form": order.source.form or "",
-        "broker": settings.rabbitmq_address,
-        "jobs_queue": settings.jobs_queue,
-        # The same jobs submitted by somebody else, or from elsewhere, have results of their own.
-        "reply_to": order.reply_to or f"{PRIVATE_PREFIX}{name}-{uuid.uuid4().hex[:8]}",
-        "is_private": "" if order.reply_to else "1",
-    }
-    return Manifest.make(path, head)
-
-
-async def _is_agreed(order: Order, settings: CommandSettings, manifest: Manifest, screen: Screen) -> bool:
-    """Put down the jobs, unless that was done; ask a person about many."""
-    head = manifest.head()
-    usd = float(head["usd"]) if head.get("usd") else None
-    is_new = "planned" not in head
-    if is_new or order.source.may_grow:
+        Raises:
+            CommandError: it does not exist, or is not a state file of this version.
+        """
+        if not path.is_file():
+            raise CommandError(f"no such state file: {path}.")
         try:
-            planned = await _plan(order, settings, manifest, head["name"])
-        except BaseException:
-            if is_new:
-                manifest.delete()
-            raise
-        usd = planned.usd()
-        if order.asks and screen.may_ask and not _is_small(planned.jobs, usd):
-            screen.note(*planned.lines())
-    counts = manifest.counts()
-    to_send = counts.total - counts.confirmed
-    if not order.asks or not screen.may_ask or _is_small(to_send, usd):
-        return True
-    price = f", about {dollars(usd)}" if usd is not None else ""
-    if screen.confirm(f"Submit {counted(to_send, 'job')}{price}?"):
-        return True
-    if not counts.sent + counts.confirmed:
-        manifest.delete()
-    screen.note("nothing was submitted")
-    return False
-
-
-def _is_small(jobs: int, usd: float | None) -> bool:
-    return jobs <= ASKS_ABOVE_JOBS and (usd or 0.0) <= ASKS_ABOVE_USD
-
-
-async def _plan(order: Order, settings: CommandSettings, manifest: Manifest, name: str) -> Estimate:
-    planned = Estimate(order.assumptions, settings.model, settings.prices, order.price)
-    planner = Planner(
-        manifest,
-        name,
-        order.additions.resolved(),
-        planned,
-        max_job_bytes=settings.max_job_bytes,
-        keeps_invalid=order.keeps_invalid,
-    )
-    with manifest.transaction():
-        await planner.plan(order.source)
-        if planner.fault_count and not order.keeps_invalid:
-            raise UsageError(*_told(planner))
-        if not manifest.counts().total:
-            raise UsageError(f"{order.source.title}: there are no jobs in it")
-        usd = planned.usd()
-        manifest.set_head({"planned": "1", "usd": "" if usd is None else str(usd)})
-    return planned
-
-
-def _told(planner: Planner) -> list[str]:
-    more = planner.fault_count - len(planner.faults)
-    return [
-        *planner.faults,
-        *([f"and {more:,} more"] if more else []),
-        "nothing was submitted; --skip-invalid submits the rest, and tells of these as failed results",
-    ]
-
-
-class _Errand:
-    """One run of one submission, from its manifest."""
-
-    def __init__(self, order: Order, settings: CommandSettings, manifest: Manifest, screen: Screen) -> None:
-        self._order = order
-        self._settings = settings
-        self._manifest = manifest
-        self._screen = screen
-        self._head = manifest.head()
-        self._broker = broker_of(settings)
-        self._topology = Topology.from_settings(settings)
-        self.name = self._head["name"]
-
-    async def run(self) -> int:
-        """Upload, send and gather what is still to be; returns the exit code."""
-        counts = self._manifest.counts()
-        to_send = counts.total - counts.confirmed
-        if to_send:
-            await self._upload()
-            await self._knock()
-        else:
-            self._screen.note(f"{self.name} was submitted before, all of its {counted(counts.total, 'job')}")
-        if counts.sent:
-            await self._clear_up(counts.sent)
-        if not self._order.waits:
-            await self._send()
-            return self._tell_submitted(to_send)
-        with self._manifest.locked("gathering"):
-            harvest = Harvest(
-                self._manifest,
-                self._broker,
-                self._screen,
-                self._order.output,
-                patience_s=self._order.patience_s,
-                is_passing=self._order.is_passing,
+            connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S)
+            state = cls(connection, path)
+            is_ours = state.head().get("format") == _FORMAT
+            # Readers in other processes do not block, and each commit is on the disk.
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+        except sqlite3.DatabaseError as error:
+            raise CommandError(f"{path} is not the state file of a submission ({error}).") from None
+        if not is_ours:
+            raise CommandError(
+                f"{path} was written by another version of vqa-worker. Submit with another --name."
             )
-            return await harvest.bring_in(self._submission() if to_send else None)
+        return state
 
-    async def _upload(self) -> None:
-        if not self._manifest.uploads_to_do():
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def delete(self) -> None:
+        """Close and delete the file."""
+        self.close()
+        if self.path is not None:
+            for suffix in ("", "-wal", "-shm", ".lock"):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+
+    def head(self) -> dict[str, str]:
+        """Return the fields of the submission as a whole."""
+        return dict(self._db.execute("SELECT key, value FROM head"))
+
+    def set_head(self, values: Mapping[str, str]) -> None:
+        """Set fields of the submission as a whole."""
+        self._db.executemany("INSERT OR REPLACE INTO head VALUES (?, ?)", values.items())
+
+    @contextmanager
+    def locked(self, what: str) -> Iterator[None]:
+        """Hold the lock for `what` (submitting or collecting).
+
+        Raises:
+            CommandError: another process holds it.
+        """
+        if self.path is None:
+            yield
             return
-        from worker.cli.storage import Uploads, open_s3
+        with open(f"{self.path}.lock", "w", opener=open_private) as lock:
+            try:
+                # One byte per kind of lock; the kernel releases it when the process ends.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, ord(what[0]))
+            except OSError:
+                raise CommandError(
+                    f"another process is {what} with {self.path}. Wait until it has finished."
+                ) from None
+            yield
 
-        async with open_s3(self._settings) as s3:
-            uploads = Uploads(self._manifest, s3)
-            async with shown(self._screen, [Bar("uploaded", uploads.progress)]):
-                await uploads.run()
+    # Jobs
 
-    async def _knock(self) -> None:
-        """See that the broker and the queue are there, and make the one for results."""
-        replies = ReplyQueue(
-            self._head["reply_to"],
-            self._settings.reply_exchange,
-            expires_s=self._order.keep_days * SECONDS_PER_DAY,
+    def add(self, job: Planned) -> bool:
+        """Add a job unless its id exists; return whether it was added. Call it in a transaction."""
+        result = job.result
+        added = self._db.execute(
+            "INSERT OR IGNORE INTO jobs (id, custom_id, body, state, result, received_at, failed)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (job.id, job.custom_id, job.body, PLANNED, None, None, None)
+            if result is None
+            else (job.id, job.custom_id, None, CONFIRMED, result.body, result.at, result.failed),
         )
+        return added.rowcount == 1
 
-        prepare_all = partial(
-            prepare,
-            # Who publishes by an exchange need not be allowed to look at the queue.
-            jobs_queue=None if self._order.exchange else self._topology.jobs,
-            replies=replies if self._head["is_private"] else None,
+    def unconfirmed(self, after: int, limit: int) -> list[ToSend]:
+        """Return at most `limit` unconfirmed jobs after an ordinal, in order."""
+        rows = self._db.execute(
+            "SELECT ordinal, id, body FROM jobs WHERE state < 2 AND ordinal > ? ORDER BY ordinal LIMIT ?",
+            (after, limit),
         )
+        return [ToSend(*row) for row in rows]
+
+    def set_sent(self, jobs: Sequence[ToSend]) -> None:
+        """Record that jobs are about to be published."""
+        self._set_state(SENT, jobs)
+
+    def set_confirmed(self, jobs: Sequence[ToSend]) -> None:
+        """Record confirms, and delete the bodies of the jobs."""
+        with self.transaction():
+            self._db.executemany(
+                "UPDATE jobs SET state = 2, body = NULL WHERE ordinal = ?", ((job.ordinal,) for job in jobs)
+            )
+
+    def _set_state(self, state: int, jobs: Sequence[ToSend]) -> None:
+        with self.transaction():
+            self._db.executemany(
+                "UPDATE jobs SET state = ? WHERE ordinal = ?", ((state, job.ordinal) for job in jobs)
+            )
+
+    # Uploads
+
+    def add_upload(self, url: str, path: str) -> bool:
+        """Add a file to upload before jobs are sent; return whether it is new. Call it in a transaction."""
+        added = self._db.execute("INSERT OR IGNORE INTO uploads VALUES (?, ?, 0)", (url, path))
+        return added.rowcount == 1
+
+    def pending_uploads(self) -> list[tuple[str, str]]:
+        """Return URL and path of the files that are not uploaded yet."""
+        return self._db.execute("SELECT url, path FROM uploads WHERE NOT is_done").fetchall()
+
+    def set_uploaded(self, url: str) -> None:
+        """Record that a file is uploaded."""
+        self._db.execute("UPDATE uploads SET is_done = 1 WHERE url = ?", (url,))
+
+    # Results
+
+    def store(self, received: Sequence[Received]) -> tuple[list[Received], list[Received]]:
+        """Store results on the disk; return the new ones, and those of unknown jobs.
+
+        A second result of a job is ignored.
+        """
+        new, unknown = [], []
+        with self.transaction():
+            for one in received:
+                # A result also proves that its job was on the queue.
+                stored = self._db.execute(
+                    "UPDATE jobs SET result = ?, received_at = ?, failed = ?, tokens = ?, cost = ?,"
+                    " state = 2, body = NULL WHERE id = ? AND result IS NULL",
+                    (one.body, one.at, one.failed, one.tokens, one.cost, one.id),
+                )
+                if stored.rowcount:
+                    new.append(one)
+                elif not self._db.execute("SELECT 1 FROM jobs WHERE id = ?", (one.id,)).fetchone():
+                    unknown.append(one)
+        return new, unknown
+
+    def results(self) -> Iterator[StoredResult]:
+        """Yield the results in the order of the jobs."""
+        rows = self._db.execute(
+            "SELECT ordinal, id, custom_id, result, received_at, failed FROM jobs"
+            " WHERE result IS NOT NULL ORDER BY ordinal"
+        )
+        while some := list(islice(rows, _ROWS_AT_ONCE)):
+            yield from map(_stored_result, some)
+
+    def result(self, job_id: str) -> StoredResult:
+        """Return the result of a job that has one."""
+        row = self._db.execute(
+            "SELECT ordinal, id, custom_id, result, received_at, failed FROM jobs WHERE id = ?", (job_id,)
+        ).fetchone()
+        return _stored_result(row)
+
+    def counts(self) -> Counts:
+        """Return the progress."""
+        row: tuple[Any, ...] = self._db.execute(
+            "SELECT count(*), coalesce(sum(state = 1), 0), coalesce(sum(state = 2), 0),"
+            " coalesce(sum(failed = 0), 0), coalesce(sum(failed), 0), coalesce(sum(tokens), 0),"
+            " coalesce(sum(cost), 0), count(cost) > 0 FROM jobs"
+        ).fetchone()
+        return Counts(*row)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit everything done in the context, or nothing."""
+        self._db.execute("BEGIN IMMEDIATE")
         try:
-            await Session.once(self._broker, self._order.patience_s, prepare_all)
-        except QueueMissingError:
-            raise missing(self._topology.jobs) from None
-        self._manifest.set_head({"is_tidy": ""})
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
 
-    async def _clear_up(self, in_doubt: int) -> None:
-        """Of the jobs that may have been sent, those whose results are there were."""
-        if self._head["is_private"]:
-            with self._manifest.locked("gathering"):
-                await Gathering(self._manifest, self._broker, self._head["reply_to"]).until_quiet()
-        left = self._manifest.counts().sent
-        self._screen.note(
-            f"jobs that were on their way when this was broken off, and may have arrived: {in_doubt:,};"
-            f" answered: {in_doubt - left:,}, sent again under the same ids: {left:,}"
-        )
 
-    def _submission(self) -> Submission:
-        return Submission(
-            self._manifest,
-            self._broker,
-            self._topology,
-            exchange=self._order.exchange,
-            reply_to=self._head["reply_to"],
-            max_queue=self._order.max_queue,
-        )
-
-    async def _send(self) -> None:
-        submission = self._submission()
-        async with shown(self._screen, [Bar("submitted", submission.progress)]):
-            await submission.run()
-
-    def _tell_submitted(self, sent: int) -> int:
-        total = self._manifest.counts().total
-        self._screen.emit(
-            {
-                "name": self.name,
-                "manifest": str(self._manifest.path),
-                "jobs": total,
-                "submitted": sent,
-                "queue": self._topology.jobs,
-                "reply_to": self._head["reply_to"],
-            }
-        )
-        self._screen.say(f"{counted(sent, 'job')} submitted as {self.name}")
-        if self._head["is_private"]:
-            given = self.name if self._order.manifest is None else self._order.manifest
-            self._screen.say(f"their results: vqa-worker results {given}")
-        else:
-            self._screen.say(f"their results come to {self._head['reply_to']}")
-        return EXIT_OK
+def _stored_result(row: tuple[Any, ...]) -> StoredResult:
+    ordinal, job_id, custom_id, body, at, failed = row
+    return StoredResult(ordinal, job_id, custom_id, body, at, bool(failed))

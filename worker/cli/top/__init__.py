@@ -1,1 +1,1 @@
-"""`vqa-worker top`: a running fleet, by the broker's figures and the workers' own."""
+"""`vqa-worker top`: live queue figures from RabbitMQ and metrics of the workers."""

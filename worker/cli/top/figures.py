@@ -1,4 +1,4 @@
-"""From the workers' metrics to a fleet's figures: rates, latencies, sums. Times are seconds of any clock."""
+"""Compute rates, latencies and sums of a fleet from the workers' metrics. Times are monotonic seconds."""
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,39 +11,38 @@ from prometheus_client.parser import text_string_to_metric_families
 
 Key = TypeVar("Key")
 
-# Rates and latencies are those of so many seconds.
+# The window of rates and latencies.
 WINDOW_S: Final = 30.0
 QUANTILES: Final = (0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one worker says at one moment.
+    """The metrics of one worker at one time.
 
     Attributes:
-        counts: what only grows: `succeeded`, `failed` (jobs), `prompt_tokens`, `completion_tokens`,
-            `cost_usd`.
-        buckets: how many jobs took no longer than so many seconds.
-        down: the dependencies that it pauses for.
+        counts: counters `succeeded` and `failed` (jobs), `prompt_tokens`, `completion_tokens`, `cost_usd`.
+        buckets: the job duration histogram: cumulative counts by upper bound in seconds.
+        paused: the dependencies that it has paused consumption for.
     """
 
     counts: Mapping[str, float]
     buckets: Mapping[float, float]
     in_flight: float
     limit: float
-    down: frozenset[str]
+    paused: frozenset[str]
 
 
 def read_sample(exposition: str) -> Sample:
-    """A worker's `/metrics`.
+    """Parse the text of a worker's `/metrics`.
 
     Raises:
-        ValueError: it is not the text of a worker.
+        ValueError: it has no metrics of a vqa-worker.
     """
     counts: dict[str, float] = defaultdict(float)
     buckets: dict[float, float] = defaultdict(float)
     gauges: dict[str, float] = {}
-    down = set()
+    paused = set()
     for family in text_string_to_metric_families(exposition):
         for name, labels, value, *_ in family.samples:
             match name:
@@ -58,16 +57,16 @@ def read_sample(exposition: str) -> Sample:
                 case "vqa_jobs_in_flight" | "vqa_concurrency_limit":
                     gauges[name] = value
                 case "vqa_dependency_up" if not value:
-                    down.add(labels["dependency"])
+                    paused.add(labels["dependency"])
     if "vqa_concurrency_limit" not in gauges:
         raise ValueError("no metrics of a vqa-worker")
     in_flight, limit = gauges.get("vqa_jobs_in_flight", 0.0), gauges["vqa_concurrency_limit"]
-    return Sample(dict(counts), dict(buckets), in_flight, limit, frozenset(down))
+    return Sample(dict(counts), dict(buckets), in_flight, limit, frozenset(paused))
 
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """How long jobs took, from delivery to ack, in seconds; None where none has come to its end."""
+    """Quantiles of the job duration, from delivery to ack, in seconds; None without jobs."""
 
     p50: float | None
     p90: float | None
@@ -76,68 +75,68 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class FleetFigures:
-    """All workers together.
+    """The figures of all workers together.
 
     Attributes:
-        workers: how many answer.
-        silent: the addresses that do not.
-        per_s: of each count, how much a second; None before there are two samples.
-        cost_usd: since the workers were started, those included that were seen and are gone.
-        down: how many workers pause for each dependency.
+        workers: the number of workers that are up.
+        unreachable: the addresses of the others.
+        per_s: the rate of each counter per second; None before the second sample.
+        cost_usd: the cost since the workers' start, including workers that have stopped meanwhile.
+        paused: the number of workers that have paused for each dependency.
     """
 
     workers: int
-    silent: Sequence[str]
+    unreachable: Sequence[str]
     per_s: Mapping[str, float] | None
     latencies: Latencies
     in_flight: int
     limit: int
     cost_usd: float
-    down: Mapping[str, int]
+    paused: Mapping[str, int]
 
 
 @dataclass(slots=True)
 class _Worker:
     samples: deque[tuple[float, Sample]] = field(default_factory=deque)
-    # Before its restarts.
+    # The cost before its restarts.
     spent_usd: float = 0.0
 
 
 class Fleet:
-    """The workers that have been seen, by address."""
+    """The workers seen so far, by address."""
 
     def __init__(self) -> None:
         self._workers: dict[str, _Worker] = {}
-        self._answering: set[str] = set()
-        self._silent: Collection[str] = ()
+        self._up: set[str] = set()
+        self._unreachable: Collection[str] = ()
 
-    def observe(self, now: float, samples: Mapping[str, Sample], silent: Collection[str]) -> None:
-        """What the workers say now, and which of them say nothing."""
-        self._answering, self._silent = set(samples), silent
+    def observe(self, now: float, samples: Mapping[str, Sample], unreachable: Collection[str]) -> None:
+        """Add the samples of one scrape."""
+        self._up, self._unreachable = set(samples), unreachable
         for address, sample in samples.items():
             worker = self._workers.setdefault(address, _Worker())
             if worker.samples and _cost(sample) < _cost(worker.samples[-1][1]):
                 worker.spent_usd += _cost(worker.samples[-1][1])
             worker.samples.append((now, sample))
-            # One from before the window stays, for what grew since.
+            # The last sample before the window stays, as the base of increases.
             while len(worker.samples) > 1 and worker.samples[1][0] <= now - WINDOW_S:
                 worker.samples.popleft()
 
     def figures(self) -> FleetFigures:
-        """What comes of it."""
-        seen = [self._workers[address] for address in self._answering]
+        """Return the figures of the window."""
+        seen = [self._workers[address] for address in self._up]
         last = [worker.samples[-1][1] for worker in seen]
         measured = [worker.samples for worker in seen if len(worker.samples) > 1]
-        down = Counter(name for sample in last for name in sample.down)
+        paused = Counter(name for sample in last for name in sample.paused)
         return FleetFigures(
             workers=len(seen),
-            silent=sorted(self._silent),
+            unreachable=sorted(self._unreachable),
             per_s=_sum(map(_per_s, measured)) if measured else None,
             latencies=_latencies(_sum(_increase(s.buckets for _, s in samples) for samples in measured)),
             in_flight=round(sum(sample.in_flight for sample in last)),
             limit=round(sum(sample.limit for sample in last)),
             cost_usd=sum(it.spent_usd + _cost(it.samples[-1][1]) for it in self._workers.values()),
-            down=dict(down),
+            paused=dict(paused),
         )
 
 
@@ -147,18 +146,18 @@ def _cost(sample: Sample) -> float:
 
 def _per_s(samples: Sequence[tuple[float, Sample]]) -> Mapping[str, float]:
     seconds = samples[-1][0] - samples[0][0]
-    grown = _increase(sample.counts for _, sample in samples)
-    return {name: value / seconds for name, value in grown.items()}
+    increases = _increase(sample.counts for _, sample in samples)
+    return {name: value / seconds for name, value in increases.items()}
 
 
 def _increase(counts: Iterable[Mapping[Key, float]]) -> Mapping[Key, float]:
-    """By how much each has grown; one that is less than before has begun anew, as in a restarted worker."""
-    grown: dict[Key, float] = {}
+    """Return the increase of each counter; a lower value means a restart, as in Prometheus' `increase`."""
+    increases: dict[Key, float] = {}
     for before, after in pairwise(counts):
         for key, value in after.items():
             old = before.get(key, 0.0)
-            grown[key] = grown.get(key, 0.0) + (value - old if value >= old else value)
-    return grown
+            increases[key] = increases.get(key, 0.0) + (value - old if value >= old else value)
+    return increases
 
 
 def _sum(parts: Iterable[Mapping[Key, float]]) -> Mapping[Key, float]:
@@ -174,7 +173,7 @@ def _latencies(buckets: Mapping[float, float]) -> Latencies:
 
 
 def quantile(share: float, buckets: Mapping[float, float]) -> float | None:
-    """As Prometheus' `histogram_quantile`: linear within a bucket; what is beyond the last is its bound."""
+    """Estimate a quantile as Prometheus' `histogram_quantile`: linear in a bucket, at most the last bound."""
     total = buckets.get(inf, 0.0)
     if not total:
         return None

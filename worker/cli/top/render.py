@@ -1,4 +1,4 @@
-"""How a fleet's figures are shown: on a terminal, as a line, as JSON."""
+"""Render the figures of a fleet as a table, as a line and as JSON."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,45 +14,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class QueueFigures:
-    """What waits where; None of queues that are not there, or are not shown to this user.
+    """Queue depths; None for queues that do not exist or that the user may not see.
 
     Attributes:
-        jobs: jobs that wait for a worker; those that workers hold are not among them.
-        retries: jobs that wait for their next attempt.
-        results: results that nobody has fetched from the results queue.
-        dead: dead letters.
-        consumers: of the jobs queue; a worker has one or more.
+        jobs: ready jobs, without those that workers hold.
+        retries: jobs on the retry queues.
+        results: results on the results queue.
+        dead_letters: messages on the dead-letter queue.
+        consumers: consumers of the jobs queue; a worker has at least one.
     """
 
     jobs: int = 0
     retries: int | None = None
     results: int | None = None
-    dead: int | None = None
+    dead_letters: int | None = None
     consumers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """All of it, at one moment.
+    """All figures at one time.
 
     Attributes:
-        queues: None while the broker cannot be asked; `trouble` says why.
-        fleet: None where no worker was named.
+        queues: None while the broker is unreachable; `error` says why.
+        fleet: None without `--worker`.
     """
 
     queue: str
     queues: QueueFigures | None
-    trouble: str
+    error: str
     fleet: FleetFigures | None
 
     @property
     def has_rates(self) -> bool:
-        """Whether there is all to show that there will be: rates need two readings of a worker."""
+        """Whether the rates are known: they need two samples of a worker."""
         return self.fleet is None or self.fleet.per_s is not None or not self.fleet.workers
 
     @property
-    def done_in_s(self) -> float | None:
-        """Seconds until what waits is worked off, if nothing is added and all goes on as it does."""
+    def eta_s(self) -> float | None:
+        """Seconds until the queues are empty at the present rate, if no jobs are added."""
         if self.queues is None or self.fleet is None or self.fleet.per_s is None:
             return None
         rate = self.fleet.per_s.get("succeeded", 0.0) + self.fleet.per_s.get("failed", 0.0)
@@ -61,7 +61,7 @@ class Figures:
 
 
 def in_json(figures: Figures, now: datetime) -> dict[str, Any]:
-    """For programs; rates are null before there are two readings, latencies where no job has ended."""
+    """Return the figures for `--json`; rates are null before the second sample, latencies without jobs."""
     fleet = figures.fleet
     return {
         "at": now.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -75,8 +75,8 @@ def _workers(fleet: FleetFigures) -> dict[str, Any]:
     names = ("succeeded", "failed", "prompt_tokens", "completion_tokens", "cost_usd")
     per_s = fleet.per_s
     return {
-        "answering": fleet.workers,
-        "silent": list(fleet.silent),
+        "up": fleet.workers,
+        "unreachable": list(fleet.unreachable),
         "in_flight": fleet.in_flight,
         "limit": fleet.limit,
         "per_s": None
@@ -84,37 +84,38 @@ def _workers(fleet: FleetFigures) -> dict[str, Any]:
         else {rates.get(name, name): round(per_s.get(name, 0.0), 6) for name in names},
         "latency_s": asdict(fleet.latencies),
         "cost_usd": fleet.cost_usd,
-        "paused": dict(fleet.down),
+        "paused": dict(fleet.paused),
     }
 
 
 def line(figures: Figures, now: datetime) -> str:
-    """For logs and pipes."""
-    said = (f"{name} {text}" for name, text, _ in _rows(figures))
-    return f"{now.astimezone():%H:%M:%S} {' · '.join(said)}"
+    """Return the figures as one line."""
+    cells = (f"{name} {text}" for name, text, _ in _rows(figures))
+    return f"{now.astimezone():%H:%M:%S} {' · '.join(cells)}"
 
 
 def table(figures: Figures, now: datetime) -> "Table":
-    """For a person who watches."""
+    """Return the figures as a table for the live view."""
     from rich.table import Table
     from rich.text import Text
 
     grid = Table.grid(padding=(0, 2))
     title = Text(f"{figures.queue}  {now.astimezone():%H:%M:%S}", style="bold")
-    grid.add_row(title, Text("q or Ctrl-C ends", style="dim"))
+    grid.add_row(title, Text("q or Ctrl-C to quit", style="dim"))
     for name, text, style in _rows(figures):
         grid.add_row(Text(name, style="cyan"), Text(text, style=style))
     return grid
 
 
 def _rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
-    """What it is, how it is, and in which style."""
+    """Yield label, text and style of each row."""
     yield ("queues", *_queues(figures))
     fleet = figures.fleet
     if fleet is None:
         return
-    silent = f", {len(fleet.silent)} silent ({', '.join(fleet.silent)})" if fleet.silent else ""
-    yield "workers", f"{fleet.workers} answering{silent}", "yellow" if silent else ""
+    addresses = ", ".join(fleet.unreachable)
+    unreachable = f", {len(fleet.unreachable)} unreachable ({addresses})" if addresses else ""
+    yield "workers", f"{fleet.workers} up{unreachable}", "yellow" if unreachable else ""
     yield "jobs", _jobs(figures, fleet), ""
     times = (_seconds(value) for value in (fleet.latencies.p50, fleet.latencies.p90, fleet.latencies.p99))
     yield "latency", "p50 {}, p90 {}, p99 {}".format(*times), ""
@@ -123,18 +124,19 @@ def _rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
     yield "tokens", f"{prompt:,.0f} + {completion:,.0f}/s", ""
     hourly = per_s.get("cost_usd", 0.0) * 3600
     yield "cost", f"${fleet.cost_usd:,.4f} so far, ${hourly:,.2f}/h", ""
-    if fleet.down:
-        paused = (f"{name} ({count} of {fleet.workers})" for name, count in sorted(fleet.down.items()))
+    if fleet.paused:
+        paused = (f"{name} ({count} of {fleet.workers})" for name, count in sorted(fleet.paused.items()))
         yield "paused", f"for {', '.join(paused)}", "red"
 
 
 def _queues(figures: Figures) -> tuple[str, str]:
     queues = figures.queues
     if queues is None:
-        return figures.trouble, "red"
+        return figures.error, "red"
     text = (
-        f"{queues.jobs:,} waiting, {_or_unknown(queues.retries)} for their next attempt,"
-        f" {_or_unknown(queues.dead)} dead, results: {_or_unknown(queues.results)},"
+        f"{queues.jobs:,} ready, {_or_unknown(queues.retries)} in retry,"
+        f" {_or_unknown(queues.dead_letters)} dead-lettered,"
+        f" {_or_unknown(queues.results)} on the results queue,"
         f" {counted(queues.consumers, 'consumer')}"
     )
     return text, "" if queues.consumers else "yellow"
@@ -147,8 +149,8 @@ def _or_unknown(count: int | None) -> str:
 def _jobs(figures: Figures, fleet: FleetFigures) -> str:
     per_s = fleet.per_s or {}
     rates = f"{per_s.get('succeeded', 0.0):,.1f}/s, {per_s.get('failed', 0.0):,.1f}/s failed"
-    left = "" if figures.done_in_s is None else f", the rest in {_duration(figures.done_in_s)}"
-    return f"{rates}, {fleet.in_flight:,} in flight of {fleet.limit:,}{left}"
+    eta = "" if figures.eta_s is None else f", ETA {_duration(figures.eta_s)}"
+    return f"{rates}, {fleet.in_flight:,} in flight of {fleet.limit:,}{eta}"
 
 
 def _seconds(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Which workers are asked for their figures."""
+"""Addresses of workers."""
 
 import asyncio
 import socket
@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 
 import typer
 
-# That of `VQA_HTTP_PORT`.
+# The default of `VQA_HTTP_PORT`.
 DEFAULT_PORT: Final = 8080
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerUrl:
-    """Where one worker, or all behind one name, tell their metrics."""
+    """The metrics URL of one worker, or of all workers behind one name."""
 
     host: str
     port: int
@@ -23,10 +23,10 @@ class WorkerUrl:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`http://host:port/path`; scheme, port and path may be left out.
+        """Parse `http://host:port/path`; scheme, port and path are optional.
 
         Raises:
-            BadParameter: it is no such URL.
+            BadParameter: the text is not such a URL.
         """
         try:
             parts = urlsplit(text if "://" in text else f"http://{text}")
@@ -34,15 +34,15 @@ class WorkerUrl:
         except ValueError:
             parts, port = urlsplit(""), None
         if parts.scheme != "http" or not parts.hostname:
-            raise typer.BadParameter(f"{text!r} is no http:// URL of a worker")
+            raise typer.BadParameter(f"{text!r} is not a worker URL such as http://host:8080.")
         path = parts.path if parts.path not in ("", "/") else "/metrics"
         return cls(parts.hostname, DEFAULT_PORT if port is None else port, path)
 
     async def addresses(self) -> Sequence[str]:
-        """The addresses behind the name, each for a worker; looked up anew each time, as pods come and go.
+        """Resolve the name to the addresses of all workers; call it for each scrape, as pods change.
 
         Raises:
-            OSError: it has none.
+            OSError: the name does not resolve.
         """
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""The workers' own figures: their `/metrics`, asked for all at once."""
+"""Scrape the `/metrics` of all workers concurrently."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -17,55 +17,55 @@ READ_TIMEOUT_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """What the workers said: their samples by address, and why others said nothing."""
+    """Samples by address, and the errors of unreachable workers."""
 
     samples: Mapping[str, Sample]
-    silent: Mapping[str, str]
+    unreachable: Mapping[str, str]
 
 
 class Scraper:
-    """Asks all workers at once. To be made in an event loop."""
+    """Scrape all workers concurrently. Create it in an event loop."""
 
     def __init__(self, urls: Sequence[WorkerUrl]) -> None:
         self._urls = urls
         self._session = open_session(connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S)
 
     async def scrape(self) -> Scrape:
-        """Ask; who does not answer is told, not raised."""
+        """Scrape every address of every URL; errors are returned, not raised."""
         targets: dict[str, str] = {}
-        silent: dict[str, str] = {}
+        unreachable: dict[str, str] = {}
         for url in self._urls:
             try:
                 for address in await url.addresses():
                     name = f"{f'[{address}]' if ':' in address else address}:{url.port}"
                     targets[name] = f"http://{name}{url.path}"
             except OSError as error:
-                silent[f"{url.host}:{url.port}"] = error.strerror or type(error).__name__
-        answers = await asyncio.gather(*map(self._ask, targets.values()))
+                unreachable[f"{url.host}:{url.port}"] = error.strerror or type(error).__name__
+        answers = await asyncio.gather(*map(self._scrape_one, targets.values()))
         samples = {}
         for name, answer in zip(targets, answers, strict=True):
             if isinstance(answer, Sample):
                 samples[name] = answer
             else:
-                silent[name] = answer
-        return Scrape(samples, silent)
+                unreachable[name] = answer
+        return Scrape(samples, unreachable)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._session.close()
 
-    async def _ask(self, url: str) -> Sample | str:
+    async def _scrape_one(self, url: str) -> Sample | str:
         try:
             async with (
                 asyncio.timeout(READ_TIMEOUT_S),
                 self._session.get(url, allow_redirects=False, **proxy_options(url)) as response,
             ):
-                if response.status != 200:  # noqa: PLR2004 - HTTP's own OK
-                    return f"answered {response.status}"
+                if response.status != 200:  # noqa: PLR2004 - HTTP 200 OK
+                    return f"HTTP {response.status}"
                 return read_sample(await response.text())
         except ValueError:
-            return "has no metrics of a vqa-worker"
+            return "no metrics of a vqa-worker"
         except TimeoutError:
-            return "does not answer"
+            return "timeout"
         except (aiohttp.ClientError, OSError) as error:
             return type(error).__name__

@@ -1,4 +1,4 @@
-"""What the broker must allow the user of `submit`, of `results` and of the client; and what is said else."""
+"""RabbitMQ permissions of `submit`, `results` and the client, and the errors without them."""
 
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -36,7 +36,7 @@ async def intake(stack: Stack, worker: Worker) -> AsyncIterator[str]:
         await exchange.delete()
 
 
-async def test_a_submission_needs_its_reply_queues_and_the_default_exchange(
+async def test_submit_needs_permissions_on_its_reply_queue_and_the_default_exchange(
     cli: Cli, user: BrokerUser
 ) -> None:
     user.permit(**SUBMITTING, write=r"^amq\.default$")
@@ -47,7 +47,7 @@ async def test_a_submission_needs_its_reply_queues_and_the_default_exchange(
     assert done.summary["status"] == "succeeded"
 
 
-async def test_jobs_may_go_by_an_exchange_that_is_all_that_may_be_written_to(
+async def test_submit_can_publish_to_an_exchange_without_other_write_permissions(
     cli: Cli, user: BrokerUser, intake: str
 ) -> None:
     user.permit(**SUBMITTING, write=f"^{intake}$")
@@ -58,7 +58,7 @@ async def test_jobs_may_go_by_an_exchange_that_is_all_that_may_be_written_to(
     assert done.summary["status"] == "succeeded"
 
 
-async def test_what_a_submission_may_not_do_is_one_sentence_and_it_goes_on_later(
+async def test_a_missing_permission_is_reported_and_the_submission_can_be_resumed(
     cli: Cli, user: BrokerUser
 ) -> None:
     cli.settings["VQA_RABBITMQ_URL"] = user.url
@@ -67,12 +67,12 @@ async def test_what_a_submission_may_not_do_is_one_sentence_and_it_goes_on_later
     no_queue = await cli.run("submit", "jobs.jsonl")
     user.permit(**SUBMITTING, write="^$")
     no_writing = await cli.run("submit", "jobs.jsonl")
-    for refused, told in (
+    for refused, reported in (
         (no_queue, "queue vqa.results.jobs-"),
         (no_writing, "the user of VQA_RABBITMQ_URL may not publish jobs: ACCESS_REFUSED"),
     ):
         assert (refused.code, refused.out) == (78, "")
-        assert any(line.startswith(told) for line in refused.err.splitlines()), refused.err
+        assert any(line.startswith(reported) for line in refused.err.splitlines()), refused.err
         assert "Traceback" not in refused.err
     user.permit(**SUBMITTING, write=".*")
     missing = await cli.run("submit", "jobs.jsonl", "--exchange", "no-such-exchange")
@@ -82,7 +82,7 @@ async def test_what_a_submission_may_not_do_is_one_sentence_and_it_goes_on_later
     assert (await cli.run("submit", "jobs.jsonl", "--wait")).code == 0
 
 
-async def test_who_may_not_read_results_is_told_so(cli: Cli, user: BrokerUser) -> None:
+async def test_a_missing_read_permission_is_reported(cli: Cli, user: BrokerUser) -> None:
     user.permit(configure=".*", write=".*", read="^$")
     cli.settings["VQA_RABBITMQ_URL"] = user.url
     cli.write("jobs.jsonl", QUESTION)
@@ -97,7 +97,7 @@ async def test_who_may_not_read_results_is_told_so(cli: Cli, user: BrokerUser) -
                 pass
 
 
-async def test_a_client_needs_no_more_than_it_is_said_to_need(
+async def test_the_client_needs_only_the_documented_permissions(
     worker: Worker, user: BrokerUser, intake: str
 ) -> None:
     ways = {"configure": r"^vqa\.results\.client-.*$", "read": r"^vqa\.results\.client-.*$"}
@@ -113,19 +113,22 @@ async def test_a_client_needs_no_more_than_it_is_said_to_need(
         assert (await client.ask_job(QUESTION, timeout=60)).succeeded
 
 
-async def test_where_results_go_by_an_exchange_the_queue_for_them_is_bound_to_it(
-    lone_cli: Cli, start_worker: StartWorker, stack: Stack
+async def test_reply_queues_are_bound_to_the_reply_exchange(
+    no_worker_cli: Cli, start_worker: StartWorker, stack: Stack
 ) -> None:
     exchange = f"replies-{uuid.uuid4().hex}"
-    lone_cli.settings["VQA_REPLY_EXCHANGE"] = exchange
-    assert (await lone_cli.run("topology", "apply")).code == 0
-    queues = {name: lone_cli.settings[name] for name in ("VQA_JOBS_QUEUE", "VQA_RESULTS_QUEUE")}
+    no_worker_cli.settings["VQA_REPLY_EXCHANGE"] = exchange
+    assert (await no_worker_cli.run("topology", "apply")).code == 0
+    queues = {name: no_worker_cli.settings[name] for name in ("VQA_JOBS_QUEUE", "VQA_RESULTS_QUEUE")}
     await start_worker(VQA_REPLY_EXCHANGE=exchange, VQA_DECLARE_TOPOLOGY="false", **queues)
-    lone_cli.write("jobs.jsonl", QUESTION)
-    done = await lone_cli.run("submit", "jobs.jsonl", "--wait", "--json")
+    no_worker_cli.write("jobs.jsonl", QUESTION)
+    done = await no_worker_cli.run("submit", "jobs.jsonl", "--wait", "--json")
     assert done.code == 0, done.err
     for replies in REPLIES:
         async with Client(
-            stack.rabbitmq.url, jobs_queue=lone_cli.jobs_queue, reply_exchange=exchange, replies=replies
+            stack.rabbitmq.url,
+            jobs_queue=no_worker_cli.jobs_queue,
+            reply_exchange=exchange,
+            replies=replies,
         ) as client:
             assert (await client.ask_job(QUESTION, timeout=60)).succeeded

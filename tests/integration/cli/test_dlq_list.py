@@ -1,4 +1,4 @@
-"""`vqa-worker dlq list` and `show`: letters are found, and no look loses one."""
+"""`vqa-worker dlq list` and `show`: filters, output, and that reading loses no message."""
 
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -9,8 +9,8 @@ import pytest
 
 from deploy.local.stack import Stack
 from tests.breaking import BrokerUser, administer, job
-from tests.integration.cli.dead_letters import Queues, buried, looked
-from tests.integration.cli.running import Cli, commands, killed
+from tests.integration.cli.dead_letters import Queues, add_dead_letters, read_dead_letters
+from tests.integration.cli.running import Cli, commands, kill
 from tests.proxy import Proxy
 from tests.running import until
 from worker.rabbitmq import dead_letters
@@ -28,70 +28,72 @@ async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
         yield queues
 
 
-async def test_letters_are_chosen_by_error_model_time_and_id(cli: Cli, queues: Queues) -> None:
-    await queues.bury(job(id="a", model="m/small"), ago_s=7200)
-    await queues.bury(job(id="b"), ago_s=60)
-    await queues.bury(b"{broken", "invalid_job", ago_s=3 * 86400, message_id="c")
-    await queues.bury({"no": "job", "model": "m/small"}, "invalid_job", ago_s=7200, message_id="d")
-    assert [letter["job_id"] for letter in await cli.told("dlq", "list")] == ["c", "a", "d", "b"]
+async def test_list_filters_by_error_model_time_and_id(cli: Cli, queues: Queues) -> None:
+    await queues.dead_letter(job(id="a", model="m/small"), ago_s=7200)
+    await queues.dead_letter(job(id="b"), ago_s=60)
+    await queues.dead_letter(b"{broken", "invalid_job", ago_s=3 * 86400, message_id="c")
+    await queues.dead_letter({"no": "job", "model": "m/small"}, "invalid_job", ago_s=7200, message_id="d")
+    assert [letter["job_id"] for letter in await cli.run_json("dlq", "list")] == ["c", "a", "d", "b"]
     chosen = ("--code", "attempts_*", "--code", "gone", "--model", "m/*", "--since", "1d", "--until", "1h")
-    assert [letter["job_id"] for letter in await cli.told("dlq", "list", *chosen, "--id", "a")] == ["a"]
+    assert [letter["job_id"] for letter in await cli.run_json("dlq", "list", *chosen, "--id", "a")] == ["a"]
     ended = await cli.run("dlq", "list", "--code", "nothing", "--limit", "3")
     assert (ended.code, ended.out) == (0, "")
-    assert ended.warnings_ == [f"{queues.dead}: 4 letters, 3 of them looked at (--limit), 0 of them chosen"]
+    assert ended.err_lines == [f"{queues.dead}: 4 dead letters, 3 read (--limit), 0 matching"]
 
 
-async def test_an_unknown_letter_and_a_time_that_is_none_are_told(cli: Cli, queues: Queues) -> None:
-    await buried(queues, 2)
+async def test_an_unknown_id_and_a_malformed_time_are_errors(cli: Cli, queues: Queues) -> None:
+    await add_dead_letters(queues, 2)
     ended = await cli.run("dlq", "show", "nobody")
     assert (ended.code, ended.out) == (1, "")
-    assert ended.warnings_ == ["nobody: none of the 2 letters looked at has this id or name"]
+    assert ended.err_lines == ["Error: no such dead letter: nobody (2 read). Run `vqa-worker dlq list`."]
     ended = await cli.run("dlq", "list", "--since", "yesterday")
     assert ended.code == 2
-    assert "'yesterday' is no time" in " ".join(ended.warnings_)
+    assert "'yesterday' is not a time" in " ".join(ended.err_lines)
 
 
-async def test_what_strangers_wrote_cannot_control_the_terminal(cli: Cli, queues: Queues) -> None:
+async def test_control_characters_in_messages_are_escaped(cli: Cli, queues: Queues) -> None:
     evil = "\x1b]0;title\x07\u202e\x9b31m"
-    await queues.bury(
+    await queues.dead_letter(
         {"id": "evil", "question": evil, "images": ["s3://b/k"], "model": evil},
         headers={"vqa-error-message": evil, "vqa-error-code": evil, "also": [evil]},
         reply_to="\x1b[2J",
     )
-    await queues.bury(evil.encode(), message_id="evil")
+    await queues.dead_letter(evil.encode(), message_id="evil")
     for arguments in (["list"], ["show", "evil"], ["replay", "--dry-run"]):
         ended = await cli.run("dlq", *arguments)
         assert ended.code == 0
-        for line in [*ended.out.splitlines(), *ended.warnings_]:
+        for line in [*ended.out.splitlines(), *ended.err_lines]:
             assert line.isprintable(), line
 
 
-async def test_a_letter_is_shown_to_programs_with_every_byte_of_it(cli: Cli, queues: Queues) -> None:
+async def test_show_prints_the_complete_body_as_json(cli: Cli, queues: Queues) -> None:
     body = b'{"id": "x",   "question": "\xc3\xa4"}'
-    await queues.bury(body, reply_to="r")
-    await queues.bury(b"\xff\x00", message_id="x")
-    text, binary = await cli.told("dlq", "show", "x")
+    await queues.dead_letter(body, reply_to="r")
+    await queues.dead_letter(b"\xff\x00", message_id="x")
+    text, binary = await cli.run_json("dlq", "show", "x")
     assert text["body"].encode() == body
     assert (text["reply_to"], text["headers"]["vqa-attempts"]) == ("r", 5)
     assert binary["body_base64"] == "/wA="
 
 
 @pytest.fixture
-def twenty_returns(stack: Stack, queues: Queues) -> None:
-    """What RabbitMQ 4 does unless told otherwise: it drops what came back more than 20 times."""
+def delivery_limit_of_20(stack: Stack, queues: Queues) -> None:
+    """What RabbitMQ 4 does unless reported otherwise: it drops what came back more than 20 times."""
     policy = {"pattern": f"^{queues.dead}$", "definition": {"delivery-limit": 20}, "apply-to": "queues"}
     administer(stack, "PUT", f"/api/policies/%2F/{queues.dead}", policy)
 
 
-@pytest.mark.usefixtures("twenty_returns")
-async def test_no_number_of_looks_loses_a_letter(stack: Stack, queues: Queues) -> None:
-    ids = await buried(queues, 3, headers={"CC": ["nowhere"], "kept": {"a": [1, "b"]}}, reply_to="r")
-    await queues.bury(b"no json", message_id="without-a-copy")
-    await queues.bury(b"no id", message_id="made-up", headers={"vqa-copy": "made-up"})
-    first = await looked(stack, queues)
+@pytest.mark.usefixtures("delivery_limit_of_20")
+async def test_reading_any_number_of_times_loses_no_dead_letter(stack: Stack, queues: Queues) -> None:
+    ids = await add_dead_letters(
+        queues, 3, headers={"CC": ["nowhere"], "kept": {"a": [1, "b"]}}, reply_to="r"
+    )
+    await queues.dead_letter(b"no json", message_id="without-a-copy")
+    await queues.dead_letter(b"no id", message_id="made-up", headers={"vqa-copy": "made-up"})
+    first = await read_dead_letters(stack, queues)
     again = first
     for _ in range(50):
-        again = await looked(stack, queues)
+        again = await read_dead_letters(stack, queues)
         assert sorted(held.record.name for held in again) == sorted(held.record.name for held in first)
     by_name = {held.record.name: held for held in again}
     for before in first:
@@ -105,77 +107,79 @@ async def test_no_number_of_looks_loses_a_letter(stack: Stack, queues: Queues) -
     assert [held.record.job_id for held in first][:3] == ids
 
 
-@pytest.mark.usefixtures("twenty_returns")
-async def test_no_number_of_looks_at_some_of_them_loses_one(stack: Stack, queues: Queues) -> None:
-    await buried(queues, 2)
+@pytest.mark.usefixtures("delivery_limit_of_20")
+async def test_reading_only_some_any_number_of_times_loses_none(stack: Stack, queues: Queues) -> None:
+    await add_dead_letters(queues, 2)
     for _ in range(50):
-        assert len(await looked(stack, queues, most=1)) == 1
+        assert len(await read_dead_letters(stack, queues, most=1)) == 1
     assert await queues.depth(queues.dead) == 2
 
 
-@pytest.mark.usefixtures("twenty_returns")
-async def test_without_renewal_the_broker_would_drop_them(
+@pytest.mark.usefixtures("delivery_limit_of_20")
+async def test_without_renewal_the_broker_drops_dead_letters(
     stack: Stack, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Shows that the test above can fail.
     monkeypatch.setattr(dead_letters, "MAX_RETURNS", 1000)
-    await buried(queues, 3)
+    await add_dead_letters(queues, 3)
     for _ in range(22):
-        await looked(stack, queues)
+        await read_dead_letters(stack, queues)
     assert await queues.depth(queues.dead) == 0
 
 
-async def test_during_and_after_a_killed_look_everything_is_there(
-    stack: Stack, cli: Cli, queues: Queues
-) -> None:
-    await buried(queues, 4)
+async def test_a_list_that_is_killed_loses_no_dead_letter(stack: Stack, cli: Cli, queues: Queues) -> None:
+    await add_dead_letters(queues, 4)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
         # Basic.Nack: the look is over, and about to give everything back.
         proxy.freezes_on = b"\x00\x3c\x00\x78"
-        behind = cli.having(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
+        behind = cli.with_settings(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
         process = behind.start("dlq", "list")
         await until(lambda: proxy.held, "it holds the letters")
-        await queues.filled(queues.dead, 0)
-        await killed(process)
+        await queues.until_depth(queues.dead, 0)
+        await kill(process)
         proxy.reset()
-        await queues.filled(queues.dead, 4)
+        await queues.until_depth(queues.dead, 4)
 
 
-async def test_a_letter_that_cannot_be_renewed_is_told_and_stays(stack: Stack, queues: Queues) -> None:
-    await buried(queues, 2)
+async def test_a_dead_letter_that_cannot_be_renewed_is_reported_and_kept(
+    stack: Stack, queues: Queues
+) -> None:
+    await add_dead_letters(queues, 2)
     for _ in range(dead_letters.MAX_RETURNS):
-        await looked(stack, queues)
+        await read_dead_letters(stack, queues)
     full = {"max-length": 1, "overflow": "reject-publish"}
     policy = {"pattern": f"^{queues.dead}$", "definition": full, "apply-to": "queues"}
     administer(stack, "PUT", f"/api/policies/%2F/{queues.dead}", policy)
     with pytest.raises(
         dead_letters.DeadLettersError, match=r"was returned 3 times and cannot be renewed, .* is full"
     ):
-        await looked(stack, queues)
+        await read_dead_letters(stack, queues)
     assert await queues.depth(queues.dead) == 2
 
 
-async def test_who_may_not_put_letters_back_may_not_look_either_so_that_no_returns_are_used_up(
+async def test_without_write_permission_reading_is_refused_so_that_no_returns_are_used_up(
     stack: Stack, cli: Cli, queues: Queues
 ) -> None:
-    await buried(queues, 1)
+    await add_dead_letters(queues, 1)
     with BrokerUser.of(stack) as user:
         user.permit(write="^$")
         for arguments in (["list"], ["show", "x"], ["replay", "--yes"], ["purge", "--all", "--yes"]):
-            ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dlq", *arguments)
+            ended = await cli.with_settings(VQA_RABBITMQ_URL=user.url).run("dlq", *arguments)
             assert ended.code == 1
-            (line,) = ended.warnings_
-            assert line.startswith("reading dead letters needs the permission to publish them by the default")
+            (line,) = ended.err_lines
+            assert line.startswith(
+                "Error: reading dead letters needs the permission to publish them by the default"
+            )
             assert "lacks a permission" in line
         user.permit(read="^$")
-        ended = await cli.having(VQA_RABBITMQ_URL=user.url).run("dlq", "list")
-        assert (ended.code, len(ended.warnings_)) == (1, 1)
-        assert f"queue {queues.dead}" in ended.warnings_[0]
-    (held,) = await looked(stack, queues)
+        ended = await cli.with_settings(VQA_RABBITMQ_URL=user.url).run("dlq", "list")
+        assert (ended.code, len(ended.err_lines)) == (1, 1)
+        assert f"queue {queues.dead}" in ended.err_lines[0]
+    (held,) = await read_dead_letters(stack, queues)
     assert held.record.returns == 0
 
 
-async def test_what_the_broker_itself_has_moved_is_told_and_stays_told(
+async def test_a_message_dead_lettered_by_rabbitmq_keeps_its_reason(
     stack: Stack, cli: Cli, queues: Queues
 ) -> None:
     await queues.put(queues.jobs, job(id="rejected"), message_id="rejected")
@@ -183,19 +187,19 @@ async def test_what_the_broker_itself_has_moved_is_told_and_stays_told(
         jobs = await (await connection.channel()).get_queue(queues.jobs, ensure=False)
         message = await jobs.get()
         await message.reject(requeue=False)
-        await queues.filled(queues.dead, 1)
-    (held,) = await looked(stack, queues)
+        await queues.until_depth(queues.dead, 1)
+    (held,) = await read_dead_letters(stack, queues)
     for _ in range(dead_letters.MAX_RETURNS * 2):
-        (held,) = await looked(stack, queues)
+        (held,) = await read_dead_letters(stack, queues)
     assert (held.record.code, held.record.job_id) == ("rejected", "rejected")
     assert held.record.died_at is not None
     assert datetime.now(UTC) - held.record.died_at < timedelta(minutes=5)
     ended = await cli.run("dlq", "list", "--since", "5m")
-    assert "moved here by RabbitMQ (rejected)" in ended.out
+    assert "dead-lettered by RabbitMQ (rejected)" in ended.out
 
 
-async def test_a_queue_that_is_not_there_is_told(cli: Cli) -> None:
+async def test_a_missing_dead_letter_queue_is_reported(cli: Cli) -> None:
     ended = await cli.run("dlq", "list")
     assert (ended.code, ended.out) == (1, "")
-    (line,) = ended.warnings_
-    assert line.startswith(f"the queue {cli.settings['VQA_JOBS_QUEUE']}.dead does not exist")
+    (line,) = ended.err_lines
+    assert line.startswith(f"Error: the queue {cli.settings['VQA_JOBS_QUEUE']}.dead does not exist")

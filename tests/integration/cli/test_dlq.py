@@ -1,4 +1,4 @@
-"""`vqa-worker dlq`: from a job's death to its answer, and throwing letters away."""
+"""`vqa-worker dlq`: from a dead-lettered job to its answer, and purging."""
 
 import json
 import uuid
@@ -14,7 +14,7 @@ from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
 from tests.breaking import job
 from tests.conftest import MakeClient, StartWorker
-from tests.integration.cli.dead_letters import Queues, buried, ids_of, state
+from tests.integration.cli.dead_letters import Queues, add_dead_letters, ids_of, state
 from tests.integration.cli.running import Cli, commands
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -32,7 +32,7 @@ async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
         yield queues
 
 
-async def test_a_job_that_died_is_found_looked_at_put_back_and_answered(
+async def test_a_dead_lettered_job_is_listed_shown_replayed_and_answered(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, tmp_path: Path
 ) -> None:
     marker = uuid.uuid4().hex
@@ -44,19 +44,19 @@ async def test_a_job_that_died_is_found_looked_at_put_back_and_answered(
     assert first.body["error"]["code"] == "attempts_exhausted"
 
     cli = Cli.of(stack, tmp_path, worker)
-    (letter,) = await cli.told("dlq", "list")
+    (letter,) = await cli.run_json("dlq", "list")
     assert (letter["job_id"], letter["code"]) == (dead["id"], "attempts_exhausted")
     assert (letter["model"], letter["attempts"]) == ("default", 1)
     assert "overloaded, sorry" in letter["message"]
     listed = await cli.run("dlq", "list")
     assert listed.code == 0
-    assert listed.out.splitlines()[1].split()[0] == letter["letter"]
+    assert listed.out.splitlines()[1].split()[0] == letter["name"]
     shown = await cli.run("dlq", "show", dead["id"])
     assert marker in shown.out
     assert "data:image/png;base64,[" in shown.out or "data:image/png;base64," in shown.out
 
     client.replies.clear()
-    replayed = await cli.run("dlq", "replay", "--id", letter["letter"], "--yes")
+    replayed = await cli.run("dlq", "replay", "--id", letter["name"], "--yes")
     assert (replayed.code, replayed.out) == (0, "")
     second = await client.result(dead["id"])
     assert (second.body["status"], second.body["attempts"]) == ("succeeded", 1)
@@ -67,7 +67,7 @@ async def test_a_job_that_died_is_found_looked_at_put_back_and_answered(
     assert recorded["message"] == letter["message"]
 
 
-async def test_a_letter_is_put_back_as_the_job_that_it_was(cli: Cli, queues: Queues) -> None:
+async def test_a_replayed_job_keeps_its_body_and_properties(cli: Cli, queues: Queues) -> None:
     body = b'{"id": "as-it-was",  "question": "?", "images": ["s3://b/k"]}'
     sent = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1)
     properties: dict[str, Any] = {
@@ -78,9 +78,9 @@ async def test_a_letter_is_put_back_as_the_job_that_it_was(cli: Cli, queues: Que
         "content_type": "application/json",
     }
     trace = {"traceparent": TRACE, "tracestate": "a=b", "timestamp_in_ms": 1700000000123}
-    await queues.bury(body, headers={**trace, "CC": ["elsewhere"], "made-up": "x"}, **properties)
+    await queues.dead_letter(body, headers={**trace, "CC": ["elsewhere"], "made-up": "x"}, **properties)
     assert (await cli.run("dlq", "replay", "--yes")).code == 0
-    (message,) = await queues.emptied(queues.jobs)
+    (message,) = await queues.drain(queues.jobs)
     assert message.body == body
     assert {name: getattr(message, name) for name in properties} == properties
     headers = dict(message.headers)
@@ -90,39 +90,39 @@ async def test_a_letter_is_put_back_as_the_job_that_it_was(cli: Cli, queues: Que
     assert message.delivery_mode == aio_pika.DeliveryMode.PERSISTENT
 
 
-async def test_a_letter_without_any_id_does_not_get_one(cli: Cli, queues: Queues) -> None:
+async def test_a_dead_letter_without_an_id_is_replayed_without_one(cli: Cli, queues: Queues) -> None:
     # The library gives every message an id; the worker marks it as not the publisher's.
-    await queues.bury(b"no job", "invalid_job", message_id="made-up", headers={"vqa-copy": "made-up"})
-    (letter,) = await cli.told("dlq", "list")
+    await queues.dead_letter(b"no job", "invalid_job", message_id="made-up", headers={"vqa-copy": "made-up"})
+    (letter,) = await cli.run_json("dlq", "list")
     assert (letter["job_id"], letter["message_id"], letter["model"]) == (None, None, "unknown")
-    assert (await cli.run("dlq", "replay", "--id", letter["letter"], "--yes")).code == 0
-    (message,) = await queues.emptied(queues.jobs)
+    assert (await cli.run("dlq", "replay", "--id", letter["name"], "--yes")).code == 0
+    (message,) = await queues.drain(queues.jobs)
     assert message.headers["vqa-copy"] == message.message_id
 
 
-async def test_letters_are_thrown_away_by_choice_and_kept_in_a_file_if_wished(
-    cli: Cli, queues: Queues
-) -> None:
-    kept = await buried(queues, 1)
-    await queues.bury(b"\xffno job", "invalid_job", message_id="gone", reply_to="r")
+async def test_purge_deletes_matching_dead_letters_and_saves_them_to_a_file(cli: Cli, queues: Queues) -> None:
+    kept = await add_dead_letters(queues, 1)
+    await queues.dead_letter(b"\xffno job", "invalid_job", message_id="gone", reply_to="r")
     ended = await cli.run("dlq", "purge", "--yes")
     assert ended.code == 2
-    assert ended.warnings_ == ["say which letters, e.g. --code invalid_job or --until 30d; or --all"]
-    done = await cli.told("dlq", "purge", "--code", "invalid_job", "--save", "saved.jsonl", "--yes")
+    assert ended.err_lines == [
+        "Error: no filter. Give one, such as --code invalid_job or --until 30d, or use --all."
+    ]
+    done = await cli.run_json("dlq", "purge", "--code", "invalid_job", "--save", "saved.jsonl", "--yes")
     assert [(it["action"], it["done"], it["job_id"]) for it in done] == [("purge", True, "gone")]
     (saved,) = map(json.loads, (cli.folder / "saved.jsonl").read_text().splitlines())
     assert (saved["body_base64"], saved["reply_to"]) == ("/25vIGpvYg==", "r")
     (recorded,) = map(json.loads, (state(cli) / "purged.jsonl").read_text().splitlines())
     assert (recorded["action"], recorded["queue"]) == ("purge", queues.dead)
-    assert ids_of(await queues.emptied(queues.dead)) == kept
+    assert ids_of(await queues.drain(queues.dead)) == kept
 
 
-async def test_without_a_file_for_the_record_nothing_is_touched(cli: Cli, queues: Queues) -> None:
-    await buried(queues, 1)
+async def test_purge_changes_nothing_if_its_files_cannot_be_written(cli: Cli, queues: Queues) -> None:
+    await add_dead_letters(queues, 1)
     for option in ("--record", "--save"):
         ended = await cli.run("dlq", "purge", "--all", "--yes", option, "/dev/null/letters.jsonl")
         assert ended.code == 1
-        assert ended.warnings_[-1] == (
-            "/dev/null/letters.jsonl: cannot be written to: File exists; name another file"
+        assert ended.err_lines[-1] == (
+            "Error: cannot write /dev/null/letters.jsonl: File exists. Choose another file."
         )
     assert await queues.depth(queues.dead) == 1
