@@ -163,7 +163,7 @@ async def test_a_model_that_is_limited_does_not_slow_another(
 
 @asynccontextmanager
 async def consuming(stack: Stack, messages: int) -> AsyncIterator[tuple[Consumer, list[Delivery]]]:
-    """A consumer of a queue of its own, which may take three at first; and what has come."""
+    """Return a consumer of a new queue with prefetch 3, and the list of its deliveries."""
     name = f"t{uuid.uuid4().hex[:10]}"
     topology = replace(TOPOLOGY, jobs=f"{name}.jobs", results=f"{name}.results", dead_letters=f"{name}.dead")
     came: list[Delivery] = []
@@ -185,13 +185,13 @@ async def consuming(stack: Stack, messages: int) -> AsyncIterator[tuple[Consumer
 
 
 async def have_come(came: list[Delivery], count: int) -> None:
-    """Wait for so many, and a little longer for one too many."""
+    """Wait for `count` deliveries, and a moment longer in case there is one more."""
     await until(lambda: len(came) >= count, f"{count} jobs come")
     await asyncio.sleep(0.2)
     assert len(came) == count
 
 
-async def test_more_jobs_or_fewer_come_as_is_allowed_and_none_while_the_flow_is_held(
+async def test_the_consumer_follows_a_changed_prefetch_and_stops_while_held(
     own_stack: Stack,
 ) -> None:
     async with consuming(own_stack, 30) as (consumer, came):
@@ -201,11 +201,11 @@ async def test_more_jobs_or_fewer_come_as_is_allowed_and_none_while_the_flow_is_
         await have_come(came, 4)
         await consumer.allow(6)
         await have_come(came, 6)
-        # For each that is settled another comes.
+        # Each settled job is replaced.
         await came[0].ack()
         await came[5].ack()
         await have_come(came, 8)
-        # What is here stays, and counts no more.
+        # Jobs delivered before stay, and do not count.
         await consumer.allow(2)
         await have_come(came, 10)
         await came[1].ack()
@@ -215,7 +215,7 @@ async def test_more_jobs_or_fewer_come_as_is_allowed_and_none_while_the_flow_is_
         await consumer.allow(0)
         await came[-1].ack()
         await have_come(came, 11)
-        # Held for another reason, it stays so whatever is allowed.
+        # While consuming is held, a new prefetch has no effect.
         await consumer.hold()
         await consumer.allow(5)
         await have_come(came, 11)
@@ -225,7 +225,7 @@ async def test_more_jobs_or_fewer_come_as_is_allowed_and_none_while_the_flow_is_
         assert {delivery.deliveries for delivery in came} == {1}
 
 
-async def test_what_is_allowed_is_allowed_on_the_next_connection_too(own_stack: Stack) -> None:
+async def test_the_prefetch_also_holds_for_the_next_connection(own_stack: Stack) -> None:
     async with consuming(own_stack, 10) as (consumer, came):
         await consumer.resume()
         await consumer.allow(5)
@@ -237,7 +237,7 @@ async def test_what_is_allowed_is_allowed_on_the_next_connection_too(own_stack: 
 
 
 async def lose_the_channel(consumer: Consumer) -> None:
-    """As a fault on the broker's side would end it."""
+    """Close the channel, as an error on the broker's side would."""
     queue = consumer._queue  # noqa: SLF001 - no fault of the broker's ends a single channel on demand
     assert queue is not None
     await queue.channel.close()

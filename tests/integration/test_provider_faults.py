@@ -24,7 +24,7 @@ KINDS = pytest.mark.parametrize(
     [
         pytest.param(Error(status=401), "401.*VQA_MODEL_API_KEY", id="wrong key"),
         pytest.param(Error(status=402), "402.*credit", id="no credit"),
-        pytest.param(Error(status=404), "404.*VQA_MODEL_BASE_URL", id="model gone"),
+        pytest.param(Error(status=404), "404.*VQA_MODEL_BASE_URL", id="unknown model"),
         pytest.param(None, "cannot be reached", id="unreachable"),
         pytest.param(Error(status=403), "different jobs.*403", id="forbidden for everyone"),
         pytest.param(Error(status=503), "different jobs.*5xx", id="failing for everyone"),
@@ -287,7 +287,7 @@ async def test_an_api_with_little_capacity_answers_every_job(scene: Scene) -> No
 async def test_jobs_that_always_fail_exhaust_their_attempts_without_an_outage(
     scene: Scene, count: int, status: int
 ) -> None:
-    """First on their own, where only their number tells them from an outage; then just after an outage."""
+    """First alone, where only their number shows that it is not an outage; then just after an outage."""
     bad_marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=status, message="It hurts"), marker=bad_marker, times=None)
     await exhaust(scene, bad_marker, count)

@@ -191,15 +191,15 @@ class Scene:
         self.images = Images()
         self.model = Model()
         clock = Clock()
-        self.gate = ConcurrencyLimiter(limit, initial=limit, clock=clock)
-        self.detector = OutageDetector(lambda: self.gate.in_flight)
-        self.diagnostics = Diagnostics(self.detector, self.gate, clock)
+        self.limiter = ConcurrencyLimiter(limit, initial=limit, clock=clock)
+        self.detector = OutageDetector(lambda: self.limiter.in_flight)
+        self.diagnostics = Diagnostics(self.detector, self.limiter, clock)
         self.cancellations = Cancellations()
         world = World(
             images=self.images,
             model=self.model,
             store=store,
-            limiter=self.gate,
+            limiter=self.limiter,
             detector=self.detector,
             diagnostics=self.diagnostics,
             cancellations=self.cancellations,
@@ -225,7 +225,7 @@ class Scene:
         if self.images.rooms:
             return False
         try:
-            async with asyncio.timeout(5), self.gate.slot("usual"):
+            async with asyncio.timeout(5), self.limiter.slot("usual"):
                 return True
         except TimeoutError:
             return False
@@ -440,7 +440,7 @@ async def test_before_its_deadline_a_job_is_asked(scene: Scene, deadline: str) -
 
 async def test_a_deadline_that_passes_while_waiting_for_a_slot_is_the_end() -> None:
     scene = Scene(limit=1)
-    async with scene.gate.slot("usual"):
+    async with scene.limiter.slot("usual"):
         code, _ = refusal(await scene.process(deadline=in_(0.2)))
     assert code is ErrorCode.DEADLINE_EXCEEDED
     assert (scene.images.loaded, scene.model.asked) == (0, [])
@@ -649,7 +649,7 @@ async def test_more_is_not_taken_back_than_there_is(scene: Scene) -> None:
 @asynccontextmanager
 async def suspect(scene: Scene, **job: Any) -> AsyncIterator[asyncio.Task[Outcome]]:
     """A job that has failed while another calls, and waits for what that one meets."""
-    async with scene.gate.slot("usual"):
+    async with scene.limiter.slot("usual"):
         task = asyncio.create_task(scene.process(**job))
         while not scene.model.asked:  # noqa: ASYNC110 - the fake has no event for it
             await asyncio.sleep(0.01)
@@ -680,7 +680,7 @@ def succeeds(scene: Scene) -> None:
 async def test_who_waits_for_a_verdict_holds_neither_its_slot_nor_its_images(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     async with suspect(scene):
-        assert (scene.gate.in_flight, scene.images.rooms) == (1, 0)
+        assert (scene.limiter.in_flight, scene.images.rooms) == (1, 0)
         opened = weakref.ref(scene.images.opened.pop())
         assert opened() is None
 
@@ -982,10 +982,10 @@ async def test_that_the_store_is_well_says_nothing_of_the_images_s3() -> None:
 async def test_behind_a_closed_gate_nothing_is_claimed_but_for_a_trial() -> None:
     store = Places()
     scene = Scene(store=store)
-    scene.gate.close("paused")
+    scene.limiter.close("paused")
     assert isinstance(await scene.process(), Requeued)
     assert store.claims == 0
-    scene.gate.allow_trial()
+    scene.limiter.allow_trial()
     assert isinstance(await scene.process(), Succeeded)
     assert store.claims == 1
 
@@ -1003,7 +1003,7 @@ async def test_when_the_gate_closes_nobody_waits_for_another_worker_any_more() -
     scene = Scene(store=store)
     job = asyncio.create_task(scene.process())
     await waits.wait()
-    scene.gate.close("the worker stops")
+    scene.limiter.close("the worker stops")
     outcome = await job
     assert isinstance(outcome, Requeued)
     assert outcome.reason == "the worker stops"
@@ -1126,8 +1126,8 @@ async def test_a_429_is_waited_out_and_not_counted(scene: Scene) -> None:
 
 async def test_a_429_makes_room_for_fewer(scene: Scene) -> None:
     scene.model.deeds = [RateLimitedError(0.01), ANSWER]
-    gate = scene.gate
-    async with gate.slot("usual"), gate.slot("usual"), gate.slot("usual"):
+    limiter = scene.limiter
+    async with limiter.slot("usual"), limiter.slot("usual"), limiter.slot("usual"):
         task = asyncio.create_task(scene.process())
         await asyncio.sleep(0.5)
         assert len(scene.model.asked) == 1
@@ -1155,13 +1155,13 @@ async def test_a_long_pause_gives_the_job_back_when_its_time_is_over() -> None:
 
 
 async def test_while_the_worker_is_paused_a_job_goes_back(scene: Scene) -> None:
-    scene.gate.close("the worker is paused")
+    scene.limiter.close("the worker is paused")
     assert await scene.process() == Requeued(job_id="job-1", model="usual", reason="the worker is paused")
     assert (scene.images.loaded, scene.model.asked) == (0, [])
 
 
 async def test_a_paused_worker_still_tells_what_needs_no_call(scene: Scene) -> None:
-    scene.gate.close("the worker is paused")
+    scene.limiter.close("the worker is paused")
     assert refusal(await scene.process(deadline="2020-01-01T00:00:00Z"))[0] is ErrorCode.DEADLINE_EXCEEDED
     assert refusal(await scene.process(model="unheard-of"))[0] is ErrorCode.INVALID_JOB
 

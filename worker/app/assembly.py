@@ -42,7 +42,7 @@ class Assembled:
 async def assemble(
     settings: Settings,
     *,
-    gate: ConcurrencyLimiter,
+    limiter: ConcurrencyLimiter,
     detector: OutageDetector,
     diagnostics: Diagnostics,
     cancellations: Cancellations,
@@ -74,7 +74,7 @@ async def assemble(
         images=_images(settings, s3),
         model=open_model(settings, redact, stack),
         store=store,
-        limiter=gate,
+        limiter=limiter,
         detector=detector,
         diagnostics=diagnostics,
         cancellations=cancellations,

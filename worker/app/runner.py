@@ -70,7 +70,7 @@ class _Parts:
     controller: ConsumerController
     detector: OutageDetector
     diagnostics: Diagnostics
-    gate: ConcurrencyLimiter
+    limiter: ConcurrencyLimiter
     cancellations: Cancellations
     topology: Topology
     tenants: Tenants
@@ -151,14 +151,14 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         name=f"vqa-worker@{socket.gethostname()}",
     )
     clock = Clock()
-    gate = ConcurrencyLimiter(
+    limiter = ConcurrencyLimiter(
         settings.max_concurrency,
         initial=settings.initial_concurrency,
         models=len(settings.allowed_models),
         clock=clock,
     )
-    detector = OutageDetector(lambda: gate.in_flight)
-    diagnostics = Diagnostics(detector, gate, clock)
+    detector = OutageDetector(lambda: limiter.in_flight)
+    diagnostics = Diagnostics(detector, limiter, clock)
     publisher = Publisher(broker, topology)
     tenants = Tenants(settings.tenant_key, settings.tenants)
     metrics.initialize_series(settings.allowed_models)
@@ -177,7 +177,7 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
     )
     controller = ConsumerController(
         detector,
-        gate,
+        limiter,
         consumer=consumer,
         jobs=in_flight,
         maximum=settings.max_concurrency,
@@ -190,7 +190,7 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         controller=controller,
         detector=detector,
         diagnostics=diagnostics,
-        gate=gate,
+        limiter=limiter,
         cancellations=cancellations,
         topology=topology,
         tenants=tenants,
@@ -217,7 +217,7 @@ async def _assembled(settings: Settings, parts: _Parts, stack: AsyncExitStack) -
     try:
         return await assemble(
             settings,
-            gate=parts.gate,
+            limiter=parts.limiter,
             detector=parts.detector,
             diagnostics=parts.diagnostics,
             cancellations=parts.cancellations,
@@ -242,7 +242,7 @@ async def _drain(parts: _Parts, grace_s: float) -> bool:
     """Stop taking jobs, give the unstarted back, finish the rest in `grace_s` seconds or cut it off."""
     ends = time.monotonic() + grace_s
     log.info("stopping", grace_s=grace_s)
-    parts.gate.close("the worker stops")
+    parts.limiter.close("the worker stops")
     parts.diagnostics.stop()
     try:
         async with asyncio.timeout(HOLD_TIMEOUT_S):
@@ -312,7 +312,7 @@ def _readiness(parts: _Parts, *, stopping: bool) -> Readiness:
         reasons = tuple(f"{dependency.label}: {outage.reason}" for dependency, outage in outages.items())
         return Readiness(is_ready=True, status="paused", reasons=reasons)
     # Obeying the API's word is no outage; it is said why nothing is taken.
-    waits = parts.gate.pauses().items()
+    waits = parts.limiter.pauses().items()
     reasons = tuple(f"model: {model} may not be called for {seconds:.0f} s" for model, seconds in waits)
     return Readiness(is_ready=True, status="ready", reasons=reasons)
 

@@ -96,7 +96,7 @@ class ConcurrencyLimiter:
         maximum: most jobs in flight, over all models.
         initial: the limit of each model at the start.
         models: the number of models.
-        clock: tells the time.
+        clock: the source of the time.
     """
 
     def __init__(

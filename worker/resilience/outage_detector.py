@@ -1,4 +1,4 @@
-"""Detect outages: tell a failing dependency from a failing job. Pure; times are passed in."""
+"""Detect outages: distinguish a failing dependency from a failing job. Pure; times are passed in."""
 
 import asyncio
 from collections import OrderedDict
