@@ -17,7 +17,7 @@ from tests.breaking import calls_begun, events, publish, results, said, statuses
 from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Client, Worker, until
-from worker.app.runner import MOST_TOLD
+from worker.app.runner import MAX_LOGGED_JOBS
 
 ALARM = ("set_vm_memory_high_watermark", "0.00001")
 NO_ALARM = ("set_vm_memory_high_watermark", "0.4")
@@ -103,7 +103,7 @@ async def scene(
 
 async def test_the_oldest_jobs_are_told_and_the_others_counted(scene: Scene) -> None:
     scene.model.freeze()
-    secret, jobs = uuid.uuid4().hex, MOST_TOLD + 7
+    secret, jobs = uuid.uuid4().hex, MAX_LOGGED_JOBS + 7
     (oldest,) = await publish(scene.client, 1, secret)
     await scene.has({"model": 1})
     ids = [oldest, *await publish(scene.client, jobs - 1, secret)]
@@ -112,7 +112,7 @@ async def test_the_oldest_jobs_are_told_and_the_others_counted(scene: Scene) -> 
 
     assert seen.state["status"] == "ready"
     assert (seen.state["jobs"], seen.state["not_shown"]) == (jobs, 7)
-    assert len(seen.jobs) == MOST_TOLD
+    assert len(seen.jobs) == MAX_LOGGED_JOBS
     assert seen.ids[0] == oldest
     assert set(seen.ids) <= set(ids)
     assert [job["age_s"] for job in seen.jobs] == sorted((job["age_s"] for job in seen.jobs), reverse=True)

@@ -1,4 +1,4 @@
-"""Puts together what answers jobs. Importing it loads the SDKs, half a second's work: see `app.run`."""
+"""Build the processor and its clients. Importing this module loads the SDKs, which takes half a second."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -27,13 +27,13 @@ from worker.s3.client import S3
 from worker.s3.conditional_store import ConditionalStore
 from worker.settings import Settings
 
-# A stop signal takes effect only after the start.
+# For reading the cancelled jobs at the start. A stop signal takes effect only afterwards.
 CATCH_UP_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """What answers jobs, and what has to run beside it, by name."""
+    """The processor, and the background tasks that it needs, by name."""
 
     processor: Processor
     background: Mapping[str, Callable[[], Awaitable[None]]]
@@ -49,10 +49,10 @@ async def assemble(
     tenants: Tenants,
     stack: AsyncExitStack,
 ) -> Assembled:
-    """The processor with its clients, which `stack` closes.
+    """Build the processor and its clients, which `stack` closes.
 
     Raises:
-        S3ConfigurationError: the AWS configuration makes no sense; the message names what is wrong.
+        S3ConfigurationError: the AWS configuration is invalid; the message names the fault.
     """
     redact = Redactor(settings.secret_values())
     s3 = await open_s3(settings, stack)
@@ -67,7 +67,7 @@ async def assemble(
         background = {
             "result-store": store.send_heartbeats,
             "result-store-leftovers": store.tidy_up,
-            "tombstones": cancelled_jobs.run,
+            "cancelled-jobs": cancelled_jobs.run,
         }
     clock = Clock()
     world = World(
@@ -89,20 +89,20 @@ async def assemble(
 
 
 async def open_s3(settings: Settings, stack: AsyncExitStack) -> S3:
-    """The S3 of the settings, closed by `stack`.
+    """Return the S3 client of the settings, which `stack` closes.
 
     Raises:
-        S3ConfigurationError: the AWS configuration makes no sense.
+        S3ConfigurationError: the AWS configuration is invalid.
     """
     endpoint = Endpoint(settings.s3_endpoint_url, settings.s3_addressing_style)
-    # In a thread: it reads the AWS configuration, and the SDK's rules where they are needed.
+    # In a thread, since it reads files.
     s3 = S3(await asyncio.to_thread(Aws, endpoint))
     stack.push_async_callback(s3.close)
     return s3
 
 
 def conditional_store_at(url: str, s3: S3) -> ConditionalStore:
-    """What is kept under `VQA_RESULT_STORE`."""
+    """Return the store of the objects under `VQA_RESULT_STORE`."""
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     return ConditionalStore(s3, bucket, f"{prefix}/" if prefix else "", setting="VQA_RESULT_STORE")
 
@@ -115,8 +115,8 @@ async def _catch_up(cancelled_jobs: CancelledJobs) -> None:
 
 
 def _images(settings: Settings, s3: S3) -> ImageLoader:
-    # A presigned link has to outlive the job and the last call made for it.
-    outlives_job_s = int(settings.job_timeout + settings.model_timeout)
+    # A presigned link must be valid for the whole job and its last call.
+    expires_s = int(settings.job_timeout + settings.model_timeout)
     by_link = settings.image_delivery == "link"
     return ImageLoader(
         s3,
@@ -124,12 +124,12 @@ def _images(settings: Settings, s3: S3) -> ImageLoader:
         max_bytes=settings.max_image_bytes,
         max_per_job=settings.max_images_per_job,
         buffer_bytes=settings.image_buffer_bytes,
-        links=LinkPolicy(outlives_job_s, check_content=settings.check_linked_images) if by_link else None,
+        links=LinkPolicy(expires_s, check_content=settings.check_linked_images) if by_link else None,
     )
 
 
 def open_model(settings: Settings, redact: Redactor, stack: AsyncExitStack) -> Model:
-    """The API of the settings, closed by `stack`."""
+    """Return the API client of the settings, which `stack` closes."""
     model = Model(
         base_url=settings.model_base_url,
         api_key=settings.model_api_key.get_secret_value(),

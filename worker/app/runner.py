@@ -1,4 +1,4 @@
-"""The composition root: builds everything, runs it, stops it in two phases."""
+"""The composition root: build everything, run it in one task group, stop it in two phases."""
 
 import asyncio
 import gc
@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from worker import __version__
+from worker.app.background import Background
 from worker.clock import Clock
 from worker.jobs.cancellation import Cancellations
 from worker.jobs.in_flight_jobs import InFlightJobs
@@ -44,25 +45,26 @@ if TYPE_CHECKING:
     from worker.processor import Processor
 
 log = structlog.get_logger(__name__)
-asked = structlog.get_logger(IN_FLIGHT_LOGGER)
+in_flight_log = structlog.get_logger(IN_FLIGHT_LOGGER)
 
-# After the grace: time to hand back what was cut off. Kubernetes' own grace must leave room for it.
-GIVE_BACK_S = 10.0
+# After the grace: time to requeue the cancelled jobs. The pod's termination grace period must include it.
+REQUEUE_TIMEOUT_S = 10.0
+# For RabbitMQ to confirm that it delivers no more jobs.
 HOLD_TIMEOUT_S = 5.0
-# Of the jobs in flight, to whoever asks by SIGUSR1.
-MOST_TOLD = 200
-REPEATED_TICK_S = 5.0
-# Objects that come to be, less those that go, before the youngest are looked through; Python's own is 700.
+# Jobs that SIGUSR1 logs at most.
+MAX_LOGGED_JOBS = 200
+SUPPRESSED_EVENTS_INTERVAL_S = 5.0
+# New objects, less deleted ones, before a collection of the youngest generation. Python's default is 700.
 GC_THRESHOLD = 20_000
 
 
 class StartError(Exception):
-    """The worker cannot start as it is set up; the message names the setting."""
+    """The worker cannot start with these settings; the message names the setting."""
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What lives as long as the worker does."""
+    """The parts that exist as long as the worker runs."""
 
     publisher: Publisher
     consumer: Consumer
@@ -77,14 +79,13 @@ class _Parts:
 
 
 async def run(settings: Settings) -> bool:
-    """Work until SIGTERM or SIGINT, then finish what is in flight.
+    """Run until SIGTERM or SIGINT, then finish the jobs in flight.
 
     Returns:
-        Whether everything came to its end; False if something had to be cut off.
+        Whether all of them finished; False if some were cancelled at the end of the grace.
 
     Raises:
-        StartError: the HTTP address cannot be bound, or the AWS configuration, or OpenTelemetry's, makes no
-            sense.
+        StartError: the HTTP address cannot be bound, or the configuration of AWS or OpenTelemetry is invalid.
         BrokerRefusedError, TopologyError: see `Consumer.run`; in an ExceptionGroup.
     """
     stop = asyncio.Event()
@@ -95,13 +96,13 @@ async def run(settings: Settings) -> bool:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         processor: asyncio.Future[Processor] = asyncio.Future()
         parts = _build(settings, tasks, processor)
-        _handle_questions(parts, stop)
+        _handle_status_signal(parts, stop)
         stack.callback(log_suppressed_events, flush=True)
-        background = _Background(tasks)
-        background.start("repeated", _tell_repeated)
+        background = Background(tasks)
+        background.start("suppressed-events", _log_suppressed_events)
         background.start("publisher", parts.publisher.run)
         background.start("consumer", parts.consumer.run)
-        # Takes longer than to connect, so it is done at the same time.
+        # It takes longer than connecting, which goes on at the same time.
         traced = wants_traces(os.environ)
         await asyncio.to_thread(_load_slow_modules, traced=traced)
         if traced:
@@ -127,22 +128,22 @@ async def run(settings: Settings) -> bool:
 
 
 def _load_slow_modules(*, traced: bool) -> None:
-    """Import the SDKs and the HTTP server: half a second's work, which is not needed to connect."""
+    """Import the SDKs and the HTTP server, which takes half a second and is not needed to connect."""
     for module in (
         "aiohttp.web",
         "worker.app.assembly",
         *(["worker.observability.tracing.otlp"] if traced else []),
     ):
         importlib.import_module(module)
-    # What is loaded stays: no collection has to look at it again. (They are off since the start.)
+    # Loaded modules stay: exempt them from collections, which are off since the start.
     gc.freeze()
-    # A job makes thousands of short-lived objects and hardly a cycle.
+    # A job creates thousands of short-lived objects and hardly any cycles.
     gc.set_threshold(GC_THRESHOLD)
     gc.enable()
 
 
 def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Future[Processor]") -> _Parts:
-    """All but the processor, which is there when the consumer is let loose."""
+    """Build all parts. The processor follows before the consumer starts."""
     install_tolerant_decoders()
     topology = Topology.from_settings(settings)
     broker = Broker(
@@ -239,7 +240,7 @@ async def _serve_http(stack: AsyncExitStack, app: "Application", settings: Setti
 
 
 async def _drain(parts: _Parts, grace_s: float) -> bool:
-    """Stop taking jobs, give the unstarted back, finish the rest in `grace_s` seconds or cut it off."""
+    """Requeue jobs without a slot, finish the others within the grace, then cancel and requeue the rest."""
     ends = time.monotonic() + grace_s
     log.info("stopping", grace_s=grace_s)
     parts.limiter.close("the worker stops")
@@ -248,50 +249,14 @@ async def _drain(parts: _Parts, grace_s: float) -> bool:
         async with asyncio.timeout(HOLD_TIMEOUT_S):
             await parts.consumer.hold()
     except TimeoutError:
-        log.warning("rabbitmq_shutdown_timeout", what="did not answer to the end of consuming")
+        log.warning("rabbitmq_shutdown_timeout", what="no confirmation that consuming has ended")
     if await _in_time(parts.in_flight.drained(), max(0.0, ends - time.monotonic())):
         return True
     log.warning("grace_period_expired", after_s=grace_s)
     parts.in_flight.cancel_all()
-    if not await _in_time(parts.in_flight.drained(), GIVE_BACK_S):
+    if not await _in_time(parts.in_flight.drained(), REQUEUE_TIMEOUT_S):
         parts.in_flight.abandon_all()
     return False
-
-
-class _Background:
-    """The tasks that run as long as the worker does."""
-
-    def __init__(self, tasks: asyncio.TaskGroup) -> None:
-        self._group = tasks
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-
-    def start(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
-        """Start one; if it ever ends by itself, so does the worker."""
-        self._tasks[name] = self._group.create_task(_without_end(name, run), name=name)
-
-    def stop(self, name: str) -> None:
-        """End one of them."""
-        self._tasks.pop(name).cancel()
-
-    def stop_all(self) -> None:
-        """End those that still run."""
-        for name in list(self._tasks):
-            self.stop(name)
-
-
-async def _without_end(name: str, run: Callable[[], Awaitable[None]]) -> None:
-    """Run a background task; one that ends by itself ends the worker, loudly.
-
-    Raises:
-        RuntimeError: it returned, or was cancelled by somebody else, which a TaskGroup passes over.
-    """
-    try:
-        await run()
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-    raise RuntimeError(f"the background task {name} ended")
 
 
 async def _in_time(waiting: Awaitable[None], seconds: float) -> bool:
@@ -311,35 +276,35 @@ def _readiness(parts: _Parts, *, stopping: bool) -> Readiness:
     if outages := parts.detector.outages:
         reasons = tuple(f"{dependency.label}: {outage.reason}" for dependency, outage in outages.items())
         return Readiness(is_ready=True, status="paused", reasons=reasons)
-    # Obeying the API's word is no outage; it is said why nothing is taken.
+    # A rate limit is not an outage, but explains why the worker takes no jobs.
     waits = parts.limiter.pauses().items()
     reasons = tuple(f"model: {model} may not be called for {seconds:.0f} s" for model, seconds in waits)
     return Readiness(is_ready=True, status="ready", reasons=reasons)
 
 
-def _handle_questions(parts: _Parts, stop: asyncio.Event) -> None:
+def _handle_status_signal(parts: _Parts, stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGUSR1, lambda: _tell(parts, stopping=stop.is_set()))
+    loop.add_signal_handler(signal.SIGUSR1, lambda: _log_in_flight(parts, stopping=stop.is_set()))
 
 
-def _tell(parts: _Parts, *, stopping: bool) -> None:
-    """Log what is in flight: how many jobs, and the oldest of them."""
+def _log_in_flight(parts: _Parts, *, stopping: bool) -> None:
+    """Log how many jobs are in flight, and the oldest of them."""
     jobs, state = parts.in_flight.snapshot(), _readiness(parts, stopping=stopping)
-    asked.info(
+    in_flight_log.info(
         "in_flight_summary",
         status=state.status,
         reasons=state.reasons,
         jobs=len(jobs),
         stages=Counter(job["stage"] for job in jobs),
-        not_shown=max(0, len(jobs) - MOST_TOLD),
+        not_shown=max(0, len(jobs) - MAX_LOGGED_JOBS),
     )
-    for job in jobs[:MOST_TOLD]:
-        asked.info("in_flight_job", **job)
+    for job in jobs[:MAX_LOGGED_JOBS]:
+        in_flight_log.info("in_flight_job", **job)
 
 
-async def _tell_repeated() -> None:
+async def _log_suppressed_events() -> None:
     while True:
-        await asyncio.sleep(REPEATED_TICK_S)
+        await asyncio.sleep(SUPPRESSED_EVENTS_INTERVAL_S)
         log_suppressed_events()
 
 
@@ -351,7 +316,7 @@ def _handle_stop_signals(stop: asyncio.Event) -> None:
 
 def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
     if stop.is_set():
-        # Told twice: go at once. Whatever is unsettled, the broker delivers again.
+        # The second signal: exit at once. The broker delivers unsettled jobs again.
         os._exit(128 + number)
     stop.set()
 

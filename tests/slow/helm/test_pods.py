@@ -10,7 +10,7 @@ import pytest
 
 from tests.running import ROOT
 from tests.slow.helm.rendering import CI_FILES, Object, ci_values, minimal, refusal, render
-from worker.app.runner import GIVE_BACK_S, HOLD_TIMEOUT_S
+from worker.app.runner import HOLD_TIMEOUT_S, REQUEUE_TIMEOUT_S
 from worker.observability.tracing.otlp import FLUSH_S
 from worker.settings import Settings
 
@@ -127,7 +127,7 @@ def test_kubernetes_waits_longer_than_the_worker_takes_to_end(grace_s: float) ->
     rendered = render(minimal({"settings": {"shutdownGrace": grace_s}}))
     assert float(rendered.settings["VQA_SHUTDOWN_GRACE"]) == grace_s
     left = rendered.pod["spec"]["terminationGracePeriodSeconds"] - grace_s
-    takes = GIVE_BACK_S + HOLD_TIMEOUT_S + FLUSH_S
+    takes = REQUEUE_TIMEOUT_S + HOLD_TIMEOUT_S + FLUSH_S
     assert takes < left < takes + 10
 
 
