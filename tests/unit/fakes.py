@@ -27,7 +27,7 @@ TOPOLOGY = Topology(
 def a_delivery(
     body: bytes | dict[str, Any] = b"{}", *, events: list[str] | None = None, **properties: Any
 ) -> Delivery:
-    """A delivery as the consumer would make it; `events` gathers "ack", "reject" and "requeue"."""
+    """A delivery as the consumer would make it; `events` collects "ack", "reject" and "requeue"."""
     seen: list[str] = [] if events is None else events
 
     async def ack() -> None:

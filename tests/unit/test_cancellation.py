@@ -9,15 +9,15 @@ from worker.jobs import cancellation
 from worker.jobs.cancellation import Cancellations, name_of
 
 
-class Keeper:
-    """Remembers what it was to keep."""
+class Store:
+    """Records what is stored in it."""
 
     def __init__(self) -> None:
-        self.kept: list[str] = []
+        self.stored: list[str] = []
         self.looks = 0
 
     def add(self, name: str) -> None:
-        self.kept.append(name)
+        self.stored.append(name)
 
     def look_again(self) -> None:
         self.looks += 1
@@ -65,7 +65,7 @@ async def test_a_job_that_comes_after_its_cancellation_is_not_begun() -> None:
 async def test_a_worker_that_stops_gives_a_job_back_though_it_was_cancelled(
     *, stop_comes_first: bool
 ) -> None:
-    """Whoever gets it next tells its publisher: both at once must not end as neither."""
+    """The next worker reports it as cancelled. Both at once must not leave it without an outcome."""
     cancellations = Cancellations()
     (task,) = await running(cancellations, "a")
     if stop_comes_first:
@@ -136,15 +136,15 @@ async def test_only_the_youngest_are_remembered(monkeypatch: pytest.MonkeyPatch)
             pass
 
 
-async def test_what_is_heard_is_kept_under_a_name_that_does_not_tell_the_id() -> None:
-    cancellations, keeper = Cancellations(), Keeper()
+async def test_cancellations_are_stored_under_a_name_that_does_not_reveal_the_id() -> None:
+    cancellations, store = Cancellations(), Store()
     cancellations.listening()
-    cancellations.cancel("heard before there was anything to keep it in")
-    cancellations.store_in(keeper)
-    assert len(keeper.kept) == 1
-    keeper.kept.clear()
+    cancellations.cancel("cancelled before there was a store")
+    cancellations.store_in(store)
+    assert len(store.stored) == 1
+    store.stored.clear()
     cancellations.cancel("invoice-4711")
     cancellations.listening()
-    assert (keeper.kept, keeper.looks) == ([name_of("invoice-4711")], 1)
-    assert "4711" not in keeper.kept[0]
+    assert (store.stored, store.looks) == ([name_of("invoice-4711")], 1)
+    assert "4711" not in store.stored[0]
     assert name_of("invoice-4711") != name_of("invoice-4712")

@@ -1,4 +1,4 @@
-"""From a delivery to what became of the job, with images and a model that do as they are told."""
+"""From a delivery to its outcome, with scripted images and a scripted model."""
 
 import asyncio
 import json
@@ -110,7 +110,7 @@ class Images:
         self.rooms = 0
         self.source: Source = S3Object("photos", "cat.png")
         self.checked = 0
-        self.breaks_off: Exception | None = None
+        self.fails_midway: Exception | None = None
         self.opened: list[Opened] = []
         self.loaded = 0
         self.time_left_s = 0.0
@@ -141,7 +141,7 @@ class Images:
         self.loaded += 1
         self.time_left_s = time_left_s
         await _do(self.deeds)
-        opened = Opened([Url(image.name, self.breaks_off) for image in images])
+        opened = Opened([Url(image.name, self.fails_midway) for image in images])
         self.opened.append(opened)
         try:
             yield opened
@@ -238,7 +238,7 @@ def scene() -> Scene:
 
 def go_down(scene: Scene, dependency: Dependency) -> None:
     """Report that a dependency is unreachable, as another job's call would."""
-    scene.diagnostics.unavailable("another", DependencyDownError(dependency, "gone"))
+    scene.diagnostics.unavailable("another", DependencyDownError(dependency, "unreachable"))
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def in_(seconds: float) -> str:
 
 
 def refusal(outcome: Outcome) -> tuple[ErrorCode, str]:
-    """The code and the message of a refused job, which its result says too."""
+    """The code and the message of a failed job, which its result has as well."""
     assert isinstance(outcome, Failed)
     error = outcome.result.error
     assert error is not None
@@ -360,11 +360,11 @@ async def test_an_empty_answer_was_paid_for_and_is_not_tried_again(
     assert len(scene.model.asked) == 1
 
 
-# What is no job, or not to be done
+# Invalid and rejected jobs
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"id":"\\n"}', b'{"question":"?"}'])
-async def test_what_has_no_readable_id_is_kept(scene: Scene, body: bytes) -> None:
+async def test_a_message_without_a_readable_id_is_dead_lettered(scene: Scene, body: bytes) -> None:
     outcome = await scene.process(body, delivery={"message_id": "m-9", "attempts": 2})
     assert isinstance(outcome, DeadLettered)
     assert (outcome.code, outcome.job_id, outcome.attempts) == (ErrorCode.INVALID_JOB, "m-9", 2)
@@ -374,12 +374,12 @@ async def test_what_has_no_readable_id_is_kept(scene: Scene, body: bytes) -> Non
     assert scene.images.checked == 0
 
 
-async def test_an_invalid_job_with_an_id_is_refused(scene: Scene) -> None:
+async def test_an_invalid_job_with_an_id_fails(scene: Scene) -> None:
     code, message = refusal(await scene.process(imagse=[]))
     assert (code, message) == (ErrorCode.INVALID_JOB, "imagse: unknown field")
 
 
-async def test_a_body_over_the_limit_is_refused() -> None:
+async def test_a_body_over_the_limit_fails() -> None:
     scene = Scene(max_job_bytes=100)
     code, message = refusal(await scene.process(question="?" * 100))
     assert code is ErrorCode.INVALID_JOB
@@ -402,7 +402,7 @@ async def test_an_image_that_cannot_be_had_costs_nothing(scene: Scene) -> None:
     assert await scene.is_free()
 
 
-async def test_a_job_that_stops_the_worker_when_it_is_read_is_buried_unread() -> None:
+async def test_a_job_that_may_crash_the_worker_while_it_is_decoded_is_dead_lettered_undecoded() -> None:
     scene = Scene(delivery_limit=3)
     unread = {"deliveries": 7, "message_id": "its sender's"}
     outcome = await scene.process(b"no job", delivery=unread)
@@ -410,7 +410,7 @@ async def test_a_job_that_stops_the_worker_when_it_is_read_is_buried_unread() ->
     assert (outcome.code, outcome.job_id) == (ErrorCode.ATTEMPTS_EXHAUSTED, "its sender's")
 
 
-async def test_a_job_that_is_delivered_too_often_is_buried_unasked() -> None:
+async def test_a_job_that_is_delivered_too_often_is_dead_lettered_without_a_call() -> None:
     scene = Scene(delivery_limit=3)
     assert isinstance(await scene.process(delivery={"deliveries": 3}), Succeeded)
     outcome = await scene.process(delivery={"deliveries": 4})
@@ -493,21 +493,21 @@ async def test_a_fault_that_may_pass_is_counted_and_tried_again(
     assert await scene.is_free()
 
 
-async def test_an_image_that_breaks_off_while_it_is_sent_is_a_fault_of_its_source(scene: Scene) -> None:
-    scene.images.breaks_off = transient("connection_error", dependency=S3)
+async def test_an_image_that_fails_midway_while_it_is_sent_is_a_fault_of_its_source(scene: Scene) -> None:
+    scene.images.fails_midway = transient("connection_error", dependency=S3)
     outcome = await scene.process()
     assert isinstance(outcome, Retried)
     assert outcome.reason == "connection_error"
     (opened,) = scene.images.opened
     assert (opened.was_sent, opened.was_closed) == (False, True)
     assert await scene.is_free()
-    scene.images.breaks_off = None
+    scene.images.fails_midway = None
     assert isinstance(await scene.process(), Succeeded)
     assert scene.images.opened[-1].was_sent
 
 
-async def test_a_source_that_is_gone_while_an_image_is_sent_stops_the_worker(scene: Scene) -> None:
-    scene.images.breaks_off = DependencyDownError(S3, "it is gone")
+async def test_a_source_that_is_unreachable_while_an_image_is_sent_stops_the_worker(scene: Scene) -> None:
+    scene.images.fails_midway = DependencyDownError(S3, "it is unreachable")
     assert isinstance(await scene.process(), Requeued)
     assert set(scene.detector.outages) == {S3}
 
@@ -617,7 +617,9 @@ async def test_bad_jobs_come_to_their_own_end_one_after_the_other(scene: Scene) 
     assert scene.detector.outages == {}
 
 
-async def test_what_was_counted_for_an_outage_is_taken_back_when_the_job_comes_again(scene: Scene) -> None:
+async def test_attempts_that_an_outage_caused_are_restored_when_the_job_comes_again(
+    scene: Scene,
+) -> None:
     scene.model.deeds = [transient()]
     for n in range(2):
         assert isinstance(await scene.process(id=f"job-{n}"), Retried)
@@ -629,13 +631,13 @@ async def test_what_was_counted_for_an_outage_is_taken_back_when_the_job_comes_a
     scene.model.deeds = [ANSWER]
     answered = [
         await scene.process(id=name, delivery={"attempts": attempts})
-        # The copy that went back has less, and nothing is taken back twice.
+        # The requeued copy has fewer attempts, and none is restored twice.
         for name, attempts in (("job-0", 0), ("job-1", 2), ("job-1", 2), ("job-2", 0))
     ]
     assert [it.result.attempts for it in answered if isinstance(it, Succeeded)] == [1, 1, 3, 1]
 
 
-async def test_more_is_not_taken_back_than_there_is(scene: Scene) -> None:
+async def test_no_more_attempts_are_restored_than_the_job_has(scene: Scene) -> None:
     scene.detector.count_attempt(MODEL, "job-1", time.monotonic())
     go_down(scene, MODEL)
     outcome = await scene.process()
@@ -643,11 +645,11 @@ async def test_more_is_not_taken_back_than_there_is(scene: Scene) -> None:
     assert outcome.result.attempts == 1
 
 
-# A verdict on what failed
+# The diagnosis of a failure
 
 
 @asynccontextmanager
-async def suspect(scene: Scene, **job: Any) -> AsyncIterator[asyncio.Task[Outcome]]:
+async def pending_job(scene: Scene, **job: Any) -> AsyncIterator[asyncio.Task[Outcome]]:
     """A job that has failed while another calls, and waits for what that one meets."""
     async with scene.limiter.slot("usual"):
         task = asyncio.create_task(scene.process(**job))
@@ -677,9 +679,9 @@ def succeeds(scene: Scene) -> None:
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_who_waits_for_a_verdict_holds_neither_its_slot_nor_its_images(scene: Scene) -> None:
+async def test_who_waits_for_a_diagnosis_holds_neither_its_slot_nor_its_images(scene: Scene) -> None:
     scene.model.deeds = [transient()]
-    async with suspect(scene):
+    async with pending_job(scene):
         assert (scene.limiter.in_flight, scene.images.rooms) == (1, 0)
         opened = weakref.ref(scene.images.opened.pop())
         assert opened() is None
@@ -689,7 +691,7 @@ async def test_who_waits_for_a_verdict_holds_neither_its_slot_nor_its_images(sce
 @pytest.mark.parametrize("is_duplicate", [False, True])
 async def test_the_jobs_that_reveal_an_outage_lose_no_attempt(scene: Scene, is_duplicate: bool) -> None:
     scene.model.deeds = [TransientError(MODEL, "http_5xx", "no", is_duplicate=is_duplicate)]
-    async with suspect(scene, delivery={"attempts": 2}) as task:
+    async with pending_job(scene, delivery={"attempts": 2}) as task:
         go_down(scene, MODEL)
         assert isinstance(await task, Requeued)
 
@@ -697,7 +699,7 @@ async def test_the_jobs_that_reveal_an_outage_lose_no_attempt(scene: Scene, is_d
 @pytest.mark.usefixtures("patiently")
 async def test_a_failure_that_others_do_not_share_is_counted_for_good(scene: Scene) -> None:
     scene.model.deeds = [transient()]
-    async with suspect(scene) as task:
+    async with pending_job(scene) as task:
         succeeds(scene)
         outcome = await task
         assert isinstance(outcome, Retried)
@@ -709,32 +711,32 @@ async def test_a_failure_that_others_do_not_share_is_counted_for_good(scene: Sce
 @pytest.mark.usefixtures("patiently")
 async def test_a_403_is_the_jobs_own_as_soon_as_another_succeeds(scene: Scene) -> None:
     scene.model.deeds = [transient("http_403", forbidden=True)]
-    async with suspect(scene) as task:
+    async with pending_job(scene) as task:
         succeeds(scene)
         assert refusal(await task) == (ErrorCode.MODEL_REJECTED, "it said http_403")
 
 
-async def test_without_a_verdict_the_attempt_is_counted_until_there_is_one(
+async def test_without_a_diagnosis_the_attempt_is_counted_until_there_is_one(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_S", 0.3)
     scene.model.deeds = [transient()]
-    async with suspect(scene) as task:
+    async with pending_job(scene) as task:
         assert isinstance(await task, Retried)
     go_down(scene, MODEL)
     assert scene.detector.take_restored_attempts("job-1") == 1
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_a_stop_is_not_held_up_by_a_verdict(scene: Scene) -> None:
+async def test_a_stop_is_not_held_up_by_a_diagnosis(scene: Scene) -> None:
     scene.model.deeds = [transient()]
-    async with suspect(scene) as task:
+    async with pending_job(scene) as task:
         scene.diagnostics.stop()
         assert isinstance(await task, Retried)
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_where_nobody_else_calls_a_verdict_is_hardly_waited_for(
+async def test_where_nobody_else_calls_a_diagnosis_is_hardly_waited_for(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_ALONE_S", 0.1)
@@ -747,21 +749,21 @@ async def test_where_nobody_else_calls_a_verdict_is_hardly_waited_for(
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_a_verdict_is_not_waited_for_longer_than_a_retry_can_come_in_time(scene: Scene) -> None:
+async def test_a_diagnosis_is_not_waited_for_longer_than_a_retry_can_come_in_time(scene: Scene) -> None:
     scene.model.deeds = [transient()]
-    async with suspect(scene, deadline=in_(1.6)) as task:
+    async with pending_job(scene, deadline=in_(1.6)) as task:
         assert isinstance(await task, Retried)
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_a_verdict_is_not_waited_for_longer_than_a_delivery_may_take() -> None:
+async def test_a_diagnosis_is_not_waited_for_longer_than_a_delivery_may_take() -> None:
     scene = Scene(job_timeout_s=1.0)
     scene.model.deeds = [transient()]
-    async with suspect(scene) as task:
+    async with pending_job(scene) as task:
         assert isinstance(await task, Retried)
 
 
-# What may be the trouble of one bucket or one model
+# What may be the problem of one bucket or one model
 
 
 def partial_refusal(*, is_duplicate: bool = False) -> DependencyDownError:
@@ -781,7 +783,7 @@ async def test_a_hiccup_between_successes_goes_back_uncounted_and_stops_nobody(s
     assert set(scene.detector.outages) == {S3}
 
 
-async def test_an_object_that_is_refused_again_and_again_is_counted_in_the_end(scene: Scene) -> None:
+async def test_repeated_refusals_of_one_object_count_in_the_end(scene: Scene) -> None:
     found = []
     for _ in range(6):
         scene.images.deeds = []
@@ -798,11 +800,11 @@ async def test_echoes_of_one_fault_are_no_outage_and_fail_each_job_all_the_same(
 ) -> None:
     """Jobs that read one image together fail together, by one fault of S3's."""
     for n in range(10):
-        scene.images.deeds = [TransientError(S3, "connection_error", "it broke off", is_duplicate=n > 0)]
+        scene.images.deeds = [TransientError(S3, "connection_error", "reset", is_duplicate=n > 0)]
         outcome = await scene.process(id=f"job-{n}", delivery={"attempts": attempts})
         if attempts:
             assert isinstance(outcome, DeadLettered)
-            assert "it broke off" in outcome.message
+            assert "reset" in outcome.message
         else:
             assert isinstance(outcome, Retried)
             assert (outcome.reason, outcome.attempts) == ("connection_error", 1)
@@ -811,13 +813,13 @@ async def test_echoes_of_one_fault_are_no_outage_and_fail_each_job_all_the_same(
 
 async def test_an_echo_in_an_outage_gives_the_job_back(scene: Scene) -> None:
     go_down(scene, S3)
-    scene.images.breaks_off = TransientError(S3, "connection_error", "it broke off", is_duplicate=True)
+    scene.images.fails_midway = TransientError(S3, "connection_error", "reset", is_duplicate=True)
     assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
 
 
-async def test_an_image_that_breaks_off_for_many_while_it_is_sent_is_no_outage(scene: Scene) -> None:
+async def test_an_image_that_fails_midway_for_many_while_it_is_sent_is_no_outage(scene: Scene) -> None:
     for n in range(10):
-        scene.images.breaks_off = TransientError(S3, "connection_error", "it broke off", is_duplicate=n > 0)
+        scene.images.fails_midway = TransientError(S3, "connection_error", "reset", is_duplicate=n > 0)
         assert isinstance(await scene.process(id=f"job-{n}"), Retried)
     assert scene.detector.outages == {}
 
@@ -929,7 +931,7 @@ async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scen
 
 
 class StoredLease:
-    """A job's place: nothing is there yet, and what is kept there stays."""
+    """The lease of a job; a stored answer stays."""
 
     def __init__(self) -> None:
         self.answer: bytes | None = None
@@ -941,11 +943,11 @@ class StoredLease:
         return answer
 
 
-class Places:
-    """A result store in which every job has a place of its own; what it `waits` for comes first."""
+class FakeResultStore:
+    """A result store in memory; `waits` runs before a lease is acquired."""
 
     def __init__(self) -> None:
-        self.places: dict[str, StoredLease] = {}
+        self.leases: dict[str, StoredLease] = {}
         self.claims = 0
         self.waits: Callable[[Callable[[], None]], Awaitable[None]] | None = None
         self.find_deeds: list[Deed] = []
@@ -954,14 +956,14 @@ class Places:
 
     async def find(self, name: str) -> bytes | None:
         await _do(self.find_deeds)
-        return self.places[name].answer if name in self.places else None
+        return self.leases[name].answer if name in self.leases else None
 
     @asynccontextmanager
     async def acquire(self, name: str, check_admission: Callable[[], None]) -> AsyncIterator[StoredLease]:
         self.claims += 1
         if self.waits is not None:
             await self.waits(check_admission)
-        lease = self.places.setdefault(name, StoredLease())
+        lease = self.leases.setdefault(name, StoredLease())
         lease.put_deeds = self.put_deeds
         try:
             yield lease
@@ -970,7 +972,7 @@ class Places:
 
 
 async def test_that_the_store_is_well_says_nothing_of_the_images_s3() -> None:
-    scene = Scene(store=Places())
+    scene = Scene(store=FakeResultStore())
     scene.images.deeds = [transient("timeout", dependency=S3)]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(5)]
     assert isinstance(outcomes[-1], Requeued)
@@ -979,8 +981,8 @@ async def test_that_the_store_is_well_says_nothing_of_the_images_s3() -> None:
     assert set(scene.detector.outages) == {S3}
 
 
-async def test_behind_a_closed_gate_nothing_is_claimed_but_for_a_trial() -> None:
-    store = Places()
+async def test_while_admission_is_closed_only_a_trial_acquires_a_lease() -> None:
+    store = FakeResultStore()
     scene = Scene(store=store)
     scene.limiter.close("paused")
     assert isinstance(await scene.process(), Requeued)
@@ -990,8 +992,8 @@ async def test_behind_a_closed_gate_nothing_is_claimed_but_for_a_trial() -> None
     assert store.claims == 1
 
 
-async def test_when_the_gate_closes_nobody_waits_for_another_worker_any_more() -> None:
-    store, waits = Places(), asyncio.Event()
+async def test_when_admission_closes_no_job_waits_for_another_worker() -> None:
+    store, waits = FakeResultStore(), asyncio.Event()
 
     async def wait(may_wait: Callable[[], None]) -> None:
         waits.set()
@@ -1015,7 +1017,7 @@ async def test_a_job_that_is_cancelled_after_the_api_has_answered_publishes_the_
     step: str, times: int
 ) -> None:
     """It is paid for: requeued, it would be paid for again."""
-    store, reached = Places(), asyncio.Event()
+    store, reached = FakeResultStore(), asyncio.Event()
 
     async def hang() -> None:
         reached.set()
@@ -1035,7 +1037,7 @@ async def test_a_job_that_is_cancelled_after_the_api_has_answered_publishes_the_
 
 
 async def test_a_cancel_message_that_comes_after_the_api_has_answered_is_too_late() -> None:
-    store, reached = Places(), asyncio.Event()
+    store, reached = FakeResultStore(), asyncio.Event()
 
     async def hang() -> None:
         reached.set()
@@ -1050,7 +1052,7 @@ async def test_a_cancel_message_that_comes_after_the_api_has_answered_is_too_lat
 
 
 async def test_past_its_deadline_a_job_whose_answer_is_stored_is_answered() -> None:
-    scene = Scene(store=Places())
+    scene = Scene(store=FakeResultStore())
     assert isinstance(await scene.process(deadline=in_(1000)), Succeeded)
     outcome = await scene.process(deadline=in_(-1), delivery={"redelivered": True})
     assert isinstance(outcome, Succeeded)
@@ -1059,17 +1061,17 @@ async def test_past_its_deadline_a_job_whose_answer_is_stored_is_answered() -> N
 
 
 async def test_a_deadline_that_passes_while_another_worker_has_the_job_leaves_time_for_its_answer() -> None:
-    store = Places()
+    store = FakeResultStore()
 
     async def wait(_: Callable[[], None]) -> None:
         # The other worker stores its answer, and this one has not seen it yet when the deadline passes.
-        (lease,) = store.places.values()
+        (lease,) = store.leases.values()
         lease.answer = stored
         await for_ever()
 
     scene = Scene(store=store)
     await scene.process()
-    (lease,) = store.places.values()
+    (lease,) = store.leases.values()
     stored, lease.answer = lease.answer, None
     store.waits = wait
     assert isinstance(await scene.process(deadline=in_(0.2)), Succeeded)
@@ -1078,14 +1080,14 @@ async def test_a_deadline_that_passes_while_another_worker_has_the_job_leaves_ti
 
 @pytest.mark.parametrize(
     "deed",
-    [None, DependencyDownError(Dependency.RESULT_STORE, "gone"), asyncio.Event().wait],
+    [None, DependencyDownError(Dependency.RESULT_STORE, "unreachable"), asyncio.Event().wait],
     ids=["holds nothing", "is down", "hangs"],
 )
 async def test_past_its_deadline_a_job_fails_if_the_store_has_no_answer(
     monkeypatch: pytest.MonkeyPatch, deed: Deed | None
 ) -> None:
     monkeypatch.setattr("worker.resilience.admission.STORED_ANSWER_TIMEOUT_S", 0.1)
-    store = Places()
+    store = FakeResultStore()
     store.find_deeds = [] if deed is None else [deed]
     scene = Scene(store=store)
     assert refusal(await scene.process(deadline=in_(-1)))[0] is ErrorCode.DEADLINE_EXCEEDED
@@ -1160,7 +1162,7 @@ async def test_while_the_worker_is_paused_a_job_goes_back(scene: Scene) -> None:
     assert (scene.images.loaded, scene.model.asked) == (0, [])
 
 
-async def test_a_paused_worker_still_tells_what_needs_no_call(scene: Scene) -> None:
+async def test_a_paused_worker_still_fails_jobs_that_need_no_call(scene: Scene) -> None:
     scene.limiter.close("the worker is paused")
     assert refusal(await scene.process(deadline="2020-01-01T00:00:00Z"))[0] is ErrorCode.DEADLINE_EXCEEDED
     assert refusal(await scene.process(model="unheard-of"))[0] is ErrorCode.INVALID_JOB
@@ -1197,7 +1199,7 @@ async def test_a_bug_is_a_counted_attempt_and_its_words_stay_inside(
     assert scene.detector.outages == {}
 
 
-async def test_a_bug_that_stays_buries_the_job(scene: Scene, log: CapturingLogger) -> None:
+async def test_a_bug_that_stays_dead_letters_the_job(scene: Scene, log: CapturingLogger) -> None:
     scene.model.deeds = [KeyError(CANARY)]
     outcome = await scene.process(question=CANARY, delivery={"attempts": 2})
     assert isinstance(outcome, DeadLettered)
@@ -1222,8 +1224,8 @@ DEEDS: st.SearchStrategy[Deed] = st.sampled_from(
         transient("timeout"),
         transient("http_403", forbidden=True),
         transient("timeout", dependency=S3),
-        DependencyDownError(MODEL, "gone"),
-        DependencyDownError(S3, "gone"),
+        DependencyDownError(MODEL, "unreachable"),
+        DependencyDownError(S3, "unreachable"),
         RateLimitedError(1e-3),
         JobError(ErrorCode.MODEL_REJECTED, "no"),
         JobError(ErrorCode.IMAGE_NOT_FOUND, "none"),
@@ -1252,7 +1254,7 @@ async def test_whatever_happens_a_job_has_an_outcome_and_leaves_no_slot_behind(
         if isinstance(outcome, Requeued):
             assert scene.detector.outages
         if isinstance(outcome, Retried):
-            # Attempts that turned out to have been an outage's are taken back.
+            # Attempts that an outage caused are restored.
             assert 1 <= outcome.attempts <= attempts + 1
             assert outcome.attempts < RETRY.max_attempts
         if isinstance(outcome, Succeeded | Failed | DeadLettered):

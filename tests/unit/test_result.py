@@ -1,4 +1,4 @@
-"""Results: strict JSON whatever the API said, and a schema that says what they look like."""
+"""Results: strict JSON for any API response, and a schema that describes them."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.model.answer import Answer, MalformedAnswerError, parse_answer
 from worker.observability.redaction import Redactor
 
-# Every character, lone surrogates too: a model may be cut off in the middle of an emoji.
+# Every character, lone surrogates too: an answer may end in the middle of an emoji.
 ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=10)
 ANY_VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,

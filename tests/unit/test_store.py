@@ -7,9 +7,10 @@ from collections.abc import Callable  # noqa: TC003 - an attribute's
 
 import pytest
 
+from worker.clock import Clock
 from worker.errors import Dependency, DependencyDownError
 from worker.resilience.concurrency_limiter import AdmissionClosedError
-from worker.result_store import store as rooms
+from worker.result_store import store as result_store
 from worker.result_store.store import ResultStore
 from worker.s3.conditional_store import ConditionalStore, StoredObject
 
@@ -25,7 +26,7 @@ class Memory(ConditionalStore):
         self.fails: Callable[[str, str], bool] = lambda _method, _name: False
         """Whether a request is lost before S3 has it."""
         self.forgets: Callable[[str, str], bool] = lambda _method, _name: False
-        """Whether S3 heeds a request and its answer is lost."""
+        """Whether S3 executes a request and its answer is lost."""
 
     async def create(self, name: str, body: bytes) -> str | None:
         return self._written("create", name, body, may=name not in self.objects)
@@ -73,27 +74,27 @@ def etag_of(body: bytes) -> str:
 
 
 def down() -> DependencyDownError:
-    return DependencyDownError(Dependency.S3, "gone")
+    return DependencyDownError(Dependency.S3, "unreachable")
 
 
 @pytest.fixture
 def objects(monkeypatch: pytest.MonkeyPatch) -> Memory:
-    monkeypatch.setattr(rooms, "ADMISSION_CHECK_S", 0.01)
-    monkeypatch.setattr(rooms, "RELEASE_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(rooms, "FIRST_POLL_S", 0.01)
-    monkeypatch.setattr(rooms, "MAX_POLL_S", 0.02)
-    monkeypatch.setattr(rooms, "STORE_RETRY_S", 0.01)
-    monkeypatch.setattr(rooms, "STORE_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(rooms, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(result_store, "ADMISSION_CHECK_S", 0.01)
+    monkeypatch.setattr(result_store, "RELEASE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(result_store, "FIRST_POLL_S", 0.01)
+    monkeypatch.setattr(result_store, "MAX_POLL_S", 0.02)
+    monkeypatch.setattr(result_store, "STORE_RETRY_S", 0.01)
+    monkeypatch.setattr(result_store, "STORE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(result_store, "HEARTBEAT_S", 0.05)
     return Memory()
 
 
 def a_worker(objects: Memory, *, max_job_s: float = 600.0) -> ResultStore:
-    return ResultStore(objects, max_job_s=max_job_s)
+    return ResultStore(objects, max_job_s=max_job_s, clock=Clock())
 
 
 def living(store: ResultStore) -> asyncio.Task[None]:
-    """What runs beside the jobs, until it is cancelled."""
+    """Run the store's background tasks."""
 
     async def live() -> None:
         await asyncio.gather(store.send_heartbeats(), store.tidy_up())
@@ -145,13 +146,13 @@ async def test_a_dead_worker_s_claim_is_taken_over(
 ) -> None:
     dead = a_worker(objects)
     await dead.acquire("job").__aenter__()
-    heir = a_worker(objects, max_job_s=0.1 if how == "far too old a claim" else 600)
-    monkeypatch.setattr(rooms, "DEAD_AFTER_S", 0.1 if how == "silent for long" else 20)
+    new_owner = a_worker(objects, max_job_s=0.1 if how == "far too old a claim" else 600)
+    monkeypatch.setattr(result_store, "DEAD_AFTER_S", 0.1 if how == "silent for long" else 20)
     if how == "its life was taken away":
         await dead.close()
     if how == "far too old a claim":
-        monkeypatch.setattr(heir, "_claim_expires_s", 0.1)
-    assert await ask(heir, b"dog") == (None, b"dog")
+        monkeypatch.setattr(new_owner, "_claim_expires_s", 0.1)
+    assert await ask(new_owner, b"dog") == (None, b"dog")
 
 
 async def test_of_two_heirs_only_one_asks(objects: Memory) -> None:
@@ -164,21 +165,21 @@ async def test_of_two_heirs_only_one_asks(objects: Memory) -> None:
 
 
 async def test_a_worker_taken_for_dead_gets_the_answer_of_its_heir(objects: Memory) -> None:
-    slow, heir = a_worker(objects), a_worker(objects)
+    slow, new_owner = a_worker(objects), a_worker(objects)
     async with slow.acquire("job") as lease:
         await slow.close()
-        assert await ask(heir, b"dog") == (None, b"dog")
+        assert await ask(new_owner, b"dog") == (None, b"dog")
         assert await lease.put(b"cat") == b"dog"
 
 
 async def test_an_heir_that_is_slower_gets_the_answer_of_the_worker_taken_for_dead(objects: Memory) -> None:
-    slow, heir = a_worker(objects), a_worker(objects)
+    slow, new_owner = a_worker(objects), a_worker(objects)
     async with slow.acquire("job") as lease:
         await slow.close()
-        async with heir.acquire("job") as heirs:
-            assert heirs.answer is None
+        async with new_owner.acquire("job") as new_owners:
+            assert new_owners.answer is None
             assert await lease.put(b"cat") == b"cat"
-            assert await heirs.put(b"dog") == b"cat"
+            assert await new_owners.put(b"dog") == b"cat"
 
 
 async def test_a_job_without_an_answer_leaves_no_claim(objects: Memory) -> None:
@@ -226,7 +227,7 @@ async def test_an_answer_that_cannot_be_kept_is_handed_on_and_its_claim_given_up
     assert "jobs/job" not in objects.objects
 
 
-async def test_a_store_that_heeds_no_condition_is_refused(objects: Memory) -> None:
+async def test_a_store_that_ignores_conditions_is_not_used(objects: Memory) -> None:
     async def create(name: str, body: bytes) -> str:
         await objects.write(name, body)
         return "etag"
@@ -364,7 +365,7 @@ async def test_one_failed_heartbeat_fails_all_jobs_that_wait_for_it() -> None:
 async def test_jobs_that_wait_for_a_hanging_store_leave_when_admission_closes(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rooms, "ADMISSION_CHECK_S", 0.01)
+    monkeypatch.setattr(result_store, "ADMISSION_CHECK_S", 0.01)
     objects, is_closed = Hanging(), asyncio.Event()
     store = a_worker(objects)
 

@@ -54,12 +54,13 @@ async def assemble(
     Raises:
         S3ConfigurationError: the AWS configuration is invalid; the message names the fault.
     """
+    clock = Clock()
     redact = Redactor(settings.secret_values())
     s3 = await open_s3(settings, stack)
     store, background = None, {}
     if settings.result_store is not None:
         objects = conditional_store_at(settings.result_store, s3)
-        store = ResultStore(objects, max_job_s=settings.job_timeout)
+        store = ResultStore(objects, max_job_s=settings.job_timeout, clock=clock)
         stack.push_async_callback(store.close)
         cancelled_jobs = CancelledJobs(objects, cancellations.remember)
         await _catch_up(cancelled_jobs)
@@ -69,7 +70,6 @@ async def assemble(
             "result-store-leftovers": store.tidy_up,
             "cancelled-jobs": cancelled_jobs.run,
         }
-    clock = Clock()
     world = World(
         images=_images(settings, s3),
         model=open_model(settings, redact, stack),

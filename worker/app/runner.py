@@ -322,11 +322,11 @@ def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
 
 
 def _ignore(_: "asyncio.Task[Outcome | None]") -> None:
-    """The task group watches the task."""
+    """Do nothing: the task group watches the task."""
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """The first single exception in a group of groups."""
+    """Return the first exception in nested exception groups that is not a group."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -8,7 +8,6 @@ rewrites a heartbeat object every few seconds.
 
 import asyncio
 import re
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from worker.clock import Clock
 from worker.errors import Dependency, DependencyDownError
 from worker.observability import metrics
 from worker.observability.logs import describe_exception
@@ -65,12 +65,13 @@ class Lease:
 
         Never raises: an answer that cannot be stored is still paid for, and is published.
         """
-        ends = time.monotonic() + STORE_TIMEOUT_S
+        clock = self._store.clock
+        ends = clock.monotonic() + STORE_TIMEOUT_S
         while True:
             try:
                 stored = await self._store.put_once(self, answer)
             except DependencyDownError as error:
-                if time.monotonic() > ends:
+                if clock.monotonic() > ends:
                     _count("store_failed")
                     log.error("result_store_write_failed", reason=error.message)  # noqa: TRY400 - needs no traceback
                     return answer
@@ -81,14 +82,15 @@ class Lease:
             else:
                 self.is_settled = True
                 return stored
-            await asyncio.sleep(STORE_RETRY_S)
+            await clock.sleep(STORE_RETRY_S)
 
 
 class ResultStore:
     """The answers in `VQA_RESULT_STORE`."""
 
-    def __init__(self, objects: ConditionalStore, *, max_job_s: float) -> None:
+    def __init__(self, objects: ConditionalStore, *, max_job_s: float, clock: Clock) -> None:
         """`max_job_s`: the longest time that a worker works on one delivery, `VQA_JOB_TIMEOUT`."""
+        self.clock = clock
         self._objects = objects
         self._claim_expires_s = max_job_s + DEAD_AFTER_S
         self._id = str(uuid.uuid4())
@@ -147,7 +149,7 @@ class ResultStore:
     async def send_heartbeats(self) -> None:
         """Show other workers that this one is alive while it holds claims; run until cancelled."""
         while True:
-            await asyncio.sleep(HEARTBEAT_S)
+            await self.clock.sleep(HEARTBEAT_S)
             if self._held:
                 with _log_unreachable():
                     await self._send_heartbeat()
@@ -155,7 +157,7 @@ class ResultStore:
     async def tidy_up(self) -> None:
         """Delete claims that could not be deleted at once; run until cancelled."""
         while True:
-            await asyncio.sleep(HEARTBEAT_S)
+            await self.clock.sleep(HEARTBEAT_S)
             for name in self._leftovers - self._held.keys():
                 with _log_unreachable():
                     await self._delete_leftover(name)
@@ -188,7 +190,7 @@ class ResultStore:
             check_admission()
             if poll_s == FIRST_POLL_S:
                 _count("waited")
-            await asyncio.sleep(poll_s)
+            await self.clock.sleep(poll_s)
             poll_s = min(poll_s * 2, MAX_POLL_S)
 
     def _lease(self, name: str, etag: str, result: str, *, answer: bytes | None = None) -> Lease:
@@ -243,7 +245,7 @@ class ResultStore:
     async def _ensure_alive(self) -> None:
         """Send a heartbeat if the last one is old; jobs that wait share one attempt and its failure."""
         if self._ensuring is None:
-            if self._is_verified and time.monotonic() - self._last_heartbeat < HEARTBEAT_S:
+            if self._is_verified and self.clock.monotonic() - self._last_heartbeat < HEARTBEAT_S:
                 return
             self._ensuring = asyncio.create_task(self._verify_or_send(), name="result-store-heartbeat")
             self._ensuring.add_done_callback(self._ensured)
@@ -262,7 +264,7 @@ class ResultStore:
             await self._verify_store()
 
     async def _send_heartbeat(self) -> None:
-        began = time.monotonic()
+        began = self.clock.monotonic()
         await self._objects.write(_heartbeat(self._id), b"")
         self._last_heartbeat = began
 

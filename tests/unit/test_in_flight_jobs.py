@@ -1,4 +1,4 @@
-"""One work for a message, however often it is delivered; one settlement for a delivery, whatever happens."""
+"""One work for a message, however often it is delivered; one settlement for each delivery."""
 
 import asyncio
 import time
@@ -27,7 +27,7 @@ def answered(delivery: Delivery) -> Outcome:
 
 
 class Work:
-    """A `process` whose jobs end when they are told to."""
+    """A `process` whose jobs end when `may_end` is set."""
 
     def __init__(self) -> None:
         self.started: list[Delivery] = []
@@ -215,7 +215,7 @@ async def test_a_message_that_is_sent_again_after_a_lost_connection_is_no_redeli
     assert events == ["ack"]
 
 
-async def test_twins_of_which_one_is_settled_when_the_connection_is_lost_lose_no_result(
+async def test_duplicates_of_which_one_is_settled_when_the_connection_is_lost_lose_no_result(
     worker: Worker,
 ) -> None:
     """Both were delivered; the first one's ack and everything of the second are lost with the connection."""
@@ -254,7 +254,7 @@ async def test_how_often_it_was_delivered_makes_no_other_job_of_it(worker: Worke
     assert len(worker.work.started) == 1
 
 
-async def test_work_that_is_cut_off_goes_back_to_the_queue(worker: Worker) -> None:
+async def test_work_that_is_cancelled_at_shutdown_is_requeued(worker: Worker) -> None:
     several = [worker.connection.delivers(message_id=f"m-{n}", attempts=n) for n in range(3)]
     for delivery, _ in several:
         worker.in_flight.accept(delivery)
@@ -299,7 +299,7 @@ async def test_a_job_cancelled_before_it_was_read_is_logged_with_its_message_id(
     assert line["job_id"] == "m-1"
 
 
-async def test_a_result_that_waits_for_the_broker_is_not_cut_off(worker: Worker) -> None:
+async def test_a_result_that_waits_for_the_broker_is_not_cancelled(worker: Worker) -> None:
     worker.publisher.let_go.clear()
     worker.work.may_end.set()
     worker.in_flight.accept(worker.connection.delivers()[0])
@@ -311,7 +311,7 @@ async def test_a_result_that_waits_for_the_broker_is_not_cut_off(worker: Worker)
     assert worker.publisher.to("jobs") == []
 
 
-async def test_what_cannot_even_be_given_back_is_let_go_of_unsettled(worker: Worker) -> None:
+async def test_a_delivery_that_cannot_be_requeued_is_left_unsettled(worker: Worker) -> None:
     delivery, events = worker.connection.delivers()
     worker.publisher.let_go.clear()
     handler = worker.in_flight.accept(delivery)
@@ -424,7 +424,7 @@ async def test_the_time_in_the_queue_is_measured_once_a_job(worker: Worker) -> N
     assert measured() == before + 1
 
 
-async def test_given_back_or_retried_a_job_is_remembered_like_any_other(worker: Worker) -> None:
+async def test_a_requeued_or_retried_job_is_remembered_like_any_other(worker: Worker) -> None:
     worker.work.ends_with = lambda _: Requeued(job_id="j", model="m", reason="paused")
     worker.work.may_end.set()
     await worker.in_flight.accept(worker.connection.delivers()[0])
@@ -444,7 +444,7 @@ async def test_given_back_or_retried_a_job_is_remembered_like_any_other(worker: 
         Requeued(job_id="j", model="m", reason="paused"),
         Retried(job_id="j", model="m", delay_s=1, attempts=1, reason="http_5xx"),
     ],
-    ids=["given back", "to be retried"],
+    ids=["requeued", "retried"],
 )
 async def test_no_copy_is_made_of_a_job_that_the_broker_has_back(worker: Worker, outcome: Outcome) -> None:
     """It may have given it to another worker already: there would be two of it."""
@@ -473,7 +473,7 @@ async def test_what_says_the_same_long_after_an_ack_is_no_job_whose_ack_was_lost
     assert len(worker.publisher.results()) == 2
 
 
-async def test_what_is_in_flight_is_told_the_oldest_first(worker: Worker) -> None:
+async def test_the_snapshot_lists_the_oldest_delivery_first(worker: Worker) -> None:
     now = time.monotonic()
     young, _ = worker.connection.delivers(received=now - 1, message_id="young", attempts=2)
     old, _ = worker.connection.delivers(received=now - 5, message_id="old", body={"secret": "of the job"})
@@ -497,7 +497,7 @@ async def test_what_is_in_flight_is_told_the_oldest_first(worker: Worker) -> Non
     assert "secret" not in str(first)
 
 
-async def test_a_delivery_that_is_attached_to_running_work_tells_of_that_work(worker: Worker) -> None:
+async def test_a_redelivery_of_a_running_job_shows_that_jobs_stage(worker: Worker) -> None:
     first, _ = worker.connection.delivers()
     worker.in_flight.accept(first)
     await turns_of_the_loop()

@@ -1,4 +1,4 @@
-"""Cancellations that are kept: all of them, in whatever order they come and S3 answers."""
+"""Stored cancellations: none is lost, in any order of messages and S3 responses."""
 
 import asyncio
 
