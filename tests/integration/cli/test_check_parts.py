@@ -201,7 +201,7 @@ async def test_a_queue_hidden_from_the_user_is_not_reported_as_missing(
 async def test_unreadable_buckets_and_images_are_reported(
     stack: Stack, doctor: Checks, put_image: PutImage
 ) -> None:
-    large, text = put_image(), put_image(b"no picture at all")
+    large, text = put_image(), put_image(b"not an image")
     others = (f"s3://{BUCKET}/no", "s3://other/k", "http://x/y", "https://x/y", "data:image/png;base64,AA==")
     limits = {"VQA_ALLOWED_BUCKETS": f"{BUCKET},missing,cat-*", "VQA_MAX_IMAGE_BYTES": "20"}
     findings = await doctor.storage(large, text, *others, **limits)

@@ -44,19 +44,19 @@ async def test_a_dead_lettered_job_is_listed_shown_replayed_and_answered(
     assert first.body["error"]["code"] == "attempts_exhausted"
 
     cli = Cli.of(stack, tmp_path, worker)
-    (letter,) = await cli.run_json("dlq", "list")
-    assert (letter["job_id"], letter["code"]) == (dead["id"], "attempts_exhausted")
-    assert (letter["model"], letter["attempts"]) == ("default", 1)
-    assert "overloaded, sorry" in letter["message"]
+    (dead_letter,) = await cli.run_json("dlq", "list")
+    assert (dead_letter["job_id"], dead_letter["code"]) == (dead["id"], "attempts_exhausted")
+    assert (dead_letter["model"], dead_letter["attempts"]) == ("default", 1)
+    assert "overloaded, sorry" in dead_letter["message"]
     listed = await cli.run("dlq", "list")
     assert listed.code == 0
-    assert listed.out.splitlines()[1].split()[0] == letter["name"]
+    assert listed.out.splitlines()[1].split()[0] == dead_letter["name"]
     shown = await cli.run("dlq", "show", dead["id"])
     assert marker in shown.out
     assert "data:image/png;base64,[" in shown.out or "data:image/png;base64," in shown.out
 
     client.replies.clear()
-    replayed = await cli.run("dlq", "replay", "--id", letter["name"], "--yes")
+    replayed = await cli.run("dlq", "replay", "--id", dead_letter["name"], "--yes")
     assert (replayed.code, replayed.out) == (0, "")
     second = await client.result(dead["id"])
     assert (second.body["status"], second.body["attempts"]) == ("succeeded", 1)
@@ -64,7 +64,7 @@ async def test_a_dead_lettered_job_is_listed_shown_replayed_and_answered(
     assert await client.depth(worker.dead_letter_queue) == 0
     (recorded,) = map(json.loads, (state(cli) / "replayed.jsonl").read_text().splitlines())
     assert (recorded["action"], recorded["job_id"]) == ("replay", dead["id"])
-    assert recorded["message"] == letter["message"]
+    assert recorded["message"] == dead_letter["message"]
 
 
 async def test_a_replayed_job_keeps_its_body_and_properties(cli: Cli, queues: Queues) -> None:
@@ -93,23 +93,23 @@ async def test_a_replayed_job_keeps_its_body_and_properties(cli: Cli, queues: Qu
 async def test_a_dead_letter_without_an_id_is_replayed_without_one(cli: Cli, queues: Queues) -> None:
     # The library gives every message an id; the worker marks it as not the publisher's.
     await queues.dead_letter(b"no job", "invalid_job", message_id="made-up", headers={"vqa-copy": "made-up"})
-    (letter,) = await cli.run_json("dlq", "list")
-    assert (letter["job_id"], letter["message_id"], letter["model"]) == (None, None, "unknown")
-    assert (await cli.run("dlq", "replay", "--id", letter["name"], "--yes")).code == 0
+    (dead_letter,) = await cli.run_json("dlq", "list")
+    assert (dead_letter["job_id"], dead_letter["message_id"], dead_letter["model"]) == (None, None, "unknown")
+    assert (await cli.run("dlq", "replay", "--id", dead_letter["name"], "--yes")).code == 0
     (message,) = await queues.drain(queues.jobs)
     assert message.headers["vqa-copy"] == message.message_id
 
 
 async def test_purge_deletes_matching_dead_letters_and_saves_them_to_a_file(cli: Cli, queues: Queues) -> None:
     kept = await add_dead_letters(queues, 1)
-    await queues.dead_letter(b"\xffno job", "invalid_job", message_id="gone", reply_to="r")
+    await queues.dead_letter(b"\xffno job", "invalid_job", message_id="purged", reply_to="r")
     ended = await cli.run("dlq", "purge", "--yes")
     assert ended.code == 2
     assert ended.err_lines == [
         "Error: no filter. Give one, such as --code invalid_job or --until 30d, or use --all."
     ]
     done = await cli.run_json("dlq", "purge", "--code", "invalid_job", "--save", "saved.jsonl", "--yes")
-    assert [(it["action"], it["done"], it["job_id"]) for it in done] == [("purge", True, "gone")]
+    assert [(it["action"], it["done"], it["job_id"]) for it in done] == [("purge", True, "purged")]
     (saved,) = map(json.loads, (cli.folder / "saved.jsonl").read_text().splitlines())
     assert (saved["body_base64"], saved["reply_to"]) == ("/25vIGpvYg==", "r")
     (recorded,) = map(json.loads, (state(cli) / "purged.jsonl").read_text().splitlines())
@@ -120,9 +120,9 @@ async def test_purge_deletes_matching_dead_letters_and_saves_them_to_a_file(cli:
 async def test_purge_changes_nothing_if_its_files_cannot_be_written(cli: Cli, queues: Queues) -> None:
     await add_dead_letters(queues, 1)
     for option in ("--record", "--save"):
-        ended = await cli.run("dlq", "purge", "--all", "--yes", option, "/dev/null/letters.jsonl")
+        ended = await cli.run("dlq", "purge", "--all", "--yes", option, "/dev/null/saved.jsonl")
         assert ended.code == 1
         assert ended.err_lines[-1] == (
-            "Error: cannot write /dev/null/letters.jsonl: File exists. Choose another file."
+            "Error: cannot write /dev/null/saved.jsonl: File exists. Choose another file."
         )
     assert await queues.depth(queues.dead) == 1

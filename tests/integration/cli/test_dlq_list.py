@@ -33,9 +33,16 @@ async def test_list_filters_by_error_model_time_and_id(cli: Cli, queues: Queues)
     await queues.dead_letter(job(id="b"), ago_s=60)
     await queues.dead_letter(b"{broken", "invalid_job", ago_s=3 * 86400, message_id="c")
     await queues.dead_letter({"no": "job", "model": "m/small"}, "invalid_job", ago_s=7200, message_id="d")
-    assert [letter["job_id"] for letter in await cli.run_json("dlq", "list")] == ["c", "a", "d", "b"]
-    chosen = ("--code", "attempts_*", "--code", "gone", "--model", "m/*", "--since", "1d", "--until", "1h")
-    assert [letter["job_id"] for letter in await cli.run_json("dlq", "list", *chosen, "--id", "a")] == ["a"]
+    assert [dead_letter["job_id"] for dead_letter in await cli.run_json("dlq", "list")] == [
+        "c",
+        "a",
+        "d",
+        "b",
+    ]
+    chosen = ("--code", "attempts_*", "--code", "missing", "--model", "m/*", "--since", "1d", "--until", "1h")
+    assert [
+        dead_letter["job_id"] for dead_letter in await cli.run_json("dlq", "list", *chosen, "--id", "a")
+    ] == ["a"]
     ended = await cli.run("dlq", "list", "--code", "nothing", "--limit", "3")
     assert (ended.code, ended.out) == (0, "")
     assert ended.err_lines == [f"{queues.dead}: 4 dead letters, 3 read (--limit), 0 matching"]
@@ -134,7 +141,7 @@ async def test_a_list_that_is_killed_loses_no_dead_letter(stack: Stack, cli: Cli
         proxy.freezes_on = b"\x00\x3c\x00\x78"
         behind = cli.with_settings(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
         process = behind.start("dlq", "list")
-        await until(lambda: proxy.held, "it holds the letters")
+        await until(lambda: proxy.held, "it holds the messages")
         await queues.until_depth(queues.dead, 0)
         await kill(process)
         proxy.reset()

@@ -94,9 +94,9 @@ async def test_a_replay_that_is_killed_loses_no_job(stack: Stack, cli: Cli, queu
         assert process.stdout is not None
         for _ in range(2):
             await asyncio.to_thread(process.stdout.readline)
-        # A job is confirmed, and its letter is about to be acked.
+        # A job is confirmed, and its dead letter is about to be acked.
         proxy.freezes_on = BASIC_ACK
-        await until(lambda: proxy.held, "it is about to ack a letter")
+        await until(lambda: proxy.held, "it is about to ack a message")
         await kill(process)
         proxy.reset()
         back = await queues.depth(queues.jobs)

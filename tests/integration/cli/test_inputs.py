@@ -125,7 +125,7 @@ async def test_batch_requests_become_jobs_with_all_params(no_worker_cli: Cli, st
     ]
     request = line("request 1/ü", content)
     request["body"].update({"max_completion_tokens": 50, "temperature": 0, "stream": False, "n": 1})
-    # By its content, whatever its name.
+    # Detected by its content, not by its name.
     no_worker_cli.write("input.ndjson", request, line("\n", "Only words"))
     submitted = await no_worker_cli.run("submit", "input.ndjson", "--name", "batch")
     assert submitted.code == 0, submitted.err
@@ -136,7 +136,7 @@ async def test_batch_requests_become_jobs_with_all_params(no_worker_cli: Cli, st
         "messages": [{"role": "user", "content": content}],
         "params": {"max_completion_tokens": 50, "temperature": 0},
     }
-    # An id that is no printable text is stood for by its hash.
+    # An unprintable id is replaced by its hash.
     assert second["id"].startswith("batch-")
     assert len(second["id"]) == len("batch-") + 32
 
@@ -201,5 +201,5 @@ async def test_malformed_csv_files_are_errors(no_worker_cli: Cli) -> None:
         assert reported in refused.err
     (no_worker_cli.folder / "latin.csv").write_bytes("image\nü".encode("latin-1"))
     assert "is not UTF-8 text" in (await no_worker_cli.run("submit", "latin.csv", "-q", "What?")).err
-    missing = await no_worker_cli.run("submit", "gone.csv")
-    assert (missing.code, missing.err) == (1, "Error: gone.csv: No such file or directory\n")
+    missing = await no_worker_cli.run("submit", "missing.csv")
+    assert (missing.code, missing.err) == (1, "Error: missing.csv: No such file or directory\n")

@@ -114,7 +114,7 @@ async def test_the_same_command_again_submits_no_job_twice(no_worker_cli: Cli, s
     assert second.err == f"Already submitted: 30 jobs (submission {first.summary['name']}).\n"
     assert await in_queue(no_worker_cli, stack) == Counter(ids)
 
-    # A name of its own makes it another submission, and so does another option, or another broker's queue.
+    # Another name or option makes it another submission.
     named = await no_worker_cli.run("submit", "jobs.jsonl", "--name", "again", "--json")
     other = await no_worker_cli.run("submit", "jobs.jsonl", "--model", "m", "--json")
     assert (named.summary["submitted"], other.summary["submitted"]) == (30, 30)

@@ -80,7 +80,7 @@ async def test_a_local_image_is_uploaded_once_under_the_hash_of_its_content(cli:
     first = s3.head_object(Bucket=BUCKET, Key=key)
     assert first["ContentType"] == "image/png"
     assert s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() == content
-    # One that is there is not put there again, whatever stands in it.
+    # One that is there is not put there again.
     s3.put_object(Bucket=BUCKET, Key=key, Body=b"was not put again")
     await cli.run(*asked)
     assert s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() == b"was not put again"

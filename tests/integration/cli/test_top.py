@@ -94,9 +94,9 @@ async def test_a_stopped_worker_is_unreachable_and_its_cost_is_kept(
     process = cli.start("top", "--interval", "0.3", "--json", f"--worker=127.0.0.1:{busy.port}")
     assert (await first(process))["workers"]["cost_usd"] == pytest.approx(cost)
     busy.kill()
-    gone = (await first(process, workers=lambda it: not it["up"]))["workers"]
-    assert gone["unreachable"] == [f"127.0.0.1:{busy.port}"]
-    assert gone["cost_usd"] == pytest.approx(cost)
+    stopped = (await first(process, workers=lambda it: not it["up"]))["workers"]
+    assert stopped["unreachable"] == [f"127.0.0.1:{busy.port}"]
+    assert stopped["cost_usd"] == pytest.approx(cost)
 
 
 async def test_top_survives_a_lost_broker(stack: Stack, cli: Cli, busy: Worker) -> None:
