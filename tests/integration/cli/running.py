@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import uuid
+import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -204,12 +206,17 @@ def _run_here(
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         _logging_restored(),
+        warnings.catch_warnings(),
     ):
+        # aiormq leaves a coroutine unawaited when it cannot connect: a warning nobody sees in a real command.
+        warnings.simplefilter("ignore")
         try:
             code = main(arguments)
         except SystemExit as exited:
             # argparse exits by itself where the usage is wrong.
             code = exited.code if isinstance(exited.code, int) else 1
+        if code:
+            gc.collect()
     return Completed(code, _text(out), _text(err))
 
 
