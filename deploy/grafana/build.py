@@ -157,8 +157,8 @@ def _visual(panel: Panel) -> _Visual:
         case _:
             assert_never(panel.kind)
     visual.title(panel.title).description(panel.about).datasource(_SOURCE).unit(panel.unit)
-    for query, letter in zip(panel.queries, string.ascii_uppercase, strict=False):
-        visual.with_target(_target(query, letter, is_instant=panel.kind == "number"))
+    for query, ref_id in zip(panel.queries, string.ascii_uppercase, strict=False):
+        visual.with_target(_target(query, ref_id, is_instant=panel.kind == "number"))
     if panel.decimals is not None:
         visual.decimals(panel.decimals)
     if panel.most is not None:
@@ -168,8 +168,8 @@ def _visual(panel: Panel) -> _Visual:
     return visual
 
 
-def _target(query: Query, letter: str, *, is_instant: bool) -> prometheus.Dataquery:
-    target = prometheus.Dataquery().datasource(_SOURCE).ref_id(letter).expr(expand(query.expr))
+def _target(query: Query, ref_id: str, *, is_instant: bool) -> prometheus.Dataquery:
+    target = prometheus.Dataquery().datasource(_SOURCE).ref_id(ref_id).expr(expand(query.expr))
     target.legend_format(query.legend or "__auto")
     return target.instant() if is_instant else target.range()
 

@@ -19,7 +19,7 @@ fi
 if [ ! -x .venv/bin/pip ]; then
   rm -rf .venv
   if ! "$python" -m venv .venv 2>/dev/null; then
-    # Debian and Ubuntu keep venv in a package of its own.
+    # Debian and Ubuntu have venv in a separate package.
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     sudo=$([ "$(id -u)" = 0 ] || echo "sudo -n")
     install_venv() { $sudo apt-get install -y --no-install-recommends "python$version-venv" >/dev/null; }

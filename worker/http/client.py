@@ -27,7 +27,7 @@ class ProxyOptions(TypedDict, total=False):
 def open_session(
     *, connect_timeout_s: float, read_timeout_s: float | None, tls: ssl.SSLContext | Literal[True] = True
 ) -> aiohttp.ClientSession:
-    """A session without cookies, redirects' memory, decompression or headers of its own.
+    """A session without cookies, redirects' memory, decompression or its own headers.
 
     The number of connections is not bounded here: the number of jobs is. `tls`: True is the library's own
     context, which trusts what the operating system trusts, or `SSL_CERT_FILE`. To be called in an event loop.

@@ -4,7 +4,7 @@
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _RIFF, _WEBP = b"RIFF", b"WEBP"
-# So many tell any of them.
+# Bytes that are needed to detect any type.
 SIGNATURE_BYTES = 12
 
 

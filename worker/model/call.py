@@ -19,7 +19,7 @@ class Call:
         self._span = span
 
     def answered(self, answer: Answer) -> None:
-        """The API answered with a chat completion, whatever it says."""
+        """Record a response with a chat completion."""
         self._figures.answered(answer.usage)
         self._span.answered(answer.usage, answer.finish_reason, answer.response)
 

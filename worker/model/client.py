@@ -50,7 +50,7 @@ _REFUSES_EVERYBODY = {
 class _Client(openai.AsyncOpenAI):
     """The SDK with headers of the worker's own.
 
-    Its own tell every API what machine this is, and some come from the environment: they are OpenAI's, and
+    Its own describe this machine to every API, and some come from the environment: they are OpenAI's, and
     this may be somebody else's API.
     """
 
@@ -154,7 +154,7 @@ class Model:
                 call.failed(str(error.status_code))
                 return self._translate_status(error)
             case MalformedAnswerError():
-                # Whatever it was meant to say, it is likely to be billed.
+                # Such a response is likely to be billed.
                 call.failed("malformed", ambiguous=True)
                 return TransientError(
                     Dependency.MODEL, "malformed_response", f"the API answered 200, but {error}"
@@ -190,7 +190,7 @@ class Model:
             return DependencyDownError(
                 Dependency.MODEL,
                 f"the API answered {status}: {_REFUSES_EVERYBODY[status]}",
-                # Of several models, one may be gone.
+                # Of several models, one may be missing.
                 may_be_partial=status == httpx2.codes.NOT_FOUND,
             )
         if status < httpx2.codes.BAD_REQUEST:

@@ -125,8 +125,8 @@ def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> 
     )
     if delivery.message_id is not None:
         return replace(copy, message_id=delivery.message_id)
-    # aio-pika gives every message an id. The header marks one that is not the publisher's: a replayed dead
-    # letter without an id must not get an id that its publisher does not know.
+    # aio-pika gives every message an id. The header marks one that is not the publisher's: the replay of a
+    # dead letter without an id must not add one that its publisher does not know.
     return replace(copy, headers={**copy.headers, properties.COPY_HEADER: copy.message_id})
 
 

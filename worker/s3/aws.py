@@ -1,6 +1,6 @@
 """Requests to S3, addressed and signed as Amazon's own SDK does it, without its blocking client.
 
-The SDK's parts do the work: its rules tell where a bucket is, its chain finds the credentials, its signer
+The SDK's parts do the work: its rules find the bucket's endpoint, its chain finds the credentials, its signer
 signs. Only the bytes go another way.
 """
 

@@ -1,4 +1,4 @@
-"""Reading objects with Amazon's own blocking client, in threads: dearer, and able to do everything.
+"""Reading objects with Amazon's own blocking client, in threads: slower, and able to do everything.
 
 It is kept for the buckets that plain signed requests cannot read: those of another region, which it finds by
 itself, and directory buckets (`--x-s3`), which want a session first.
@@ -108,7 +108,7 @@ class BotoClient:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Tell what S3 says of an object from what STS says, asked for credentials on the way."""
+    """Distinguish S3's errors about an object from errors of STS."""
     try:
         yield
     except ClientError as error:
@@ -119,7 +119,7 @@ def _refusals() -> Iterator[None]:
 
 
 def is_directory_bucket(bucket: str) -> bool:
-    """Whether a bucket is one of those that want a session before anything else, as its name tells."""
+    """Return whether a bucket requires a session (directory buckets), by its name."""
     return bucket.endswith("--x-s3")
 
 

@@ -155,7 +155,7 @@ class S3:
         response = await self._request(Request("GET", source))
         if response.content_length is None:
             response.close()
-            raise TransientError(Dependency.S3, "connection_error", "S3 did not tell the object's size")
+            raise TransientError(Dependency.S3, "connection_error", "S3 did not report the object's size")
         return _Response(response, response.content_length)
 
     async def _get_beginning(self, source: S3Object, length: int) -> tuple[int, bytes]:
@@ -234,7 +234,7 @@ class _Response:
         return self._response.content.iter_any()
 
     def close(self) -> None:
-        # Read to its end, the connection has gone back to the pool already.
+        # Read to its end, the connection is already in the pool again.
         self._response.close()
 
 

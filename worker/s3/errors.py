@@ -20,7 +20,7 @@ from botocore.exceptions import (
 from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
 
 _NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "404"})
-# S3 answers these to everybody with these credentials or this clock, whatever the object
+# S3 answers these to everybody with these credentials or this clock, for any object
 # (Amazon S3 API reference, "List of error codes").
 _REFUSES_EVERYBODY = {
     "InvalidAccessKeyId": "the access key does not exist: check the AWS credentials",

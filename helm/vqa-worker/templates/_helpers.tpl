@@ -18,7 +18,7 @@
 
 {{/* Labels ----------------------------------------------------------------------------------------------------- */}}
 
-{{/* An object's labels: (list <root> <labels of its own>). */}}
+{{/* An object's labels: (list <root> <its own labels>). */}}
 {{- define "vqa-worker.labels" -}}
 {{- $root := index . 0 }}
 {{- $chart := printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
