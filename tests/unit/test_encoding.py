@@ -158,6 +158,29 @@ def test_nothing_comes_after_the_padding_however_many_blanks_are_between(
     assert b"".join(decode_slices(memoryview(padded + b"\n" * blanks))) == base64.b64decode(padded)
 
 
+@pytest.mark.parametrize("size", range(100, 130))
+def test_json_escapes_are_decoded_wherever_a_slice_ends(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.images.encoding._SLICE_CHARS", 32)
+    content = (b"\xff\xfb\xef\xbe" * 40)[:size]
+    text = base64.b64encode(content)
+    lines = rb"\r\n".join(text[start : start + 60] for start in range(0, len(text), 60))
+    escaped = [
+        text.replace(b"/", rb"\/"),
+        text.replace(b"+", rb"\u002B"),
+        text.replace(b"+", rb"\u002b").replace(b"/", rb"\u002F"),
+        lines + rb"\t\n",
+    ]
+    assert [b"".join(decode_slices(memoryview(it))) for it in escaped] == [content] * len(escaped)
+
+
+@pytest.mark.parametrize(
+    "escape", [rb"\\", rb"\"", rb"\x", rb"\u00", rb"\u00e9", rb"\ud83d", b"\\", rb"\u0041" * 2000]
+)
+def test_escapes_that_are_not_base64_are_rejected(escape: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        b"".join(decode_slices(memoryview(b"AAAA" + escape + b"AAAA")))
+
+
 @given(text=st.text(alphabet="AB/+= \n-", max_size=30).map(str.encode))
 def test_slices_are_as_strict_as_the_whole(text: bytes) -> None:
     bare = bytes(byte for byte in text if byte not in b" \n")

@@ -1,23 +1,28 @@
 """No message within VQA_MAX_JOB_BYTES holds the event loop for long or takes much memory."""
 
+import json
 import time
 import tracemalloc
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import JobError
-from worker.images.source import Embedded, MessageBody, SourcePolicy, parse_source
+from worker.images.loader import display_name
+from worker.images.source import Embedded, SourcePolicy, parse_source
 from worker.messages.conversation import Conversation
 from worker.messages.decoding import InvalidJobError, decode
+from worker.model.request import PLACEHOLDER, fingerprint, frame
 
 MAX_JOB_BYTES = 16_000_000
 MAX_CPU_S = 0.05
 MAX_TIMES_ITS_SIZE = 4
-# The values that any message may have (`MAX_VALUES`), however short their JSON is.
-FIXED_BYTES = 2 * 1024 * 1024
+# Any message may have `MAX_VALUES`, however short they are, and `MAX_TEXT_BYTES` in a string with a wide
+# character: Python needs eight times its size to decode it.
+FIXED_BYTES = 6 * 1024 * 1024
+MAX_IMAGES = 16
 ANYWHERE = SourcePolicy(["*"], ["*"])
 
 SHORT = b'{"id": "a", "question": "x", "images": '
@@ -63,14 +68,50 @@ BODIES: dict[str, Callable[[int], bytes]] = {
 }
 
 
+# Where publishers can put something long, as what comes before and after it.
+PLACES = [
+    (b'{"id": "a", "question": "', b'", "images": ["s3://b/k"]}'),
+    (SHORT + b'["', b'"]}'),
+    (SHORT + b'["data:image/png;base64,', b'"]}'),
+    (SHORT + b"[", b"1]}"),
+    (SHORT + b'[{"url": "', b'"}]}'),
+    (b'{"id": "a", "messages": [{"role": "user", "content": "', b'"}]}'),
+    (b'{"id": "a", "messages": [{"role": "user", "content": [', b"1]}]}"),
+    (WITH_IMAGE + b'"question": "x", "params": {"url": "', b'"}}'),
+    (WITH_IMAGE + b'"question": "x", "params": {"a": [', b"1]}}"),
+    (WITH_IMAGE + b'"question": "x", "params": {"', b'": 1}}'),
+    (WITH_IMAGE + b'"question": "x", "metadata": {"a": "', b'"}}'),
+    (b'{"id": "', b'"}'),
+    (b'{"', b'": 1}'),
+    (b"", b""),
+]
+ITEMS = [
+    b"a", b"QUJD", b" ", b'"', b"\\", rb"\n", rb"\/", rb"\"", rb"\u0041", rb"\ud83d\ude00", "é".encode(),
+    "猫".encode(), "😀".encode(), b"9", b"9" * 300 + b",", b"9" * 4300 + b",", b"0." + b"9" * 400 + b",",
+    b"1e9,", b"[", b"{", b'{"a":', b'"data:', b'"data:,', b'"data:,' + b"A" * 2000 + b'",', b'"",', b"[],",
+    b"{},", b"\xff",
+    b'"s3://b/k",', b'{"role":"user","content":"x"},', b'{"type":"text","text":"x"},',
+]  # fmt: skip
+# A wide character makes each character of a string four bytes long; a line break is an escape.
+ENDS = [b"", "😀".encode(), rb"\ud83d\ude00", rb"\n"]
+
+
 def read(body: bytes) -> object:
-    """Read a message as the worker does before it waits for anything."""
+    """Process a message as the worker does before it waits for anything."""
     try:
         job = decode(body, None, MAX_JOB_BYTES)
-        message = MessageBody(body)
-        return [parse_source(ref.url, "it", ANYWHERE, message) for ref in Conversation(job).images()]
+        conversation = Conversation(job)
+        refs = conversation.images()
+        if len(refs) > MAX_IMAGES:
+            return "too many images"
+        sources = [parse_source(ref.url, display_name(ref), ANYWHERE, body) for ref in refs]
+        messages = conversation.render(PLACEHOLDER, send_detail=False)
+        frame("m", messages, job.params or {})
+        urls = [source.text if isinstance(source, Embedded) else b"" for source in sources]
+        fingerprint(job.id or "", "m", messages, job.params or {}, urls)
     except (InvalidJobError, JobError) as error:
         return error.message
+    return sources
 
 
 def cpu_s(body: bytes) -> float:
@@ -93,15 +134,30 @@ def peak_bytes(body: bytes) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("kind", BODIES)
-@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(size=st.integers(1_000, MAX_JOB_BYTES))
-@example(size=200_000)
-@example(size=MAX_JOB_BYTES)
-def test_a_message_is_read_quickly_and_with_little_memory(kind: str, size: int) -> None:
-    body = BODIES[kind](size)
+def check(body: bytes) -> None:
+    assert len(body) <= MAX_JOB_BYTES
     assert cpu_s(body) < MAX_CPU_S
     assert peak_bytes(body) < MAX_TIMES_ITS_SIZE * len(body) + FIXED_BYTES
+
+
+@pytest.mark.parametrize("size", [200_000, 1_000_000, MAX_JOB_BYTES])
+@pytest.mark.parametrize("kind", BODIES)
+def test_a_message_is_read_quickly_and_with_little_memory(kind: str, size: int) -> None:
+    check(BODIES[kind](size))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    place=st.sampled_from(PLACES),
+    beginning=st.sampled_from(ENDS),
+    item=st.sampled_from(ITEMS) | st.binary(min_size=1, max_size=8),
+    end=st.sampled_from(ENDS),
+    size=st.sampled_from([100_000, 999_000, MAX_JOB_BYTES]) | st.integers(1_000, MAX_JOB_BYTES),
+)
+def test_whatever_repeats_in_a_message_it_is_read_quickly_and_with_little_memory(
+    place: tuple[bytes, bytes], beginning: bytes, item: bytes, end: bytes, size: int
+) -> None:
+    check(repeated(place[0] + beginning, item, end + place[1])(size))
 
 
 def test_an_error_message_is_short_however_many_faults_there_are() -> None:
@@ -112,7 +168,7 @@ def test_an_error_message_is_short_however_many_faults_there_are() -> None:
 
 def test_text_with_many_commas_and_quotes_is_not_counted_as_values() -> None:
     question = 'a "quoted", [bracketed] text\\, ' * 10_000
-    body = b'{"images": ["s3://b/k"], "id": "a", "question": %s}' % _json(question)
+    body = b'{"images": ["s3://b/k"], "id": "a", "question": %s}' % json.dumps(question).encode()
     assert decode(body, None, MAX_JOB_BYTES).question == question
 
 
@@ -143,5 +199,33 @@ def test_many_data_urls_are_found_in_one_pass() -> None:
     assert cpu_s(body) < MAX_CPU_S
 
 
-def _json(text: str) -> bytes:
-    return b'"' + text.replace("\\", "\\\\").replace('"', '\\"').encode() + b'"'
+@pytest.mark.parametrize("escaped", [rb"\/", rb"\u002B", rb"\u002b", rb"\r\n", "é".encode()])
+def test_a_data_url_is_not_copied_out_of_the_message(escaped: bytes) -> None:
+    body = SHORT + b'["s3://b/k", "data:image/png;base64,%s"]}' % (b"QUJD" * 1000 + escaped)
+    sources = read(body)
+    assert isinstance(sources, list)
+    assert sources[1].text.obj is body
+    assert bytes(sources[1].text) == b"QUJD" * 1000 + escaped
+
+
+def test_data_urls_that_are_not_images_are_read_as_text() -> None:
+    url = "data:image/png;base64," + "QUJD" * 1000
+    fields = {"system": url, "question": f'"{url}"', "params": {"url": url}, "metadata": {"images": [url]}}
+    body = json.dumps({"id": "a", "images": ["s3://b/k", url], **fields}).encode()
+    job = decode(body, None, MAX_JOB_BYTES)
+    assert job.model_dump(include=set(fields)) == fields
+    assert job.images == ["s3://b/k", url]
+
+
+def test_a_large_message_with_a_data_url_that_is_not_an_image_is_rejected() -> None:
+    body = WITH_IMAGE + b'"question": "data:image/png;base64,%s"}' % (b"QUJD" * 500_000)
+    with pytest.raises(InvalidJobError, match="1000000 bytes without the data URLs of its images") as caught:
+        decode(body, None, MAX_JOB_BYTES)
+    assert caught.value.job_id == "a"
+
+
+def test_an_id_after_a_large_data_url_is_read_from_an_invalid_message() -> None:
+    body = b'{"images": ["data:image/png;base64,%s"], "x": 1, "id": "a"}' % (b"QUJD" * 500_000)
+    with pytest.raises(InvalidJobError, match="x: unknown field") as caught:
+        decode(body, None, MAX_JOB_BYTES)
+    assert caught.value.job_id == "a"

@@ -16,7 +16,6 @@ from worker.images.source import (
     MAX_KEY_BYTES,
     Embedded,
     Link,
-    MessageBody,
     Source,
     SourcePolicy,
     parse_source,
@@ -33,7 +32,7 @@ GOOD = SourcePolicy(
 
 def where(url: str, policy: SourcePolicy = GOOD, body: bytes | None = None) -> Source:
     """Where a job says the image is; its message says nothing but the URL, unless given."""
-    return parse_source(url, NAME, policy, MessageBody(json.dumps(url).encode() if body is None else body))
+    return parse_source(url, NAME, policy, json.dumps(url).encode() if body is None else body)
 
 
 def refusal(url: str, policy: SourcePolicy = GOOD) -> ErrorCode:

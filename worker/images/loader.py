@@ -15,7 +15,6 @@ from worker.images.source import (
     Embedded,
     ImageSource,
     Link,
-    MessageBody,
     Source,
     SourcePolicy,
     parse_source,
@@ -110,10 +109,9 @@ class ImageLoader:
                 ErrorCode.TOO_MANY_IMAGES,
                 f"the job has {len(refs)} images; VQA_MAX_IMAGES_PER_JOB allows {self._max_per_job}",
             )
-        message = MessageBody(body)
         names = [display_name(ref) for ref in refs]
         return [
-            ImageSource(name, parse_source(ref.url, name, self._policy, message))
+            ImageSource(name, parse_source(ref.url, name, self._policy, body))
             for ref, name in zip(refs, names, strict=True)
         ]
 
@@ -178,7 +176,7 @@ class ImageLoader:
                     with spans().fetch(image.location):
                         return await self._open_object(source, image.name, opened)
                 case Embedded(text):
-                    return self._open_embedded(text, opened)
+                    return await self._open_embedded(text, opened)
                 case _ as never:
                     assert_never(never)
 
@@ -214,7 +212,7 @@ class ImageLoader:
             return BufferedUrl(prefix + encode(beginning))
         return StreamedUrl(prefix, stream.size, _ImageStream(name, beginning, pieces))
 
-    def _open_embedded(self, text: memoryview, opened: OpenImages) -> BufferedUrl | StreamedUrl:
+    async def _open_embedded(self, text: memoryview, opened: OpenImages) -> BufferedUrl | StreamedUrl:
         """Check the base64 of a data URL; a large image is decoded again when it is sent."""
         if len(text) > 2 * self._max_bytes + 1024:
             raise self._too_large(len(text) * 3 // 4)
@@ -223,6 +221,7 @@ class ImageLoader:
             for piece in decode_slices(text):
                 beginning = beginning or piece
                 size += len(piece)
+                await asyncio.sleep(0)
         except ValueError:
             raise JobError(ErrorCode.IMAGE_CORRUPT, "the base64 is invalid") from None
         self._check_size(size)

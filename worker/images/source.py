@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from worker.errors import ErrorCode, JobError
+from worker.messages.data_urls import payload
 from worker.s3.aws import S3Object
 
 # S3: object keys are at most 1,024 bytes of UTF-8 (Amazon S3 user guide, "Naming objects").
 MAX_KEY_BYTES = 1024
 MAX_S3_URL_CHARS = 2048
 MAX_LINK_CHARS = 16 * 1024
-# Of a data URL, to find it in the message: two images seldom begin with the same kilobyte.
-SEARCHED_BYTES = 1024
-MAX_CANDIDATES = 4
 
 _S3 = re.compile(r"s3://(?P<bucket>[^/]*)/?(?P<key>.*)", re.IGNORECASE | re.DOTALL)
 # Strict, because URL parsers disagree about backslashes and blanks, which could bypass an allow-list.
@@ -29,14 +27,18 @@ _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link that is passed on to the API; the worker never fetches it."""
+    """A link that is passed on to the model API; the worker never fetches it."""
 
     url: str
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Base64 of a data URL; a view into the message where possible."""
+    """An image in a data URL.
+
+    Attributes:
+        text: its base64 with JSON escapes; a view into the message if possible.
+    """
 
     text: memoryview
 
@@ -70,40 +72,14 @@ class SourcePolicy:
     allowed_link_hosts: Sequence[str]
 
 
-class MessageBody:
-    """A job's message, searched once from front to back for the data URLs of its images.
-
-    Embedded images then refer to the message instead of holding a copy.
-    """
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-        self._position = 0
-
-    def find(self, text: bytes) -> int | None:
-        """Return where `text` is, after the text found last; None where a quick search does not find it."""
-        at = self._position
-        for _ in range(MAX_CANDIDATES):
-            at = self.content.find(text[:SEARCHED_BYTES], at)
-            if at < 0:
-                break
-            if self.content.startswith(text, at):
-                self._position = at + len(text)
-                return at
-            at += 1
-        # JSON escaped, as PHP does, or out of order: the other images are most likely too.
-        self._position = len(self.content)
-        return None
-
-
-def parse_source(url: str, name: str, policy: SourcePolicy, body: MessageBody) -> Source:
+def parse_source(url: str, name: str, policy: SourcePolicy, body: bytes) -> Source:
     """Return where the image is.
 
     Args:
         url: the image's URL, as the job gives it.
         name: the image's name in error messages.
         policy: the buckets and hosts that are allowed.
-        body: the message that contains the URL.
+        body: the message from which the job was decoded.
 
     Raises:
         JobError: the URL is malformed, or the policy does not allow it.
@@ -156,14 +132,10 @@ def _parse_link(url: str, name: str, allowed: Sequence[str]) -> Link:
     return Link(url)
 
 
-def _parse_data(url: str, name: str, body: MessageBody) -> Embedded:
+def _parse_data(url: str, name: str, body: bytes) -> Embedded:
     if _DATA.match(url) is None:
         raise JobError(ErrorCode.INVALID_JOB, f"{name}: a data: URL must have the form data:image/…;base64,…")
-    encoded = url.encode()
-    start = encoded.index(b",") + 1
-    if (at := body.find(encoded)) is not None:
-        return Embedded(memoryview(body.content)[at + start : at + len(encoded)])
-    return Embedded(memoryview(encoded)[start:])
+    return Embedded(payload(url, body))
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

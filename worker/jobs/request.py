@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from worker.errors import ErrorCode, JobError
-from worker.images.source import ImageSource
+from worker.images.source import Embedded, ImageSource
 from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
 from worker.messages.conversation import Conversation, ImageRef
@@ -112,13 +112,14 @@ def make_request(
     if delivery.deliveries > rules.delivery_limit:
         raise DeliveredTooOftenError(delivery.deliveries)
     conversation = Conversation(job)
+    images = check_images(conversation.images(), delivery.body)
     messages = conversation.render(PLACEHOLDER, send_detail=rules.send_image_detail)
     return Request(
         model=model,
         frame=frame(model, messages, job.params or {}),
-        images=check_images(conversation.images(), delivery.body),
+        images=images,
         deadline=job.deadline,
-        store_key=_store_key(job, conversation, model, rules),
+        store_key=_store_key(job, images, model, rules),
     )
 
 
@@ -129,10 +130,15 @@ def _model_of(job: Job, rules: RequestRules) -> str:
     return model
 
 
-def _store_key(job: Job, conversation: Conversation, model: str, rules: RequestRules) -> str:
+def _store_key(job: Job, images: Sequence[ImageSource], model: str, rules: RequestRules) -> str:
     """Return the job's key in the result store, which only someone who knows the whole job can compute."""
     if not rules.stores_results:
         return ""
+    conversation = Conversation(job)
     messages = conversation.render("", send_detail=rules.send_image_detail)
-    urls = [ref.url for ref in conversation.images()]
+    # A long data URL of a decoded job only refers to the body.
+    urls = [
+        image.source.text if isinstance(image.source, Embedded) else ref.url.encode()
+        for ref, image in zip(conversation.images(), images, strict=True)
+    ]
     return fingerprint(job.id or "", model, messages, job.params or {}, urls)

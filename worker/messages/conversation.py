@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from worker.messages.job import ChatMessage, ImagePart, ImageUrl, Job, Part, TextPart
+from worker.messages.job import ImageObject, ImagePart, Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +26,22 @@ class Conversation:
     """The chat messages of a job in either form; images are still the URLs that the job gives."""
 
     def __init__(self, job: Job) -> None:
-        self._messages = job.messages if job.messages is not None else _from_short_form(job)
-        self._is_short = job.messages is None
+        self._job = job
 
     def images(self) -> list[ImageRef]:
         """Return all images, in order."""
+        if self._job.messages is None:
+            return [_image_ref(n, image) for n, image in enumerate(self._job.images or ())]
         return [
-            ImageRef(self._location(m, p, n), part.image_url.url, part.image_url.detail)
-            for n, (m, p, part) in enumerate(self._image_parts())
+            ImageRef(f"messages[{m}].content[{p}]", part.image_url.url, part.image_url.detail)
+            for m, p, part in self._image_parts()
         ]
 
     def render(self, url: str, *, send_detail: bool) -> list[dict[str, Any]]:
         """Return the `messages` of the request, with `url` in place of every image URL."""
-        messages = [message.model_dump(exclude_unset=True) for message in self._messages]
+        if self._job.messages is None:
+            return self._render_short_form(url, send_detail=send_detail)
+        messages = [message.model_dump(exclude_unset=True) for message in self._job.messages]
         for m, p, _ in self._image_parts():
             image_url = messages[m]["content"][p]["image_url"]
             image_url["url"] = url
@@ -47,22 +50,24 @@ class Conversation:
         return messages
 
     def _image_parts(self) -> Iterator[tuple[int, int, ImagePart]]:
-        for m, message in enumerate(self._messages):
+        for m, message in enumerate(self._job.messages or ()):
             if isinstance(message.content, list):
                 for p, part in enumerate(message.content):
                     if isinstance(part, ImagePart):
                         yield m, p, part
 
-    def _location(self, message: int, part: int, image: int) -> str:
-        return f"images[{image}]" if self._is_short else f"messages[{message}].content[{part}]"
+    def _render_short_form(self, url: str, *, send_detail: bool) -> list[dict[str, Any]]:
+        """Put the images before the question, as vendors of vision models recommend."""
+        content: list[dict[str, Any]] = []
+        for image in self.images():
+            detail = {"detail": image.detail} if send_detail and image.detail is not None else {}
+            content.append({"type": "image_url", "image_url": {"url": url, **detail}})
+        content.append({"type": "text", "text": self._job.question or ""})
+        question = {"role": "user", "content": content}
+        system = self._job.system
+        return [question] if system is None else [{"role": "system", "content": system}, question]
 
 
-def _from_short_form(job: Job) -> list[ChatMessage]:
-    """Return the messages with the images before the question, as vendors of vision models recommend."""
-    parts: list[Part] = []
-    for image in job.images or ():
-        fields = {"url": image} if isinstance(image, str) else image.model_dump(exclude_unset=True)
-        parts.append(ImagePart(type="image_url", image_url=ImageUrl(**fields)))
-    parts.append(TextPart(type="text", text=job.question or ""))
-    question = ChatMessage(role="user", content=parts)
-    return [question] if job.system is None else [ChatMessage(role="system", content=job.system), question]
+def _image_ref(number: int, image: str | ImageObject) -> ImageRef:
+    url, detail = (image, None) if isinstance(image, str) else (image.url, image.detail)
+    return ImageRef(f"images[{number}]", url, detail)

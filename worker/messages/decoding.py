@@ -5,14 +5,13 @@ from typing import Any
 
 import pydantic_core
 
-from worker.messages.job import Job, valid_id
-from worker.messages.limits import MAX_TEXT_CHARS, contains_infinity, exceeded_limit, text_chars
+from worker.messages.data_urls import extract, is_reference
+from worker.messages.job import ImagePart, Job, valid_id
+from worker.messages.limits import MAX_INTEGER_BITS, MAX_TEXT_BYTES, exceeded_limit, has_too_large_number
 from worker.messages.validation_errors import explain
 
 # Of a rejected body, to read its id without parsing all of it.
 BEGINNING_BYTES = 64 * 1024
-# Of an invalid body that is parsed leniently.
-MAX_LENIENT_BYTES = 1024 * 1024
 
 
 class InvalidJobError(Exception):
@@ -40,7 +39,7 @@ def decode(body: bytes, message_id: str | None, max_bytes: int) -> Job:
         max_bytes: `VQA_MAX_JOB_BYTES`.
 
     Returns:
-        A job with an id.
+        A job with an id. The base64 of long data URLs is replaced with references: see `payload`.
 
     Raises:
         InvalidJobError: the body is not a job, or exceeds a limit.
@@ -49,12 +48,15 @@ def decode(body: bytes, message_id: str | None, max_bytes: int) -> Job:
     if len(body) > max_bytes:
         too_large = f"the body has {len(body)} bytes; VQA_MAX_JOB_BYTES allows {max_bytes}"
         raise _invalid(too_large, _id_of_beginning(body[:max_bytes]), fallback)
-    if (excess := exceeded_limit(body)) is not None:
-        raise _invalid(excess, _id_of_beginning(body), fallback)
+    text, references = extract(body)
+    if (excess := exceeded_limit(text)) is not None:
+        raise _invalid(excess, _id_of_beginning(text), fallback)
     try:
-        job = Job.model_validate(_parse(body))
+        job = Job.model_validate(_parse(text))
+        if references != _count_references(job):
+            job = Job.model_validate(_parse_whole(body))
     except (ValueError, RecursionError) as error:
-        raise _invalid(explain(error), _id_of(body), fallback) from None
+        raise _invalid(explain(error), _id_of(text), fallback) from None
     if job.id is not None:
         return job
     if fallback is None:
@@ -66,10 +68,14 @@ def parse_leniently(body: bytes) -> dict[str, Any] | None:
     """Return the JSON object of a body that need not be a valid job; None if it is not a JSON object."""
     try:
         # Invalid UTF-8 becomes lone surrogates, which a valid id does not contain.
-        value = json.loads(body.decode(errors="surrogateescape"))
+        value = json.loads(body.decode(errors="surrogateescape"), parse_int=_parse_int)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _parse_int(text: str) -> int | float:
+    return int(text) if len(text) < MAX_INTEGER_BITS else float(text)
 
 
 def _invalid(message: str, own_id: str | None, fallback: str | None) -> InvalidJobError:
@@ -80,17 +86,28 @@ def _parse(body: bytes) -> dict[str, Any]:
     value = pydantic_core.from_json(body, allow_inf_nan=False)
     if not isinstance(value, dict):
         raise ValueError("the body must be a JSON object")  # noqa: TRY004 - the caller expects one type
-    if contains_infinity(value):
-        raise ValueError("a number is too large for a 64-bit float")
-    if text_chars(value) > MAX_TEXT_CHARS:
-        raise ValueError(f"the text is longer than {MAX_TEXT_CHARS} characters")
+    if has_too_large_number(value):
+        raise ValueError("a number is too large: floats have 64 bits, integers at most 256")
     return value
+
+
+def _parse_whole(body: bytes) -> dict[str, Any]:
+    """Parse a body that has data URLs where no image belongs: there, they are text."""
+    if len(body) > MAX_TEXT_BYTES:
+        raise ValueError(f"the body has more than {MAX_TEXT_BYTES} bytes without the data URLs of its images")
+    return _parse(body)
+
+
+def _count_references(job: Job) -> int:
+    urls = [image if isinstance(image, str) else image.url for image in job.images or ()]
+    for message in job.messages or ():
+        if isinstance(message.content, list):
+            urls += [part.image_url.url for part in message.content if isinstance(part, ImagePart)]
+    return sum(map(is_reference, urls))
 
 
 def _id_of(body: bytes) -> str | None:
     """Return the id of an invalid body, if it can be read."""
-    if len(body) > MAX_LENIENT_BYTES:
-        return _id_of_beginning(body)
     return valid_id((parse_leniently(body) or {}).get("id"))
 
 

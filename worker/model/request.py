@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import httpx2
+import pydantic_core
 
 from worker.errors import Dependency, DependencyDownError, TransientError
-from worker.messages.serialization import to_json
 
 # Stands in the place of an image's URL while the JSON is made. Nobody who writes jobs can know it.
 PLACEHOLDER = uuid.uuid4().hex
@@ -31,8 +31,9 @@ class ImageUrl(Protocol):
 
 
 def frame(model: str, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bytes]:
-    """The JSON of a request, cut where images belong: `messages` has PLACEHOLDER for each of their URLs."""
-    return to_json({**params, "model": model, "messages": messages}).split(PLACEHOLDER.encode())
+    """Return the JSON of a request, split at the image URLs, for which `messages` has PLACEHOLDER."""
+    request = pydantic_core.to_json({**params, "model": model, "messages": messages})
+    return request.split(PLACEHOLDER.encode())
 
 
 def fingerprint(
@@ -40,18 +41,33 @@ def fingerprint(
     model: str,
     messages: Sequence[Mapping[str, Any]],
     params: Mapping[str, Any],
-    urls: Sequence[str],
+    urls: Sequence[bytes | memoryview],
 ) -> str:
-    """What distinguishes a job from every other: SHA-256 in hexadecimal of its id and all that it asks.
+    """Return the identity of a job: the SHA-256 of its id and request, in hexadecimal.
 
-    `messages` as for `frame`, with any text in the places of the URLs, which come by themselves. However a
-    publisher orders and spaces its JSON, it is the same.
+    It does not depend on the order of fields or on white space in the job's JSON.
+
+    Args:
+        job_id: of the job.
+        model: that is asked.
+        messages: with the same text in place of every image URL.
+        params: further fields of the request.
+        urls: of the images; of a data URL, its base64.
     """
-    digest = hashlib.sha256(to_json([job_id, model, messages, params], sort_keys=True))
+    digest = hashlib.sha256(pydantic_core.to_json(_sorted([job_id, model, messages, params])))
     for url in urls:
         digest.update(b"%d " % len(url))
-        digest.update(url.encode())
+        digest.update(url)
     return digest.hexdigest()
+
+
+def _sorted(value: Any) -> Any:
+    """Return a JSON value with the keys of all objects in alphabetical order."""
+    if isinstance(value, Mapping):
+        return {name: _sorted(value[name]) for name in sorted(value)}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_sorted(item) for item in value]
+    return value
 
 
 class RequestBody(httpx2.AsyncByteStream):

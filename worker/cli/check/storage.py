@@ -9,7 +9,7 @@ from worker.app.assembly import conditional_store_at, open_s3
 from worker.cli.check.finding import Finding, failed, ok, skipped, warning
 from worker.errors import DependencyDownError, ErrorCode, JobError, TransientError
 from worker.images.content import SIGNATURE_BYTES, media_type
-from worker.images.source import Link, MessageBody, SourcePolicy, parse_source
+from worker.images.source import Link, SourcePolicy, parse_source
 from worker.observability.redaction import display_url
 from worker.s3.aws import S3ConfigurationError, S3Object
 from worker.settings import Settings
@@ -78,7 +78,7 @@ async def _image(s3: "S3", settings: Settings, url: str) -> Finding:
     check = f"image {display_url(url)}"
     policy = SourcePolicy(settings.allowed_buckets, settings.allowed_link_hosts)
     try:
-        source = parse_source(url, "it", policy, MessageBody(url.encode()))
+        source = parse_source(url, "it", policy, url.encode())
         if isinstance(source, Link):
             return ok(check, "allowed; the API fetches it")
         if not isinstance(source, S3Object):
