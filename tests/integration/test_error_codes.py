@@ -513,12 +513,12 @@ async def test_deadline_exceeded_where_the_next_attempt_would_come_too_late(
         (Malformed(how="not_json"), "the API answered 200, but the body is not JSON"),
         (Malformed(how="cut_json"), "the API answered 200, but the body is not JSON"),
         (Malformed(how="no_choices_key"), "the API answered 200, but the body has no list of choices"),
-        (Malformed(how="truncated"), "the connection to the API was interrupted"),
+        (Malformed(how="truncated"), "the connection to the API was lost"),
         (Answer(extra={"choices": [{"finish_reason": "stop"}]}), "the first choice has no message"),
         (Answer(extra={"choices": [{"message": {"content": 7}}]}), "neither text nor parts"),
         (Answer(extra={"choices": [None]}), "the first choice is not an object"),
         (Answer(extra={"choices": None}), "the body has no list of choices"),
-        (Reset(), "the connection to the API was interrupted"),
+        (Reset(), "the connection to the API was lost"),
         (Hang(), "the API did not answer within 3 s"),
     ],
     ids=lambda value: f"{value.kind}-{getattr(value, 'status', '')}" if isinstance(value, Outcome) else "",
@@ -611,7 +611,7 @@ async def test_attempts_exhausted_when_a_job_never_comes_to_an_end(strict: Stric
     body = _failure(await strict.client.result(job_id), "attempts_exhausted", retryable=True)
     kept = await strict.dead_letter_of(job_id)
 
-    assert "delivered 21 times without an outcome (VQA_DELIVERY_LIMIT)" in body["error"]["message"]
+    assert "delivered 21 times without coming to an end (VQA_DELIVERY_LIMIT)" in body["error"]["message"]
     assert kept.headers["vqa-error-code"] == "attempts_exhausted"
     assert calls_with(stack, marker) == []
 

@@ -202,6 +202,8 @@ READABLE_ID = {
     "Infinity": ('"question":"?","images":["x"],"metadata":{"x":Infinity}', "strict JSON"),
     "-Infinity": ('"question":"?","images":["x"],"params":{"seed":-Infinity}', "strict JSON"),
     "1e999": ('"question":"?","images":["x"],"metadata":{"x":[1e999]}', "too large"),
+    "long integer": (f'"question":"?","images":["x"],"metadata":{{"x":{"9" * 300}}}', "too large"),
+    "huge integer": (f'"question":"?","images":["x"],"metadata":{{"x":{"9" * 4400}}}', "strict JSON"),
     "-1e999": ('"question":"?","images":["x"],"params":{"x":-1e999}', "too large"),
     "lone surrogate": (r'"question":"\ud83d?","images":["x"]', "strict JSON"),
     "lone low surrogate": (r'"question":"?","images":["x"],"metadata":{"\udc00":1}', "strict JSON"),
@@ -259,7 +261,6 @@ NO_READABLE_ID = {
     "objects to the moon": b'{"x":' * 900,
     "nested and closed": b'{"id":"deep","question":"?","images":["x"],"metadata":{"x":%s}}'
     % (b"[" * 2000 + b"]" * 2000),
-    "huge number": b'{"id":"huge","question":"?","images":["x"],"metadata":{"x":%s}}' % (b"9" * 4400),
     "too long": b'{"question":"%s","images":["https://example.com/"]}' % (b"?" * MAX_JOB_BYTES),
     "no id": b'{"question":"?","images":["https://example.com/"]}',
 }

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.model.answer import (
-    MAX_FIGURE,
+    MAX_AMOUNT,
     Answer,
     MalformedAnswerError,
     deserialize_answer,
@@ -166,7 +166,7 @@ def test_of_several_choices_the_first_is_the_answer_and_none_is_lost() -> None:
         ({"prompt_tokens": -3, "completion_tokens": 4}, (0, 4, 4, None)),
         ({"prompt_tokens": True, "completion_tokens": 4}, (0, 4, 4, None)),
         ({"prompt_tokens": "3", "completion_tokens": 4}, (0, 4, 4, None)),
-        ({"prompt_tokens": MAX_FIGURE, "completion_tokens": 0}, (MAX_FIGURE, 0, MAX_FIGURE, None)),
+        ({"prompt_tokens": MAX_AMOUNT, "completion_tokens": 0}, (MAX_AMOUNT, 0, MAX_AMOUNT, None)),
         ({"prompt_tokens": 10**400, "completion_tokens": 4}, (0, 4, 4, None)),
         ({"prompt_tokens": 1e300, "completion_tokens": 4}, (0, 4, 4, None)),
         ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, (0, 0, 0, None)),
@@ -267,8 +267,8 @@ def test_any_json_is_malformed_or_an_answer(choices: Any, usage: Any) -> None:
 
 
 @given(
-    prompt=st.integers(0, MAX_FIGURE),
-    completion=st.integers(0, MAX_FIGURE),
+    prompt=st.integers(0, MAX_AMOUNT),
+    completion=st.integers(0, MAX_AMOUNT),
     price=st.builds(PerMillion, prompt=st.floats(0, 1e6), completion=st.floats(0, 1e6)),
 )
 def test_a_cost_is_tokens_times_price(prompt: int, completion: int, price: PerMillion) -> None:

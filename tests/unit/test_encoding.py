@@ -290,17 +290,17 @@ async def test_who_is_late_when_the_time_is_up_can_be_told() -> None:
     url = StreamedUrl(PREFIX, 1000, late())
     names = ["images[0] (https://…)", "images[1] (s3://…)"]
     body = RequestBody([b"<", b",", b">"], [link, url], names=names)
-    assert body.lateness is None
+    assert body.late_image_error is None
     reading = asyncio.create_task(joined(aiter(body)))
     await waits.wait()
-    late_image = body.lateness
+    late_image = body.late_image_error
     assert late_image is not None
     assert (late_image.dependency, late_image.reason) == (Dependency.S3, "timeout")
     assert late_image.message.startswith("images[1] (s3://…): ")
     arrived.set()
     assert len(await reading) == body.length
     # From here on it is the API that takes its time.
-    assert body.lateness is None
+    assert body.late_image_error is None
 
 
 async def test_the_time_that_images_take_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,8 @@ from worker.errors import (
     TransientError,
 )
 from worker.http.client import proxy_options
-from worker.model.client import MAX_API_MESSAGE_CHARS, MAX_RETRY_AFTER_S, Model
+from worker.model.client import Model
+from worker.model.errors import MAX_API_MESSAGE_CHARS, MAX_RETRY_AFTER_S
 from worker.model.request import RequestBody, frame
 from worker.observability import metrics
 from worker.observability.redaction import Redactor

@@ -519,7 +519,7 @@ async def test_a_read_of_the_sdks_that_stalls_can_be_given_up_without_holding_up
             await anext(aiter(reading))
 
         reader = asyncio.create_task(read_on())
-        # No event shows when the thread has come to wait.
+        # Nothing tells when the thread has come to wait.
         await asyncio.sleep(0.2)
         assert not reader.done()
         if s3_is_closed:
@@ -633,10 +633,10 @@ async def test_no_other_status_than_200_is_an_object_even_if_it_comes_with_an_im
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (say(head(len(CONTENT)), CONTENT[:-1]), "was interrupted"),
-        (say(head(len(CONTENT))), "was interrupted"),
-        (say(head(None, "Connection: close"), CONTENT), "size"),
-        (say(head(None, "Transfer-Encoding: chunked"), b"4\r\nabcd\r\n0\r\n\r\n"), "size"),
+        (say(head(len(CONTENT)), CONTENT[:-1]), "connection to S3 was lost"),
+        (say(head(len(CONTENT))), "connection to S3 was lost"),
+        (say(head(None, "Connection: close"), CONTENT), "Content-Length"),
+        (say(head(None, "Transfer-Encoding: chunked"), b"4\r\nabcd\r\n0\r\n\r\n"), "Content-Length"),
         (say(b"SSH-2.0-OpenSSH\r\n"), ""),
         (say(), ""),
     ],
@@ -686,7 +686,7 @@ async def test_a_read_that_is_given_up_lets_go_of_its_connection(fake: FakeS3) -
 @pytest.mark.parametrize(
     ("status", "code"),
     [(409, "ConditionalRequestConflict"), (412, "PreconditionFailed"), (404, "NoSuchKey"), (404, "")],
-    ids=["another write is under way", "it has changed", "it is missing, as AWS says it", "it is missing"],
+    ids=["another write is under way", "it has changed", "it is gone, as AWS says it", "it is gone"],
 )
 async def test_what_is_no_longer_as_it_was_is_not_replaced(fake: FakeS3, status: int, code: str) -> None:
     fake.answer = refuse(status, code)

@@ -10,7 +10,7 @@ from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, 
 from worker.images.coalesced_reads import CoalescedReads
 from worker.images.memory_budget import MemoryBudget
 from worker.s3.aws import S3Object
-from worker.s3.client import ObjectStream
+from worker.s3.object_stream import ObjectStream
 
 IMAGE = S3Object("photos", "cat.png")
 PIECES = [b"one", b"two", b"three"]

@@ -1,4 +1,4 @@
-"""What the worker's own HTTP clients share: sessions that change nothing on the way, TLS, proxies."""
+"""HTTP sessions and proxies for the S3 and model clients."""
 
 import ssl
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
-# Bytes that a response may have waiting before its sender is asked to stop; twice as much at most.
+# The receive buffer of a response; aiohttp stops reading at twice this size.
 READ_BUFFER_BYTES = 64 * 1024
-# Idle connections are given up before the usual load balancers do it (60 s): a request on a connection that
-# is just being closed fails, and nobody knows whether it was worked on.
+# Close idle connections before common load balancers do (60 s). A request on a connection that is being
+# closed fails, and may have been processed.
 KEEP_ALIVE_S = 30.0
 
 
 class ProxyOptions(TypedDict, total=False):
-    """Return the proxy headers of a request; nothing if there is no proxy."""
+    """The proxy arguments of an aiohttp request; empty without a proxy."""
 
     proxy: str
     proxy_headers: Mapping[str, str]
@@ -27,10 +27,15 @@ class ProxyOptions(TypedDict, total=False):
 def open_session(
     *, connect_timeout_s: float, read_timeout_s: float | None, tls: ssl.SSLContext | Literal[True] = True
 ) -> aiohttp.ClientSession:
-    """A session without cookies, redirects' memory, decompression or its own headers.
+    """Open a session without cookies, decompression or default headers. Call it in an event loop.
 
-    The number of connections is not bounded here: the number of jobs is. `tls`: True is the library's own
-    context, which trusts what the operating system trusts, or `SSL_CERT_FILE`. To be called in an event loop.
+    Args:
+        connect_timeout_s: for a connection.
+        read_timeout_s: between two reads; None: unlimited.
+        tls: True: trust the CAs of the operating system or of `SSL_CERT_FILE`.
+
+    Returns:
+        A session with an unlimited number of connections, because the number of jobs is limited.
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, ssl=tls, keepalive_timeout=KEEP_ALIVE_S, ttl_dns_cache=60),
@@ -44,7 +49,7 @@ def open_session(
 
 @lru_cache(maxsize=1024)
 def proxy_options(origin: str) -> ProxyOptions:
-    """The proxy that `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` name for `scheme://host:port`."""
+    """Return the proxy of `scheme://host:port` from `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`."""
     parts = urlsplit(origin)
     proxies = getproxies()
     address = proxies.get(parts.scheme) or proxies.get("all")
@@ -54,5 +59,5 @@ def proxy_options(origin: str) -> ProxyOptions:
     if url.user is None:
         return {"proxy": str(url)}
     credentials = aiohttp.encode_basic_auth(unquote(url.raw_user or ""), unquote(url.raw_password or ""))
-    # Under this name the client itself makes it the proxy's: for a tunnel, and for a plain request too.
+    # aiohttp sends this as Proxy-Authorization, with and without a tunnel.
     return {"proxy": str(url.with_user(None)), "proxy_headers": {"Authorization": credentials}}

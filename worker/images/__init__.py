@@ -1,1 +1,1 @@
-"""Images: where a job says they are, and what the API is given for them."""
+"""Images: check the URLs of a job and send the images to the model API."""

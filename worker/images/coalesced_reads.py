@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from worker.errors import DependencyDownError, TransientError
 from worker.images.memory_budget import MemoryBudget, Reservation
 from worker.s3.aws import S3Object
-from worker.s3.client import ObjectStream
+from worker.s3.object_stream import ObjectStream
 
 Open = Callable[[S3Object], Awaitable[ObjectStream]]
 

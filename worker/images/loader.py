@@ -26,7 +26,8 @@ from worker.observability import metrics
 from worker.observability.redaction import display_url
 from worker.observability.tracing import spans
 from worker.s3.aws import S3Object
-from worker.s3.client import S3, ObjectStream
+from worker.s3.client import S3
+from worker.s3.object_stream import ObjectStream
 from worker.settings.model import IMAGE_ON_ITS_WAY_BYTES
 
 # An image of at most this size is read before the request and sent in one write; larger ones are streamed.

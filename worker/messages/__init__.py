@@ -1,1 +1,1 @@
-"""The messages on the wire: jobs and results."""
+"""The bodies of messages: jobs and results."""

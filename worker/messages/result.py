@@ -1,4 +1,4 @@
-"""The result: what the worker publishes for a job."""
+"""The result of a job, as a message on the reply queue."""
 
 from typing import Any, Literal
 
@@ -13,64 +13,67 @@ class _Part(BaseModel):
 
 
 class Usage(_Part):
-    """Tokens as the API counted them, and what they cost."""
+    """Token counts of the model API, and the cost."""
 
-    prompt_tokens: int = Field(ge=0, description="Of the question; the images' are among them.")
-    completion_tokens: int = Field(ge=0, description="Of the answer.")
-    total_tokens: int = Field(ge=0, description="Both together.")
+    prompt_tokens: int = Field(ge=0, description="Tokens of the request, images included.")
+    completion_tokens: int = Field(ge=0, description="Tokens of the answer.")
+    total_tokens: int = Field(ge=0, description="Prompt and completion tokens.")
     cost_usd: float | None = Field(
-        default=None, description="The provider's own figure, else from `VQA_PRICES`, else null."
+        default=None, description="As reported by the provider, else computed from `VQA_PRICES`, else null."
     )
 
 
 class Timings(_Part):
-    """Seconds. Null where there was nothing to measure."""
+    """Durations in seconds. Null if not measured."""
 
     queued_s: float | None = Field(default=None, description="From the message's timestamp to its delivery.")
     fetch_s: float | None = Field(
-        default=None, description="Loading the images, all attempts of this delivery."
+        default=None, description="Loading the images, in all attempts of this delivery."
     )
     model_s: float | None = Field(
-        default=None, description="Waiting for the API, all attempts of this delivery."
+        default=None, description="Waiting for the model API, in all attempts of this delivery."
     )
     total_s: float = Field(default=0.0, description="From the delivery to this result.")
 
 
 class JobFailure(_Part):
-    """Why there is no answer."""
+    """Why the job failed."""
 
-    code: ErrorCode = Field(description="Readers must accept codes that they don't know.")
-    message: str = Field(description="For a person: what was wrong, naming the image or the field.")
-    retryable: bool = Field(description="Whether the same job, submitted again later, could succeed.")
+    code: ErrorCode = Field(description="Error code. Consumers must accept unknown codes.")
+    message: str = Field(description="Human-readable: what was wrong, naming the image or field.")
+    retryable: bool = Field(description="Whether the same job could succeed if submitted again later.")
 
 
 class Result(_Part):
     """The body of a message on the reply queue."""
 
-    id: str | None = Field(description="The job's id; null where it could not be read.")
-    status: Literal["succeeded", "failed"] = Field(description="Whether there is an answer.")
+    id: str | None = Field(description="The job's id; null if it could not be read.")
+    status: Literal["succeeded", "failed"] = Field(description="Whether the job succeeded.")
     answer: str | None = Field(
-        default=None, description="Null on failure, and where the model only called tools."
+        default=None,
+        description="The text of the answer. Null on failure, and if the model only called tools.",
     )
     model: str | None = Field(
-        default=None, description="The model that was asked; null if the job was unreadable."
+        default=None, description="The requested model; null if the job was unreadable."
     )
-    finish_reason: str | None = Field(default=None, description="The API's word for why the answer ends.")
+    finish_reason: str | None = Field(
+        default=None, description="Why the answer ended, as reported by the model API."
+    )
     usage: Usage | None = Field(
-        default=None, description="Given whenever the API reported it, on failure too."
+        default=None, description="Present if the model API reported it, also on failure."
     )
     timings: Timings = Timings()
-    attempts: int = Field(default=1, ge=1, description="This one included.")
+    attempts: int = Field(default=1, ge=1, description="Number of attempts, this one included.")
     metadata: dict[str, Any] = Field(
-        default={}, description="The job's own, unchanged; empty where it has none."
+        default={}, description="The job's `metadata`, unchanged; empty if it has none."
     )
     error: JobFailure | None = None
     response: dict[str, Any] | None = Field(
         default=None,
-        description="The API's whole response body, where the answer is more than plain text "
-        "or `VQA_INCLUDE_RESPONSE=true`.",
+        description="The whole response body of the model API, if the answer is more than plain text "
+        "or with `VQA_INCLUDE_RESPONSE=true`.",
     )
 
     def to_body(self) -> bytes:
-        """The message's body: JSON in UTF-8."""
+        """Return the body of the message: JSON in UTF-8."""
         return to_json(self.model_dump())

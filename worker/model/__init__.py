@@ -1,1 +1,1 @@
-"""The multimodal model behind an OpenAI-compatible API."""
+"""The client of the OpenAI-compatible model API."""

@@ -1,4 +1,4 @@
-"""Reading the API's answer, which is paid for: only what makes it useless is refused."""
+"""Parse the response of the model API. It was billed, so odd fields do not make it invalid."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 from worker.messages.result import Usage
 from worker.messages.serialization import to_json
 
-# Fields of a choice's message that plain text comes with; anything else that is set is "more".
+# The fields of a plain text message; any other field that is set needs the whole response.
 _PLAIN_MESSAGE_FIELDS = frozenset({"role", "content", "name"})
 TOKENS_PER_PRICE = 1_000_000
-# Tokens or dollars beyond it are not believed: up to here a 64-bit float, and so a metric, is exact.
-MAX_FIGURE = 2**53
+# Larger counts and costs are ignored: 64-bit floats, and so metrics, are exact up to here.
+MAX_AMOUNT = 2**53
 
 
 class Price(Protocol):
@@ -24,28 +24,28 @@ class Price(Protocol):
 
     @property
     def prompt(self) -> float:
-        """Of the request, images included."""
+        """Of prompt tokens, images included."""
 
     @property
     def completion(self) -> float:
-        """Of the answer."""
+        """Of completion tokens."""
 
 
 class MalformedAnswerError(Exception):
-    """A 200 whose body is not a chat completion; the message says what is missing."""
+    """The body of a 200 response is not a chat completion; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the API answered.
+    """The answer of the model.
 
     Attributes:
-        text: the answer's text; None where there is none (or only white space).
-        calls_tools: whether the model asked for a tool call.
-        finish_reason: the API's own word for why it stopped.
-        usage: tokens and cost, where the API gave them.
-        refusal: what the model refused with, where it said so apart from the content.
-        is_plain: whether `text` says it all; if not, the result carries `response`.
+        text: None if there is none, or only white space.
+        calls_tools: whether the model requests a tool call.
+        finish_reason: as the API reports it.
+        usage: tokens and cost, if the API reports them.
+        refusal: the text of the field `refusal`, if the model refused.
+        is_plain: whether `text` is all; if not, the result includes `response`.
         response: the whole body.
     """
 
@@ -59,32 +59,30 @@ class Answer:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was answered: no text and no tool call."""
+        """Whether there is neither text nor a tool call."""
         return self.text is None and not self.calls_tools
 
 
 def serialize_answer(answer: Answer) -> bytes:
-    """An answer as the result store keeps it."""
-    return to_json(_kept().dump_python(answer))
+    """Return an answer as JSON for the result store."""
+    return to_json(_adapter().dump_python(answer))
 
 
-def deserialize_answer(kept: bytes) -> Answer | None:
-    """An answer that was kept; None if it is not one."""
+def deserialize_answer(stored: bytes) -> Answer | None:
+    """Return an answer from the result store, or None if the JSON is not an answer."""
     try:
-        return _kept().validate_json(kept)
+        return _adapter().validate_json(stored)
     except ValidationError:
         return None
 
 
 @cache
-def _kept() -> TypeAdapter[Answer]:
+def _adapter() -> TypeAdapter[Answer]:
     return TypeAdapter(Answer)
 
 
 def parse_answer(body: bytes, price: Price | None) -> Answer:
-    """Read the body of a 200.
-
-    Lenient in everything but the message itself: an answer must not be lost to an odd usage field.
+    """Parse the body of a 200 response; only the message itself must be valid.
 
     Raises:
         MalformedAnswerError: the body is not a chat completion.
@@ -110,7 +108,7 @@ def parse_answer(body: bytes, price: Price | None) -> Answer:
 
 
 def parse_model_list(body: bytes) -> frozenset[str] | None:
-    """The ids in a list of models, `{"data": [{"id": …}]}` or the list alone; None if it is none."""
+    """Return the ids of `{"data": [{"id": …}]}` or of the list alone; None if it is not a list of models."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -124,7 +122,7 @@ def parse_model_list(body: bytes) -> frozenset[str] | None:
 
 def _parse_object(body: bytes) -> dict[str, Any]:
     try:
-        # What JSON cannot say again in the result (NaN, 1e999) becomes null.
+        # NaN and 1e999, which the JSON of the result cannot contain, become null.
         value = json.loads(body, parse_constant=lambda _: None, parse_float=_finite_float)
     except (ValueError, RecursionError):
         raise MalformedAnswerError("the body is not JSON") from None
@@ -139,7 +137,7 @@ def _finite_float(text: str) -> float | None:
 
 
 def _first_choice(response: Mapping[str, Any]) -> dict[str, Any]:
-    """The first choice; one with an empty message where the API well-formedly gave none."""
+    """Return the first choice, or one with an empty message if the list is empty."""
     choices = response.get("choices")
     if not isinstance(choices, list):
         raise MalformedAnswerError("the body has no list of choices")
@@ -151,10 +149,10 @@ def _first_choice(response: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_of(content: object) -> str | None:
-    """The text of a message's content, which is a string, null, or a list of parts.
+    """Return the text of a message's content.
 
     Raises:
-        MalformedAnswerError: it is none of these.
+        MalformedAnswerError: the content is not a string, null or a list of parts.
     """
     if content is None or isinstance(content, str):
         return content
@@ -171,16 +169,16 @@ def _is_plain(response: Mapping[str, Any], choice: Mapping[str, Any], message: M
 
 
 def _usage_of(usage: object, price: Price | None) -> Usage | None:
-    """What the API reported as usage, however little it is; None if that is nothing."""
+    """Return the reported usage, even if incomplete; None if nothing is reported."""
     if not isinstance(usage, dict):
         return None
     prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
-    total, cost = _count(usage.get("total_tokens")), _stated_cost(usage)
-    if all(figure is None for figure in (prompt, completion, total, cost)):
+    total, cost = _count(usage.get("total_tokens")), _reported_cost(usage)
+    if all(amount is None for amount in (prompt, completion, total, cost)):
         return None
-    # Without either count the price list would make the answer free, which nobody said.
+    # Without any count, the computed cost would be 0.
     if cost is None and (prompt is not None or completion is not None):
-        cost = _listed_cost(prompt or 0, completion or 0, price)
+        cost = _computed_cost(prompt or 0, completion or 0, price)
     prompt, completion = prompt or 0, completion or 0
     return Usage(
         prompt_tokens=prompt,
@@ -193,19 +191,19 @@ def _usage_of(usage: object, price: Price | None) -> Usage | None:
 def _count(value: object) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_AMOUNT:
         return value
     return None
 
 
-def _stated_cost(usage: Mapping[str, Any]) -> float | None:
-    stated = usage.get("estimated_cost")
-    if isinstance(stated, (int, float)) and not isinstance(stated, bool) and 0 <= stated <= MAX_FIGURE:
-        return float(stated)
+def _reported_cost(usage: Mapping[str, Any]) -> float | None:
+    reported = usage.get("estimated_cost")
+    if isinstance(reported, (int, float)) and not isinstance(reported, bool) and 0 <= reported <= MAX_AMOUNT:
+        return float(reported)
     return None
 
 
-def _listed_cost(prompt: int, completion: int, price: Price | None) -> float | None:
+def _computed_cost(prompt: int, completion: int, price: Price | None) -> float | None:
     if price is None:
         return None
     cost = (prompt * price.prompt + completion * price.completion) / TOKENS_PER_PRICE

@@ -1,4 +1,4 @@
-"""The body of a call: the JSON around the images made once, the images streamed into it."""
+"""The body of a model request: JSON with the images streamed into it."""
 
 import hashlib
 import time
@@ -11,14 +11,14 @@ import pydantic_core
 
 from worker.errors import Dependency, DependencyDownError, TransientError
 
-# Stands in the place of an image's URL while the JSON is made. Nobody who writes jobs can know it.
+# Replaces the URLs of images while the JSON is created. Publishers cannot know it.
 PLACEHOLDER = uuid.uuid4().hex
-# A body up to this size goes out in one piece: an image that was small enough to be read at once, mostly.
+# A body of at most this size is sent in one piece.
 SMALL_BYTES = 400 * 1024
 
 
 class ImageUrl(Protocol):
-    """What stands in an image's `url`, as text of JSON.
+    """The URL of an image, escaped for a JSON string.
 
     Attributes:
         length: in bytes.
@@ -27,7 +27,7 @@ class ImageUrl(Protocol):
     length: int
 
     def pieces(self) -> AsyncIterator[bytes]:
-        """The text, piece by piece; asked for once."""
+        """Yield the text in pieces; called once."""
 
 
 def frame(model: str, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bytes]:
@@ -71,12 +71,12 @@ def _sorted(value: Any) -> Any:
 
 
 class RequestBody(httpx2.AsyncByteStream):
-    """A body that is made while it is sent, once.
+    """A request body that is generated while it is sent; it can be sent once.
 
     Attributes:
-        length: in bytes, exact.
-        failure: why it could not be made to its end; the images' own errors.
-        is_sent: whether all of it was handed to the connection.
+        length: in bytes.
+        failure: the error of the image that could not be read.
+        is_sent: whether the whole body was passed to the connection.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class RequestBody(httpx2.AsyncByteStream):
         names: Sequence[str] = (),
         on_sent: Callable[[], None] = lambda: None,
     ) -> None:
-        """`names`: how messages call the images."""
+        """`names`: of the images, for error messages; `on_sent`: called when the whole body was sent."""
         self._frame = frame
         self._urls = [*urls]
         self._names = [*names, *(f"images[{n}]" for n in range(len(names), len(urls)))]
@@ -96,27 +96,27 @@ class RequestBody(httpx2.AsyncByteStream):
         self.failure: TransientError | DependencyDownError | None = None
         self.is_sent = False
         self._waited_s = 0.0
-        # The image that is waited for at the moment, and since when.
-        self._awaits: tuple[int, float] | None = None
+        # The index of the image that is being read now, and since when.
+        self._reading: tuple[int, float] | None = None
 
     @property
     def waited_s(self) -> float:
-        """Seconds spent waiting for the images."""
-        return self._waited_s + (time.monotonic() - self._awaits[1] if self._awaits else 0.0)
+        """The time spent waiting for images, in seconds."""
+        return self._waited_s + (time.monotonic() - self._reading[1] if self._reading else 0.0)
 
     @property
-    def lateness(self) -> TransientError | None:
-        """What to say if time is up now: that an image is late, if one is waited for."""
-        if self._awaits is None:
+    def late_image_error(self) -> TransientError | None:
+        """The error for a timeout now: a slow image, or None if no image is being read."""
+        if self._reading is None:
             return None
-        text = f"{self._names[self._awaits[0]]}: S3 was still sending it when the time was up"
+        text = f"{self._names[self._reading[0]]}: the timeout expired while S3 was still sending it"
         return TransientError(Dependency.S3, "timeout", text)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """The body in pieces; a small one in one piece, so that it goes out in one write.
+        """Yield the body in pieces; a small one in one piece, to send it in one write.
 
         Raises:
-            TransientError, DependencyDownError: an image could not be read to its end; `failure` has it too.
+            TransientError, DependencyDownError: an image could not be read; also stored in `failure`.
         """
         try:
             if self.length <= SMALL_BYTES:
@@ -124,7 +124,7 @@ class RequestBody(httpx2.AsyncByteStream):
             else:
                 async for piece in self._pieces():
                     yield piece
-                    del piece  # or it would be there while the next one is made
+                    del piece  # free it before the next one is created
         except (TransientError, DependencyDownError) as error:
             self.failure = error
             raise
@@ -137,11 +137,11 @@ class RequestBody(httpx2.AsyncByteStream):
         for n, (url, rest) in enumerate(zip(self._urls, self._frame[1:], strict=True)):
             pieces = url.pieces()
             while True:
-                began = time.monotonic()
-                self._awaits = n, began
+                started = time.monotonic()
+                self._reading = n, started
                 piece = await anext(pieces, None)
-                self._awaits = None
-                self._waited_s += time.monotonic() - began
+                self._reading = None
+                self._waited_s += time.monotonic() - started
                 if piece is None:
                     break
                 yield piece

@@ -1,1 +1,1 @@
-"""Objects in S3: addressed, signed, read, and its refusals sorted by whose fault they are."""
+"""S3: sign requests, read and write objects, translate errors."""

@@ -1,7 +1,6 @@
-"""Requests to S3, addressed and signed as Amazon's own SDK does it, without its blocking client.
+"""Address and sign requests to S3 with parts of the AWS SDK, without its blocking client.
 
-The SDK's parts do the work: its rules find the bucket's endpoint, its chain finds the credentials, its signer
-signs. Only the bytes go another way.
+botocore finds the endpoint of a bucket and the credentials, and signs requests; aiohttp sends them.
 """
 
 import asyncio
@@ -23,11 +22,11 @@ from worker.s3.credentials import CredentialsCache
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 
-# Jobs choose bucket names, as far as VQA_ALLOWED_BUCKETS lets them.
-REMEMBERED_BUCKETS = 1000
-# What S3 takes a request without a region to be signed for.
+# Jobs choose bucket names, within VQA_ALLOWED_BUCKETS.
+MAX_CACHED_BUCKETS = 1000
+# S3 assumes this region if none is configured.
 DEFAULT_REGION = "us-east-1"
-# What the signer itself leaves alone in a path; anything else it would sign differently than it is sent.
+# The characters of a path that the signer does not percent-encode.
 _SAFE_IN_KEYS = "/-._~"
 
 
@@ -40,12 +39,17 @@ class S3Object:
 
 
 class S3ConfigurationError(Exception):
-    """There can be no client with this endpoint or this AWS configuration; the message says why."""
+    """The endpoint or the AWS configuration is invalid; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a bucket's objects are: what stands before a key in their URLs, and the region to sign for."""
+    """The address of a bucket.
+
+    Attributes:
+        prefix: the URL of its objects up to the key.
+        region: to sign for.
+    """
 
     prefix: str
     region: str
@@ -53,7 +57,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class SignedRequest:
-    """A request that S3 believes; the headers are good for some minutes."""
+    """A signed request; its headers are valid for some minutes."""
 
     url: str
     headers: Mapping[str, str]
@@ -61,22 +65,22 @@ class SignedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Which S3 is meant, as the settings say it: no URL means Amazon's own."""
+    """The S3 endpoint of the settings; without a URL it is AWS."""
 
     url: str | None
     addressing_style: AddressingStyle
 
     @property
-    def is_path_of_url(self) -> bool:
-        """Whether a bucket's address is simply the URL with the bucket behind it: no rules are needed."""
+    def is_path_style_url(self) -> bool:
+        """Whether a bucket's address is the URL and the bucket's name; then botocore is not needed for it."""
         return self.url is not None and self.addressing_style in ("auto", "path")
 
     def client_config(self, **more: Any) -> Config:
-        """How the SDK's client is set up: `auto` is path for a URL."""
-        # With its own `auto` the SDK signs for the worldwide address, which redirects for hours where a
-        # bucket is new; names that no host can have are in the path with `virtual` too.
-        by_path = self.is_path_of_url or self.addressing_style == "path"
-        style: Literal["path", "virtual"] = "path" if by_path else "virtual"
+        """Return the configuration of a botocore client; `auto` means path style if there is a URL."""
+        # botocore's own `auto` uses the global endpoint, which redirects for hours after a bucket is created.
+        # With `virtual`, botocore still puts bucket names that are not valid host names into the path.
+        is_path_style = self.is_path_style_url or self.addressing_style == "path"
+        style: Literal["path", "virtual"] = "path" if is_path_style else "virtual"
         return Config(
             s3={"addressing_style": style},
             user_agent_extra="vqa-worker",
@@ -85,10 +89,10 @@ class Endpoint:
 
 
 class Aws:
-    """Signs requests for the objects of one S3.
+    """Signs requests to one S3 endpoint.
 
     Raises:
-        S3ConfigurationError: the endpoint or the AWS configuration makes no sense.
+        S3ConfigurationError: the endpoint or the AWS configuration is invalid.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -97,7 +101,7 @@ class Aws:
         self._addresses: dict[str, Address] = {}
         try:
             self.endpoint = replace(endpoint, url=endpoint.url or self._configured_url())
-            # Amazon's other SDKs and its platforms have the second name, which this one does not know.
+            # Other AWS SDKs and AWS services use AWS_REGION, which botocore does not read.
             self.region = self._session.get_config_variable("region") or os.environ.get("AWS_REGION")
             if self.region:
                 self._session.set_config_variable("region", self.region)
@@ -113,12 +117,12 @@ class Aws:
         query: Mapping[str, str] | None = None,
         body: bytes = b"",
     ) -> SignedRequest:
-        """A request for the object, or with an empty key and a `query` one to the bucket.
+        """Return a signed request for an object, or for a bucket if the key is empty and there is a `query`.
 
-        Further headers may be added to it unsigned.
+        Further unsigned headers may be added.
 
         Raises:
-            BotoCoreError: there are no credentials, they cannot be renewed, or the names make no URL.
+            BotoCoreError: there are no credentials, they cannot be renewed, or the bucket name is invalid.
         """
         credentials, address = await self._credentials.current(), await self._address(source.bucket)
         url = address.prefix + percent_encode(source.key, safe=_SAFE_IN_KEYS)
@@ -129,7 +133,7 @@ class Aws:
         return SignedRequest(str(request.url), dict(request.headers.items()))
 
     async def link(self, source: S3Object, expires_s: int) -> str:
-        """A presigned URL of the object, good for `expires_s` seconds; S3 is not asked for it.
+        """Return a presigned URL of the object, valid for `expires_s` seconds, without a request to S3.
 
         Raises:
             BotoCoreError: as `sign`.
@@ -141,13 +145,13 @@ class Aws:
 
     async def _address(self, bucket: str) -> Address:
         if (address := self._addresses.get(bucket)) is None:
-            if len(self._addresses) >= REMEMBERED_BUCKETS:
+            if len(self._addresses) >= MAX_CACHED_BUCKETS:
                 self._addresses.clear()
             address = self._addresses[bucket] = await asyncio.to_thread(self._find_address, bucket)
         return address
 
     def _find_address(self, bucket: str) -> Address:
-        """The SDK's rules for hosts, styles and regions are long: a presigned URL shows what follows."""
+        """Return the address that botocore's endpoint rules give, taken from a presigned URL."""
         if self._client is None:
             return Address(
                 f"{(self.endpoint.url or '').rstrip('/')}/{bucket}/", self.region or DEFAULT_REGION
@@ -159,7 +163,7 @@ class Aws:
         return Address(f"{url.scheme}://{url.netloc}{url.path.removesuffix('k')}", region)
 
     def _configured_url(self) -> str | None:
-        """The S3 that `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL` or the profile name."""
+        """Return the endpoint in `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL` or the profile."""
         if self._session.get_config_variable("ignore_configured_endpoint_urls"):
             return None
         provider = ConfiguredEndpointProvider(
@@ -171,17 +175,17 @@ class Aws:
         return url
 
     def _client_with_rules(self) -> Any:
-        """A client of the SDK, a tenth of a second's work; None where nothing needs its rules."""
+        """Return a botocore client for its endpoint rules, or None if they are not needed; takes 0.1 s."""
         url = self.endpoint.url
-        if url is None or not self.endpoint.is_path_of_url:
+        if url is None or not self.endpoint.is_path_style_url:
             config = self.endpoint.client_config(region_name=self.region, signature_version="s3v4")
-            # It is only asked for addresses: who signs must not decide what it knows.
+            # It is only used for addresses, so that it needs no real credentials.
             return self._session.create_client(
                 "s3",
                 endpoint_url=url,
                 config=config,
                 aws_access_key_id="nobody",
-                aws_secret_access_key="nobody",  # noqa: S106 - it signs nothing that is sent
+                aws_secret_access_key="nobody",  # noqa: S106 - not used for a request
             )
         if not is_valid_endpoint_url(url):
             raise ValueError(f"Invalid endpoint: {url}")
@@ -189,6 +193,6 @@ class Aws:
 
 
 def ca_bundle() -> str | None:
-    """The file of trusted authorities: botocore knows the first two variables, and not the usual third."""
+    """Return the path of the CA bundle; botocore reads only the first two of these variables."""
     names = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
     return next((path for name in names if (path := os.environ.get(name))), None)

@@ -32,11 +32,11 @@ class StoredObject:
 class ConditionalStore:
     """The objects of one bucket under one prefix.
 
-    All methods raise DependencyDownError if S3 is unreachable, fails or refuses: it is never a job's fault.
+    All methods raise DependencyDownError if S3 is unreachable, fails or denies access.
     """
 
     def __init__(self, s3: S3, bucket: str, prefix: str, *, setting: str) -> None:
-        """`setting`: the one that error messages name."""
+        """`setting`: the name of the setting, for error messages."""
         self._s3 = s3
         self._bucket = bucket
         self._prefix = prefix
@@ -57,7 +57,7 @@ class ConditionalStore:
     async def read(self, name: str) -> StoredObject | None:
         """Return the object, or None if it does not exist."""
         try:
-            headers, body = await self._ask("GET", name)
+            headers, body = await self._send("GET", name)
         except S3ResponseError as error:
             if _is_missing(error):
                 return None
@@ -67,7 +67,7 @@ class ConditionalStore:
     async def delete(self, name: str, etag: str | None = None) -> None:
         """Delete an object if its ETag is still `etag` (where S3 supports that)."""
         try:
-            await self._ask("DELETE", name, {"If-Match": etag} if etag else {})
+            await self._send("DELETE", name, {"If-Match": etag} if etag else {})
         except S3ResponseError as error:
             if error.status not in (*_CONDITION_FAILED, _NOT_FOUND):
                 raise self._down(error) from None
@@ -87,7 +87,7 @@ class ConditionalStore:
 
     async def _put(self, name: str, body: bytes, condition: Mapping[str, str]) -> str | None:
         try:
-            headers, _ = await self._ask("PUT", name, condition, body)
+            headers, _ = await self._send("PUT", name, condition, body)
         except S3ResponseError as error:
             # AWS answers 404, not 412, to If-Match on a missing object.
             is_missing = "If-Match" in condition and _is_missing(error)
@@ -96,7 +96,7 @@ class ConditionalStore:
             raise self._down(error) from None
         return headers.get("ETag", "")
 
-    async def _ask(
+    async def _send(
         self, method: str, name: str, headers: Mapping[str, str] | None = None, body: bytes = b""
     ) -> tuple[Mapping[str, str], bytes]:
         source = S3Object(self._bucket, f"{self._prefix}{name}")
@@ -114,12 +114,12 @@ class ConditionalStore:
             ) from None
 
     def _down(self, error: S3ResponseError) -> DependencyDownError:
-        """Return the error for any refusal: here each one concerns the settings."""
+        """Return the error for any error response: each concerns the settings, never the job."""
         what = f"{error.status} {error.code}".rstrip()
-        if error.is_elsewhere:
+        if error.is_wrong_endpoint:
             where = f" ({error.region})" if error.region else ""
             text = f"the bucket is in another region{where} than the worker's S3 ({what})"
-        elif error.is_busy:
+        elif error.is_unavailable:
             text = f"S3 answered {what}"
         else:
             text = (

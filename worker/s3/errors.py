@@ -1,4 +1,4 @@
-"""What S3 and the way to it can answer instead of an object, sorted by whose fault it is."""
+"""Translate errors of S3 and of the connection to it."""
 
 import aiohttp
 from botocore.exceptions import (
@@ -20,9 +20,9 @@ from botocore.exceptions import (
 from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
 
 _NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "404"})
-# S3 answers these to everybody with these credentials or this clock, for any object
+# These concern the credentials, clock or configuration, so every request fails
 # (Amazon S3 API reference, "List of error codes").
-_REFUSES_EVERYBODY = {
+_CONFIGURATION_ERRORS = {
     "InvalidAccessKeyId": "the access key does not exist: check the AWS credentials",
     "SignatureDoesNotMatch": "the secret key is wrong: check the AWS credentials",
     "ExpiredToken": "the credentials have expired",
@@ -36,9 +36,11 @@ _REFUSES_EVERYBODY = {
     "AuthorizationHeaderMalformed": "the signature's region is wrong: set AWS_REGION",
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION or VQA_S3_ENDPOINT_URL",
 }
-_BUSY_CODES = frozenset({"SlowDown", "RequestTimeout", "Throttling", "ServiceUnavailable", "InternalError"})
-# The bucket is not where the request went.
-_ELSEWHERE = frozenset(
+_UNAVAILABLE_CODES = frozenset(
+    {"SlowDown", "RequestTimeout", "Throttling", "ServiceUnavailable", "InternalError"}
+)
+# The bucket is at another endpoint or in another region.
+_WRONG_ENDPOINT_CODES = frozenset(
     {
         "PermanentRedirect",
         "TemporaryRedirect",
@@ -59,7 +61,7 @@ _UNREACHABLE = (
     ProxyConnectionError,
     SSLError,
 )
-_BROKE_OFF = (
+_CONNECTION_LOST = (
     aiohttp.ClientError,
     OSError,
     IncompleteReadError,
@@ -73,8 +75,8 @@ class S3ResponseError(Exception):
 
     Attributes:
         status: HTTP status.
-        code: S3's own word for it; empty where it gave none.
-        region: where the bucket is, if S3 says so.
+        code: S3's error code; empty if the response has none.
+        region: of the bucket, if S3 reports it.
     """
 
     def __init__(self, status: int, code: str, region: str | None = None) -> None:
@@ -84,51 +86,51 @@ class S3ResponseError(Exception):
         self.region = region
 
     @property
-    def is_busy(self) -> bool:
-        """Whether S3 is failing or asks for less, which may pass at once."""
-        return self.status >= _SERVER_ERROR or self.code in _BUSY_CODES
+    def is_unavailable(self) -> bool:
+        """Whether S3 fails or throttles, which is often transient."""
+        return self.status >= _SERVER_ERROR or self.code in _UNAVAILABLE_CODES
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether the bucket has to be asked for at another address or for another region."""
-        return self.status in _REDIRECTS or self.code in _ELSEWHERE
+    def is_wrong_endpoint(self) -> bool:
+        """Whether the bucket is at another endpoint or in another region."""
+        return self.status in _REDIRECTS or self.code in _WRONG_ENDPOINT_CODES
 
     @property
-    def is_passing(self) -> bool:
-        """Whether that is so for the time being: the bucket is new, and not known everywhere yet."""
+    def is_temporary_redirect(self) -> bool:
+        """Whether the redirect is temporary, as for a new bucket."""
         return self.status == _TEMPORARY_REDIRECT
 
 
-# What `translate` knows.
+# The exceptions that `translate` accepts.
 FAILURES = (S3ResponseError, aiohttp.ClientError, BotoCoreError, OSError)
 
 
 def translate(error: Exception) -> Exception:
-    """The worker's own error for what went wrong with S3 (one of FAILURES); messages don't name the image.
+    """Return the worker's error for one of FAILURES; messages do not name the image.
 
     Returns:
-        JobError: there is no such object, or it may not be read.
-        TransientError: the read was interrupted or took too long.
-        DependencyDownError: S3 is unreachable, failing, or refuses these credentials.
+        JobError: the object does not exist or access is denied.
+        TransientError: the connection was lost or timed out.
+        DependencyDownError: S3 is unreachable, failing, or rejects the credentials.
     """
-    return _from_answer(error) if isinstance(error, S3ResponseError) else _from_failure(error)
+    return _from_response(error) if isinstance(error, S3ResponseError) else _from_failure(error)
 
 
-def _from_answer(error: S3ResponseError) -> Exception:
+def _from_response(error: S3ResponseError) -> Exception:
     code = error.code
     if code in _NOT_FOUND:
         return JobError(ErrorCode.IMAGE_NOT_FOUND, f"S3 has no such object ({code})")
-    if code in _REFUSES_EVERYBODY:
-        text = f"S3 answered {code}: {_REFUSES_EVERYBODY[code]}"
-        return DependencyDownError(Dependency.S3, text, may_be_partial=error.is_elsewhere)
-    if error.is_busy or error.status in _REDIRECTS:
-        # A bucket, or a part of one, can be asked for too often while the others are well.
+    if code in _CONFIGURATION_ERRORS:
+        text = f"S3 answered {code}: {_CONFIGURATION_ERRORS[code]}"
+        return DependencyDownError(Dependency.S3, text, may_be_partial=error.is_wrong_endpoint)
+    if error.is_unavailable or error.status in _REDIRECTS:
+        # S3 throttles single buckets and prefixes.
         text = f"S3 answered {error.status} {code}".rstrip()
         return DependencyDownError(Dependency.S3, text, may_be_partial=True)
     return JobError(
         ErrorCode.IMAGE_FORBIDDEN,
-        f"S3 does not give this object out ({code or error.status}); "
-        "check the worker's right to s3:GetObject on it",
+        f"S3 denies access to this object ({code or error.status}); "
+        "check that the worker has the permission s3:GetObject",
     )
 
 
@@ -136,23 +138,23 @@ def _from_failure(error: Exception) -> Exception:
     kind = type(error).__name__
     match error:
         case ParamValidationError():
-            return JobError(ErrorCode.INVALID_JOB, "is not a bucket and key that S3 can have")
+            return JobError(ErrorCode.INVALID_JOB, "is not a valid S3 bucket and key")
         case CredentialRetrievalError():
             from_sts = error.kwargs.get("provider") == "STS"
-            said = error.kwargs.get("error_msg") if from_sts else "check the AWS configuration"
-            return DependencyDownError(Dependency.S3, f"the AWS credentials cannot be had ({said})")
+            reason = error.kwargs.get("error_msg") if from_sts else "check the AWS configuration"
+            return DependencyDownError(Dependency.S3, f"the AWS credentials cannot be retrieved ({reason})")
         case NoCredentialsError() | PartialCredentialsError():
             text = "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
             return DependencyDownError(Dependency.S3, text)
         case _ if isinstance(error, _UNREACHABLE):
             return DependencyDownError(Dependency.S3, f"S3 cannot be reached ({kind})")
         case TimeoutError() | ReadTimeoutError():
-            return TransientError(Dependency.S3, "timeout", f"S3 took too long ({kind})")
-        case _ if isinstance(error, _BROKE_OFF):
+            return TransientError(Dependency.S3, "timeout", f"S3 timed out ({kind})")
+        case _ if isinstance(error, _CONNECTION_LOST):
             return TransientError(
-                Dependency.S3, "connection_error", f"reading from S3 was interrupted ({kind})"
+                Dependency.S3, "connection_error", f"the connection to S3 was lost ({kind})"
             )
         case _:
             return DependencyDownError(
-                Dependency.S3, f"S3 cannot be asked ({kind}): check the AWS configuration"
+                Dependency.S3, f"the S3 request failed ({kind}): check the AWS configuration"
             )

@@ -18,13 +18,13 @@ def keys_of(page: bytes) -> list[str]:
     return [*map(unquote_plus if _IS_ENCODED in page else html.unescape, keys)]
 
 
-def next_query(query: dict[str, str], page: bytes, named: str) -> dict[str, str] | None:
+def next_query(query: dict[str, str], page: bytes, source: str) -> dict[str, str] | None:
     """Return the query for the next page, or None after the last page.
 
     Args:
         query: the query of this page.
         page: the XML of this page.
-        named: the setting or bucket that error messages name.
+        source: the setting or bucket, for error messages.
 
     Raises:
         DependencyDownError: the token did not change, so the listing would never end.
@@ -34,5 +34,5 @@ def next_query(query: dict[str, str], page: bytes, named: str) -> dict[str, str]
         return None
     token = html.unescape(found[1].decode())
     if token == query.get("continuation-token"):
-        raise DependencyDownError(Dependency.S3, f"{named}: S3 repeats a continuation token in a listing")
+        raise DependencyDownError(Dependency.S3, f"{source}: S3 repeats a continuation token in a listing")
     return {**query, "continuation-token": token}
