@@ -46,7 +46,7 @@ async def test_a_listing_of_several_pages_has_all_keys() -> None:
 
 
 @pytest.mark.parametrize("listing", [store_names, uploaded_keys])
-async def test_a_listing_whose_token_repeats_fails_instead_of_going_on_for_ever(
+async def test_a_listing_with_a_repeated_token_fails(
     listing: Callable[[S3], Awaitable[list[str]]],
 ) -> None:
     with pytest.raises(DependencyDownError, match="repeats a continuation token"):

@@ -51,7 +51,7 @@ async def holders(budget: MemoryBudget) -> AsyncIterator[Holders]:
         await cancel_all(them.tasks.values())
 
 
-async def test_who_fits_in_passes_and_the_others_wait_in_their_order() -> None:
+async def test_reservations_that_fit_are_granted_and_others_wait_in_order() -> None:
     async with holders(MemoryBudget(10)) as them:
         for name, wanted in enumerate([6, 4, 5, 1, 1]):
             them.come(name, wanted)
@@ -66,7 +66,7 @@ async def test_who_fits_in_passes_and_the_others_wait_in_their_order() -> None:
         assert them.holding == [2, 3, 4]
 
 
-async def test_more_than_there_can_ever_be_is_all_there_is() -> None:
+async def test_a_reservation_larger_than_the_budget_gets_all_of_it() -> None:
     budget = MemoryBudget(10)
     async with holders(budget) as them:
         them.come(0, 1000)
@@ -80,7 +80,7 @@ async def test_more_than_there_can_ever_be_is_all_there_is() -> None:
     assert free(budget) == 10
 
 
-async def test_who_needs_nothing_waits_for_nobody() -> None:
+async def test_a_reservation_of_nothing_does_not_wait() -> None:
     async with holders(MemoryBudget(10)) as them:
         them.come(0, 10)
         them.come(1, 5)
@@ -89,7 +89,7 @@ async def test_who_needs_nothing_waits_for_nobody() -> None:
         assert them.holding == [0, 2]
 
 
-async def test_what_is_given_back_early_is_the_next_one_s() -> None:
+async def test_bytes_released_early_go_to_the_next_waiter() -> None:
     budget = MemoryBudget(10)
     async with holders(budget) as them:
         them.come(0, 10)
@@ -111,7 +111,7 @@ async def test_what_is_given_back_early_is_the_next_one_s() -> None:
 
 
 @pytest.mark.parametrize("gone", [[1], [2], [1, 2], [3]])
-async def test_who_stops_waiting_leaves_no_gap_and_blocks_nobody(gone: list[int]) -> None:
+async def test_a_cancelled_waiter_does_not_block_the_others(gone: list[int]) -> None:
     budget = MemoryBudget(10)
     async with holders(budget) as them:
         them.come(0, 6)
@@ -128,7 +128,7 @@ async def test_who_stops_waiting_leaves_no_gap_and_blocks_nobody(gone: list[int]
     assert free(budget) == 10
 
 
-async def test_who_is_cancelled_when_its_turn_has_just_come_passes_it_on() -> None:
+async def test_a_waiter_cancelled_just_after_its_grant_releases_the_bytes() -> None:
     budget = MemoryBudget(10)
     async with holders(budget) as them:
         them.come(0, 10)
@@ -144,7 +144,7 @@ async def test_who_is_cancelled_when_its_turn_has_just_come_passes_it_on() -> No
     assert free(budget) == 10
 
 
-async def test_at_once_means_without_overtaking_and_without_waiting() -> None:
+async def test_try_reserve_neither_waits_nor_overtakes() -> None:
     budget = MemoryBudget(10)
     share = budget.try_reserve(8)
     assert share is not None
@@ -161,7 +161,7 @@ async def test_at_once_means_without_overtaking_and_without_waiting() -> None:
     assert free(budget) == 10
 
 
-async def test_whatever_happens_the_limit_holds_and_nothing_leaks() -> None:
+async def test_the_limit_holds_and_no_bytes_leak_in_any_order_of_events() -> None:
     chance = random.Random(2)  # noqa: S311 - no secret
     for _ in range(100):
         budget, sizes = MemoryBudget(20), [chance.randint(0, 25) for _ in range(30)]

@@ -11,12 +11,12 @@ from worker.images.content import media_type
 @pytest.mark.parametrize(
     ("kind", "expected"), [("JPEG", "image/jpeg"), ("PNG", "image/png"), ("WEBP", "image/webp")]
 )
-def test_pictures_that_the_api_takes_are_known_by_their_content(kind: str, expected: str) -> None:
+def test_supported_types_are_detected_from_the_content(kind: str, expected: str) -> None:
     assert media_type(picture(kind)) == expected
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "ICO", "PPM"])
-def test_other_pictures_are_not_taken_for_one_of_them(kind: str) -> None:
+def test_other_types_are_not_supported(kind: str) -> None:
     assert media_type(picture(kind)) is None
 
 
@@ -30,11 +30,11 @@ def test_other_pictures_are_not_taken_for_one_of_them(kind: str) -> None:
         b" \xff\xd8\xff", b"<Error><Code>NoSuchKey</Code></Error>",
     ],
 )  # fmt: skip
-def test_what_only_begins_like_a_picture_is_none(content: bytes) -> None:
+def test_an_incomplete_signature_is_not_supported(content: bytes) -> None:
     assert media_type(content) is None
 
 
 @given(content=st.binary(max_size=64))
-def test_any_bytes_can_be_looked_at(content: bytes) -> None:
+def test_any_bytes_are_accepted(content: bytes) -> None:
     kind = media_type(content)
     assert kind is None or len(content) >= 3

@@ -60,13 +60,13 @@ def where_or_why_not(url: str, policy: SourcePolicy) -> Source | ErrorCode:
         "é 猫 😀", "a:b@c", "s3://good/k", "k/", " ", ".", "\u2028",
     ],
 )  # fmt: skip
-def test_an_s3_key_is_taken_as_it_stands(key: str) -> None:
+def test_an_s3_key_is_not_decoded(key: str) -> None:
     assert where(f"s3://good/{key}") == S3Object("good", key)
     assert where(f"S3://good/{key}") == S3Object("good", key)
 
 
 @given(bucket=st.from_regex(r"[A-Za-z0-9._-]{1,63}", fullmatch=True), key=st.text(min_size=1, max_size=300))
-def test_any_key_is_literal_or_refused(bucket: str, key: str) -> None:
+def test_any_key_is_literal_or_rejected(bucket: str, key: str) -> None:
     is_odd = len(key.encode()) > MAX_KEY_BYTES or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in key)
     expected = ErrorCode.INVALID_JOB if is_odd else S3Object(bucket, key)
     assert where_or_why_not(f"s3://{bucket}/{key}", ANYWHERE) == expected
@@ -92,19 +92,19 @@ def test_a_key_may_have_1024_bytes() -> None:
         "s3://%67ood/k",
     ],
 )  # fmt: skip
-def test_what_is_no_bucket_and_key_makes_the_job_invalid(url: str) -> None:
+def test_an_s3_url_without_a_valid_bucket_and_key_makes_the_job_invalid(url: str) -> None:
     assert refusal(url, ANYWHERE) is ErrorCode.INVALID_JOB
 
 
 @pytest.mark.parametrize("bucket", ["good", "good-", "good-photos", "good-.."])
-def test_a_bucket_that_a_glob_names_is_allowed(bucket: str) -> None:
+def test_a_bucket_that_matches_a_glob_is_allowed(bucket: str) -> None:
     assert where(f"s3://{bucket}/k") == S3Object(bucket, "k")
 
 
 @pytest.mark.parametrize(
     "bucket", ["evil", "goods", "Good", "GOOD", "agood", "good.evil", "evil-good-", "..", "*"]
 )
-def test_a_bucket_that_no_glob_names_is_not(bucket: str) -> None:
+def test_a_bucket_that_matches_no_glob_is_not_allowed(bucket: str) -> None:
     expected = ErrorCode.INVALID_JOB if bucket == "*" else ErrorCode.IMAGE_SOURCE_NOT_ALLOWED
     assert refusal(f"s3://{bucket}/k") is expected
     assert refusal("s3://good/k", NOWHERE) is ErrorCode.IMAGE_SOURCE_NOT_ALLOWED
@@ -133,7 +133,7 @@ def test_a_bucket_that_no_glob_names_is_not(bucket: str) -> None:
         "https://[2001:DB8::1]:8443/a.png",
     ],
 )
-def test_a_link_to_an_allowed_host_is_passed_on_as_it_is(url: str) -> None:
+def test_a_link_to_an_allowed_host_is_passed_on_unchanged(url: str) -> None:
     assert where(url) == Link(url)
 
 
@@ -190,7 +190,7 @@ def test_a_link_to_any_other_host_is_not_allowed(url: str) -> None:
         "https://good.example/" + "\x7f",
     ],
 )  # fmt: skip
-def test_a_url_that_programs_read_in_different_ways_is_refused(url: str) -> None:
+def test_a_url_that_parsers_read_differently_is_rejected(url: str) -> None:
     with pytest.raises(JobError) as caught:
         where(url, ANYWHERE)
     assert caught.value.code in {ErrorCode.INVALID_JOB, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED}
@@ -220,7 +220,7 @@ GLOBS = st.lists(
 @given(rest=URLS, globs=GLOBS)
 @example(rest="\u017fafe.good.example", globs=["[!s]*"])
 @example(rest="evil.example\\@good.example", globs=["good.example"])
-def test_whatever_is_allowed_is_so_to_every_other_reader_of_urls(rest: str, globs: list[str]) -> None:
+def test_an_allowed_url_has_an_allowed_host_for_every_url_parser(rest: str, globs: list[str]) -> None:
     url = f"https://{rest}"
     try:
         source = where(url, SourcePolicy(allowed_buckets=[], allowed_link_hosts=globs))
@@ -242,7 +242,7 @@ def _or_none(host_of: Callable[[str], str | None], url: str) -> str | None:
 
 
 @pytest.mark.parametrize("glob", ["GOOD.example", "*.EXAMPLE", "g??d.example", "[g]ood.*"])
-def test_host_globs_do_not_care_about_case(glob: str) -> None:
+def test_host_globs_ignore_case(glob: str) -> None:
     policy = SourcePolicy(allowed_buckets=[], allowed_link_hosts=[glob])
     assert where("https://Good.Example/", policy) == Link("https://Good.Example/")
 
@@ -258,7 +258,7 @@ def test_host_globs_do_not_care_about_case(glob: str) -> None:
         "data:image/svg+xml;base64,",
     ],
 )  # fmt: skip
-def test_embedded_data_begins_after_its_head(head: str) -> None:
+def test_embedded_data_begins_after_the_prefix(head: str) -> None:
     source = where(f"{head}AA,A=", NOWHERE)
     assert isinstance(source, Embedded)
     assert bytes(source.text) == b"AA,A="
@@ -296,7 +296,7 @@ def test_every_other_scheme_is_not_allowed(url: str) -> None:
 
 
 @given(url=st.text(max_size=40), policy=st.sampled_from([ANYWHERE, GOOD, NOWHERE]))
-def test_any_text_is_a_source_or_the_jobs_fault(url: str, policy: SourcePolicy) -> None:
+def test_any_text_is_a_source_or_a_job_error(url: str, policy: SourcePolicy) -> None:
     found = where_or_why_not(url, policy)
     if isinstance(found, ErrorCode):
         assert found in {ErrorCode.INVALID_JOB, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED}

@@ -105,7 +105,7 @@ IMAGES = {
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", IMAGES)
-async def test_what_was_sent_is_held_no_longer(fake: FakeS3, kind: str, count: int) -> None:
+async def test_images_that_were_sent_are_freed(fake: FakeS3, kind: str, count: int) -> None:
     """The API takes a quarter of a minute to answer; the next images must not wait for that."""
     fake.answer, url = IMAGES[kind]
     async with loader(fake) as images, opened(images, *[url] * count) as open_images:
@@ -123,7 +123,7 @@ async def test_what_was_sent_is_held_no_longer(fake: FakeS3, kind: str, count: i
             assert isinstance(others.urls[0], StreamedUrl)
 
 
-async def test_room_is_waited_for_and_given_back_in_the_end(fake: FakeS3) -> None:
+async def test_memory_is_reserved_and_released_at_the_end(fake: FakeS3) -> None:
     async with loader(fake, buffer_bytes=1024 * KIB) as images:
         (first,) = located(images, data_url(LARGE))
         async with images.reserve([first]) as reservation:
@@ -137,7 +137,7 @@ async def test_room_is_waited_for_and_given_back_in_the_end(fake: FakeS3) -> Non
                 pass
 
 
-async def test_small_images_need_no_more_room_than_they_have_bytes(fake: FakeS3) -> None:
+async def test_small_images_reserve_no_more_than_their_size(fake: FakeS3) -> None:
     async with (
         loader(fake, buffer_bytes=1024 * KIB) as images,
         opened(images, "s3://b/1") as one,
@@ -147,7 +147,7 @@ async def test_small_images_need_no_more_room_than_they_have_bytes(fake: FakeS3)
 
 
 @pytest.mark.parametrize("check_content", [True, False])
-async def test_links_need_no_room(fake: FakeS3, check_content: bool) -> None:
+async def test_links_reserve_no_memory(fake: FakeS3, check_content: bool) -> None:
     fake.answer = give(SMALL[:12], 206, Content_Range=f"bytes 0-11/{len(SMALL)}")
     async with (
         loader(fake, links=LinkPolicy(expires_s=60, check_content=check_content)) as images,
@@ -163,7 +163,7 @@ def torn(content: bytes) -> Answer:
 
 
 @pytest.mark.parametrize("content", [SMALL, LARGE], ids=["small", "large"])
-async def test_an_image_that_breaks_off_for_many_is_told_by_each_in_its_own_words_and_counts_once(
+async def test_an_interrupted_shared_read_names_the_image_of_each_job_and_counts_once(
     fake: FakeS3, content: bytes
 ) -> None:
     """Small ones are interrupted before the call is made, large ones while they are sent."""

@@ -96,7 +96,7 @@ async def ended(tasks: "list[asyncio.Task[bytes]]") -> list[bytes | BaseExceptio
         return await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_many_at_once_are_one_read_and_each_gets_every_byte() -> None:
+async def test_concurrent_readers_share_one_read_and_each_gets_every_byte() -> None:
     scene = Scene()
     tasks = scene.readers(20)
     await turns_of_the_loop()
@@ -109,7 +109,7 @@ async def test_many_at_once_are_one_read_and_each_gets_every_byte() -> None:
     assert scene.nothing_is_left()
 
 
-async def test_another_image_or_a_later_time_is_another_read() -> None:
+async def test_another_object_or_a_later_request_is_read_separately() -> None:
     scene = Scene()
     tasks = [*scene.readers(2), *scene.readers(1, S3Object("photos", "dog.png"))]
     await turns_of_the_loop()
@@ -124,7 +124,7 @@ async def test_another_image_or_a_later_time_is_another_read() -> None:
     assert scene.nothing_is_left()
 
 
-async def test_a_sole_reader_reads_itself_and_nothing_is_kept_for_it() -> None:
+async def test_a_single_reader_needs_no_buffer() -> None:
     scene = Scene()
     tasks = scene.readers(1)
     scene.s3.may_open.set()
@@ -137,7 +137,7 @@ async def test_a_sole_reader_reads_itself_and_nothing_is_kept_for_it() -> None:
     assert scene.nothing_is_left()
 
 
-async def test_without_room_to_keep_it_each_reads_for_itself() -> None:
+async def test_without_memory_for_a_buffer_each_reader_reads_the_object_itself() -> None:
     scene = Scene(budget=SIZE - 1)
     tasks = scene.readers(3)
     await turns_of_the_loop()
@@ -150,7 +150,7 @@ async def test_without_room_to_keep_it_each_reads_for_itself() -> None:
     assert scene.nothing_is_left()
 
 
-async def test_the_slow_do_not_hold_up_the_fast_nor_the_read() -> None:
+async def test_slow_readers_delay_neither_fast_readers_nor_the_read() -> None:
     scene = Scene()
     slow, fast = asyncio.create_task(scene.reads.open(IMAGE)), scene.readers(1)
     await turns_of_the_loop()
@@ -206,7 +206,7 @@ async def test_readers_may_leave_at_any_moment(count: int, kept: bool, moment: i
 
 
 @pytest.mark.parametrize("count", [1, 3])
-async def test_when_nobody_waits_any_more_s3_is_not_asked_on(count: int) -> None:
+async def test_the_read_ends_when_the_last_reader_leaves(count: int) -> None:
     scene = Scene()
     tasks = scene.readers(count)
     await turns_of_the_loop()
@@ -218,7 +218,7 @@ async def test_when_nobody_waits_any_more_s3_is_not_asked_on(count: int) -> None
     assert scene.nothing_is_left()
 
 
-async def test_who_opens_for_all_and_is_cut_off_leaves_the_others_to_themselves() -> None:
+async def test_if_the_opening_reader_is_cancelled_the_others_open_the_object_themselves() -> None:
     scene = Scene()
     tasks = scene.readers(3)
     await turns_of_the_loop()
@@ -232,7 +232,7 @@ async def test_who_opens_for_all_and_is_cut_off_leaves_the_others_to_themselves(
     assert scene.nothing_is_left()
 
 
-async def test_who_comes_when_the_last_one_has_just_left_is_served_all_the_same() -> None:
+async def test_a_reader_that_arrives_just_after_the_last_one_left_is_served() -> None:
     scene = Scene()
     gone = scene.readers(1)
     await turns_of_the_loop()
@@ -257,7 +257,7 @@ async def test_who_comes_when_the_last_one_has_just_left_is_served_all_the_same(
     ids=lambda it: type(it).__name__,
 )
 @pytest.mark.parametrize("count", [1, 3])
-async def test_what_cannot_be_opened_is_told_to_every_reader(fault: Exception, count: int) -> None:
+async def test_an_error_in_opening_is_raised_for_every_reader(fault: Exception, count: int) -> None:
     scene = Scene()
     scene.s3.failure = fault
     tasks = scene.readers(count)
@@ -275,7 +275,7 @@ async def test_what_cannot_be_opened_is_told_to_every_reader(fault: Exception, c
 
 
 @pytest.mark.parametrize("kept", [True, False])
-async def test_a_read_that_breaks_off_breaks_off_for_every_reader(kept: bool) -> None:
+async def test_an_error_in_reading_is_raised_for_every_reader(kept: bool) -> None:
     scene = Scene(budget=1000 if kept else SIZE - 1)
     tasks = scene.readers(3)
     await turns_of_the_loop()
@@ -291,7 +291,7 @@ async def test_a_read_that_breaks_off_breaks_off_for_every_reader(kept: bool) ->
 
 @pytest.mark.parametrize("moment", ["opening", "reading"])
 @pytest.mark.parametrize("count", [1, 6])
-async def test_a_fault_that_readers_share_is_one_sign_of_an_outage_and_not_many(
+async def test_an_error_that_readers_share_is_raised_once_and_then_as_duplicates(
     count: int, moment: str
 ) -> None:
     scene, fault = Scene(), TransientError(Dependency.S3, "connection_error", "it was interrupted")
@@ -314,7 +314,7 @@ async def test_a_fault_that_readers_share_is_one_sign_of_an_outage_and_not_many(
     assert len({id(it) for it in reported}) == count
 
 
-async def test_faults_of_reads_of_ones_own_are_no_echoes() -> None:
+async def test_errors_of_separate_reads_are_not_duplicates() -> None:
     scene = Scene(budget=SIZE - 1)
     tasks = scene.readers(3)
     await turns_of_the_loop()
@@ -327,7 +327,7 @@ async def test_faults_of_reads_of_ones_own_are_no_echoes() -> None:
     assert [it.is_duplicate for it in found if isinstance(it, TransientError)] == [False] * 3
 
 
-async def test_whoever_still_waits_for_a_piece_when_the_last_reader_leaves_is_told() -> None:
+async def test_a_reader_that_still_waits_when_the_last_one_leaves_gets_an_error() -> None:
     """That would be a bug of a reader's; it must not become a task that waits for ever."""
     scene = Scene()
     opening = [asyncio.create_task(scene.reads.open(IMAGE)) for _ in range(2)]
@@ -349,7 +349,7 @@ async def test_whoever_still_waits_for_a_piece_when_the_last_reader_leaves_is_to
     assert scene.nothing_is_left()
 
 
-async def test_a_bug_in_the_read_reaches_its_readers() -> None:
+async def test_an_unexpected_exception_in_the_read_is_raised_for_its_readers() -> None:
     scene = Scene()
     scene.s3.failure = KeyError("bug")
     scene.s3.may_open.set()
