@@ -1,0 +1,51 @@
+"""The key of a job in the result store."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from tests.unit.fakes import a_delivery
+from worker.images.source import ImageSource, SourcePolicy, parse_source
+from worker.jobs.attempt import Attempt
+from worker.jobs.request import RequestRules, make_request, read_job
+from worker.messages.conversation import ImageRef
+
+RULES = RequestRules("m", {"m"}, 1_000_000, 3, send_image_detail=False, stores_results=True)
+ANYWHERE = SourcePolicy(["*"], ["*"])
+LARGE = "data:image/png;base64," + base64.b64encode(b"a" * 10_000).decode()
+OTHER = "data:image/png;base64," + base64.b64encode(b"b" * 10_000).decode()
+SMALL = "data:image/png;base64,QUJD"
+
+
+def check(refs: Sequence[ImageRef], body: bytes) -> list[ImageSource]:
+    return [ImageSource(ref.location, parse_source(ref.url, "it", ANYWHERE, body)) for ref in refs]
+
+
+def key(job: Mapping[str, object], *, indent: int | None = None) -> str:
+    delivery = a_delivery(json.dumps(job, indent=indent).encode())
+    attempt = Attempt.of(delivery)
+    return make_request(read_job(delivery, attempt, RULES), delivery, attempt, RULES, check).store_key
+
+
+@pytest.mark.parametrize("image", [LARGE, SMALL, "s3://b/k"])
+def test_the_key_depends_neither_on_the_order_of_fields_nor_on_white_space(image: str) -> None:
+    job = {"id": "a", "question": "x", "images": [image], "params": {"seed": 1, "top_p": 0.5}}
+    reordered = {"params": {"top_p": 0.5, "seed": 1}, "images": [image], "question": "x", "id": "a"}
+    assert key(job) == key(reordered, indent=4)
+
+
+def test_the_key_depends_on_everything_that_the_job_asks() -> None:
+    job = {"id": "a", "question": "x", "images": [LARGE, "s3://b/k"]}
+    changes: list[dict[str, object]] = [
+        {},
+        {"id": "b"},
+        {"question": "y"},
+        {"images": [OTHER, "s3://b/k"]},
+        {"images": ["s3://b/k", LARGE]},
+        {"images": [SMALL, "s3://b/k"]},
+        {"images": [LARGE, "s3://b/other"]},
+        {"params": {"seed": 1}},
+    ]
+    assert len({key({**job, **change}) for change in changes}) == len(changes)
