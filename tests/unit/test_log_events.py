@@ -17,10 +17,10 @@ PAGE = (ROOT / "docs/logging.md").read_text()
 def _levels(call: ast.Call, tree: ast.Module) -> set[str]:
     """The levels that a call logs at; none if it does not log."""
     match call.func:
-        case ast.Attribute(value=ast.Name(id="log" | "asked") | ast.Call(), attr="log"):
+        case ast.Attribute(value=ast.Name(id="log" | "in_flight_log") | ast.Call(), attr="log"):
             return {"as suppressed"}
-        case ast.Attribute(value=ast.Name(id="log" | "asked") | ast.Call(), attr=level) if level in LEVELS:
-            return {level}
+        case ast.Attribute(value=ast.Name(id="log" | "in_flight_log") | ast.Call(), attr=level):
+            return {level} & set(LEVELS)
         case ast.Name(id="tell"):
             # A variable for one of two methods.
             return {
