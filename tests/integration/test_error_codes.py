@@ -118,17 +118,17 @@ def _failure(reply: Reply, code: str, *, retryable: bool = False) -> dict[str, A
         ({"images": ["s3:///key"]}, "images[0] (s3:///key): must be s3://bucket/key"),
         (
             {"images": ["s3://test-images/a\nb"]},
-            r"images[0] (s3://test-images/a\nb): the object key holds control",
+            r"images[0] (s3://test-images/a\nb): the object key contains control",
         ),
         ({"images": ["s3://test-images/\x7f"]}, "control characters"),
         ({"images": ["s3://test-images/\x85"]}, "control characters"),
         ({"images": ["s3://test-images/" + "é" * 513]}, "the object key is longer than 1024 bytes"),
         (
             {"images": ["https://a b.example.com/"]},
-            "images[0] (https://a b.example.com/): is not a well-formed",
+            "images[0] (https://a b.example.com/): must be a valid https:// URL",
         ),
-        ({"images": ["https:///x"]}, "is not a well-formed"),
-        ({"images": ["data:image/png,raw"]}, "images[0] (data: URL): a data: URL must read"),
+        ({"images": ["https:///x"]}, "must be a valid https:// URL"),
+        ({"images": ["data:image/png,raw"]}, "images[0] (data: URL): a data: URL must have the form"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
