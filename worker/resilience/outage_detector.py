@@ -126,9 +126,13 @@ class OutageDetector:
     | any failure | a duplicate of another job's failure | pending |
     | 403 | a call begun after this job's first 403 succeeded, and no other job fails | cleared |
     | any failure | the job failed more than 3 times after others had succeeded | cleared |
-    | transient error | 3 distinct jobs failed in a row, or 1 for 4 calls in flight; 2 more with ended jobs |
-    outage | | transient error | otherwise | pending | | unavailable | others succeeded within 60 s, it may be
-    one bucket or model, a first failure, few jobs | pending | | unavailable | otherwise | outage |
+    | transient error | 3 distinct jobs failed in a row (see below) | outage |
+    | transient error | otherwise | pending |
+    | unavailable | perhaps one bucket or model, others succeed, the job's first, too few jobs | pending |
+    | unavailable | otherwise | outage |
+
+    In a row: without a success in between. With more than 12 calls in flight, one job for each 4 of them must
+    fail; if some of the failing jobs have already ended, two more. Others succeed if one did within 60 s.
 
     An outage restores the attempts that were counted for it while the diagnosis was pending, unless a call
     begun after them succeeded.
