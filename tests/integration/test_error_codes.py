@@ -185,18 +185,9 @@ async def test_image_not_found(strict: Strict, stack: Stack, put_image: PutImage
     assert calls_with(stack, question) == []
 
 
-async def test_image_forbidden(strict: Strict, stack: Stack) -> None:
-    url = _forbidden_object(stack)
-    question = uuid.uuid4().hex
-    body = await strict.fail("image_forbidden", question=question, images=[url])
-
-    assert body["error"]["message"].startswith(f"images[0] ({url}): ")
-    assert "s3:GetObject" in body["error"]["message"]
-    assert calls_with(stack, question) == []
-
-
-def _forbidden_object(stack: Stack) -> str:
-    """The URL of an object in a bucket whose policy lets nobody read it."""
+@pytest.fixture(scope="module")
+def forbidden_url(stack: Stack) -> str:
+    """The URL of an object in a bucket whose policy denies everybody access."""
     s3, bucket = stack.s3.client(), "test-forbidden"
     s3.create_bucket(Bucket=bucket)
     s3.put_object(Bucket=bucket, Key="a b.png", Body=picture())
@@ -210,6 +201,16 @@ def _forbidden_object(stack: Stack) -> str:
         Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]})
     )
     return f"s3://{bucket}/a b.png"
+
+
+async def test_image_forbidden(strict: Strict, stack: Stack, forbidden_url: str) -> None:
+    url = forbidden_url
+    question = uuid.uuid4().hex
+    body = await strict.fail("image_forbidden", question=question, images=[url])
+
+    assert body["error"]["message"].startswith(f"images[0] ({url}): ")
+    assert "s3:GetObject" in body["error"]["message"]
+    assert calls_with(stack, question) == []
 
 
 @pytest.mark.parametrize(
@@ -611,7 +612,7 @@ async def test_attempts_exhausted_when_a_job_never_comes_to_an_end(strict: Stric
     body = _failure(await strict.client.result(job_id), "attempts_exhausted", retryable=True)
     kept = await strict.dead_letter_of(job_id)
 
-    assert "delivered 21 times without coming to an end (VQA_DELIVERY_LIMIT)" in body["error"]["message"]
+    assert "delivered 21 times without an outcome (VQA_DELIVERY_LIMIT)" in body["error"]["message"]
     assert kept.headers["vqa-error-code"] == "attempts_exhausted"
     assert calls_with(stack, marker) == []
 
@@ -651,7 +652,9 @@ async def test_attempts_are_counted_by_a_small_whole_number_only(
 # What becomes of the job
 
 
-async def test_only_a_job_that_exhausted_its_attempts_is_kept(strict: Strict, stack: Stack) -> None:
+async def test_only_a_job_that_exhausted_its_attempts_is_kept(
+    strict: Strict, stack: Stack, forbidden_url: str
+) -> None:
     marker = uuid.uuid4().hex
     stack.model.play(Error(status=422), marker=f"{marker} rejected")
     stack.model.play(Answer(text=""), marker=f"{marker} empty")
@@ -660,7 +663,7 @@ async def test_only_a_job_that_exhausted_its_attempts_is_kept(strict: Strict, st
     jobs: dict[str, dict[str, Any]] = {
         "invalid_job": {"images": [image], "model": "another"},
         "image_not_found": {"images": [f"s3://{BUCKET}/missing"]},
-        "image_forbidden": {"images": ["s3://test-forbidden/a b.png"]},
+        "image_forbidden": {"images": [forbidden_url]},
         "image_source_not_allowed": {"images": ["http://a.example.com"]},
         "image_too_large": {"images": [_data_url(bytes(MAX_IMAGE_BYTES + 1))]},
         "image_unsupported_type": {"images": [_data_url(b"?")]},
