@@ -137,8 +137,8 @@ async def worker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     assert await worker.stop() == 0, worker.output()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 async def client(stack: Stack, worker: Worker) -> AsyncIterator[Client]:
-    """The shared worker's client."""
+    """A new client of the shared worker: a test that cancels a request closes its channel."""
     async with Client.of(stack, worker) as client:
         yield client
