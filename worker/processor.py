@@ -107,6 +107,7 @@ class Processor:
                 if grant.answer is not None:
                     return grant.answer
                 while (answer := await self._call(request, attempt, grant)) is None:
+                    observe_stages(attempt, self._clock.monotonic())
                     await self._admission.renew(grant)
                 return await self._admission.store(grant, answer)
         except asyncio.CancelledError:

@@ -28,7 +28,7 @@ class Attempt:
         restored_attempts: how many of those no longer count, because an outage caused them.
         job_id, allowed_model, deadline, metadata: from the job, as soon as it is decoded.
         stage: the current stage; `since`: when it began.
-        seconds: time spent in each stage before the current one.
+        seconds: time spent in each stage before the current one; `observed`: the part that is in the metrics.
         answer: the API's answer. From then on the job is paid for, and nothing may lose the answer.
         trace_id: of the message's trace, in hexadecimal.
     """
@@ -46,6 +46,7 @@ class Attempt:
     metadata: dict[str, Any] = field(default_factory=dict)
     stage: Stage = "decode"
     seconds: dict[Stage, float] = field(default_factory=dict)
+    observed: dict[Stage, float] = field(default_factory=dict)
     answer: Answer | None = None
 
     @classmethod
@@ -104,8 +105,9 @@ class Attempt:
 
 
 def observe_stages(attempt: Attempt, now: float) -> None:
-    """Record the duration of the attempt's stages in the metrics."""
+    """Record the duration of the stages since the last call in the metrics: one sample for each API call."""
     for stage in _MEASURED:
-        if attempt.has_entered(stage):
-            series = metrics.series(metrics.STAGE_DURATION, stage, attempt.model)
-            series.observe(attempt.seconds_in(stage, now))
+        seconds, before = attempt.seconds_in(stage, now), attempt.observed.get(stage, 0.0)
+        if attempt.has_entered(stage) and (seconds > before or stage not in attempt.observed):
+            metrics.series(metrics.STAGE_DURATION, stage, attempt.model).observe(seconds - before)
+            attempt.observed[stage] = seconds
