@@ -194,13 +194,13 @@ def test_an_hpa_asks_for_the_jobs_queue_and_never_goes_to_zero() -> None:
     ("changes", "said"),
     [
         ({"minReplicas": 4}, "autoscaling.minReplicas (4) is more than the maximum number of replicas (3)"),
-        ({"keda": {"host": ""}}, "autoscaling.keda.host is empty: KEDA needs the URL"),
-        ({"keda": {"password": ""}}, "autoscaling.keda.username and autoscaling.keda.password are needed"),
+        ({"keda": {"host": ""}}, "autoscaling.keda.host is empty: KEDA requires the URL"),
+        ({"keda": {"password": ""}}, "autoscaling.keda.username and autoscaling.keda.password are required"),
         (
             {"keda": {"existingSecret": "own"}},
             "autoscaling.keda.existingSecret and autoscaling.keda.username",
         ),
-        ({"keda": {"host": "http://keda:secret@rabbitmq:15672/"}}, "autoscaling.keda.host must not hold"),
+        ({"keda": {"host": "http://keda:secret@rabbitmq:15672/"}}, "autoscaling.keda.host must not contain user"),
         ({"keda": {"tls": {"existingSecret": "own"}}}, "autoscaling.keda.host must begin with https://"),
         ({"keda": {"tls": {"certKey": "tls.crt"}}}, "autoscaling.keda.tls.keyKey belong together"),
     ],
