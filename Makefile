@@ -32,7 +32,9 @@ test: $(INSTALLED) ## run the unit and integration tests, on real services
 	$(BIN)/coverage report
 
 test-slow: $(INSTALLED) ## run the slow tests: image, chart, chaos, scaling, memory, dashboard
-	$(PYTEST) tests/slow
+	$(PYTEST) $(SLOW)
+
+SLOW := tests/slow
 
 $(BENCH): requirements-bench.lock $(INSTALLED)
 	@echo "Installing what the benchmark compares with"
@@ -119,4 +121,6 @@ lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock
 LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
-ci: lint test test-slow ## what CI runs: the checks and the tests
+# Images, chaos, memory and a whole scaling run take longer than a change should wait for: run `make test-slow` for those.
+ci: SLOW := tests/slow/helm tests/slow/test_alerts.py tests/slow/test_dashboard.py
+ci: lint test test-slow ## what CI runs: the checks, the tests, and the slow tests of the chart, the alerts and the dashboard
