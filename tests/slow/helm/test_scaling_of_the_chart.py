@@ -200,7 +200,7 @@ def test_an_hpa_asks_for_the_jobs_queue_and_never_goes_to_zero() -> None:
             {"keda": {"existingSecret": "own"}},
             "autoscaling.keda.existingSecret and autoscaling.keda.username",
         ),
-        ({"keda": {"host": "http://keda:secret@rabbitmq:15672/"}}, "autoscaling.keda.host must not contain user"),
+        ({"keda": {"host": "http://keda:secret@rabbitmq:15672/"}}, "keda.host must not contain user"),
         ({"keda": {"tls": {"existingSecret": "own"}}}, "autoscaling.keda.host must begin with https://"),
         ({"keda": {"tls": {"certKey": "tls.crt"}}}, "autoscaling.keda.tls.keyKey belong together"),
     ],
