@@ -1,6 +1,5 @@
 """Workers that die without a word: the broker hands their jobs to the next one."""
 
-import base64
 import resource
 import sys
 import uuid
@@ -156,17 +155,17 @@ def data_bytes(pid: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's data so")
 async def test_a_worker_without_memory_ends_at_once_and_its_job_goes_to_one_that_has_some(
-    start_own_worker: StartWorker, own_client_of: MakeClient
+    start_own_worker: StartWorker, own_client_of: MakeClient, own_stack: Stack
 ) -> None:
     poor = await start_own_worker()
     client = await own_client_of(poor)
     await results(client, await publish(client, 1, "while there is memory"))
     assert poor.process is not None
-    # Enough to receive the message, and not to work on it.
-    most = data_bytes(poor.process.pid) + 3 * LARGE_BYTES
+    # Enough for the job, and not for its answer.
+    most = data_bytes(poor.process.pid) + LARGE_BYTES
     resource.prlimit(poor.process.pid, resource.RLIMIT_DATA, (most, most))
-    content = base64.b64encode(picture() + b"\xff" * LARGE_BYTES).decode()
-    large = job(image=f"data:image/png;base64,{content}")
+    large = job(uuid.uuid4().hex)
+    own_stack.model.play(Answer(text="x" * LARGE_BYTES), marker=large["question"])
     await client.publish(large)
     assert await poor.ended() == 1
     assert events(poor, "out_of_memory")
