@@ -28,7 +28,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED) ## run the unit and integration tests, on real services
 	$(BIN)/coverage erase
-	$(PYTEST) --cov --cov-report= tests/integration tests/unit $(RETRY)
+	$(PYTEST) --cov --cov-report= tests/integration tests/unit
 	$(BIN)/coverage report
 
 test-slow: $(INSTALLED) ## run the slow tests: image, chart, chaos, scaling, memory, dashboard
@@ -122,7 +122,5 @@ lock: ## take the latest releases into the locks (needs uv)
 LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
 # Images, chaos, memory and a whole scaling run take longer than a change should wait for: run `make test-slow` for those.
-# Until test_worker_death is reliable: it failed once in a full run and passed in another.
-ci: RETRY = || $(BIN)/pytest --last-failed --last-failed-no-failures none tests/integration tests/unit
 ci: SLOW := tests/slow/helm tests/slow/test_alerts.py tests/slow/test_dashboard.py
 ci: lint test test-slow ## what CI runs: the checks, the tests, and the slow tests of the chart, the alerts and the dashboard
