@@ -1,31 +1,17 @@
 """`vqa-worker dlq list` and `show`: filters, output, and that reading loses no message."""
 
-from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import aio_pika
 import pytest
 
 from deploy.local.stack import Stack
 from tests.breaking import BrokerUser, administer, job
-from tests.integration.cli.dead_letters import Queues, add_dead_letters, read_dead_letters
-from tests.integration.cli.running import Cli, commands, kill
+from tests.integration.cli.dlq.dead_letters import Queues, add_dead_letters, read_dead_letters
+from tests.integration.cli.running import Cli, kill
 from tests.proxy import Proxy
 from tests.running import until
 from worker.rabbitmq import dead_letters
-
-
-@pytest.fixture
-def cli(stack: Stack, tmp_path: Path) -> Iterator[Cli]:
-    with commands(stack, tmp_path) as cli:
-        yield cli
-
-
-@pytest.fixture
-async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
-    async with Queues.of(stack, cli) as queues:
-        yield queues
 
 
 async def test_list_filters_by_error_model_time_and_id(cli: Cli, queues: Queues) -> None:
@@ -90,15 +76,6 @@ def delivery_limit_of_20(stack: Stack, queues: Queues) -> None:
     administer(stack, "PUT", f"/api/policies/%2F/{queues.dead}", policy)
 
 
-async def until_returned(queues: Queues, count: int) -> None:
-    """Wait until the broker has all dead letters back; it returns them after the connection is closed."""
-
-    async def are_back() -> bool:
-        return await queues.depth(queues.dead) == count
-
-    await until(are_back, "the dead letters are ready again")
-
-
 @pytest.mark.usefixtures("delivery_limit_of_20")
 async def test_reading_any_number_of_times_loses_no_dead_letter(stack: Stack, queues: Queues) -> None:
     ids = await add_dead_letters(
@@ -109,7 +86,7 @@ async def test_reading_any_number_of_times_loses_no_dead_letter(stack: Stack, qu
     first = await read_dead_letters(stack, queues)
     again = first
     for _ in range(50):
-        await until_returned(queues, len(first))
+        await queues.until_depth(queues.dead, len(first))
         again = await read_dead_letters(stack, queues)
         assert sorted(held.record.name for held in again) == sorted(held.record.name for held in first)
     by_name = {held.record.name: held for held in again}
@@ -128,9 +105,9 @@ async def test_reading_any_number_of_times_loses_no_dead_letter(stack: Stack, qu
 async def test_reading_only_some_any_number_of_times_loses_none(stack: Stack, queues: Queues) -> None:
     await add_dead_letters(queues, 2)
     for _ in range(50):
-        await until_returned(queues, 2)
+        await queues.until_depth(queues.dead, 2)
         assert len(await read_dead_letters(stack, queues, most=1)) == 1
-    await until_returned(queues, 2)
+    await queues.until_depth(queues.dead, 2)
 
 
 @pytest.mark.usefixtures("delivery_limit_of_20")

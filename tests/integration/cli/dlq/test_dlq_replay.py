@@ -5,14 +5,13 @@ import json
 import signal
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from deploy.local.stack import Stack
 from tests.breaking import BrokerUser, job
-from tests.integration.cli.dead_letters import (
+from tests.integration.cli.dlq.dead_letters import (
     Queues,
     add_dead_letters,
     broker_of,
@@ -20,7 +19,7 @@ from tests.integration.cli.dead_letters import (
     read_dead_letters,
     state,
 )
-from tests.integration.cli.running import Cli, commands, ended, kill
+from tests.integration.cli.running import Cli, ended, kill
 from tests.integration.cli.terminal import Terminal
 from tests.proxy import Proxy
 from tests.running import until
@@ -30,18 +29,6 @@ from worker.rabbitmq.connection import BrokerUnreachableError
 from worker.rabbitmq.dead_letters import FetchedDeadLetter
 
 BASIC_ACK = b"\x00\x3c\x00\x50"
-
-
-@pytest.fixture
-def cli(stack: Stack, tmp_path: Path) -> Iterator[Cli]:
-    with commands(stack, tmp_path) as cli:
-        yield cli
-
-
-@pytest.fixture
-async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
-    async with Queues.of(stack, cli) as queues:
-        yield queues
 
 
 async def test_replay_and_purge_change_nothing_before_confirmation(cli: Cli, queues: Queues) -> None:

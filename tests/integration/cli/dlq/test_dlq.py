@@ -2,34 +2,20 @@
 
 import json
 import uuid
-from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import aio_pika
-import pytest
 
 from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
 from tests.breaking import job
 from tests.conftest import MakeClient, StartWorker
-from tests.integration.cli.dead_letters import Queues, add_dead_letters, ids_of, state
-from tests.integration.cli.running import Cli, commands
+from tests.integration.cli.dlq.dead_letters import Queues, add_dead_letters, ids_of, state
+from tests.integration.cli.running import Cli
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-@pytest.fixture
-def cli(stack: Stack, tmp_path: Path) -> Iterator[Cli]:
-    with commands(stack, tmp_path) as cli:
-        yield cli
-
-
-@pytest.fixture
-async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
-    async with Queues.of(stack, cli) as queues:
-        yield queues
 
 
 async def test_a_dead_lettered_job_is_listed_shown_replayed_and_answered(

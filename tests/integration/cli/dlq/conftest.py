@@ -1,0 +1,22 @@
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.local.stack import Stack
+from tests.integration.cli.dlq.dead_letters import Queues
+from tests.integration.cli.running import Cli, commands
+
+
+@pytest.fixture
+def cli(stack: Stack, tmp_path: Path) -> Iterator[Cli]:
+    """Commands for queues of a test's own, which no worker reads."""
+    with commands(stack, tmp_path) as cli:
+        yield cli
+
+
+@pytest.fixture
+async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
+    """The queues of `cli`."""
+    async with Queues.of(stack, cli) as queues:
+        yield queues
