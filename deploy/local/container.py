@@ -1,7 +1,6 @@
 """RabbitMQ from its official image, for machines with Docker and without RabbitMQ."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,20 +11,6 @@ from deploy.local.rabbitmq import LocalBroker
 IMAGE = "rabbitmq:4-management"
 # The first start downloads the image.
 _COMMAND_TIMEOUT_SECONDS = 600
-_PROBE_TIMEOUT_SECONDS = 5
-
-
-def docker_answers() -> bool:
-    """Return whether a Docker engine runs and this user may use it."""
-    if not shutil.which("docker"):
-        return False
-    try:
-        done = subprocess.run(
-            ["docker", "info"], capture_output=True, timeout=_PROBE_TIMEOUT_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
 
 
 class RabbitMQContainer(LocalBroker):

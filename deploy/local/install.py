@@ -75,10 +75,10 @@ def find_installation() -> Installation | None:
 
 
 def install_commands() -> list[tuple[str, ...]]:
-    """Return the commands of this machine's package manager, to be tried in turn; none if there is no way."""
+    """Return the commands of this machine's package manager, to be tried in turn; none if it has none."""
     is_root = os.geteuid() == 0
-    if shutil.which("apt-get") and (is_root or _succeeds("sudo", "-n", "true")):
-        # RUNLEVEL=1 keeps the package from starting a system service where there is no systemd.
+    if shutil.which("apt-get") and (is_root or succeeds("sudo", "-n", "true")):
+        # RUNLEVEL=1 prevents the package from starting a system service where there is no systemd.
         shell = (*(() if is_root else ("sudo", "-n")), "env", "RUNLEVEL=1", "sh", "-c")
         install = (*shell, f"{_APT} install -y --no-install-recommends rabbitmq-server && {_DISABLE_SERVICE}")
         # The package lists may be missing or old.
@@ -117,7 +117,8 @@ def _install(commands: list[tuple[str, ...]], on_progress: Callable[[str], None]
     return None
 
 
-def _succeeds(*command: str) -> bool:
+def succeeds(*command: str) -> bool:
+    """Return whether a short command runs and ends with exit code 0."""
     try:
         done = subprocess.run(
             command,

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Self
 
-from deploy.local.container import RabbitMQContainer, docker_answers
+from deploy.local.container import RabbitMQContainer
 from deploy.local.external import external_model, external_rabbitmq, external_s3
-from deploy.local.install import ensure_rabbitmq, find_installation
+from deploy.local.install import ensure_rabbitmq, find_installation, succeeds
 from deploy.local.model_simulator.behavior import Behavior
 from deploy.local.ports import PortBlock
 from deploy.local.rabbitmq import Broker, RabbitMQ
@@ -109,7 +109,7 @@ class Stack(AbstractContextManager["Stack"]):
 
 def local_rabbitmq(folder: Path, ports: PortBlock, on_progress: Callable[[str], None]) -> Broker:
     """Return the installed RabbitMQ; else one in Docker; else install it, which changes the machine."""
-    if find_installation() is None and docker_answers():
+    if find_installation() is None and succeeds("docker", "info"):
         on_progress("RabbitMQ is not installed: its official image is used, in Docker")
         return RabbitMQContainer(folder, ports)
     return RabbitMQ(ensure_rabbitmq(on_progress), folder, ports)

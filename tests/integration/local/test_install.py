@@ -29,7 +29,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SetMachine:
     def set_machine(*programs: str, root: bool = False, sudo: bool = False) -> None:
         monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name in programs else None)
         monkeypatch.setattr(os, "geteuid", lambda: 0 if root else 1000)
-        monkeypatch.setattr(install, "_succeeds", lambda *_: sudo)
+        monkeypatch.setattr(install, "succeeds", lambda *_: sudo)
 
     return set_machine
 
@@ -104,7 +104,7 @@ def test_docker_is_used_only_where_rabbitmq_is_not_installed(
 ) -> None:
     monkeypatch.setattr(stack, "find_installation", lambda: HERE if installed else None)
     monkeypatch.setattr(stack, "ensure_rabbitmq", lambda _: HERE)
-    monkeypatch.setattr(stack, "docker_answers", lambda: docker)
+    monkeypatch.setattr(stack, "succeeds", lambda *_: docker)
     ports = PortBlock()
     try:
         assert type(stack.local_rabbitmq(tmp_path / "rabbitmq", ports, print)) is expected
