@@ -5,20 +5,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
-from worker.clock import Clock
+from worker.app.parts import Parts
 from worker.errors import DependencyDownError
 from worker.images.loader import ImageLoader, LinkPolicy
 from worker.images.source import SourcePolicy
-from worker.jobs.cancellation import Cancellations
 from worker.jobs.request import RequestRules
 from worker.jobs.results import Results
 from worker.model.client import Model
 from worker.observability.redaction import Redactor
-from worker.observability.tenants import Tenants
 from worker.processor import Processor, World
-from worker.resilience.concurrency_limiter import ConcurrencyLimiter
-from worker.resilience.diagnostics import Diagnostics
-from worker.resilience.outage_detector import OutageDetector
 from worker.resilience.retry_policy import RetryPolicy
 from worker.result_store.cancelled_jobs import CancelledJobs
 from worker.result_store.store import ResultStore
@@ -39,32 +34,22 @@ class Assembled:
     background: Mapping[str, Callable[[], Awaitable[None]]]
 
 
-async def assemble(
-    settings: Settings,
-    *,
-    limiter: ConcurrencyLimiter,
-    detector: OutageDetector,
-    diagnostics: Diagnostics,
-    cancellations: Cancellations,
-    tenants: Tenants,
-    stack: AsyncExitStack,
-) -> Assembled:
+async def assemble(settings: Settings, parts: Parts, stack: AsyncExitStack) -> Assembled:
     """Build the processor and its clients, which `stack` closes.
 
     Raises:
         S3ConfigurationError: the AWS configuration is invalid; the message names the fault.
     """
-    clock = Clock()
     redact = Redactor(settings.secret_values())
     s3 = await open_s3(settings, stack)
     store, background = None, {}
     if settings.result_store is not None:
         objects = conditional_store_at(settings.result_store, s3)
-        store = ResultStore(objects, max_job_s=settings.job_timeout, clock=clock)
+        store = ResultStore(objects, max_job_s=settings.job_timeout, clock=parts.clock)
         stack.push_async_callback(store.close)
-        cancelled_jobs = CancelledJobs(objects, cancellations.remember)
+        cancelled_jobs = CancelledJobs(objects, parts.cancellations.remember)
         await _catch_up(cancelled_jobs)
-        cancellations.store_in(cancelled_jobs)
+        parts.cancellations.store_in(cancelled_jobs)
         background = {
             "result-store": store.send_heartbeats,
             "result-store-leftovers": store.tidy_up,
@@ -74,16 +59,16 @@ async def assemble(
         images=_images(settings, s3),
         model=open_model(settings, redact, stack),
         store=store,
-        limiter=limiter,
-        detector=detector,
-        diagnostics=diagnostics,
-        cancellations=cancellations,
-        tenants=tenants,
-        results=Results(redact, clock, include_response=settings.include_response),
+        limiter=parts.limiter,
+        detector=parts.detector,
+        diagnostics=parts.diagnostics,
+        cancellations=parts.cancellations,
+        tenants=parts.tenants,
+        results=Results(redact, parts.clock, include_response=settings.include_response),
         rules=_rules(settings),
         retry=RetryPolicy(settings.max_attempts, settings.retry_delays),
         job_timeout_s=settings.job_timeout,
-        clock=clock,
+        clock=parts.clock,
     )
     return Assembled(Processor(world), background)
 

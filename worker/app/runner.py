@@ -6,17 +6,16 @@ import importlib
 import os
 import signal
 import socket
-import time
 from collections import Counter
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
 
 from worker import __version__
 from worker.app.background import Background
+from worker.app.parts import Parts
 from worker.clock import Clock
 from worker.jobs.cancellation import Cancellations
 from worker.jobs.in_flight_jobs import InFlightJobs
@@ -60,22 +59,6 @@ GC_THRESHOLD = 20_000
 
 class StartError(Exception):
     """The worker cannot start with these settings; the message names the setting."""
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The parts that exist as long as the worker runs."""
-
-    publisher: Publisher
-    consumer: Consumer
-    in_flight: InFlightJobs
-    controller: ConsumerController
-    detector: OutageDetector
-    diagnostics: Diagnostics
-    limiter: ConcurrencyLimiter
-    cancellations: Cancellations
-    topology: Topology
-    tenants: Tenants
 
 
 async def run(settings: Settings) -> bool:
@@ -142,7 +125,7 @@ def _load_slow_modules(*, traced: bool) -> None:
     gc.enable()
 
 
-def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Future[Processor]") -> _Parts:
+def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Future[Processor]") -> Parts:
     """Build all parts. The processor follows before the consumer starts."""
     install_tolerant_decoders()
     topology = Topology.from_settings(settings)
@@ -166,7 +149,7 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
     tenants.initialize_series(settings.allowed_models)
     settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to), tenants)
     in_flight = InFlightJobs(
-        tasks, lambda delivery, attempt: processor.result().process(delivery, attempt), settlement
+        tasks, lambda delivery, attempt: processor.result().process(delivery, attempt), settlement, clock
     )
     cancellations = Cancellations()
     consumer = Consumer(
@@ -184,7 +167,8 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         maximum=settings.max_concurrency,
         clock=clock,
     )
-    return _Parts(
+    return Parts(
+        clock=clock,
         publisher=publisher,
         consumer=consumer,
         in_flight=in_flight,
@@ -211,20 +195,12 @@ def _begin_traces(settings: Settings, topology: Topology, stack: AsyncExitStack)
     stack.push_async_callback(tracer.close)
 
 
-async def _assembled(settings: Settings, parts: _Parts, stack: AsyncExitStack) -> "Assembled":
+async def _assembled(settings: Settings, parts: Parts, stack: AsyncExitStack) -> "Assembled":
     from worker.app.assembly import assemble
     from worker.s3.aws import S3ConfigurationError
 
     try:
-        return await assemble(
-            settings,
-            limiter=parts.limiter,
-            detector=parts.detector,
-            diagnostics=parts.diagnostics,
-            cancellations=parts.cancellations,
-            tenants=parts.tenants,
-            stack=stack,
-        )
+        return await assemble(settings, parts, stack)
     except S3ConfigurationError as error:
         raise StartError(str(error)) from None
 
@@ -239,9 +215,9 @@ async def _serve_http(stack: AsyncExitStack, app: "Application", settings: Setti
         ) from None
 
 
-async def _drain(parts: _Parts, grace_s: float) -> bool:
+async def _drain(parts: Parts, grace_s: float) -> bool:
     """Requeue jobs without a slot, finish the others within the grace, then cancel and requeue the rest."""
-    ends = time.monotonic() + grace_s
+    ends = parts.clock.monotonic() + grace_s
     log.info("stopping", grace_s=grace_s)
     parts.limiter.close("the worker stops")
     parts.diagnostics.stop()
@@ -250,7 +226,7 @@ async def _drain(parts: _Parts, grace_s: float) -> bool:
             await parts.consumer.hold()
     except TimeoutError:
         log.warning("rabbitmq_shutdown_timeout", what="no confirmation that consuming has ended")
-    if await _in_time(parts.in_flight.drained(), max(0.0, ends - time.monotonic())):
+    if await _in_time(parts.in_flight.drained(), max(0.0, ends - parts.clock.monotonic())):
         return True
     log.warning("grace_period_expired", after_s=grace_s)
     parts.in_flight.cancel_all()
@@ -268,7 +244,7 @@ async def _in_time(waiting: Awaitable[None], seconds: float) -> bool:
     return True
 
 
-def _readiness(parts: _Parts, *, stopping: bool) -> Readiness:
+def _readiness(parts: Parts, *, stopping: bool) -> Readiness:
     if stopping:
         return Readiness(is_ready=False, status="stopping", reasons=("the worker was asked to stop",))
     if not parts.consumer.is_connected:
@@ -282,12 +258,12 @@ def _readiness(parts: _Parts, *, stopping: bool) -> Readiness:
     return Readiness(is_ready=True, status="ready", reasons=reasons)
 
 
-def _handle_status_signal(parts: _Parts, stop: asyncio.Event) -> None:
+def _handle_status_signal(parts: Parts, stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR1, lambda: _log_in_flight(parts, stopping=stop.is_set()))
 
 
-def _log_in_flight(parts: _Parts, *, stopping: bool) -> None:
+def _log_in_flight(parts: Parts, *, stopping: bool) -> None:
     """Log how many jobs are in flight, and the oldest of them."""
     jobs, state = parts.in_flight.snapshot(), _readiness(parts, stopping=stopping)
     in_flight_log.info(

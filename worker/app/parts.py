@@ -1,0 +1,32 @@
+"""The parts that exist as long as the worker runs."""
+
+from dataclasses import dataclass
+
+from worker.clock import Clock
+from worker.jobs.cancellation import Cancellations
+from worker.jobs.in_flight_jobs import InFlightJobs
+from worker.observability.tenants import Tenants
+from worker.rabbitmq.consumer import Consumer
+from worker.rabbitmq.publisher import Publisher
+from worker.rabbitmq.topology import Topology
+from worker.resilience.concurrency_limiter import ConcurrencyLimiter
+from worker.resilience.consumer_controller import ConsumerController
+from worker.resilience.diagnostics import Diagnostics
+from worker.resilience.outage_detector import OutageDetector
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is built before the SDKs are loaded; the processor needs those, and follows."""
+
+    clock: Clock
+    publisher: Publisher
+    consumer: Consumer
+    in_flight: InFlightJobs
+    controller: ConsumerController
+    detector: OutageDetector
+    diagnostics: Diagnostics
+    limiter: ConcurrencyLimiter
+    cancellations: Cancellations
+    topology: Topology
+    tenants: Tenants
