@@ -275,13 +275,12 @@ async def test_data_urls_need_no_more_than_their_messages(
     url = data_url(content)
     bodies = [job(url) for _ in range(jobs)]
     if escaped:
-        # As PHP does: the text of the image is then not a part of the message, but a copy.
+        # As PHP does.
         bodies = [body.replace(b"/", b"\\/") for body in bodies]
     message = max(map(len, bodies))
-    copies = 2 if escaped else 1
-    limit = idle_bytes + buffer_bytes + SLACK_BYTES + (jobs * copies + 3) * message
+    limit = idle_bytes + buffer_bytes + SLACK_BYTES + (jobs + 3) * message
     # One more copy of each would not fit, whatever else is small.
-    assert limit < idle_bytes + jobs * (copies + 1) * message
+    assert limit < idle_bytes + jobs * 2 * message
     worker = scene.worker(buffer_bytes=buffer_bytes, VQA_MAX_CONCURRENCY=str(jobs))
     async with running(worker, limit), Client.of(scene.stack, worker) as client:
         scene.api.hold(jobs)
