@@ -30,9 +30,10 @@ class ErrorCode(StrEnum):
 # For docs/messages.md: when a code occurs, and what happens in addition to the failed result.
 DESCRIPTIONS: Final[Mapping[ErrorCode, str]] = {
     ErrorCode.INVALID_JOB: "The message is not a valid job: not strict JSON, an invalid or unknown field, no"
-    " id, a model that is not allowed, control characters in an object key, too many JSON values, or a body"
-    " larger than `VQA_MAX_JOB_BYTES`. If the body has no readable id, a copy goes to the dead-letter queue;"
-    " a result is then published only if the message has a `message_id`, a `reply_to` or a `correlation_id`.",
+    " id, a model that is not allowed, control characters in an object key, too many JSON values, more than 1"
+    " MB apart from data URLs, or a body larger than `VQA_MAX_JOB_BYTES`. If the body has no readable id, a"
+    " copy goes to the dead-letter queue; a result is then published only if the message has a `message_id`,"
+    " a `reply_to` or a `correlation_id`.",
     ErrorCode.IMAGE_NOT_FOUND: "S3 has no such object. (Without permission to list the bucket, S3 reports a"
     " missing object as forbidden.)",
     ErrorCode.IMAGE_FORBIDDEN: "S3 denies the worker access to this object.",
