@@ -1,4 +1,4 @@
-"""Jobs that their publisher takes back: running, queued, in a retry, done, or known to nobody."""
+"""Cancel jobs that are running, queued, waiting for a retry, finished or unknown."""
 
 import json
 import uuid
@@ -15,7 +15,7 @@ from tests.conftest import BUCKET, MakeClient, StartWorker
 from tests.running import Client, Worker, calls_with, until
 
 
-async def tell(stack: Stack, worker: Worker, *bodies: bytes) -> None:
+async def send_control_messages(stack: Stack, worker: Worker, *bodies: bytes) -> None:
     """Publish messages on the worker's control exchange."""
     connection = await aio_pika.connect(stack.rabbitmq.url)
     async with connection:
@@ -26,7 +26,7 @@ async def tell(stack: Stack, worker: Worker, *bodies: bytes) -> None:
 
 
 async def cancel(stack: Stack, worker: Worker, job_id: str, *, times: int = 1) -> None:
-    await tell(stack, worker, *[json.dumps({"cancel": job_id}).encode()] * times)
+    await send_control_messages(stack, worker, *[json.dumps({"cancel": job_id}).encode()] * times)
 
 
 async def nothing_is_left(client: Client, worker: Worker) -> bool:
@@ -61,7 +61,7 @@ async def test_a_running_call_is_aborted_and_its_job_gets_one_result_however_oft
     assert sum(worker.metric("vqa_ambiguous_calls_total") for worker in workers) == 1
     assert sum(worker.metric("vqa_jobs_total", error="cancelled") for worker in workers) == 1
     await until(lambda: all(events(worker, "job_cancelled") for worker in workers), "both hear of it")
-    # Whatever comes after it is worked on as ever.
+    # The workers process later jobs as usual.
     await client.publish(other)
     assert (await client.result(other["id"])).body["status"] == "succeeded"
     assert len(client.replies[taken["id"]]) == 1
@@ -83,7 +83,7 @@ async def test_a_job_that_waits_in_the_queue_is_dropped_when_its_turn_comes(
 
     assert statuses(await results(client, [running, *waiting])) == {"cancelled": 3, "succeeded": 1}
     assert client.replies[waiting[2]][0].body["status"] == "succeeded"
-    # The first one's, and that of the one which nobody took back.
+    # One call for the running job and one for the job that was not cancelled.
     assert len(calls_with(stack, marker)) == 2
     assert await nothing_is_left(client, worker)
 
@@ -121,7 +121,7 @@ async def test_what_is_done_or_unknown_or_makes_no_sense_disturbs_nobody(
     ]
     bodies = [b"", b"\xff", b"[" * 100_000, *(json.dumps(it).encode() for it in nonsense)]
     for body in bodies:
-        await tell(stack, worker, body)
+        await send_control_messages(stack, worker, body)
     await cancel(stack, worker, done)
     await cancel(stack, worker, "nobody's")
     await until(lambda: len(events(worker, "job_cancelled")) == 2, "what makes sense is heard")
@@ -138,25 +138,25 @@ async def test_a_worker_started_later_knows_from_the_result_store_what_was_cance
     settings = {"VQA_RESULT_STORE": f"s3://{BUCKET}/{marker}"}
     early = await start_worker(**settings)
     client = await client_of(early)
-    gone, kept = job(marker), job(marker)
-    await cancel(stack, early, gone["id"])
+    cancelled, kept = job(marker), job(marker)
+    await cancel(stack, early, cancelled["id"])
 
     def cancelled_jobs() -> int:
         found = stack.s3.client().list_objects_v2(Bucket=BUCKET, Prefix=f"{marker}/cancelled/")
         return found["KeyCount"]
 
-    await until(cancelled_jobs, "the tombstone")
+    await until(cancelled_jobs, "the cancellation marker")
     assert await early.stop() == 0
-    for it in (gone, kept):
+    for it in (cancelled, kept):
         await client.publish(it)
     late = await start_worker(like=early, **settings)
 
-    assert (await client.result(gone["id"])).body["error"]["code"] == "cancelled"
+    assert (await client.result(cancelled["id"])).body["error"]["code"] == "cancelled"
     assert (await client.result(kept["id"])).body["status"] == "succeeded"
     assert len(calls_with(stack, marker)) == 1
     # Ids are nobody's business who may list the bucket.
     listed = stack.s3.client().list_objects_v2(Bucket=BUCKET, Prefix=marker)["Contents"]
-    assert not [it["Key"] for it in listed if gone["id"] in it["Key"] or kept["id"] in it["Key"]]
+    assert not [it["Key"] for it in listed if cancelled["id"] in it["Key"] or kept["id"] in it["Key"]]
     assert await late.stop() == 0
 
 

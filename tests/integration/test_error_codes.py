@@ -1,4 +1,4 @@
-"""Every error code of the contract: when it comes, what it tells the publisher, whether it was paid for."""
+"""Check each error code: its cause, the result that reports it, and whether the model was called."""
 
 import base64
 import json
@@ -72,7 +72,7 @@ async def strict(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
 
 
 def _failure(reply: Reply, code: str, *, retryable: bool = False) -> dict[str, Any]:
-    """The body of a result that tells of this failure, which is checked as far as all failures are alike."""
+    """Check the fields that all failed results share; return the body."""
     body = reply.body
     assert body["status"] == "failed"
     assert body["answer"] is None
@@ -82,7 +82,7 @@ def _failure(reply: Reply, code: str, *, retryable: bool = False) -> dict[str, A
     return body
 
 
-# invalid_job (what is no JSON at all stands in test_unreadable_messages.py)
+# invalid_job (test_unreadable_messages.py covers bodies that are not JSON)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ async def test_invalid_job_names_the_place_in_the_long_form(
     assert names in body["error"]["message"]
 
 
-async def test_a_misspelt_field_of_a_job_is_told_whatever_else_it_says(strict: Strict) -> None:
+async def test_a_misspelt_field_is_reported_for_every_job(strict: Strict) -> None:
     body = await strict.fail("invalid_job", question="?", images=["x"], imagse=[], Params={}, meta=1)
     assert body["error"]["message"].count("unknown field") == 3
 
@@ -373,7 +373,7 @@ async def test_of_several_faulty_images_the_first_is_named(strict: Strict, put_i
 
 
 @pytest.mark.parametrize("status", [400, 405, 413, 422, 451])
-async def test_model_rejected_tells_what_the_api_said_without_secrets(
+async def test_model_rejected_reports_the_api_s_message_without_secrets(
     strict: Strict, stack: Stack, status: int
 ) -> None:
     said = f"cannot read {PRESIGNED} with key {stack.model.api_key}: Bearer abcdef0123456789abcdef"
@@ -421,7 +421,7 @@ async def test_model_rejected_when_403_is_for_this_job_only(
     stack.model.play(Error(status=403, message="not your picture"), marker=marker, times=None)
     await client.publish({"id": job_id, "question": marker, "images": [_data_url(picture())]})
     await until(lambda: worker.metric("vqa_retries_total", reason="http_403") > 0, "the first 403")
-    # Somebody else's success is what tells it from an outage.
+    # A success of another job distinguishes this failure from an outage.
     other = await client.ask(question="?", images=[_data_url(picture())])
     body = _failure(await client.result(job_id), "model_rejected")
 
@@ -524,7 +524,7 @@ async def test_deadline_exceeded_where_the_next_attempt_would_come_too_late(
     ],
     ids=lambda value: f"{value.kind}-{getattr(value, 'status', '')}" if isinstance(value, Outcome) else "",
 )
-async def test_attempts_exhausted_tells_the_last_fault_and_keeps_the_job(
+async def test_attempts_exhausted_reports_the_last_error_and_dead_letters_the_job(
     strict: Strict, stack: Stack, fault: Outcome, says: str
 ) -> None:
     job_id, marker = uuid.uuid4().hex, uuid.uuid4().hex
@@ -545,7 +545,7 @@ async def test_attempts_exhausted_tells_the_last_fault_and_keeps_the_job(
     await _succeed(strict)
 
 
-async def test_a_job_is_tried_as_often_as_the_setting_says_and_can_be_put_back(
+async def test_a_job_is_attempted_as_often_as_configured_and_can_be_replayed(
     client: Client, worker: Worker, stack: Stack
 ) -> None:
     job_id, marker = uuid.uuid4().hex, uuid.uuid4().hex
@@ -583,13 +583,13 @@ async def test_a_job_is_tried_as_often_as_the_setting_says_and_can_be_put_back(
         "vqa-error-message": body["error"]["message"],
         "vqa-attempts": 3,
     }
-    await _can_be_put_back(client, kept, job_id, died_at)
+    await _can_be_replayed(client, kept, job_id, died_at)
 
 
-async def _can_be_put_back(
+async def _can_be_replayed(
     client: Client, kept: AbstractIncomingMessage, job_id: str, died_at: datetime
 ) -> None:
-    """Put back with all its headers, a dead letter is a new job, with all its attempts before it."""
+    """Replay a dead letter with all its headers: it is a new job with all its attempts left."""
     client.replies.pop(job_id)
     await client.publish(
         kept.body,

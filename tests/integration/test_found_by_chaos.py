@@ -1,4 +1,4 @@
-"""What the fault suite found, each bug as a test of its own."""
+"""Regression tests for the bugs that the chaos test found."""
 
 import asyncio
 import uuid

@@ -93,14 +93,14 @@ async def test_it_stays_ready_while_it_pauses_on_purpose_and_says_why(
     await until(lambda: client.depth(worker.jobs_queue), "the job is back")
 
 
-async def test_livez_tells_when_the_event_loop_last_turned(worker: Worker) -> None:
+async def test_livez_reports_when_the_event_loop_last_ran(worker: Worker) -> None:
     status, body, content_type = _request(worker, "GET", "/livez")
     assert status == 200
     assert content_type.startswith("application/json")
     assert body.startswith(b'{"status": "alive", "heartbeat_age_s": ')
 
 
-async def test_every_heartbeat_tells_how_late_it_came(worker: Worker) -> None:
+async def test_every_heartbeat_records_its_delay(worker: Worker) -> None:
     def beats() -> float:
         return worker.metric("vqa_event_loop_lag_seconds_count")
 

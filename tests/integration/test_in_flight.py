@@ -1,4 +1,4 @@
-"""SIGUSR1: a worker says what it is at, whatever state it is in; SIGUSR2: where in its code it is."""
+"""SIGUSR1 logs the jobs in flight in every state of the worker; SIGUSR2 prints its stack traces."""
 
 import asyncio
 import signal
@@ -101,7 +101,7 @@ async def scene(
         model.thaw()
 
 
-async def test_the_oldest_jobs_are_told_and_the_others_counted(scene: Scene) -> None:
+async def test_the_oldest_jobs_are_logged_and_the_others_counted(scene: Scene) -> None:
     scene.model.freeze()
     secret, jobs = uuid.uuid4().hex, MAX_LOGGED_JOBS + 7
     (oldest,) = await publish(scene.client, 1, secret)

@@ -287,7 +287,7 @@ async def test_a_deadline_s_offset_counts(client: Client, put_image: PutImage) -
 async def test_the_same_job_sent_twice_is_answered_twice(
     client: Client, stack: Stack, put_image: PutImage
 ) -> None:
-    """Two messages are two jobs to the worker, whatever their ids say."""
+    """Two messages are two jobs, even if their ids are equal."""
     job_id, question = uuid.uuid4().hex, _question()
     job = {"id": job_id, "question": question, "images": [put_image()]}
     await client.publish(job, message_id=uuid.uuid4().hex)

@@ -131,7 +131,7 @@ def test_a_bound_logger_keeps_its_fields(lines: Lines) -> None:
     assert (lines()[0]["job"], lines()[0]["n"]) == ("a", 1)
 
 
-def test_letters_of_all_languages_stay_as_they_are(lines: Lines, stream: io.StringIO) -> None:
+def test_non_ascii_text_is_not_escaped(lines: Lines, stream: io.StringIO) -> None:
     our_log().info("Grüße, 猫 🐈")
     assert "Grüße, 猫 🐈" in stream.getvalue()
     assert lines()[0]["event"] == "Grüße, 猫 🐈"
@@ -167,7 +167,7 @@ def test_fields_named_as_the_fixed_ones_do_not_replace_them(lines: Lines) -> Non
 
 
 @pytest.mark.parametrize("fields", [{"name": 1}, {"msg": 1, "args": 2, "message": 3, "module": 4}])
-def test_fields_named_as_the_standard_library_s_are_no_trouble(lines: Lines, fields: dict[str, int]) -> None:
+def test_fields_may_have_the_names_of_log_record_attributes(lines: Lines, fields: dict[str, int]) -> None:
     our_log().info("event", **fields)
     assert fields.items() <= lines()[0].items()
 
@@ -205,7 +205,7 @@ def test_stdout_is_where_lines_go(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.err == ""
 
 
-def test_stdout_is_utf8_whatever_the_locale() -> None:
+def test_stdout_is_utf8_in_every_locale() -> None:
     code = (
         "import structlog; from worker.observability.logs import configure_logging;"
         "configure_logging('info', None, str); structlog.get_logger('worker').info('猫 \\ud800')"
@@ -292,7 +292,7 @@ def test_what_somebody_has_asked_for_is_shown_at_any_level(stream: io.StringIO) 
 # Repetitions
 
 
-def test_a_fault_that_repeats_is_told_a_few_times_and_then_counted(lines: Lines) -> None:
+def test_a_repeated_error_is_logged_a_few_times_and_then_counted(lines: Lines) -> None:
     for number in range(MAX_SHOWN + 5):
         our_log().warning("job_retried", job_id=str(number), reason="http_5xx")
     our_log().warning("job_retried", job_id="another", reason="timeout")
@@ -322,7 +322,7 @@ def test_one_bug_that_all_jobs_meet_is_one_kind_of_line_and_another_bug_another(
     assert len(lines()) == MAX_SHOWN + 1
 
 
-def test_the_same_of_a_library_is_counted_whatever_values_it_has(lines: Lines) -> None:
+def test_a_library_s_repeated_message_is_counted_regardless_of_its_values(lines: Lines) -> None:
     for number in range(MAX_SHOWN + 5):
         logging.getLogger("opentelemetry.exporter").error("Failed to export %s", number)
     log_suppressed_events(flush=True)
@@ -334,13 +334,13 @@ def test_the_same_of_a_library_is_counted_whatever_values_it_has(lines: Lines) -
 
 
 @pytest.mark.parametrize("level", ["info", "warning", "error"])
-def test_each_job_s_end_is_told_however_many_end_alike(lines: Lines, level: str) -> None:
+def test_the_end_of_every_job_is_logged(lines: Lines, level: str) -> None:
     for number in range(MAX_SHOWN * 3):
         getattr(our_log(), level)("job_finished", job_id=str(number), error="model_rejected")
     assert len(lines()) == MAX_SHOWN * 3
 
 
-def test_what_is_no_trouble_may_repeat(lines: Lines) -> None:
+def test_events_below_warning_are_not_suppressed(lines: Lines) -> None:
     for number in range(MAX_SHOWN * 3):
         our_log().info("cancelled", job_id=str(number))
     assert len(lines()) == MAX_SHOWN * 3
@@ -442,7 +442,7 @@ def test_an_odd_event_is_written_too(lines: Lines, stream: io.StringIO, event: A
     assert QUESTION not in stream.getvalue()
 
 
-def test_arguments_that_do_not_fit_are_told_without_being_shown(
+def test_arguments_that_do_not_fit_the_format_are_reported_but_not_logged(
     lines: Lines, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logging.getLogger("lib").error("%d pictures", SECRET)
@@ -486,7 +486,7 @@ def fail_because(message: str) -> NoReturn:
 def caught(function: Callable[[str], NoReturn]) -> BaseException:
     try:
         function(QUESTION)
-    except BaseException as error:  # noqa: BLE001  # whatever it is
+    except BaseException as error:  # noqa: BLE001
         return error
 
 

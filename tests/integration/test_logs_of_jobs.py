@@ -77,8 +77,8 @@ async def test_without_a_trace_and_with_the_usual_correlation_id_the_line_says_n
 async def test_how_a_job_ends_is_the_level_of_its_line(scene: Scene, put_image: PutImage) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=500), marker=marker, times=2)
-    buried = a_job(marker, put_image())
-    dead = await scene.line(job=buried)
+    exhausted = a_job(marker, put_image())
+    dead = await scene.line(job=exhausted)
     assert (dead["level"], dead["outcome"], dead["error"]) == ("error", "dead_lettered", "attempts_exhausted")
     refused = await scene.line(job=a_job("What?", f"s3://{BUCKET}/missing"))
     assert (refused["level"], refused["outcome"], refused["error"]) == (
@@ -86,7 +86,7 @@ async def test_how_a_job_ends_is_the_level_of_its_line(scene: Scene, put_image: 
         "failed",
         "image_not_found",
     )
-    (retry,) = (line for line in events(scene.worker, "job_retried") if line["job_id"] == buried["id"])
+    (retry,) = (line for line in events(scene.worker, "job_retried") if line["job_id"] == exhausted["id"])
     assert (retry["level"], retry["reason"], retry["attempts"]) == ("warning", "http_5xx", 1)
 
 
@@ -101,7 +101,7 @@ async def test_a_trace_is_on_the_lines_before_the_end_too(scene: Scene, put_imag
 async def test_nothing_of_a_job_s_content_is_logged_even_at_level_debug(
     scene: Scene, put_image: PutImage
 ) -> None:
-    """Nor of the API's answer, nor a signed link: whatever becomes of the job."""
+    """Neither the API's answer nor a presigned URL is logged, for any outcome."""
     image = put_image(key=f"{SECRET}.png")
     content = {"metadata": {"who": SECRET}, "system": SECRET, "params": {"user": SECRET}}
     signed = f"https://user:{SECRET}@example.com/a.png?X-Amz-Signature={SECRET}"
@@ -118,7 +118,11 @@ async def test_nothing_of_a_job_s_content_is_logged_even_at_level_debug(
         scene.stack.model.play(outcome, marker=marker)
         jobs.append(a_job(marker, image, **content))
         jobs[-1]["images"].append(signed)
-    bad = (f"data:image/png;base64,{SECRET}", f"ftp://{SECRET}@example.com/x", f"s3://{BUCKET}/{SECRET}-gone")
+    bad = (
+        f"data:image/png;base64,{SECRET}",
+        f"ftp://{SECRET}@example.com/x",
+        f"s3://{BUCKET}/{SECRET}-missing",
+    )
     jobs += [a_job(SECRET, image, **content) for image in bad]
     levels = [(await scene.line(job=job))["level"] for job in jobs]
     assert levels == ["info", "warning", "warning", "info", "info", "warning", "warning", "warning"]

@@ -288,7 +288,7 @@ def test_only_bytes_that_were_loaded_are_counted(reported: Reported) -> None:
     assert reported.values("vqa_image_bytes_total") == {("inline",): sum(map(len, reported.images))}
 
 
-def test_gauges_tell_the_present(reported: Reported) -> None:
+def test_gauges_show_current_values(reported: Reported) -> None:
     assert reported.before["vqa_concurrency_limit"] == {frozenset(): MAX_CONCURRENCY}
     # It fell with a 429, and may be back by now.
     assert 1 <= reported.values("vqa_concurrency_limit")[()] <= MAX_CONCURRENCY
@@ -301,7 +301,7 @@ def test_gauges_tell_the_present(reported: Reported) -> None:
         }
 
 
-def test_the_build_is_told(reported: Reported) -> None:
+def test_build_info_is_exposed(reported: Reported) -> None:
     assert reported.values("vqa_build_info") == {(platform.python_version(), __version__): 1}
 
 
@@ -327,11 +327,11 @@ def test_what_alerts_add_up_is_there_before_it_happens(reported: Reported) -> No
         assert reported.before[name].keys() == reported.after[name].keys(), name
 
 
-def test_without_a_tenant_s_field_nothing_is_told_by_tenant(reported: Reported) -> None:
+def test_without_a_tenant_field_no_metric_has_a_tenant_label(reported: Reported) -> None:
     assert [name for name in reported.after if name.startswith("vqa_tenant_")] == []
 
 
-def test_no_series_tells_when_it_was_made(reported: Reported) -> None:
+def test_there_are_no_created_series(reported: Reported) -> None:
     assert [name for name in reported.after if name.endswith("_created")] == []
 
 
@@ -341,9 +341,7 @@ def test_the_exposition_is_what_prometheus_reads(reported: Reported) -> None:
         assert family.type in ("counter", "gauge", "histogram"), family.name
 
 
-def test_neither_metrics_nor_log_tell_what_was_asked_or_what_is_secret(
-    reported: Reported, stack: Stack
-) -> None:
+def test_neither_metrics_nor_logs_contain_questions_or_secrets(reported: Reported, stack: Stack) -> None:
     """At the level debug, which is when libraries talk."""
     assert "botocore" in reported.log
     for text in (reported.exposition, reported.log):

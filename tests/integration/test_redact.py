@@ -129,7 +129,7 @@ def test_other_parameters_stay(text: str) -> None:
         ("Authorization: Basic dXNlcjpwYXNz, x", f"Authorization: {MARK}, x"),
         ('"authorization": "abc"', f'"authorization": "{MARK}"'),
         ("Bearer authentication is required", "Bearer authentication is required"),
-        ("the bearer of news", "the bearer of news"),
+        ("the bearer of this", "the bearer of this"),
         ("authorization failed", "authorization failed"),
     ],
 )
@@ -211,7 +211,7 @@ def test_no_known_secret_ever_comes_through(secret: str, before: str, after: str
 
 
 @given(text=st.text(max_size=200))
-def test_whatever_the_text_the_result_is_printable_and_short(text: str) -> None:
+def test_the_result_is_printable_and_short_for_every_text(text: str) -> None:
     shown = Redactor([KEY], limit=50)(text)
     assert len(shown) <= 50
     assert len(f"x{shown}x".splitlines()) == 1

@@ -133,18 +133,18 @@ async def test_a_job_whose_ack_is_lost_on_the_way_is_neither_paid_nor_answered_a
 @pytest.mark.parametrize("is_lost", [False, True], ids=["in peace", "with a lost connection"])
 async def test_a_message_that_was_published_twice_gets_a_result_each(scene: Scene, *, is_lost: bool) -> None:
     marker = uuid.uuid4().hex
-    twin = job(marker)
+    duplicate = job(marker)
     scene.model.freeze()
     for _ in range(2):
-        await scene.client.publish(twin, message_id="the same")
+        await scene.client.publish(duplicate, message_id="the same")
     await until(lambda: scene.model.held, "the job has begun")
     if is_lost:
         before = scene.connections_made()
         scene.proxy.reset()
         await scene.connected_again(before)
     scene.model.thaw()
-    await until(lambda: scene.answers([twin["id"]]) == [2], "two results")
+    await until(lambda: scene.answers([duplicate["id"]]) == [2], "two results")
     await scene.all_is_settled()
 
-    assert scene.answers([twin["id"]]) == [2]
-    assert {reply.body["status"] for reply in scene.client.replies[twin["id"]]} == {"succeeded"}
+    assert scene.answers([duplicate["id"]]) == [2]
+    assert {reply.body["status"] for reply in scene.client.replies[duplicate["id"]]} == {"succeeded"}

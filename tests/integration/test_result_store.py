@@ -1,4 +1,4 @@
-"""Answers that are kept: no job is paid for twice, whoever comes with it again."""
+"""The result store: no job is billed twice, whichever worker receives it again."""
 
 import asyncio
 import uuid
@@ -187,7 +187,7 @@ async def test_a_hundred_jobs_that_all_come_twice_at_once_are_paid_for_once(
     assert min(done) > 20
 
 
-async def test_a_job_that_is_given_back_leaves_nothing_that_others_would_wait_for(
+async def test_a_requeued_job_leaves_no_claim(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, kept_at: str
 ) -> None:
     marker = uuid.uuid4().hex
@@ -226,7 +226,7 @@ async def test_a_store_that_cannot_be_used_pauses_the_worker_before_anything_is_
     assert calls_with(stack, marker) == []
 
 
-async def test_a_store_that_does_not_heed_conditions_is_not_used(
+async def test_a_store_that_ignores_preconditions_is_not_used(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -315,5 +315,5 @@ async def test_one_small_request_a_job_is_what_the_store_costs_before_the_call(
         before = sum(bytes(link.sent).count(b" HTTP/1.1\r\n") for link in s3.links)
         await results(client, await publish(client, 10, "What is it?"))
         asked = sum(bytes(link.sent).count(b" HTTP/1.1\r\n") for link in s3.links) - before
-    # Signs of life come every few seconds, whatever the number of jobs.
+    # Heartbeats are written every few seconds, independent of the number of jobs.
     assert 20 <= asked <= 22

@@ -64,7 +64,7 @@ async def ask(scene: Scene, image: str) -> tuple[str, int]:
     return (reply.body["error"] or {}).get("code", reply.body["status"]), reply.body["attempts"]
 
 
-async def test_jobs_wait_for_an_s3_that_is_gone_and_lose_no_attempt(own_stack: Stack, scene: Scene) -> None:
+async def test_jobs_wait_while_s3_is_down_and_lose_no_attempt(own_stack: Stack, scene: Scene) -> None:
     image, marker = put(own_stack), uuid.uuid4().hex
     worker, client = scene.worker, scene.client
     # Behind the proxy, S3's port would still be open.
@@ -192,7 +192,7 @@ class Fiction:
     s3: FakeS3
 
     async def publish(self, count: int, question: str, key: str = "") -> list[str]:
-        """So many jobs, each about an image of its own, or about the one with this key."""
+        """Publish jobs, each with its own image or all with the image of this key."""
         keys = [key or f"{uuid.uuid4().hex}.png" for _ in range(count)]
         return [(await publish(self.client, 1, question, image=f"s3://{BUCKET}/{each}"))[0] for each in keys]
 
@@ -286,7 +286,7 @@ async def test_denied_objects_are_answers_however_many_there_are(fiction: Fictio
     assert fiction.pauses()[pauses:] == []
 
 
-async def test_two_outages_at_once_are_both_told_and_both_waited_for(fiction: Fiction) -> None:
+async def test_two_outages_at_once_are_both_reported_and_both_waited_for(fiction: Fiction) -> None:
     well, pauses, marker = fiction.s3.answer, len(fiction.pauses()), uuid.uuid4().hex
     fiction.s3.answer = refuse(403, "ExpiredToken")
     fiction.stack.model.play(Error(status=401), marker=marker, times=None)

@@ -836,5 +836,5 @@ def test_a_misspelt_port_is_not_taken_for_a_service() -> None:
     assert "did you mean VQA_HTTP_PORT?" in the_warning(load(htpp_port="9090"))
 
 
-def test_a_stray_value_is_never_shown() -> None:
+def test_the_value_of_an_unknown_variable_is_never_shown() -> None:
     assert "sk-secret" not in the_warning(load(model_apikey="sk-secret"))

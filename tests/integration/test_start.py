@@ -79,7 +79,7 @@ async def declare_others(stack: Stack, worker: Worker) -> None:
         await channel.declare_queue(worker.results_queue, durable=True)
 
 
-def test_wrong_settings_are_all_told_before_anything_is_connected(refusals: Refusals) -> None:
+def test_all_invalid_settings_are_reported_before_any_connection(refusals: Refusals) -> None:
     ended = refusals.ended["settings"]
     assert ended.code == EXIT_CONFIG
     assert sorted(line.partition(":")[0] for line in ended.errors) == [

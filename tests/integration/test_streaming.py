@@ -30,7 +30,7 @@ NOISE = random.Random(1).randbytes(9 * MIB)  # noqa: S311 - image bytes, not sec
 
 
 def an_image(size: int) -> bytes:
-    """A picture of so many bytes, as far as its signature tells, unlike any other."""
+    """Return bytes of this size that start like an image and occur nowhere else."""
     start = picture()
     return (start + NOISE)[:size]
 
@@ -83,7 +83,7 @@ async def test_images_of_all_kinds_and_sizes_in_one_request_arrive_as_they_were(
 async def test_sizes_around_the_boundaries_arrive_as_they_were(
     client: Client, stack: Stack, put_image: PutImage, way: str
 ) -> None:
-    # JSON, base64 and the pieces that the connection takes all have boundaries of their own.
+    # JSON, base64 and the connection's chunks all have their own boundaries.
     bounds = [SMALL_BYTES * 3 // 4, SMALL_BYTES, 400 * 1024 * 3 // 4]
     sizes = [bound + more for bound in bounds for more in (-1, 0, 1, 2)]
     contents = [an_image(size) for size in sizes]
@@ -191,7 +191,7 @@ BROKEN: dict[str, Callable[[], Answer]] = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-async def test_a_large_image_that_breaks_off_is_told_as_such_and_the_call_was_none(
+async def test_an_interrupted_large_image_is_reported_and_no_model_request_is_counted(
     scene: Scene, broken: str
 ) -> None:
     calls, ambiguous = scene.metric("vqa_model_requests_total"), scene.metric("vqa_ambiguous_calls_total")
@@ -210,11 +210,11 @@ async def test_a_large_image_that_breaks_off_is_told_as_such_and_the_call_was_no
     assert scene.metric("vqa_model_requests_total") == calls
     assert scene.metric("vqa_ambiguous_calls_total") == ambiguous
     assert scene.metric("vqa_image_bytes_total") == images
-    letter = await scene.client.take(scene.worker.dead_letter_queue)
-    assert "large.png" in str(letter.headers["vqa-error-message"])
+    dead_letter = await scene.client.take(scene.worker.dead_letter_queue)
+    assert "large.png" in str(dead_letter.headers["vqa-error-message"])
 
 
-async def test_the_call_that_was_begun_is_broken_off_at_once(scene: Scene) -> None:
+async def test_the_model_request_in_progress_is_aborted_at_once(scene: Scene) -> None:
     """While S3 is silent, the API has the beginning; when S3 is interrupted, so is the request."""
     model, proceed = scene.stack.model, asyncio.Event()
 
@@ -239,8 +239,8 @@ async def test_the_call_that_was_begun_is_broken_off_at_once(scene: Scene) -> No
     assert reply.body["attempts"] == 2
     (call,) = calls_with(scene.stack, question)
     assert [image.sha256 for image in call.images] == [sha256(LARGE)]
-    broken_off = [call for call in model.calls() if call.disconnected and not call.question]
-    assert broken_off
+    aborted = [call for call in model.calls() if call.disconnected and not call.question]
+    assert aborted
 
 
 @pytest.mark.parametrize("closes", [True, False])
@@ -314,7 +314,7 @@ async def test_what_is_no_image_is_never_sent_as_one(scene: Scene, answer: Answe
 
 
 async def test_after_all_that_images_arrive_as_before(scene: Scene) -> None:
-    """Whatever was interrupted left no connection behind that the next job would find half a request on."""
+    """An interrupted request leaves no half-used connection in the pool."""
     calls = await asyncio.gather(*[look(scene.client, scene.stack, f"s3://{BUCKET}/it") for _ in range(10)])
     assert {image.sha256 for call in calls for image in call.images} == {sha256(LARGE)}
     assert scene.worker.ready() == (200, {"status": "ready", "reasons": []})
@@ -346,7 +346,7 @@ async def test_waiting_for_s3_is_time_of_s3_even_when_the_call_has_begun(scene: 
 async def test_an_s3_that_is_too_slow_for_the_call_is_what_is_blamed(
     stack: Stack, tmp_path_factory: pytest.TempPathFactory, scene: Scene
 ) -> None:
-    """The API waited, not the worker: it must be neither counted nor suspected."""
+    """The API waited for the body: no failure of the model is counted."""
     folder = tmp_path_factory.mktemp("slow-s3")
     async with (
         Worker.running(
@@ -386,8 +386,8 @@ async def test_many_jobs_about_one_image_read_it_together(scene: Scene) -> None:
     assert [[image.sha256 for image in call.images] for call in calls] == [[sha256(LARGE)]] * jobs
 
 
-async def test_a_shared_image_that_breaks_off_is_told_by_each_job_in_its_own_words(scene: Scene) -> None:
-    # As many in a row that fail for reasons of their own would be an outage.
+async def test_each_job_reports_an_interrupted_shared_image_with_its_own_position(scene: Scene) -> None:
+    # The same number of consecutive failures with different causes would be an outage.
     jobs = 8
     pauses = len(events(scene.worker, "consumption_paused"))
 
@@ -499,7 +499,7 @@ def part(content: bytes) -> Answer:
     ],
     ids=["too large", "no image", "empty", "missing", "forbidden"],
 )
-async def test_a_look_at_a_linked_image_tells_what_is_wrong_before_the_api_is_asked(
+async def test_a_check_of_a_linked_image_reports_errors_before_the_model_is_called(
     stack: Stack,
     linked: Linked,
     answer: Answer,

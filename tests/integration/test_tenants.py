@@ -82,7 +82,7 @@ async def test_what_was_paid_for_is_counted_once_and_an_answer_out_of_the_store_
 
 
 @pytest.mark.parametrize("value", [None, 1.5, ["red"], {"red": 1}, "RED", " red", "x" * 10_000])
-def test_only_listed_tenants_are_told_apart(value: object) -> None:
+def test_only_listed_tenants_have_their_own_label_value(value: object) -> None:
     tenants = Tenants("team", ["red"])
     assert tenants.of({"team": value}) == "other"
 

@@ -76,7 +76,7 @@ FIELDS = {
 
 
 def there(stack: Stack, vhost: str) -> dict[str, list[dict[str, Any]]]:
-    """What there is in a virtual host, in an order of its own, as far as `show` reports it, too."""
+    """Return what a virtual host contains, sorted, with the fields that `show` prints."""
     found = administer(stack, "GET", f"/api/definitions/{vhost}")
     return {
         kind: in_order([{field: entry.get(field, False) for field in fields} for entry in found[kind]])
@@ -135,7 +135,7 @@ async def test_what_is_shown_can_be_given_to_the_broker_s_management(
     assert there(stack, vhost) == given
 
 
-async def test_a_name_that_is_nearly_a_setting_is_told(tmp_path: Path) -> None:
+async def test_a_name_similar_to_a_setting_is_reported(tmp_path: Path) -> None:
     ended = await run(tmp_path, "show", VQA_JOBS_QUEU="mine")
     assert ended.code == 0
     (line,) = ended.errors
@@ -182,7 +182,7 @@ async def test_it_makes_what_a_worker_would_make_at_its_start(
         assert there(stack, vhost) == there(stack, other)
 
 
-async def test_workers_that_only_check_run_with_what_it_made_whatever_that_setting_says(
+async def test_workers_that_only_check_run_with_the_topology_that_it_created(
     stack: Stack, url: str, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     settings = {"VQA_RABBITMQ_URL": url, "VQA_DECLARE_TOPOLOGY": "false", **EXCHANGES}
@@ -261,9 +261,7 @@ async def test_a_broker_that_comes_late_or_breaks_off_is_waited_for(url: str, tm
     assert len(ended.output.splitlines()) == len(QUEUES) + 1
 
 
-async def test_credentials_that_are_refused_are_told_without_being_shown(
-    stack: Stack, tmp_path: Path
-) -> None:
+async def test_rejected_credentials_are_reported_but_not_printed(stack: Stack, tmp_path: Path) -> None:
     ended = await run(tmp_path, "apply", VQA_RABBITMQ_URL=url_as(stack, "guest", "s3cr3t-but-wrong"))
     assert (ended.code, ended.output) == (EXIT_CONFIG, "")
     (line,) = ended.errors
@@ -293,7 +291,7 @@ async def test_queues_and_exchanges_with_other_arguments_are_all_named_with_the_
     assert "'direct'" in control
 
 
-async def test_permissions_that_are_missing_are_told_with_the_queue(
+async def test_missing_permissions_are_reported_with_the_queue(
     stack: Stack, vhost: str, tmp_path: Path
 ) -> None:
     with BrokerUser.of(stack, vhost=vhost) as user:
@@ -312,7 +310,7 @@ async def test_permissions_that_are_missing_are_told_with_the_queue(
     assert not any("VQA_DECLARE_TOPOLOGY" in line for line in ended.errors)
 
 
-async def test_a_wrong_value_in_a_setting_that_it_needs_is_told_before_anything_is_connected(
+async def test_an_invalid_value_of_a_required_setting_is_reported_before_any_connection(
     stack: Stack, tmp_path: Path
 ) -> None:
     async with Proxy.before(stack.rabbitmq.url) as proxy:
@@ -342,7 +340,7 @@ async def test_a_timeout_must_be_a_number_of_seconds(tmp_path: Path, seconds: st
 # A worker's own exchange for jobs
 
 
-async def test_an_exchange_for_jobs_that_is_gone_is_made_again_and_no_job_is_lost(
+async def test_a_deleted_jobs_exchange_is_created_again_and_no_job_is_lost(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     marker, exchange = uuid.uuid4().hex, f"back-{uuid.uuid4().hex}"

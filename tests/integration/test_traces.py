@@ -31,7 +31,7 @@ class Scene:
     receiver: Receiver
 
     async def ask(self, *, flags: str = "01", tracestate: str = TRACESTATE, **job: Any) -> tuple[Reply, str]:
-        """Publish a job in a trace of its own; returns the result and the trace's id."""
+        """Publish a job in a new trace; return the result and the trace's id."""
         trace_id, job_id = uuid.uuid4().hex, uuid.uuid4().hex
         properties = {name: job.pop(name) for name in ("reply_to", "message_id", "timestamp") if name in job}
         headers: dict[str, Any] = {
@@ -229,12 +229,12 @@ async def test_a_dead_letter_carries_the_trace_on(scene: Scene, put_image: PutIm
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=500), marker=marker, times=2)
     reply, trace_id = await scene.ask(question=marker, images=[put_image()])
-    letter = await scene.client.take(scene.worker.dead_letter_queue)
+    dead_letter = await scene.client.take(scene.worker.dead_letter_queue)
     spans = await scene.spans(trace_id, scene.process, times=2)
 
-    (buried,) = (span for span in spans if span.name == f"publish {scene.worker.dead_letter_queue}")
+    (dead_lettered,) = (span for span in spans if span.name == f"publish {scene.worker.dead_letter_queue}")
     (reported,) = (span for span in spans if span.name == f"publish {scene.worker.results_queue}")
-    assert letter.headers["traceparent"] == f"00-{trace_id}-{buried.span_id}-01"
+    assert dead_letter.headers["traceparent"] == f"00-{trace_id}-{dead_lettered.span_id}-01"
     assert reply.message.headers["traceparent"] == f"00-{trace_id}-{reported.span_id}-01"
     last = [span for span in spans if span.name == scene.process][-1]
     assert (last.attributes["vqa.outcome"], last.attributes["error.type"]) == (

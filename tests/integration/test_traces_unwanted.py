@@ -15,8 +15,8 @@ from tests.running import Client, Worker, until
 from worker.__main__ import EXIT_CONFIG
 from worker.observability.log_sampling import MAX_SHOWN
 
-# Runs the worker, and says in the end what it has loaded.
-TELLING = """
+# Run the worker, then print the modules that it imported.
+RUN_AND_PRINT_MODULES = """
 import json, sys
 from worker.__main__ import main
 code = main(["run"])
@@ -62,7 +62,7 @@ async def test_unless_traces_are_wanted_nothing_of_opentelemetry_is_loaded(
     start_worker: StartWorker, client_of: MakeClient, put_image: PutImage, variables: dict[str, str]
 ) -> None:
     worker = await start_worker(wait=False, **variables)
-    worker.command = [sys.executable, "-c", TELLING]
+    worker.command = [sys.executable, "-c", RUN_AND_PRINT_MODULES]
     await worker.start()
     headers = await _asks_one_job(await client_of(worker), put_image)
     assert await worker.stop() == 0, worker.output()
@@ -75,7 +75,7 @@ async def test_the_same_look_finds_it_where_traces_are_wanted(
 ) -> None:
     async with Receiver.serving() as receiver:
         worker = await start_worker(wait=False, **receiver.environment())
-        worker.command = [sys.executable, "-c", TELLING]
+        worker.command = [sys.executable, "-c", RUN_AND_PRINT_MODULES]
         await worker.start()
         headers = await _asks_one_job(await client_of(worker), put_image)
         assert await worker.stop() == 0, worker.output()
@@ -158,7 +158,7 @@ async def test_a_collector_that_is_not_there_costs_no_job(
 # The other standard variables
 
 
-async def test_the_library_s_own_variables_are_heeded(
+async def test_the_library_s_own_variables_are_used(
     start_worker: StartWorker, client_of: MakeClient, put_image: PutImage
 ) -> None:
     key = uuid.uuid4().hex

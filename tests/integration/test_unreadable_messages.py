@@ -49,7 +49,7 @@ CLASS_BASIC, CHANNEL = 60, 1
 
 
 def short(text: str | bytes) -> bytes:
-    """A short string as it goes over the wire, whatever its bytes are."""
+    """Encode an AMQP short string; its bytes may be invalid UTF-8."""
     raw = text.encode() if isinstance(text, str) else text
     return bytes([len(raw)]) + raw
 
@@ -60,7 +60,7 @@ def long(raw: bytes) -> bytes:
 
 
 def table(*fields: tuple[str | bytes, bytes]) -> bytes:
-    """A table of names and values, each value with the letter of its type before it."""
+    """Encode an AMQP table; each value starts with its type code."""
     return long(b"".join(short(name) + value for name, value in fields))
 
 
@@ -156,8 +156,8 @@ class Post:
     async def dead_letter_of(self, body: bytes) -> AbstractIncomingMessage:
         """What was kept of the message with this body."""
         found: list[AbstractIncomingMessage] = await until(
-            lambda: [letter for letter in self.dead_letters if letter.body == body],
-            f"the dead letter of {body!r}",
+            lambda: [dead_letter for dead_letter in self.dead_letters if dead_letter.body == body],
+            f"the dead dead_letter of {body!r}",
         )
         return found[0]
 
@@ -216,7 +216,7 @@ READABLE_ID = {
 
 
 @pytest.mark.parametrize("kind", READABLE_ID)
-async def test_with_an_id_in_the_body_the_publisher_is_told_and_nothing_is_kept(
+async def test_with_an_id_in_the_body_the_publisher_gets_a_result_and_nothing_is_dead_lettered(
     post: Post, kind: str
 ) -> None:
     rest, says = READABLE_ID[kind]
@@ -229,7 +229,7 @@ async def test_with_an_id_in_the_body_the_publisher_is_told_and_nothing_is_kept(
     _is_invalid(reply, says)
     assert reply.body["metadata"] == {}
     assert reply.message.correlation_id == job_id
-    assert [letter for letter in post.dead_letters if letter.body == body] == []
+    assert [dead_letter for dead_letter in post.dead_letters if dead_letter.body == body] == []
 
 
 NO_READABLE_ID = {
@@ -266,49 +266,49 @@ NO_READABLE_ID = {
 }
 
 
-async def test_without_an_id_and_anybody_to_tell_a_message_is_kept_and_nobody_told(post: Post) -> None:
+async def test_without_an_id_and_reply_to_a_message_is_dead_lettered_without_a_result(post: Post) -> None:
     sent = int(time.time()) - 100
     await post.nothing_is_left()
     reported = sum(map(len, post.client.replies.values()))
     for body in NO_READABLE_ID.values():
         post.send(body, timestamp=struct.pack(">Q", sent), content_type=short("text/x"))
     for kind, body in NO_READABLE_ID.items():
-        letter = await post.dead_letter_of(body)
-        post.dead_letters.remove(letter)
-        assert letter.headers["vqa-error-code"] == "invalid_job", kind
-        assert letter.headers["vqa-error-message"], kind
-        assert letter.headers["vqa-attempts"] == 0, kind
-        assert datetime.fromisoformat(str(letter.headers["vqa-died-at"])) <= datetime.now(UTC), kind
-        assert letter.timestamp == datetime.fromtimestamp(sent, UTC), kind
-        assert letter.content_type == "text/x", kind
-        assert (letter.correlation_id, letter.reply_to) == (None, None), kind
+        dead_letter = await post.dead_letter_of(body)
+        post.dead_letters.remove(dead_letter)
+        assert dead_letter.headers["vqa-error-code"] == "invalid_job", kind
+        assert dead_letter.headers["vqa-error-message"], kind
+        assert dead_letter.headers["vqa-attempts"] == 0, kind
+        assert datetime.fromisoformat(str(dead_letter.headers["vqa-died-at"])) <= datetime.now(UTC), kind
+        assert dead_letter.timestamp == datetime.fromtimestamp(sent, UTC), kind
+        assert dead_letter.content_type == "text/x", kind
+        assert (dead_letter.correlation_id, dead_letter.reply_to) == (None, None), kind
     await post.nothing_is_left()
     assert sum(map(len, post.client.replies.values())) == reported + 1  # that of `nothing_is_left`
 
 
-async def test_with_a_message_id_the_publisher_is_told_too(post: Post) -> None:
+async def test_with_a_message_id_the_publisher_gets_a_result_too(post: Post) -> None:
     messages = {uuid.uuid4().hex: kind for kind in NO_READABLE_ID if kind != "no id"}
     for message_id, kind in messages.items():
         post.send(NO_READABLE_ID[kind], message_id=short(message_id))
     for message_id, kind in messages.items():
         reply = await post.client.result(message_id)
-        letter = await post.dead_letter_of(NO_READABLE_ID[kind])
-        post.dead_letters.remove(letter)
+        dead_letter = await post.dead_letter_of(NO_READABLE_ID[kind])
+        post.dead_letters.remove(dead_letter)
         _is_invalid(reply, "")
         assert reply.message.correlation_id == message_id
-        assert letter.message_id == message_id, kind
-        assert letter.headers["vqa-error-message"] == reply.body["error"]["message"], kind
+        assert dead_letter.message_id == message_id, kind
+        assert dead_letter.headers["vqa-error-message"] == reply.body["error"]["message"], kind
 
 
 async def test_with_a_correlation_id_only_the_result_names_no_job(post: Post) -> None:
     body, correlation_id = uuid.uuid4().bytes, uuid.uuid4().hex
     post.send(body, correlation_id=short(correlation_id))
     reply = await post.result_to(correlation_id)
-    letter = await post.dead_letter_of(body)
+    dead_letter = await post.dead_letter_of(body)
 
     _is_invalid(reply, "strict JSON")
     assert reply.body["id"] is None
-    assert letter.correlation_id == correlation_id
+    assert dead_letter.correlation_id == correlation_id
 
 
 async def test_with_a_reply_to_only_the_result_goes_there(post: Post) -> None:
@@ -325,7 +325,7 @@ async def test_with_a_reply_to_only_the_result_goes_there(post: Post) -> None:
     assert (await post.dead_letter_of(body)).reply_to == queue
 
 
-async def test_a_message_id_that_cannot_be_an_id_is_somebody_to_tell_all_the_same(post: Post) -> None:
+async def test_an_invalid_message_id_gets_a_result_too(post: Post) -> None:
     body, correlation_id = b'{"question":"?","images":["x"]}   ', uuid.uuid4().hex
     post.send(body, message_id=short("two\nlines"), correlation_id=short(correlation_id))
     reply = await post.result_to(correlation_id)
@@ -340,13 +340,13 @@ async def test_a_dead_letter_without_an_id_that_is_put_back_is_as_unreadable_as_
     marker = uuid.uuid4().hex
     body = b'{"question":"%s","images":["https://example.com/"]}' % marker.encode()
     post.send(body)
-    letter = await post.dead_letter_of(body)
-    post.dead_letters.remove(letter)
-    await post.client.publish(body, message_id=letter.message_id, headers=letter.headers)
+    dead_letter = await post.dead_letter_of(body)
+    post.dead_letters.remove(dead_letter)
+    await post.client.publish(body, message_id=dead_letter.message_id, headers=dead_letter.headers)
     again = await post.dead_letter_of(body)
 
     assert again.headers["vqa-error-code"] == "invalid_job"
-    assert letter.message_id not in post.client.replies
+    assert dead_letter.message_id not in post.client.replies
     assert calls_with(post.stack, marker) == []
 
 
@@ -441,7 +441,7 @@ FINE = {
 
 
 @pytest.mark.parametrize("kind", FINE)
-async def test_whatever_its_properties_are_a_job_is_answered(post: Post, kind: str) -> None:
+async def test_a_job_with_any_properties_is_answered(post: Post, kind: str) -> None:
     job_id = uuid.uuid4().hex
     post.send(_with_id(job_id, '"question":"?","images":["https://example.com/"]'), **FINE[kind])
     reply = await post.client.result(job_id)
@@ -487,9 +487,9 @@ async def test_poison_among_jobs_does_not_hold_them_up(post: Post) -> None:
     for job_id in ids:
         assert (await post.client.result(job_id)).body["status"] == "succeeded"
     for body in bodies:
-        letter = await post.dead_letter_of(body)
-        assert letter.headers["vqa-error-code"] == "invalid_job"
-        assert letter.delivery_mode is aio_pika.DeliveryMode.PERSISTENT
+        dead_letter = await post.dead_letter_of(body)
+        assert dead_letter.headers["vqa-error-code"] == "invalid_job"
+        assert dead_letter.delivery_mode is aio_pika.DeliveryMode.PERSISTENT
     await post.nothing_is_left()
 
 

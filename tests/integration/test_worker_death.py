@@ -134,7 +134,7 @@ async def test_a_job_is_answered_whenever_its_worker_dies(
 
     worker = await start_own_worker(like=doomed)
     await until(lambda: len(client.replies.get(life.job_id, [])) == answers, "all the answers")
-    # Whatever else there was would be answered by then.
+    # Any other result would have arrived by then.
     await results(client, await publish(client, 1, "afterwards"))
     assert await worker.stop() == 0, worker.output()
     assert {reply.body["status"] for reply in client.replies[life.job_id]} == {"succeeded"}
@@ -205,21 +205,21 @@ async def test_a_job_that_kills_every_worker_is_taken_out_of_the_queue_and_its_n
 
     Each death counts for the neighbours too, which are at their last delivery when they get done.
     """
-    marker, beside = uuid.uuid4().hex, uuid.uuid4().hex
+    marker, neighbours_marker = uuid.uuid4().hex, uuid.uuid4().hex
     own_stack.model.play(Hang(), marker=marker, times=None)
-    own_stack.model.play(Hang(), marker=beside, times=3)
+    own_stack.model.play(Hang(), marker=neighbours_marker, times=3)
     worker = await start_own_worker(VQA_DELIVERY_LIMIT="2")
     client = await own_client_of(worker)
     poison = job(marker)
     await client.publish(poison, correlation_id="its sender's")
-    neighbours = await publish(client, 3, beside)
+    neighbours = await publish(client, 3, neighbours_marker)
 
     async def only_the_poison_is_left() -> bool:
         return await held_by_broker(own_stack, worker.jobs_queue) == (1, 0)
 
     for nth in (1, 2):
         await calls_begun(own_stack, marker, nth)
-        await calls_begun(own_stack, beside, 3 * nth)
+        await calls_begun(own_stack, neighbours_marker, 3 * nth)
         if nth == 1:
             assert client.replies == {}
         else:

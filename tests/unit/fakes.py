@@ -116,7 +116,7 @@ async def turns_of_the_loop(times: int = 10) -> None:
 
 
 async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """End tasks, whatever becomes of them, and wait until they have ended."""
+    """Cancel tasks and wait until they have ended."""
     tasks = [*tasks]
     for task in tasks:
         task.cancel()

@@ -112,7 +112,7 @@ def test_without_text_only_a_tool_call_is_an_answer(message: dict[str, Any], cal
 @pytest.mark.parametrize(
     ("refusal", "reported"), [("I can't.", "I can't."), ("", None), (None, None), (5, None), ({"a": 1}, None)]
 )
-def test_a_refusal_is_told_if_it_is_one(refusal: Any, reported: str | None) -> None:
+def test_a_refusal_is_reported(refusal: Any, reported: str | None) -> None:
     assert read({"content": None, "refusal": refusal}).refusal == reported
 
 

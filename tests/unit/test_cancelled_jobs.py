@@ -57,7 +57,7 @@ async def test_what_is_new_is_kept_even_where_nothing_may_be_listed() -> None:
     assert objects.written == [f"{FOLDER}first"]
 
 
-async def test_what_was_cancelled_while_nobody_listened_is_heeded() -> None:
+async def test_cancellations_from_before_the_start_are_loaded() -> None:
     objects, cancellations = Slow(), Cancellations()
     other = Cancellations()
     other.cancel("invoice-4711")

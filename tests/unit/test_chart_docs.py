@@ -17,7 +17,7 @@ VALUES = (ROOT / chart.VALUES).read_text()
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The files that it reads and writes, in a folder of their own."""
+    """Copy the files that it reads and writes."""
     for folder in (chart.CHART, Path("deploy/prometheus"), Path("deploy/grafana")):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     return tmp_path

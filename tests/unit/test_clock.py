@@ -56,7 +56,7 @@ async def test_a_fake_clock_s_timeout_expires_by_advancing_it_and_not_after_its_
     assert isinstance(waiting.exception(), TimeoutError)
 
 
-async def test_a_fake_clock_tells_the_date_that_belongs_to_its_seconds() -> None:
+async def test_a_fake_clock_returns_the_date_of_its_seconds() -> None:
     clock = FakeClock()
     before = clock.now()
     clock.jump(90)

@@ -1,4 +1,4 @@
-"""One read for all who want the same image at the same time, whoever of them leaves and when."""
+"""Concurrent readers of one image share one S3 request, even if some are cancelled."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -196,7 +196,7 @@ async def test_readers_may_leave_at_any_moment(count: int, kept: bool, moment: i
         assert all(isinstance(it, asyncio.CancelledError) or it == b"onetwothree" for it in found[:leavers])
         await turns_of_the_loop()
         assert scene.nothing_is_left()
-        # Whoever comes later finds nothing that was left half done.
+        # Later readers start a new read.
         again = scene.readers(2)
         await turns_of_the_loop()
         for reading in scene.s3.opened:
@@ -234,9 +234,9 @@ async def test_if_the_opening_reader_is_cancelled_the_others_open_the_object_the
 
 async def test_a_reader_that_arrives_just_after_the_last_one_left_is_served() -> None:
     scene = Scene()
-    gone = scene.readers(1)
+    cancelled = scene.readers(1)
     await turns_of_the_loop()
-    gone[0].cancel()
+    cancelled[0].cancel()
     # In the same turn of the loop in which the one that left ends its read.
     await turns_of_the_loop(1)
     late = scene.readers(1)
@@ -252,7 +252,7 @@ async def test_a_reader_that_arrives_just_after_the_last_one_left_is_served() ->
     [
         JobError(ErrorCode.IMAGE_NOT_FOUND, "none"),
         TransientError(Dependency.S3, "timeout", "slow"),
-        DependencyDownError(Dependency.S3, "gone"),
+        DependencyDownError(Dependency.S3, "down"),
     ],
     ids=lambda it: type(it).__name__,
 )

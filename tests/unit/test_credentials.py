@@ -69,31 +69,31 @@ def refused(code: str) -> ClientError:
     return ClientError(answer, "AssumeRole")
 
 
-def keeper_of(chain: CredentialProvider) -> CredentialsCache:
+def cache_of(chain: CredentialProvider) -> CredentialsCache:
     session: Session = get_session()
     session.get_component("credential_provider").insert_before("env", chain)
     return CredentialsCache(session)
 
 
-async def keys(keeper: CredentialsCache, times: int = 1) -> list[str | None]:
+async def keys(cache: CredentialsCache, times: int = 1) -> list[str | None]:
     """The access keys that so many jobs get which ask at the same time."""
     async with asyncio.timeout(AT_ONCE_S):
-        return [got.access_key for got in await asyncio.gather(*[keeper.current() for _ in range(times)])]
+        return [got.access_key for got in await asyncio.gather(*[cache.current() for _ in range(times)])]
 
 
 async def test_credentials_that_hold_for_long_are_not_renewed() -> None:
     chain = Chain(60 * MINUTE_S)
-    assert await keys(keeper_of(chain), 5) == ["first"] * 5
+    assert await keys(cache_of(chain), 5) == ["first"] * 5
     assert chain.renewals == 0
 
 
 async def found(chain: Chain) -> CredentialsCache:
-    """A keeper that has the first credentials: while they are found they are not renewed yet."""
-    keeper = keeper_of(chain)
+    """Return a cache that holds the first credentials and has not renewed them yet."""
+    cache = cache_of(chain)
     chain.failure, kept = refused("Throttling"), chain.failure
-    assert await keys(keeper) == ["first"]
+    assert await keys(cache) == ["first"]
     chain.failure, chain.renewals = kept, 0
-    return keeper
+    return cache
 
 
 @pytest.mark.parametrize("failure", [None, refused("ExpiredToken")], ids=["slow", "slow, then refused"])
@@ -101,18 +101,18 @@ async def test_a_renewal_that_is_slow_holds_nobody_up_while_the_credentials_hold
     failure: Exception | None,
 ) -> None:
     chain = Chain(SOON_S)
-    keeper = await found(chain)
+    cache = await found(chain)
     chain.failure = failure
     with chain.held_up():
         for _ in range(3):
-            assert await keys(keeper, 10) == ["first"] * 10
+            assert await keys(cache, 10) == ["first"] * 10
         await until(lambda: chain.renewals, "the renewal is begun")
-        assert await keys(keeper, 10) == ["first"] * 10
+        assert await keys(cache, 10) == ["first"] * 10
         assert chain.renewals == 1
     if failure is None:
 
         async def is_renewed() -> bool:
-            return await keys(keeper) == ["renewed-1"]
+            return await keys(cache) == ["renewed-1"]
 
         await until(is_renewed, "the new credentials are used")
     assert chain.renewals == 1
@@ -122,40 +122,38 @@ async def test_after_a_renewal_that_failed_there_is_none_for_a_minute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chain = Chain(SOON_S)
-    keeper = await found(chain)
+    cache = await found(chain)
     chain.failure = refused("AccessDenied")
     clock = [time.monotonic()]
     monkeypatch.setattr(credentials, "time", type("Clock", (), {"monotonic": lambda: clock[0]}))
-    assert await keys(keeper) == ["first"]
+    assert await keys(cache) == ["first"]
     await until(lambda: chain.renewals == 1, "the renewal is tried")
     clock[0] += 58
     for _ in range(20):
-        assert await keys(keeper, 5) == ["first"] * 5
+        assert await keys(cache, 5) == ["first"] * 5
         await asyncio.sleep(0.005)
     assert chain.renewals == 1
     clock[0] += 5
-    assert await keys(keeper, 5) == ["first"] * 5
+    assert await keys(cache, 5) == ["first"] * 5
     await until(lambda: chain.renewals == 2, "the renewal is tried again")
 
 
 async def test_credentials_that_end_too_soon_are_waited_for_and_renewed_once_for_all() -> None:
     chain = Chain(NOW_S)
-    keeper = keeper_of(chain)
+    cache = cache_of(chain)
     with chain.held_up():
-        waiting = asyncio.create_task(keys(keeper, 20))
+        waiting = asyncio.create_task(keys(cache, 20))
         await until(lambda: chain.renewals, "the renewal is begun")
         assert not waiting.done()
     assert await waiting == ["renewed-1"] * 20
     assert chain.renewals == 1
 
 
-async def test_credentials_that_end_too_soon_and_cannot_be_renewed_are_a_failure_that_tells_the_code() -> (
-    None
-):
+async def test_the_failed_renewal_of_expiring_credentials_raises_the_error_code() -> None:
     chain = Chain(NOW_S)
     chain.failure = refused("AccessDenied")
     with pytest.raises(CredentialRetrievalError) as caught:
-        await keys(keeper_of(chain))
+        await keys(cache_of(chain))
     assert "AccessDenied" in str(caught.value)
     assert "arn:" not in str(caught.value)
 
@@ -163,15 +161,15 @@ async def test_credentials_that_end_too_soon_and_cannot_be_renewed_are_a_failure
 async def test_a_renewal_in_the_background_that_comes_too_late_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whoever asks when the time is up gets what the renewal under way brings, not the old ones."""
+    """After the deadline callers get the credentials of the renewal in progress, not the old ones."""
     chain = Chain(SOON_S)
-    keeper = await found(chain)
+    cache = await found(chain)
     with chain.held_up():
-        assert await keys(keeper) == ["first"]
+        assert await keys(cache) == ["first"]
         await until(lambda: chain.renewals, "the renewal is begun")
         monkeypatch.setattr(credentials, "MUST_RENEW_S", SOON_S + MINUTE_S)
         monkeypatch.setattr(RefreshableCredentials, "_mandatory_refresh_timeout", SOON_S + MINUTE_S)
-        waiting = asyncio.create_task(keys(keeper, 5))
+        waiting = asyncio.create_task(keys(cache, 5))
         await asyncio.sleep(0.05)
         assert not waiting.done()
     assert await waiting == ["renewed-1"] * 5
@@ -189,8 +187,8 @@ async def test_a_chain_without_credentials_is_asked_again() -> None:
     chain = Empty()
     session = get_session()
     session.get_component("credential_provider").providers[:] = [chain]
-    keeper = CredentialsCache(session)
+    cache = CredentialsCache(session)
     with pytest.raises(NoCredentialsError):
-        await keys(keeper)
+        await keys(cache)
     chain.given = Chain(60 * MINUTE_S).load()
-    assert await keys(keeper) == ["first"]
+    assert await keys(cache) == ["first"]

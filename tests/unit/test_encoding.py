@@ -241,7 +241,7 @@ async def test_small_bodies_go_out_in_one_piece_and_large_ones_in_pieces_that_ar
     assert max(pieces) < large.length / 4
 
 
-async def test_a_body_tells_when_it_is_handed_over_and_not_before() -> None:
+async def test_a_body_records_when_it_was_sent() -> None:
     reported: list[int] = []
     got = 0
     text = BufferedUrl(b"x" * 2 * SMALL_BODY_BYTES)
@@ -278,7 +278,7 @@ async def test_a_body_that_breaks_off_says_why_and_is_never_called_sent(fault: E
     assert (reported, body.is_sent) == ([], False)
 
 
-async def test_who_is_late_when_the_time_is_up_can_be_told() -> None:
+async def test_at_a_timeout_the_late_dependency_is_known() -> None:
     waits, arrived = asyncio.Event(), asyncio.Event()
 
     async def late() -> AsyncIterator[bytes]:
@@ -303,7 +303,7 @@ async def test_who_is_late_when_the_time_is_up_can_be_told() -> None:
     assert body.late_image_error is None
 
 
-async def test_the_time_that_images_take_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_time_for_images_is_measured_separately(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("worker.model.request.time.monotonic", lambda: now)
 

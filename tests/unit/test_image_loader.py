@@ -114,7 +114,7 @@ async def test_images_that_were_sent_are_freed(fake: FakeS3, kind: str, count: i
         body = body_of(open_images)
         expected = sum(it.length for it in open_images.urls)
         assert await send(body) == body.length > expected
-        # Whoever has just been woken up still has what woke it.
+        # A task that was just resumed still references its result.
         await turns_of_the_loop()
         assert list(open_images.urls) == []
         assert [it() for it in held] == [None] * count

@@ -1,4 +1,4 @@
-"""Where an image is: nothing gets past the allow-lists, whoever reads the URL afterwards."""
+"""Image URLs: nothing bypasses the allow-lists, whichever library parses the URL afterwards."""
 
 import json
 from collections.abc import Callable

@@ -112,7 +112,7 @@ def rendered(fields: dict[str, Any], *, send_detail: bool = True) -> list[dict[s
 
 
 @given(fields=JOBS)
-def test_whatever_a_valid_job_says_is_read(fields: dict[str, Any]) -> None:
+def test_every_field_of_a_valid_job_is_parsed(fields: dict[str, Any]) -> None:
     job = read(fields)
     for name in ("id", "model", "params", "metadata", "system", "question"):
         assert getattr(job, name) == fields.get(name)
@@ -378,7 +378,7 @@ def test_the_id_of_a_broken_job_is_read_where_it_can_be(body: bytes, own: str | 
     assert (error.job_id, error.id_in_body) == (own or "m", own is not None)
 
 
-def test_a_body_over_the_limit_is_refused_whatever_it_says() -> None:
+def test_every_body_over_the_limit_is_rejected() -> None:
     body = json.dumps(SHORT).encode()
     assert decode(body, None, len(body)).id == "a"
     with pytest.raises(InvalidJobError, match="VQA_MAX_JOB_BYTES") as caught:
@@ -536,7 +536,7 @@ def test_of_many_faults_the_first_few_are_named_and_the_rest_counted() -> None:
     assert message.endswith("; and 7 more")
 
 
-def test_a_kind_of_part_that_is_not_taken_is_told_with_those_that_are() -> None:
+def test_an_unsupported_part_type_is_reported_with_the_supported_ones() -> None:
     message = fault({"id": "a", "messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}).message
     assert "messages.0.content.0: type must be one of 'text', 'image_url', 'refusal'" in message
 
@@ -554,7 +554,7 @@ def test_a_kind_of_part_that_is_not_taken_is_told_with_those_that_are() -> None:
         ),
     ],
 )
-def test_of_an_image_only_that_is_told_which_its_form_calls_for(images: list[Any], message: str) -> None:
+def test_errors_of_an_image_are_those_of_its_form(images: list[Any], message: str) -> None:
     assert fault({**SHORT, "images": images}).message == message
 
 
@@ -577,7 +577,7 @@ def test_of_an_image_only_that_is_told_which_its_form_calls_for(images: list[Any
         ),
     ],
 )
-def test_of_a_messages_content_only_that_is_told_which_its_form_calls_for(content: Any, message: str) -> None:
+def test_errors_of_a_messages_content_are_those_of_its_form(content: Any, message: str) -> None:
     assert fault({"id": "a", "messages": [{"role": "user", "content": content}]}).message == message
 
 

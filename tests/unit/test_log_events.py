@@ -9,27 +9,18 @@ from tests.running import ROOT
 from worker.jobs.attempt import Stage
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
-# How the client logs, in whatever program it is used: these lines are not the worker's.
+# The client library logs in the user's program: its lines are not the worker's.
 CLIENTS_LOG = "log = logging.getLogger("
 PAGE = (ROOT / "docs/logging.md").read_text()
 
 
-def _levels(call: ast.Call, tree: ast.Module) -> set[str]:
+def _levels(call: ast.Call) -> set[str]:
     """The levels that a call logs at; none if it does not log."""
     match call.func:
         case ast.Attribute(value=ast.Name(id="log" | "in_flight_log") | ast.Call(), attr="log"):
             return {"as suppressed"}
         case ast.Attribute(value=ast.Name(id="log" | "in_flight_log") | ast.Call(), attr=level):
             return {level} & set(LEVELS)
-        case ast.Name(id="tell"):
-            # A variable for one of two methods.
-            return {
-                node.attr
-                for assigned in ast.walk(tree)
-                if isinstance(assigned, ast.Assign) and isinstance(assigned.value, ast.IfExp)
-                for node in ast.walk(assigned.value)
-                if isinstance(node, ast.Attribute) and node.attr in LEVELS
-            }
     return set()
 
 
@@ -38,9 +29,8 @@ def _logged() -> Iterator[tuple[str, set[str]]]:
         source = path.read_text()
         if CLIENTS_LOG in source:
             continue
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and (levels := _levels(node, tree)):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and (levels := _levels(node)):
                 texts = [
                     it.value for it in node.args if isinstance(it, ast.Constant) and isinstance(it.value, str)
                 ]

@@ -55,7 +55,7 @@ def test_each_kind_counts_for_itself(shown: Callable[..., int]) -> None:
     assert shown(1, RETRY._replace(logger="another")) == 1
 
 
-def test_what_was_withheld_is_told_once_when_the_minute_is_over(
+def test_suppressed_events_are_reported_once_per_minute(
     sampler: LogSampler, shown: Callable[..., int], clock: Clock
 ) -> None:
     shown(MAX_SHOWN + 7)
@@ -78,7 +78,9 @@ def test_a_line_of_the_next_minute_does_not_lose_what_was_withheld_in_the_last(
     assert sampler.suppressed() == [(RETRY, 2, WINDOW_S)]
 
 
-def test_in_the_end_flush_is_told(sampler: LogSampler, shown: Callable[..., int], clock: Clock) -> None:
+def test_flush_reports_suppressed_events(
+    sampler: LogSampler, shown: Callable[..., int], clock: Clock
+) -> None:
     shown(MAX_SHOWN + 7)
     clock.now += 5
     assert sampler.suppressed(flush=True) == [(RETRY, 7, 5)]

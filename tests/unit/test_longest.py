@@ -3,7 +3,7 @@
 from worker.observability.metrics import Longest
 
 
-def test_the_longest_of_those_seen_is_told() -> None:
+def test_the_longest_of_the_observed_durations_is_returned() -> None:
     longest = Longest(60.0, now=0.0)
     assert longest.value(now=1.0) == 0
     longest.observe(3.0, now=2.0)
@@ -12,7 +12,7 @@ def test_the_longest_of_those_seen_is_told() -> None:
     assert longest.value(now=5.0) == 9
 
 
-def test_it_is_told_for_a_window_at_least_and_for_two_at_most() -> None:
+def test_it_is_returned_for_at_least_one_and_at_most_two_windows() -> None:
     longest = Longest(60.0, now=0.0)
     longest.observe(9.0, now=59.0)
     assert longest.value(now=119.0) == 9

@@ -110,8 +110,8 @@ async def test_bytes_released_early_go_to_the_next_waiter() -> None:
     assert free(budget) == 10
 
 
-@pytest.mark.parametrize("gone", [[1], [2], [1, 2], [3]])
-async def test_a_cancelled_waiter_does_not_block_the_others(gone: list[int]) -> None:
+@pytest.mark.parametrize("cancelled", [[1], [2], [1, 2], [3]])
+async def test_a_cancelled_waiter_does_not_block_the_others(cancelled: list[int]) -> None:
     budget = MemoryBudget(10)
     async with holders(budget) as them:
         them.come(0, 6)
@@ -119,10 +119,10 @@ async def test_a_cancelled_waiter_does_not_block_the_others(gone: list[int]) -> 
             them.come(name, wanted)
         await turns_of_the_loop()
         assert them.holding == [0]
-        them.cancel(*gone)
+        them.cancel(*cancelled)
         await turns_of_the_loop()
         # Only when both large ones are released is the small one the next, and fits in at once.
-        assert them.holding == ([0, 3] if gone == [1, 2] else [0])
+        assert them.holding == ([0, 3] if cancelled == [1, 2] else [0])
         them.leave(0, 1, 2, 3)
         await asyncio.gather(*them.tasks.values(), return_exceptions=True)
     assert free(budget) == 10

@@ -154,7 +154,7 @@ def test_a_message_is_read_quickly_and_with_little_memory(kind: str, size: int) 
     end=st.sampled_from(ENDS),
     size=st.sampled_from([100_000, 999_000, MAX_JOB_BYTES]) | st.integers(1_000, MAX_JOB_BYTES),
 )
-def test_whatever_repeats_in_a_message_it_is_read_quickly_and_with_little_memory(
+def test_a_message_with_repetitions_is_parsed_quickly_and_with_little_memory(
     place: tuple[bytes, bytes], beginning: bytes, item: bytes, end: bytes, size: int
 ) -> None:
     check(repeated(place[0] + beginning, item, end + place[1])(size))

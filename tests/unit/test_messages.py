@@ -127,7 +127,7 @@ def own_headers(message: OutgoingMessage) -> dict[str, Any]:
     return {name: value for name, value in message.headers.items() if name.startswith("vqa-")}
 
 
-def test_a_retry_carries_the_attempts_and_starts_the_count_of_deliveries_anew() -> None:
+def test_a_retry_carries_the_attempts_and_resets_the_delivery_count() -> None:
     headers = own_headers(messages.retry_copy(a_delivery(**FULL), "q", 3))
     assert headers.pop("vqa-copy") not in {None, "an older copy"}
     assert headers == {"vqa-attempts": 3}
@@ -142,7 +142,7 @@ def test_a_retry_carries_the_attempts_and_starts_the_count_of_deliveries_anew() 
         (2, 4, {"vqa-attempts": 2, "vqa-deliveries": 3}),
     ],
 )
-def test_a_job_given_back_counts_as_before_this_delivery(
+def test_a_requeued_job_has_the_counts_from_before_this_delivery(
     attempts: int, deliveries: int, expected: dict[str, int]
 ) -> None:
     delivery = a_delivery(attempts=attempts, deliveries=deliveries)
@@ -174,7 +174,7 @@ def wired(message: OutgoingMessage) -> Delivery:
 
 
 @pytest.mark.parametrize(("restored_attempts", "left"), [(0, 3), (1, 2), (3, None)])
-def test_a_job_given_back_has_fewer_attempts_if_some_were_an_outages(
+def test_a_requeued_job_has_fewer_attempts_if_an_outage_caused_some(
     restored_attempts: int, left: int | None
 ) -> None:
     delivery = a_delivery(attempts=3)
@@ -183,9 +183,7 @@ def test_a_job_given_back_has_fewer_attempts_if_some_were_an_outages(
 
 
 @given(attempts=st.integers(0, 20), deliveries=st.integers(1, 50), times=st.integers(1, 5))
-def test_given_back_however_often_a_job_is_counted_as_it_was(
-    attempts: int, deliveries: int, times: int
-) -> None:
+def test_requeueing_any_number_of_times_keeps_the_counts(attempts: int, deliveries: int, times: int) -> None:
     delivery = a_delivery(b"{}", attempts=attempts, deliveries=deliveries)
     for _ in range(times):
         again = wired(messages.requeued_copy(delivery, "q"))

@@ -23,7 +23,7 @@ RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 # By their other name, where the broker is configured to return metrics per object.
 PER_OBJECT = {name.replace("_detailed", "") for name in BROKER_METRICS}
 OF_KUBERNETES = {"container_cpu_cfs_throttled_periods_total"}
-# What Prometheus adds to whatever it scrapes.
+# Labels that Prometheus adds to each scraped target.
 ADDED_LABELS = {"job", "instance", "namespace"}
 
 

@@ -70,7 +70,7 @@ Answering = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 @dataclass
 class Api:
-    """A server that says what it is asked to say: bytes of HTTP, or whatever a function does."""
+    """A server that sends the configured bytes of HTTP or calls a function to answer."""
 
     port: int = 0
     says: bytes | Answering = b""
@@ -301,9 +301,7 @@ async def test_an_answer_may_be_compressed_or_chunked(api: Api, model: Model) ->
 @pytest.mark.parametrize(
     "content_type", ["text/html", "text/plain; charset=latin-1", "application/octet-stream"]
 )
-async def test_an_answer_is_json_whatever_its_content_type_says(
-    api: Api, model: Model, content_type: str
-) -> None:
+async def test_an_answer_is_json_with_any_content_type(api: Api, model: Model, content_type: str) -> None:
     body = json.dumps({"choices": [{"message": {"content": "猫"}}]}, ensure_ascii=False).encode()
     api.says = response(body=body, Content_Type=content_type)
     assert (await ask(model)).text == "猫"
@@ -385,7 +383,7 @@ async def test_what_may_pass_is_to_be_tried_again(
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
-async def test_a_redirect_is_told_and_not_followed(api: Api, model: Model, status: int) -> None:
+async def test_a_redirect_is_reported_and_not_followed(api: Api, model: Model, status: int) -> None:
     api.says = response(status, b"", Location=f"{api.url}/elsewhere")
     error = await fault(model)
     assert isinstance(error, DependencyDownError)
@@ -414,7 +412,7 @@ async def test_a_redirect_is_told_and_not_followed(api: Api, model: Model, statu
         (b"\xff\xfe", "\ufffd\ufffd"),
     ],
 )
-async def test_the_apis_own_words_are_told_in_whatever_form_they_come(
+async def test_the_apis_error_message_is_reported_in_every_form(
     api: Api, model: Model, body: Any, said: str
 ) -> None:
     api.says = response(400, body)
@@ -487,7 +485,7 @@ async def test_a_429_may_say_milliseconds_or_nothing(api: Api, model: Model) -> 
     said=st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40),
     name=st.sampled_from(["Retry_After", "retry_after_ms"]),
 )
-async def test_whatever_a_429_says_it_is_a_429(running_api: Api, model: Model, said: str, name: str) -> None:
+async def test_a_429_with_any_body_is_a_429(running_api: Api, model: Model, said: str, name: str) -> None:
     seconds = await retry_after(running_api, model, **{name: said})
     assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER_S
 
@@ -510,7 +508,7 @@ async def test_a_429_needs_no_body_of_a_certain_form(api: Api, model: Model, bod
 # No answer, or half of one
 
 
-async def broken_off(model: Model) -> TransientError:
+async def interrupted(model: Model) -> TransientError:
     """The fault of a call that may have been paid for, and is counted as such."""
     before = ambiguous()
     error = await fault(model)
@@ -536,7 +534,7 @@ async def test_a_reset_is_a_fault_that_may_pass(api: Api, model: Model, part: st
         writer.transport.abort()
 
     api.says = reset
-    assert (await broken_off(model)).reason == "connection_error"
+    assert (await interrupted(model)).reason == "connection_error"
 
 
 @pytest.mark.parametrize(
@@ -558,18 +556,18 @@ async def test_half_an_answer_is_a_fault_that_may_pass(api: Api, model: Model, s
         await writer.drain()
 
     api.says = half
-    assert (await broken_off(model)).reason == "connection_error"
+    assert (await interrupted(model)).reason == "connection_error"
 
 
 async def test_a_body_longer_than_its_length_says_is_no_http_and_may_have_been_paid_for(api: Api) -> None:
     api.says = response(length=20)
     async with a_model(api.url) as model:
-        assert (await broken_off(model)).reason == "connection_error"
+        assert (await interrupted(model)).reason == "connection_error"
 
 
 async def test_what_cannot_be_decompressed_is_a_fault_that_may_pass(api: Api, model: Model) -> None:
     api.says = response(body=b"this is not gzip", Content_Encoding="gzip")
-    assert (await broken_off(model)).reason == "connection_error"
+    assert (await interrupted(model)).reason == "connection_error"
 
 
 @pytest.mark.parametrize(

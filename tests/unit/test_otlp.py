@@ -56,7 +56,7 @@ async def traced(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Traced]:
         (asyncio.CancelledError("a secret/place"), "cancelled"),
     ],
 )
-async def test_an_error_that_leaves_a_span_is_told_by_its_kind_and_not_by_its_message(
+async def test_an_exception_in_a_span_is_recorded_by_type_and_not_by_message(
     traced: Traced, error: BaseException, kind: str
 ) -> None:
     with suppress(type(error)), traced.tracer.fetch("images[0]"):
@@ -67,7 +67,7 @@ async def test_an_error_that_leaves_a_span_is_told_by_its_kind_and_not_by_its_me
     assert b"secret" not in b"".join(traced.receiver.bodies)
 
 
-async def test_what_is_told_of_a_failure_comes_before_the_error_that_follows_from_it(traced: Traced) -> None:
+async def test_the_recorded_failure_takes_precedence_over_the_exception_that_follows(traced: Traced) -> None:
     with suppress(TransientError), traced.tracer.call("m", "deepinfra") as span:
         span.failed("503")
         raise TransientError(Dependency.MODEL, "http_5xx", "the API answered 503")

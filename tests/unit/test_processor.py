@@ -910,10 +910,10 @@ async def test_an_outage_that_goes_on_as_403_rejects_no_job(scene: Scene) -> Non
 
 
 async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scene: Scene) -> None:
-    gone = DependencyDownError(MODEL, "no such model", may_be_partial=True)
+    missing = DependencyDownError(MODEL, "no such model", may_be_partial=True)
     found = []
     for _ in range(7):
-        scene.model.deeds = [ANSWER, gone]
+        scene.model.deeds = [ANSWER, missing]
         assert isinstance(await scene.process(id="another"), Succeeded)
         found.append(await scene.process(delivery={"attempts": 1}))
     assert isinstance(found[0], Requeued)
@@ -921,7 +921,7 @@ async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scen
     expected = Retried(job_id="job-1", model="usual", delay_s=5, attempts=1, reason="model_unavailable")
     assert found[-2:] == [expected] * 2
     assert scene.detector.outages == {}
-    scene.model.deeds = [ANSWER, gone]
+    scene.model.deeds = [ANSWER, missing]
     await scene.process(id="another")
     late = await scene.process(deadline=in_(3), delivery={"attempts": 1})
     assert refusal(late)[0] is ErrorCode.DEADLINE_EXCEEDED
@@ -1242,7 +1242,7 @@ DEEDS: st.SearchStrategy[Deed] = st.sampled_from(
     jobs=st.lists(st.integers(0, 6), min_size=1, max_size=12),
     attempts=st.integers(0, 4),
 )
-async def test_whatever_happens_a_job_has_an_outcome_and_leaves_no_slot_behind(
+async def test_every_job_has_an_outcome_and_releases_its_slot(
     images: list[Deed], model: list[Deed], jobs: list[int], attempts: int
 ) -> None:
     scene = Scene(limit=1)

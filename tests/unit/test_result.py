@@ -72,7 +72,7 @@ def strictly(body: bytes) -> Any:
 
 
 @given(response=RESPONSES | ANY_VALUE, price=st.sampled_from([None, Dear()]), include_response=st.booleans())
-def test_whatever_the_api_answers_the_result_is_strict_json(
+def test_the_result_is_strict_json_for_every_answer_of_the_api(
     response: Any, price: Dear | None, include_response: bool
 ) -> None:
     try:
@@ -138,7 +138,7 @@ def test_a_result_can_be_read_back_from_its_body(result: Result) -> None:
     assert Result.model_validate(strictly(result.to_body())) == result
 
 
-def test_every_field_of_a_result_is_there_whatever_happened() -> None:
+def test_every_result_has_all_fields() -> None:
     body = strictly(Result(id=None, status="failed").to_body())
     assert set(body) == set(Result.model_fields)
     assert set(body["timings"]) == set(Timings.model_fields)
@@ -166,7 +166,7 @@ def test_what_no_result_can_say_is_refused(fields: dict[str, Any]) -> None:
         Result.model_validate({"id": "a", "status": "failed", **fields})
 
 
-def test_the_schema_of_results_tells_of_every_field_and_code() -> None:
+def test_the_schema_of_results_contains_every_field_and_code() -> None:
     schema = Result.model_json_schema()
     assert set(schema["properties"]) == set(Result.model_fields)
     assert schema["$defs"]["ErrorCode"]["enum"] == [code.value for code in ErrorCode]

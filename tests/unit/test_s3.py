@@ -94,7 +94,7 @@ async def fault(url: str) -> Exception:
 # The setting
 
 
-def test_an_endpoint_that_cannot_be_one_is_told_with_its_setting() -> None:
+def test_an_invalid_endpoint_is_reported_with_its_setting() -> None:
     with pytest.raises(S3ConfigurationError, match=r"VQA_S3_ENDPOINT_URL.*my_s3"):
         Aws(Endpoint("http://my_s3:9000", "auto"))
 
@@ -110,7 +110,7 @@ def test_the_usual_variable_names_the_authorities_that_s3_is_checked_against(
 
 
 @pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
-async def test_authorities_that_cannot_be_read_are_told_with_their_variable(
+async def test_an_unreadable_ca_bundle_is_reported_with_its_variable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     nonsense = tmp_path / "nonsense.pem"
@@ -168,7 +168,7 @@ async def test_the_sdks_own_variables_name_the_store_where_the_setting_does_not(
     assert (await aws.link(S3Object("photos", "cat.png"), 60)).startswith(f"{prefix}/cat.png?")
 
 
-async def test_the_sdks_own_variables_can_be_told_to_be_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_sdks_own_variables_can_be_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3.example:9000")
     monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
     signed = await Aws(Endpoint(None, "auto")).sign(S3Object("photos", "cat.png"))
@@ -317,7 +317,7 @@ async def test_credentials_that_expire_are_renewed_without_holding_up_the_event_
     assert not set(keys[:2]) & set(keys[2:])
 
 
-async def test_credentials_that_cannot_be_had_are_everybodys_trouble(fake: FakeS3, granted: Path) -> None:
+async def test_missing_credentials_are_an_outage(fake: FakeS3, granted: Path) -> None:
     (granted / "grant.py").write_text("import sys; sys.exit('no')")
     error = await fault(fake.url)
     assert isinstance(error, DependencyDownError)
@@ -385,7 +385,7 @@ def refuse_role(status: int, code: str) -> Answer:
 
 @pytest.mark.parametrize("way", ["open", "read_beginning", "link", "open elsewhere", "link elsewhere"])
 @pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (403, "ExpiredToken")])
-async def test_a_role_that_is_refused_is_everybodys_trouble_and_told_by_its_code_alone(
+async def test_a_rejected_role_is_an_outage_and_reported_by_its_code_only(
     fake: FakeS3, sts: FakeS3, way: str, status: int, code: str
 ) -> None:
     sts.answer = refuse_role(status, code)
@@ -504,7 +504,7 @@ async def test_only_a_redirect_for_good_is_remembered(fake: FakeS3, status: int)
 async def test_a_read_of_the_sdks_that_stalls_can_be_given_up_without_holding_up_anybody(
     fake: FakeS3, s3_is_closed: bool
 ) -> None:
-    """A thread waits for the body then, and whoever closes a body waits for its reads: not the event loop."""
+    """A thread waits for the body; the thread that closes it waits for its reads, not the event loop."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         if fake.asked[-1].signed_by[1] != FAR:
@@ -519,7 +519,7 @@ async def test_a_read_of_the_sdks_that_stalls_can_be_given_up_without_holding_up
             await anext(aiter(reading))
 
         reader = asyncio.create_task(read_on())
-        # Nothing tells when the thread has come to wait.
+        # There is no event that shows when the thread waits.
         await asyncio.sleep(0.2)
         assert not reader.done()
         if s3_is_closed:
@@ -573,7 +573,9 @@ async def test_a_missing_object_in_another_region_is_missing(fake: FakeS3) -> No
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "aws-chunked", "identity"])
-async def test_an_object_is_given_as_it_is_stored_whatever_its_encoding(fake: FakeS3, encoding: str) -> None:
+async def test_an_object_is_returned_as_stored_with_every_content_encoding(
+    fake: FakeS3, encoding: str
+) -> None:
     stored = gzip.compress(CONTENT)
     fake.answer = give(stored, Content_Encoding=encoding)
     async with an_s3(fake.url) as s3:
@@ -686,7 +688,7 @@ async def test_a_read_that_is_given_up_lets_go_of_its_connection(fake: FakeS3) -
 @pytest.mark.parametrize(
     ("status", "code"),
     [(409, "ConditionalRequestConflict"), (412, "PreconditionFailed"), (404, "NoSuchKey"), (404, "")],
-    ids=["another write is under way", "it has changed", "it is gone, as AWS says it", "it is gone"],
+    ids=["concurrent write", "changed", "deleted, as AWS reports it", "deleted"],
 )
 async def test_what_is_no_longer_as_it_was_is_not_replaced(fake: FakeS3, status: int, code: str) -> None:
     fake.answer = refuse(status, code)

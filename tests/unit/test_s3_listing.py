@@ -1,4 +1,4 @@
-"""Listings of more than one page end, whatever characters keys and continuation tokens contain."""
+"""Listings of several pages end, for all characters in keys and continuation tokens."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from html import escape

@@ -155,7 +155,7 @@ async def test_a_dead_worker_s_claim_is_taken_over(
     assert await ask(new_owner, b"dog") == (None, b"dog")
 
 
-async def test_of_two_heirs_only_one_asks(objects: Memory) -> None:
+async def test_only_one_of_several_new_owners_calls_the_model(objects: Memory) -> None:
     dead = a_worker(objects)
     await dead.acquire("job").__aenter__()
     await dead.close()
@@ -164,7 +164,7 @@ async def test_of_two_heirs_only_one_asks(objects: Memory) -> None:
     assert len({there or kept for there, kept in ends}) == 1
 
 
-async def test_a_worker_taken_for_dead_gets_the_answer_of_its_heir(objects: Memory) -> None:
+async def test_a_worker_considered_dead_gets_the_answer_of_the_new_owner(objects: Memory) -> None:
     slow, new_owner = a_worker(objects), a_worker(objects)
     async with slow.acquire("job") as lease:
         await slow.close()
@@ -172,7 +172,7 @@ async def test_a_worker_taken_for_dead_gets_the_answer_of_its_heir(objects: Memo
         assert await lease.put(b"cat") == b"dog"
 
 
-async def test_an_heir_that_is_slower_gets_the_answer_of_the_worker_taken_for_dead(objects: Memory) -> None:
+async def test_a_slower_new_owner_gets_the_answer_of_the_worker_considered_dead(objects: Memory) -> None:
     slow, new_owner = a_worker(objects), a_worker(objects)
     async with slow.acquire("job") as lease:
         await slow.close()

@@ -68,7 +68,7 @@ def test_what_a_worker_says_is_read_with_all_its_models_together() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "<html></html>", "up 1\n", "vqa_jobs_in_flight 1\n"])
-def test_what_is_no_worker_is_told(text: str) -> None:
+def test_a_server_that_is_not_a_worker_is_reported(text: str) -> None:
     with pytest.raises(ValueError, match=r"no metrics|."):
         read_sample(text)
 
@@ -110,7 +110,7 @@ def test_old_readings_are_forgotten() -> None:
     assert len(fleet._workers["a"].samples) <= WINDOW_S + 2  # noqa: SLF001
 
 
-def test_a_worker_that_was_started_anew_counts_from_zero_and_its_cost_is_kept() -> None:
+def test_a_restarted_worker_counts_from_zero_and_its_cost_is_kept() -> None:
     figures = figures_of(
         (0.0, {"a": sample(jobs=100, cost=5)}),
         (10.0, {"a": sample(jobs=110, cost=6)}),
@@ -121,7 +121,7 @@ def test_a_worker_that_was_started_anew_counts_from_zero_and_its_cost_is_kept() 
     assert figures.cost_usd == pytest.approx(6.5)
 
 
-def test_a_worker_that_is_gone_counts_no_more_and_its_cost_is_kept() -> None:
+def test_a_stopped_worker_counts_no_more_and_its_cost_is_kept() -> None:
     fleet = Fleet()
     fleet.observe(0.0, {"a": sample(jobs=0, cost=1), "b": sample(jobs=0, cost=2)}, ())
     fleet.observe(10.0, {"a": sample(jobs=10, cost=1)}, ("b",))
@@ -139,7 +139,7 @@ def test_what_workers_pause_for_is_counted() -> None:
     assert figures.paused == {"model": 2, "s3": 1}
 
 
-def test_no_worker_at_all_has_figures_too() -> None:
+def test_a_fleet_without_workers_has_figures_too() -> None:
     figures = figures_of((0.0, {}))
     assert (figures.workers, figures.per_s, figures.cost_usd) == (0, None, 0)
 
@@ -203,7 +203,7 @@ def test_a_line_says_it_all() -> None:
     ]
 
 
-def test_without_workers_only_the_queues_are_told_and_a_broker_in_trouble_is() -> None:
+def test_without_workers_only_the_queues_are_shown_and_a_broker_error_is_shown() -> None:
     assert render.line(render.Figures("q", QUEUES, "", None), NOW).count("·") == 0
     unseen = render.line(render.Figures("q", render.QueueFigures(jobs=7), "", None), NOW)
     assert "queues 7 ready, ? in retry, ? dead-lettered, ? on the results queue, 0 consumers" in unseen
@@ -213,12 +213,12 @@ def test_without_workers_only_the_queues_are_told_and_a_broker_in_trouble_is() -
 
 
 def test_programs_get_numbers() -> None:
-    told = render.in_json(render.Figures("q", QUEUES, "", fleet_figures(per_s=None)), NOW)
-    assert told["at"] == "2030-01-31T12:00:00.000Z"
-    assert told["queues"] == {"jobs": 1200, "retries": 3, "results": 1, "dead_letters": 2, "consumers": 4}
-    assert told["workers"]["per_s"] is None
-    assert told["workers"]["latency_s"] == {"p50": 0.25, "p90": 1.25, "p99": None}
-    assert told["workers"]["paused"] == {"model": 1}
+    printed = render.in_json(render.Figures("q", QUEUES, "", fleet_figures(per_s=None)), NOW)
+    assert printed["at"] == "2030-01-31T12:00:00.000Z"
+    assert printed["queues"] == {"jobs": 1200, "retries": 3, "results": 1, "dead_letters": 2, "consumers": 4}
+    assert printed["workers"]["per_s"] is None
+    assert printed["workers"]["latency_s"] == {"p50": 0.25, "p90": 1.25, "p99": None}
+    assert printed["workers"]["paused"] == {"model": 1}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_a_worker_s_url_may_be_short(text: str, host: str, port: int, path: str)
 
 
 @pytest.mark.parametrize("text", ["", "https://host", "http://", "host:port", "http://host:99999", "[::1"])
-def test_what_is_no_worker_s_url_is_told(text: str) -> None:
+def test_an_invalid_worker_url_is_reported(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is not a worker URL"):
         WorkerUrl.parse(text)
 

@@ -54,7 +54,7 @@ def test_an_endpoint_or_an_exporter_asks_for_traces_unless_they_are_switched_off
         ({ENDPOINT: URL, OF_TRACES: "collector"}, OF_TRACES, "http://"),
     ],
 )
-def test_what_cannot_be_done_is_told_with_the_variable_s_name(
+def test_an_unsupported_value_is_reported_with_the_variable_s_name(
     environment: dict[str, str], variable: str, said: str
 ) -> None:
     (fault,) = trace_faults(environment)
@@ -63,7 +63,9 @@ def test_what_cannot_be_done_is_told_with_the_variable_s_name(
 
 
 @pytest.mark.parametrize("missing", ["opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"])
-def test_a_missing_library_is_told_with_how_to_get_it(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_with_the_install_command(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     assert list(trace_faults({})) == []
     for environment in ({ENDPOINT: URL}, {"OTEL_TRACES_EXPORTER": "otlp"}):
@@ -73,7 +75,7 @@ def test_a_missing_library_is_told_with_how_to_get_it(missing: str, monkeypatch:
         assert "OTEL_TRACES_EXPORTER=none" in fault
 
 
-def test_it_is_told_together_with_what_is_wrong_with_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_reported_together_with_invalid_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VQA_MODEL_API_KEY", "any")
     monkeypatch.setenv("VQA_ALLOWED_BUCKETS", "*")
     monkeypatch.setenv(ENDPOINT, "collector:4318")

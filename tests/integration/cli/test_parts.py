@@ -95,13 +95,13 @@ def test_creating_an_existing_state_file_opens_it(state: SubmissionState) -> Non
 
 
 def test_an_interrupted_transaction_is_rolled_back(state: SubmissionState) -> None:
-    def broken_off() -> None:
+    def interrupt() -> None:
         with state.transaction():
             assert state.add(Planned("a", b"{}"))
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        broken_off()
+        interrupt()
     assert state.counts().total == 0
 
 

@@ -10,7 +10,7 @@ def alive(pids: Iterable[int]) -> list[int]:
     return [pid for pid in pids if _state(pid) not in ("", "Z")]
 
 
-def wait_until_gone(pids: Iterable[int], *, timeout_seconds: float = 20) -> list[int]:
+def wait_until_ended(pids: Iterable[int], *, timeout_seconds: float = 20) -> list[int]:
     """Wait for processes to end; return those that did not."""
     left = alive(pids)
     give_up = time.monotonic() + timeout_seconds

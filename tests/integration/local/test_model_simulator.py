@@ -160,7 +160,7 @@ async def test_other_media_types_are_refused(ask: Ask, inline: Inline, plain: Pl
     assert (status, answer["error"]["code"]) == (400, "unsupported_image_media_type")
 
 
-async def test_a_picture_of_another_format_than_allowed_is_refused_whatever_it_claims(
+async def test_an_image_in_a_format_that_is_not_allowed_is_rejected_for_every_declared_type(
     ask: Ask, inline: Inline, plain: Plain
 ) -> None:
     status, answer = await ask("?", inline(plain("red", kind="GIF"), "image/png"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.local.processes import ServiceStartError, SupervisedProcess
-from tests.integration.local.processes_seen import alive, wait_until_gone
+from tests.integration.local.processes_seen import alive, wait_until_ended
 
 OWNER = """
 import os, sys, time
@@ -40,7 +40,7 @@ def test_a_service_that_is_killed_takes_its_children_with_it(tmp_path: Path) -> 
     child = int(process.log.read_text())
     process.kill()
     assert not process.running
-    assert wait_until_gone([child, process.pid]) == []
+    assert wait_until_ended([child, process.pid]) == []
 
 
 def test_a_service_that_ignores_the_request_to_stop_is_killed_after_the_grace(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_nothing_outlives_an_owner_that_dies(tmp_path: Path, how: signal.Signals
         service = int(output.readline())
         assert alive([service]) == [service]
         owner.send_signal(how)
-    assert wait_until_gone([service]) == []
+    assert wait_until_ended([service]) == []
     # The folder goes right after the processes.
     give_up = time.monotonic() + 5
     while (tmp_path / "stack").exists() and time.monotonic() < give_up:

@@ -19,7 +19,7 @@ from deploy.local import stack as stack_module
 from deploy.local.install import Installation
 from deploy.local.processes import ServiceStartError
 from deploy.local.stack import Stack
-from tests.integration.local.processes_seen import alive, family, wait_until_gone
+from tests.integration.local.processes_seen import alive, family, wait_until_ended
 
 SIGNALS = (signal.SIGINT, signal.SIGKILL)
 
@@ -106,7 +106,7 @@ def test_a_stack_in_the_foreground_leaves_nothing_behind_however_it_ends(
     up.process.send_signal(number)
     code = up.process.wait(20)
     assert code == (0 if number == signal.SIGINT else -number)
-    assert wait_until_gone(pids) == []
+    assert wait_until_ended(pids) == []
     assert wait_until_empty(up.folder) == []
     port = up.environment["VQA_S3_ENDPOINT_URL"].rpartition(":")[2]
     assert not Path(f"/tmp/seaweedfs-s3-{port}.sock").exists()  # noqa: S108 - where SeaweedFS puts it
@@ -132,7 +132,7 @@ def test_a_stack_that_fails_to_start_stops_its_other_services(
     before = set(family(os.getpid()))
     with pytest.raises(ServiceStartError, match=r"RabbitMQ ended(.|\n)*the disk is full"):
         Stack.start()
-    assert wait_until_gone(set(family(os.getpid())) - before) == []
+    assert wait_until_ended(set(family(os.getpid())) - before) == []
     assert list((tmp_path / "temporary").iterdir()) == []
 
 

@@ -149,13 +149,13 @@ def test_every_resource_has_the_fields_of_its_kind(resources: Resources) -> None
     assert all(it == {"exchange", "write", "read"} for it in topics)
 
 
-# Names of one's own
+# Custom names
 
 
 OWN = {
     "VQA_JOBS_QUEUE": "team.a+b",
     "VQA_RESULTS_QUEUE": "answers",
-    "VQA_DEAD_LETTER_QUEUE": "graves (old)",
+    "VQA_DEAD_LETTER_QUEUE": "dead (old)",
     "VQA_RETRY_DELAYS": "3",
 }
 
@@ -166,7 +166,7 @@ def test_files_for_other_names_use_the_environment(tmp_path: Path, monkeypatch: 
     assert main(["--into", str(tmp_path / "new"), "--vhost", "a", "--cluster", "mq"]) == 0
     server = json.loads((tmp_path / "new" / "definitions.json").read_text())
     assert [it["name"] for it in server["queues"]] == [
-        "graves (old)",
+        "dead (old)",
         "answers",
         "team.a+b",
         "team.a+b.retry.3s",
@@ -197,9 +197,7 @@ def test_permissions_match_the_exact_names_only(exchanges: dict[str, str]) -> No
         assert not any(re.search(operator[right], name) for name in others)
     worker = server["permissions"][0]
     assert re.search(worker["read"], "team.a+b")
-    assert not any(
-        re.search(worker["read"], name) for name in ("answers", "graves (old)", "team.a+b.retry.3s")
-    )
+    assert not any(re.search(worker["read"], name) for name in ("answers", "dead (old)", "team.a+b.retry.3s"))
     assert bool(re.search(worker["write"], "amq.default")) == (not exchanges)
 
 

@@ -267,7 +267,7 @@ def make_exchange(name: str) -> Act:
 
 
 def listen(exchange: str, key: str | None = None) -> Act:
-    """Bind a queue of one's own, by its name unless another key is given."""
+    """Bind an exclusive queue; the default routing key is the queue's name."""
 
     async def act(channel: AbstractChannel) -> None:
         queue = await channel.declare_queue(exclusive=True)

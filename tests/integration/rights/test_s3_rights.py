@@ -67,7 +67,7 @@ def buckets(stack: Stack) -> Buckets:
 
 @dataclass(frozen=True)
 class Identity:
-    """Somebody with a key of their own."""
+    """An S3 user with an access key."""
 
     key: str
     secret: str

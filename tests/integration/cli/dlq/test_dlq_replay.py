@@ -59,7 +59,7 @@ async def test_replay_moves_matching_jobs_and_warns_about_those_that_will_fail_a
 ) -> None:
     late = job(deadline="2020-01-01T00:00:00Z")
     await queues.dead_letter(late)
-    kept = await add_dead_letters(queues, 2, code="model_gone")
+    kept = await add_dead_letters(queues, 2, code="model_missing")
     await queues.dead_letter(b"{", "invalid_job", message_id="broken")
     result = await cli.run("dlq", "replay", "--code", "a*", "--code", "inv*", "--yes")
     assert result.code == 0
