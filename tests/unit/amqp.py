@@ -1,4 +1,4 @@
-"""Messages as they stand on the wire, and what the consumer makes of them."""
+"""Encode AMQP messages, and read them as the consumer does."""
 
 import asyncio
 import struct
@@ -23,7 +23,7 @@ def table(content: bytes) -> bytes:
 
 
 def header_frame(raw: dict[str, bytes]) -> bytes:
-    """A content header frame with these properties; the last one is the app id "the end"."""
+    """Return a content header frame with these properties and, last, the app id "the end"."""
     ordered = {name: raw[name] for name in Basic.Properties.flags if name in raw} | {
         "app_id": short(b"the end")
     }
@@ -41,7 +41,7 @@ def received(raw: dict[str, bytes]) -> ContentHeader:
 
 
 def delivered(raw: dict[str, bytes], *, redelivered: bool = False) -> Delivery:
-    """What the consumer makes of a message with these properties."""
+    """Return the consumer's delivery for a message with these properties."""
     deliver = Basic.Deliver("tag", 1, redelivered, "", "jobs")
     message: Any = DeliveredMessage(delivery=deliver, header=received(raw), body=b"{}", channel=None)  # type: ignore[arg-type]
     return to_delivery(

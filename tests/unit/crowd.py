@@ -85,7 +85,7 @@ class Crowd:
         return worker
 
     def publish(self, count: int) -> None:
-        """Publish so many jobs; free workers take them in turn."""
+        """Publish `count` jobs; free workers take them in turn."""
         self._jobs += count
         for _ in self.workers:
             if not self._jobs:
@@ -98,7 +98,7 @@ class Crowd:
         worker.leaves = True
 
     def run(self, seconds: float = float("inf")) -> None:
-        """Advance the time by so many seconds, or until all jobs are finished."""
+        """Advance the time by a number of seconds, or until all jobs are finished."""
         ends = self.now + seconds
         while self._events and self._events[0][0] <= ends:
             self.now, _, happen = heapq.heappop(self._events)

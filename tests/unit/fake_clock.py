@@ -1,4 +1,4 @@
-"""A clock that stands still until a test advances it."""
+"""A clock that only a test advances."""
 
 import asyncio
 import heapq
@@ -36,7 +36,7 @@ class FakeClock(Clock):
         timeout = asyncio.timeout(seconds if seconds <= 0 else None)
 
         def expire() -> None:
-            # It may be over, or not yet entered.
+            # The block may have ended or not have been entered.
             with suppress(RuntimeError):
                 timeout.reschedule(0.0)
 
@@ -44,7 +44,7 @@ class FakeClock(Clock):
         return timeout
 
     async def advance(self, seconds: float) -> None:
-        """Let time pass, and everything run that becomes due by it."""
+        """Advance the time; run each sleeper that becomes due."""
         await turns_of_the_loop()
         ends = self._monotonic + seconds
         while self._timers and self._timers[0][0] <= ends:
@@ -55,7 +55,7 @@ class FakeClock(Clock):
         self._monotonic = ends
 
     def jump(self, seconds: float) -> None:
-        """Let time pass without running anything: sleepers wake with the next `advance`."""
+        """Advance the time without running anything: sleepers wake at the next `advance`."""
         self._monotonic += seconds
 
     def _at(self, seconds: float, wake: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Deliveries made by hand, and fakes of the project's own Protocols."""
+"""Deliveries without a broker, and fakes of the project's Protocols."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ TOPOLOGY = Topology(
 def a_delivery(
     body: bytes | dict[str, Any] = b"{}", *, events: list[str] | None = None, **properties: Any
 ) -> Delivery:
-    """A delivery as the consumer would make it; `events` collects "ack", "reject" and "requeue"."""
+    """Return a delivery like the consumer's; `events` collects "ack", "reject" and "requeue"."""
     seen: list[str] = [] if events is None else events
 
     async def ack() -> None:
@@ -67,7 +67,7 @@ def a_delivery(
 
 
 class FakePublisher:
-    """Records what is published. With `let_go` cleared it holds every publish back, as a lost connection."""
+    """Record published messages. While `let_go` is cleared every publish waits, as without a connection."""
 
     def __init__(self, events: list[str] | None = None) -> None:
         self.events: list[str] = [] if events is None else events
@@ -87,7 +87,7 @@ class FakePublisher:
             raise self.broken
         if self.most_bytes is not None and len(message.body) > self.most_bytes:
             raise TooLargeError(self.most_bytes)
-        # A name that costs the connection each time, or a full queue; with tries, there is an end to that.
+        # Each publish closes the connection or meets a full queue; a limit of tries ends that.
         if message.tries is not None and message.routing_key in self.fatal | self.full:
             self.events.append(f"given up {message.routing_key}")
             raise PublishAbandonedError(message.routing_key)
@@ -105,12 +105,12 @@ class FakePublisher:
         return [message for message in self.published if message.routing_key == queue]
 
     def results(self, queue: str = "results") -> list[dict[str, Any]]:
-        """The bodies of the results in a queue."""
+        """Return the bodies of the results in a queue."""
         return [json.loads(message.body) for message in self.to(queue)]
 
 
 async def turns_of_the_loop(times: int = 10) -> None:
-    """Let everything run that can run without the clock."""
+    """Run everything that does not wait for the clock."""
     for _ in range(times):
         await asyncio.sleep(0)
 
@@ -124,7 +124,7 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 def free(budget: MemoryBudget) -> int:
-    """How many bytes nobody has; nobody may be waiting."""
+    """Return the number of free bytes; no task may be waiting."""
     low, high = 0, 1 << 40
     while low < high:
         middle = (low + high + 1) // 2

@@ -22,7 +22,7 @@ def a_limit(maximum: int = 64, *, lowered_to: int | None = None) -> AdaptiveLimi
 
 
 def rounds(limit: AdaptiveLimit, count: float) -> None:
-    """Answer all calls of so many rounds, with as many in flight as the limit allows."""
+    """Answer all calls of `count` rounds, each with as many in flight as the limit allows."""
     done = 0.0
     while done < count:
         done += 1 / limit.value
@@ -47,7 +47,7 @@ def test_until_the_first_429_a_round_of_successes_doubles_the_limit() -> None:
 
 
 def test_calls_that_end_together_double_the_limit_too() -> None:
-    """None of them is replaced before the last has ended."""
+    """No new call starts before the last of them has ended."""
     limit = a_limit(1000)
     for doubled in (64, 128, 256):
         for in_flight in range(limit.value, 0, -1):
@@ -312,7 +312,7 @@ def test_an_api_that_answers_429_to_every_call_is_called_rarely(retry_after_s: f
     crowd.run(120)
     since = crowd.now
     crowd.run(600)
-    # Each worker every 30 s, give or take the random spread.
+    # Each worker about every 30 s, with random jitter.
     assert 4 * 600 / 40 <= crowd.rate_limited(since) <= 4 * 600 / 22
     crowd.provider.capacity = CAPACITY
     crowd.run(90)
@@ -320,9 +320,7 @@ def test_an_api_that_answers_429_to_every_call_is_called_rarely(retry_after_s: f
 
 
 @pytest.mark.parametrize(("per_minute", "latency_s"), [(30, 0.1), (60, 1.0), (600, 2.0)])
-def test_a_limit_of_calls_per_minute_is_used_without_a_storm_of_429s(
-    per_minute: int, latency_s: float
-) -> None:
+def test_a_limit_of_calls_per_minute_is_used_with_few_429s(per_minute: int, latency_s: float) -> None:
     crowd = Crowd(Provider(1000, latency_s, per_minute=per_minute))
     crowd.run(600)
     assert crowd.succeeded() >= 0.6 * per_minute * 10

@@ -1,4 +1,4 @@
-"""Reading the API's answer: it was paid for, so that only what makes it useless is refused."""
+"""Parsing of the API's response: it is billed, so only an unusable one is rejected."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_the_text_is_found_in_every_form_of_content(content: Any, text: str | No
     assert read({"role": "assistant", "content": content}).text == text
 
 
-def test_a_message_without_content_says_nothing() -> None:
+def test_a_message_without_content_is_empty() -> None:
     answer = read({"role": "assistant"})
     assert (answer.text, answer.is_empty) == (None, True)
 
@@ -78,7 +78,7 @@ def test_a_message_without_content_says_nothing() -> None:
         b"[" * 100_000, b'{"a":' * 100_000,
     ],
 )  # fmt: skip
-def test_what_is_no_chat_completion_is_malformed(body: bytes) -> None:
+def test_a_body_that_is_not_a_chat_completion_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedAnswerError):
         parse_answer(body, None)
 
@@ -140,13 +140,13 @@ def test_a_finish_reason_is_text_or_none(reason: Any, reported: str | None) -> N
         ({"content": "a"}, {"logprobs": {}}, True),
     ],
 )
-def test_an_answer_is_plain_if_its_text_says_it_all(
+def test_an_answer_is_plain_if_it_has_nothing_but_text(
     message: dict[str, Any], choice: dict[str, Any], is_plain: bool
 ) -> None:
     assert read(message, choice=choice).is_plain is is_plain
 
 
-def test_of_several_choices_the_first_is_the_answer_and_none_is_lost() -> None:
+def test_the_first_of_several_choices_is_the_answer_and_none_is_lost() -> None:
     choices = [{"message": {"content": text}, "finish_reason": text} for text in ("first", "second")]
     answer = parse_answer(json.dumps({"choices": choices}).encode(), None)
     assert (answer.text, answer.finish_reason, answer.is_plain) == ("first", "first", False)
@@ -179,12 +179,12 @@ def test_of_several_choices_the_first_is_the_answer_and_none_is_lost() -> None:
         ({}, None),
     ],
 )
-def test_usage_is_read_as_far_as_it_can_be(usage: dict[str, Any], expected: Any) -> None:
+def test_valid_fields_of_the_usage_are_read(usage: dict[str, Any], expected: Any) -> None:
     assert usage_of(**usage) == expected
 
 
 @pytest.mark.parametrize("usage", [None, [], "many", 7, True])
-def test_usage_that_is_none_costs_no_answer(usage: Any) -> None:
+def test_invalid_usage_does_not_invalidate_the_answer(usage: Any) -> None:
     answer = read({"content": "a"}, usage=usage)
     assert (answer.text, answer.usage) == ("a", None)
 
@@ -199,26 +199,26 @@ TOKENS: dict[str, Any] = {"prompt_tokens": 2_000_000, "completion_tokens": 500_0
         (None, 4.0), (-1, 4.0), ("0.25", 4.0), (True, 4.0), ({}, 4.0), (10**400, 4.0), (1e300, 4.0),
     ],
 )  # fmt: skip
-def test_the_providers_own_figure_comes_before_the_price_list(stated: Any, cost: float) -> None:
+def test_the_providers_cost_takes_precedence_over_the_price_list(stated: Any, cost: float) -> None:
     found = usage_of(PerMillion(prompt=1.0, completion=4.0), **TOKENS, estimated_cost=stated)
     assert found is not None
     assert found[3] == cost
 
 
-def test_without_a_price_the_cost_is_not_known() -> None:
+def test_without_a_price_the_cost_is_unknown() -> None:
     assert usage_of(**TOKENS) == (2_000_000, 500_000, 2_500_000, None)
     assert usage_of(PerMillion(0, 0), **TOKENS) == (2_000_000, 500_000, 2_500_000, 0.0)
     assert usage_of(PerMillion(1e308, 1e308), **TOKENS) == (2_000_000, 500_000, 2_500_000, None)
 
 
-def test_without_the_counts_that_have_a_price_only_a_stated_cost_is_known() -> None:
+def test_without_the_priced_token_counts_only_the_providers_cost_is_known() -> None:
     assert usage_of(PerMillion(1, 4), total_tokens=5) == (0, 0, 5, None)
     assert usage_of(PerMillion(1, 4), total_tokens=5, estimated_cost=0.1) == (0, 0, 5, 0.1)
     assert usage_of(PerMillion(1, 4), completion_tokens=500_000) == (0, 500_000, 500_000, 2.0)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
-def test_a_number_that_json_cannot_say_becomes_null(number: str) -> None:
+def test_a_number_that_json_cannot_represent_becomes_null(number: str) -> None:
     body = (
         f'{{"x":{number},"choices":[{{"message":{{"content":"a"}}}}],"usage":{{"prompt_tokens":{number}}}}}'
     )
@@ -229,7 +229,7 @@ def test_a_number_that_json_cannot_say_becomes_null(number: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_an_answer_is_read_in_any_encoding_of_unicode(encoding: str) -> None:
+def test_an_answer_is_read_in_every_unicode_encoding(encoding: str) -> None:
     body = json.dumps({"choices": [{"message": {"content": "猫"}}]}, ensure_ascii=False)
     assert parse_answer(body.encode(encoding), None).text == "猫"
 
@@ -247,7 +247,7 @@ ANY_VALUE = st.recursive(
 
 
 @given(body=st.binary())
-def test_any_bytes_are_malformed_or_an_answer(body: bytes) -> None:
+def test_all_bytes_are_malformed_or_an_answer(body: bytes) -> None:
     try:
         parse_answer(body, None)
     except MalformedAnswerError:
@@ -255,7 +255,7 @@ def test_any_bytes_are_malformed_or_an_answer(body: bytes) -> None:
 
 
 @given(choices=ANY_VALUE | st.lists(ANY_VALUE, min_size=1, max_size=2), usage=ANY_VALUE)
-def test_any_json_is_malformed_or_an_answer(choices: Any, usage: Any) -> None:
+def test_all_json_is_malformed_or_an_answer(choices: Any, usage: Any) -> None:
     body = json.dumps({"choices": choices, "usage": usage}).encode()
     try:
         answer = parse_answer(body, PerMillion(1e300, 1e300))
@@ -277,7 +277,7 @@ def test_a_cost_is_tokens_times_price(prompt: int, completion: int, price: PerMi
     assert found[3] == pytest.approx(prompt / 1e6 * price.prompt + completion / 1e6 * price.completion)
 
 
-def test_what_is_kept_of_an_answer_is_the_answer() -> None:
+def test_a_stored_answer_can_be_read_back() -> None:
     body = (
         b'{"choices":[{"finish_reason":"stop","message":{"content":"a cat","tool_calls":[{"id":"1"}]}}],'
         b'"usage":{"prompt_tokens":3,"completion_tokens":4,"estimated_cost":0.25}}'
@@ -286,7 +286,7 @@ def test_what_is_kept_of_an_answer_is_the_answer() -> None:
     assert deserialize_answer(serialize_answer(answer)) == answer
 
 
-def test_a_lone_surrogate_does_not_keep_an_answer_from_being_kept() -> None:
+def test_an_answer_with_a_lone_surrogate_can_be_stored() -> None:
     answer = parse_answer(b'{"choices":[{"message":{"content":"cut \\ud83d"}}]}', None)
     kept = deserialize_answer(serialize_answer(answer))
     assert kept is not None
@@ -294,5 +294,5 @@ def test_a_lone_surrogate_does_not_keep_an_answer_from_being_kept() -> None:
 
 
 @pytest.mark.parametrize("kept", [b"", b"{}", b"[]", b"not JSON", b'{"text": 1}'])
-def test_what_is_no_answer_is_not_taken_for_one(kept: bytes) -> None:
+def test_a_stored_object_that_is_not_an_answer_is_rejected(kept: bytes) -> None:
     assert deserialize_answer(kept) is None

@@ -1,4 +1,4 @@
-"""Which jobs were cancelled, and how what runs of them ends."""
+"""Cancelled jobs: which they are, and how running ones end."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ from worker.jobs.cancellation import Cancellations, name_of
 
 
 class Store:
-    """Records what is stored in it."""
+    """Record stored cancellations."""
 
     def __init__(self) -> None:
         self.stored: list[str] = []
@@ -24,7 +24,7 @@ class Store:
 
 
 async def work(cancellations: Cancellations, job_id: str) -> str:
-    """A job that would take for ever; returns the code it ends with."""
+    """Run a job without end; return the error code that it ends with."""
     try:
         with cancellations.cancellable(job_id):
             await asyncio.Event().wait()
@@ -39,7 +39,7 @@ async def running(cancellations: Cancellations, *job_ids: str) -> list[asyncio.T
     return tasks
 
 
-async def test_what_runs_of_a_cancelled_job_ends_and_the_rest_goes_on() -> None:
+async def test_a_cancelled_job_ends_and_other_jobs_continue() -> None:
     cancellations = Cancellations()
     mine, mine_too, other = await running(cancellations, "a", "a", "b")
     cancellations.cancel("a")
@@ -49,7 +49,7 @@ async def test_what_runs_of_a_cancelled_job_ends_and_the_rest_goes_on() -> None:
     other.cancel()
 
 
-async def test_a_job_that_comes_after_its_cancellation_is_not_begun() -> None:
+async def test_a_job_delivered_after_its_cancellation_is_not_started() -> None:
     cancellations = Cancellations()
     cancellations.cancel("a")
     begun = False
@@ -62,10 +62,8 @@ async def test_a_job_that_comes_after_its_cancellation_is_not_begun() -> None:
 
 
 @pytest.mark.parametrize("stop_comes_first", [True, False])
-async def test_a_worker_that_stops_gives_a_job_back_though_it_was_cancelled(
-    *, stop_comes_first: bool
-) -> None:
-    """The next worker reports it as cancelled. Both at once must not leave it without an outcome."""
+async def test_a_stopping_worker_requeues_a_cancelled_job(*, stop_comes_first: bool) -> None:
+    """The next worker reports it as cancelled: stop and cancellation together must not lose the outcome."""
     cancellations = Cancellations()
     (task,) = await running(cancellations, "a")
     if stop_comes_first:
@@ -86,7 +84,7 @@ async def test_several_cancel_messages_for_one_job_are_one_cancellation() -> Non
     assert mine.cancelling() == 0
 
 
-async def test_a_cancel_message_that_comes_while_the_job_ends_changes_nothing() -> None:
+async def test_a_cancel_message_during_the_end_of_the_job_has_no_effect() -> None:
     cancellations = Cancellations()
 
     async def cleans_up() -> str:
@@ -108,7 +106,7 @@ async def test_a_cancel_message_that_comes_while_the_job_ends_changes_nothing() 
     assert await task == ErrorCode.CANCELLED
 
 
-async def test_a_job_that_is_done_is_not_reached_any_more() -> None:
+async def test_a_cancel_message_after_the_end_of_the_job_has_no_effect() -> None:
     cancellations = Cancellations()
     with cancellations.cancellable("a"):
         pass
@@ -116,7 +114,7 @@ async def test_a_job_that_is_done_is_not_reached_any_more() -> None:
     await asyncio.sleep(0)
 
 
-async def test_a_cancelled_task_of_a_job_that_nobody_took_back_stays_cancelled() -> None:
+async def test_a_task_that_was_cancelled_without_a_cancel_message_stays_cancelled() -> None:
     cancellations = Cancellations()
     (task,) = await running(cancellations, "a")
     task.cancel()
@@ -124,7 +122,7 @@ async def test_a_cancelled_task_of_a_job_that_nobody_took_back_stays_cancelled()
         await task
 
 
-async def test_only_the_youngest_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_the_latest_cancellations_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cancellation, "REMEMBERED", 2)
     cancellations = Cancellations()
     for job_id in ("a", "b", "a", "c"):

@@ -11,7 +11,7 @@ from worker.s3.conditional_store import ConditionalStore
 
 
 class Slow(ConditionalStore):
-    """Takes an object when it is let; lists what `names` has, or refuses."""
+    """Writes wait for `may_write`; a listing returns `names` or fails."""
 
     def __init__(self) -> None:
         self.written: list[str] = []
@@ -31,7 +31,7 @@ class Slow(ConditionalStore):
         return self.there
 
 
-async def test_cancellations_that_come_while_one_is_written_are_all_kept() -> None:
+async def test_cancellations_that_arrive_during_a_write_are_all_stored() -> None:
     objects = Slow()
     cancelled_jobs = CancelledJobs(objects, Cancellations().remember)
     cancelled_jobs.add("first")
@@ -46,7 +46,7 @@ async def test_cancellations_that_come_while_one_is_written_are_all_kept() -> No
     assert objects.written == [f"{FOLDER}{name}" for name in ("first", "second", "third", "fourth")]
 
 
-async def test_what_is_new_is_kept_even_where_nothing_may_be_listed() -> None:
+async def test_new_cancellations_are_stored_even_without_permission_to_list() -> None:
     objects = Slow()
     objects.there = None
     cancelled_jobs = CancelledJobs(objects, Cancellations().remember)

@@ -1,4 +1,4 @@
-"""What docs/chart.py makes of the chart's values: a table, descriptions, copies."""
+"""docs/chart.py generates a table, descriptions and copies from the chart's values."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def test_the_generated_files_are_up_to_date() -> None:
     assert chart.outdated(ROOT) == []
 
 
-def test_it_writes_what_it_then_finds_in_order(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_files_are_up_to_date_after_writing(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = copy / chart.VALUES
     values.write_text(VALUES.replace("# -- Labels for all objects.", "# -- In other words."))
     for rules in (copy / "deploy/prometheus").glob("*.rules.yaml"):
@@ -75,10 +75,10 @@ def test_comments_of_several_lines_become_one() -> None:
     assert value == chart.Value(("outer", "inner"), [1, 2], "One and two.")
 
 
-def test_the_schema_has_a_property_for_every_value_and_the_other_way_round() -> None:
+def test_the_schema_has_a_property_for_every_value_and_no_others() -> None:
     schema = json.loads((ROOT / chart.CHART / "values.schema.json").read_text())
     described = {value.path for value in chart.documented_values(VALUES)}
-    # What is a part of a described value is not listed apart.
+    # A part of a described value is not listed separately.
     of_schema = {path for path in _properties(schema, schema) if not described & set(_above(path)[:-1])}
     assert of_schema - {("global",)} == {above for path in described for above in _above(path)}
 
@@ -97,8 +97,8 @@ def _properties(
         yield from _properties(whole, inner, (*path, name))
 
 
-def test_the_schema_takes_no_key_that_it_does_not_name() -> None:
-    """Except where Kubernetes itself checks what is handed on to it."""
+def test_the_schema_rejects_unknown_keys() -> None:
+    """Values that are passed on to Kubernetes are excepted: Kubernetes checks them."""
     schema = json.loads((ROOT / chart.CHART / "values.schema.json").read_text())
     for part in _objects(schema):
         if "properties" in part and part.get("required") != ["name"]:

@@ -1,4 +1,4 @@
-"""The clock that decisions get passed in, and the one that tests advance."""
+"""The system's clock, and the clock that tests advance."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,7 @@ async def test_the_clock_is_the_system_s() -> None:
             await asyncio.Event().wait()
 
 
-async def test_a_fake_clock_wakes_sleepers_in_order_each_at_its_own_moment() -> None:
+async def test_a_fake_clock_wakes_sleepers_in_order_and_on_time() -> None:
     clock, woken = FakeClock(), dict[float, float]()
     started = clock.monotonic()
 
@@ -39,7 +39,7 @@ async def test_a_fake_clock_wakes_sleepers_in_order_each_at_its_own_moment() -> 
     assert clock.monotonic() == started + 8
 
 
-async def test_a_fake_clock_s_timeout_expires_by_advancing_it_and_not_after_its_block_is_left() -> None:
+async def test_a_fake_clock_s_timeout_expires_during_advance_and_not_after_its_block() -> None:
     clock = FakeClock()
 
     async def wait() -> None:

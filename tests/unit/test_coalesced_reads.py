@@ -18,7 +18,7 @@ SIZE = len(b"".join(PIECES))
 
 
 class FakeReading:
-    """Gives a piece for each `go`, and fails in the end if asked to."""
+    """Yield a chunk for each `go`; fail at the end if configured."""
 
     def __init__(self) -> None:
         self.size = SIZE
@@ -45,7 +45,7 @@ class FakeReading:
 
 
 class FakeS3:
-    """Opens readings when asked to."""
+    """Open streams when the test allows it."""
 
     def __init__(self) -> None:
         self.opened: list[FakeReading] = []
@@ -87,7 +87,7 @@ class Scene:
             reading.close()
 
     def nothing_is_left(self) -> bool:
-        """Every read that was begun has ended, and the budget has all its bytes."""
+        """Return whether every read has ended and the budget has all its bytes."""
         return all(it.was_closed for it in self.s3.opened) and free(self.budget) == self.limit
 
 
@@ -130,7 +130,7 @@ async def test_a_single_reader_needs_no_buffer() -> None:
     scene.s3.may_open.set()
     await turns_of_the_loop()
     assert free(scene.budget) == scene.limit
-    # It is read as fast as it is used.
+    # The object is read as fast as its reader consumes it.
     assert scene.s3.opened[0].given == 0
     scene.s3.opened[0].finish()
     assert await ended(tasks) == [b"onetwothree"]
@@ -168,8 +168,8 @@ async def test_slow_readers_delay_neither_fast_readers_nor_the_read() -> None:
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("moment", range(14))
-async def test_readers_may_leave_at_any_moment(count: int, kept: bool, moment: int) -> None:
-    """The first leaves, then the others, one turn of the loop after the other."""
+async def test_readers_may_be_cancelled_at_any_moment(count: int, kept: bool, moment: int) -> None:
+    """The first reader is cancelled, then the others, one per turn of the event loop."""
     for leavers in range(1, count + 1):
         scene = Scene(budget=1000 if kept else SIZE - 1)
         tasks = scene.readers(count)
@@ -237,7 +237,7 @@ async def test_a_reader_that_arrives_just_after_the_last_one_left_is_served() ->
     cancelled = scene.readers(1)
     await turns_of_the_loop()
     cancelled[0].cancel()
-    # In the same turn of the loop in which the one that left ends its read.
+    # In the turn of the event loop in which the cancelled reader ends its read.
     await turns_of_the_loop(1)
     late = scene.readers(1)
     await turns_of_the_loop()
@@ -266,7 +266,7 @@ async def test_an_error_in_opening_is_raised_for_every_reader(fault: Exception, 
     assert [type(it) for it in await ended(tasks)] == [type(fault)] * count
     assert scene.s3.asked == 1
     assert scene.nothing_is_left()
-    # The next one asks again.
+    # The next reader sends a new request.
     scene.s3.failure = None
     again = scene.readers(1)
     await turns_of_the_loop()
@@ -310,7 +310,7 @@ async def test_an_error_that_readers_share_is_raised_once_and_then_as_duplicates
     assert {(it.dependency, it.reason, it.message) for it in reported} == {
         (Dependency.S3, "connection_error", "it was interrupted")
     }
-    # One object that several tasks raise would collect the traceback of each.
+    # One exception object that several tasks raise would accumulate the traceback of each.
     assert len({id(it) for it in reported}) == count
 
 
@@ -327,8 +327,8 @@ async def test_errors_of_separate_reads_are_not_duplicates() -> None:
     assert [it.is_duplicate for it in found if isinstance(it, TransientError)] == [False] * 3
 
 
-async def test_a_reader_that_still_waits_when_the_last_one_leaves_gets_an_error() -> None:
-    """That would be a bug of a reader's; it must not become a task that waits for ever."""
+async def test_a_reader_that_still_waits_when_the_last_one_leaves_raises() -> None:
+    """A bug in a reader must not become a task that waits forever."""
     scene = Scene()
     opening = [asyncio.create_task(scene.reads.open(IMAGE)) for _ in range(2)]
     await turns_of_the_loop()

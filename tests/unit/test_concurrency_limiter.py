@@ -20,7 +20,7 @@ from worker.resilience.concurrency_limiter import (
 )
 
 INITIAL = 32
-# So long that only a deadlock exceeds it.
+# Only a deadlock takes longer.
 PATIENCE_S = 60.0
 
 
@@ -75,7 +75,7 @@ class Jobs:
 
 @asynccontextmanager
 async def jobs_of(limiter: ConcurrencyLimiter) -> AsyncIterator[Jobs]:
-    """Cancel all that still run at the end."""
+    """Cancel the jobs that still run at the end."""
     jobs = Jobs(limiter)
     try:
         yield jobs
@@ -109,7 +109,7 @@ async def test_a_waiting_job_that_is_cancelled_takes_no_slot() -> None:
         assert jobs.running == [3]
 
 
-async def test_a_job_cancelled_in_the_moment_of_its_admission_leaves_the_slot_to_the_next() -> None:
+async def test_a_job_cancelled_at_its_admission_leaves_the_slot_to_the_next() -> None:
     limiter = a_limiter(1)
     async with jobs_of(limiter) as jobs:
         async with limiter.slot("m"):
@@ -129,7 +129,7 @@ async def test_an_error_in_a_job_releases_the_slot() -> None:
                 raise ZeroDivisionError
 
 
-async def test_a_closed_limiter_rejects_all_jobs_but_those_that_run() -> None:
+async def test_a_closed_limiter_rejects_all_jobs_except_running_ones() -> None:
     limiter = a_limiter(1)
     async with jobs_of(limiter) as jobs:
         await jobs.start(1, 2, 3)
@@ -140,7 +140,7 @@ async def test_a_closed_limiter_rejects_all_jobs_but_those_that_run() -> None:
         with pytest.raises(AdmissionClosedError, match="the worker is paused"):
             async with limiter.slot("m"):
                 pass
-        # The slot of the one that runs is not lost.
+        # The slot of the running job is not lost.
         await jobs.finish(1)
         limiter.open()
         await jobs.start(5)
@@ -184,7 +184,7 @@ async def test_an_unused_trial_ends_with_the_next_close() -> None:
                 pass
 
 
-async def test_a_trial_that_runs_counts_when_the_limiter_opens() -> None:
+async def test_a_running_trial_counts_when_the_limiter_opens() -> None:
     limiter = a_limiter(1)
     limiter.close("paused")
     async with jobs_of(limiter) as jobs:
@@ -316,7 +316,7 @@ async def test_the_maximum_holds_over_all_models() -> None:
         jobs.begin(3, 4, model="b")
         await jobs.start(5, model="a")
         assert jobs.running == [1, 2, 3]
-        # The order of arrival holds over all models too.
+        # Jobs of all models start in the order of their arrival.
         await jobs.finish(1)
         assert jobs.running == [2, 3, 4]
         assert published_limit() == 3
@@ -409,7 +409,7 @@ OPERATIONS = st.lists(
 
 
 @given(maximum=st.integers(1, 4), operations=OPERATIONS)
-async def test_no_slot_is_lost_or_invented_by_any_sequence_of_operations(
+async def test_no_sequence_of_operations_loses_or_adds_a_slot(
     maximum: int, operations: list[tuple[str, int, int]]
 ) -> None:
     clock, trials = FakeClock(), 0
@@ -444,7 +444,7 @@ async def test_no_slot_is_lost_or_invented_by_any_sequence_of_operations(
         await clock.advance(100.0)
         assert jobs.running == []
         assert all(task.done() for task in jobs.tasks.values())
-        # As new: the maximum of jobs run, and not one more.
+        # As in a new limiter, exactly the maximum of jobs runs.
         new = range(1000, 1000 + maximum + 1)
         await jobs.start(*new, model="c")
         assert jobs.running == list(new)[:-1]

@@ -49,7 +49,7 @@ class Consumer:
 
 
 class Worker:
-    """A controller at work; each job takes a slot, and is requeued unless `succeeds`."""
+    """A running controller; each job takes a slot, and is requeued unless `succeeds`."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
@@ -156,13 +156,13 @@ def logged(log: CapturingLogger) -> list[tuple[str, Dependency | None]]:
     ("prefetch", "wanted", "unsettled", "then"),
     [
         pytest.param(200, 200, 200, 200, id="no change"),
-        pytest.param(200, 120, 200, 200, id="a little less: no change"),
+        pytest.param(200, 120, 200, 200, id="slightly less: no change"),
         pytest.param(200, 40, 200, 0, id="much less: none until most are settled"),
         pytest.param(0, 40, 100, 0, id="more unsettled than wanted"),
         pytest.param(0, 40, 40, 40, id="no more unsettled than wanted"),
         pytest.param(0, 0, 0, 0, id="none wanted"),
         pytest.param(0, 200, 150, 50, id="unsettled jobs count towards the maximum"),
-        pytest.param(40, 47, 40, 40, id="a little more: no change"),
+        pytest.param(40, 47, 40, 40, id="slightly more: no change"),
         pytest.param(40, 60, 40, 60, id="much more"),
         pytest.param(190, 200, 190, 200, id="the maximum is always applied"),
         pytest.param(40, 200, 80, 160, id="jobs delivered before count towards the maximum"),
@@ -177,7 +177,7 @@ def test_the_next_prefetch(prefetch: int, wanted: int, unsettled: int, then: int
     maximum=st.integers(1, 300),
     wishes=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=50),
 )
-def test_there_are_never_more_jobs_than_the_maximum_and_always_some_if_some_are_wanted(
+def test_unsettled_jobs_never_exceed_the_maximum_and_there_are_some_if_some_are_wanted(
     maximum: int, wishes: list[tuple[float, float]]
 ) -> None:
     # An endless queue: each consumer gets as many jobs as its prefetch.
@@ -220,7 +220,7 @@ async def test_after_a_429_no_jobs_come_until_most_are_settled_and_then_as_many_
     assert 1 <= worker.consumer.applied[-1] < 100
 
 
-async def test_jobs_that_are_being_published_come_on_top_of_what_the_limiter_wants(worker: Worker) -> None:
+async def test_jobs_that_are_being_published_are_added_to_the_limiter_s_target(worker: Worker) -> None:
     await worker.meet_429(None)
     await worker.clock.advance(2 * ADJUST_INTERVAL_S)
     assert worker.consumer.applied == [0, worker.limiter.wanted()]
@@ -306,7 +306,7 @@ async def test_trials_take_one_job_after_another_at_growing_intervals(worker: Wo
     assert waited[:8] == [1, 2, 4, 8, 16, MAX_TRIAL_INTERVAL_S, MAX_TRIAL_INTERVAL_S, MAX_TRIAL_INTERVAL_S]
 
 
-async def test_after_a_trial_whose_job_does_not_need_what_is_down_the_next_follows_at_once(
+async def test_a_trial_whose_job_does_not_use_the_dependency_is_followed_at_once_by_the_next(
     worker: Worker,
 ) -> None:
     worker.consumer.jobs.extend(f"more-{n}" for n in range(10))
@@ -326,7 +326,7 @@ async def test_the_next_trial_waits_for_the_end_of_the_last(worker: Worker) -> N
     assert worker.rejected == ["late"]
 
 
-async def test_a_job_that_comes_into_an_empty_queue_is_tried_within_the_first_interval(
+async def test_a_job_that_arrives_in_an_empty_queue_is_tried_within_the_first_interval(
     worker: Worker,
 ) -> None:
     await worker.down()
@@ -343,7 +343,7 @@ async def test_a_job_that_comes_into_an_empty_queue_is_tried_within_the_first_in
     assert worker.consumer.applied == [0, MAXIMUM]
 
 
-async def test_after_a_relapse_trials_are_rarer_than_before(worker: Worker) -> None:
+async def test_after_a_relapse_trials_are_less_frequent(worker: Worker) -> None:
     worker.succeeds, worker.outcome = True, RETRIED
     waited = []
     for _ in range(7):
@@ -356,7 +356,7 @@ async def test_after_a_relapse_trials_are_rarer_than_before(worker: Worker) -> N
     assert waited == [1, 2, 4, 8, 16, MAX_TRIAL_INTERVAL_S, MAX_TRIAL_INTERVAL_S]
 
 
-async def test_an_outage_after_some_successes_is_tried_as_soon_as_the_first(worker: Worker) -> None:
+async def test_an_outage_after_some_successes_starts_with_the_first_trial_interval(worker: Worker) -> None:
     worker.succeeds = True
     for _ in range(20):
         worker.consumer.jobs.append("one more")
@@ -432,7 +432,7 @@ async def test_one_outage_may_follow_another(worker: Worker) -> None:
     assert worker.consumer.applied == [0, MAXIMUM] * 3
 
 
-async def test_an_outage_that_is_over_at_once_stops_nothing(worker: Worker) -> None:
+async def test_an_outage_that_ends_at_once_does_not_pause_consumption(worker: Worker) -> None:
     worker.go_down()
     worker.up()
     await worker.clock.advance(10.0)

@@ -1,4 +1,4 @@
-"""AWS credentials that end: who waits for new ones, and who goes on with those that still hold."""
+"""Expiring AWS credentials: renewed in the background while valid, waited for once expired."""
 
 import asyncio
 import threading
@@ -18,15 +18,15 @@ from worker.s3 import credentials
 from worker.s3.credentials import CredentialsCache
 
 MINUTE_S = 60
-# Between the time when renewal may begin, and the one when it must have come.
+# Renewal may begin, but is not mandatory yet.
 SOON_S = 12 * MINUTE_S
 NOW_S = 9 * MINUTE_S
-# A job that waits for a renewal which is held up waits longer than this; one that does not, far less.
+# A job that waits for a delayed renewal takes longer than this; other jobs take far less.
 AT_ONCE_S = 60
 
 
 class Chain(CredentialProvider):
-    """Gives credentials that end after `first_s` seconds; renewed, they are good for an hour."""
+    """Provides credentials that expire after `first_s` seconds; renewed ones are valid for an hour."""
 
     METHOD = "test"
 
@@ -39,7 +39,7 @@ class Chain(CredentialProvider):
         self._first = self._said("first", first_s)
 
     def load(self) -> Any:
-        """As the SDK asks for it, once."""
+        """Load the credentials, as the SDK does once."""
         return RefreshableCredentials.create_from_metadata(self._first, self._renew, self.METHOD)
 
     def _renew(self) -> dict[str, str]:
@@ -56,7 +56,7 @@ class Chain(CredentialProvider):
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
-        """Renewals take as long as this."""
+        """Delay renewals until the end of the block."""
         self.may_end.clear()
         try:
             yield
@@ -76,12 +76,12 @@ def cache_of(chain: CredentialProvider) -> CredentialsCache:
 
 
 async def keys(cache: CredentialsCache, times: int = 1) -> list[str | None]:
-    """The access keys that so many jobs get which ask at the same time."""
+    """Return the access keys that `times` concurrent callers get."""
     async with asyncio.timeout(AT_ONCE_S):
         return [got.access_key for got in await asyncio.gather(*[cache.current() for _ in range(times)])]
 
 
-async def test_credentials_that_hold_for_long_are_not_renewed() -> None:
+async def test_credentials_that_expire_late_are_not_renewed() -> None:
     chain = Chain(60 * MINUTE_S)
     assert await keys(cache_of(chain), 5) == ["first"] * 5
     assert chain.renewals == 0
@@ -97,7 +97,7 @@ async def found(chain: Chain) -> CredentialsCache:
 
 
 @pytest.mark.parametrize("failure", [None, refused("ExpiredToken")], ids=["slow", "slow, then refused"])
-async def test_a_renewal_that_is_slow_holds_nobody_up_while_the_credentials_hold(
+async def test_a_slow_renewal_blocks_no_job_while_the_credentials_are_valid(
     failure: Exception | None,
 ) -> None:
     chain = Chain(SOON_S)
@@ -106,7 +106,7 @@ async def test_a_renewal_that_is_slow_holds_nobody_up_while_the_credentials_hold
     with chain.held_up():
         for _ in range(3):
             assert await keys(cache, 10) == ["first"] * 10
-        await until(lambda: chain.renewals, "the renewal is begun")
+        await until(lambda: chain.renewals, "the renewal begins")
         assert await keys(cache, 10) == ["first"] * 10
         assert chain.renewals == 1
     if failure is None:
@@ -118,7 +118,7 @@ async def test_a_renewal_that_is_slow_holds_nobody_up_while_the_credentials_hold
     assert chain.renewals == 1
 
 
-async def test_after_a_renewal_that_failed_there_is_none_for_a_minute(
+async def test_a_failed_renewal_is_not_repeated_for_a_minute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chain = Chain(SOON_S)
@@ -138,12 +138,12 @@ async def test_after_a_renewal_that_failed_there_is_none_for_a_minute(
     await until(lambda: chain.renewals == 2, "the renewal is tried again")
 
 
-async def test_credentials_that_end_too_soon_are_waited_for_and_renewed_once_for_all() -> None:
+async def test_jobs_wait_for_one_shared_renewal_of_expiring_credentials() -> None:
     chain = Chain(NOW_S)
     cache = cache_of(chain)
     with chain.held_up():
         waiting = asyncio.create_task(keys(cache, 20))
-        await until(lambda: chain.renewals, "the renewal is begun")
+        await until(lambda: chain.renewals, "the renewal begins")
         assert not waiting.done()
     assert await waiting == ["renewed-1"] * 20
     assert chain.renewals == 1
@@ -158,7 +158,7 @@ async def test_the_failed_renewal_of_expiring_credentials_raises_the_error_code(
     assert "arn:" not in str(caught.value)
 
 
-async def test_a_renewal_in_the_background_that_comes_too_late_is_waited_for(
+async def test_jobs_wait_for_a_background_renewal_once_the_credentials_expire(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After the deadline callers get the credentials of the renewal in progress, not the old ones."""
@@ -166,7 +166,7 @@ async def test_a_renewal_in_the_background_that_comes_too_late_is_waited_for(
     cache = await found(chain)
     with chain.held_up():
         assert await keys(cache) == ["first"]
-        await until(lambda: chain.renewals, "the renewal is begun")
+        await until(lambda: chain.renewals, "the renewal begins")
         monkeypatch.setattr(credentials, "MUST_RENEW_S", SOON_S + MINUTE_S)
         monkeypatch.setattr(RefreshableCredentials, "_mandatory_refresh_timeout", SOON_S + MINUTE_S)
         waiting = asyncio.create_task(keys(cache, 5))

@@ -35,7 +35,7 @@ install_tolerant_decoders()
 
 
 def arrived(body: bytes, properties: Basic.Properties) -> FetchedDeadLetter:
-    """What a look gets when a message with these properties, as the library has read them, has come."""
+    """Return a message with these properties as a client library delivers it."""
     get = Basic.GetOk(1, False, "", "dead", 0)  # noqa: FBT003 - the library's own order
     header = ContentHeader(0, len(body), properties)
     message: Any = DeliveredMessage(delivery=get, header=header, body=body, channel=None)  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def record(body: bytes = b"{}", headers: Mapping[str, Any] | None = None, **prop
 
 
 def sent(message: OutgoingMessage) -> FetchedDeadLetter:
-    """The same for a message that the worker's own publisher sends, over the wire."""
+    """Return a message of the worker's publisher after encoding and decoding."""
     made = message.to_amqp()
     frame = pamqp.frame.marshal(ContentHeader(0, len(made.body), made.properties), 1)
     _, _, header = pamqp.frame.unmarshal(frame)
@@ -103,7 +103,7 @@ def test_any_dead_letter_can_be_read_and_is_the_same_when_renewed(
     assert new.body == body
     for name, value in held.headers.items():
         if name not in messages.DROPPED_HEADERS | {"vqa-copy"} and is_encodable(name, value):
-            # Floating-point numbers go out in single precision.
+            # pamqp encodes floating-point numbers in single precision.
             _, said = pamqp.decode.field_table(pamqp.encode.field_table({name: value}))
             assert new.headers[name] == said[name]
     json.dumps(render.full_json(held))
@@ -149,7 +149,7 @@ def test_different_dead_letters_have_different_names() -> None:
     assert record(b"1", {"vqa-copy": "a", "x-delivery-count": 3}).name == record(b"1").name
 
 
-# Choosing
+# Filters
 
 
 def a_dead_letter(
@@ -203,7 +203,7 @@ def test_an_invalid_time_is_rejected(text: str) -> None:
         parse_time(text)
 
 
-# Showing
+# Output
 
 
 def test_long_images_are_shown_by_their_length_and_the_rest_in_full() -> None:

@@ -1,4 +1,4 @@
-"""Jobs wait for a pending diagnosis: until other calls decide it, or their patience ends."""
+"""Jobs wait for a pending diagnosis until other calls decide it or their time limit ends."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -88,7 +88,7 @@ async def test_a_job_waits_for_a_moment_only_while_no_other_call_runs(scene: Sce
     assert await task is PENDING
 
 
-async def test_jobs_that_wait_are_a_reason_to_wait_for_them(scene: Scene) -> None:
+async def test_a_job_waits_longer_while_another_job_waits(scene: Scene) -> None:
     async with scene.waiting("one"):
         pass
     first = asyncio.create_task(scene.fail("one"))
@@ -101,7 +101,7 @@ async def test_jobs_that_wait_are_a_reason_to_wait_for_them(scene: Scene) -> Non
 
 
 @pytest.mark.parametrize("patience_s", [0.5, 0.0, -1.0])
-async def test_a_job_waits_no_longer_than_its_patience(scene: Scene, patience_s: float) -> None:
+async def test_a_job_waits_no_longer_than_its_limit(scene: Scene, patience_s: float) -> None:
     async with scene.limiter.slot("m"):
         task = asyncio.create_task(scene.fail(patience_s=patience_s))
         await scene.clock.advance(max(0.0, patience_s))

@@ -17,7 +17,7 @@ def test_the_generated_pages_are_up_to_date() -> None:
     assert generate.outdated(ROOT / "docs") == []
 
 
-def test_the_generator_writes_what_it_then_finds_in_order(
+def test_the_pages_are_up_to_date_after_generation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generate.main(["--check"], tmp_path) == 1
@@ -44,7 +44,7 @@ def test_a_page_that_was_changed_by_hand_is_out_of_date(tmp_path: Path) -> None:
     assert generate.outdated(tmp_path) == ["messages.md"]
 
 
-def test_every_default_in_words_is_that_of_a_setting() -> None:
+def test_every_described_default_belongs_to_a_setting() -> None:
     assert set(generate.DEFAULTS_IN_WORDS) <= set(Settings.model_fields)
 
 
@@ -59,7 +59,7 @@ def test_the_page_of_messages_has_a_row_for_each_field_and_code() -> None:
     assert {"usage.cost_usd", "timings.model_s", "error.code"} <= rows
 
 
-def test_no_field_of_a_message_is_without_type_or_meaning() -> None:
+def test_every_field_of_a_message_has_a_type_and_a_meaning() -> None:
     for model in (Job, Result):
         for name, kind, meaning in generate._field_rows(model.model_json_schema(), "#", ""):  # noqa: SLF001
             assert kind, name
@@ -67,12 +67,12 @@ def test_no_field_of_a_message_is_without_type_or_meaning() -> None:
 
 
 @pytest.mark.skipif(not CONTRACT.is_file(), reason="the contract is kept outside of this repository")
-def test_the_page_of_messages_names_what_the_contract_names() -> None:
+def test_the_page_of_messages_lists_everything_in_the_contract() -> None:
     contract = CONTRACT.read_text().split("## Settings", 1)[0]
     codes = contract.split("### Error codes", 1)[1].split("**Transient", 1)[0]
     first_cells = re.findall(r"^\| (`[^|]+) \|", codes, re.MULTILINE)
     named = {code for cell in first_cells for code in re.findall(r"`(\w+)`", cell)}
-    # The contract announces codes before they are built.
+    # The contract lists codes before they are implemented.
     assert named >= set(ErrorCode) - {ErrorCode.CANCELLED, ErrorCode.RESULT_TOO_LARGE}
     page = generate.messages_page()
     for name in re.findall(r"`(x-[a-z-]+|vqa-[a-z-]+|vqa\.[a-z.]+v1)\b", contract.split("## Queues", 1)[1]):

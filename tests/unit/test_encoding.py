@@ -1,4 +1,4 @@
-"""Streaming changes no byte: base64 made of pieces, and the body that it is put into."""
+"""Streaming changes no byte: base64 of chunks, and the request body around it."""
 
 import asyncio
 import base64
@@ -33,12 +33,12 @@ BOUNDARIES = [
     2 * SMALL_BYTES,
 ]
 SIZES = sorted({max(0, size + more) for size in BOUNDARIES for more in range(-3, 4)})
-# What is read of S3 in one go, and sizes that leave something over in every way.
+# The size of a read from S3, and sizes with every remainder modulo 3.
 CUTS = [1, 2, 3, 4, 5, 7, 1000, 16_384, 65_535, 65_536, 65_537, 262_144]
 
 
 def cut(content: bytes, chance: random.Random) -> Iterator[bytes]:
-    """The content in pieces of random sizes, empty ones among them."""
+    """Yield the content in chunks of random sizes, some of them empty."""
     most = max(chance.choice(CUTS), len(content) // 50)
     start = 0
     while start < len(content):
@@ -52,13 +52,13 @@ async def joined(pieces: AsyncIterator[bytes]) -> bytes:
 
 
 async def collect(pieces: AsyncIterable[bytes], got: list[bytes]) -> None:
-    """What comes before a fault counts too."""
+    """Collect the chunks in `got`, also those before an error."""
     async for piece in pieces:
         got.append(bytes(piece))  # noqa: PERF401
 
 
 def body_of(urls: Sequence[ImageUrl], **params: Any) -> RequestBody:
-    """A body with text before, between and after the images."""
+    """Return a body with text before, between and after the images."""
     parts: list[dict[str, Any]] = [{"type": "text", "text": "before, 猫"}]
     for n, _ in enumerate(urls):
         parts.append({"type": "image_url", "image_url": {"url": PLACEHOLDER}})
@@ -78,7 +78,7 @@ def url_of(content: bytes) -> str:
 # Encoding
 
 
-async def test_thousands_of_sizes_cut_at_random_give_the_base64_of_the_whole() -> None:
+async def test_random_chunks_of_thousands_of_sizes_give_the_base64_of_the_whole() -> None:
     chance = random.Random(11)  # noqa: S311 - no secret
     for size in chain(range(200), (chance.randint(0, 3000) for _ in range(3000))):
         content = CONTENT[:size]
@@ -96,13 +96,13 @@ async def test_sizes_around_every_boundary_give_the_base64_of_the_whole(size: in
 
 
 @given(pieces=st.lists(st.binary(max_size=8), max_size=20))
-async def test_however_it_is_cut_only_the_end_is_padded(pieces: list[bytes]) -> None:
+async def test_only_the_end_is_padded_for_all_chunk_sizes(pieces: list[bytes]) -> None:
     encoded = [piece async for piece in EncodedStream(iterate_async(pieces))]
     assert b"".join(encoded) == base64.b64encode(b"".join(pieces))
     assert not any(piece.endswith(b"=") for piece in encoded[:-1])
 
 
-async def test_a_fault_of_the_source_comes_through_as_it_is() -> None:
+async def test_an_error_of_the_source_is_raised_unchanged() -> None:
     async def broken() -> AsyncIterator[bytes]:
         yield b"12345"
         raise TransientError(Dependency.S3, "connection_error", "it was interrupted")
@@ -110,7 +110,7 @@ async def test_a_fault_of_the_source_comes_through_as_it_is() -> None:
     got: list[bytes] = []
     with pytest.raises(TransientError, match="it was interrupted"):
         await collect(EncodedStream(broken()), got)
-    # What is over is not padded to an image that looks whole.
+    # The remainder is not padded, so a truncated image does not look complete.
     assert b"".join(got) == base64.b64encode(b"123")
 
 
@@ -118,7 +118,7 @@ async def test_a_fault_of_the_source_comes_through_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_a_job_carries_is_decoded_to_the_same_bytes(size: int) -> None:
+def test_an_embedded_image_is_decoded_to_the_same_bytes(size: int) -> None:
     content = CONTENT[:size]
     encoded = base64.b64encode(content)
     assert b"".join(decode_slices(memoryview(encoded))) == content
@@ -127,7 +127,7 @@ def test_what_a_job_carries_is_decoded_to_the_same_bytes(size: int) -> None:
     assert b"".join(decode_slices(memoryview(b" " + lines + b"\n"))) == content
 
 
-def test_what_a_job_carries_is_decoded_in_slices_and_not_at_once() -> None:
+def test_an_embedded_image_is_decoded_in_slices() -> None:
     encoded = base64.b64encode(CONTENT)
     pieces = [len(piece) for piece in decode_slices(memoryview(encoded))]
     assert max(pieces) < len(CONTENT) / 4
@@ -142,7 +142,7 @@ def test_what_a_job_carries_is_decoded_in_slices_and_not_at_once() -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("blanks", [b"", b"  "], ids=["whole groups", "shifted"])
 @pytest.mark.parametrize("before", [0, 256 * 1024 - 4, 256 * 1024])
-def test_what_is_not_base64_is_refused_wherever_it_stands(text: bytes, before: int, blanks: bytes) -> None:
+def test_invalid_base64_is_rejected_at_every_position(text: bytes, before: int, blanks: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
         b"".join(decode_slices(memoryview(blanks + b"A" * before + text)))
 
@@ -150,7 +150,7 @@ def test_what_is_not_base64_is_refused_wherever_it_stands(text: bytes, before: i
 @pytest.mark.parametrize("more", [b"AAAA", b"AA==", b"A", b"="])
 @pytest.mark.parametrize("blanks", [256 * 1024 - 4, 256 * 1024, 600_000])
 @pytest.mark.parametrize("padded", [b"AA==", b"AAA="])
-def test_nothing_comes_after_the_padding_however_many_blanks_are_between(
+def test_data_after_the_padding_is_rejected_with_any_white_space_between(
     padded: bytes, blanks: int, more: bytes
 ) -> None:
     with pytest.raises(ValueError, match=r".+"):
@@ -159,7 +159,7 @@ def test_nothing_comes_after_the_padding_however_many_blanks_are_between(
 
 
 @pytest.mark.parametrize("size", range(100, 130))
-def test_json_escapes_are_decoded_wherever_a_slice_ends(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_escapes_across_slices_are_decoded(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.images.encoding._SLICE_CHARS", 32)
     content = (b"\xff\xfb\xef\xbe" * 40)[:size]
     text = base64.b64encode(content)
@@ -184,7 +184,7 @@ def test_escapes_that_are_not_base64_are_rejected(escape: bytes) -> None:
 @given(text=st.text(alphabet="AB/+= \n-", max_size=30).map(str.encode))
 def test_slices_are_as_strict_as_the_whole(text: bytes) -> None:
     bare = bytes(byte for byte in text if byte not in b" \n")
-    # Python's own decoder takes more padding than there can be.
+    # Python's decoder accepts more padding than is valid.
     is_whole = re.fullmatch(rb"([AB/+]{4})*([AB/+]{2}={0,2}|[AB/+]{3}=?)?", bare)
     expected = base64.b64decode(bare + b"=" * (-len(bare) % 4), validate=True) if is_whole else None
     try:
@@ -197,7 +197,7 @@ def test_slices_are_as_strict_as_the_whole(text: bytes) -> None:
 # The body
 
 
-async def test_a_thousand_bodies_are_whole_and_as_long_as_they_say() -> None:
+async def test_a_thousand_bodies_are_complete_and_match_their_content_length() -> None:
     chance = random.Random(5)  # noqa: S311 - no secret
     for _ in range(1000):
         contents = [CONTENT[: chance.randint(0, 3000)] for _ in range(chance.randint(0, 4))]
@@ -216,7 +216,7 @@ async def test_a_thousand_bodies_are_whole_and_as_long_as_they_say() -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), [*pairwise(SIZES)])
-async def test_bodies_with_images_around_every_boundary_are_whole(one: int, other: int) -> None:
+async def test_bodies_with_images_around_every_boundary_are_complete(one: int, other: int) -> None:
     chance = random.Random(one)  # noqa: S311 - no secret
     contents = [CONTENT[:one], CONTENT[:other], CONTENT[:one]]
     link = "https://images.example/a.png?x=1&y=%2F"
@@ -232,7 +232,7 @@ async def test_bodies_with_images_around_every_boundary_are_whole(one: int, othe
     assert urls_in(raw) == [url_of(contents[0]), link, url_of(contents[1]), url_of(contents[2])]
 
 
-async def test_small_bodies_go_out_in_one_piece_and_large_ones_in_pieces_that_are_not_whole_images() -> None:
+async def test_small_bodies_are_sent_in_one_chunk_and_large_ones_in_chunks_smaller_than_images() -> None:
     small = body_of([BufferedUrl(url_of(CONTENT[:1000]).encode())])
     assert len([piece async for piece in small]) == 1
     large = body_of([StreamedUrl(PREFIX, len(CONTENT), iterate_async(cut(CONTENT, random.Random(0))))])  # noqa: S311
@@ -261,7 +261,7 @@ async def test_a_body_records_when_it_was_sent() -> None:
         DependencyDownError(Dependency.S3, "it is missing"),
     ],
 )
-async def test_a_body_that_breaks_off_says_why_and_is_never_called_sent(fault: Exception) -> None:
+async def test_an_interrupted_body_raises_the_cause_and_never_counts_as_sent(fault: Exception) -> None:
     async def broken() -> AsyncIterator[bytes]:
         yield CONTENT[:1000]
         raise fault
@@ -299,7 +299,7 @@ async def test_at_a_timeout_the_late_dependency_is_known() -> None:
     assert late_image.message.startswith("images[1] (s3://…): ")
     arrived.set()
     assert len(await reading) == body.length
-    # From here on it is the API that takes its time.
+    # From here on the worker waits for the API.
     assert body.late_image_error is None
 
 

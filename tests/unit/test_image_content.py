@@ -1,4 +1,4 @@
-"""What an image is, by its first bytes."""
+"""Image types are detected from the first bytes."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What is held of a job's images, and for how long; and in whose words a fault is reported."""
+"""Image loading: memory held per job, and errors that name the job's own image."""
 
 import asyncio
 import base64
@@ -32,7 +32,7 @@ PATIENCE_S = 60
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials, and no proxy."""
+    """Set credentials and no proxy."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -106,7 +106,7 @@ IMAGES = {
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", IMAGES)
 async def test_images_that_were_sent_are_freed(fake: FakeS3, kind: str, count: int) -> None:
-    """The API takes a quarter of a minute to answer; the next images must not wait for that."""
+    """The API answers after about 15 seconds; other images must not wait for that."""
     fake.answer, url = IMAGES[kind]
     async with loader(fake) as images, opened(images, *[url] * count) as open_images:
         assert len(open_images.urls) == count
@@ -118,7 +118,7 @@ async def test_images_that_were_sent_are_freed(fake: FakeS3, kind: str, count: i
         await turns_of_the_loop()
         assert list(open_images.urls) == []
         assert [it() for it in held] == [None] * count
-        # All the room there is, for somebody else.
+        # The whole memory budget is free for another job.
         async with opened(images, data_url(LARGE)) as others:
             assert isinstance(others.urls[0], StreamedUrl)
 
@@ -158,7 +158,7 @@ async def test_links_reserve_no_memory(fake: FakeS3, check_content: bool) -> Non
 
 
 def torn(content: bytes) -> Answer:
-    """The announcement of all, and half of it."""
+    """Return the headers for the whole object, and half of its body."""
     return say(head(len(content)), content[: len(content) // 2])
 
 
@@ -166,7 +166,7 @@ def torn(content: bytes) -> Answer:
 async def test_an_interrupted_shared_read_names_the_image_of_each_job_and_counts_once(
     fake: FakeS3, content: bytes
 ) -> None:
-    """Small ones are interrupted before the call is made, large ones while they are sent."""
+    """Small images are interrupted before the model request, large ones while they are sent."""
     jobs = 8
     fake.answer = torn(content)
 

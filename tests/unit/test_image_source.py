@@ -31,7 +31,7 @@ GOOD = SourcePolicy(
 
 
 def where(url: str, policy: SourcePolicy = GOOD, body: bytes | None = None) -> Source:
-    """Where a job says the image is; its message says nothing but the URL, unless given."""
+    """Return the source for a URL; the default message contains only the URL."""
     return parse_source(url, NAME, policy, json.dumps(url).encode() if body is None else body)
 
 
@@ -110,7 +110,7 @@ def test_a_bucket_that_matches_no_glob_is_not_allowed(bucket: str) -> None:
     assert refusal("s3://good/k", NOWHERE) is ErrorCode.IMAGE_SOURCE_NOT_ALLOWED
 
 
-# Links
+# HTTPS URLs
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_an_allowed_url_has_an_allowed_host_for_every_url_parser(rest: str, glob
 
 
 def _or_none(host_of: Callable[[str], str | None], url: str) -> str | None:
-    """The host to this reader; None if it refuses the URL, which then cannot mislead it."""
+    """Return the host that this parser finds; None if it rejects the URL, which is safe."""
     try:
         return host_of(url)
     except (ValueError, httpx2.InvalidURL):
@@ -247,7 +247,7 @@ def test_host_globs_ignore_case(glob: str) -> None:
     assert where("https://Good.Example/", policy) == Link("https://Good.Example/")
 
 
-# Data
+# Data URLs
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One work for a message, however often it is delivered; one settlement for each delivery."""
+"""Each message is processed once, even if redelivered; each delivery is settled once."""
 
 import asyncio
 import time
@@ -27,7 +27,7 @@ def answered(delivery: Delivery) -> Outcome:
 
 
 class Work:
-    """A `process` whose jobs end when `may_end` is set."""
+    """A `process` function whose jobs end when `may_end` is set."""
 
     def __init__(self) -> None:
         self.started: list[Delivery] = []
@@ -48,19 +48,19 @@ class Work:
 
 
 class Connection:
-    """What a delivery came on; once lost, its acks go nowhere."""
+    """The channel of a delivery; once it is lost, acks have no effect."""
 
     def __init__(self) -> None:
         self.lives = True
 
     def delivers(self, **properties: Any) -> tuple[Delivery, list[str]]:
-        """A delivery, and what the broker hears of it."""
+        """Return a delivery that records its acks."""
         events: list[str] = []
         return a_delivery(events=events, is_alive=lambda: self.lives, **properties), events
 
 
 class Worker:
-    """The parts together, with a publisher that only records."""
+    """All parts with a publisher that only records."""
 
     def __init__(self, tasks: asyncio.TaskGroup) -> None:
         self.work = Work()
@@ -70,7 +70,7 @@ class Worker:
         self.connection = Connection()
 
     async def finish(self) -> None:
-        """Let all work end, and return when everything is settled."""
+        """Let all jobs end; return when everything is settled."""
         self.work.may_end.set()
         async with asyncio.timeout(60):
             await self.in_flight.drained()
@@ -100,7 +100,7 @@ def running() -> float | None:
     return metrics.REGISTRY.get_sample_value("vqa_jobs_in_flight")
 
 
-async def test_a_job_is_worked_on_then_published_then_acked(worker: Worker) -> None:
+async def test_a_job_is_processed_then_published_then_acked(worker: Worker) -> None:
     delivery, events = worker.connection.delivers()
     worker.publisher.events = events
     before = running() or 0
@@ -116,7 +116,7 @@ async def test_a_job_is_worked_on_then_published_then_acked(worker: Worker) -> N
     assert running() == before
 
 
-async def test_nothing_is_acked_before_the_broker_has_confirmed(worker: Worker) -> None:
+async def test_nothing_is_acked_before_the_publisher_confirm(worker: Worker) -> None:
     delivery, events = worker.connection.delivers()
     worker.publisher.let_go.clear()
     worker.work.may_end.set()
@@ -129,7 +129,7 @@ async def test_nothing_is_acked_before_the_broker_has_confirmed(worker: Worker) 
     assert events == ["ack"]
 
 
-async def test_a_delivery_that_comes_again_while_the_job_runs_is_attached_to_it(worker: Worker) -> None:
+async def test_a_redelivery_of_a_running_job_is_attached_to_it(worker: Worker) -> None:
     first, first_events = worker.connection.delivers()
     worker.in_flight.accept(first)
     await turns_of_the_loop()
@@ -144,7 +144,7 @@ async def test_a_delivery_that_comes_again_while_the_job_runs_is_attached_to_it(
     assert "reject" not in first_events
 
 
-async def test_a_delivery_that_comes_again_while_its_result_waits_for_the_broker_adds_no_second_one(
+async def test_a_redelivery_while_the_result_is_unconfirmed_adds_no_second_result(
     worker: Worker,
 ) -> None:
     worker.publisher.let_go.clear()
@@ -162,12 +162,12 @@ async def test_a_delivery_that_comes_again_while_its_result_waits_for_the_broker
     assert events == ["ack"]
 
 
-async def test_a_delivery_that_comes_again_after_its_result_is_only_acked(worker: Worker) -> None:
+async def test_a_redelivery_after_the_result_is_only_acked(worker: Worker) -> None:
     worker.work.may_end.set()
     await worker.in_flight.accept(worker.connection.delivers()[0])
     worker.connection.lives = False
     for _ in range(3):
-        # The ack is lost time and again.
+        # The ack is lost several times.
         connection = Connection()
         again, events = connection.delivers(redelivered=True)
         await worker.in_flight.accept(again)
@@ -177,8 +177,8 @@ async def test_a_delivery_that_comes_again_after_its_result_is_only_acked(worker
     assert len(worker.publisher.results()) == 1
 
 
-async def test_a_job_that_is_delivered_again_without_having_ended_here_is_worked_on(worker: Worker) -> None:
-    # Another worker had it and died.
+async def test_a_redelivered_job_that_did_not_end_here_is_processed(worker: Worker) -> None:
+    # Another worker had it and crashed.
     delivery, events = worker.connection.delivers(redelivered=True)
     worker.in_flight.accept(delivery)
     await worker.finish()
@@ -196,7 +196,7 @@ async def test_a_message_that_the_publisher_sent_twice_is_answered_twice(worker:
     assert [events for _, events in both] == [["ack"], ["ack"]]
 
 
-async def test_a_message_that_the_publisher_sends_again_later_is_worked_on_again(worker: Worker) -> None:
+async def test_a_message_that_the_publisher_sends_again_later_is_processed_again(worker: Worker) -> None:
     worker.work.may_end.set()
     for count in (1, 2, 3):
         await worker.in_flight.accept(worker.connection.delivers()[0])
@@ -204,7 +204,9 @@ async def test_a_message_that_the_publisher_sends_again_later_is_worked_on_again
     assert len(worker.publisher.results()) == 3
 
 
-async def test_a_message_that_is_sent_again_after_a_lost_connection_is_no_redelivery(worker: Worker) -> None:
+async def test_a_message_that_is_sent_again_after_a_lost_connection_is_not_a_redelivery(
+    worker: Worker,
+) -> None:
     worker.work.may_end.set()
     await worker.in_flight.accept(worker.connection.delivers()[0])
     worker.connection.lives = False
@@ -215,10 +217,10 @@ async def test_a_message_that_is_sent_again_after_a_lost_connection_is_no_redeli
     assert events == ["ack"]
 
 
-async def test_duplicates_of_which_one_is_settled_when_the_connection_is_lost_lose_no_result(
+async def test_a_lost_connection_with_one_of_two_duplicates_settled_loses_no_result(
     worker: Worker,
 ) -> None:
-    """Both were delivered; the first one's ack and everything of the second are lost with the connection."""
+    """The connection is lost with the ack of the first and before the end of the second."""
     worker.work.may_end.set()
     await worker.in_flight.accept(worker.connection.delivers()[0])
     worker.connection.lives = False
@@ -245,7 +247,7 @@ async def test_messages_that_differ_are_different_jobs(worker: Worker, differenc
     assert len(worker.work.started) == 2
 
 
-async def test_how_often_it_was_delivered_makes_no_other_job_of_it(worker: Worker) -> None:
+async def test_the_delivery_count_does_not_change_the_identity_of_a_job(worker: Worker) -> None:
     worker.in_flight.accept(worker.connection.delivers()[0])
     await turns_of_the_loop()
     worker.connection.lives = False
@@ -254,7 +256,7 @@ async def test_how_often_it_was_delivered_makes_no_other_job_of_it(worker: Worke
     assert len(worker.work.started) == 1
 
 
-async def test_work_that_is_cancelled_at_shutdown_is_requeued(worker: Worker) -> None:
+async def test_a_job_that_is_cancelled_at_shutdown_is_requeued(worker: Worker) -> None:
     several = [worker.connection.delivers(message_id=f"m-{n}", attempts=n) for n in range(3)]
     for delivery, _ in several:
         worker.in_flight.accept(delivery)
@@ -268,13 +270,13 @@ async def test_work_that_is_cancelled_at_shutdown_is_requeued(worker: Worker) ->
     assert [events for _, events in several] == [["ack"]] * 3
 
 
-async def test_a_job_cancelled_at_the_end_of_the_grace_keeps_its_restored_attempts_and_its_id(
+async def test_a_job_cancelled_at_the_end_of_the_grace_period_keeps_restored_attempts_and_id(
     worker: Worker, settlement_log: CapturingLogger
 ) -> None:
     delivery, _ = worker.connection.delivers(message_id="m-1", attempts=3)
     worker.in_flight.accept(delivery)
     await turns_of_the_loop()
-    # The job was read, and two of its three attempts were an outage's.
+    # The job was read, and an outage caused two of its three attempts.
     (attempt,) = worker.work.attempts
     attempt.job_id, attempt.allowed_model = "job-1", "llama"
     attempt.restore_attempts(2)
@@ -299,7 +301,7 @@ async def test_a_job_cancelled_before_it_was_read_is_logged_with_its_message_id(
     assert line["job_id"] == "m-1"
 
 
-async def test_a_result_that_waits_for_the_broker_is_not_cancelled(worker: Worker) -> None:
+async def test_a_result_that_waits_for_its_confirm_is_not_cancelled(worker: Worker) -> None:
     worker.publisher.let_go.clear()
     worker.work.may_end.set()
     worker.in_flight.accept(worker.connection.delivers()[0])
@@ -333,7 +335,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
     return log
 
 
-async def test_a_bug_in_the_settlement_hands_the_message_to_the_brokers_dead_letters(
+async def test_a_bug_in_the_settlement_rejects_the_message_so_that_the_broker_dead_letters_it(
     worker: Worker, log: CapturingLogger
 ) -> None:
     delivery, events = worker.connection.delivers()
@@ -347,7 +349,9 @@ async def test_a_bug_in_the_settlement_hands_the_message_to_the_brokers_dead_let
     assert "question" not in str(call.kwargs)
 
 
-async def test_a_bug_in_the_work_itself_ends_that_message_only(worker: Worker, log: CapturingLogger) -> None:
+async def test_a_bug_in_the_processing_affects_that_message_only(
+    worker: Worker, log: CapturingLogger
+) -> None:
     def fails(_: Delivery) -> Outcome:
         raise ZeroDivisionError("the question of the job")
 
@@ -366,7 +370,7 @@ async def test_a_bug_in_the_work_itself_ends_that_message_only(worker: Worker, l
     assert good_events == ["ack"]
 
 
-async def test_after_a_failed_settlement_the_message_can_come_again(
+async def test_after_a_failed_settlement_the_message_can_be_redelivered(
     worker: Worker, log: CapturingLogger
 ) -> None:
     worker.publisher.broken = KeyError()
@@ -381,8 +385,8 @@ async def test_after_a_failed_settlement_the_message_can_come_again(
     assert events == ["ack"]
 
 
-async def test_a_job_that_the_broker_has_back_and_delivers_again_is_worked_on_again(worker: Worker) -> None:
-    """Also when the connection is lost meanwhile: there is no lost ack to make good."""
+async def test_a_job_that_was_left_to_the_broker_and_redelivered_is_processed_again(worker: Worker) -> None:
+    """Also after a lost connection: no lost ack has to be repeated."""
     worker.publisher.full.add("jobs")
     worker.work.ends_with = lambda _: Requeued(job_id="j", model="m", reason="paused")
     worker.work.may_end.set()
@@ -397,7 +401,7 @@ async def test_a_job_that_the_broker_has_back_and_delivers_again_is_worked_on_ag
     assert events[-1] == "ack"
 
 
-async def test_drained_waits_for_what_comes_meanwhile_too(worker: Worker) -> None:
+async def test_drained_also_waits_for_jobs_that_arrive_meanwhile(worker: Worker) -> None:
     worker.in_flight.accept(worker.connection.delivers()[0])
     drained = asyncio.create_task(worker.in_flight.drained())
     await turns_of_the_loop()
@@ -410,7 +414,7 @@ async def test_drained_waits_for_what_comes_meanwhile_too(worker: Worker) -> Non
     assert len(worker.publisher.results()) == 2
 
 
-async def test_the_time_in_the_queue_is_measured_once_a_job(worker: Worker) -> None:
+async def test_the_time_in_the_queue_is_measured_once_per_job(worker: Worker) -> None:
     def measured() -> float:
         return metrics.REGISTRY.get_sample_value("vqa_job_queue_seconds_count") or 0
 
@@ -432,7 +436,7 @@ async def test_a_requeued_or_retried_job_is_remembered_like_any_other(worker: Wo
     again, events = Connection().delivers(redelivered=True)
     await worker.in_flight.accept(again)
     assert events == ["ack"]
-    # Its copy is another message: it is worked on.
+    # Its copy is another message and is processed.
     (copy,) = worker.publisher.to("jobs")
     await worker.in_flight.accept(Connection().delivers(copy=copy.headers["vqa-copy"])[0])
     assert len(worker.work.started) == 2
@@ -446,8 +450,8 @@ async def test_a_requeued_or_retried_job_is_remembered_like_any_other(worker: Wo
     ],
     ids=["requeued", "retried"],
 )
-async def test_no_copy_is_made_of_a_job_that_the_broker_has_back(worker: Worker, outcome: Outcome) -> None:
-    """It may have given it to another worker already: there would be two of it."""
+async def test_a_job_that_was_left_to_the_broker_is_not_copied(worker: Worker, outcome: Outcome) -> None:
+    """The broker may have delivered it to another worker already: a copy would duplicate it."""
     worker.work.ends_with = lambda _: outcome
     lost, events = worker.connection.delivers()
     handler = worker.in_flight.accept(lost)
@@ -456,14 +460,14 @@ async def test_no_copy_is_made_of_a_job_that_the_broker_has_back(worker: Worker,
     worker.work.may_end.set()
     assert await handler is None
     assert (worker.publisher.published, events) == ([], [])
-    # When it comes again it is worked on as if it came for the first time.
+    # A redelivery is processed like a first delivery.
     again, events = Connection().delivers(redelivered=True)
     assert await worker.in_flight.accept(again) == outcome
     assert (len(worker.publisher.published), events) == (1, ["ack"])
     assert len(worker.work.started) == 2
 
 
-async def test_what_says_the_same_long_after_an_ack_is_no_job_whose_ack_was_lost(worker: Worker) -> None:
+async def test_an_equal_message_long_after_an_ack_is_a_new_job(worker: Worker) -> None:
     worker.work.may_end.set()
     await worker.in_flight.accept(worker.connection.delivers()[0])
     worker.connection.lives = False
@@ -510,7 +514,7 @@ async def test_a_redelivery_of_a_running_job_shows_that_jobs_stage(worker: Worke
     assert worker.in_flight.snapshot() == []
 
 
-async def test_what_waits_for_the_broker_to_confirm_is_being_published(worker: Worker) -> None:
+async def test_a_job_that_waits_for_its_confirm_is_in_stage_publish(worker: Worker) -> None:
     worker.publisher.let_go.clear()
     worker.work.may_end.set()
     handler = worker.in_flight.accept(worker.connection.delivers()[0])

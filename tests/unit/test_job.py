@@ -1,4 +1,4 @@
-"""Reading jobs: what is taken, what is refused and in which words, and what the API is asked."""
+"""Job parsing: accepted and rejected bodies, error messages, and the model request."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ VALUES = st.recursive(
 )
 OBJECTS = st.dictionaries(st.text(max_size=8), VALUES, max_size=3)
 PARAMS = OBJECTS.filter(lambda params: not RESERVED_PARAMS & params.keys())
-# Extra fields of the long form, which the worker must not know and must not lose.
+# Extra fields of the long form, which the worker passes on without knowing them.
 EXTRAS = st.dictionaries(st.text(max_size=8).map(lambda name: f"x{name}"), VALUES, max_size=2)
 
 URLS = st.text(max_size=20)
@@ -91,7 +91,7 @@ def fault(body: bytes | dict[str, Any], message_id: str | None = None) -> Invali
 
 
 def words_about(body: bytes) -> str:
-    """Why a body is not a job; nothing if it is one."""
+    """Return why a body is not a job; an empty string if it is one."""
     try:
         decode(body, None, NO_LIMIT)
     except InvalidJobError as error:
@@ -124,19 +124,19 @@ def test_every_field_of_a_valid_job_is_parsed(fields: dict[str, Any]) -> None:
 
 
 @given(fields=JOBS)
-def test_a_job_that_was_read_can_be_written_and_read_again(fields: dict[str, Any]) -> None:
+def test_a_parsed_job_can_be_serialized_and_parsed_again(fields: dict[str, Any]) -> None:
     job = read(fields)
     assert decode(job.model_dump_json(exclude_unset=True).encode(), None, NO_LIMIT) == job
 
 
 @given(body=st.binary(max_size=200))
-def test_any_bytes_are_a_job_or_an_invalid_one(body: bytes) -> None:
+def test_all_bytes_are_a_job_or_an_invalid_one(body: bytes) -> None:
     with pytest.raises(InvalidJobError):
         decode(body, None, NO_LIMIT)
 
 
 @given(value=VALUES | st.fixed_dictionaries({}, optional=dict.fromkeys(Job.model_fields, VALUES)))
-def test_any_json_is_a_job_or_an_invalid_one(value: Any) -> None:
+def test_all_json_is_a_job_or_an_invalid_one(value: Any) -> None:
     words_about(json.dumps(value).encode())
 
 
@@ -151,7 +151,7 @@ def _refuse_constant(name: str) -> float:
     put=st.binary(max_size=3)
     | st.sampled_from([b"NaN", b"-Infinity", b"\\ud800", b"\xed\xa0\x80", b"01", b"\x00"]),
 )
-def test_what_is_taken_is_strict_json_to_another_parser_too(
+def test_accepted_bodies_are_strict_json_to_another_parser_too(
     fields: dict[str, Any], where: float, cut: int, put: bytes
 ) -> None:
     body = json.dumps(fields, ensure_ascii=False).encode()
@@ -175,12 +175,12 @@ def test_what_is_taken_is_strict_json_to_another_parser_too(
         "/**/1", '{"a":1,}', "{1:2}", "",
     ],
 )  # fmt: skip
-def test_what_rfc_8259_does_not_know_is_refused(token: str) -> None:
+def test_json_beyond_rfc_8259_is_rejected(token: str) -> None:
     body = json.dumps({**SHORT, "params": {"x": 0}}).replace(": 0}", f": {token}}}").encode()
     fault(body)
 
 
-def test_what_only_looks_like_strict_json_is_refused() -> None:
+def test_almost_strict_json_is_rejected() -> None:
     body = json.dumps(SHORT).encode()
     for damaged in (
         b"\xef\xbb\xbf" + body,
@@ -195,22 +195,20 @@ def test_what_only_looks_like_strict_json_is_refused() -> None:
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b'"job"', b"1", b"true"])
-def test_json_that_is_no_object_is_refused(body: bytes) -> None:
+def test_json_that_is_not_an_object_is_rejected(body: bytes) -> None:
     assert "must be a JSON object" in fault(body).message
 
 
 @pytest.mark.parametrize("depth", [250, 5_000, 200_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
-def test_a_body_that_is_nested_too_deeply_is_refused_and_harms_nothing(
-    depth: int, opening: str, closing: str
-) -> None:
+def test_a_too_deeply_nested_body_is_rejected(depth: int, opening: str, closing: str) -> None:
     nested = opening * depth + "1" + closing * depth
     body = json.dumps({**SHORT, "metadata": {"a": 0}}).replace(": 0}", f": {nested}}}")
     assert re.search("strict JSON|too deeply|JSON values|1000000 bytes", fault(body.encode()).message)
     fault((opening * depth).encode())
 
 
-def test_a_moderate_nesting_is_read_and_echoed() -> None:
+def test_a_moderately_nested_body_is_read_and_echoed() -> None:
     nested: Any = 1
     for _ in range(150):
         nested = [nested]
@@ -250,7 +248,7 @@ def test_a_moderate_nesting_is_read_and_echoed() -> None:
         ("messages", saying({"type": "image_url", "image_url": {"url": "", "detail": 1}})),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_refused_and_its_field_is_named(field: str, value: Any) -> None:
+def test_an_invalid_value_is_rejected_and_its_field_is_named(field: str, value: Any) -> None:
     error = fault({**FORM_BY_FIELD.get(field, SHORT), field: value})
     assert error.message.startswith(field)
     assert (error.job_id, error.id_in_body) == ((None, False) if field == "id" else ("a", True))
@@ -259,12 +257,12 @@ def test_a_wrong_value_is_refused_and_its_field_is_named(field: str, value: Any)
 @pytest.mark.parametrize(
     "field", ["image", "Question", "message", "meta-data", "n", "stream", "type", "", " id"]
 )
-def test_an_unknown_field_is_refused_and_named(field: str) -> None:
+def test_an_unknown_field_is_rejected_and_named(field: str) -> None:
     assert fault({**SHORT, field: None}).message == (f"{field}: unknown field" if field else "unknown field")
 
 
 @pytest.mark.parametrize("field", ["id", "model", "system", "params", "deadline", "metadata"])
-def test_null_is_the_same_as_a_field_left_out(field: str) -> None:
+def test_null_is_the_same_as_a_missing_field(field: str) -> None:
     without = {name: value for name, value in SHORT.items() if name != field}
     assert read({**SHORT, field: None}, "m") == read({**without, field: None}, "m")
     assert getattr(read({**SHORT, field: None}, "m"), field) == ("m" if field == "id" else None)
@@ -280,7 +278,7 @@ def test_null_is_the_same_as_a_field_left_out(field: str) -> None:
         {"id": "a", "system": "s", "messages": None},
     ],
 )
-def test_half_a_form_is_refused_in_words_that_name_both(fields: dict[str, Any]) -> None:
+def test_half_a_form_is_rejected_and_the_fields_of_both_forms_are_named(fields: dict[str, Any]) -> None:
     message = fault(fields).message
     assert all(word in message for word in ("question", "images", "messages"))
 
@@ -293,18 +291,18 @@ def test_the_two_forms_are_not_mixed(field: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED_PARAMS))
-def test_what_the_worker_sets_itself_is_no_param(name: str) -> None:
+def test_fields_that_the_worker_sets_are_not_allowed_in_params(name: str) -> None:
     message = fault({**SHORT, "params": {"temperature": 0, name: None}}).message
     assert message.startswith("params: ")
     assert name in message
 
 
 @given(params=PARAMS)
-def test_any_other_param_is_read_as_it_is(params: dict[str, Any]) -> None:
+def test_all_other_params_are_read_unchanged(params: dict[str, Any]) -> None:
     assert read({**SHORT, "params": params}).params == params
 
 
-def test_true_is_not_one_and_one_is_not_its_text() -> None:
+def test_true_is_not_1_and_1_is_not_a_string() -> None:
     params = {"a": True, "b": 1, "c": "1", "d": 1.0, "e": None}
     taken = read({**SHORT, "params": params}).params
     assert taken is not None
@@ -317,7 +315,7 @@ def test_metadata_may_have_exactly_16_kib_of_compact_json(filler: str) -> None:
     count, padding = divmod(MAX_METADATA_BYTES - len(b'{"k":""}'), width)
     metadata = {"k": filler * count + "x" * padding}
     assert len(to_json(metadata)) == MAX_METADATA_BYTES
-    # Blanks between the tokens and escapes don't count.
+    # White space between tokens and escapes do not count.
     body = json.dumps({**SHORT, "metadata": metadata}, indent=8, ensure_ascii=True).encode()
     assert decode(body, None, NO_LIMIT).metadata == metadata
 
@@ -332,20 +330,20 @@ def test_metadata_may_have_exactly_16_kib_of_compact_json(filler: str) -> None:
 @pytest.mark.parametrize(
     "text", ["a", " ", "é 猫 😀", "x" * MAX_ID_CHARS, "{}", "👩‍🚀".replace("\u200d", "")]
 )
-def test_an_id_is_any_printable_text_of_up_to_256_characters(text: str) -> None:
+def test_an_id_is_printable_text_of_up_to_256_characters(text: str) -> None:
     assert valid_id(text) == text
     assert read({**SHORT, "id": text}).id == text
 
 
 @given(value=VALUES | st.text(st.characters(exclude_categories=[])))
-def test_what_is_a_readable_id_is_short_printable_text(value: Any) -> None:
+def test_a_readable_id_is_short_printable_text(value: Any) -> None:
     if valid_id(value) is not None:
         assert value.isprintable()
         assert 1 <= len(value) <= MAX_ID_CHARS
         value.encode()
 
 
-def test_the_id_in_the_body_comes_before_the_message_id() -> None:
+def test_the_id_in_the_body_takes_precedence_over_the_message_id() -> None:
     assert read(SHORT, "m").id == "a"
     assert read({**SHORT, "id": None}, "m").id == "m"
     without = {"question": "What?", "images": ["u"]}
@@ -373,7 +371,7 @@ def test_the_id_in_the_body_comes_before_the_message_id() -> None:
         (b'{"x": {"id": "a"}}', None),
     ],
 )
-def test_the_id_of_a_broken_job_is_read_where_it_can_be(body: bytes, own: str | None) -> None:
+def test_the_id_of_an_invalid_job_is_read_if_possible(body: bytes, own: str | None) -> None:
     error = fault(body, "m")
     assert (error.job_id, error.id_in_body) == (own or "m", own is not None)
 
@@ -449,7 +447,7 @@ def test_a_deadline_is_an_rfc_3339_time(text: str, expected: datetime) -> None:
         "2030-01-31T12:00:61Z", "2030-01-31T12:00:00+24:00", "2029-02-29T00:00:00Z",
     ],
 )  # fmt: skip
-def test_any_other_form_of_time_is_refused(text: str) -> None:
+def test_every_other_time_format_is_rejected(text: str) -> None:
     assert fault({**SHORT, "deadline": text}).message.startswith("deadline: ")
 
 
@@ -463,14 +461,16 @@ def test_a_deadline_is_text(value: Any) -> None:
     offset=st.integers(-1439, 1439),
     separator=st.sampled_from("Tt "),
 )
-def test_a_deadline_keeps_its_moment_in_any_offset(moment: datetime, offset: int, separator: str) -> None:
+def test_a_deadline_is_the_same_instant_in_every_utc_offset(
+    moment: datetime, offset: int, separator: str
+) -> None:
     sign, minutes = "-" if offset < 0 else "+", abs(offset)
     text = f"{moment.isoformat(sep=separator)}{sign}{minutes // 60:02}:{minutes % 60:02}"
     expected = moment.replace(tzinfo=UTC) - timedelta(minutes=offset)
     assert read({**SHORT, "deadline": text}).deadline == expected
 
 
-# What is said of a broken job
+# Error messages
 
 CANARY, NUMBER = "CANARY", 987654321
 NAMES = [
@@ -516,21 +516,21 @@ ODD_JOBS = st.fixed_dictionaries(
 
 
 @given(fields=ODD_JOBS)
-def test_nothing_of_a_jobs_values_is_in_the_words_about_it(fields: dict[str, Any]) -> None:
+def test_error_messages_do_not_contain_values_of_the_job(fields: dict[str, Any]) -> None:
     words = words_about(json.dumps(fields).encode())
     assert CANARY not in words
     assert str(NUMBER) not in words
 
 
 @given(where=st.floats(0, 1), put=st.sampled_from(["", '"', "\\", "\x00", "\\ud800", "\\u12", "}", "NaN"]))
-def test_nothing_of_the_text_is_in_the_words_about_broken_json(where: float, put: str) -> None:
+def test_error_messages_about_invalid_json_do_not_contain_its_text(where: float, put: str) -> None:
     body = json.dumps({**SHORT, "question": CANARY * 5, "metadata": {CANARY: [CANARY]}})
     at = int(where * len(body))
     for damaged in (body[:at] + put + body[at:], body[:at] + put):
         assert not re.search("CANA|NARY", words_about(damaged.encode()))
 
 
-def test_of_many_faults_the_first_few_are_named_and_the_rest_counted() -> None:
+def test_the_first_errors_are_named_and_the_rest_counted() -> None:
     message = fault({**SHORT, **{f"x{n}": n for n in range(12)}}).message
     assert message.count("unknown field") == 5
     assert message.endswith("; and 7 more")
@@ -582,16 +582,16 @@ def test_errors_of_a_messages_content_are_those_of_its_form(content: Any, messag
 
 
 @pytest.mark.parametrize("field", ["str", "ImageObject", "TextPart", "list[x]"])
-def test_a_field_that_is_called_like_a_type_is_named_too(field: str) -> None:
+def test_a_field_with_the_name_of_a_type_is_named_too(field: str) -> None:
     assert fault({**SHORT, field: 1}).message == f"{field}: unknown field"
     assert fault({**SHORT, "images": [{"url": "u", field: 1}]}).message == f"images.0.{field}: unknown field"
 
 
-# What the API is asked
+# The model request
 
 
 @given(turns=st.lists(TURNS, min_size=1, max_size=4), send_detail=st.booleans())
-def test_the_long_form_is_sent_as_it_is_but_for_its_urls(
+def test_the_long_form_is_sent_unchanged_except_for_its_urls(
     turns: list[dict[str, Any]], send_detail: bool
 ) -> None:
     conversation = Conversation(read({"id": "a", "messages": turns}))
@@ -606,7 +606,7 @@ def test_the_long_form_is_sent_as_it_is_but_for_its_urls(
     assert [ref.url for ref in conversation.images()] == given_urls
     messages = conversation.render("placeholder", send_detail=send_detail)
     assert messages == expected
-    # After a 429 it is asked again: what was made of the first request must not be in the second.
+    # After a 429 the request is sent again: nothing of the first one may remain in it.
     for message in messages:
         message.clear()
     assert conversation.render("placeholder", send_detail=send_detail) == expected
@@ -618,7 +618,7 @@ def test_the_long_form_is_sent_as_it_is_but_for_its_urls(
     system=st.none() | st.text(max_size=10),
     send_detail=st.booleans(),
 )
-def test_the_short_form_asks_the_same_as_the_long_one(
+def test_the_short_form_sends_the_same_request_as_the_long_one(
     images: list[Any], question: str, system: str | None, send_detail: bool
 ) -> None:
     short = {"id": "a", "question": question, "images": images, "system": system}
@@ -638,7 +638,7 @@ def test_the_short_form_asks_the_same_as_the_long_one(
     ("detail", "send_detail", "sent"),
     [("low", True, {"detail": "low"}), ("low", False, {}), (None, True, {}), (None, False, {})],
 )
-def test_detail_is_sent_on_demand_and_only_where_there_is_some(
+def test_detail_is_sent_only_if_configured_and_present(
     detail: str | None, send_detail: bool, sent: dict[str, str]
 ) -> None:
     image = {"url": "u", "detail": detail}
@@ -649,7 +649,7 @@ def test_detail_is_sent_on_demand_and_only_where_there_is_some(
         assert part == {"type": "image_url", "image_url": {"url": "u", **sent}}
 
 
-def test_images_are_called_by_their_place_in_the_job() -> None:
+def test_images_are_named_by_their_position_in_the_job() -> None:
     short = Conversation(read({**SHORT, "system": "s", "images": ["u", {"url": "v", "detail": "low"}]}))
     assert short.images() == [ImageRef("images[0]", "u"), ImageRef("images[1]", "v", "low")]
     image = {"type": "image_url", "image_url": {"url": "u"}}
@@ -671,6 +671,6 @@ def test_a_lone_surrogate_that_is_written_becomes_a_question_mark() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [float("-inf")]])
-def test_json_that_the_worker_writes_has_no_other_numbers_than_strict_ones(value: Any) -> None:
+def test_json_that_the_worker_writes_has_strict_numbers_only(value: Any) -> None:
     with pytest.raises(ValueError, match="JSON"):
         to_json(value)

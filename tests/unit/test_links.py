@@ -1,4 +1,4 @@
-"""Links between the pages."""
+"""Links between pages of the docs have a target."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ def pages() -> list[Path]:
     tracked = ["git", "ls-files", "-z", "*.md"]
     listed = subprocess.run(tracked, cwd=ROOT, capture_output=True, check=True)  # noqa: S603 - a constant
     paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
-    # Templates of generated pages have the links of the pages.
+    # Links in templates are checked in the generated pages.
     templates = {path for path in paths if path.name == "page.md" or "templates" in path.parts}
     return [path for path in paths if path.is_file() and path not in templates]
 

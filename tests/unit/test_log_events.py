@@ -15,7 +15,7 @@ PAGE = (ROOT / "docs/logging.md").read_text()
 
 
 def _levels(call: ast.Call) -> set[str]:
-    """The levels that a call logs at; none if it does not log."""
+    """Return the levels that a call logs at; an empty set if it does not log."""
     match call.func:
         case ast.Attribute(value=ast.Name(id="log" | "in_flight_log") | ast.Call(), attr="log"):
             return {"as suppressed"}
@@ -57,9 +57,9 @@ def test_the_table_has_each_event_with_its_levels() -> None:
     assert len(logged) > 30
 
 
-def test_the_table_of_levels_has_all() -> None:
+def test_the_table_of_levels_is_complete() -> None:
     assert [row[0].strip("`") for row in _table("Levels")] == list(LEVELS)
 
 
-def test_the_table_of_stages_has_all_that_a_job_goes_through() -> None:
+def test_the_table_of_stages_is_complete() -> None:
     assert {row[0].strip("`") for row in _table("In-flight jobs")} == set(get_args(Stage))

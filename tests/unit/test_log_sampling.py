@@ -1,4 +1,4 @@
-"""Which of the lines that say the same are shown, with the clock in the test's hand."""
+"""Sampling of repeated log lines, with a fake clock."""
 
 import logging
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def sampler(clock: Clock) -> LogSampler:
 
 @pytest.fixture
 def shown(sampler: LogSampler) -> Callable[..., int]:
-    """Of so many lines, how many are shown."""
+    """Log a number of lines; return how many are shown."""
     return lambda count, of=RETRY: sum(sampler.should_log(of) for _ in range(count))
 
 
@@ -47,7 +47,7 @@ def test_the_first_lines_of_a_minute_are_shown(shown: Callable[..., int], clock:
     assert shown(100) == MAX_SHOWN
 
 
-def test_each_kind_counts_for_itself(shown: Callable[..., int]) -> None:
+def test_each_kind_of_line_is_counted_separately(shown: Callable[..., int]) -> None:
     assert shown(100) == MAX_SHOWN
     assert shown(100, kind("timeout")) == MAX_SHOWN
     assert shown(1, RETRY._replace(level=logging.ERROR)) == 1
@@ -67,7 +67,7 @@ def test_suppressed_events_are_reported_once_per_minute(
     assert sampler.suppressed() == []
 
 
-def test_a_line_of_the_next_minute_does_not_lose_what_was_withheld_in_the_last(
+def test_a_line_of_the_next_minute_keeps_the_count_of_suppressed_lines(
     sampler: LogSampler, shown: Callable[..., int], clock: Clock
 ) -> None:
     shown(MAX_SHOWN + 7)
@@ -88,12 +88,12 @@ def test_flush_reports_suppressed_events(
     assert shown(100) == MAX_SHOWN
 
 
-def test_lines_that_never_say_the_same_take_no_memory_without_end(
+def test_distinct_lines_use_a_bounded_amount_of_memory(
     sampler: LogSampler, shown: Callable[..., int]
 ) -> None:
     shown(MAX_SHOWN + 1)
     for number in range(MAX_KINDS):
         assert shown(1, kind(str(number))) == 1
-    # The oldest had to go; what it withheld is reported.
+    # The oldest kind was evicted, and its suppressed lines are reported.
     assert [suppressed.records for suppressed in sampler.suppressed()] == [1]
     assert shown(1) == 1

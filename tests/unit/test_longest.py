@@ -22,7 +22,7 @@ def test_it_is_returned_for_at_least_one_and_at_most_two_windows() -> None:
     assert longest.value(now=240.0) == 0
 
 
-def test_a_shorter_one_takes_its_place_in_the_next_window() -> None:
+def test_a_shorter_duration_replaces_it_in_the_next_window() -> None:
     longest = Longest(60.0, now=0.0)
     longest.observe(9.0, now=10.0)
     longest.observe(2.0, now=70.0)
@@ -30,7 +30,7 @@ def test_a_shorter_one_takes_its_place_in_the_next_window() -> None:
     assert longest.value(now=121.0) == 2
 
 
-def test_nothing_is_left_of_it_after_a_quiet_time() -> None:
+def test_it_is_reset_after_two_windows_without_observations() -> None:
     longest = Longest(60.0, now=0.0)
     longest.observe(9.0, now=10.0)
     assert longest.value(now=1000.0) == 0

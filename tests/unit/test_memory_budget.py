@@ -1,4 +1,4 @@
-"""The bytes that may be held at once: first come, first served, and none is lost."""
+"""The memory budget: reservations are granted in order, and no bytes leak."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ from worker.images.memory_budget import MemoryBudget, Reservation
 
 
 class Holders:
-    """Tasks that hold a share each until asked to leave."""
+    """Tasks that each hold a reservation until asked to leave."""
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
@@ -57,7 +57,7 @@ async def test_reservations_that_fit_are_granted_and_others_wait_in_order() -> N
             them.come(name, wanted)
         await turns_of_the_loop()
         assert them.holding == [0, 1]
-        # One byte would be free soon, but the large one came first: or it would wait for ever.
+        # The small one would fit, but the large one is first: otherwise it could wait forever.
         them.leave(1)
         await turns_of_the_loop()
         assert them.holding == [0]
@@ -101,7 +101,7 @@ async def test_bytes_released_early_go_to_the_next_waiter() -> None:
         them.shares[0].shrink_to(3)
         await turns_of_the_loop()
         assert them.holding == [0, 1]
-        # It can only release.
+        # A reservation only shrinks.
         them.shares[0].shrink_to(9)
         assert budget.try_reserve(1) is None
         them.shares[0].release()
@@ -121,7 +121,7 @@ async def test_a_cancelled_waiter_does_not_block_the_others(cancelled: list[int]
         assert them.holding == [0]
         them.cancel(*cancelled)
         await turns_of_the_loop()
-        # Only when both large ones are released is the small one the next, and fits in at once.
+        # The small one is next, and fits, only if both large ones were cancelled.
         assert them.holding == ([0, 3] if cancelled == [1, 2] else [0])
         them.leave(0, 1, 2, 3)
         await asyncio.gather(*them.tasks.values(), return_exceptions=True)
@@ -135,7 +135,7 @@ async def test_a_waiter_cancelled_just_after_its_grant_releases_the_bytes() -> N
         them.come(1, 10)
         them.come(2, 10)
         await turns_of_the_loop()
-        # All in one turn of the loop: 1 has been given its share and cannot know.
+        # All in one turn of the event loop: 1 has its reservation but has not resumed yet.
         them.shares[0].release()
         them.cancel(1)
         await turns_of_the_loop()

@@ -19,7 +19,7 @@ from worker.model.request import PLACEHOLDER, fingerprint, frame
 MAX_JOB_BYTES = 16_000_000
 MAX_CPU_S = 0.05
 MAX_TIMES_ITS_SIZE = 4
-# Any message may have `MAX_VALUES`, however short they are, and `MAX_TEXT_BYTES` in a string with a wide
+# Every message may have `MAX_VALUES` values, and `MAX_TEXT_BYTES` in a string with a wide
 # character: Python needs eight times its size to decode it.
 FIXED_BYTES = 6 * 1024 * 1024
 MAX_IMAGES = 16
@@ -68,7 +68,7 @@ BODIES: dict[str, Callable[[int], bytes]] = {
 }
 
 
-# Where publishers can put something long, as what comes before and after it.
+# Positions where publishers can put something long: the text before and after it.
 PLACES = [
     (b'{"id": "a", "question": "', b'", "images": ["s3://b/k"]}'),
     (SHORT + b'["', b'"]}'),
@@ -97,7 +97,7 @@ ENDS = [b"", "😀".encode(), rb"\ud83d\ude00", rb"\n"]
 
 
 def read(body: bytes) -> object:
-    """Process a message as the worker does before it waits for anything."""
+    """Process a message as the worker does before its first await."""
     try:
         job = decode(body, None, MAX_JOB_BYTES)
         conversation = Conversation(job)
@@ -115,7 +115,7 @@ def read(body: bytes) -> object:
 
 
 def cpu_s(body: bytes) -> float:
-    """Return the least CPU time of three readings: other processes can only make it longer."""
+    """Return the lowest CPU time of three measurements: other processes only add to it."""
 
     def once() -> float:
         began = time.process_time()
@@ -160,7 +160,7 @@ def test_a_message_with_repetitions_is_parsed_quickly_and_with_little_memory(
     check(repeated(place[0] + beginning, item, end + place[1])(size))
 
 
-def test_an_error_message_is_short_however_many_faults_there_are() -> None:
+def test_an_error_message_is_short_for_any_number_of_errors() -> None:
     for build in BODIES.values():
         answer = read(build(50_000))
         assert not isinstance(answer, str) or len(answer) < 4_000

@@ -1,4 +1,4 @@
-"""The messages that the worker publishes: nothing of a job's headers but what is meant to go on."""
+"""Messages that the worker publishes: properties, and the only headers that it copies from a job."""
 
 import uuid
 from datetime import UTC, datetime
@@ -52,7 +52,7 @@ def copies_of(delivery: Delivery) -> list[OutgoingMessage]:
     ]
 
 
-def test_a_result_says_what_it_is_and_whose() -> None:
+def test_a_result_has_the_properties_of_its_type_and_job() -> None:
     before = datetime.now(UTC)
     reply = messages.reply(a_delivery(**FULL), RESULT, "results.a", exchange="replies")
     assert reply.body == RESULT.to_body()
@@ -81,7 +81,7 @@ def test_a_result_says_what_it_is_and_whose() -> None:
         (None, "é" * 128, None),
     ],
 )
-def test_a_correlation_id_is_echoed_and_falls_back_to_the_jobs_id_where_that_fits(
+def test_a_correlation_id_is_echoed_and_falls_back_to_the_jobs_id_if_it_fits(
     correlation_id: str | None, job_id: str | None, expected: str | None
 ) -> None:
     delivery = a_delivery(correlation_id=correlation_id)
@@ -89,7 +89,7 @@ def test_a_correlation_id_is_echoed_and_falls_back_to_the_jobs_id_where_that_fit
     assert messages.reply(delivery, result, "results", exchange="").correlation_id == expected
 
 
-def test_every_publish_of_a_result_has_an_id_of_its_own() -> None:
+def test_every_publish_of_a_result_has_a_new_message_id() -> None:
     replies = [messages.reply(a_delivery(**FULL), RESULT, "results.a", exchange="") for _ in range(2)]
     replies.append(messages.undeliverable(replies[0], "results"))
     ids = [reply.message_id for reply in replies]
@@ -97,7 +97,7 @@ def test_every_publish_of_a_result_has_an_id_of_its_own() -> None:
     assert all(uuid.UUID(message_id) for message_id in ids)
 
 
-def test_a_result_that_nobody_reads_goes_to_the_results_and_says_for_whom_it_was() -> None:
+def test_an_unroutable_result_goes_to_the_results_queue_with_its_original_reply_to() -> None:
     reply = messages.reply(a_delivery(**FULL), RESULT, "results.a", exchange="replies")
     undeliverable = messages.undeliverable(reply, "results")
     assert (undeliverable.exchange, undeliverable.routing_key) == ("replies", "results")
@@ -106,14 +106,14 @@ def test_a_result_that_nobody_reads_goes_to_the_results_and_says_for_whom_it_was
     assert reply.headers == TRACE
 
 
-def test_a_direct_reply_goes_by_the_default_exchange_and_need_not_arrive() -> None:
+def test_a_direct_reply_uses_the_default_exchange_and_is_not_mandatory() -> None:
     reply = messages.reply(a_delivery(**FULL), RESULT, "amq.rabbitmq.reply-to.x", exchange="replies")
     direct = messages.to_direct_reply(reply)
     assert (direct.exchange, direct.mandatory, direct.routing_key) == ("", False, "amq.rabbitmq.reply-to.x")
 
 
 @pytest.mark.parametrize("nth", range(3))
-def test_a_copy_of_a_job_is_the_job(nth: int) -> None:
+def test_a_copy_of_a_job_has_its_body_and_properties(nth: int) -> None:
     copy = copies_of(a_delivery(**FULL))[nth]
     assert (copy.exchange, copy.routing_key, copy.mandatory) == ("", "q", True)
     for name in ("body", "message_id", "correlation_id", "reply_to", "content_type", "timestamp"):
@@ -151,7 +151,7 @@ def test_a_requeued_job_has_the_counts_from_before_this_delivery(
     assert headers == expected
 
 
-def test_a_dead_letter_says_why_and_when_it_died() -> None:
+def test_a_dead_letter_has_the_reason_and_the_time() -> None:
     headers = own_headers(messages.dead_letter(a_delivery(**FULL), "q", DIED))
     died_at = datetime.fromisoformat(headers.pop("vqa-died-at"))
     assert abs((datetime.now(UTC) - died_at).total_seconds()) < 60
@@ -163,7 +163,7 @@ def test_a_dead_letter_says_why_and_when_it_died() -> None:
 
 
 def wired(message: OutgoingMessage) -> Delivery:
-    """The message as a consumer gets it."""
+    """Return the message as a consumer receives it."""
     properties = {
         name: value
         for name in ("message_id", "correlation_id", "reply_to")
@@ -192,18 +192,18 @@ def test_requeueing_any_number_of_times_keeps_the_counts(attempts: int, deliveri
         delivery = again
 
 
-def test_a_retry_comes_with_its_attempts_and_as_its_first_delivery() -> None:
+def test_a_retry_arrives_with_its_attempts_as_a_first_delivery() -> None:
     again = wired(messages.retry_copy(a_delivery(attempts=2, deliveries=4), "q", 3))
     assert (again.attempts, again.deliveries) == (3, 1)
 
 
-def test_a_dead_letter_that_is_put_back_is_as_good_as_new() -> None:
+def test_a_replayed_dead_letter_has_no_attempts() -> None:
     again = wired(messages.dead_letter(a_delivery(attempts=4, deliveries=4, message_id="m"), "q", DIED))
     assert (again.attempts, again.deliveries, again.message_id) == (0, 1, "m")
 
 
 @pytest.mark.parametrize("nth", range(3))
-def test_a_job_without_a_message_id_gets_none_by_being_copied(nth: int) -> None:
+def test_the_copy_of_a_job_without_a_message_id_has_none(nth: int) -> None:
     copy = copies_of(a_delivery(message_id=None))[nth]
     assert wired(copy).message_id is None
     assert wired(copies_of(wired(copy))[nth]).message_id is None
@@ -231,7 +231,7 @@ DANGEROUS = [
         max_size=6,
     )
 )
-def test_no_header_of_a_job_goes_on_unless_it_is_meant_to(headers: dict[str, Any]) -> None:
+def test_only_the_documented_headers_of_a_job_are_copied(headers: dict[str, Any]) -> None:
     delivery = delivered({"headers": pamqp.encode.field_table(headers), "expiration": short(b"1000")})
     reply = messages.reply(delivery, RESULT, "results", exchange="")
     assert set(reply.headers) <= {"traceparent", "tracestate"}

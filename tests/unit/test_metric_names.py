@@ -1,4 +1,4 @@
-"""Code, docs, dashboard, alerts and runbook speak of the same metrics."""
+"""Code, docs, dashboard, alerts and runbook use the same metric names."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ from worker.observability.metrics import DECLARED
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 
-# By their other name, where the broker is configured to return metrics per object.
+# The names on /metrics if the broker is configured to return metrics per object.
 PER_OBJECT = {name.replace("_detailed", "") for name in BROKER_METRICS}
 OF_KUBERNETES = {"container_cpu_cfs_throttled_periods_total"}
 # Labels that Prometheus adds to each scraped target.
@@ -28,7 +28,7 @@ ADDED_LABELS = {"job", "instance", "namespace"}
 
 
 def _queries() -> Iterator[tuple[str, str]]:
-    """Every query of the project, and where it stands."""
+    """Yield every query of the project and its location."""
     dashboard = board.load()
     for target in board.targets(dashboard):
         yield f"panel {target.panel['title']}", target.expr
@@ -54,14 +54,14 @@ def test_there_are_queries_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize("expr", [expr for _, expr in QUERIES], ids=[where for where, _ in QUERIES])
-def test_a_query_asks_for_metrics_that_there_are(expr: str) -> None:
+def test_every_query_uses_existing_metrics(expr: str) -> None:
     names = {promql.family_of(name) if name not in DECLARED else name for name in promql.names_in(expr)}
     others = {*PROCESS_METRICS, *BROKER_METRICS, *PER_OBJECT, *OF_KUBERNETES, *promql.BUILT_IN}
     assert names <= {*DECLARED, *others, *rules.records()}
 
 
 @pytest.mark.parametrize("expr", [expr for _, expr in QUERIES], ids=[where for where, _ in QUERIES])
-def test_a_query_selects_by_labels_that_the_metric_has(expr: str) -> None:
+def test_every_query_uses_existing_labels_of_its_metrics(expr: str) -> None:
     for name, used in promql.labels_in(expr).items():
         metric = DECLARED.get(promql.family_of(name))
         if metric is not None:
@@ -69,7 +69,7 @@ def test_a_query_selects_by_labels_that_the_metric_has(expr: str) -> None:
             assert used <= own | ADDED_LABELS, name
 
 
-def test_a_histogram_is_asked_for_by_its_series_and_nothing_else_is() -> None:
+def test_queries_use_histogram_suffixes_for_histograms_only() -> None:
     for _, expr in QUERIES:
         for name in promql.names_in(expr):
             metric = DECLARED.get(promql.family_of(name))
@@ -77,7 +77,7 @@ def test_a_histogram_is_asked_for_by_its_series_and_nothing_else_is() -> None:
                 assert (metric.kind == "histogram") == (name != metric.name), name
 
 
-def test_a_name_that_is_not_there_would_be_found() -> None:
+def test_an_unknown_name_is_detected() -> None:
     assert promql.names_in("sum(rate(no_such_total[$__rate_interval])) / up offset 5m") == {
         "no_such_total",
         "up",
@@ -86,8 +86,8 @@ def test_a_name_that_is_not_there_would_be_found() -> None:
         promql.names_in('{queue="x"}')
 
 
-def test_queries_blame_the_service_for_what_the_code_says() -> None:
-    """The codes stand in the rules and in the dashboard as text."""
+def test_error_codes_in_queries_are_those_that_the_code_attributes_to_the_service() -> None:
+    """Alert rules and dashboard contain the codes as text."""
     bad, nothing = "|".join(sorted(SERVICE_FAILURES)), "|".join(sorted(NEUTRAL_FAILURES))
     allowed = {bad, f"({bad})?", nothing, f"{bad}|{nothing}"}
     shown = {code for _, expr in QUERIES for code in re.findall(r'\berror[!=~]+"([^"]+)"', expr)}
@@ -99,7 +99,7 @@ def test_every_metric_is_documented_once() -> None:
     assert rows == [*DECLARED, *PROCESS_METRICS, *BROKER_METRICS]
 
 
-def test_every_label_says_which_values_it_has() -> None:
+def test_the_values_of_every_label_are_documented() -> None:
     for metric in DECLARED.values():
         assert metric.meaning, metric.name
         for label in metric.labels:
@@ -108,12 +108,12 @@ def test_every_label_says_which_values_it_has() -> None:
 
 
 def _families(exposition: str) -> Mapping[str, str]:
-    """The names of what is shown, as they are documented, and their types."""
+    """Return the names and types of the exposed metrics, in the form of the docs."""
     families = text_string_to_metric_families(exposition)
     return {family.name + ("_total" if family.type == "counter" else ""): family.type for family in families}
 
 
-def test_a_worker_shows_what_is_documented_and_nothing_else(worker: Worker) -> None:
+def test_a_worker_exposes_exactly_the_documented_metrics(worker: Worker) -> None:
     expected = {
         **{name: metric.kind.replace("info", "gauge") for name, metric in DECLARED.items()},
         **{name: kind for name, (kind, *_) in PROCESS_METRICS.items()},
@@ -121,7 +121,7 @@ def test_a_worker_shows_what_is_documented_and_nothing_else(worker: Worker) -> N
     assert _families(worker.get("/metrics")[1]) == expected
 
 
-def test_promtool_finds_nothing_to_say_about_what_a_worker_shows(worker: Worker) -> None:
+def test_promtool_accepts_the_exposition_of_a_worker(worker: Worker) -> None:
     debian.install(PACKAGES)
     exposition = worker.get("/metrics")[1]
     done = subprocess.run(
@@ -134,7 +134,7 @@ def test_promtool_finds_nothing_to_say_about_what_a_worker_shows(worker: Worker)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-async def test_the_broker_has_the_other_names_too(stack: Stack, worker: Worker) -> None:
+async def test_the_broker_also_exposes_the_other_names(stack: Stack, worker: Worker) -> None:
     url = f"{stack.rabbitmq.prometheus_url}/metrics/per-object"
 
     def missing() -> list[str]:
@@ -143,5 +143,5 @@ async def test_the_broker_has_the_other_names_too(stack: Stack, worker: Worker) 
         of_the_queue = rf'{{[^}}]*queue="{worker.jobs_queue}"'
         return [it for it in PER_OBJECT if not re.search(f"^{it}{of_the_queue}", exposition, re.MULTILINE)]
 
-    # It collects them every few seconds.
-    await until(lambda: not missing(), "all are there")
+    # The broker collects them every few seconds.
+    await until(lambda: not missing(), "all names are exposed")

@@ -1,4 +1,4 @@
-"""One call to the API over real HTTP: each way in which it can end, and whose fault that is."""
+"""One model request over real HTTP: each possible end, and the outcome that it leads to."""
 
 import asyncio
 import base64
@@ -44,7 +44,7 @@ COMPLETION: dict[str, Any] = {
 
 @dataclass
 class Request:
-    """What the client sent."""
+    """A request of the client."""
 
     line: str
     headers: dict[str, str]
@@ -153,10 +153,10 @@ def a_body(params: Mapping[str, Any]) -> RequestBody:
 
 
 async def fault(model: Model, **params: Any) -> Exception:
-    """The exception that a call ends with."""
+    """Return the exception that a call raises."""
     with pytest.raises((JobError, TransientError, RateLimitedError, DependencyDownError)) as caught:
         await ask(model, **params)
-    # The SDK's own exceptions hold headers and bodies; none is chained where a log could show it.
+    # The SDK's exceptions hold headers and bodies: none is chained, so that no log can contain it.
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
     return caught.value
@@ -174,7 +174,7 @@ def ambiguous() -> float:
     return value("vqa_ambiguous_calls_total")
 
 
-# What is asked
+# Requests
 
 
 async def test_a_call_is_one_post_with_key_model_and_messages(api: Api, model: Model) -> None:
@@ -198,7 +198,7 @@ async def test_params_are_passed_on_as_they_are(api: Api, model: Model) -> None:
     }
     await ask(model, **params)
     assert json.loads(api.requests[0].body) == {**params, "model": "m", "messages": MESSAGES}
-    # True is not 1, and 1.0 not 1, to an API that looks closely.
+    # An API may distinguish True and 1.0 from 1.
     assert [type(it) for it in json.loads(api.requests[0].body)["x"]] == [type(it) for it in params["x"]]
 
 
@@ -214,7 +214,7 @@ async def test_extra_headers_are_sent_and_may_replace_the_key(api: Api) -> None:
     assert api.requests[0].headers["authorization"] == "Basic abc"
 
 
-async def test_openais_own_variables_have_no_say(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_openais_own_variables_are_ignored(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     canary = "canary-of-the-environment"
     for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "WEBHOOK_SECRET", "API_VERSION"):
         monkeypatch.setenv(f"OPENAI_{name}", canary)
@@ -237,7 +237,7 @@ async def test_a_base_url_may_end_with_a_slash(api: Api, ending: str) -> None:
 
 
 @pytest.mark.parametrize("user", ["", "user:p%40ss@"])
-async def test_a_proxy_is_asked_for_hosts_that_only_it_can_find(
+async def test_hosts_that_only_the_proxy_can_resolve_are_reached_through_it(
     api: Api, monkeypatch: pytest.MonkeyPatch, user: str
 ) -> None:
     monkeypatch.setenv("http_proxy", f"http://{user}127.0.0.1:{api.port}")
@@ -254,7 +254,7 @@ async def test_a_proxy_is_asked_for_hosts_that_only_it_can_find(
     assert request.headers.get("proxy-authorization") == expected
 
 
-async def test_an_api_that_needs_no_proxy_is_asked_itself(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_host_in_no_proxy_is_reached_directly(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     proxy_options.cache_clear()
@@ -265,10 +265,10 @@ async def test_an_api_that_needs_no_proxy_is_asked_itself(api: Api, monkeypatch:
         proxy_options.cache_clear()
 
 
-# What is answered
+# Responses
 
 
-async def test_an_answer_is_read_and_counted(api: Api) -> None:
+async def test_an_answer_is_parsed_and_counted(api: Api) -> None:
     class Price:
         prompt, completion = 1_000_000.0, 0.0
 
@@ -311,7 +311,7 @@ async def test_an_answer_is_json_with_any_content_type(api: Api, model: Model, c
     ("status", "body"),
     [(200, b""), (200, b"<html>"), (200, {"error": {"message": "x"}}), (200, []), (204, b"")],
 )
-async def test_a_200_that_is_no_completion_is_malformed_and_may_pass(
+async def test_a_200_without_a_completion_is_a_transient_malformed_response(
     api: Api, model: Model, status: int, body: Any
 ) -> None:
     api.says = response(status, body)
@@ -324,7 +324,7 @@ async def test_a_200_that_is_no_completion_is_malformed_and_may_pass(
         False,
     )
     assert calls("malformed") == before + 1
-    # Something was made there, and is likely to be billed.
+    # The API generated something and is likely to bill it.
     assert ambiguous() == unclear + 1
 
 
@@ -332,9 +332,7 @@ async def test_a_200_that_is_no_completion_is_malformed_and_may_pass(
 
 
 @pytest.mark.parametrize("status", [400, 405, 406, 410, 411, 413, 414, 415, 418, 421, 422, 424, 431, 451])
-async def test_a_request_that_is_refused_for_good_is_the_jobs_fault(
-    api: Api, model: Model, status: int
-) -> None:
+async def test_a_permanently_rejected_request_fails_the_job(api: Api, model: Model, status: int) -> None:
     api.says = response(status, {"error": {"message": "no such luck", "code": "x"}})
     before, before_ambiguous = calls(str(status)), ambiguous()
     error = await fault(model)
@@ -348,7 +346,7 @@ async def test_a_request_that_is_refused_for_good_is_the_jobs_fault(
 @pytest.mark.parametrize(
     ("status", "hint"), [(401, "VQA_MODEL_API_KEY"), (402, "credit"), (404, "VQA_MODEL_BASE_URL")]
 )
-async def test_what_everybody_is_refused_for_is_an_outage(
+async def test_a_rejection_that_concerns_all_jobs_is_an_outage(
     api: Api, model: Model, status: int, hint: str
 ) -> None:
     api.says = response(status, {"error": {"message": f"wrong key {KEY}"}})
@@ -370,7 +368,7 @@ async def test_what_everybody_is_refused_for_is_an_outage(
         (529, "http_5xx", False),
     ],
 )  # fmt: skip
-async def test_what_may_pass_is_to_be_tried_again(
+async def test_a_transient_status_is_retried(
     api: Api, model: Model, status: int, reason: str, forbidden: bool
 ) -> None:
     api.says = response(status, {"error": {"message": "busy"}}, Retry_After="7")
@@ -378,7 +376,7 @@ async def test_what_may_pass_is_to_be_tried_again(
     assert isinstance(error, TransientError)
     assert (error.reason, error.forbidden) == (reason, forbidden)
     assert error.message == f"the API answered {status}: busy"
-    # The SDK would try again by itself; here nobody else does.
+    # The SDK's own retries are disabled.
     assert len(api.requests) == 1
 
 
@@ -421,7 +419,7 @@ async def test_the_apis_error_message_is_reported_in_every_form(
     assert error.message == f"the API answered 400: {said}"
 
 
-async def test_what_the_api_echoes_of_secrets_and_images_is_blanked(api: Api, model: Model) -> None:
+async def test_secrets_and_images_in_error_messages_are_redacted(api: Api, model: Model) -> None:
     said = f"key {KEY} url https://h/p?X-Amz-Signature=abc image data:image/png;base64,{'A' * 5000} end"
     api.says = response(400, {"error": {"message": said}})
     error = await fault(model)
@@ -431,7 +429,7 @@ async def test_what_the_api_echoes_of_secrets_and_images_is_blanked(api: Api, mo
     assert error.message.endswith(" end")
 
 
-async def test_the_apis_words_are_cut_where_they_are_too_many(api: Api, model: Model) -> None:
+async def test_a_long_error_message_of_the_api_is_truncated(api: Api, model: Model) -> None:
     api.says = response(400, {"error": {"message": "x" * 1_000_000}})
     error = await fault(model)
     assert isinstance(error, JobError)
@@ -460,20 +458,20 @@ async def retry_after(api: Api, model: Model, body: Any = None, **headers: Any) 
         ("Wed, 21 Oct 99999999999999999999 07:28:00 GMT", None), ("Thu, 99 Jan 2099 00:00:00 GMT", None),
     ],
 )  # fmt: skip
-async def test_a_429_says_when_to_come_back_in_many_ways(
+async def test_retry_after_is_read_in_every_form(
     api: Api, model: Model, said: str, seconds: float | None
 ) -> None:
     assert await retry_after(api, model, Retry_After=said) == seconds
 
 
-async def test_a_429_may_say_a_date(api: Api, model: Model) -> None:
+async def test_retry_after_may_be_a_date(api: Api, model: Model) -> None:
     seconds = await retry_after(
         api, model, Retry_After=email.utils.formatdate(time.time() + 100, usegmt=True)
     )
     assert seconds == pytest.approx(100, abs=30)
 
 
-async def test_a_429_may_say_milliseconds_or_nothing(api: Api, model: Model) -> None:
+async def test_retry_after_may_be_in_milliseconds_or_missing(api: Api, model: Model) -> None:
     assert await retry_after(api, model, retry_after_ms="1500") == 1.5
     assert await retry_after(api, model, retry_after_ms="1500", Retry_After="7") == 1.5
     assert await retry_after(api, model, retry_after_ms="soon", Retry_After="7") == 7.0
@@ -490,7 +488,7 @@ async def test_a_429_with_any_body_is_a_429(running_api: Api, model: Model, said
     assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER_S
 
 
-async def test_a_used_up_quota_is_an_outage_and_no_matter_of_waiting(api: Api, model: Model) -> None:
+async def test_an_exhausted_quota_is_an_outage_and_not_a_rate_limit(api: Api, model: Model) -> None:
     body = {"error": {"message": "You exceeded", "type": "insufficient_quota", "code": "insufficient_quota"}}
     api.says = response(429, body, Retry_After="1")
     error = await fault(model)
@@ -501,15 +499,15 @@ async def test_a_used_up_quota_is_an_outage_and_no_matter_of_waiting(api: Api, m
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"null", b"slow down", {"error": "x"}, {"error": {"code": 429}}]
 )
-async def test_a_429_needs_no_body_of_a_certain_form(api: Api, model: Model, body: Any) -> None:
+async def test_the_body_of_a_429_may_have_any_form(api: Api, model: Model, body: Any) -> None:
     assert await retry_after(api, model, body, Retry_After="7") == 7.0
 
 
-# No answer, or half of one
+# No response, or a part of one
 
 
 async def interrupted(model: Model) -> TransientError:
-    """The fault of a call that may have been paid for, and is counted as such."""
+    """Return the error of a call that may have been billed; check that it is counted as such."""
     before = ambiguous()
     error = await fault(model)
     assert isinstance(error, TransientError)
@@ -519,7 +517,7 @@ async def interrupted(model: Model) -> TransientError:
 
 
 @pytest.mark.parametrize("part", ["nothing", "half a head", "half a body"])
-async def test_a_reset_is_a_fault_that_may_pass(api: Api, model: Model, part: str) -> None:
+async def test_a_reset_is_a_transient_error(api: Api, model: Model, part: str) -> None:
     sent = {
         "nothing": b"",
         "half a head": b"HTTP/1.1 200 OK\r\nConte",
@@ -550,7 +548,7 @@ async def test_a_reset_is_a_fault_that_may_pass(api: Api, model: Model, part: st
     ],
     ids=["nothing", "a head", "a body", "a chunk", "an odd chunk", "another protocol", "no length"],
 )
-async def test_half_an_answer_is_a_fault_that_may_pass(api: Api, model: Model, sent: bytes) -> None:
+async def test_an_incomplete_response_is_a_transient_error(api: Api, model: Model, sent: bytes) -> None:
     async def half(writer: asyncio.StreamWriter) -> None:
         writer.write(sent)
         await writer.drain()
@@ -559,13 +557,13 @@ async def test_half_an_answer_is_a_fault_that_may_pass(api: Api, model: Model, s
     assert (await interrupted(model)).reason == "connection_error"
 
 
-async def test_a_body_longer_than_its_length_says_is_no_http_and_may_have_been_paid_for(api: Api) -> None:
+async def test_a_body_longer_than_its_content_length_is_invalid_and_may_have_been_billed(api: Api) -> None:
     api.says = response(length=20)
     async with a_model(api.url) as model:
         assert (await interrupted(model)).reason == "connection_error"
 
 
-async def test_what_cannot_be_decompressed_is_a_fault_that_may_pass(api: Api, model: Model) -> None:
+async def test_a_body_that_cannot_be_decompressed_is_a_transient_error(api: Api, model: Model) -> None:
     api.says = response(body=b"this is not gzip", Content_Encoding="gzip")
     assert (await interrupted(model)).reason == "connection_error"
 
@@ -574,9 +572,7 @@ async def test_what_cannot_be_decompressed_is_a_fault_that_may_pass(api: Api, mo
     "sent", [b"", response(length=10_000)], ids=["before the answer", "within the answer"]
 )
 @pytest.mark.parametrize("bound", ["call", "delivery"])
-async def test_an_answer_that_takes_too_long_may_have_been_paid_for(
-    api: Api, sent: bytes, bound: str
-) -> None:
+async def test_a_response_that_times_out_may_have_been_billed(api: Api, sent: bytes, bound: str) -> None:
     async def hang(writer: asyncio.StreamWriter) -> None:
         writer.write(sent)
         await api.end.wait()
@@ -591,8 +587,8 @@ async def test_an_answer_that_takes_too_long_may_have_been_paid_for(
     assert (calls("timeout"), ambiguous()) == (before + 1, begun + 1)
 
 
-async def test_an_answer_that_trickles_in_is_bounded_as_a_whole(api: Api) -> None:
-    """Each byte comes in time; a limit on the time between two of them would wait for ever."""
+async def test_the_timeout_applies_to_the_whole_response(api: Api) -> None:
+    """Bytes keep arriving: a timeout between two bytes would never expire."""
 
     async def trickle(writer: asyncio.StreamWriter) -> None:
         writer.write(response(length=1_000_000))
@@ -608,7 +604,7 @@ async def test_an_answer_that_trickles_in_is_bounded_as_a_whole(api: Api) -> Non
     assert error.reason == "timeout"
 
 
-async def test_an_api_that_nobody_serves_is_down_and_nothing_was_paid() -> None:
+async def test_an_unreachable_api_is_down_and_nothing_was_billed() -> None:
     with closing(socket.socket()) as nobody:
         nobody.bind(("127.0.0.1", 0))
         before = ambiguous()
@@ -626,7 +622,7 @@ async def plain(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.close()
 
 
-async def test_an_api_that_speaks_no_tls_is_down() -> None:
+async def test_an_api_without_tls_is_down() -> None:
     async with await asyncio.start_server(plain, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         async with a_model(f"https://127.0.0.1:{port}/v1") as model:
@@ -635,21 +631,21 @@ async def test_an_api_that_speaks_no_tls_is_down() -> None:
     assert KEY not in error.message
 
 
-async def test_a_call_that_is_cut_off_is_cut_off_and_counted(api: Api, model: Model) -> None:
+async def test_a_cancelled_call_is_aborted_and_counted(api: Api, model: Model) -> None:
     async def hang(_: asyncio.StreamWriter) -> None:
         await api.end.wait()
 
     api.says = hang
     before = ambiguous()
     task = asyncio.create_task(ask(model))
-    await until(lambda: api.requests, "the call is made")
+    await until(lambda: api.requests, "the call arrives")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ambiguous() == before + 1
 
 
-async def test_many_calls_go_at_once(api: Api, model: Model) -> None:
+async def test_many_calls_run_concurrently(api: Api, model: Model) -> None:
     together = asyncio.Event()
 
     async def wait_for_all(writer: asyncio.StreamWriter) -> None:

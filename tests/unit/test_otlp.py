@@ -1,4 +1,4 @@
-"""What spans say, sent by the library to a receiver on this machine."""
+"""Spans as the OTLP exporter sends them to a local receiver."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -23,7 +23,7 @@ ANSWERED = Succeeded(job_id="j", model="m", result=Result(id="j", status="succee
 
 
 class Traced:
-    """A tracer and the receiver of its spans, which have come when the tracer is closed."""
+    """A tracer and the receiver of its spans, which arrive until the tracer is closed."""
 
     def __init__(self, receiver: Receiver) -> None:
         self.receiver = receiver
@@ -102,7 +102,7 @@ async def test_the_recorded_failure_takes_precedence_over_the_exception_that_fol
         ),
     ],
 )
-async def test_what_the_api_says_of_its_answer_is_taken_as_far_as_it_makes_sense(
+async def test_valid_response_attributes_are_recorded(
     traced: Traced,
     response: dict[str, Any],
     finish_reason: str | None,
@@ -131,7 +131,7 @@ async def test_what_the_api_says_of_its_answer_is_taken_as_far_as_it_makes_sense
         ("replies", "vqa.results.ann", "publish replies:{reply_to}", "messaging.destination.template"),
     ],
 )
-async def test_only_the_worker_s_own_queues_are_named(
+async def test_only_the_worker_s_own_queues_are_in_span_names(
     traced: Traced, exchange: str, routing_key: str, name: str, attribute: str
 ) -> None:
     with traced.tracer.publish(exchange, routing_key, "1") as span:
@@ -141,7 +141,7 @@ async def test_only_the_worker_s_own_queues_are_named(
     assert seen.attributes[attribute] == name.removeprefix("publish ")
 
 
-async def test_a_job_that_goes_back_is_no_failure(traced: Traced) -> None:
+async def test_a_requeued_job_is_not_an_error(traced: Traced) -> None:
     with traced.tracer.process(a_delivery(trace=TRACE, queued_s=1.5, deliveries=2)) as span:
         span.became(Requeued(job_id="j", model="m", reason="the worker stops"))
     seen = await traced.only_span()
@@ -150,10 +150,10 @@ async def test_a_job_that_goes_back_is_no_failure(traced: Traced) -> None:
     assert (seen.attributes["vqa.queued_s"], seen.attributes["vqa.deliveries"]) == (1.5, 2)
 
 
-async def test_a_job_that_is_delivered_again_while_it_runs_has_a_span_for_each_delivery(
+async def test_a_job_that_is_redelivered_while_it_runs_has_a_span_for_each_delivery(
     traced: Traced, uses: Callable[[tracing.Tracer], None]
 ) -> None:
-    """The call belongs to the first, which began it; the outcome is reported and published once."""
+    """The call belongs to the first delivery; the outcome is recorded and published once."""
     uses(traced.tracer)
     may_end, lives = asyncio.Event(), True
 
@@ -180,5 +180,5 @@ async def test_a_job_that_is_delivered_again_while_it_runs_has_a_span_for_each_d
 
 @pytest.fixture
 def uses(monkeypatch: pytest.MonkeyPatch) -> Callable[[tracing.Tracer], None]:
-    """Lets a tracer begin the spans until the test ends."""
+    """Return a function that installs a tracer until the end of the test."""
     return lambda tracer: monkeypatch.setattr(tracing, "_tracer", tracer)

@@ -1,4 +1,4 @@
-"""The outage detector: what each result of a call leads to."""
+"""The outage detector: the effect of each result of a call."""
 
 from collections import Counter
 from random import Random
@@ -50,7 +50,7 @@ def jobs(count: int) -> list[str]:
 
 
 class Detector(OutageDetector):
-    """With shorter ways to report results."""
+    """An outage detector with short methods to report results."""
 
     def __init__(self, in_flight: int = 0) -> None:
         super().__init__(lambda: in_flight)
@@ -76,7 +76,7 @@ def up(dependency: Dependency) -> float | None:
 
 
 class Observed(NamedTuple):
-    """One result: of which job, and when."""
+    """A result, with its job and its time."""
 
     now: float
     job: str
@@ -84,7 +84,7 @@ class Observed(NamedTuple):
 
 
 def again(times: int, failure: CallResult) -> list[Observed]:
-    """Let a job fail that many times, each time followed by another job's success."""
+    """Return failures of a job, each followed by another job's success."""
     return [
         observed
         for n in range(times)
@@ -212,7 +212,7 @@ def test_bad_jobs_that_end_one_after_another_are_an_outage_only_after_five() -> 
     assert detector.outages[MODEL].reason == "5 different jobs in a row failed: http_5xx"
 
 
-def test_a_success_forgets_jobs_that_have_ended() -> None:
+def test_a_success_clears_jobs_that_have_ended() -> None:
     detector = Detector()
     for job in jobs(4):
         detector.fail(job, 0.0)
@@ -287,14 +287,14 @@ def test_an_outage_soon_after_another_is_a_relapse(successes: int, later_s: floa
     assert not detector.outages[S3].is_relapse
 
 
-def test_after_an_outage_the_next_takes_as_many_jobs() -> None:
+def test_the_next_outage_takes_as_many_jobs_as_the_first() -> None:
     detector = Detector()
     detector.fail_all(3)
     detector.succeed(1.0, 2.0)
     assert detector.fail_all(3, 3.0) == [PENDING, PENDING, OUTAGE]
 
 
-def test_the_result_store_is_diagnosed_apart_from_the_images_s3_and_published_as_s3() -> None:
+def test_the_result_store_is_diagnosed_separately_from_the_images_s3_and_reported_as_s3() -> None:
     detector = Detector()
     detector.go_down(1.0, S3)
     detector.succeed(2.0, 3.0, STORE)
@@ -322,11 +322,11 @@ def test_a_job_that_causes_outages_alone_is_cleared_after_four() -> None:
         detector.succeed(n + 0.2, n + 0.3, S3)
     assert detector.observe(S3, "job", unavailable(S3), 9.0) is CLEARED
     assert detector.outages == {}
-    # Without a success since, it may be an outage again.
+    # Without a success since then it may be an outage again.
     assert detector.observe(S3, "job", unavailable(S3), 10.0) is OUTAGE
 
 
-def test_jobs_of_one_outage_also_show_the_next() -> None:
+def test_jobs_of_one_outage_also_count_for_the_next() -> None:
     detector = Detector()
     for now in (1.0, 5.0):
         assert {detector.observe(MODEL, job, unavailable(), now) for job in jobs(12)} == {OUTAGE}
@@ -342,7 +342,7 @@ def test_failing_again_during_an_outage_does_not_count_as_a_repeat() -> None:
 
 
 def test_a_batch_of_bad_jobs_causes_four_outages_at_most() -> None:
-    """Each time another job's success shows that the dependency works."""
+    """Each time another job's success shows that the dependency is up."""
     detector = Detector()
     found = []
     for now in range(10):
@@ -352,7 +352,7 @@ def test_a_batch_of_bad_jobs_causes_four_outages_at_most() -> None:
     assert set(detector.fail_all(10, 20.0)) == {CLEARED}
 
 
-def test_during_an_outage_failures_of_a_known_bad_job_are_the_outage_s_too() -> None:
+def test_during_an_outage_failures_of_a_known_bad_job_count_as_the_outage() -> None:
     detector = Detector()
     for now in range(10):
         detector.fail("bad", float(now))
@@ -372,7 +372,7 @@ def test_a_failing_object_is_cleared_after_four_repeats() -> None:
     assert detector.outages == {}
 
 
-def test_failing_jobs_are_forgotten_beyond_a_number() -> None:
+def test_the_number_of_remembered_failing_jobs_is_bounded() -> None:
     detector = Detector(10**6)
     for n in range(REMEMBERED_JOBS + 1):
         detector.observe(MODEL, f"job {n}", forbidden(), float(n))
@@ -381,7 +381,7 @@ def test_failing_jobs_are_forgotten_beyond_a_number() -> None:
     assert detector.observe(MODEL, "job 0", forbidden(), 2e6) is PENDING
 
 
-# What is known later about a failure
+# The later diagnosis of a failure
 
 
 def test_a_failure_is_pending_until_an_outage_or_a_success_of_a_later_call() -> None:
@@ -434,7 +434,7 @@ def test_only_an_outage_of_the_dependency_that_failed_restores_attempts() -> Non
     assert detector.take_restored_attempts("other") == 0
 
 
-def test_counted_attempts_are_forgotten_beyond_a_number() -> None:
+def test_the_number_of_remembered_attempts_is_bounded() -> None:
     detector = Detector()
     for n in range(REMEMBERED_JOBS + 1):
         detector.count_attempt(MODEL, f"job {n}", 1.0)
@@ -456,11 +456,11 @@ EVENTS = st.lists(
 
 @given(events=EVENTS)
 def test_outages_follow_the_rules_for_any_sequence_of_results(events: list[tuple[str, str | int]]) -> None:
-    """The rules in other words: a set of failing jobs, cleared by a success that counts."""
+    """A simple model of the rules: a set of failing jobs that a later call's success clears."""
     detector = Detector()
     failing: set[str | int] = set()
     since: float | None = None
-    # For each job: whether others have succeeded since its last failure, and its failures after that.
+    # For each job: whether others have succeeded since its last failure, and its later failures.
     others_succeeded, repeats = dict[str | int, bool](), Counter[str | int]()
     for now, (event, what) in enumerate(events):
         match event:
@@ -481,7 +481,7 @@ def test_outages_follow_the_rules_for_any_sequence_of_results(events: list[tuple
                 detector.succeed(started, now)
             case _:
                 since = now if since is None else since
-                # Of ever new jobs, so that none of them is cleared.
+                # Each failure is of a new job, so that none is cleared.
                 detector.observe(MODEL, f"new {now}", unavailable(), now)
         assert (MODEL in detector.outages) is (since is not None)
         if since is not None:

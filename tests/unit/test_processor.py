@@ -1,4 +1,4 @@
-"""From a delivery to its outcome, with scripted images and a scripted model."""
+"""Processing from a delivery to its outcome, with fake images and a fake model."""
 
 import asyncio
 import json
@@ -68,12 +68,12 @@ RULES = RequestRules(
     send_image_detail=False,
 )
 
-# What a fake does when it is called: answer, raise, or wait for something and then answer.
+# A fake's action: answer, raise, or wait and then answer.
 Deed = Exception | Answer | Callable[[], Awaitable[None]]
 
 
 class Url:
-    """What stands in an image's place in the request; or what goes wrong while it is read."""
+    """The data of an image in the request, or the error while it is read."""
 
     def __init__(self, name: str, fault: Exception | None = None) -> None:
         self._text = f"loaded {name}".encode()
@@ -89,7 +89,7 @@ class Url:
 
 @dataclass
 class Opened:
-    """The images of one call."""
+    """The images of one model request."""
 
     urls: Sequence[Url]
     was_sent: bool = False
@@ -101,7 +101,7 @@ class Opened:
 
 
 class Images:
-    """Says where images are, and opens each as its URL with "loaded" before it."""
+    """Locates images; the data of each is "loaded" and its URL."""
 
     def __init__(self) -> None:
         self.fault: JobError | None = None
@@ -150,7 +150,7 @@ class Images:
 
 
 class Model:
-    """Reads the request, then answers or does what is next in the list; the last deed repeats."""
+    """Reads the request, then runs the next action in the list; the last one repeats."""
 
     def __init__(self) -> None:
         self.deeds: list[Deed] = []
@@ -176,7 +176,7 @@ async def _do(deeds: list[Deed]) -> Answer | None:
 
 
 class Scene:
-    """A processor among fakes."""
+    """A processor with fakes."""
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class Scene:
             return await self.processor.process(it, Attempt.of(it))
 
     async def is_free(self) -> bool:
-        """Whether no slot is taken, and no room: one job alone can have it."""
+        """Return whether no slot and no memory is in use."""
         if self.images.rooms:
             return False
         try:
@@ -237,7 +237,7 @@ def scene() -> Scene:
 
 
 def go_down(scene: Scene, dependency: Dependency) -> None:
-    """Report that a dependency is unreachable, as another job's call would."""
+    """Report that a dependency is down, like another job's failed call."""
     scene.diagnostics.unavailable("another", DependencyDownError(dependency, "unreachable"))
 
 
@@ -257,7 +257,7 @@ def in_(seconds: float) -> str:
 
 
 def refusal(outcome: Outcome) -> tuple[ErrorCode, str]:
-    """The code and the message of a failed job, which its result has as well."""
+    """Return the error code and message of a failed job; check that its result has both."""
     assert isinstance(outcome, Failed)
     error = outcome.result.error
     assert error is not None
@@ -272,10 +272,10 @@ def transient(
     return TransientError(dependency, reason, f"it said {reason}", forbidden=forbidden)
 
 
-# The way of a job
+# Successful jobs
 
 
-async def test_a_job_is_fetched_asked_and_answered(scene: Scene) -> None:
+async def test_a_job_s_images_are_fetched_and_the_model_s_answer_returned(scene: Scene) -> None:
     outcome = await scene.process(
         system="Be brief.",
         params={"seed": 7},
@@ -300,7 +300,7 @@ async def test_a_job_is_fetched_asked_and_answered(scene: Scene) -> None:
     assert 0 <= timings["model_s"] <= timings["total_s"]
 
 
-async def test_a_job_may_ask_any_allowed_model(scene: Scene) -> None:
+async def test_a_job_may_use_any_allowed_model(scene: Scene) -> None:
     outcome = await scene.process(model="other")
     assert outcome.model == "other"
     assert scene.model.asked[0][0] == "other"
@@ -312,12 +312,12 @@ async def test_a_model_that_is_not_allowed_makes_the_job_invalid(scene: Scene, m
     code, message = refusal(outcome)
     assert code is ErrorCode.INVALID_JOB
     assert message.startswith("model: ")
-    # No label of a metric takes a value that a job can choose.
+    # No metric label has a value that a job can choose.
     assert outcome.model == "unknown"
     assert (scene.images.checked, scene.model.asked) == (0, [])
 
 
-async def test_the_responses_body_comes_with_more_than_plain_text_or_on_demand() -> None:
+async def test_the_response_body_is_included_for_more_than_plain_text_or_if_configured() -> None:
     for is_plain, include, expected in (
         (True, False, None),
         (True, True, {"id": "r-1"}),
@@ -346,7 +346,7 @@ async def test_a_tool_call_is_an_answer_without_text(scene: Scene) -> None:
         ({"finish_reason": None}, "neither text nor a tool call"),
     ],
 )
-async def test_an_empty_answer_was_paid_for_and_is_not_tried_again(
+async def test_an_empty_answer_is_billed_and_not_retried(
     scene: Scene, answer: dict[str, Any], words: str
 ) -> None:
     scene.model.deeds = [replace(ANSWER, text=None, **answer)]
@@ -386,7 +386,7 @@ async def test_a_body_over_the_limit_fails() -> None:
     assert "VQA_MAX_JOB_BYTES" in message
 
 
-async def test_images_that_are_not_allowed_cost_nothing(scene: Scene) -> None:
+async def test_images_that_are_not_allowed_fail_the_job_without_a_call(scene: Scene) -> None:
     scene.images.fault = JobError(ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, "images[0]: no, s3cr3t-key")
     assert refusal(await scene.process()) == (
         ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
@@ -395,14 +395,14 @@ async def test_images_that_are_not_allowed_cost_nothing(scene: Scene) -> None:
     assert (scene.images.loaded, scene.model.asked) == (0, [])
 
 
-async def test_an_image_that_cannot_be_had_costs_nothing(scene: Scene) -> None:
+async def test_an_unreadable_image_fails_the_job_without_a_call(scene: Scene) -> None:
     scene.images.deeds = [JobError(ErrorCode.IMAGE_CORRUPT, "images[0]: broken")]
     assert refusal(await scene.process())[0] is ErrorCode.IMAGE_CORRUPT
     assert scene.model.asked == []
     assert await scene.is_free()
 
 
-async def test_a_job_that_may_crash_the_worker_while_it_is_decoded_is_dead_lettered_undecoded() -> None:
+async def test_a_job_that_may_crash_the_worker_is_dead_lettered_without_decoding() -> None:
     scene = Scene(delivery_limit=3)
     unread = {"deliveries": 7, "message_id": "its sender's"}
     outcome = await scene.process(b"no job", delivery=unread)
@@ -410,7 +410,7 @@ async def test_a_job_that_may_crash_the_worker_while_it_is_decoded_is_dead_lette
     assert (outcome.code, outcome.job_id) == (ErrorCode.ATTEMPTS_EXHAUSTED, "its sender's")
 
 
-async def test_a_job_that_is_delivered_too_often_is_dead_lettered_without_a_call() -> None:
+async def test_a_job_beyond_its_delivery_limit_is_dead_lettered_without_a_call() -> None:
     scene = Scene(delivery_limit=3)
     assert isinstance(await scene.process(delivery={"deliveries": 3}), Succeeded)
     outcome = await scene.process(delivery={"deliveries": 4})
@@ -426,7 +426,7 @@ async def test_a_job_that_is_delivered_too_often_is_dead_lettered_without_a_call
 
 
 @pytest.mark.parametrize("deadline", ["0001-01-01T00:00:00+23:59", "1990-12-31T23:59:60Z"])
-async def test_past_its_deadline_a_job_costs_nothing(scene: Scene, deadline: str) -> None:
+async def test_past_its_deadline_a_job_fails_without_a_call(scene: Scene, deadline: str) -> None:
     code, message = refusal(await scene.process(deadline=deadline))
     assert code is ErrorCode.DEADLINE_EXCEEDED
     assert "deadline" in message
@@ -434,11 +434,11 @@ async def test_past_its_deadline_a_job_costs_nothing(scene: Scene, deadline: str
 
 
 @pytest.mark.parametrize("deadline", ["9999-12-31T23:59:59-23:59", "2999-01-01T00:00:00Z"])
-async def test_before_its_deadline_a_job_is_asked(scene: Scene, deadline: str) -> None:
+async def test_before_its_deadline_a_job_is_processed(scene: Scene, deadline: str) -> None:
     assert isinstance(await scene.process(deadline=deadline), Succeeded)
 
 
-async def test_a_deadline_that_passes_while_waiting_for_a_slot_is_the_end() -> None:
+async def test_a_deadline_that_passes_while_waiting_for_a_slot_fails_the_job() -> None:
     scene = Scene(limit=1)
     async with scene.limiter.slot("usual"):
         code, _ = refusal(await scene.process(deadline=in_(0.2)))
@@ -447,8 +447,8 @@ async def test_a_deadline_that_passes_while_waiting_for_a_slot_is_the_end() -> N
     assert await scene.is_free()
 
 
-async def test_a_deadline_that_passes_while_the_images_are_fetched_is_the_end(scene: Scene) -> None:
-    """Past it, the job is not paid for: it counts when the API is called, not when the work began."""
+async def test_a_deadline_that_passes_while_images_are_fetched_fails_the_job(scene: Scene) -> None:
+    """The deadline is checked when the API is called, not only when processing begins."""
     deadline = datetime.now(UTC) + timedelta(seconds=0.5)
 
     async def slowly() -> None:
@@ -461,7 +461,7 @@ async def test_a_deadline_that_passes_while_the_images_are_fetched_is_the_end(sc
     assert (scene.images.loaded, scene.model.asked) == (1, [])
 
 
-async def test_a_deadline_that_passes_in_a_pause_after_a_429_is_the_end(scene: Scene) -> None:
+async def test_a_deadline_that_passes_in_a_pause_after_a_429_fails_the_job(scene: Scene) -> None:
     scene.model.deeds = [RateLimitedError(60.0)]
     code, _ = refusal(await scene.process(deadline=in_(0.5)))
     assert code is ErrorCode.DEADLINE_EXCEEDED
@@ -476,12 +476,12 @@ async def test_a_retry_that_would_come_after_the_deadline_is_not_waited_for() ->
     assert "it said timeout" in message
 
 
-# Faults that may pass
+# Transient errors
 
 
 @pytest.mark.parametrize(("attempts", "delay_s"), [(0, 1), (1, 5)])
 @pytest.mark.parametrize("part", ["images", "model"])
-async def test_a_fault_that_may_pass_is_counted_and_tried_again(
+async def test_a_transient_error_is_counted_and_retried(
     scene: Scene, attempts: int, delay_s: int, part: str
 ) -> None:
     dependency = S3 if part == "images" else MODEL
@@ -493,7 +493,7 @@ async def test_a_fault_that_may_pass_is_counted_and_tried_again(
     assert await scene.is_free()
 
 
-async def test_an_image_that_fails_midway_while_it_is_sent_is_a_fault_of_its_source(scene: Scene) -> None:
+async def test_an_image_that_fails_while_it_is_sent_is_an_error_of_its_source(scene: Scene) -> None:
     scene.images.fails_midway = transient("connection_error", dependency=S3)
     outcome = await scene.process()
     assert isinstance(outcome, Retried)
@@ -506,13 +506,13 @@ async def test_an_image_that_fails_midway_while_it_is_sent_is_a_fault_of_its_sou
     assert scene.images.opened[-1].was_sent
 
 
-async def test_a_source_that_is_unreachable_while_an_image_is_sent_stops_the_worker(scene: Scene) -> None:
+async def test_an_unreachable_source_while_an_image_is_sent_pauses_the_worker(scene: Scene) -> None:
     scene.images.fails_midway = DependencyDownError(S3, "it is unreachable")
     assert isinstance(await scene.process(), Requeued)
     assert set(scene.detector.outages) == {S3}
 
 
-async def test_the_last_attempt_is_the_end_and_says_why(scene: Scene) -> None:
+async def test_the_last_attempt_dead_letters_the_job_with_the_reason(scene: Scene) -> None:
     scene.model.deeds = [TransientError(MODEL, "http_5xx", "the API answered 500: s3cr3t-key")]
     outcome = await scene.process(delivery={"attempts": 2})
     assert isinstance(outcome, DeadLettered)
@@ -528,13 +528,13 @@ async def test_the_last_attempt_is_the_end_and_says_why(scene: Scene) -> None:
     assert outcome.result.attempts == 3
 
 
-async def test_images_may_take_as_long_as_the_delivery_may(scene: Scene) -> None:
+async def test_the_timeout_for_images_is_that_of_the_delivery(scene: Scene) -> None:
     await scene.process(delivery={"received": time.monotonic() - 20})
     assert 30 < scene.images.time_left_s <= 40
 
 
-async def test_without_room_for_its_images_in_time_a_job_goes_back_uncounted() -> None:
-    """The buffer is the worker's own affair: S3 has done nothing."""
+async def test_a_job_that_gets_no_memory_in_time_is_requeued_without_a_counted_attempt() -> None:
+    """The memory budget is the worker's: S3 is not at fault."""
     scene = Scene(job_timeout_s=0.6, limit=1)
     scene.images.room_deeds = [for_ever]
     for n in range(6):
@@ -546,7 +546,7 @@ async def test_without_room_for_its_images_in_time_a_job_goes_back_uncounted() -
     assert await scene.is_free()
 
 
-async def test_room_that_comes_late_leaves_the_other_half_of_the_time_for_the_work() -> None:
+async def test_memory_that_is_granted_late_leaves_half_of_the_time_for_processing() -> None:
     scene = Scene(job_timeout_s=20.0)
     waited = asyncio.Event()
 
@@ -559,12 +559,12 @@ async def test_room_that_comes_late_leaves_the_other_half_of_the_time_for_the_wo
     assert waited.is_set()
     assert isinstance(outcome, Succeeded)
     assert scene.images.rooms == 0
-    # It is time spent waiting, not fetching.
+    # This time counts as waiting, not as fetching.
     timings = json.loads(outcome.result.to_body())["timings"]
     assert timings["fetch_s"] < 0.3 <= timings["total_s"]
 
 
-async def test_a_deadline_that_passes_while_waiting_for_room_is_the_end(scene: Scene) -> None:
+async def test_a_deadline_that_passes_while_waiting_for_memory_fails_the_job(scene: Scene) -> None:
     scene.images.room_deeds = [for_ever]
     code, _ = refusal(await scene.process(deadline=in_(0.2)))
     assert code is ErrorCode.DEADLINE_EXCEEDED
@@ -572,7 +572,7 @@ async def test_a_deadline_that_passes_while_waiting_for_room_is_the_end(scene: S
     assert await scene.is_free()
 
 
-async def test_a_429_gives_the_room_back_before_the_pause(scene: Scene) -> None:
+async def test_a_429_releases_memory_before_the_pause(scene: Scene) -> None:
     scene.model.deeds = [RateLimitedError(3600.0)]
     task = asyncio.create_task(scene.process())
     while not scene.model.asked:  # noqa: ASYNC110 - the fake has no event for it
@@ -583,25 +583,25 @@ async def test_a_429_gives_the_room_back_before_the_pause(scene: Scene) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_the_time_for_a_delivery_runs_from_its_receipt(scene: Scene) -> None:
+async def test_the_timeout_of_a_delivery_starts_at_its_receipt(scene: Scene) -> None:
     await scene.process(delivery={"received": time.monotonic() - 20})
     assert 30 < scene.model.asked[0][3] <= 40
 
 
-async def test_a_call_is_not_begun_in_the_second_half_of_a_delivery_s_time(scene: Scene) -> None:
+async def test_no_call_begins_in_the_second_half_of_a_delivery_s_timeout(scene: Scene) -> None:
     outcome = await scene.process(delivery={"received": time.monotonic() - 31})
     assert isinstance(outcome, Requeued)
     assert scene.model.asked == []
 
 
-async def test_a_lone_job_that_fails_again_and_again_stops_nobody(scene: Scene) -> None:
+async def test_repeated_failures_of_one_job_are_not_an_outage(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     for attempts in (0, 1, 2, 0, 1, 2):
         assert not isinstance(await scene.process(delivery={"attempts": attempts}), Requeued)
     assert scene.detector.outages == {}
 
 
-async def test_three_different_jobs_that_fail_in_a_row_are_an_outage_and_the_rest_goes_back(
+async def test_three_distinct_jobs_that_fail_in_a_row_are_an_outage_and_the_rest_is_requeued(
     scene: Scene,
 ) -> None:
     scene.model.deeds = [transient()]
@@ -610,14 +610,14 @@ async def test_three_different_jobs_that_fail_in_a_row_are_an_outage_and_the_res
     assert set(scene.detector.outages) == {MODEL}
 
 
-async def test_bad_jobs_come_to_their_own_end_one_after_the_other(scene: Scene) -> None:
+async def test_bad_jobs_one_after_another_each_get_their_outcome(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     for n in range(4):
         assert isinstance(await scene.process(id=f"job-{n}", delivery={"attempts": 2}), DeadLettered)
     assert scene.detector.outages == {}
 
 
-async def test_attempts_that_an_outage_caused_are_restored_when_the_job_comes_again(
+async def test_attempts_that_an_outage_caused_are_restored_at_the_next_delivery(
     scene: Scene,
 ) -> None:
     scene.model.deeds = [transient()]
@@ -650,7 +650,7 @@ async def test_no_more_attempts_are_restored_than_the_job_has(scene: Scene) -> N
 
 @asynccontextmanager
 async def pending_job(scene: Scene, **job: Any) -> AsyncIterator[asyncio.Task[Outcome]]:
-    """A job that has failed while another calls, and waits for what that one meets."""
+    """A failed job that waits for the result of another job's call."""
     async with scene.limiter.slot("usual"):
         task = asyncio.create_task(scene.process(**job))
         while not scene.model.asked:  # noqa: ASYNC110 - the fake has no event for it
@@ -669,17 +669,17 @@ def nobody_waits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def patiently(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody's patience ends within a test."""
+    """Make the maximum wait longer than a test."""
     monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_S", 1000.0)
 
 
 def succeeds(scene: Scene) -> None:
-    """Another job's call, begun now, goes well."""
+    """Report the success of another job's call that begins now."""
     scene.diagnostics.succeeded(MODEL, "another", time.monotonic())
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_who_waits_for_a_diagnosis_holds_neither_its_slot_nor_its_images(scene: Scene) -> None:
+async def test_a_job_that_waits_for_a_diagnosis_holds_neither_its_slot_nor_its_images(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     async with pending_job(scene):
         assert (scene.limiter.in_flight, scene.images.rooms) == (1, 0)
@@ -697,7 +697,7 @@ async def test_the_jobs_that_reveal_an_outage_lose_no_attempt(scene: Scene, is_d
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_a_failure_that_others_do_not_share_is_counted_for_good(scene: Scene) -> None:
+async def test_a_failure_of_a_single_job_is_counted_permanently(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     async with pending_job(scene) as task:
         succeeds(scene)
@@ -709,7 +709,7 @@ async def test_a_failure_that_others_do_not_share_is_counted_for_good(scene: Sce
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_a_403_is_the_jobs_own_as_soon_as_another_succeeds(scene: Scene) -> None:
+async def test_a_403_fails_the_job_as_soon_as_another_succeeds(scene: Scene) -> None:
     scene.model.deeds = [transient("http_403", forbidden=True)]
     async with pending_job(scene) as task:
         succeeds(scene)
@@ -728,7 +728,7 @@ async def test_without_a_diagnosis_the_attempt_is_counted_until_there_is_one(
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_a_stop_is_not_held_up_by_a_diagnosis(scene: Scene) -> None:
+async def test_a_diagnosis_does_not_delay_a_stop(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     async with pending_job(scene) as task:
         scene.diagnostics.stop()
@@ -736,7 +736,7 @@ async def test_a_stop_is_not_held_up_by_a_diagnosis(scene: Scene) -> None:
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_where_nobody_else_calls_a_diagnosis_is_hardly_waited_for(
+async def test_without_other_calls_the_wait_for_a_diagnosis_is_short(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_ALONE_S", 0.1)
@@ -749,28 +749,30 @@ async def test_where_nobody_else_calls_a_diagnosis_is_hardly_waited_for(
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_a_diagnosis_is_not_waited_for_longer_than_a_retry_can_come_in_time(scene: Scene) -> None:
+async def test_the_wait_for_a_diagnosis_leaves_time_for_a_retry_before_the_deadline(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     async with pending_job(scene, deadline=in_(1.6)) as task:
         assert isinstance(await task, Retried)
 
 
 @pytest.mark.usefixtures("patiently")
-async def test_a_diagnosis_is_not_waited_for_longer_than_a_delivery_may_take() -> None:
+async def test_the_wait_for_a_diagnosis_ends_with_the_timeout_of_the_delivery() -> None:
     scene = Scene(job_timeout_s=1.0)
     scene.model.deeds = [transient()]
     async with pending_job(scene) as task:
         assert isinstance(await task, Retried)
 
 
-# What may be the problem of one bucket or one model
+# Failures that may concern only one bucket or one model
 
 
 def partial_refusal(*, is_duplicate: bool = False) -> DependencyDownError:
     return DependencyDownError(S3, "S3 answered 503 SlowDown", may_be_partial=True, is_duplicate=is_duplicate)
 
 
-async def test_a_hiccup_between_successes_goes_back_uncounted_and_stops_nobody(scene: Scene) -> None:
+async def test_a_short_failure_between_successes_requeues_the_job_without_a_counted_attempt(
+    scene: Scene,
+) -> None:
     await scene.process(id="another")
     scene.images.deeds = [partial_refusal()]
     assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
@@ -783,7 +785,7 @@ async def test_a_hiccup_between_successes_goes_back_uncounted_and_stops_nobody(s
     assert set(scene.detector.outages) == {S3}
 
 
-async def test_repeated_refusals_of_one_object_count_in_the_end(scene: Scene) -> None:
+async def test_repeated_refusals_of_one_object_are_counted_eventually(scene: Scene) -> None:
     found = []
     for _ in range(6):
         scene.images.deeds = []
@@ -795,10 +797,8 @@ async def test_repeated_refusals_of_one_object_count_in_the_end(scene: Scene) ->
 
 
 @pytest.mark.parametrize("attempts", [0, 2])
-async def test_echoes_of_one_fault_are_no_outage_and_fail_each_job_all_the_same(
-    scene: Scene, attempts: int
-) -> None:
-    """Jobs that read one image together fail together, by one fault of S3's."""
+async def test_a_shared_error_is_not_an_outage_and_fails_each_job(scene: Scene, attempts: int) -> None:
+    """Jobs that share the read of an image fail together, by one error of S3."""
     for n in range(10):
         scene.images.deeds = [TransientError(S3, "connection_error", "reset", is_duplicate=n > 0)]
         outcome = await scene.process(id=f"job-{n}", delivery={"attempts": attempts})
@@ -811,13 +811,13 @@ async def test_echoes_of_one_fault_are_no_outage_and_fail_each_job_all_the_same(
     assert scene.detector.outages == {}
 
 
-async def test_an_echo_in_an_outage_gives_the_job_back(scene: Scene) -> None:
+async def test_a_shared_error_during_an_outage_requeues_the_job(scene: Scene) -> None:
     go_down(scene, S3)
     scene.images.fails_midway = TransientError(S3, "connection_error", "reset", is_duplicate=True)
     assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
 
 
-async def test_an_image_that_fails_midway_for_many_while_it_is_sent_is_no_outage(scene: Scene) -> None:
+async def test_a_shared_image_that_fails_while_it_is_sent_is_not_an_outage(scene: Scene) -> None:
     for n in range(10):
         scene.images.fails_midway = TransientError(S3, "connection_error", "reset", is_duplicate=n > 0)
         assert isinstance(await scene.process(id=f"job-{n}"), Retried)
@@ -829,14 +829,14 @@ async def test_an_image_that_fails_midway_for_many_while_it_is_sent_is_no_outage
     [ANSWER, JobError(ErrorCode.MODEL_REJECTED, "no"), replace(ANSWER, text=None)],
     ids=["answer", "rejection", "empty"],
 )
-async def test_any_answer_of_the_api_is_a_sign_of_life(scene: Scene, sign: Deed) -> None:
+async def test_every_response_of_the_api_shows_that_it_is_up(scene: Scene, sign: Deed) -> None:
     go_down(scene, MODEL)
     scene.model.deeds = [sign]
     await scene.process()
     assert scene.detector.outages == {}
 
 
-async def test_a_429_is_a_sign_of_life_too(scene: Scene) -> None:
+async def test_a_429_shows_that_the_api_is_up(scene: Scene) -> None:
     go_down(scene, MODEL)
     scene.model.deeds = [RateLimitedError(0.01), for_ever]
     task = asyncio.create_task(scene.process())
@@ -858,7 +858,7 @@ async def test_a_429_is_a_sign_of_life_too(scene: Scene) -> None:
     ],
     ids=["an image", "a missing one", "a forbidden one", "a link", "an embedded one"],
 )
-async def test_only_what_s3_has_said_is_a_sign_of_its_life(
+async def test_only_a_response_of_s3_shows_that_it_is_up(
     scene: Scene, source: Source, deeds: list[Deed], is_sign: bool
 ) -> None:
     go_down(scene, S3)
@@ -867,7 +867,7 @@ async def test_only_what_s3_has_said_is_a_sign_of_its_life(
     assert (scene.detector.outages == {}) is is_sign
 
 
-async def test_a_403_is_the_jobs_own_once_others_have_succeeded(scene: Scene) -> None:
+async def test_a_403_fails_the_job_once_others_have_succeeded(scene: Scene) -> None:
     scene.model.deeds = [transient("http_403", forbidden=True)]
     assert isinstance(await scene.process(), Retried)
     assert isinstance(await scene.process(delivery={"attempts": 1}), Retried)
@@ -880,7 +880,7 @@ async def test_a_403_is_the_jobs_own_once_others_have_succeeded(scene: Scene) ->
     )
 
 
-async def test_jobs_that_were_rejected_for_good_do_not_add_up_to_an_outage(scene: Scene) -> None:
+async def test_permanently_rejected_jobs_are_not_an_outage(scene: Scene) -> None:
     forbidden = transient("http_403", forbidden=True)
     for n in range(4):
         scene.model.deeds = [forbidden, ANSWER, forbidden]
@@ -889,7 +889,7 @@ async def test_jobs_that_were_rejected_for_good_do_not_add_up_to_an_outage(scene
         assert refusal(await scene.process(id=f"job-{n}"))[0] is ErrorCode.MODEL_REJECTED
 
 
-async def test_a_key_that_is_revoked_in_a_quiet_hour_rejects_no_job(scene: Scene) -> None:
+async def test_a_key_that_is_revoked_while_idle_fails_no_job(scene: Scene) -> None:
     succeeds(scene)
     scene.model.deeds = [transient("http_403", forbidden=True)]
     outcomes = [
@@ -899,7 +899,7 @@ async def test_a_key_that_is_revoked_in_a_quiet_hour_rejects_no_job(scene: Scene
     assert isinstance(outcomes[-1], Requeued)
 
 
-async def test_an_outage_that_goes_on_as_403_rejects_no_job(scene: Scene) -> None:
+async def test_an_outage_that_continues_with_403_fails_no_job(scene: Scene) -> None:
     succeeds(scene)
     scene.model.deeds = [DependencyDownError(MODEL, "cannot be reached")]
     assert isinstance(await scene.process(), Requeued)
@@ -909,7 +909,7 @@ async def test_an_outage_that_goes_on_as_403_rejects_no_job(scene: Scene) -> Non
     assert set(scene.detector.outages) == {MODEL}
 
 
-async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scene: Scene) -> None:
+async def test_an_outage_of_one_model_delays_its_jobs_without_a_counted_attempt(scene: Scene) -> None:
     missing = DependencyDownError(MODEL, "no such model", may_be_partial=True)
     found = []
     for _ in range(7):
@@ -917,7 +917,7 @@ async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scen
         assert isinstance(await scene.process(id="another"), Succeeded)
         found.append(await scene.process(delivery={"attempts": 1}))
     assert isinstance(found[0], Requeued)
-    # After the longest of the delays, and with as many attempts behind it as before.
+    # After the longest delay and with the same number of attempts.
     expected = Retried(job_id="job-1", model="usual", delay_s=5, attempts=1, reason="model_unavailable")
     assert found[-2:] == [expected] * 2
     assert scene.detector.outages == {}
@@ -931,7 +931,7 @@ async def test_what_is_down_for_one_model_alone_puts_its_jobs_off_uncounted(scen
 
 
 class StoredLease:
-    """The lease of a job; a stored answer stays."""
+    """The lease of a job; a stored answer is never replaced."""
 
     def __init__(self) -> None:
         self.answer: bytes | None = None
@@ -971,7 +971,7 @@ class FakeResultStore:
             await _do(self.release_deeds)
 
 
-async def test_that_the_store_is_well_says_nothing_of_the_images_s3() -> None:
+async def test_a_success_of_the_result_store_does_not_show_that_the_images_s3_is_up() -> None:
     scene = Scene(store=FakeResultStore())
     scene.images.deeds = [transient("timeout", dependency=S3)]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(5)]
@@ -1016,7 +1016,7 @@ async def test_when_admission_closes_no_job_waits_for_another_worker() -> None:
 async def test_a_job_that_is_cancelled_after_the_api_has_answered_publishes_the_answer(
     step: str, times: int
 ) -> None:
-    """It is paid for: requeued, it would be paid for again."""
+    """The answer is billed: a requeued job would be billed again."""
     store, reached = FakeResultStore(), asyncio.Event()
 
     async def hang() -> None:
@@ -1036,7 +1036,7 @@ async def test_a_job_that_is_cancelled_after_the_api_has_answered_publishes_the_
     assert await scene.is_free()
 
 
-async def test_a_cancel_message_that_comes_after_the_api_has_answered_is_too_late() -> None:
+async def test_a_cancel_message_after_the_answer_of_the_api_has_no_effect() -> None:
     store, reached = FakeResultStore(), asyncio.Event()
 
     async def hang() -> None:
@@ -1102,7 +1102,7 @@ async def test_a_403_for_everyone_is_an_outage(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("part", ["images", "model"])
-async def test_what_is_down_for_everybody_gives_the_job_back_uncounted(scene: Scene, part: str) -> None:
+async def test_an_outage_requeues_the_job_without_a_counted_attempt(scene: Scene, part: str) -> None:
     dependency = S3 if part == "images" else MODEL
     getattr(scene, part).deeds = [DependencyDownError(dependency, "check the key")]
     outcome = await scene.process(delivery={"attempts": 2})
@@ -1114,7 +1114,7 @@ async def test_what_is_down_for_everybody_gives_the_job_back_uncounted(scene: Sc
 # 429
 
 
-async def test_a_429_is_waited_out_and_not_counted(scene: Scene) -> None:
+async def test_a_job_waits_after_a_429_without_a_counted_attempt(scene: Scene) -> None:
     scene.model.deeds = [RateLimitedError(0.1), RateLimitedError(0.1), ANSWER]
     started = time.monotonic()
     outcome = await scene.process()
@@ -1122,11 +1122,11 @@ async def test_a_429_is_waited_out_and_not_counted(scene: Scene) -> None:
     assert outcome.result.attempts == 1
     assert time.monotonic() - started >= 0.2
     assert len(scene.model.asked) == 3
-    # What was fetched is not held in memory through the pause.
+    # Fetched images are not held in memory during the pause.
     assert scene.images.loaded == 3
 
 
-async def test_a_429_makes_room_for_fewer(scene: Scene) -> None:
+async def test_a_429_lowers_the_limit(scene: Scene) -> None:
     scene.model.deeds = [RateLimitedError(0.01), ANSWER]
     limiter = scene.limiter
     async with limiter.slot("usual"), limiter.slot("usual"), limiter.slot("usual"):
@@ -1136,7 +1136,7 @@ async def test_a_429_makes_room_for_fewer(scene: Scene) -> None:
     assert isinstance(await task, Succeeded)
 
 
-async def test_429s_without_end_give_the_job_back_when_its_time_is_over() -> None:
+async def test_endless_429s_requeue_the_job_after_its_timeout() -> None:
     scene = Scene(job_timeout_s=0.8)
     scene.model.deeds = [RateLimitedError(0.05)]
     outcome = await scene.process(delivery={"attempts": 2})
@@ -1146,7 +1146,7 @@ async def test_429s_without_end_give_the_job_back_when_its_time_is_over() -> Non
     assert scene.detector.outages == {}
 
 
-async def test_a_long_pause_gives_the_job_back_when_its_time_is_over() -> None:
+async def test_a_long_pause_requeues_the_job_after_its_timeout() -> None:
     scene = Scene(job_timeout_s=0.5)
     scene.model.deeds = [RateLimitedError(3600.0)]
     assert isinstance(await scene.process(), Requeued)
@@ -1156,7 +1156,7 @@ async def test_a_long_pause_gives_the_job_back_when_its_time_is_over() -> None:
 # Pause and stop
 
 
-async def test_while_the_worker_is_paused_a_job_goes_back(scene: Scene) -> None:
+async def test_while_the_worker_is_paused_a_job_is_requeued(scene: Scene) -> None:
     scene.limiter.close("the worker is paused")
     assert await scene.process() == Requeued(job_id="job-1", model="usual", reason="the worker is paused")
     assert (scene.images.loaded, scene.model.asked) == (0, [])
@@ -1169,7 +1169,7 @@ async def test_a_paused_worker_still_fails_jobs_that_need_no_call(scene: Scene) 
 
 
 @pytest.mark.parametrize("part", ["images", "model"])
-async def test_work_that_is_cancelled_ends_at_once_and_leaves_its_slot(part: str) -> None:
+async def test_a_cancelled_job_ends_at_once_and_releases_its_slot(part: str) -> None:
     scene = Scene(limit=1)
     getattr(scene, part).deeds = [for_ever]
     task = asyncio.create_task(scene.process())
@@ -1184,7 +1184,7 @@ async def test_work_that_is_cancelled_ends_at_once_and_leaves_its_slot(part: str
 
 
 @pytest.mark.parametrize("part", ["images", "model"])
-async def test_a_bug_is_a_counted_attempt_and_its_words_stay_inside(
+async def test_a_bug_is_a_counted_attempt_and_its_message_is_not_published(
     scene: Scene, part: str, log: CapturingLogger
 ) -> None:
     getattr(scene, part).deeds = [KeyError(CANARY)]
@@ -1195,11 +1195,11 @@ async def test_a_bug_is_a_counted_attempt_and_its_words_stay_inside(
     assert "KeyError" in call.kwargs["exception"]
     assert "test_processor.py" in call.kwargs["exception"]
     assert CANARY not in str(log.calls)
-    # It says nothing about the dependencies.
+    # A bug is not a failure of a dependency.
     assert scene.detector.outages == {}
 
 
-async def test_a_bug_that_stays_dead_letters_the_job(scene: Scene, log: CapturingLogger) -> None:
+async def test_a_repeated_bug_dead_letters_the_job(scene: Scene, log: CapturingLogger) -> None:
     scene.model.deeds = [KeyError(CANARY)]
     outcome = await scene.process(question=CANARY, delivery={"attempts": 2})
     assert isinstance(outcome, DeadLettered)
@@ -1210,7 +1210,7 @@ async def test_a_bug_that_stays_dead_letters_the_job(scene: Scene, log: Capturin
     assert CANARY not in str(log.calls)
 
 
-async def test_bugs_of_many_jobs_are_no_outage(scene: Scene, log: CapturingLogger) -> None:
+async def test_bugs_in_many_jobs_are_not_an_outage(scene: Scene, log: CapturingLogger) -> None:
     scene.model.deeds = [KeyError(CANARY)]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(10)]
     assert {type(outcome) for outcome in outcomes} == {Retried}
@@ -1246,7 +1246,7 @@ async def test_every_job_has_an_outcome_and_releases_its_slot(
     images: list[Deed], model: list[Deed], jobs: list[int], attempts: int
 ) -> None:
     scene = Scene(limit=1)
-    # The fakes end with an answer, or 429s would go on for ever.
+    # The fakes end with an answer: 429s alone would never end.
     scene.images.deeds, scene.model.deeds = [*images, for_no_time], [*model, ANSWER]
     for number in jobs:
         outcome = await scene.process(id=f"job-{number}", delivery={"attempts": attempts})

@@ -1,4 +1,4 @@
-"""AMQP properties are read without ever failing, with any content."""
+"""AMQP properties with any content are read without errors."""
 
 import struct
 from collections.abc import Iterator
@@ -125,7 +125,7 @@ def test_decoders_are_installed_once() -> None:
     assert before == pamqp.decode.METHODS
 
 
-# What is made of headers
+# Headers
 
 
 def with_headers(**headers: Any) -> Delivery:

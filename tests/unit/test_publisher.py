@@ -1,4 +1,4 @@
-"""Publishing without a broker: errors that no broker can mend end the publish at once."""
+"""Publishing without a broker: errors in the message are raised at once."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ BROKER = Broker("amqp://127.0.0.1:1/", None, "test")
 
 
 class BrokenHeaders(Mapping[str, FieldValue]):
-    """Headers that cannot be read: aio-pika counts RuntimeError among the losses of a connection."""
+    """Headers that raise: aio-pika treats RuntimeError as a lost connection."""
 
     def __getitem__(self, name: str) -> FieldValue:
         raise RuntimeError(name)
@@ -55,7 +55,7 @@ async def test_an_error_in_building_a_message_is_raised_and_not_retried(
             await make().publish(message)
 
 
-def test_a_header_nested_too_deep_to_be_encoded_is_not_repeated() -> None:
+def test_a_header_too_deeply_nested_to_encode_is_not_retried() -> None:
     value: FieldValue = "innermost"
     for _ in range(10_000):
         value = [value]

@@ -8,7 +8,7 @@ from worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, in a list of one."""
+    """Return the current time in a list of one element."""
     now = [1000.0]
     monkeypatch.setattr("worker.rabbitmq.rate_limited_warnings.time.monotonic", lambda: now[0])
     return now

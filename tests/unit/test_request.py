@@ -36,7 +36,7 @@ def test_the_key_depends_neither_on_the_order_of_fields_nor_on_white_space(image
     assert key(job) == key(reordered, indent=4)
 
 
-def test_the_key_depends_on_everything_that_the_job_asks() -> None:
+def test_the_key_depends_on_everything_in_the_model_request() -> None:
     job = {"id": "a", "question": "x", "images": [LARGE, "s3://b/k"]}
     changes: list[dict[str, object]] = [
         {},

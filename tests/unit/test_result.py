@@ -19,7 +19,7 @@ from worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.model.answer import Answer, MalformedAnswerError, parse_answer
 from worker.observability.redaction import Redactor
 
-# Every character, lone surrogates too: an answer may end in the middle of an emoji.
+# All characters including lone surrogates: an answer may end in the middle of an emoji.
 ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=10)
 ANY_VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
@@ -51,7 +51,7 @@ RESPONSES = st.fixed_dictionaries(
 
 
 class Dear:
-    """A price that leads to infinity."""
+    """A price that leads to an infinite cost."""
 
     prompt = 1e308
     completion = 1e308
@@ -63,7 +63,7 @@ def answered(answer: Answer, *, include_response: bool) -> Outcome:
 
 
 def strictly(body: bytes) -> Any:
-    """The value of RFC 8259 JSON in UTF-8."""
+    """Parse strict RFC 8259 JSON in UTF-8."""
 
     def refuse(name: str) -> float:
         raise AssertionError(name)
@@ -161,7 +161,7 @@ def test_text_is_not_escaped_more_than_needed() -> None:
         {"status": None},
     ],
 )
-def test_what_no_result_can_say_is_refused(fields: dict[str, Any]) -> None:
+def test_a_result_with_invalid_fields_is_rejected(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Result.model_validate({"id": "a", "status": "failed", **fields})
 

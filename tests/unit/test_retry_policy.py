@@ -18,9 +18,9 @@ def test_the_delays_are_used_in_order(attempts: int, delay_s: int) -> None:
 
 
 @pytest.mark.parametrize("attempts", [5, 6, 1000])
-def test_after_the_last_attempt_there_is_no_other(attempts: int) -> None:
+def test_the_last_attempt_is_not_followed_by_another(attempts: int) -> None:
     assert after_attempt(attempts, USUAL, None, NOW) == Exhausted()
-    # Also past the deadline: the result names the failure, not the deadline.
+    # Past the deadline too the result reports the failure, not the deadline.
     assert after_attempt(attempts, USUAL, NOW, NOW) == Exhausted()
 
 

@@ -1,4 +1,4 @@
-"""What S3 is asked, and what becomes of its answers: real requests to a fake server."""
+"""The S3 client's requests to a fake server, and its handling of responses."""
 
 import asyncio
 import base64
@@ -33,7 +33,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "AKIDUSUAL", "AWS_SECRET_ACCESS_KEY": "secre
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Credentials from the environment, and nothing of the machine's own."""
+    """Set credentials in the environment; ignore the machine's own configuration."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name in ("", "_S3", "_STS"):
@@ -79,7 +79,7 @@ async def read(s3: S3, source: S3Object = IMAGE) -> bytes:
 
 
 def moved(status: int) -> Answer:
-    """A redirect to the other region."""
+    """Return a redirect to the other region."""
     code = "PermanentRedirect" if status == 301 else "TemporaryRedirect"
     return refuse(status, code, f"<Region>{FAR}</Region>", x_amz_bucket_region=FAR)
 
@@ -91,7 +91,7 @@ async def fault(url: str) -> Exception:
     return caught.value
 
 
-# The setting
+# Settings
 
 
 def test_an_invalid_endpoint_is_reported_with_its_setting() -> None:
@@ -99,7 +99,7 @@ def test_an_invalid_endpoint_is_reported_with_its_setting() -> None:
         Aws(Endpoint("http://my_s3:9000", "auto"))
 
 
-def test_the_usual_variable_names_the_authorities_that_s3_is_checked_against(
+def test_the_ca_bundle_comes_from_the_usual_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert ca_bundle() is None
@@ -134,11 +134,11 @@ async def test_an_unreadable_ca_bundle_is_reported_with_its_variable(
         (None, "auto", "photos", f"https://photos.s3.{HOME}.amazonaws.com/cat.png"),
         (None, "virtual", "photos", f"https://photos.s3.{HOME}.amazonaws.com/cat.png"),
         (None, "path", "photos", f"https://s3.{HOME}.amazonaws.com/photos/cat.png"),
-        # A certificate for *.s3… holds for no name with another dot in it.
+        # A wildcard certificate for *.s3… does not cover names with another dot.
         (None, "auto", "my.photos", f"https://s3.{HOME}.amazonaws.com/my.photos/cat.png"),
     ],
 )
-async def test_a_bucket_is_where_its_style_says(
+async def test_the_address_of_a_bucket_follows_the_addressing_style(
     endpoint: str | None, style: AddressingStyle, bucket: str, url: str
 ) -> None:
     aws = Aws(Endpoint(endpoint, style))
@@ -158,7 +158,7 @@ async def test_a_bucket_is_where_its_style_says(
         ({"_STS": "http://sts.example"}, None, f"https://photos.s3.{HOME}.amazonaws.com"),
     ],
 )
-async def test_the_sdks_own_variables_name_the_store_where_the_setting_does_not(
+async def test_without_the_setting_the_sdks_own_variables_name_the_endpoint(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], own: str | None, prefix: str
 ) -> None:
     for name, value in variables.items():
@@ -175,7 +175,7 @@ async def test_the_sdks_own_variables_can_be_ignored(monkeypatch: pytest.MonkeyP
     assert signed.url == f"https://photos.s3.{HOME}.amazonaws.com/cat.png"
 
 
-def test_a_variable_of_the_sdks_that_cannot_be_an_endpoint_is_a_fault(
+def test_an_invalid_endpoint_in_a_variable_of_the_sdk_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://my_s3:9000")
@@ -184,10 +184,10 @@ def test_a_variable_of_the_sdks_that_cannot_be_an_endpoint_is_a_fault(
 
 
 @pytest.mark.parametrize("endpoint", ["environment", "setting"])
-async def test_a_store_named_by_the_sdks_own_variable_is_read(
+async def test_the_endpoint_in_the_sdks_own_variable_is_read(
     fake: FakeS3, monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
-    """And buckets of another region as well, which the SDK's own client reads."""
+    """Buckets of another region, which the SDK's client reads, work too."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         if "/far/" in request.raw_path and fake.asked[-1].signed_by[1] != FAR:
@@ -204,10 +204,10 @@ async def test_a_store_named_by_the_sdks_own_variable_is_read(
     assert set(fake.targets[1:]) == {"/far/cat.png"}
 
 
-# What is asked
+# Requests
 
 
-async def test_a_read_is_one_signed_get_that_asks_for_nothing_to_be_changed(fake: FakeS3) -> None:
+async def test_a_read_is_one_signed_get_without_range_or_compression(fake: FakeS3) -> None:
     async with an_s3(fake.url) as s3:
         assert await read(s3) == CONTENT
     (asked,) = fake.asked
@@ -227,7 +227,7 @@ async def test_a_session_token_is_sent(fake: FakeS3, monkeypatch: pytest.MonkeyP
     assert "x-amz-security-token" in fake.asked[0].headers["authorization"]
 
 
-async def test_connections_are_used_again(fake: FakeS3) -> None:
+async def test_connections_are_reused(fake: FakeS3) -> None:
     peers = set()
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
@@ -243,14 +243,14 @@ async def test_connections_are_used_again(fake: FakeS3) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 12])
-async def test_a_look_asks_for_the_beginning_only(fake: FakeS3, length: int) -> None:
+async def test_a_check_requests_only_the_first_bytes(fake: FakeS3, length: int) -> None:
     fake.answer = give(CONTENT[:length], 206, Content_Range=f"bytes 0-{length - 1}/{len(CONTENT)}")
     async with an_s3(fake.url) as s3:
         assert await s3.read_beginning(IMAGE, length) == (len(CONTENT), CONTENT[:length])
     assert fake.asked[0].headers["range"] == f"bytes=0-{length - 1}"
 
 
-async def test_a_look_copes_with_a_store_that_knows_no_ranges_and_with_nothing_to_see(fake: FakeS3) -> None:
+async def test_a_check_works_without_ranges_and_with_short_empty_or_missing_objects(fake: FakeS3) -> None:
     async with an_s3(fake.url) as s3:
         assert await s3.read_beginning(IMAGE, 12) == (len(CONTENT), CONTENT[:12])
         fake.answer = give(CONTENT[:5], 206, Content_Range="bytes 0-4/5")
@@ -263,7 +263,7 @@ async def test_a_look_copes_with_a_store_that_knows_no_ranges_and_with_nothing_t
     assert caught.value.code is ErrorCode.IMAGE_NOT_FOUND
 
 
-# Credentials that change
+# Changing credentials
 
 
 SCRIPT = """
@@ -284,7 +284,7 @@ print(json.dumps({"Version": 1, "AccessKeyId": name, "SecretAccessKey": "s", "Se
 
 @pytest.fixture
 def granted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Credentials of a program that gives new ones each time, for a minute, and is held up until let go."""
+    """A credential process that returns new credentials for a minute and waits until released."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     (tmp_path / "grant.py").write_text(SCRIPT)
@@ -294,11 +294,11 @@ def granted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-async def test_credentials_that_expire_are_renewed_without_holding_up_the_event_loop(
+async def test_expiring_credentials_are_renewed_without_blocking_the_event_loop(
     fake: FakeS3, granted: Path
 ) -> None:
     async def let_go() -> None:
-        """As long as the event loop runs, and only then."""
+        """Release the process only while the event loop runs."""
         while True:
             for name in os.listdir(granted):  # noqa: PTH208 - quick enough for an event loop
                 if name.startswith("asked-"):
@@ -326,7 +326,7 @@ async def test_missing_credentials_are_an_outage(fake: FakeS3, granted: Path) ->
     assert fake.asked == []
 
 
-async def test_credentials_that_come_after_the_start_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_credentials_that_are_added_after_the_start_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     async with an_s3(None) as s3:
@@ -343,7 +343,7 @@ async def test_credentials_that_come_after_the_start_are_used(monkeypatch: pytes
         assert "X-Amz-Credential=AKIDUSUAL" in await s3.link(IMAGE, 60)
 
 
-async def test_credentials_that_come_after_the_start_read_buckets_elsewhere_too(
+async def test_credentials_that_are_added_after_the_start_read_buckets_of_other_regions_too(
     fake: FakeS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -364,7 +364,7 @@ ROLE = "arn:aws:iam::123456789012:role/reader"
 
 @pytest.fixture
 async def sts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[FakeS3]:
-    """A service that is asked for the credentials of a role."""
+    """A fake STS that returns the credentials of a role."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     (tmp_path / "config").write_text(
@@ -414,7 +414,7 @@ ROLE_GRANTED = (
 
 
 @pytest.mark.parametrize("name", ["AWS_DEFAULT_REGION", "AWS_REGION"])
-async def test_a_role_is_asked_for_in_the_region_that_either_variable_names(
+async def test_sts_is_called_in_the_region_of_either_variable(
     fake: FakeS3, sts: FakeS3, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for other in ("AWS_DEFAULT_REGION", "AWS_REGION"):
@@ -427,7 +427,7 @@ async def test_a_role_is_asked_for_in_the_region_that_either_variable_names(
     assert [asked.signed_by for asked in fake.asked] == [("AKIDROLE", FAR)]
 
 
-# Buckets elsewhere
+# Buckets of other regions
 
 
 SESSION = (
@@ -438,7 +438,7 @@ SESSION = (
 
 
 def directory_bucket(fake: FakeS3) -> Answer:
-    """A store that wants a session before anything else."""
+    """A fake S3 that requires CreateSession first."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         if "session" in request.query:
@@ -450,7 +450,7 @@ def directory_bucket(fake: FakeS3) -> Answer:
     return answer
 
 
-async def test_a_directory_bucket_is_read_and_linked_to_with_a_session(fake: FakeS3) -> None:
+async def test_a_directory_bucket_is_read_and_presigned_with_a_session(fake: FakeS3) -> None:
     fake.answer = directory_bucket(fake)
     source = S3Object("photos--use1-az4--x-s3", "cat.png")
     async with an_s3(fake.url) as s3:
@@ -460,7 +460,7 @@ async def test_a_directory_bucket_is_read_and_linked_to_with_a_session(fake: Fak
         assert await read(s3, source) == CONTENT
 
 
-async def test_a_link_into_another_region_is_signed_for_it_once_it_is_known(fake: FakeS3) -> None:
+async def test_a_presigned_url_is_signed_for_the_bucket_s_region_once_it_is_known(fake: FakeS3) -> None:
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         return await (give(CONTENT) if fake.asked[-1].signed_by[1] == FAR else moved(301))(request)
 
@@ -479,8 +479,8 @@ def is_sdk(asked: Asked) -> bool:
 
 
 @pytest.mark.parametrize("status", [301, 307])
-async def test_only_a_redirect_for_good_is_remembered(fake: FakeS3, status: int) -> None:
-    """A bucket is new for an hour or two; the SDK's blocking client should not read it for ever."""
+async def test_only_a_permanent_redirect_is_remembered(fake: FakeS3, status: int) -> None:
+    """S3 redirects temporarily only while a bucket is new; later the SDK's blocking client is not needed."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         return await (give(CONTENT) if fake.asked[-1].signed_by[1] == FAR else moved(status))(request)
@@ -500,8 +500,8 @@ async def test_only_a_redirect_for_good_is_remembered(fake: FakeS3, status: int)
         assert is_sdk(asked) is (status == 301)
 
 
-@pytest.mark.parametrize("s3_is_closed", [False, True], ids=["while it is used", "when it is over"])
-async def test_a_read_of_the_sdks_that_stalls_can_be_given_up_without_holding_up_anybody(
+@pytest.mark.parametrize("s3_is_closed", [False, True], ids=["while S3 is open", "after S3 is closed"])
+async def test_a_stalled_read_of_the_sdk_can_be_closed_without_blocking(
     fake: FakeS3, s3_is_closed: bool
 ) -> None:
     """A thread waits for the body; the thread that closes it waits for its reads, not the event loop."""
@@ -528,7 +528,7 @@ async def test_a_read_of_the_sdks_that_stalls_can_be_given_up_without_holding_up
         started = time.monotonic()
         reading.close()
         reading.close()
-        # The SDK itself would give the read up after half a minute.
+        # The SDK's own timeout would end the read after 30 s.
         assert time.monotonic() - started < 5
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
@@ -538,7 +538,7 @@ async def test_a_read_of_the_sdks_that_stalls_can_be_given_up_without_holding_up
 @pytest.mark.parametrize(
     ("status", "code"), [(301, "PermanentRedirect"), (400, "AuthorizationHeaderMalformed")]
 )
-async def test_a_bucket_of_another_region_is_read_all_the_same(fake: FakeS3, status: int, code: str) -> None:
+async def test_a_bucket_of_another_region_is_read(fake: FakeS3, status: int, code: str) -> None:
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         region = fake.asked[-1].signed_by[1]
         if region == "eu-west-3":
@@ -551,7 +551,7 @@ async def test_a_bucket_of_another_region_is_read_all_the_same(fake: FakeS3, sta
     async with an_s3(fake.url) as s3:
         assert await read(s3) == CONTENT
         so_far = len(fake.asked)
-        # It is remembered where the bucket is.
+        # The bucket's region is remembered.
         assert await asyncio.gather(*[read(s3) for _ in range(3)]) == [CONTENT] * 3
         assert len(fake.asked) == so_far + 3
         assert await s3.read_beginning(IMAGE, 12) == (len(CONTENT), CONTENT[:12])
@@ -569,7 +569,7 @@ async def test_a_missing_object_in_another_region_is_missing(fake: FakeS3) -> No
     assert error.code is ErrorCode.IMAGE_NOT_FOUND
 
 
-# What is answered
+# Responses
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "aws-chunked", "identity"])
@@ -592,7 +592,7 @@ async def test_an_object_is_returned_as_stored_with_every_content_encoding(
         (403, "InvalidAccessKeyId", "credentials"),
     ],
 )
-async def test_what_s3_says_to_everybody_is_no_fault_of_the_image(
+async def test_an_error_that_concerns_all_requests_does_not_fail_the_image(
     fake: FakeS3, status: int, code: str, expected: str
 ) -> None:
     fake.answer = refuse(status, code)
@@ -605,9 +605,9 @@ async def test_what_s3_says_to_everybody_is_no_fault_of_the_image(
 
 @pytest.mark.parametrize("status", [500, 502, 503])
 @pytest.mark.parametrize("code", ["SlowDown", "InternalError", ""])
-async def test_an_s3_that_is_busy_for_a_moment_is_asked_again(fake: FakeS3, status: int, code: str) -> None:
+async def test_a_request_to_a_busy_s3_is_retried(fake: FakeS3, status: int, code: str) -> None:
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        # A page that begins like an image is still no image.
+        # An error page that begins like an image is not an image.
         if len(fake.asked) == 1:
             return await (refuse(status, code) if code else give(CONTENT, status))(request)
         return await give(CONTENT)(request)
@@ -625,7 +625,7 @@ async def test_an_s3_that_is_busy_for_a_moment_is_asked_again(fake: FakeS3, stat
         (404, JobError), (410, JobError), (418, JobError), (304, DependencyDownError),
     ],
 )  # fmt: skip
-async def test_no_other_status_than_200_is_an_object_even_if_it_comes_with_an_image(
+async def test_only_status_200_returns_an_object_even_if_the_body_is_an_image(
     fake: FakeS3, status: int, kind: type[Exception]
 ) -> None:
     fake.answer = give(b"" if status in (204, 304) else CONTENT, status)
@@ -644,9 +644,7 @@ async def test_no_other_status_than_200_is_an_object_even_if_it_comes_with_an_im
     ],
     ids=["short", "nothing", "no length", "chunked", "another protocol", "closed"],
 )
-async def test_what_is_not_all_of_the_object_is_a_fault_that_may_pass(
-    fake: FakeS3, answer: Any, words: str
-) -> None:
+async def test_an_incomplete_object_is_a_transient_error(fake: FakeS3, answer: Any, words: str) -> None:
     fake.answer = answer
     error = await fault(fake.url)
     assert isinstance(error, TransientError)
@@ -654,23 +652,23 @@ async def test_what_is_not_all_of_the_object_is_a_fault_that_may_pass(
     assert words in error.message
 
 
-async def test_what_comes_after_the_object_is_no_part_of_it(fake: FakeS3) -> None:
+async def test_bytes_after_the_object_are_ignored(fake: FakeS3) -> None:
     fake.answer = say(head(len(CONTENT)), CONTENT, b"more", closes=False, pause_s=0.01)
     async with an_s3(fake.url) as s3:
         assert await read(s3) == CONTENT
-        await until(lambda: fake.at_once == 0, "the connection is given up")
+        await until(lambda: fake.at_once == 0, "the connection is closed")
         fake.answer = give(CONTENT)
         assert await read(s3) == CONTENT
 
 
-async def test_a_few_bytes_at_a_time_are_the_same_bytes(fake: FakeS3) -> None:
+async def test_an_object_in_small_chunks_is_read_completely(fake: FakeS3) -> None:
     pieces = [CONTENT[start : start + 7] for start in range(0, 2100, 7)]
     fake.answer = say(head(2100), *pieces, pause_s=0.0005)
     async with an_s3(fake.url) as s3:
         assert await read(s3) == CONTENT[:2100]
 
 
-async def test_a_read_that_is_given_up_lets_go_of_its_connection(fake: FakeS3) -> None:
+async def test_a_closed_read_closes_its_connection(fake: FakeS3) -> None:
     fake.answer = say(head(10**12), CONTENT, closes=False)
     async with an_s3(fake.url) as s3:
         reading = await s3.open(IMAGE)
@@ -682,7 +680,7 @@ async def test_a_read_that_is_given_up_lets_go_of_its_connection(fake: FakeS3) -
         await until(lambda: fake.at_once == 0, "the connection is closed")
 
 
-# Small objects written on conditions
+# Conditional writes of small objects
 
 
 @pytest.mark.parametrize(
@@ -690,7 +688,7 @@ async def test_a_read_that_is_given_up_lets_go_of_its_connection(fake: FakeS3) -
     [(409, "ConditionalRequestConflict"), (412, "PreconditionFailed"), (404, "NoSuchKey"), (404, "")],
     ids=["concurrent write", "changed", "deleted, as AWS reports it", "deleted"],
 )
-async def test_what_is_no_longer_as_it_was_is_not_replaced(fake: FakeS3, status: int, code: str) -> None:
+async def test_a_changed_or_deleted_object_is_not_replaced(fake: FakeS3, status: int, code: str) -> None:
     fake.answer = refuse(status, code)
     async with an_s3(fake.url) as s3:
         objects = ConditionalStore(s3, "answers", "", setting="VQA_RESULT_STORE")
@@ -699,7 +697,7 @@ async def test_what_is_no_longer_as_it_was_is_not_replaced(fake: FakeS3, status:
 
 
 @pytest.mark.parametrize(("status", "code"), [(404, "NoSuchBucket"), (403, "AccessDenied")])
-async def test_a_store_that_is_not_there_or_refuses_is_no_condition_that_failed(
+async def test_a_missing_bucket_or_denied_access_is_not_a_failed_precondition(
     fake: FakeS3, status: int, code: str
 ) -> None:
     fake.answer = refuse(status, code)
@@ -709,15 +707,15 @@ async def test_a_store_that_is_not_there_or_refuses_is_no_condition_that_failed(
             DependencyDownError, match=f"VQA_RESULT_STORE: .*{code}.*get, put, delete and list"
         ):
             await objects.replace("jobs/1", b"answer", '"etag"')
-        # Where there is no such object to make, something is wrong.
+        # NoSuchKey is an error when the object is created.
         with pytest.raises(DependencyDownError):
             await objects.create("jobs/1", b"answer")
 
 
-# Proxies and authorities
+# Proxies and certificate authorities
 
 
-async def test_a_proxy_is_asked_for_hosts_that_only_it_can_find(
+async def test_hosts_that_only_the_proxy_can_resolve_are_reached_through_it(
     fake: FakeS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", fake.url.replace("://", "://user:p%40ss@"))
@@ -730,7 +728,7 @@ async def test_a_proxy_is_asked_for_hosts_that_only_it_can_find(
 
 
 @pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
-async def test_hosts_without_a_proxy_are_asked_themselves(
+async def test_hosts_in_no_proxy_are_reached_directly(
     fake: FakeS3, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
@@ -749,7 +747,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
-async def test_an_s3_with_tls_is_checked_against_the_authorities_named(
+async def test_the_certificate_of_s3_is_verified_with_the_configured_ca_bundle(
     authority: Authority, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     async with FakeS3.serving(CONTENT, tls=authority.server_context()) as fake:
@@ -761,7 +759,7 @@ async def test_an_s3_with_tls_is_checked_against_the_authorities_named(
             assert await read(s3) == CONTENT
 
 
-async def test_tls_goes_through_a_proxy_as_a_tunnel(
+async def test_tls_uses_a_tunnel_through_a_proxy(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []

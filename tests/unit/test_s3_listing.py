@@ -15,14 +15,14 @@ KEYS = ["a&b/<c>/1", "a&b/<c>/2", "a&b/<c>/é +%26&amp;", "a&b/<c>/last"]
 
 
 class PagedS3(S3):
-    """An S3 with one object per page; the continuation token is the key before."""
+    """A fake S3 with one object per page; the continuation token is the previous key."""
 
     def __init__(self, *, repeats: bool = False) -> None:
         self._repeats = repeats
 
     async def exchange(self, request: Request) -> tuple[Mapping[str, str], bytes]:
         token = request.query.get("continuation-token")
-        # S3 refuses a token that it has not issued.
+        # S3 rejects a token that it did not issue.
         at = 0 if token is None else KEYS.index(token) + 1
         encoded = request.query.get("encoding-type") == "url"
         text = quote_plus(KEYS[at]) if encoded else escape(KEYS[at])

@@ -1,4 +1,4 @@
-"""What is printed for programs is what the worker does, and what AsyncAPI says a document is."""
+"""The printed schemas match the worker's behaviour; the AsyncAPI document is valid."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from worker.settings import BrokerSettings, load_broker_settings
 TESTS = Path(__file__).parents[1]
 SHORT = {"id": "a", "question": "What?", "images": ["s3://b/k"]}
 LONG = {"id": "a", "messages": [{"role": "user", "content": "What?"}]}
-# Whitespace to Python's regular expressions, and to no others.
+# White space in Python's regular expressions only.
 ODD_BLANKS = "\x1c\x1d\x1e\x1f"
 
 
@@ -40,7 +40,7 @@ def results() -> Draft202012Validator:
 
 
 def why_refused(job: Any) -> str | None:
-    """What the worker says of it; None if it takes it."""
+    """Return the worker's error message; None if it accepts the job."""
     try:
         decode(json.dumps(job).encode(), "a-message-id", 10**9)
     except InvalidJobError as error:
@@ -113,7 +113,7 @@ _any_jobs = st.fixed_dictionaries({}, optional={**_fields, "unknown": _anything}
 
 @st.composite
 def _nearly_jobs(draw: st.DrawFn) -> dict[str, Any]:
-    """A good job with one or two fields that may be wrong."""
+    """Return a valid job in which one or two fields may be invalid."""
     job = dict(draw(st.sampled_from([SHORT, LONG])))
     for name in draw(st.lists(st.sampled_from(sorted(_fields)), max_size=2)):
         job[name] = draw(_fields[name])
@@ -125,12 +125,14 @@ def _nearly_jobs(draw: st.DrawFn) -> dict[str, Any]:
 @example(LONG | {"question": None, "images": None})
 @example(LONG | {"system": "s"})
 @example({"question": "no id", "images": [{"url": "s3://b/k"}]})
-def test_the_schema_takes_what_the_worker_takes_and_no_more_than_a_schema_has_to(job: dict[str, Any]) -> None:
+def test_the_schema_accepts_what_the_worker_accepts_as_far_as_json_schema_can_express(
+    job: dict[str, Any],
+) -> None:
     refused = why_refused(job)
     if refused is None:
         jobs().validate(job)
     elif jobs().is_valid(job):
-        # What no JSON Schema can say.
+        # Rules that JSON Schema cannot express.
         assert re.search(r"printable characters|is not a valid time|bytes of JSON", refused), refused
 
 
@@ -154,12 +156,12 @@ def test_the_schema_takes_what_the_worker_takes_and_no_more_than_a_schema_has_to
         [],
     ],
 )
-def test_usual_mistakes_are_found_by_the_schema(job: Any) -> None:
+def test_the_schema_rejects_common_mistakes(job: Any) -> None:
     assert not jobs().is_valid(job)
     assert why_refused(job) is not None
 
 
-def test_the_examples_of_the_docs_are_what_the_schemas_say() -> None:
+def test_the_examples_in_the_docs_match_the_schemas() -> None:
     page = (TESTS.parent / "docs" / "messages.md").read_text(encoding="utf-8")
     examples = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
     found = ["result" if "status" in it else "job" if "id" in it else "cancellation" for it in examples]
@@ -169,7 +171,7 @@ def test_the_examples_of_the_docs_are_what_the_schemas_say() -> None:
             (jobs() if kind == "job" else results()).validate(it)
 
 
-def test_every_field_of_a_job_is_in_its_schema_with_a_meaning() -> None:
+def test_every_field_of_a_job_is_in_its_schema_with_a_description() -> None:
     fields = schema.job_schema()["properties"]
     assert list(fields) == list(Job.model_fields)
     assert all(field["description"] for field in fields.values())
@@ -178,7 +180,7 @@ def test_every_field_of_a_job_is_in_its_schema_with_a_meaning() -> None:
 # Results
 
 
-def test_results_are_what_their_schema_says() -> None:
+def test_results_match_their_schema() -> None:
     usage = Usage(prompt_tokens=1, completion_tokens=2, total_tokens=3)
     failure = JobFailure(code=ErrorCode.EMPTY_ANSWER, message="m", retryable=False)
     for result in (
@@ -188,7 +190,7 @@ def test_results_are_what_their_schema_says() -> None:
         results().validate(json.loads(result.to_body()))
 
 
-def test_the_schema_of_results_lets_pass_what_later_versions_may_add() -> None:
+def test_the_schema_of_results_accepts_additions_of_later_versions() -> None:
     result = json.loads(Result(id="a", status="failed", error=None).to_body())
     result["error"] = {"code": "new_code", "message": "m", "retryable": True, "new": 1}
     results().validate({**result, "new": 1, "timings": {**result["timings"], "new_s": 1.0}})
@@ -196,7 +198,7 @@ def test_the_schema_of_results_lets_pass_what_later_versions_may_add() -> None:
     assert not results().is_valid({key: it for key, it in result.items() if key != "answer"})
 
 
-def test_known_error_codes_are_named() -> None:
+def test_known_error_codes_are_listed() -> None:
     code = schema.result_schema()["$defs"]["JobFailure"]["properties"]["code"]
     assert code["examples"] == list(ErrorCode)
 
@@ -221,14 +223,14 @@ def references(value: Any) -> Iterator[str]:
                 yield from references(item)
 
 
-def test_the_document_is_one_of_asyncapi_3() -> None:
+def test_the_document_is_valid_asyncapi_3() -> None:
     document = schema.asyncapi(generate.default_settings())
     objects().validate(document)
     document["operations"]["receiveJob"]["action"] = "take"
     assert not objects().is_valid(document)
 
 
-def test_every_reference_in_the_document_leads_somewhere() -> None:
+def test_every_reference_in_the_document_has_a_target() -> None:
     document = schema.asyncapi(generate.default_settings())
     found = set(references(document))
     assert {"#/channels/jobs", "#/components/schemas/Job", "#/components/schemas/Usage"} <= found
@@ -242,7 +244,7 @@ def test_every_reference_in_the_document_leads_somewhere() -> None:
     assert named == {*parts["messages"], *parts["schemas"]}
 
 
-def test_the_document_speaks_of_the_queues_and_the_broker_of_the_settings(
+def test_the_document_has_the_queues_and_the_broker_of_the_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VQA_RABBITMQ_URL", "amqps://user:s3cr3t@broker.example/my%2Fhost")

@@ -55,7 +55,7 @@ async def settled(
     publisher: FakePublisher | None = None,
     **properties: Any,
 ) -> tuple[list[OutgoingMessage], list[str]]:
-    """Settle a delivery; what was published, and everything that happened in its order."""
+    """Settle a delivery; return the published messages and all events in order."""
     events: list[str] = []
     publisher = publisher or FakePublisher()
     publisher.events = events
@@ -179,7 +179,7 @@ async def test_with_no_reply_queue_allowed_everything_goes_to_the_results() -> N
 REPLY_EXCHANGE = replace(TOPOLOGY, reply_exchange="replies")
 
 
-async def test_results_go_by_the_reply_exchange_and_jobs_by_the_default_one() -> None:
+async def test_results_use_the_reply_exchange_and_jobs_the_default_one() -> None:
     for reply_to in (None, "results.a"):
         (reply, dead), _ = await settled(DEAD, topology=REPLY_EXCHANGE, reply_to=reply_to)
         assert (reply.exchange, dead.exchange) == ("replies", "")
@@ -188,7 +188,7 @@ async def test_results_go_by_the_reply_exchange_and_jobs_by_the_default_one() ->
         assert copy.exchange == ""
 
 
-async def test_copies_of_jobs_go_by_the_jobs_exchange_and_results_do_not() -> None:
+async def test_copies_of_jobs_use_the_jobs_exchange_and_results_do_not() -> None:
     topology = replace(TOPOLOGY, jobs_exchange="back")
     (reply, dead), _ = await settled(DEAD, topology=topology)
     assert (reply.exchange, dead.exchange) == ("", "back")
@@ -197,7 +197,7 @@ async def test_copies_of_jobs_go_by_the_jobs_exchange_and_results_do_not() -> No
         assert copy.exchange == "back"
 
 
-async def test_a_direct_reply_goes_by_the_default_exchange_and_is_not_mandatory() -> None:
+async def test_a_direct_reply_uses_the_default_exchange_and_is_not_mandatory() -> None:
     publisher = FakePublisher()
     queue = "amq.rabbitmq.reply-to.g1h2"
     publisher.unroutable.add(queue)
@@ -207,7 +207,7 @@ async def test_a_direct_reply_goes_by_the_default_exchange_and_is_not_mandatory(
 
 
 async def test_a_direct_reply_that_closes_the_connection_each_time_goes_to_the_results_queue() -> None:
-    """RabbitMQ closes it over some made-up names: tried for ever, one job would stop the worker."""
+    """RabbitMQ closes it for some invalid names: endless retries of one job would stop the worker."""
     publisher = FakePublisher()
     queue = "amq.rabbitmq.reply-to.made.up"
     publisher.fatal.add(queue)
@@ -217,7 +217,7 @@ async def test_a_direct_reply_that_closes_the_connection_each_time_goes_to_the_r
     assert reply.headers["vqa-undeliverable-to"] == queue
 
 
-# What cannot be delivered
+# Undeliverable messages
 
 
 async def test_a_result_whose_queue_is_missing_goes_to_the_results_queue() -> None:
@@ -259,7 +259,7 @@ async def test_a_result_without_any_queue_waits_for_the_results_queue() -> None:
 
 
 async def test_the_result_is_published_before_the_dead_letter() -> None:
-    """A worker that dies in between leaves a job that comes again, not a publisher that waits for ever."""
+    """After a crash in between the job is redelivered, and the publisher does not wait forever."""
     publisher = FakePublisher()
     publisher.let_go.clear()
     delivery = a_delivery()
@@ -280,7 +280,7 @@ async def test_the_result_is_published_before_the_dead_letter() -> None:
 async def test_a_job_whose_copy_is_refused_is_left_to_the_broker(
     outcome: Outcome, queue: str, last: str, fault: str, log: CapturingLogger
 ) -> None:
-    """Nobody sits on it until the broker loses patience with the whole channel."""
+    """The delivery is not held until the broker's consumer timeout closes the channel."""
     publisher = Stubborn(queue) if fault == "missing permanently" else FakePublisher()
     body = json.dumps({"id": "j"}).encode()
     if fault == "full":
@@ -291,13 +291,13 @@ async def test_a_job_whose_copy_is_refused_is_left_to_the_broker(
     published, events = await settled(outcome, publisher=publisher, body=body)
     assert [message.routing_key for message in published] == (["results"] if outcome is DEAD else [])
     settlings = [event for event in events if event in {"ack", "reject", "requeue"}]
-    # What comes after the first settling of a delivery has no effect.
+    # Only the first settlement of a delivery has an effect.
     assert settlings[0] == last
     assert ("job_left_to_broker",) in [call.args for call in log.calls]
 
 
 class Stubborn(FakePublisher):
-    """A queue of the worker's that nobody can make again."""
+    """Publisher whose queue cannot be declared again."""
 
     def __init__(self, queue: str) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ class Stubborn(FakePublisher):
 
 
 async def test_a_copy_of_a_job_that_the_broker_lost_is_published_until_it_is_confirmed() -> None:
-    """Its connection or queue was lost: nothing can be requeued, and this may be the only copy."""
+    """The connection or queue was lost: nothing can be requeued, and this may be the only copy."""
     publisher, lives = Stubborn("jobs"), True
     delivery = a_delivery(is_alive=lambda: lives)
     lives = False
@@ -364,7 +364,7 @@ async def test_a_job_is_requeued_only_when_that_is_allowed() -> None:
     assert [message.routing_key for message in publisher.published] == ["jobs"]
 
 
-# Figures and the log
+# Metrics and logs
 
 
 def value(name: str, **labels: str) -> float:

@@ -1,4 +1,4 @@
-"""As process 1 of a container the worker obeys a SIGTERM that comes while it starts."""
+"""As process 1 of a container the worker stops on a SIGTERM during its start."""
 
 import os
 import shutil
@@ -14,14 +14,14 @@ PATIENCE_S = 60
 
 
 def cannot_unshare() -> str | None:
-    """Return why there can be no PID namespace here, or None."""
+    """Return why a PID namespace cannot be created; None if it can."""
     if shutil.which("unshare") is None:
         return "there is no `unshare`"
     tried = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True, check=False)  # noqa: S603 - fixed arguments
     return None if tried.returncode == 0 else f"no PID namespace may be created: {tried.stderr.strip()}"
 
 
-# The first module that is imported after the handler is installed, and a later one.
+# The first module imported after the installation of the handler, and a later one.
 @pytest.mark.parametrize("module", ["argparse", "asyncio"])
 def test_process_1_stops_at_a_sigterm_during_its_imports(module: str) -> None:
     if (reason := cannot_unshare()) is not None:

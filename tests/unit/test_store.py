@@ -1,4 +1,4 @@
-"""The result store's bookkeeping: claims, their holders' lives and deaths, and answers that meet."""
+"""The result store: claims, heartbeats, new owners, and concurrent answers."""
 
 import asyncio
 import hashlib
@@ -18,15 +18,15 @@ PATIENCE_S = 60
 
 
 class Memory(ConditionalStore):
-    """Objects in memory, with conditions as S3 has them."""
+    """Objects in memory with S3's preconditions."""
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, float]] = {}
         self.asked: list[str] = []
         self.fails: Callable[[str, str], bool] = lambda _method, _name: False
-        """Whether a request is lost before S3 has it."""
+        """Whether requests are lost before S3 receives them."""
         self.forgets: Callable[[str, str], bool] = lambda _method, _name: False
-        """Whether S3 executes a request and its answer is lost."""
+        """Whether S3 executes requests and their responses are lost."""
 
     async def create(self, name: str, body: bytes) -> str | None:
         return self._written("create", name, body, may=name not in self.objects)
@@ -62,7 +62,7 @@ class Memory(ConditionalStore):
             raise down()
 
     async def is_asked(self, what: str, times: int) -> None:
-        """Wait until it has been asked this so many times more."""
+        """Wait for a number of further requests of this kind."""
         wanted = self.asked.count(what) + times
         async with asyncio.timeout(PATIENCE_S):
             while self.asked.count(what) < wanted:  # noqa: ASYNC110 - polling is what tests do
@@ -103,20 +103,20 @@ def living(store: ResultStore) -> asyncio.Task[None]:
 
 
 async def ask(store: ResultStore, answer: bytes, name: str = "job") -> tuple[bytes | None, bytes | None]:
-    """What was there already, and what is there after this worker came with its answer."""
+    """Acquire the job and store an answer; return the answer found before and the stored one."""
     async with asyncio.timeout(PATIENCE_S), store.acquire(name) as lease:
         if lease.answer is not None:
             return lease.answer, None
         return None, await lease.put(answer)
 
 
-async def test_the_first_one_asks_and_the_second_gets_the_answer(objects: Memory) -> None:
+async def test_the_first_worker_calls_the_model_and_the_second_gets_the_answer(objects: Memory) -> None:
     assert await ask(a_worker(objects), b"cat") == (None, b"cat")
     assert await ask(a_worker(objects), b"dog") == (b"cat", None)
     assert await ask(a_worker(objects), b"dog", "another job") == (None, b"dog")
 
 
-async def test_a_worker_that_lives_is_waited_for(objects: Memory) -> None:
+async def test_a_worker_waits_for_an_owner_with_heartbeats(objects: Memory) -> None:
     first, second = a_worker(objects), a_worker(objects)
     life = living(first)
     async with first.acquire("job") as lease:
@@ -128,7 +128,7 @@ async def test_a_worker_that_lives_is_waited_for(objects: Memory) -> None:
     life.cancel()
 
 
-async def test_within_one_worker_the_second_waits_without_asking_the_store(objects: Memory) -> None:
+async def test_within_one_worker_the_second_job_waits_without_requests_to_the_store(objects: Memory) -> None:
     store = a_worker(objects)
     async with store.acquire("job") as lease:
         waiting = asyncio.create_task(ask(store, b"dog"))
@@ -190,7 +190,7 @@ async def test_a_job_without_an_answer_leaves_no_claim(objects: Memory) -> None:
     assert await ask(second, b"cat") == (None, b"cat")
 
 
-async def test_a_claim_that_could_not_be_given_up_is_given_up_later(objects: Memory) -> None:
+async def test_a_claim_that_could_not_be_released_is_released_later(objects: Memory) -> None:
     first, second = a_worker(objects), a_worker(objects)
     objects.fails = lambda method, name: method == "delete" and name.startswith("jobs/")
     async with first.acquire("job"):
@@ -202,7 +202,7 @@ async def test_a_claim_that_could_not_be_given_up_is_given_up_later(objects: Mem
     life.cancel()
 
 
-async def test_a_claim_whose_answer_was_lost_is_this_worker_s_own(objects: Memory) -> None:
+async def test_a_claim_whose_response_was_lost_is_recognised_as_own(objects: Memory) -> None:
     store = a_worker(objects)
     objects.forgets = lambda method, name: method == "create" and name.startswith("jobs/")
     with pytest.raises(DependencyDownError):
@@ -211,7 +211,7 @@ async def test_a_claim_whose_answer_was_lost_is_this_worker_s_own(objects: Memor
     assert await ask(store, b"cat") == (None, b"cat")
 
 
-async def test_an_answer_whose_receipt_was_lost_is_kept_once(objects: Memory) -> None:
+async def test_an_answer_whose_response_was_lost_is_stored_once(objects: Memory) -> None:
     store, lost = a_worker(objects), [True]
     objects.forgets = lambda method, name: name == "jobs/job" and method == "replace" and lost.pop(0)
     async with store.acquire("job") as lease:
@@ -220,7 +220,7 @@ async def test_an_answer_whose_receipt_was_lost_is_kept_once(objects: Memory) ->
     assert objects.objects["jobs/job"][0] == b"cat"
 
 
-async def test_an_answer_that_cannot_be_kept_is_handed_on_and_its_claim_given_up(objects: Memory) -> None:
+async def test_an_answer_that_cannot_be_stored_is_returned_and_its_claim_released(objects: Memory) -> None:
     store = a_worker(objects)
     objects.fails = lambda method, name: method == "replace" and name == "jobs/job"
     assert await ask(store, b"cat") == (None, b"cat")
@@ -238,7 +238,7 @@ async def test_a_store_that_ignores_conditions_is_not_used(objects: Memory) -> N
     assert "jobs/job" not in objects.objects
 
 
-async def test_a_fresh_job_costs_one_small_request_and_one_that_keeps_its_answer(objects: Memory) -> None:
+async def test_a_new_job_costs_one_request_for_the_claim_and_one_for_the_answer(objects: Memory) -> None:
     store = a_worker(objects)
     await ask(store, b"cat", "the first")
     objects.asked.clear()
@@ -246,7 +246,7 @@ async def test_a_fresh_job_costs_one_small_request_and_one_that_keeps_its_answer
     assert objects.asked == ["create jobs", "replace jobs"]
 
 
-async def test_a_life_is_shown_while_there_are_claims_and_not_otherwise(objects: Memory) -> None:
+async def test_heartbeats_are_written_only_while_there_are_claims(objects: Memory) -> None:
     store = a_worker(objects)
     life = living(store)
     await asyncio.sleep(0.2)
@@ -256,7 +256,7 @@ async def test_a_life_is_shown_while_there_are_claims_and_not_otherwise(objects:
     life.cancel()
 
 
-async def test_a_store_out_of_reach_does_not_end_the_worker(objects: Memory) -> None:
+async def test_an_unreachable_store_does_not_stop_the_worker(objects: Memory) -> None:
     store = a_worker(objects)
     life = living(store)
     async with store.acquire("job"):
@@ -267,7 +267,7 @@ async def test_a_store_out_of_reach_does_not_end_the_worker(objects: Memory) -> 
     await store.close()
 
 
-async def test_many_claims_left_behind_and_a_slow_s3_do_not_keep_a_worker_from_showing_that_it_lives(
+async def test_releasing_many_claims_on_a_slow_s3_does_not_delay_heartbeats(
     objects: Memory,
 ) -> None:
     store, is_slow = a_worker(objects), asyncio.Event()
@@ -295,7 +295,7 @@ async def _left_behind(store: ResultStore, name: str) -> None:
         pass
 
 
-async def test_an_answer_outlives_even_a_bug_of_the_store(objects: Memory) -> None:
+async def test_a_bug_in_the_store_does_not_lose_the_answer(objects: Memory) -> None:
     store = a_worker(objects)
     async with store.acquire("job") as lease:
         objects.objects["jobs/job"] = b"another's", time.monotonic()
@@ -303,7 +303,7 @@ async def test_an_answer_outlives_even_a_bug_of_the_store(objects: Memory) -> No
         assert await lease.put(b"cat") == b"cat"
 
 
-async def test_who_may_not_wait_for_another_worker_does_not(objects: Memory) -> None:
+async def test_a_job_that_may_not_wait_for_another_worker_does_not(objects: Memory) -> None:
     first, second = a_worker(objects), a_worker(objects)
 
     def check_admission() -> None:
@@ -313,12 +313,12 @@ async def test_who_may_not_wait_for_another_worker_does_not(objects: Memory) -> 
         with pytest.raises(AdmissionClosedError):
             async with second.acquire("job", check_admission):
                 pass
-        # What nobody is at may be claimed all the same.
+        # A job without an owner may still be claimed.
         async with second.acquire("another job", check_admission) as lease:
             assert lease.answer is None
 
 
-async def test_a_store_in_which_nothing_may_be_deleted_is_refused_before_a_call_is_paid(
+async def test_a_store_without_permission_to_delete_is_rejected_before_the_first_call(
     objects: Memory,
 ) -> None:
     objects.fails = lambda method, _: method == "delete"
@@ -328,7 +328,7 @@ async def test_a_store_in_which_nothing_may_be_deleted_is_refused_before_a_call_
 
 
 class Hanging(Memory):
-    """A store that answers a request only with an error, when the test says so."""
+    """A store whose requests hang until the test makes them fail."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A fleet's figures, from what its workers say."""
+"""`top`: figures of a fleet from the metrics of its workers."""
 
 from datetime import UTC, datetime
 from math import inf
@@ -39,7 +39,7 @@ def figures_of(*observed: tuple[float, dict[str, Sample]]) -> FleetFigures:
 # One worker
 
 
-def test_what_a_worker_says_is_read_with_all_its_models_together() -> None:
+def test_the_figures_of_a_worker_are_sums_over_its_models() -> None:
     before = read_sample(metrics.exposition()[0].decode())
     for model in ("m/a", "m/b"):
         metrics.JOBS.labels("succeeded", "", model).inc()
@@ -73,10 +73,10 @@ def test_a_server_that_is_not_a_worker_is_reported(text: str) -> None:
         read_sample(text)
 
 
-# All together
+# The fleet
 
 
-def test_rates_are_those_of_the_time_between_the_readings_summed_over_the_workers() -> None:
+def test_rates_are_computed_between_readings_and_summed_over_the_workers() -> None:
     figures = figures_of(
         (0.0, {"a": sample(jobs=10, cost=1), "b": sample(jobs=0)}),
         (10.0, {"a": sample(jobs=30, cost=3, in_flight=2), "b": sample(jobs=5, in_flight=1, limit=4)}),
@@ -131,7 +131,7 @@ def test_a_stopped_worker_counts_no_more_and_its_cost_is_kept() -> None:
     assert figures.per_s["succeeded"] == pytest.approx(1.0)
 
 
-def test_what_workers_pause_for_is_counted() -> None:
+def test_paused_workers_are_counted_by_dependency() -> None:
     paused = frozenset({"model"})
     figures = figures_of(
         (0.0, {"a": sample(paused=paused), "b": sample(paused=paused | {"s3"}), "c": sample()})
@@ -147,18 +147,18 @@ def test_a_fleet_without_workers_has_figures_too() -> None:
 # Quantiles
 
 
-def test_quantiles_are_what_prometheus_would_say() -> None:
+def test_quantiles_are_computed_as_in_prometheus() -> None:
     buckets = {0.1: 10.0, 0.5: 30.0, 1.0: 30.0, inf: 40.0}
     assert quantile(0.25, buckets) == pytest.approx(0.1)
     assert quantile(0.5, buckets) == pytest.approx(0.3)
-    # Beyond the last bound nothing is known but that bound.
+    # Above the last bound the quantile is that bound.
     assert quantile(0.99, buckets) == 1.0
     assert quantile(0.5, {}) is None
     assert quantile(0.5, {1.0: 0.0, inf: 0.0}) is None
 
 
 @given(st.lists(st.floats(0.001, 99.0), min_size=1, max_size=30), st.floats(0.01, 0.99))
-def test_a_quantile_lies_in_the_bucket_where_it_is(values: list[float], share: float) -> None:
+def test_a_quantile_lies_in_its_bucket(values: list[float], share: float) -> None:
     bounds = [0.01, 0.1, 1.0, 10.0, 100.0]
     buckets = {bound: float(sum(value <= bound for value in values)) for bound in bounds}
     found = quantile(share, {**buckets, inf: float(len(values))})
@@ -169,7 +169,7 @@ def test_a_quantile_lies_in_the_bucket_where_it_is(values: list[float], share: f
     assert lower <= found <= upper * (1 + 1e-9)
 
 
-# Shown
+# Output
 
 
 QUEUES = render.QueueFigures(jobs=1200, retries=3, results=1, dead_letters=2, consumers=4)
@@ -190,7 +190,7 @@ def fleet_figures(**changed: object) -> FleetFigures:
     return FleetFigures(**values)  # type: ignore[arg-type]
 
 
-def test_a_line_says_it_all() -> None:
+def test_a_line_has_all_figures() -> None:
     line = render.line(render.Figures("vqa.jobs", QUEUES, "", fleet_figures()), NOW)
     assert line.partition(" ")[2].split(" · ") == [
         "queues 1,200 ready, 3 in retry, 2 dead-lettered, 1 on the results queue, 4 consumers",
@@ -212,7 +212,7 @@ def test_without_workers_only_the_queues_are_shown_and_a_broker_error_is_shown()
     assert "ETA" not in line
 
 
-def test_programs_get_numbers() -> None:
+def test_json_output_has_numbers() -> None:
     printed = render.in_json(render.Figures("q", QUEUES, "", fleet_figures(per_s=None)), NOW)
     assert printed["at"] == "2030-01-31T12:00:00.000Z"
     assert printed["queues"] == {"jobs": 1200, "retries": 3, "results": 1, "dead_letters": 2, "consumers": 4}
@@ -240,5 +240,5 @@ def test_an_invalid_worker_url_is_reported(text: str) -> None:
         WorkerUrl.parse(text)
 
 
-def test_the_usual_port_is_the_worker_s() -> None:
+def test_the_default_port_is_the_worker_s() -> None:
     assert Settings.model_fields["http_port"].default == DEFAULT_PORT

@@ -1,4 +1,4 @@
-"""Whether OpenTelemetry's own variables ask for traces, and what is wrong with how they do."""
+"""OpenTelemetry's variables enable traces; errors in them are reported."""
 
 import sys
 
@@ -28,7 +28,7 @@ URL = "http://collector:4318"
         ({"OTEL_SERVICE_NAME": "pictures"}, False),
     ],
 )
-def test_an_endpoint_or_an_exporter_asks_for_traces_unless_they_are_switched_off(
+def test_an_endpoint_or_an_exporter_enables_traces_unless_they_are_disabled(
     environment: dict[str, str], wanted: bool
 ) -> None:
     assert wants_traces(environment) is wanted
