@@ -25,7 +25,7 @@ ALARMS = {
 
 @dataclass(frozen=True)
 class Scene:
-    """A worker for three jobs at once, and a proxy between it and the model."""
+    """A worker with a concurrency of three, and a proxy between it and the model."""
 
     stack: Stack
     worker: Worker
@@ -35,10 +35,10 @@ class Scene:
         return len(events(self.worker, "rabbitmq_connected"))
 
     async def connected_again(self, before: int) -> None:
-        await until(lambda: self.times_connected() > before, "it is connected again")
+        await until(lambda: self.times_connected() > before, "the worker is connected again")
 
     async def publish_and_hold(self, client: Client, count: int, marker: str) -> list[str]:
-        """Publish `count` jobs, which run until the proxy of the model thaws."""
+        """Publish `count` jobs, which run until the model's proxy thaws."""
         self.model.freeze()
         ids = await publish(client, count, marker)
         await until(lambda: self.model.held == count, "the jobs have begun")
@@ -69,7 +69,7 @@ async def test_a_deleted_jobs_queue_is_declared_again(scene: Scene, own_client_o
     await delete(client, scene.worker.jobs_queue)
     await scene.connected_again(before)
     scene.model.thaw()
-    # The job that ran has lost its message, not its result.
+    # The running job has lost its message, but not its result.
     ids += await publish(client, 1, "the next one")
     assert statuses(await results(client, ids)) == {"succeeded": 2}
 
@@ -124,10 +124,10 @@ async def test_results_wait_for_a_blocked_broker(scene: Scene, own_client_of: Ma
     assert {len(found) for found in client.replies.values()} == {1}
 
 
-async def test_workers_recover_from_a_network_that_is_silent_for_longer_than_the_heartbeat(
+async def test_workers_recover_from_a_silent_network_after_the_heartbeat_timeout(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
-    """One worker is busy, the other is paused and takes a job for a trial."""
+    """One worker is busy; the other is paused and takes a job for a trial."""
     busy, barred = uuid.uuid4().hex, uuid.uuid4().hex
     own_stack.model.play(Answer(after=1.5), marker=busy, times=None)
     own_stack.model.play(Error(status=401), marker=barred, times=None)
@@ -148,7 +148,7 @@ async def test_workers_recover_from_a_network_that_is_silent_for_longer_than_the
         proxy.thaw()
         assert statuses(await results(clients[0], busy_ids)) == {"succeeded": 2}
         assert {len(found) for found in clients[0].replies.values()} == {1}
-        # Jobs that were being requeued when the network failed may be there twice.
+        # Jobs whose requeue was interrupted may be in the queue twice.
         assert statuses(await results(clients[1], barred_ids)) == {"succeeded": 2}
         assert await asyncio.gather(*(worker.stop() for worker in workers)) == [0, 0]
 
@@ -158,7 +158,7 @@ async def test_workers_recover_from_a_network_that_is_silent_for_longer_than_the
 async def test_jobs_in_flight_and_queued_jobs_survive_a_killed_and_a_stopped_broker(
     scene: Scene,
 ) -> None:
-    """The broker is down for longer than the jobs in flight take: their results wait."""
+    """The jobs in flight end while the broker is down: their results wait."""
     worker, broker = scene.worker, scene.stack.rabbitmq
     for number in (signal.SIGKILL, signal.SIGTERM):
         before = scene.times_connected()
@@ -172,7 +172,7 @@ async def test_jobs_in_flight_and_queued_jobs_survive_a_killed_and_a_stopped_bro
         await calls_begun(scene.stack, running, 3)
         await model_answered(scene.stack, running)
         assert worker.metric("vqa_dependency_up", dependency="rabbitmq") == 0
-        # A stopped broker needs seconds after it has closed its connections; the test need not wait.
+        # A stopping broker needs seconds after closing its connections; the test does not wait for that.
         await asyncio.to_thread(broker.kill)
         broker.launch()
         await scene.connected_again(before)

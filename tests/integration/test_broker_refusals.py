@@ -1,4 +1,4 @@
-"""Each refusal by the broker is logged, and no result is lost or paid for twice."""
+"""Each refusal by the broker is logged; no result is lost and no job billed twice."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Worker, calls_with, until
 
-# A worker that leaves a refused copy to the broker after two tries instead of a minute of them.
+# A worker that leaves a refused copy to the broker after two tries instead of one minute.
 IMPATIENT = """
 import sys
 from worker.rabbitmq import settlement
@@ -87,7 +87,7 @@ async def is_full(channel: AbstractChannel, queue: str, body: bytes) -> bool:
     return False
 
 
-# Rights that an administrator revokes while the worker runs
+# Permissions that an administrator revokes while the worker runs
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Realm:
 
     @property
     def url(self) -> str:
-        """The URL for the test itself."""
+        """Return the URL for the test itself."""
         return url_as(self.stack, "guest", "guest", self.user.vhost)
 
 
@@ -158,7 +158,7 @@ TAKEN: dict[str, tuple[Change, Change, str, str]] = {
 
 
 @pytest.mark.parametrize("what", TAKEN)
-async def test_a_revoked_right_is_logged_and_the_result_is_delivered_when_it_is_restored(
+async def test_a_revoked_permission_is_logged_and_the_result_is_delivered_when_it_is_restored(
     realm: Realm, what: str
 ) -> None:
     take, give, event, words = TAKEN[what]
@@ -172,13 +172,13 @@ async def test_a_revoked_right_is_logged_and_the_result_is_delivered_when_it_is_
     if what != "vhost":
         # Existing connections keep their permissions.
         await asyncio.to_thread(realm.user.close_connections)
-    await until(lambda: words in json.dumps(events(worker, event)[said_before:]), "it is named")
+    await until(lambda: words in json.dumps(events(worker, event)[said_before:]), "the log names it")
     assert (await said(worker, "no_broker"))[0] == 503
     realm.model.thaw()
     await calls_begun(realm.stack, marker, 1)
     await model_answered(realm.stack, marker)
     await asyncio.to_thread(give, realm)
-    await until(lambda: len(events(worker, "rabbitmq_connected")) > before, "it is connected again")
+    await until(lambda: len(events(worker, "rabbitmq_connected")) > before, "the worker is connected again")
 
     async with AsyncExitStack() as resources:
         channel = await open_channel(resources, realm.url)
@@ -186,7 +186,7 @@ async def test_a_revoked_right_is_logged_and_the_result_is_delivered_when_it_is_
         message: Any = await until(lambda: queue.get(fail=False, no_ack=True), "the result")
         body = json.loads(message.body)
         assert (body["id"], body["status"], body["attempts"]) == (job_id, "succeeded", 1)
-        await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "all is settled")
+        await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "everything is settled")
         next_id = await send(channel, worker, "the next one")
         message = await until(lambda: queue.get(fail=False, no_ack=True), "another result")
         assert json.loads(message.body)["id"] == next_id
@@ -211,7 +211,9 @@ async def test_without_the_permission_to_publish_results_wait_and_one_warning_is
             await asyncio.to_thread(user.permit, write="^$")
             # A channel caches permissions.
             await asyncio.to_thread(user.close_connections)
-            await until(lambda: len(events(worker, "rabbitmq_connected")) == 2, "it is connected again")
+            await until(
+                lambda: len(events(worker, "rabbitmq_connected")) == 2, "the worker is connected again"
+            )
             model.thaw()
             await until(lambda: refusals(worker, worker.results_queue)[0] >= 9, "tries for each job")
         reasons = refusals(worker, worker.results_queue)[1]
@@ -238,7 +240,7 @@ async def test_a_jobs_queue_with_other_arguments_is_logged_until_it_is_corrected
         await until(lambda: model.held == 1, "the job has begun")
         await channel.queue_delete(worker.jobs_queue)
         await channel.declare_queue(worker.jobs_queue, durable=True)
-        await until(lambda: events(worker, "topology_mismatch"), "it is named")
+        await until(lambda: events(worker, "topology_mismatch"), "the log names it")
         assert worker.jobs_queue in str(events(worker, "topology_mismatch")[0]["faults"])
         assert (await said(worker, "no_broker"))[0] == 503
         model.thaw()
@@ -265,7 +267,7 @@ async def test_a_deleted_reply_exchange_delays_only_its_own_results(
         await channel.exchange_delete(exchange)
         ids = await publish(client, 4, "while it is not")
         await until(lambda: refusals(worker, worker.results_queue)[0] >= 8, "tries for each job")
-        # Meanwhile retries, which go by the default exchange, are not disturbed.
+        # Retries use the default exchange and are not affected.
         before = len(refusals(worker, f"{worker.jobs_queue}.retry.1s")[1])
         ids += await publish(client, 1, failing)
         await calls_begun(own_stack, failing, 2)
@@ -281,7 +283,7 @@ async def test_a_deleted_reply_exchange_delays_only_its_own_results(
     assert len(calls_with(own_stack, failing)) == 2
 
 
-# Queues that are full
+# Full queues
 
 
 async def test_results_wait_for_a_full_results_queue(
@@ -335,8 +337,8 @@ async def test_the_broker_requeues_jobs_whose_copies_a_full_queue_refuses(
         filling = json.dumps(job("filling", id="filling")).encode()
         await until(lambda: is_full(channel, worker.jobs_queue, filling), "it is full")
         model.thaw()
-        await until(lambda: len(events(worker, "job_left_to_broker")) == 3, "the broker has them back")
-        await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "the worker has none")
+        await until(lambda: len(events(worker, "job_left_to_broker")) == 3, "the jobs are back in the queue")
+        await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "the worker has no job")
         own_stack.model.configure(rules=[])
         # All jobs in the queue are answered after the pause.
         assert statuses(await results(client, [*ids, "filling"])) == {"succeeded": 4}
@@ -347,7 +349,7 @@ async def test_the_broker_requeues_jobs_whose_copies_a_full_queue_refuses(
 async def test_the_broker_keeps_dead_letters_that_a_full_queue_refuses(
     own_stack: Stack, impatient: tuple[Worker, Proxy], own_client_of: MakeClient
 ) -> None:
-    """RabbitMQ tries again every three minutes: the jobs queue dead-letters at least once."""
+    """RabbitMQ retries every three minutes: the jobs queue dead-letters at least once."""
     worker, _ = impatient
     client = await own_client_of(worker)
 
@@ -358,15 +360,15 @@ async def test_the_broker_keeps_dead_letters_that_a_full_queue_refuses(
         channel = await open_channel(resources, own_stack.rabbitmq.url)
         await until(lambda: is_full(channel, worker.dead_letter_queue, b"filling"), "it is full")
         await client.publish(b"no job")
-        await until(lambda: events(worker, "job_left_to_broker"), "the broker has it back")
+        await until(lambda: events(worker, "job_left_to_broker"), "the job is back in the queue")
         await until(
             lambda: worker.metric("vqa_dead_letters_total", reason="invalid_job") == 1, "it is counted"
         )
-        await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "the worker has nothing")
-        await until(kept, "the broker has it, and for nobody to take")
+        await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "the worker has no job")
+        await until(kept, "the broker holds the job unavailable to consumers")
 
 
-# Limits that only the broker knows
+# Limits of the broker
 
 
 MOST_BYTES = 20_000
@@ -403,7 +405,7 @@ async def strict(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> 
         await asyncio.to_thread(own_stack.rabbitmq.ctl, "eval", LENIENT)
 
 
-async def test_a_result_that_is_too_large_for_the_broker_becomes_a_failed_one_and_is_not_paid_again(
+async def test_a_result_too_large_for_the_broker_becomes_a_failed_one_and_is_not_billed_again(
     strict: Strict, own_client_of: MakeClient
 ) -> None:
     large, small = uuid.uuid4().hex, uuid.uuid4().hex
@@ -417,7 +419,7 @@ async def test_a_result_that_is_too_large_for_the_broker_becomes_a_failed_one_an
     assert reply.body["usage"]["completion_tokens"] > 0
     assert reply.body["metadata"] == {"whose": "mine"}
     assert statuses(await results(client, ids)) == {"succeeded": 3}
-    await until(lambda: strict.worker.metric("vqa_jobs_in_flight") == 0, "all is settled")
+    await until(lambda: strict.worker.metric("vqa_jobs_in_flight") == 0, "everything is settled")
     assert len(calls_with(strict.stack, large)) == 1
     assert len(calls_with(strict.stack, small)) == 3
     assert strict.worker.metric("vqa_jobs_total", status="failed", error="result_too_large") == 1
@@ -426,7 +428,7 @@ async def test_a_result_that_is_too_large_for_the_broker_becomes_a_failed_one_an
 
 
 @pytest.mark.parametrize("why", ["the model is slow", "the results queue is full"])
-async def test_a_job_that_exceeds_the_consumer_timeout_is_paid_and_answered_once(
+async def test_a_job_that_exceeds_the_consumer_timeout_is_billed_and_answered_once(
     strict: Strict, own_client_of: MakeClient, why: str
 ) -> None:
     worker, marker = strict.worker, uuid.uuid4().hex
@@ -440,12 +442,12 @@ async def test_a_job_that_exceeds_the_consumer_timeout_is_paid_and_answered_once
         else:
             strict.model.freeze()
         job_id = await send(channel, worker, marker)
-        await until(lambda: len(events(worker, "rabbitmq_connected")) > before, "the broker loses patience")
+        await until(lambda: len(events(worker, "rabbitmq_connected")) > before, "the consumer timeout")
         strict.model.thaw()
         client = await own_client_of(worker)
         assert statuses(await results(client, [job_id])) == {"succeeded": 1}
     await results(client, await publish(client, 1, "afterwards"))
-    await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "all is settled")
+    await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "everything is settled")
     assert len(calls_with(strict.stack, marker)) == 1
     assert len(client.replies[job_id]) == 1
     assert await client.depth(worker.jobs_queue) == 0

@@ -54,13 +54,13 @@ async def test_a_running_call_is_aborted_and_its_job_gets_one_result_however_oft
     assert reply.body["error"]["retryable"] is False
     assert reply.body["metadata"] == {"mine": 1}
     assert reply.message.correlation_id == "its sender's"
-    # The API was called and left before it answered: it may have been paid.
-    await until(lambda: [call.ended for call in calls_with(stack, marker)] != [None], "the call is given up")
+    # The model request was aborted before its response: it may have been billed.
+    await until(lambda: [call.ended for call in calls_with(stack, marker)] != [None], "the call is aborted")
     assert len(calls_with(stack, marker)) == 1
     workers = (first, second)
     assert sum(worker.metric("vqa_ambiguous_calls_total") for worker in workers) == 1
     assert sum(worker.metric("vqa_jobs_total", error="cancelled") for worker in workers) == 1
-    await until(lambda: all(events(worker, "job_cancelled") for worker in workers), "both hear of it")
+    await until(lambda: all(events(worker, "job_cancelled") for worker in workers), "both workers log it")
     # The workers process later jobs as usual.
     await client.publish(other)
     assert (await client.result(other["id"])).body["status"] == "succeeded"
@@ -68,7 +68,7 @@ async def test_a_running_call_is_aborted_and_its_job_gets_one_result_however_oft
     assert await nothing_is_left(client, first)
 
 
-async def test_a_job_that_waits_in_the_queue_is_dropped_when_its_turn_comes(
+async def test_a_cancelled_job_in_the_queue_is_dropped_when_it_is_delivered(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -88,7 +88,7 @@ async def test_a_job_that_waits_in_the_queue_is_dropped_when_its_turn_comes(
     assert await nothing_is_left(client, worker)
 
 
-async def test_a_job_that_waits_for_its_next_attempt_is_dropped(
+async def test_a_cancelled_job_that_waits_for_a_retry_is_dropped(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -103,7 +103,7 @@ async def test_a_job_that_waits_for_its_next_attempt_is_dropped(
     assert await nothing_is_left(client, worker)
 
 
-async def test_what_is_done_or_unknown_or_makes_no_sense_disturbs_nobody(
+async def test_cancellations_of_finished_or_unknown_jobs_and_invalid_messages_have_no_effect(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     worker = await start_worker()
@@ -124,14 +124,14 @@ async def test_what_is_done_or_unknown_or_makes_no_sense_disturbs_nobody(
         await send_control_messages(stack, worker, body)
     await cancel(stack, worker, done)
     await cancel(stack, worker, "nobody's")
-    await until(lambda: len(events(worker, "job_cancelled")) == 2, "what makes sense is heard")
+    await until(lambda: len(events(worker, "job_cancelled")) == 2, "the valid cancellations are logged")
 
     assert len(events(worker, "control_message_ignored")) == len(bodies)
     assert statuses(await results(client, await publish(client, 2, "What is it?"))) == {"succeeded": 2}
     assert len(client.replies[done]) == 1
 
 
-async def test_a_worker_started_later_knows_from_the_result_store_what_was_cancelled(
+async def test_a_worker_that_starts_later_loads_cancellations_from_the_result_store(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -154,16 +154,16 @@ async def test_a_worker_started_later_knows_from_the_result_store_what_was_cance
     assert (await client.result(cancelled["id"])).body["error"]["code"] == "cancelled"
     assert (await client.result(kept["id"])).body["status"] == "succeeded"
     assert len(calls_with(stack, marker)) == 1
-    # Ids are nobody's business who may list the bucket.
+    # A user who can list the bucket cannot see job ids.
     listed = stack.s3.client().list_objects_v2(Bucket=BUCKET, Prefix=marker)["Contents"]
     assert not [it["Key"] for it in listed if cancelled["id"] in it["Key"] or kept["id"] in it["Key"]]
     assert await late.stop() == 0
 
 
-async def test_a_worker_that_may_not_listen_says_so_and_works_all_the_same(
+async def test_a_worker_without_permission_for_cancellations_logs_that_and_processes_jobs(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
-    """It needs no more than `^amq\\.gen-.*$` next to its own queues' names, which this user lacks."""
+    """The permission is `^amq\\.gen-.*$` in addition to the names of its queues."""
     maker = await start_worker()
     assert await maker.stop() == 0
     with BrokerUser.of(stack, configure="^t[0-9a-f]+\\.") as user:
@@ -177,10 +177,10 @@ async def test_a_worker_that_may_not_listen_says_so_and_works_all_the_same(
     with BrokerUser.of(stack, configure="^(t[0-9a-f]+\\..*|amq\\.gen-.*)$") as user:
         worker = await start_worker(like=maker, VQA_RABBITMQ_URL=user.url)
         await cancel(stack, worker, "some job's")
-        await until(lambda: events(worker, "job_cancelled"), "it hears")
+        await until(lambda: events(worker, "job_cancelled"), "the cancellation is logged")
 
 
-async def test_without_the_right_to_declare_an_exchange_that_is_missing_is_no_fault(
+async def test_a_missing_control_exchange_without_permission_to_declare_it_is_not_an_error(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     maker = await start_worker()

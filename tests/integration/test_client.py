@@ -131,8 +131,8 @@ async def test_many_jobs_are_published_some_at_a_time(stack: Stack, worker: Work
     assert all(result.succeeded for result in seen)
 
 
-async def test_jobs_may_come_one_by_one(asking: Client) -> None:
-    """Results don't wait for the next job to be there."""
+async def test_jobs_may_be_produced_one_by_one(asking: Client) -> None:
+    """Results are returned before the next job is available."""
     more = asyncio.Event()
 
     async def jobs() -> AsyncIterator[dict[str, Any]]:
@@ -151,7 +151,7 @@ async def test_an_id_can_be_in_flight_only_once(asking: Client, stack: Stack) ->
     marker = uuid.uuid4().hex
     stack.model.play(Answer(after=1.0), marker=marker, times=None)
     first = asyncio.create_task(asking.ask_job(words(marker, id=marker)))
-    await until(lambda: calls_with(stack, marker), "the first is asked")
+    await until(lambda: calls_with(stack, marker), "the first call")
     with pytest.raises(ValueError, match="is already in flight"):
         await asking.ask_job(words(marker, id=marker))
     assert (await first).succeeded
@@ -184,7 +184,7 @@ async def test_jobs_in_flight_are_cancelled_when_the_iteration_ends_early(
         jobs = [words("Quick?"), *(words(marker) for _ in range(3))]
         async with aclosing(client.ask_many(jobs)) as results:
             assert (await anext(results)).succeeded
-            await until(lambda: len(calls_with(stack, marker)) == 3, "the others are asked")
+            await until(lambda: len(calls_with(stack, marker)) == 3, "the other calls")
     await until(lambda: worker.metric("vqa_jobs_total", error="cancelled") == 3, "they are cancelled")
 
 
@@ -192,7 +192,7 @@ async def test_a_job_can_be_cancelled_by_its_id(asking: Client, stack: Stack) ->
     marker = uuid.uuid4().hex
     stack.model.play(Answer(after=60), marker=marker, times=None)
     answer = asyncio.create_task(asking.ask_job(words(marker, id=marker)))
-    await until(lambda: calls_with(stack, marker), "it is asked")
+    await until(lambda: calls_with(stack, marker), "the call")
     await asking.cancel(marker)
     result = await answer
     assert result.error is not None
@@ -227,7 +227,7 @@ async def test_jobs_survive_a_lost_connection(stack: Stack, worker: Worker) -> N
         url = proxy.url(stack.rabbitmq.url)
         async with Client(url, jobs_queue=worker.jobs_queue) as client:
             answers = [asyncio.create_task(client.ask_job(words(f"{marker} {n}"))) for n in range(5)]
-            await until(lambda: len(calls_with(stack, marker)) == 5, "all are asked")
+            await until(lambda: len(calls_with(stack, marker)) == 5, "all calls")
             await proxy.refuse()
             proxy.reset()
             # The results arrive while the client is disconnected.
@@ -248,9 +248,9 @@ async def test_a_result_that_is_lost_with_the_connection_raises(
         url = proxy.url(stack.rabbitmq.url)
         async with Client(url, jobs_queue=worker.jobs_queue, replies=replies) as client:
             answer = asyncio.create_task(client.ask_job(words(marker)))
-            await until(lambda: calls_with(stack, marker), "it is asked")
+            await until(lambda: calls_with(stack, marker), "the call")
             # An unconfirmed job would be published again, and answered.
-            await until(lambda: client._confirmed, "it is confirmed")  # noqa: SLF001 - nothing else shows it
+            await until(lambda: client._confirmed, "the confirm")  # noqa: SLF001 - nothing else shows it
             proxy.reset()
             with pytest.raises(ReplyLostError):
                 await answer
@@ -268,7 +268,7 @@ async def test_a_deleted_reply_queue_is_created_again(stack: Stack, worker: Work
         if replies == "queue":
             await (await connection.channel()).queue_delete(first)
         else:
-            # Only its own connection may delete it.
+            # Only the declaring connection can delete an exclusive queue.
             assert requests._channel is not None  # noqa: SLF001
             await requests._channel.queue_delete(first)  # noqa: SLF001
         await until(lambda: not requests.connected.is_set(), "the session ends")
@@ -315,7 +315,7 @@ async def test_unknown_fields_and_codes_of_a_newer_worker_are_accepted() -> None
     assert result.error.code == "new_code"
 
 
-def test_programs_that_use_the_client_are_checked_by_their_types(tmp_path: Path) -> None:
+def test_mypy_checks_programs_that_use_the_client(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "from worker.client import Client\n"
@@ -342,7 +342,7 @@ def test_programs_that_use_the_client_are_checked_by_their_types(tmp_path: Path)
     assert "Found 1 error in 1 file" in shown
 
 
-def test_a_client_needs_none_of_the_worker_s_settings() -> None:
+def test_a_client_needs_no_settings_of_the_worker() -> None:
     code = "import sys, worker.client; print([it for it in sys.modules if it in ('typer', 'botocore')])"
     done = subprocess.run(  # noqa: S603 - a test's own
         [sys.executable, "-c", code],

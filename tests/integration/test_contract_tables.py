@@ -1,4 +1,4 @@
-"""The tables of the outward contract, compared with the code and with what a running worker shows."""
+"""The tables of the contract match the code and a running worker."""
 
 import base64
 import json
@@ -25,9 +25,9 @@ from worker.rabbitmq.topology import QueueSpec, Topology
 CONTRACT = ROOT.parent / "shared" / "contract.md"
 pytestmark = pytest.mark.skipif(not CONTRACT.exists(), reason="the contract is not next to this copy")
 
-# The contract also announces what is not built yet: all that is built must be in it, and not the reverse.
+# The contract also lists planned features: everything implemented must be in it, but not the reverse.
 
-# Added since, as the contract allows: codes and metrics that readers may not know.
+# Later additions, which the contract allows: codes and metrics that readers may not know.
 ADDED_CODES = {ErrorCode.CANCELLED, ErrorCode.RESULT_TOO_LARGE}
 ADDED_METRICS: dict[str, tuple[str, set[str]]] = {
     "vqa_result_store_operations_total": ("counter", {"result"}),
@@ -58,7 +58,7 @@ GEN_AI_LABELS = {
 
 
 def table(heading: str) -> list[list[str]]:
-    """The rows of the (first) table under a heading, each a list of its cells."""
+    """Return the rows of the first table under a heading, each a list of its cells."""
     section = re.split(r"^#+ ", CONTRACT.read_text(), flags=re.MULTILINE)
     (text,) = [part for part in section if part.startswith(heading)]
     lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -66,7 +66,7 @@ def table(heading: str) -> list[list[str]]:
 
 
 def quoted(text: str) -> list[str]:
-    """What stands between backticks."""
+    """Return the texts between backticks."""
     return re.findall(r"`([^`]+)`", text)
 
 
@@ -75,7 +75,7 @@ def test_the_fields_of_a_job() -> None:
     assert set(Job.model_fields) <= set(named)
 
 
-def test_the_params_that_are_passed_on_and_those_that_are_not() -> None:
+def test_params_that_are_passed_on_and_rejected_params() -> None:
     (row,) = [row for row in table("Job") if row[0] == "`params`"]
     passed_on, kept_back = (quoted(part) for part in row[2].split(" except "))
     taken = decode(_job_with(dict.fromkeys(passed_on, 1)), None, 10_000)
@@ -117,7 +117,7 @@ def test_the_error_codes() -> None:
 
 
 def _rows_of_queues() -> dict[str, dict[str, Any]]:
-    """Each queue of the table and its arguments; `<n>` in the retry queue's name is 30."""
+    """Yield each queue of the table and its arguments; `<n>` in the retry queue's name is 30."""
     queues = {}
     for names, arguments in table("Queues"):
         pairs = (item.replace("<n>", "30").split(": ", 1) for item in quoted(arguments))
@@ -149,7 +149,7 @@ def test_the_queues_and_their_arguments() -> None:
     assert _specified(topology.queues()) == _rows_of_queues()
 
 
-def test_the_queues_that_the_broker_has(stack: Stack, worker: Worker) -> None:
+def test_the_queues_on_the_broker(stack: Stack, worker: Worker) -> None:
     expected = {
         name.replace("vqa.jobs", worker.jobs_queue, 1)
         .replace("vqa.results", worker.results_queue, 1)
@@ -165,7 +165,7 @@ def test_the_queues_that_the_broker_has(stack: Stack, worker: Worker) -> None:
 
 
 def _renamed(arguments: dict[str, Any], worker: Worker) -> dict[str, Any]:
-    """The arguments as they are for the worker's own names, and for a delay of a second."""
+    """Return the arguments for the worker's own names and a delay of one second."""
     renamed = {
         name: value.replace("vqa.jobs", worker.jobs_queue) if isinstance(value, str) else value
         for name, value in arguments.items()
@@ -184,7 +184,7 @@ def _management(stack: Stack, path: str) -> Any:
 
 
 def _declared_metrics() -> Iterator[tuple[str, str, MetricWrapperBase]]:
-    """The worker's own metrics: name as Prometheus shows it, type, and the metric itself."""
+    """Yield the worker's metrics: exposed name, type, and the metric itself."""
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             kind = KINDS[type(metric)]
@@ -194,20 +194,20 @@ def _declared_metrics() -> Iterator[tuple[str, str, MetricWrapperBase]]:
 
 
 def _metrics_of_the_table() -> dict[str, tuple[str, set[str]]]:
-    """Each metric of the table, its type and its labels."""
+    """Yield each metric of the table, its type and its labels."""
     found = {}
     for names, kind, about in table("Metrics"):
         for name in quoted(names):
-            # What stands in brackets are a label's values.
+            # A label's values are in brackets.
             labels = set(quoted(re.sub(r"\([^)]*\)", "", about))) | GEN_AI_LABELS.get(name, set())
             # An info metric's labels are its content.
             found[name] = (kind, set() if kind == "info" else labels)
     return found
 
 
-def test_the_metrics_their_types_and_their_labels() -> None:
+def test_the_metrics_with_their_types_and_labels() -> None:
     expected = {**_metrics_of_the_table(), **ADDED_METRICS}
-    # The library has no public way to ask for the names of the labels.
+    # The library has no public API for label names.
     declared = {
         name: (kind, set(metric._labelnames))  # noqa: SLF001
         for name, kind, metric in _declared_metrics()
@@ -215,7 +215,7 @@ def test_the_metrics_their_types_and_their_labels() -> None:
     assert declared == {name: expected.get(name) for name in declared}
 
 
-def test_the_metrics_that_a_worker_shows(worker: Worker) -> None:
+def test_the_metrics_that_a_worker_exposes(worker: Worker) -> None:
     shown = dict(re.findall(r"^# TYPE ((?:vqa|gen_ai)_\w+) (\w+)$", worker.get("/metrics")[1], re.MULTILINE))
     metrics = {**_metrics_of_the_table(), **ADDED_METRICS}
     expected = {name: kind.replace("info", "gauge") for name, (kind, _) in metrics.items()}
@@ -231,7 +231,7 @@ def test_the_content_of_the_build_info(worker: Worker) -> None:
 
 
 def test_the_values_of_labels_that_the_table_lists(worker: Worker) -> None:
-    """`stage` (wait, fetch, …): as far as the shared worker has come to know them, they are these."""
+    """Check the values of `stage` (wait, fetch, …) that the shared worker has exposed so far."""
     exposition = worker.get("/metrics")[1]
     for names, _, about in table("Metrics"):
         for label, listed in re.findall(r"`(\w+)` \(([^)]*)\)", about):

@@ -21,7 +21,7 @@ from worker.rabbitmq.topology import Topology
 
 @dataclass
 class Scene:
-    """A listener, and the connection of an administrator."""
+    """A listener and an administrator's connection."""
 
     topology: Topology
     connection: AbstractConnection
@@ -40,7 +40,7 @@ class Scene:
         await channel.close()
 
     async def hears(self, job_id: str) -> bool:
-        """Cancel a job; return whether the listener has received that by now."""
+        """Cancel a job; return whether the listener has received the message."""
         channel = await self.connection.channel()
         exchange = await channel.get_exchange(self.topology.control.name)
         await exchange.publish(aio_pika.Message(json.dumps({"cancel": job_id}).encode()), "")
@@ -77,10 +77,10 @@ async def scene(
 
 
 async def test_an_exchange_that_was_deleted_and_created_at_once_is_bound_again(scene: Scene) -> None:
-    await until(lambda: scene.hears("before"), "it hears")
+    await until(lambda: scene.hears("before"), "the listener receives a cancellation")
     await scene.delete()
     await scene.create()
-    await until(lambda: scene.hears("after"), "it hears again")
+    await until(lambda: scene.hears("after"), "the listener receives a cancellation again")
 
 
 async def test_a_missing_exchange_is_logged_once_and_bound_when_it_exists_again(scene: Scene) -> None:
@@ -91,7 +91,7 @@ async def test_a_missing_exchange_is_logged_once_and_bound_when_it_exists_again(
         await asyncio.sleep(0.5)
         assert scene.logged("cancellation_forbidden") == 1
         await scene.create()
-    await until(lambda: scene.logged("control_exchange_rebound") == 1, "it is bound")
+    await until(lambda: scene.logged("control_exchange_rebound") == 1, "the queue is bound")
     assert scene.times_listening == 2
-    await until(lambda: scene.hears("after"), "it hears again")
+    await until(lambda: scene.hears("after"), "the listener receives a cancellation again")
     assert scene.logged("control_exchange_missing") == 1

@@ -30,19 +30,19 @@ PRESIGNED = (
 
 @dataclass(frozen=True)
 class Strict:
-    """A worker with narrow limits: the second attempt is the last, and comes only after a minute."""
+    """A worker with low limits: the second attempt is the last, and starts after one minute."""
 
     worker: Worker
     client: Client
     dead_letters: list[AbstractIncomingMessage]
 
     async def fail(self, code: str, *, retryable: bool = False, **job: Any) -> dict[str, Any]:
-        """The result of a job that has to fail with this code."""
+        """Return the result of a job that fails with this code."""
         reply = await self.client.ask(**job)
         return _failure(reply, code, retryable=retryable)
 
     async def dead_letter_of(self, job_id: str) -> AbstractIncomingMessage:
-        """What was kept of a job."""
+        """Return the dead letter of a job."""
         found: list[AbstractIncomingMessage] = await until(
             lambda: [it for it in self.dead_letters if job_id.encode() in it.body],
             f"the dead letter of {job_id}",
@@ -159,7 +159,7 @@ async def test_invalid_job_names_the_field(
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-async def test_invalid_job_names_the_place_in_the_long_form(
+async def test_invalid_job_names_the_position_in_the_long_form(
     strict: Strict, messages: list[Any], names: str
 ) -> None:
     body = await strict.fail("invalid_job", messages=messages)
@@ -187,7 +187,7 @@ async def test_image_not_found(strict: Strict, stack: Stack, put_image: PutImage
 
 @pytest.fixture(scope="module")
 def forbidden_url(stack: Stack) -> str:
-    """The URL of an object in a bucket whose policy denies everybody access."""
+    """Return the URL of an object in a bucket whose policy denies all access."""
     s3, bucket = stack.s3.client(), "test-forbidden"
     s3.create_bucket(Bucket=bucket)
     s3.put_object(Bucket=bucket, Key="a b.png", Body=picture())
@@ -261,14 +261,14 @@ async def test_image_source_not_allowed(strict: Strict, stack: Stack, url: str, 
         "https://a:b@cdn.EXAMPLE.COM/",
     ],
 )
-async def test_hosts_are_compared_as_dns_does(strict: Strict, stack: Stack, url: str) -> None:
+async def test_hosts_are_compared_as_in_dns(strict: Strict, stack: Stack, url: str) -> None:
     question = uuid.uuid4().hex
     reply = await strict.client.ask(question=question, images=[url])
     assert reply.body["status"] == "succeeded", reply.body["error"]
     assert calls_with(stack, question)[0].links == [url]
 
 
-async def test_image_too_large_is_a_matter_of_one_byte(
+async def test_image_too_large_is_exact_to_the_byte(
     strict: Strict, stack: Stack, put_image: PutImage
 ) -> None:
     fits = picture().ljust(MAX_IMAGE_BYTES, b"\0")
@@ -285,7 +285,7 @@ async def test_image_too_large_is_a_matter_of_one_byte(
     assert len(calls_with(stack, question)) == 2
 
 
-async def test_an_embedded_image_far_too_large_is_not_even_decoded(strict: Strict) -> None:
+async def test_a_far_too_large_embedded_image_is_not_decoded(strict: Strict) -> None:
     url = "data:image/png;base64," + "!" * (MAX_JOB_BYTES // 2)
     body = await strict.fail("image_too_large", question="?", images=[url])
     assert "!!" not in body["error"]["message"]
@@ -304,7 +304,7 @@ async def test_an_embedded_image_far_too_large_is_not_even_decoded(strict: Stric
         b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>",
         b"x",
     ],
-    ids=["GIF", "BMP", "SVG", "PDF", "AVIF", "WAV", "a cut signature", "an error of S3", "a byte"],
+    ids=["GIF", "BMP", "SVG", "PDF", "AVIF", "WAV", "a truncated signature", "an error of S3", "a byte"],
 )
 async def test_image_unsupported_type(
     strict: Strict, stack: Stack, put_image: PutImage, content: bytes
@@ -369,7 +369,7 @@ async def test_of_several_faulty_images_the_first_is_named(strict: Strict, put_i
     assert long["error"]["message"].startswith(f"messages[1].content[1] ({text}): ")
 
 
-# What the API says
+# Responses of the API
 
 
 @pytest.mark.parametrize("status", [400, 405, 413, 422, 451])
@@ -405,7 +405,7 @@ async def test_model_rejected_reports_the_api_s_message_without_secrets(
     ],
     ids=range(9),
 )
-async def test_model_rejected_finds_the_message_in_any_body(
+async def test_model_rejected_finds_the_message_in_every_form_of_body(
     strict: Strict, stack: Stack, body: str | dict[str, Any], says: str
 ) -> None:
     result, _ = await _ask_once(strict, stack, Error(status=422, body=body), "model_rejected")
@@ -445,7 +445,7 @@ async def test_model_rejected_when_403_is_for_this_job_only(
     ],
     ids=range(8),
 )
-async def test_empty_answer_was_paid_for_and_is_never_asked_for_again(
+async def test_empty_answer_is_billed_and_never_retried(
     strict: Strict, stack: Stack, answer: Answer, finish_reason: str | None, says: str
 ) -> None:
     body, calls = await _ask_once(strict, stack, answer, "empty_answer")
@@ -460,7 +460,7 @@ async def test_empty_answer_was_paid_for_and_is_never_asked_for_again(
     assert calls == 1
 
 
-async def test_empty_answer_keeps_the_reasoning_that_was_paid_for(strict: Strict, stack: Stack) -> None:
+async def test_empty_answer_includes_the_billed_reasoning(strict: Strict, stack: Stack) -> None:
     answer = Answer(text="", reasoning_content="Hmm. " * 50, finish_reason="length", usage="none")
     body, calls = await _ask_once(strict, stack, answer, "empty_answer")
 
@@ -472,7 +472,9 @@ async def test_empty_answer_keeps_the_reasoning_that_was_paid_for(strict: Strict
 # deadline_exceeded
 
 
-async def test_deadline_exceeded_before_anything_is_fetched_or_paid(strict: Strict, stack: Stack) -> None:
+async def test_deadline_exceeded_before_images_are_fetched_and_the_model_is_called(
+    strict: Strict, stack: Stack
+) -> None:
     question = uuid.uuid4().hex
     deadline = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
     images = [f"s3://{BUCKET}/missing"]
@@ -483,9 +485,7 @@ async def test_deadline_exceeded_before_anything_is_fetched_or_paid(strict: Stri
     assert calls_with(stack, question) == []
 
 
-async def test_deadline_exceeded_where_the_next_attempt_would_come_too_late(
-    strict: Strict, stack: Stack
-) -> None:
+async def test_deadline_exceeded_if_the_next_attempt_would_be_too_late(strict: Strict, stack: Stack) -> None:
     deadline = (datetime.now(UTC) + timedelta(seconds=45)).isoformat()
     body, calls = await _ask_once(
         strict, stack, Error(status=503, message="come back later"), "deadline_exceeded", deadline=deadline
@@ -604,8 +604,8 @@ async def _can_be_replayed(
     assert body["attempts"] == 1
 
 
-async def test_attempts_exhausted_when_a_job_never_comes_to_an_end(strict: Strict, stack: Stack) -> None:
-    """As a worker leaves it that has given the job back again and again."""
+async def test_attempts_exhausted_when_a_job_is_always_requeued(strict: Strict, stack: Stack) -> None:
+    """The message has the headers of a job that was requeued many times."""
     job_id, marker = uuid.uuid4().hex, uuid.uuid4().hex
     job = {"id": job_id, "question": marker, "images": [_data_url(picture())]}
     await strict.client.publish(job, headers={"vqa-deliveries": 20})
@@ -640,7 +640,7 @@ async def test_attempts_exhausted_when_a_job_never_comes_to_an_end(strict: Stric
     ],
     ids=str,
 )
-async def test_attempts_are_counted_by_a_small_whole_number_only(
+async def test_the_attempts_header_must_be_a_small_whole_number(
     strict: Strict, header: Any, attempts: int
 ) -> None:
     job_id = uuid.uuid4().hex
@@ -649,10 +649,10 @@ async def test_attempts_are_counted_by_a_small_whole_number_only(
     assert (await strict.client.result(job_id)).body["attempts"] == attempts
 
 
-# What becomes of the job
+# Dead-lettering
 
 
-async def test_only_a_job_that_exhausted_its_attempts_is_kept(
+async def test_only_a_job_that_exhausted_its_attempts_is_dead_lettered(
     strict: Strict, stack: Stack, forbidden_url: str
 ) -> None:
     marker = uuid.uuid4().hex
@@ -683,7 +683,7 @@ async def test_only_a_job_that_exhausted_its_attempts_is_kept(
         reply = await strict.client.result(f"{marker} {code}")
         _failure(reply, code, retryable=code == "attempts_exhausted")
 
-    # Counted when all of it is over.
+    # The metrics change after the settlement.
     await until(
         lambda: strict.worker.metric("vqa_jobs_total", status="failed") == failed_before + len(jobs),
         "all failures are counted",
@@ -696,7 +696,7 @@ async def test_only_a_job_that_exhausted_its_attempts_is_kept(
 async def _ask_once(
     strict: Strict, stack: Stack, outcome: Outcome, code: str, **fields: Any
 ) -> tuple[dict[str, Any], int]:
-    """The result of a job that meets this outcome at every call, and how often the API was called."""
+    """Return the result of a job with this outcome at every call, and the number of calls."""
     marker = uuid.uuid4().hex
     stack.model.play(outcome, marker=marker, times=None)
     body = await strict.fail(code, question=marker, images=[_data_url(picture())], **fields)
@@ -704,7 +704,7 @@ async def _ask_once(
 
 
 async def _succeed(strict: Strict) -> None:
-    """A job that goes well; without one in between, five failures would look like an outage."""
+    """Run a job that succeeds: five failures without a success in between would look like an outage."""
     reply = await strict.client.ask(question="?", images=["https://a.example.com/"])
     assert reply.body["status"] == "succeeded"
 

@@ -1,4 +1,4 @@
-"""The examples of the docs, run as a reader of the docs would run them."""
+"""Run the examples of the docs as a reader would."""
 
 import asyncio
 import fcntl
@@ -24,7 +24,7 @@ QUICKSTART = ROOT / "docs" / "quickstart.md"
 
 @pytest.fixture(scope="module")
 def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example with its library, which npm fetches once for all test runs of this machine."""
+    """Install the example's library with npm, cached for all test runs on this machine."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqa-worker-tests"
@@ -63,7 +63,7 @@ async def ask(folder: Path, stack: Stack, queue: str, image: str) -> "subprocess
     )
 
 
-async def test_a_program_in_javascript_gets_its_answer(
+async def test_the_javascript_example_prints_its_answer(
     javascript: Path, stack: Stack, worker: Worker, put_image: PutImage
 ) -> None:
     answered = await ask(javascript, stack, worker.jobs_queue, put_image())
@@ -71,7 +71,7 @@ async def test_a_program_in_javascript_gets_its_answer(
     assert "PNG" in answered.stdout
 
 
-async def test_a_program_in_javascript_prints_why_there_is_no_answer(
+async def test_the_javascript_example_prints_the_error(
     javascript: Path, stack: Stack, worker: Worker
 ) -> None:
     failed = await ask(javascript, stack, worker.jobs_queue, "s3://no-bucket/key")
@@ -82,18 +82,16 @@ async def test_a_program_in_javascript_prints_why_there_is_no_answer(
     assert "the queue no-such-queue does not exist" in nobody.stderr
 
 
-def test_the_docs_show_the_example_that_is_tested() -> None:
+def test_the_docs_contain_the_tested_example() -> None:
     (shown,) = re.findall(r"```javascript\n(.*?)```", PUBLISHING.read_text(encoding="utf-8"), re.DOTALL)
     assert shown == (EXAMPLE / "ask.mjs").read_text(encoding="utf-8")
 
 
-def test_the_example_names_the_library_that_it_needs() -> None:
+def test_the_example_declares_its_library() -> None:
     assert list(json.loads((EXAMPLE / "package.json").read_text())["dependencies"]) == ["amqplib"]
 
 
-async def test_the_program_in_python_that_the_docs_show_works(
-    stack: Stack, worker: Worker, tmp_path: Path
-) -> None:
+async def test_the_python_example_of_the_docs_works(stack: Stack, worker: Worker, tmp_path: Path) -> None:
     (shown,) = re.findall(r"```python\n(.*?)```", PUBLISHING.read_text(encoding="utf-8"), re.DOTALL)
     here = f'Client("{stack.rabbitmq.url}", jobs_queue="{worker.jobs_queue}")'
     program = shown.replace('Client("amqp://user:password@rabbitmq/")', here).replace("1000", "3")
@@ -115,7 +113,7 @@ async def test_the_program_in_python_that_the_docs_show_works(
     assert len(others) == 3
 
 
-def test_the_quickstart_shows_the_examples_that_are_tested() -> None:
+def test_the_quickstart_contains_the_tested_examples() -> None:
     shown = re.findall(r"```python\n(.*?)```", QUICKSTART.read_text(encoding="utf-8"), re.DOTALL)
     files = ("ask_with_client.py", "ask_with_pika.py")
     assert shown == [(PYTHON_EXAMPLES / file).read_text(encoding="utf-8") for file in files]

@@ -16,7 +16,7 @@ FULL = '{"max-length": 1, "overflow": "reject-publish"}'
 
 
 async def is_full(channel: AbstractChannel, queue: str) -> bool:
-    """Whether the broker refuses one more message; otherwise there is one more."""
+    """Publish one more message; return whether the broker refuses it."""
     try:
         await channel.default_exchange.publish(aio_pika.Message(b'{"id": "filling"}'), queue)
     except DeliveryError:
@@ -27,19 +27,19 @@ async def is_full(channel: AbstractChannel, queue: str) -> bool:
 async def test_results_that_a_full_queue_refused_are_delivered_when_its_limit_is_lifted(
     own_stack: Stack, start_own_worker: StartWorker
 ) -> None:
-    """RabbitMQ reports to a channel that the queue is full, and never that it has no limit any more."""
+    """RabbitMQ informs a channel that the queue is full, but not that its limit was removed."""
     marker, ctl = uuid.uuid4().hex, own_stack.rabbitmq.ctl
     worker = await start_own_worker()
     async with await aio_pika.connect(own_stack.rabbitmq.url) as connection:
-        # Nobody reads the results as long as the limit is in force: that would make room.
+        # No consumer reads results while the limit applies: that would make room.
         channel = await connection.channel(on_return_raises=True)
         client = Client(channel, worker)
         pattern = f"^{worker.results_queue}$"
         await asyncio.to_thread(ctl, "set_policy", "full", pattern, FULL, "--apply-to", "queues")
         try:
-            await until(lambda: is_full(channel, worker.results_queue), "the limit is in force")
+            await until(lambda: is_full(channel, worker.results_queue), "the limit applies")
             ids = await publish(client, 3, marker)
-            await until(lambda: events(worker, "publish_failed"), "the worker is refused")
+            await until(lambda: events(worker, "publish_failed"), "the broker refuses a result")
         finally:
             await asyncio.to_thread(ctl, "clear_policy", "full")
         await client.listen(worker.results_queue)

@@ -1,4 +1,4 @@
-"""The endpoints of a worker in each of its states, from before there is a broker until its end."""
+"""The HTTP endpoints of a worker in each state, from before it has a broker until its exit."""
 
 import asyncio
 import http.client
@@ -18,7 +18,7 @@ from tests.running import Worker, calls_with, until
 LINK = "https://example.com/x.png"
 
 
-async def test_it_is_unready_until_there_is_a_broker_and_while_there_is_none(
+async def test_readyz_fails_without_a_broker(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     async with Proxy.before(stack.rabbitmq.url, listens=False) as broker:
@@ -27,14 +27,14 @@ async def test_it_is_unready_until_there_is_a_broker_and_while_there_is_none(
         _has_no_broker(worker)
 
         await broker.accept()
-        await until(lambda: worker.ready() == (200, {"status": "ready", "reasons": []}), "it is ready")
+        await until(lambda: worker.ready() == (200, {"status": "ready", "reasons": []}), "readyz succeeds")
         assert worker.metric("vqa_dependency_up", dependency="rabbitmq") == 1
         client = await client_of(worker)
         assert (await client.ask(question="?", images=[LINK])).body["status"] == "succeeded"
 
         await broker.refuse()
         broker.reset()
-        await until(lambda: worker.ready()[0] == 503, "it is not ready")
+        await until(lambda: worker.ready()[0] == 503, "readyz fails")
         _has_no_broker(worker)
         assert await worker.stop() == 0
 
@@ -45,7 +45,7 @@ def _has_no_broker(worker: Worker) -> None:
     assert worker.metric("vqa_dependency_up", dependency="rabbitmq") == 0
 
 
-async def test_it_is_unready_from_the_signal_on_and_alive_to_the_end(
+async def test_after_sigterm_readyz_fails_and_livez_succeeds_until_the_exit(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     worker = await start_worker()
@@ -57,7 +57,7 @@ async def test_it_is_unready_from_the_signal_on_and_alive_to_the_end(
     assert worker.metric("vqa_jobs_in_flight") == 1
 
     stopping = asyncio.create_task(worker.stop())
-    await until(lambda: worker.ready()[0] == 503, "it is not ready")
+    await until(lambda: worker.ready()[0] == 503, "readyz fails")
     assert worker.ready() == (503, {"status": "stopping", "reasons": ["the worker was asked to stop"]})
     assert worker.get("/livez")[0] == 200
     assert worker.metric("vqa_jobs_in_flight") == 1
@@ -67,7 +67,7 @@ async def test_it_is_unready_from_the_signal_on_and_alive_to_the_end(
     assert worker.get("/livez") == (0, "")
 
 
-async def test_it_stays_ready_while_it_pauses_on_purpose_and_says_why(
+async def test_readyz_succeeds_during_a_pause_and_shows_the_reason(
     start_worker: StartWorker, client_of: MakeClient
 ) -> None:
     with socket.socket() as unused:
@@ -77,7 +77,7 @@ async def test_it_stays_ready_while_it_pauses_on_purpose_and_says_why(
         client = await client_of(worker)
         job_id = uuid.uuid4().hex
         await client.publish({"id": job_id, "question": "?", "images": [f"s3://{BUCKET}/x"]})
-        await until(lambda: worker.ready()[1]["status"] == "paused", "it pauses")
+        await until(lambda: worker.ready()[1]["status"] == "paused", "the worker pauses")
 
         status, body = worker.ready()
         assert status == 200
@@ -90,7 +90,7 @@ async def test_it_stays_ready_while_it_pauses_on_purpose_and_says_why(
         assert up == {"model": 1, "s3": 0, "rabbitmq": 1}
         assert await worker.stop() == 0
     assert job_id not in client.replies
-    await until(lambda: client.depth(worker.jobs_queue), "the job is back")
+    await until(lambda: client.depth(worker.jobs_queue), "the job is requeued")
 
 
 async def test_livez_reports_when_the_event_loop_last_ran(worker: Worker) -> None:
@@ -105,16 +105,16 @@ async def test_every_heartbeat_records_its_delay(worker: Worker) -> None:
         return worker.metric("vqa_event_loop_lag_seconds_count")
 
     before = beats()
-    await until(lambda: beats() >= before + 2, "two more")
+    await until(lambda: beats() >= before + 2, "two more heartbeats")
     assert 0 <= worker.metric("vqa_event_loop_lag_seconds_sum") < beats()
 
 
-async def test_a_process_that_stood_still_was_late(start_worker: StartWorker) -> None:
+async def test_a_suspended_process_reports_the_lag(start_worker: StartWorker) -> None:
     worker = await start_worker()
-    await until(lambda: worker.metric("vqa_event_loop_lag_seconds_count") >= 1, "the first beat")
+    await until(lambda: worker.metric("vqa_event_loop_lag_seconds_count") >= 1, "the first heartbeat")
     assert worker.process is not None
     worker.process.send_signal(signal.SIGSTOP)
-    # So long it stands still: this is not waited for.
+    # The time that the process is suspended.
     await asyncio.sleep(2.5)
     worker.process.send_signal(signal.SIGCONT)
     await until(lambda: worker.metric("vqa_event_loop_lag_seconds_sum") > 1, "the lag is reported")
@@ -127,7 +127,7 @@ async def test_readyz_is_json(worker: Worker) -> None:
     assert content_type.startswith("application/json")
 
 
-async def test_metrics_are_in_prometheus_s_text_format(worker: Worker) -> None:
+async def test_metrics_are_in_prometheus_text_format(worker: Worker) -> None:
     status, body, content_type = _request(worker, "GET", "/metrics")
     assert status == 200
     assert content_type == "text/plain; version=0.0.4; charset=utf-8"
@@ -138,19 +138,19 @@ async def test_metrics_are_in_prometheus_s_text_format(worker: Worker) -> None:
 @pytest.mark.parametrize(
     "path", ["/", "/healthz", "/livez/", "/metrics/x", "//livez", "/%2e%2e/metrics", "/x?livez"]
 )
-async def test_there_is_nothing_else(worker: Worker, path: str) -> None:
+async def test_other_paths_are_not_found(worker: Worker, path: str) -> None:
     assert _request(worker, "GET", path)[0] == 404
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
-async def test_probes_may_ask_for_the_head_and_change_nothing(worker: Worker, path: str) -> None:
+async def test_probes_may_use_head_but_not_post_put_or_delete(worker: Worker, path: str) -> None:
     status, body, _ = _request(worker, "HEAD", f"{path}?from=a-probe")
     assert (status, body) == (200, b"")
     for method in ("POST", "PUT", "DELETE"):
         assert _request(worker, method, path)[0] == 405
 
 
-async def test_a_hundred_connections_that_say_nothing_keep_no_probe_out(worker: Worker) -> None:
+async def test_a_hundred_idle_connections_do_not_block_probes(worker: Worker) -> None:
     idle = [socket.create_connection(("127.0.0.1", worker.port), timeout=5) for _ in range(100)]
     try:
         idle[0].sendall(b"GET /livez HT")
@@ -161,7 +161,7 @@ async def test_a_hundred_connections_that_say_nothing_keep_no_probe_out(worker: 
             connection.close()
 
 
-async def test_a_port_that_is_taken_ends_the_start(start_worker: StartWorker, worker: Worker) -> None:
+async def test_a_port_in_use_is_an_error_at_the_start(start_worker: StartWorker, worker: Worker) -> None:
     taken = await start_worker(wait=False, VQA_HTTP_PORT=str(worker.port))
     ended = await taken.run_to_end()
     assert ended.code == 78
@@ -170,7 +170,7 @@ async def test_a_port_that_is_taken_ends_the_start(start_worker: StartWorker, wo
 
 
 def _request(worker: Worker, method: str, path: str) -> tuple[int, bytes, str]:
-    """Status, body and content type, with the path sent as it is."""
+    """Request a path without normalisation; return status, body and content type."""
     connection = http.client.HTTPConnection("127.0.0.1", worker.port, timeout=10)
     try:
         connection.request(method, path)

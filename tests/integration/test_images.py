@@ -1,4 +1,4 @@
-"""Images on their way: what the API gets is what was stored, byte for byte, wherever it came from."""
+"""Images reach the API unchanged, byte for byte, from every source."""
 
 import asyncio
 import base64
@@ -38,7 +38,7 @@ ODD_KEYS = [
     "folder/and/file",
     "no-extension",
 ]
-# SeaweedFS takes these apart before it looks: only a fake shows what was asked for.
+# SeaweedFS normalises these keys; only a fake shows the requested key.
 KEYS_OF_ODD_PATHS = [
     "/leading.png",
     "//two.png",
@@ -52,7 +52,7 @@ KEYS_OF_ODD_PATHS = [
 
 
 @pytest.mark.parametrize("kind", MEDIA_TYPES)
-async def test_the_bytes_are_the_same_whichever_way_they_come(
+async def test_the_bytes_are_the_same_from_every_source(
     client: Client, stack: Stack, put_image: PutImage, kind: str
 ) -> None:
     contents = [picture(kind) for _ in range(4)]
@@ -70,7 +70,7 @@ async def test_the_bytes_are_the_same_whichever_way_they_come(
     assert {image.format for image in call.images} == {kind}
 
 
-async def test_every_length_is_kept_around_the_boundaries_of_base64(
+async def test_images_of_every_length_around_base64_boundaries_arrive_unchanged(
     client: Client, stack: Stack, put_image: PutImage
 ) -> None:
     chance = random.Random(7)  # noqa: S311 - image bytes, not secrets
@@ -85,7 +85,7 @@ async def test_every_length_is_kept_around_the_boundaries_of_base64(
         assert [image.sha256 for image in call.images] == [_sha256(content) for content in contents]
 
 
-async def test_a_large_image_is_kept_too(client: Client, stack: Stack, put_image: PutImage) -> None:
+async def test_a_large_image_arrives_unchanged(client: Client, stack: Stack, put_image: PutImage) -> None:
     content = picture() + os.urandom(9_000_001)
     call = await _look(client, stack, put_image(content))
     assert [image.sha256 for image in call.images] == [_sha256(content)]
@@ -111,9 +111,9 @@ async def test_the_type_is_detected_from_the_content_and_not_from_the_name(
     assert [image.declared_type for image in call.images] == expected
 
 
-async def test_a_key_is_taken_literally(client: Client, stack: Stack, put_image: PutImage) -> None:
+async def test_a_key_is_literal(client: Client, stack: Stack, put_image: PutImage) -> None:
     contents = {f"{uuid.uuid4().hex}/{key}": picture() for key in ODD_KEYS}
-    # Where decoding or trimming would lead to: other images.
+    # The keys after decoding or trimming belong to other images.
     decoys = {"with percent.png", "plus plus.png", "question", "hash", "é is not é.png", "blanks around"}
     for key in contents:
         for decoy in decoys:
@@ -130,7 +130,7 @@ async def test_a_key_is_taken_literally(client: Client, stack: Stack, put_image:
 async def faked(
     stack: Stack, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[FakeS3, Client]]:
-    """A worker whose S3 is a fake, and its client."""
+    """Return a worker with a fake S3, and its client."""
     folder = tmp_path_factory.mktemp("faked")
     async with (
         FakeS3.serving(picture()) as s3,
@@ -141,7 +141,7 @@ async def faked(
 
 
 @pytest.mark.parametrize("key", KEYS_OF_ODD_PATHS)
-async def test_slashes_and_dots_of_a_key_are_asked_for_as_they_are(
+async def test_slashes_and_dots_of_a_key_are_requested_unchanged(
     stack: Stack, faked: tuple[FakeS3, Client], key: str
 ) -> None:
     s3, client = faked
@@ -149,7 +149,7 @@ async def test_slashes_and_dots_of_a_key_are_asked_for_as_they_are(
     assert s3.targets.pop().partition("?")[0] == f"/{BUCKET}/{quote(key, safe='/~')}"
 
 
-async def test_an_image_is_known_to_be_too_large_before_its_bytes_are_read(
+async def test_a_too_large_image_is_rejected_before_its_bytes_are_read(
     faked: tuple[FakeS3, Client],
 ) -> None:
     s3, client = faked
@@ -170,7 +170,7 @@ async def test_an_image_is_known_to_be_too_large_before_its_bytes_are_read(
     assert len(s3.targets) == 1
 
 
-async def test_a_link_is_passed_on_untouched_and_not_fetched(client: Client, stack: Stack) -> None:
+async def test_an_https_url_is_passed_on_unchanged_and_not_fetched(client: Client, stack: Stack) -> None:
     visits = 0
 
     def count(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -192,7 +192,7 @@ async def test_a_link_is_passed_on_untouched_and_not_fetched(client: Client, sta
     assert visits == 0
 
 
-async def test_a_link_in_the_long_form_is_passed_on_too(client: Client, stack: Stack) -> None:
+async def test_an_https_url_in_the_long_form_is_passed_on_too(client: Client, stack: Stack) -> None:
     marker = uuid.uuid4().hex
     link = f"https://images.example.com/{marker}.png?sig=a%2Bb"
     parts = [{"type": "image_url", "image_url": {"url": link}}, {"type": "text", "text": marker}]
@@ -202,7 +202,7 @@ async def test_a_link_in_the_long_form_is_passed_on_too(client: Client, stack: S
     assert call.links == [link]
 
 
-async def test_a_data_url_is_read_as_browsers_read_it(client: Client, stack: Stack) -> None:
+async def test_a_data_url_is_parsed_as_in_browsers(client: Client, stack: Stack) -> None:
     content = picture() + b"xx"
     while len(content) % 3 != 1:  # two characters of padding
         content += b"x"
@@ -224,9 +224,9 @@ async def test_a_data_url_is_read_as_browsers_read_it(client: Client, stack: Sta
 async def by_link(
     stack: Stack, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[Worker, Client]]:
-    """A worker with `VQA_IMAGE_DELIVERY=link`."""
-    # The simulator takes https links only. The scheme is not a part of what is signed, and the worker itself
-    # never opens a connection to S3 for a link: so its server is called a TLS server here.
+    """Start a worker with `VQA_IMAGE_DELIVERY=link`."""
+    # The simulator accepts https URLs only. The scheme is not part of the signature, and the worker itself
+    # does not connect to S3 for a presigned URL: so the endpoint can be configured as https here.
     endpoint = stack.s3.endpoint_url.replace("http://", "https://")
     folder = tmp_path_factory.mktemp("by-link")
     async with (
@@ -243,7 +243,7 @@ async def by_link(
         yield worker, client
 
 
-async def test_the_request_holds_signed_links_that_give_the_images(
+async def test_the_request_has_presigned_urls_that_return_the_images(
     stack: Stack, put_image: PutImage, by_link: tuple[Worker, Client]
 ) -> None:
     _, client = by_link
@@ -255,7 +255,7 @@ async def test_the_request_holds_signed_links_that_give_the_images(
         assert await asyncio.to_thread(_get, link) == content, key
 
 
-async def test_a_signed_link_outlives_the_job_and_its_last_call(
+async def test_a_presigned_url_is_valid_until_after_the_last_call(
     stack: Stack, put_image: PutImage, by_link: tuple[Worker, Client]
 ) -> None:
     _, client = by_link
@@ -265,7 +265,7 @@ async def test_a_signed_link_outlives_the_job_and_its_last_call(
     assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"]
 
 
-async def test_content_is_left_to_the_api(
+async def test_the_api_checks_the_content_behind_presigned_urls(
     stack: Stack, put_image: PutImage, by_link: tuple[Worker, Client]
 ) -> None:
     _, client = by_link
@@ -273,7 +273,7 @@ async def test_content_is_left_to_the_api(
     assert len(call.links) == 2
 
 
-async def test_embedded_images_are_still_embedded_and_links_passed_on(
+async def test_embedded_images_stay_embedded_and_https_urls_are_passed_on(
     stack: Stack, by_link: tuple[Worker, Client]
 ) -> None:
     _, client = by_link
@@ -283,7 +283,7 @@ async def test_embedded_images_are_still_embedded_and_links_passed_on(
     assert [image.sha256 for image in call.images] == [_sha256(content)]
 
 
-async def test_a_signature_is_shown_to_nobody_but_the_api(
+async def test_only_the_api_gets_the_signature(
     stack: Stack, put_image: PutImage, by_link: tuple[Worker, Client]
 ) -> None:
     worker, client = by_link
@@ -296,7 +296,7 @@ async def test_a_signature_is_shown_to_nobody_but_the_api(
 
 
 async def _look(client: Client, stack: Stack, *images: object) -> Call:
-    """The call that was made for a job with these images."""
+    """Return the model request for a job with these images."""
     question = f"What is {uuid.uuid4().hex}?"
     reply = await client.ask(question=question, images=images)
     assert reply.body["status"] == "succeeded", reply.body

@@ -22,7 +22,7 @@ from worker.app.runner import MAX_LOGGED_JOBS
 ALARM = ("set_vm_memory_high_watermark", "0.00001")
 NO_ALARM = ("set_vm_memory_high_watermark", "0.4")
 
-# A worker that is asked before it can answer, and again when it cannot any more.
+# Sends SIGUSR1 before the handler is installed, and again after it was removed.
 ASKED_TOO_EARLY_AND_TOO_LATE = """
 import os, signal, sys
 import worker.__main__ as main
@@ -42,7 +42,7 @@ sys.exit(main.main(["run"]))
 
 @dataclass(frozen=True)
 class Seen:
-    """What a worker has said: about itself, and about its jobs in their order."""
+    """The logged summary of a worker, and its jobs in order."""
 
     state: dict[str, Any]
     jobs: list[dict[str, Any]]
@@ -53,7 +53,7 @@ class Seen:
 
 
 async def asked(worker: Worker) -> Seen:
-    """Send SIGUSR1 and return what it said."""
+    """Send SIGUSR1; return what the worker logs."""
     states, jobs = len(events(worker, "in_flight_summary")), len(events(worker, "in_flight_job"))
     assert worker.process is not None
     worker.process.send_signal(signal.SIGUSR1)
@@ -64,7 +64,7 @@ async def asked(worker: Worker) -> Seen:
         is_all = reported and len(listed) == reported[0]["jobs"] - reported[0]["not_shown"]
         return Seen(reported[0], listed) if is_all else None
 
-    seen: Seen = await until(all_of_it, "the worker says what is in flight")
+    seen: Seen = await until(all_of_it, "the worker logs the jobs in flight")
     return seen
 
 
@@ -78,7 +78,7 @@ class Scene:
     model: Proxy
 
     async def has(self, stages: dict[str, int]) -> Seen:
-        """Ask until so many jobs are in these stages."""
+        """Send SIGUSR1 until these numbers of jobs are in these stages."""
 
         async def look() -> Seen | None:
             seen = await asked(self.worker)
@@ -126,7 +126,7 @@ async def test_the_oldest_jobs_are_logged_and_the_others_counted(scene: Scene) -
     assert (await asked(scene.worker)).state["jobs"] == 0
 
 
-async def test_a_later_attempt_says_so_and_a_trace_is_named(scene: Scene) -> None:
+async def test_the_attempt_and_the_trace_are_logged(scene: Scene) -> None:
     marker, trace_id = uuid.uuid4().hex, uuid.uuid4().hex
     scene.stack.model.play(Error(status=500), marker=marker)
     scene.stack.model.play(Hang(), marker=marker)
@@ -140,7 +140,7 @@ async def test_a_later_attempt_says_so_and_a_trace_is_named(scene: Scene) -> Non
     assert (job["job_id"], job["attempts"], job["trace_id"]) == (job_id, 2, trace_id)
 
 
-async def test_a_worker_that_pauses_says_why(scene: Scene) -> None:
+async def test_a_paused_worker_logs_the_reason(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=402), marker=marker, times=None)
     ids = await publish(scene.client, 3, marker)
@@ -154,7 +154,7 @@ async def test_a_worker_that_pauses_says_why(scene: Scene) -> None:
     assert statuses(await results(scene.client, ids)) == {"succeeded": 3}
 
 
-async def test_a_worker_that_stops_says_what_it_waits_for(scene: Scene) -> None:
+async def test_a_stopping_worker_logs_the_jobs_that_it_waits_for(scene: Scene) -> None:
     scene.model.freeze()
     ids = await publish(scene.client, 2, "while it stops")
     await scene.has({"model": 2})
@@ -169,7 +169,7 @@ async def test_a_worker_that_stops_says_what_it_waits_for(scene: Scene) -> None:
     assert statuses(await results(scene.client, ids)) == {"succeeded": 2}
 
 
-async def test_a_worker_whose_broker_is_blocked_says_what_waits_to_be_published(scene: Scene) -> None:
+async def test_a_blocked_worker_logs_jobs_in_stage_publish(scene: Scene) -> None:
     scene.model.freeze()
     (job_id,) = await publish(scene.client, 1, "while the broker is blocked")
     await scene.has({"model": 1})
@@ -183,7 +183,7 @@ async def test_a_worker_whose_broker_is_blocked_says_what_waits_to_be_published(
     assert statuses(await results(scene.client, [job_id])) == {"succeeded": 1}
 
 
-async def test_asked_before_it_can_answer_or_when_it_cannot_any_more_it_goes_on(
+async def test_sigusr1_during_start_and_exit_is_ignored(
     start_own_worker: StartWorker,
 ) -> None:
     worker = await start_own_worker(wait=False)
@@ -193,10 +193,10 @@ async def test_asked_before_it_can_answer_or_when_it_cannot_any_more_it_goes_on(
     assert events(worker, "in_flight_summary") == []
 
 
-async def test_sigusr2_shows_where_in_the_code_the_worker_is(scene: Scene) -> None:
+async def test_sigusr2_prints_stack_traces(scene: Scene) -> None:
     assert scene.worker.process is not None
     scene.worker.process.send_signal(signal.SIGUSR2)
-    # The main thread's stack comes last, and begins in the event loop.
+    # The main thread's stack is the last, and begins in the event loop.
     await until(lambda: "worker/__main__.py" in scene.worker.output(), "the stacks")
     assert "most recent call first" in scene.worker.output()
     assert scene.worker.ready()[0] == 200

@@ -1,4 +1,4 @@
-"""Jobs as publishers send them, through a real worker, broker, S3 and the model simulator."""
+"""Jobs from a publisher through a real broker, worker and S3 and the model simulator."""
 
 import base64
 import hashlib
@@ -44,7 +44,7 @@ async def test_a_job_in_the_short_form_is_answered(client: Client, put_image: Pu
     assert reply.message.type == "vqa.result.v1"
 
 
-async def test_a_fault_that_passes_is_tried_again(client: Client, stack: Stack, put_image: PutImage) -> None:
+async def test_a_transient_error_is_retried(client: Client, stack: Stack, put_image: PutImage) -> None:
     marker = uuid.uuid4().hex
     stack.model.play(Error(status=500), marker=marker)
     reply = await client.ask(question=f"{marker}?", images=[put_image()])
@@ -79,7 +79,7 @@ async def test_the_short_form_becomes_a_system_message_and_images_before_the_que
     assert reply.body["status"] == "succeeded"
 
 
-async def test_the_long_form_is_passed_on_as_it_is_but_for_the_images(
+async def test_the_long_form_is_passed_on_unchanged_except_for_images(
     client: Client, stack: Stack, put_image: PutImage
 ) -> None:
     first, second, third = picture("PNG"), picture("JPEG"), picture("WEBP")
@@ -114,7 +114,7 @@ async def test_the_long_form_is_passed_on_as_it_is_but_for_the_images(
     assert call.messages == turns(_seen(first), {**_seen(second, x=[1, None]), **cached}, _seen(third))
 
 
-async def test_a_long_form_without_images_is_a_job_too(client: Client, stack: Stack) -> None:
+async def test_the_long_form_may_have_no_images(client: Client, stack: Stack) -> None:
     marker = uuid.uuid4().hex
     messages = [{"role": "user", "content": f"{marker}: only words"}]
     reply, call = await _ask(client, stack, messages=messages)
@@ -173,7 +173,7 @@ async def test_json_mode_and_a_forced_tool_call_work(client: Client, put_image: 
     assert choice["message"]["tool_calls"][0]["function"]["name"] == "report"
 
 
-async def test_a_job_may_name_any_allowed_model(client: Client, stack: Stack, put_image: PutImage) -> None:
+async def test_a_job_may_use_any_allowed_model(client: Client, stack: Stack, put_image: PutImage) -> None:
     default, other = stack.model.models[:2]
     for model, asked in ((None, default), (default, default), (other, other)):
         reply, call = await _ask(client, stack, question=_question(), images=[put_image()], model=model)
@@ -181,11 +181,11 @@ async def test_a_job_may_name_any_allowed_model(client: Client, stack: Stack, pu
         assert reply.body["model"] == asked
 
 
-async def test_detail_is_dropped_unless_it_is_to_be_sent(
+async def test_detail_is_dropped_unless_configured(
     client: Client, stack: Stack, put_image: PutImage, tmp_path: Path
 ) -> None:
     async def details(client: Client) -> list[list[str | None]]:
-        """What arrived for the short and for the long form; `-` where there was no such field."""
+        """Return the `detail` that arrived for the short and the long form; `-` if it is missing."""
         image = {"url": put_image(), "detail": "low"}
         undecided = {"url": put_image(), "detail": None}
         _, short = await _ask(client, stack, question=_question(), images=[image, undecided, put_image()])
@@ -221,7 +221,9 @@ async def test_the_id_falls_back_to_the_message_id(client: Client, put_image: Pu
         assert reply.message.correlation_id == message_id
 
 
-async def test_the_body_s_id_comes_before_the_message_id(client: Client, put_image: PutImage) -> None:
+async def test_the_id_in_the_body_takes_precedence_over_the_message_id(
+    client: Client, put_image: PutImage
+) -> None:
     job_id = uuid.uuid4().hex
     job = {"id": job_id, "question": "What?", "images": [put_image()]}
     await client.publish(job, message_id=f"other-{job_id}")
@@ -268,14 +270,14 @@ async def test_null_is_the_same_as_a_missing_field(client: Client, stack: Stack,
         "%Y-%m-%dT%H:%M:%S-00:00",
     ],
 )
-async def test_a_deadline_to_come_changes_nothing(client: Client, put_image: PutImage, form: str) -> None:
+async def test_a_future_deadline_has_no_effect(client: Client, put_image: PutImage, form: str) -> None:
     deadline = (datetime.now(UTC) + timedelta(minutes=5)).strftime(form)
     reply = await client.ask(question="What?", images=[put_image()], deadline=deadline)
     assert reply.body["status"] == "succeeded", reply.body
 
 
-async def test_a_deadline_s_offset_counts(client: Client, put_image: PutImage) -> None:
-    """The same hour on the clock, once five hours ahead and once five hours past."""
+async def test_the_utc_offset_of_a_deadline_is_respected(client: Client, put_image: PutImage) -> None:
+    """The same local time, with one offset in the future and with the other in the past."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
     ahead = await client.ask(question="What?", images=[put_image()], deadline=f"{now}-05:00")
     past = await client.ask(question="What?", images=[put_image()], deadline=f"{now}+05:00")
@@ -298,7 +300,7 @@ async def test_the_same_job_sent_twice_is_answered_twice(
 
 
 async def _ask(client: Client, stack: Stack, **job: Any) -> tuple[Reply, Call]:
-    """A job's result and the only call that was made for it, found by the text that is asked."""
+    """Return a job's result and its only model request, which is found by its text."""
     reply = await client.ask(**job)
     assert reply.body["status"] == "succeeded", reply.body
     (call,) = calls_with(stack, job.get("question") or _text(job["messages"][-1]["content"]))
@@ -306,7 +308,7 @@ async def _ask(client: Client, stack: Stack, **job: Any) -> tuple[Reply, Call]:
 
 
 def _text(content: str | list[dict[str, Any]]) -> str:
-    """The (first) text of a message."""
+    """Return the first text of a message."""
     if isinstance(content, str):
         return content
     return next(str(part["text"]) for part in content if part["type"] == "text")
@@ -321,6 +323,6 @@ def _data_url(content: bytes) -> str:
 
 
 def _seen(content: bytes, **fields: Any) -> dict[str, Any]:
-    """An image part as the simulator remembers it."""
+    """Return an image part in the form that the simulator records."""
     url = f"sha256:{hashlib.sha256(content).hexdigest()}"
     return {"type": "image_url", "image_url": {"url": url, **fields}}

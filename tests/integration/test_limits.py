@@ -1,4 +1,4 @@
-"""An API with limited capacity: real workers settle at it, share it, and requeue jobs they cannot start."""
+"""An API with limited capacity: workers adapt to it, share it, and requeue jobs that they cannot start."""
 
 import asyncio
 import uuid
@@ -24,9 +24,9 @@ from worker.rabbitmq.control import Control
 
 JOBS = 400
 CAPACITY = 20
-# Calls so long that a worker on a busy machine has as many in flight as its limit allows.
+# Calls are long enough that a worker on a busy machine reaches its limit.
 LATENCY_S = 0.6
-# Far more than a worker needs: other tests may keep the machine busy.
+# Far more than a worker needs, because other tests may use the CPU.
 PATIENCE_S = 100.0
 
 
@@ -102,7 +102,7 @@ async def test_during_a_long_retry_after_jobs_are_requeued_and_deadlines_hold(
 ) -> None:
     marker = uuid.uuid4().hex
     own_stack.model.play(Error(status=429, headers={"Retry-After": "40"}), marker=marker, times=None)
-    # With several models a worker goes on to take a few jobs, to find those for the others.
+    # With several models a worker continues to consume a few jobs, to find those for other models.
     model = own_stack.model.models[0]
     worker = await start_own_worker(VQA_JOB_TIMEOUT="8", VQA_MODEL=model, VQA_ALLOWED_MODELS=model)
     client = await own_client_of(worker)
@@ -116,7 +116,7 @@ async def test_during_a_long_retry_after_jobs_are_requeued_and_deadlines_hold(
     async def are_requeued() -> bool:
         return await client.depth(worker.jobs_queue) == len(ids)
 
-    # Before Retry-After is over: when the others are requeued.
+    # Before the end of Retry-After, when the other jobs are requeued.
     assert statuses(await results(client, too_late, 20.0)) == {"deadline_exceeded": 6}
     await until(are_requeued, "the jobs are requeued")
     status, body = worker.ready()
@@ -125,7 +125,7 @@ async def test_during_a_long_retry_after_jobs_are_requeued_and_deadlines_hold(
     assert worker.metric("vqa_jobs_in_flight") == 0
     calls = calls_with(own_stack, marker)
     first_429 = min(call.ended or call.started for call in calls)
-    # Calls that were on their way when the first of them met its 429.
+    # Calls that had begun before the first 429.
     assert max(call.started for call in calls) < first_429 + 20.0
     assert len(calls) <= 32
 
@@ -147,7 +147,7 @@ async def test_a_model_that_is_limited_does_not_slow_another(
     worker = await start_own_worker(VQA_MODEL=busy, VQA_ALLOWED_MODELS=f"{busy},{idle}")
     client = await own_client_of(worker)
     await publish(client, 3, limited, model=busy)
-    await until(lambda: worker.ready()[1]["reasons"], "the worker must wait")
+    await until(lambda: worker.ready()[1]["reasons"], "the worker waits")
     before = len(calls_with(own_stack, limited))
     ids = await publish(client, 100, marker, model=idle)
     assert statuses(await results(client, ids)) == {"succeeded": 100}
@@ -186,7 +186,7 @@ async def consuming(stack: Stack, messages: int) -> AsyncIterator[tuple[Consumer
 
 async def have_come(came: list[Delivery], count: int) -> None:
     """Wait for `count` deliveries, and a moment longer in case there is one more."""
-    await until(lambda: len(came) >= count, f"{count} jobs come")
+    await until(lambda: len(came) >= count, f"{count} deliveries")
     await asyncio.sleep(0.2)
     assert len(came) == count
 
@@ -231,13 +231,13 @@ async def test_the_prefetch_also_holds_for_the_next_connection(own_stack: Stack)
         await consumer.allow(5)
         await have_come(came, 5)
         await lose_the_channel(consumer)
-        await until(lambda: consumer.is_connected and len(came) >= 10, "the jobs come again")
+        await until(lambda: consumer.is_connected and len(came) >= 10, "the jobs are redelivered")
         await have_come(came, 10)
         assert [delivery.is_alive() for delivery in came] == [False] * 5 + [True] * 5
 
 
 async def lose_the_channel(consumer: Consumer) -> None:
-    """Close the channel, as an error on the broker's side would."""
+    """Close the channel, like an error of the broker."""
     queue = consumer._queue  # noqa: SLF001 - no fault of the broker's ends a single channel on demand
     assert queue is not None
     await queue.channel.close()

@@ -39,7 +39,7 @@ Lines = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture(autouse=True)
 def restored_logging(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # pytest's own handlers see every record too, and fail on those that only ours can write.
+    # pytest's handlers get every record too, and fail on those that only the worker's handler can write.
     monkeypatch.setattr(type(caplog.handler), "handleError", lambda *_: None)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -59,7 +59,7 @@ def stream() -> io.StringIO:
 
 @pytest.fixture
 def lines(stream: io.StringIO) -> Lines:
-    """JSON at level info; returns what has been written."""
+    """Configure JSON at level info; return a function that returns the lines."""
     configure_logging("info", "json", Redactor([SECRET]), stream=stream)
     return lambda: [json.loads(line, parse_constant=_refuse) for line in stream.getvalue().splitlines()]
 
@@ -77,10 +77,10 @@ class Terminal(io.StringIO):
         return True
 
 
-# The form of a line
+# The format of a line
 
 
-def test_a_line_has_the_four_fields_first_and_then_the_rest(lines: Lines) -> None:
+def test_a_line_begins_with_the_four_fixed_fields(lines: Lines) -> None:
     our_log().info("job done", job="a", attempts=2, cost=0.5, ok=True, error=None)
     (line,) = lines()
     assert list(line) == ["timestamp", "level", "event", "logger", "job", "attempts", "cost", "ok", "error"]
@@ -103,13 +103,13 @@ def test_the_timestamp_is_rfc_3339_in_utc(lines: Lines) -> None:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line["timestamp"])
 
 
-def test_the_timestamp_is_now(lines: Lines) -> None:
+def test_the_timestamp_is_the_current_time(lines: Lines) -> None:
     our_log().info("now")
     moment = datetime.fromisoformat(lines()[0]["timestamp"])
     assert abs((datetime.now(UTC) - moment).total_seconds()) < 10
 
 
-def test_records_of_libraries_have_the_same_form(lines: Lines) -> None:
+def test_records_of_libraries_have_the_same_format(lines: Lines) -> None:
     logging.getLogger("aiohttp.server").warning("lost %s", "the broker")
     (line,) = lines()
     assert list(line) == ["timestamp", "level", "event", "logger"]
@@ -120,7 +120,7 @@ def test_records_of_libraries_have_the_same_form(lines: Lines) -> None:
     )
 
 
-def test_the_context_s_variables_are_on_every_line(lines: Lines) -> None:
+def test_context_variables_are_on_every_line(lines: Lines) -> None:
     structlog.contextvars.bind_contextvars(job="a")
     our_log().info("one")
     assert lines()[0]["job"] == "a"
@@ -150,7 +150,7 @@ def test_an_exception_does_not_break_the_line(lines: Lines) -> None:
     assert len(lines()) == 1
 
 
-def test_for_a_person_an_exception_stands_below_its_line(stream: io.StringIO) -> None:
+def test_in_text_format_an_exception_follows_its_line(stream: io.StringIO) -> None:
     configure_logging("info", "console", Redactor([]), stream=stream)
     our_log().error("a bug", exc_info=caught(fail_because))
     first, second = stream.getvalue().splitlines()
@@ -159,7 +159,7 @@ def test_for_a_person_an_exception_stands_below_its_line(stream: io.StringIO) ->
     assert QUESTION not in stream.getvalue()
 
 
-def test_fields_named_as_the_fixed_ones_do_not_replace_them(lines: Lines) -> None:
+def test_fields_with_the_names_of_fixed_ones_do_not_replace_them(lines: Lines) -> None:
     our_log().info("event", level="high", logger="mine", timestamp="then")
     (line,) = lines()
     assert (line["level"], line["logger"]) == ("info", "worker.tests")
@@ -172,10 +172,10 @@ def test_fields_may_have_the_names_of_log_record_attributes(lines: Lines, fields
     assert fields.items() <= lines()[0].items()
 
 
-# For a person
+# Text format
 
 
-def test_a_terminal_gets_coloured_lines_for_a_person() -> None:
+def test_a_terminal_gets_coloured_text() -> None:
     terminal = Terminal()
     configure_logging("info", None, Redactor([SECRET]), stream=terminal)
     our_log().warning("careful", job="a b", n=1, key=SECRET)
@@ -191,13 +191,13 @@ def test_a_pipe_gets_json(stream: io.StringIO) -> None:
     assert json.loads(stream.getvalue())["event"] == "x"
 
 
-def test_the_form_for_a_person_has_no_colours_on_a_pipe(stream: io.StringIO) -> None:
+def test_the_text_format_has_no_colours_on_a_pipe(stream: io.StringIO) -> None:
     configure_logging("info", "console", Redactor([]), stream=stream)
     our_log().error("x")
     assert "\x1b" not in stream.getvalue()
 
 
-def test_stdout_is_where_lines_go(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_written_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("info", None, Redactor([]))
     our_log().info("x")
     shown = capsys.readouterr()
@@ -223,20 +223,20 @@ def test_stdout_is_utf8_in_every_locale() -> None:
 # Levels
 
 
-def test_below_the_level_nothing_is_written(lines: Lines) -> None:
+def test_lines_below_the_level_are_not_written(lines: Lines) -> None:
     our_log().debug("no")
     logging.getLogger("worker.other").debug("no")
     assert lines() == []
 
 
-def test_libraries_are_heard_from_warnings_on(lines: Lines) -> None:
+def test_libraries_log_warnings_and_errors(lines: Lines) -> None:
     for name in ("aiohttp.access", "asyncio", *SENSITIVE_LIBRARIES):
         logging.getLogger(name).info("no")
         logging.getLogger(name).warning("yes")
     assert {line["event"] for line in lines()} == {"yes"}
 
 
-def test_at_level_error_libraries_warn_nobody(stream: io.StringIO) -> None:
+def test_at_level_error_warnings_of_libraries_are_not_written(stream: io.StringIO) -> None:
     configure_logging("error", "json", Redactor([]), stream=stream)
     logging.getLogger("aiormq").warning("no")
     our_log().warning("no")
@@ -244,7 +244,7 @@ def test_at_level_error_libraries_warn_nobody(stream: io.StringIO) -> None:
 
 
 @pytest.mark.parametrize("name", [*sorted(SENSITIVE_LIBRARIES), "openai._base_client", "botocore.auth"])
-def test_what_libraries_say_of_headers_and_bodies_is_never_written(stream: io.StringIO, name: str) -> None:
+def test_headers_and_bodies_logged_by_libraries_are_never_written(stream: io.StringIO, name: str) -> None:
     configure_logging("debug", "json", Redactor([]), stream=stream)
     logging.getLogger(name).setLevel(logging.DEBUG)  # as OPENAI_LOG=debug does
     logging.getLogger(name).debug("Authorization: …")
@@ -254,14 +254,14 @@ def test_what_libraries_say_of_headers_and_bodies_is_never_written(stream: io.St
     logging.getLogger(name).setLevel(logging.NOTSET)
 
 
-def test_at_level_debug_the_other_libraries_are_heard(stream: io.StringIO) -> None:
+def test_at_level_debug_other_libraries_log_everything(stream: io.StringIO) -> None:
     configure_logging("debug", "json", Redactor([]), stream=stream)
     logging.getLogger("asyncio").debug("using a selector")
     our_log().debug("ours")
     assert len(stream.getvalue().splitlines()) == 2
 
 
-def test_a_second_configuration_replaces_the_first_for_loggers_in_use_too(lines: Lines) -> None:
+def test_a_second_configuration_also_applies_to_loggers_in_use(lines: Lines) -> None:
     log = our_log()
     log.info("first")
     second = io.StringIO()
@@ -271,7 +271,7 @@ def test_a_second_configuration_replaces_the_first_for_loggers_in_use_too(lines:
     assert json.loads(second.getvalue())["event"] == MARK
 
 
-def test_a_handler_that_a_library_has_set_up_does_not_write_everything_twice(
+def test_the_handler_of_a_library_does_not_duplicate_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = logging.getLogger()
@@ -282,7 +282,7 @@ def test_a_handler_that_a_library_has_set_up_does_not_write_everything_twice(
     assert len((shown.out + shown.err).splitlines()) == 1
 
 
-def test_what_somebody_has_asked_for_is_shown_at_any_level(stream: io.StringIO) -> None:
+def test_requested_lines_are_written_at_every_level(stream: io.StringIO) -> None:
     configure_logging("error", "json", Redactor([]), stream=stream)
     our_log().info("no")
     structlog.get_logger(IN_FLIGHT_LOGGER).info("yes")
@@ -315,7 +315,7 @@ def test_a_repeated_error_is_logged_a_few_times_and_then_counted(lines: Lines) -
     assert len(lines()) == MAX_SHOWN + 2
 
 
-def test_one_bug_that_all_jobs_meet_is_one_kind_of_line_and_another_bug_another(lines: Lines) -> None:
+def test_occurrences_of_one_bug_are_counted_together_and_other_bugs_separately(lines: Lines) -> None:
     for number in range(MAX_SHOWN + 5):
         our_log().error("internal_error", job_id=str(number), exception="ValueError at a.py:1")
     our_log().error("internal_error", job_id="1", exception="ValueError at b.py:1")
@@ -346,7 +346,7 @@ def test_events_below_warning_are_not_suppressed(lines: Lines) -> None:
     assert len(lines()) == MAX_SHOWN * 3
 
 
-def test_at_level_debug_every_line_is_shown(stream: io.StringIO) -> None:
+def test_at_level_debug_no_line_is_suppressed(stream: io.StringIO) -> None:
     configure_logging("debug", "json", Redactor([]), stream=stream)
     for _ in range(MAX_SHOWN * 3):
         our_log().warning("job_retried", reason="http_5xx")
@@ -356,7 +356,7 @@ def test_at_level_debug_every_line_is_shown(stream: io.StringIO) -> None:
 # Secrets
 
 
-def test_secrets_are_blanked_in_every_text_of_a_record(lines: Lines, stream: io.StringIO) -> None:
+def test_secrets_are_redacted_in_every_text_of_a_record(lines: Lines, stream: io.StringIO) -> None:
     our_log().info(
         f"key {SECRET}",
         text=SECRET,
@@ -371,7 +371,7 @@ def test_secrets_are_blanked_in_every_text_of_a_record(lines: Lines, stream: io.
     assert "abc" not in stream.getvalue()
 
 
-def test_a_line_that_cannot_be_written_is_not_shown_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_that_cannot_be_written_is_not_written_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     closed = io.StringIO()
     configure_logging("info", "json", Redactor([SECRET]), stream=closed)
     closed.close()
@@ -381,7 +381,7 @@ def test_a_line_that_cannot_be_written_is_not_shown_elsewhere(capsys: pytest.Cap
     assert shown.err == "a log line of worker.tests could not be written: ValueError\n"
 
 
-# Odd values
+# Unusual values
 
 
 class Colour(StrEnum):
@@ -430,13 +430,13 @@ def endless() -> list[Any]:
         ({"a": [Broken()]}, "<dict: not serializable>"),
     ],
 )
-def test_an_odd_value_is_written_as_strict_json(lines: Lines, value: Any, shown: Any) -> None:
+def test_an_unusual_value_is_written_as_strict_json(lines: Lines, value: Any, shown: Any) -> None:
     our_log().info("odd", value=value)
     assert lines()[0]["value"] == shown
 
 
 @pytest.mark.parametrize("event", [None, 1, b"x", Broken(), KeyError(QUESTION), {"a": 1}, "%s %d"])
-def test_an_odd_event_is_written_too(lines: Lines, stream: io.StringIO, event: Any) -> None:
+def test_an_unusual_event_is_written_too(lines: Lines, stream: io.StringIO, event: Any) -> None:
     our_log().info(event, n=1)
     assert lines()[0]["n"] == 1
     assert QUESTION not in stream.getvalue()
@@ -497,17 +497,17 @@ def test_a_bug_is_described_by_type_and_frames_innermost_first() -> None:
     assert places == ["fail", "caught"]
 
 
-def test_a_bug_s_message_is_not_shown() -> None:
+def test_the_message_of_a_bug_is_not_written() -> None:
     assert QUESTION not in describe_exception(caught(fail_because))
 
 
-def test_a_bug_s_causes_are_described() -> None:
+def test_the_causes_of_a_bug_are_described() -> None:
     first, second = describe_exception(caught(fail_because)).split("; caused by ")
     assert first.startswith("RuntimeError at ")
     assert second.startswith("KeyError at ")
 
 
-def test_a_context_that_was_suppressed_stays_out() -> None:
+def test_a_suppressed_context_is_not_described() -> None:
     error = ValueError()
     error.__context__ = KeyError()
     assert describe_exception(error) == "ValueError; caused by KeyError"
@@ -515,13 +515,13 @@ def test_a_context_that_was_suppressed_stays_out() -> None:
     assert describe_exception(error) == "ValueError"
 
 
-def test_a_circle_of_causes_ends() -> None:
+def test_a_cycle_of_causes_ends() -> None:
     one, two = ValueError(), KeyError()
     one.__cause__, two.__cause__ = two, one
     assert describe_exception(one).startswith("ValueError; caused by KeyError")
 
 
-def test_a_long_chain_of_causes_is_cut() -> None:
+def test_a_long_chain_of_causes_is_truncated() -> None:
     error: BaseException = ValueError()
     for _ in range(50):
         outer = ValueError()
@@ -530,20 +530,20 @@ def test_a_long_chain_of_causes_is_cut() -> None:
     assert describe_exception(error).count("caused by") == 4
 
 
-def test_types_of_libraries_are_named_in_full() -> None:
+def test_types_of_libraries_have_qualified_names() -> None:
     assert describe_exception(json.JSONDecodeError("x", "y", 0)) == "json.decoder.JSONDecodeError"
 
 
-def test_the_members_of_a_group_are_described() -> None:
+def test_the_members_of_an_exception_group_are_described() -> None:
     group = ExceptionGroup(QUESTION, [KeyError(QUESTION), ExceptionGroup("x", [OSError(2, QUESTION)])])
     assert describe_exception(group) == "ExceptionGroup [KeyError] [ExceptionGroup [FileNotFoundError]]"
 
 
-def test_a_large_group_is_cut() -> None:
+def test_a_large_exception_group_is_truncated() -> None:
     assert describe_exception(ExceptionGroup("x", [KeyError()] * 7)).count("[KeyError]") == 5
 
 
-def test_a_recursion_shows_its_innermost_frames() -> None:
+def test_a_recursion_has_its_innermost_frames() -> None:
     def dig(message: str) -> NoReturn:
         dig(message)
         raise AssertionError
@@ -551,7 +551,7 @@ def test_a_recursion_shows_its_innermost_frames() -> None:
     assert describe_exception(caught(dig)).count("; from ") == 11
 
 
-def test_a_library_s_frames_are_named_from_its_package_on() -> None:
+def test_paths_of_a_library_s_frames_begin_at_its_package() -> None:
     def wrong(_: str) -> NoReturn:
         structlog.get_context(None)  # type: ignore[arg-type]  # a failure inside a library
         raise AssertionError
@@ -574,7 +574,7 @@ def test_an_exception_is_one_field_without_its_message(
     assert QUESTION not in stream.getvalue()
 
 
-def test_an_exception_can_be_handed_over(lines: Lines) -> None:
+def test_exc_info_may_be_an_exception(lines: Lines) -> None:
     error = caught(fail)
     our_log().error("one", exc_info=error)
     our_log().error("two", exc_info=(type(error), error, error.__traceback__))
@@ -583,7 +583,7 @@ def test_an_exception_can_be_handed_over(lines: Lines) -> None:
     assert ["exception" in line for line in lines()] == [True, True, False, False]
 
 
-async def test_what_asyncio_says_of_a_lost_task_does_not_show_the_exception(
+async def test_asyncio_s_message_about_a_failed_task_does_not_contain_the_exception(
     lines: Lines, stream: io.StringIO
 ) -> None:
     async def lose() -> None:
@@ -604,10 +604,10 @@ async def test_what_asyncio_says_of_a_lost_task_does_not_show_the_exception(
 # Cost
 
 
-def test_a_line_costs_little(lines: Lines) -> None:
+def test_a_line_takes_little_time(lines: Lines) -> None:
     log = our_log()
     begin = time.process_time()
     for _ in range(2000):
         log.info("job done", job="8c1f7a52", model="meta/llama", status="succeeded", total_s=1.25, attempts=1)
-    assert (time.process_time() - begin) / 2000 < 500e-6  # about 40 µs; ten times as much would be a mistake
+    assert (time.process_time() - begin) / 2000 < 500e-6  # about 40 µs; the limit is ten times that
     assert len(lines()) == 2000

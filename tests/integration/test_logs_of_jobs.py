@@ -1,4 +1,4 @@
-"""What a real worker logs about jobs: a line for each end, by which it is found, and none of its content."""
+"""Log lines about jobs: one for each outcome, with the job's ids and without its content."""
 
 import json
 import uuid
@@ -19,14 +19,14 @@ SECRET = "a-word-that-nobody-should-see"
 
 @dataclass(frozen=True)
 class Scene:
-    """A worker that logs all it can and keeps answers, and its publisher."""
+    """A worker at level debug with a result store, and its publisher."""
 
     stack: Stack
     worker: Worker
     client: Client
 
     async def line(self, job_id: str | None = None, **properties: Any) -> dict[str, Any]:
-        """Publish a job and return the line about its end."""
+        """Publish a job; return the line about its outcome."""
         job = properties.pop("job")
         await self.client.publish(job, **properties)
         found = await until(lambda: self._ends(job_id or job["id"]), "the job's line")
@@ -66,7 +66,7 @@ async def test_a_job_s_line_has_its_ids(scene: Scene, put_image: PutImage) -> No
     assert (line["level"], line["outcome"], line["attempts"]) == ("info", "succeeded", 1)
 
 
-async def test_without_a_trace_and_with_the_usual_correlation_id_the_line_says_nothing_of_them(
+async def test_without_a_trace_and_with_the_default_correlation_id_the_line_omits_them(
     scene: Scene, put_image: PutImage
 ) -> None:
     job = a_job("What?", put_image())
@@ -74,7 +74,7 @@ async def test_without_a_trace_and_with_the_usual_correlation_id_the_line_says_n
     assert not {"trace_id", "correlation_id"} & line.keys()
 
 
-async def test_how_a_job_ends_is_the_level_of_its_line(scene: Scene, put_image: PutImage) -> None:
+async def test_the_level_of_a_line_depends_on_the_outcome(scene: Scene, put_image: PutImage) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=500), marker=marker, times=2)
     exhausted = a_job(marker, put_image())
@@ -90,7 +90,7 @@ async def test_how_a_job_ends_is_the_level_of_its_line(scene: Scene, put_image: 
     assert (retry["level"], retry["reason"], retry["attempts"]) == ("warning", "http_5xx", 1)
 
 
-async def test_a_trace_is_on_the_lines_before_the_end_too(scene: Scene, put_image: PutImage) -> None:
+async def test_earlier_lines_have_the_trace_id_too(scene: Scene, put_image: PutImage) -> None:
     marker, trace_id = uuid.uuid4().hex, uuid.uuid4().hex
     scene.stack.model.play(Error(status=500), marker=marker)
     await scene.line(job=a_job(marker, put_image()), headers={"traceparent": f"00-{trace_id}-{'1' * 16}-01"})
@@ -98,7 +98,7 @@ async def test_a_trace_is_on_the_lines_before_the_end_too(scene: Scene, put_imag
     assert about == ["job_retried", "job_finished"]
 
 
-async def test_nothing_of_a_job_s_content_is_logged_even_at_level_debug(
+async def test_the_content_of_a_job_is_not_logged_even_at_level_debug(
     scene: Scene, put_image: PutImage
 ) -> None:
     """Neither the API's answer nor a presigned URL is logged, for any outcome."""

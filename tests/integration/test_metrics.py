@@ -1,4 +1,4 @@
-"""The metrics of a fresh worker after jobs of every kind: each figure is what happened."""
+"""The metrics of a new worker after jobs with every outcome."""
 
 import asyncio
 import platform
@@ -27,7 +27,7 @@ Labels = frozenset[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Reported:
-    """What a worker reports after its jobs, and the results that it gave."""
+    """The metrics of a worker after its jobs, and the jobs' results."""
 
     exposition: str
     log: str
@@ -39,17 +39,17 @@ class Reported:
     api_key: str
 
     def values(self, name: str) -> dict[tuple[str, ...], float]:
-        """The samples of a metric by their labels' values, in the alphabetical order of the labels."""
+        """Return the samples of a metric by label values, in alphabetical order of the labels."""
         return {
             tuple(value for _, value in sorted(labels)): value for labels, value in self.after[name].items()
         }
 
     def counted(self, name: str) -> dict[tuple[str, ...], float]:
-        """The same of a counter, without what is 0 because it has not happened yet."""
+        """Return the samples of a counter without those that are 0."""
         return {labels: value for labels, value in self.values(name).items() if value}
 
     def sum_of(self, field: str, names: Iterable[str]) -> float:
-        """The sum of a figure of the results' usage."""
+        """Return the sum of a field of the results' usage."""
         return sum(self.results[name]["usage"][field] or 0 for name in names)
 
 
@@ -95,8 +95,8 @@ async def reported(stack: Stack, put_image: PutImage, tmp_path_factory: pytest.T
             "after a 429": Error(status=429, headers={"Retry-After": "0.1"}),
         }
         results = [_result_of(client, stack, name, job, outcomes.get(name)) for name, job in jobs.items()]
-        # Failures that come together could be an outage, and jobs that wait after a 429 could start: each of
-        # these by itself.
+        # Concurrent failures could be an outage, and jobs that wait after a 429 could start: each of
+        # these jobs runs alone.
         at_once = len(jobs) - sum(name.startswith("after") for name in jobs)
         replies = await asyncio.gather(*results[:at_once])
         replies += [await result for result in results[at_once:]]
@@ -119,21 +119,21 @@ async def reported(stack: Stack, put_image: PutImage, tmp_path_factory: pytest.T
 async def _result_of(
     client: Client, stack: Stack, name: str, job: dict[str, Any], outcome: Outcome | None
 ) -> Reply:
-    """The result of a job, which meets this outcome at its first call; its last attempt, if it is to be."""
+    """Return the result of a job with this outcome at its first call, or in its last attempt."""
     job_id = uuid.uuid4().hex
     question = f"a-question-for-nobody {job_id}"
     if outcome is not None:
         stack.model.play(outcome, marker=question)
     fields = {"id": job_id, "question": question, "images": [LINK], "metadata": {"x": "a-note-for-nobody"}}
     attempts: dict[str, Any] = {"vqa-attempts": 1} if name == "exhausted" else {}
-    # Two have a timestamp: this one, and the one that is not a job.
+    # Two messages have a timestamp: this one and the invalid one.
     timed = {"timestamp": int(time.time())} if name == "two images" else {}
     await client.publish({**fields, **job}, headers=attempts, **timed)
     return await client.result(job_id)
 
 
 def _samples(exposition: str) -> dict[str, dict[Labels, float]]:
-    """Every sample: its name, labels and value."""
+    """Return the name, labels and value of every sample."""
     samples: dict[str, dict[Labels, float]] = {}
     for family in text_string_to_metric_families(exposition):
         for sample in family.samples:
@@ -141,7 +141,7 @@ def _samples(exposition: str) -> dict[str, dict[Labels, float]]:
     return samples
 
 
-def test_the_jobs_came_to_the_ends_that_the_figures_are_about(reported: Reported) -> None:
+def test_the_jobs_have_the_expected_outcomes(reported: Reported) -> None:
     codes = {name: body["error"] and body["error"]["code"] for name, body in reported.results.items()}
     assert codes == {
         **dict.fromkeys((*ANSWERED, "other model")),
@@ -176,7 +176,7 @@ def test_retries_and_dead_letters_are_counted_by_reason(reported: Reported) -> N
     assert reported.counted("vqa_dead_letters_total") == {("attempts_exhausted",): 1, ("invalid_job",): 1}
 
 
-def test_durations_are_observed_once_for_each_job(reported: Reported) -> None:
+def test_durations_are_observed_once_per_job(reported: Reported) -> None:
     first, second = reported.models
     assert reported.values("vqa_job_duration_seconds_count") == {
         # model, status
@@ -190,9 +190,9 @@ def test_durations_are_observed_once_for_each_job(reported: Reported) -> None:
     assert 0 <= reported.values("vqa_job_queue_seconds_sum")[()] < 120
 
 
-def test_stages_are_observed_once_for_each_time_a_job_came_to_them(reported: Reported) -> None:
+def test_stages_are_observed_each_time_a_job_enters_them(reported: Reported) -> None:
     first, second = reported.models
-    # Ten jobs, three of them twice (their retries), and one that went back to the start after a 429.
+    # Ten jobs, three of them twice (retries), and one that started again after a 429.
     assert reported.values("vqa_stage_duration_seconds_count") == {
         # model, stage
         (first, "wait"): 13,
@@ -207,7 +207,7 @@ def test_stages_are_observed_once_for_each_time_a_job_came_to_them(reported: Rep
     }
 
 
-def test_tokens_and_costs_are_those_of_the_results(reported: Reported) -> None:
+def test_tokens_and_costs_match_the_results(reported: Reported) -> None:
     first, second = reported.models
     paid = (*ANSWERED, "empty")
     assert reported.values("vqa_tokens_total") == {
@@ -226,17 +226,17 @@ def test_tokens_and_costs_are_those_of_the_results(reported: Reported) -> None:
 CALLS = {"200": 6, "422": 1, "429": 1, "500": 1, "timeout": 1, "connection": 1, "malformed": 1}
 
 
-def test_calls_are_counted_by_their_outcome(reported: Reported) -> None:
+def test_model_requests_are_counted_by_outcome(reported: Reported) -> None:
     first, second = reported.models
     assert reported.counted("vqa_model_requests_total") == {
         **{(code, first): count for code, count in CALLS.items()},
         ("200", second): 1,
     }
-    # The timeout, the reset and the nonsense.
+    # The timeout, the reset and the malformed response.
     assert reported.counted("vqa_ambiguous_calls_total") == {(first,): 3}
 
 
-def test_calls_have_the_names_and_labels_of_opentelemetry(reported: Reported) -> None:
+def test_model_requests_have_the_names_and_labels_of_opentelemetry(reported: Reported) -> None:
     first, second = reported.models
     duration = reported.after["gen_ai_client_operation_duration_seconds_count"]
     assert duration == {
@@ -264,13 +264,13 @@ def _call(model: str, **labels: str) -> Labels:
     return frozenset({**common, **labels}.items())
 
 
-def test_the_buckets_of_opentelemetry_s_names_are_its_own(reported: Reported) -> None:
+def test_opentelemetry_s_metrics_have_its_recommended_buckets(reported: Reported) -> None:
     assert _buckets(reported, "gen_ai_client_token_usage") == [*(4.0**n for n in range(14)), float("inf")]
     recommended = [0.01 * 2**n for n in range(14)]
     assert _buckets(reported, "gen_ai_client_operation_duration_seconds")[:14] == pytest.approx(recommended)
 
 
-def test_the_buckets_of_a_job_reach_its_longest_time(reported: Reported) -> None:
+def test_the_buckets_of_job_durations_cover_the_longest_job(reported: Reported) -> None:
     for name in (
         "vqa_job_duration_seconds",
         "vqa_stage_duration_seconds",
@@ -284,13 +284,13 @@ def _buckets(reported: Reported, name: str) -> list[float]:
     return sorted(limits)
 
 
-def test_only_bytes_that_were_loaded_are_counted(reported: Reported) -> None:
+def test_only_loaded_bytes_are_counted(reported: Reported) -> None:
     assert reported.values("vqa_image_bytes_total") == {("inline",): sum(map(len, reported.images))}
 
 
 def test_gauges_show_current_values(reported: Reported) -> None:
     assert reported.before["vqa_concurrency_limit"] == {frozenset(): MAX_CONCURRENCY}
-    # It fell with a 429, and may be back by now.
+    # A 429 lowered the limit, which may have recovered since.
     assert 1 <= reported.values("vqa_concurrency_limit")[()] <= MAX_CONCURRENCY
     assert reported.values("vqa_jobs_in_flight") == reported.values("vqa_concurrency_in_use") == {(): 0}
     assert reported.before["vqa_job_queue_wait_max_seconds"] == {frozenset(): 0}
@@ -305,7 +305,7 @@ def test_build_info_is_exposed(reported: Reported) -> None:
     assert reported.values("vqa_build_info") == {(platform.python_version(), __version__): 1}
 
 
-def test_a_fresh_worker_counts_nothing(reported: Reported) -> None:
+def test_the_counters_of_a_new_worker_are_0(reported: Reported) -> None:
     counts = {
         name: samples
         for name, samples in reported.before.items()
@@ -314,8 +314,8 @@ def test_a_fresh_worker_counts_nothing(reported: Reported) -> None:
     assert sum(value for samples in counts.values() for value in samples.values()) == 0
 
 
-def test_what_alerts_add_up_is_there_before_it_happens(reported: Reported) -> None:
-    """`increase` sees no growth in a series that begins with its first count."""
+def test_series_used_in_alerts_exist_from_the_start(reported: Reported) -> None:
+    """`increase` does not see the first count of a new series."""
     for name in (
         "vqa_jobs_total",
         "vqa_retries_total",
@@ -335,14 +335,14 @@ def test_there_are_no_created_series(reported: Reported) -> None:
     assert [name for name in reported.after if name.endswith("_created")] == []
 
 
-def test_the_exposition_is_what_prometheus_reads(reported: Reported) -> None:
+def test_prometheus_can_parse_the_exposition(reported: Reported) -> None:
     for family in text_string_to_metric_families(reported.exposition):
         assert family.documentation, family.name
         assert family.type in ("counter", "gauge", "histogram"), family.name
 
 
 def test_neither_metrics_nor_logs_contain_questions_or_secrets(reported: Reported, stack: Stack) -> None:
-    """At the level debug, which is when libraries talk."""
+    """The level is debug, at which libraries log requests."""
     assert "botocore" in reported.log
     for text in (reported.exposition, reported.log):
         for secret in (*SECRETS, reported.api_key, stack.s3.secret_key, "evil", "data:image", "[simulated"):

@@ -1,4 +1,4 @@
-"""A model API that limits, rejects, fails or hangs: its outages cost the jobs no attempt."""
+"""A model API that limits, rejects, fails or hangs: its outages use up no attempts."""
 
 import email.utils
 import re
@@ -50,7 +50,7 @@ class Scene:
         return self.worker.ready() == (200, {"status": "ready", "reasons": []}) and not any(depths)
 
     async def fail_with(self, outcome: Outcome | None, marker: str) -> None:
-        """Give jobs with this marker this outcome from now on; None: the API is unreachable."""
+        """Set the outcome of jobs with this marker; None: the API is unreachable."""
         if outcome is None:
             await self.proxy.refuse()
             self.proxy.reset()
@@ -88,13 +88,13 @@ async def _scene(stack: Stack, folder: Path, **settings: str) -> AsyncIterator[S
             worker.kill()
 
 
-# Of this module, to repair their APIs after each test.
+# The scenes of this module, whose APIs are reset after each test.
 SCENES: list[Scene] = []
 
 
 @pytest.fixture(autouse=True)
 async def repaired() -> AsyncIterator[None]:
-    """Let no test fail because of the one before it."""
+    """Reset the APIs after each test."""
     yield
     for scene in SCENES:
         await scene.repair()
@@ -108,7 +108,7 @@ async def scene(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> A
 
 @pytest.fixture(scope="module")
 async def narrow(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]:
-    """A worker with one job at a time: no other call shows anything about a failure."""
+    """A worker with a concurrency of 1: no other call helps to diagnose a failure."""
     async with _scene(own_stack, tmp_path_factory.mktemp("narrow"), VQA_MAX_CONCURRENCY="1") as scene:
         yield scene
 
@@ -121,7 +121,7 @@ async def paused(scene: Scene) -> str:
 
 
 @KINDS
-async def test_an_outage_pauses_the_worker_costs_no_attempt_and_ends_by_itself(
+async def test_an_outage_pauses_the_worker_uses_no_attempt_and_ends_automatically(
     scene: Scene, outcome: Outcome | None, reason: str
 ) -> None:
     worker, client, marker = scene.worker, scene.client, uuid.uuid4().hex
@@ -155,7 +155,7 @@ async def test_an_outage_pauses_the_worker_costs_no_attempt_and_ends_by_itself(
 
 
 @KINDS
-async def test_an_outage_costs_no_attempt_with_one_job_at_a_time(
+async def test_an_outage_uses_no_attempt_with_a_concurrency_of_1(
     narrow: Scene, outcome: Outcome | None, reason: str
 ) -> None:
     """The first attempts are counted before the outage is detected, and restored."""
@@ -242,11 +242,11 @@ def _in_two_seconds() -> str:
         pytest.param(lambda: "2", 1.9, id="seconds"),
         # An HTTP date has whole seconds.
         pytest.param(_in_two_seconds, 0.9, id="date"),
-        # A fraction of a call's duration, which is almost 0 here.
+        # A fraction of a call's duration, here almost 0.
         pytest.param(lambda: None, 0.03, id="missing"),
     ],
 )
-async def test_a_429_is_retried_after_retry_after_and_costs_no_attempt(
+async def test_a_429_is_retried_after_retry_after_and_uses_no_attempt(
     scene: Scene, retry_after: Callable[[], str | None], at_least_s: float
 ) -> None:
     marker = uuid.uuid4().hex
@@ -270,7 +270,7 @@ async def test_an_api_with_little_capacity_answers_every_job(scene: Scene) -> No
     before = scene.worker.metric("vqa_model_requests_total", code="429")
     scene.stack.model.configure(max_concurrent=4, latency=0.4, retry_after="1")
     try:
-        # A model that was not called yet: the limit of the other one is adapted already.
+        # A model without earlier calls: the limit of the other one is adapted already.
         ids = await publish(scene.client, 12, marker, model=scene.stack.model.models[1])
         replies = await results(scene.client, ids)
     finally:
@@ -287,7 +287,7 @@ async def test_an_api_with_little_capacity_answers_every_job(scene: Scene) -> No
 async def test_jobs_that_always_fail_exhaust_their_attempts_without_an_outage(
     scene: Scene, count: int, status: int
 ) -> None:
-    """First alone, where only their number shows that it is not an outage; then just after an outage."""
+    """First without other jobs, where only their number excludes an outage; then just after an outage."""
     bad_marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=status, message="It hurts"), marker=bad_marker, times=None)
     await exhaust(scene, bad_marker, count)

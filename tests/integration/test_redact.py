@@ -15,12 +15,12 @@ PASSWORD = "p%40ss/w+rd-of-the-broker"
 redact = Redactor([KEY, PASSWORD])
 
 
-def test_an_ordinary_sentence_is_left_alone() -> None:
+def test_ordinary_text_is_unchanged() -> None:
     text = "image 2 (s3://photos/cat.jpg) is not a JPEG, PNG or WebP: schöne Grüße, 猫 & 100 % = all?"
     assert redact(text) == text
 
 
-def test_without_secrets_there_is_still_everything_else() -> None:
+def test_without_secrets_other_patterns_are_still_redacted() -> None:
     assert Redactor([])("https://h/p?sig=1\n") == f"https://h/p?{MARK} "
 
 
@@ -34,22 +34,22 @@ def test_without_secrets_there_is_still_everything_else() -> None:
         quote(PASSWORD, safe=""),
     ],
 )
-def test_a_secret_is_blanked_in_every_form(form: str) -> None:
+def test_a_secret_is_redacted_in_every_encoding(form: str) -> None:
     assert redact(f"refused <{form}>, said the API") == f"refused <{MARK}>, said the API"
 
 
-def test_a_secret_is_blanked_where_it_was_escaped() -> None:
+def test_an_escaped_secret_is_redacted() -> None:
     secret = 'a"b\\c\t1-ü'
     blank = Redactor([secret])
     for form in (repr(secret), json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
         assert blank(form)[1:-1] == MARK
 
 
-def test_the_longer_of_two_secrets_that_begin_alike_leaves_no_rest() -> None:
+def test_the_longer_of_two_secrets_with_a_common_prefix_is_redacted_completely() -> None:
     assert Redactor(["abcd", "abcdefgh"])("abcdefgh abcd") == f"{MARK} {MARK}"
 
 
-def test_what_is_too_short_to_be_a_secret_blanks_nothing() -> None:
+def test_short_values_are_not_redacted() -> None:
     assert Redactor(["", "a", "abc", "%41bc"])("abc a banana") == "abc a banana"
 
 
@@ -86,7 +86,7 @@ def test_urls_lose_their_credentials_and_queries(text: str, expected: str) -> No
         "X-Goog-Credential", "GoogleAccessId", "Policy", "Key-Pair-Id",
     ],
 )  # fmt: skip
-def test_a_signature_or_token_is_blanked_outside_of_urls_too(name: str) -> None:
+def test_signatures_and_tokens_outside_of_urls_are_redacted(name: str) -> None:
     assert redact(f"expires=1&{name}=Zm9v%2B&x=1 {name}=b") == f"expires=1&{name}={MARK}&x=1 {name}={MARK}"
 
 
@@ -103,7 +103,7 @@ def test_a_signature_or_token_is_blanked_outside_of_urls_too(name: str) -> None:
          f"?Policy={MARK}&Key-Pair-Id={MARK}&Signature={MARK} no"),
     ],
 )  # fmt: skip
-def test_a_signature_is_blanked_in_every_form_of_a_url(text: str, expected: str) -> None:
+def test_a_signature_is_redacted_in_every_form_of_a_url(text: str, expected: str) -> None:
     shown = redact(text)
     assert shown.endswith(expected)
     assert not re.search(r"(=|%3d|%253d|u003d)(ab|cd|ef)", shown, re.IGNORECASE)
@@ -117,7 +117,7 @@ def test_a_signature_is_blanked_in_every_form_of_a_url(text: str, expected: str)
         "max_tokens%3D5", "key%3Dphotos", "a policy%20of = ours",
     ],
 )  # fmt: skip
-def test_other_parameters_stay(text: str) -> None:
+def test_other_parameters_are_unchanged(text: str) -> None:
     assert redact(text) == text
 
 
@@ -133,7 +133,7 @@ def test_other_parameters_stay(text: str) -> None:
         ("authorization failed", "authorization failed"),
     ],
 )
-def test_credentials_in_headers_are_blanked_and_phrases_are_not(text: str, expected: str) -> None:
+def test_credentials_in_headers_are_redacted_and_phrases_are_not(text: str, expected: str) -> None:
     assert redact(text) == expected
 
 
@@ -148,28 +148,28 @@ def test_credentials_in_headers_are_blanked_and_phrases_are_not(text: str, expec
         ("data:image/png;base64, of 12 bytes", "data:image/png;base64, of 12 bytes"),
     ],
 )
-def test_image_data_is_counted_instead_of_shown(text: str, expected: str) -> None:
+def test_image_data_is_replaced_by_its_size(text: str, expected: str) -> None:
     assert redact(text) == expected
 
 
-def test_a_picture_of_many_megabytes_becomes_a_short_line() -> None:
+def test_an_image_of_many_megabytes_becomes_a_short_line() -> None:
     assert redact("bad image data:image/png;base64," + "A" * 5_000_000) == (
         "bad image data:image/png;base64,[5000000 characters]"
     )
 
 
-def test_the_result_is_one_line_that_any_program_can_take() -> None:
+def test_the_result_is_one_printable_line() -> None:
     shown = redact("a\r\nb\x00c\x1b[31md\x85e\u2028f\u202eg\ud800h")
     assert shown == "a  b c [31md e f g\ufffdh"
 
 
-def test_a_long_text_is_cut_with_an_ellipsis() -> None:
+def test_a_long_text_is_truncated_with_an_ellipsis() -> None:
     assert redact("é" * DEFAULT_LIMIT) == "é" * DEFAULT_LIMIT
     assert redact("é" * (DEFAULT_LIMIT + 1)) == "é" * (DEFAULT_LIMIT - 1) + "…"
     assert Redactor([], limit=5)("abcdef") == "abcd…"
 
 
-def test_a_secret_far_behind_the_limit_takes_no_part_of_itself_along() -> None:
+def test_no_part_of_a_secret_remains_at_the_limit() -> None:
     assert Redactor([KEY], limit=30)("x" * 25 + KEY) == "x" * 25 + MARK[:4] + "…"
 
 
@@ -183,14 +183,14 @@ def test_a_secret_far_behind_the_limit_takes_no_part_of_itself_along() -> None:
         "%25", "\\u0026sig", "x-amz-a=",
     ],
 )  # fmt: skip
-def test_a_megabyte_made_to_be_slow_takes_no_time(unit: str) -> None:
+def test_redaction_is_fast_for_a_megabyte_of_adversarial_text(unit: str) -> None:
     text = unit * (1_000_000 // len(unit))
     begin = time.process_time()
     redact(text)
-    assert time.process_time() - begin < 2  # about 0.1; anything quadratic takes hours
+    assert time.process_time() - begin < 2  # about 0.1 s; a quadratic algorithm takes hours
 
 
-# Not in any mark or pattern, so that a secret cannot come about by redaction itself.
+# These characters are in no mark or pattern, so that redaction cannot produce a secret.
 SECRET = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="[]…\ufffd"), min_size=4, max_size=20
 )
@@ -202,9 +202,9 @@ WRAPPINGS = [
 
 
 @given(secret=SECRET, before=AROUND, after=AROUND, wrapping=st.sampled_from(WRAPPINGS))
-def test_no_known_secret_ever_comes_through(secret: str, before: str, after: str, wrapping: str) -> None:
+def test_no_known_secret_remains(secret: str, before: str, after: str, wrapping: str) -> None:
     assume(not any(secret in fixed for fixed in (MARK, *WRAPPINGS)))
-    # The words that redaction puts in are not a leak.
+    # The marks of redaction are not a leak.
     assume(not re.search("redacted|characters", secret))
     shown = Redactor([secret], limit=10**6)(before + wrapping.format(secret, secret) + after)
     assert secret not in shown
@@ -219,7 +219,7 @@ def test_the_result_is_printable_and_short_for_every_text(text: str) -> None:
 
 
 @given(text=st.text(max_size=200))
-def test_redacting_twice_changes_nothing_more(text: str) -> None:
+def test_redaction_is_idempotent(text: str) -> None:
     assert redact(redact(text)) == redact(text)
 
 
@@ -244,16 +244,16 @@ def test_redacting_twice_changes_nothing_more(text: str) -> None:
         ("no url\ud800", "no url\\ud800"),
     ],
 )
-def test_an_image_is_named_by_its_url_without_anything_secret(url: str, shown: str) -> None:
+def test_an_image_is_named_by_its_url_without_secrets(url: str, shown: str) -> None:
     assert display_url(url) == shown
 
 
-def test_a_long_name_is_cut() -> None:
+def test_a_long_name_is_truncated() -> None:
     assert display_url("s3://b/" + "k" * 1000) == "s3://b/" + "k" * (MAX_DISPLAY_CHARS - 8) + "…"
 
 
 @given(url=st.text(max_size=400))
-def test_any_url_has_a_name_of_one_short_line(url: str) -> None:
+def test_every_url_has_a_name_of_one_short_line(url: str) -> None:
     shown = display_url(url)
     assert len(shown) <= MAX_DISPLAY_CHARS
     assert len(f"x{shown}x".splitlines()) == 1

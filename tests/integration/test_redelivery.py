@@ -1,4 +1,4 @@
-"""Connections that are lost: the broker delivers again, and nothing is paid for or answered twice."""
+"""Lost connections: the broker redelivers, and no job is billed or answered twice."""
 
 import uuid
 from collections.abc import AsyncIterator
@@ -13,12 +13,12 @@ from tests.proxy import Proxy
 from tests.running import Client, Worker, calls_with, until
 
 BASIC_CONSUME = b"\x00\x3c\x00\x14"
-"""AMQP 0-9-1: the class and method by which the worker's consuming connection gives itself away."""
+"""AMQP 0-9-1 class and method that identify the worker's consumer connection."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A worker, its publisher, its user at the broker, and the networks to the broker and the model."""
+    """A worker, its publisher, its broker user, and the networks to the broker and the model."""
 
     stack: Stack
     worker: Worker
@@ -28,23 +28,23 @@ class Scene:
     model: Proxy
 
     def connections_made(self) -> int:
-        """How often the worker's consumer has connected so far."""
+        """Return how often the worker's consumer has connected."""
         return len(events(self.worker, "rabbitmq_connected"))
 
     async def connected_again(self, before: int) -> None:
-        """Wait until it has connected once more than `before` times."""
-        await until(lambda: self.connections_made() > before, "it is connected again")
+        """Wait until it has connected more than `before` times."""
+        await until(lambda: self.connections_made() > before, "the worker is connected again")
 
     async def held(self, count: int) -> None:
-        """Wait until so many jobs have begun, of which none ends until the network to the model thaws."""
+        """Wait until `count` jobs have begun, which end only after the network to the model thaws."""
         await until(lambda: self.model.held == count, f"{count} jobs have begun")
 
     def answers(self, ids: list[str]) -> list[int]:
-        """How many results there are for each job."""
+        """Return the number of results of each job."""
         return [len(self.client.replies.get(it, [])) for it in ids]
 
     async def all_is_settled(self) -> None:
-        """Wait until the worker has nothing in hand: another result of what it had would be out by then."""
+        """Wait until no job is in flight: any further result would have been published."""
         await until(lambda: self.worker.metric("vqa_jobs_in_flight") == 0, "nothing is in flight")
         await results(self.client, await publish(self.client, 1, "afterwards"))
 
@@ -67,15 +67,15 @@ async def scene(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> A
         client = await resources.enter_async_context(Client.of(own_stack, worker))
         yield Scene(own_stack, worker, client, user, proxy, model)
         assert await worker.stop() == 0, worker.output()
-        # What the worker had not acked would be ready again.
+        # Unacked messages would be ready again.
         assert await client.depth(worker.jobs_queue) == 0
         assert await client.depth(worker.dead_letter_queue) == 0
 
 
-async def test_jobs_whose_connections_are_lost_while_they_run_are_paid_once_and_answered_once(
+async def test_running_jobs_are_billed_and_answered_once_after_lost_connections(
     scene: Scene,
 ) -> None:
-    """First the broker closes them, with a reason, then they are interrupted: that makes three deliveries."""
+    """The broker closes the connections, then the network resets them: three deliveries of each job."""
     marker = uuid.uuid4().hex
     scene.model.freeze()
     ids = await publish(scene.client, 3, marker)
@@ -93,11 +93,11 @@ async def test_jobs_whose_connections_are_lost_while_they_run_are_paid_once_and_
     assert scene.answers(ids) == [1, 1, 1]
 
 
-async def test_jobs_that_wait_for_a_slot_outlive_their_connection_and_are_paid_once(scene: Scene) -> None:
+async def test_jobs_that_wait_for_a_slot_are_billed_once_after_a_lost_connection(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.model.freeze()
     ids = await publish(scene.client, 40, marker)
-    # 32 at once is where the limit starts.
+    # The limit starts at 32.
     await scene.held(32)
     await until(lambda: scene.worker.metric("vqa_jobs_in_flight") == 40, "all jobs are prefetched")
     before = scene.connections_made()
@@ -111,7 +111,7 @@ async def test_jobs_that_wait_for_a_slot_outlive_their_connection_and_are_paid_o
     assert set(scene.answers(ids)) == {1}
 
 
-async def test_a_job_whose_ack_is_lost_on_the_way_is_neither_paid_nor_answered_again(scene: Scene) -> None:
+async def test_a_job_whose_ack_is_lost_is_neither_billed_nor_answered_again(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.model.freeze()
     ids = await publish(scene.client, 2, marker)
@@ -120,7 +120,7 @@ async def test_a_job_whose_ack_is_lost_on_the_way_is_neither_paid_nor_answered_a
     consuming.swallows_sent = True
     scene.model.thaw()
     await results(scene.client, ids)
-    await until(lambda: scene.worker.metric("vqa_jobs_in_flight") == 0, "they are acked, without success")
+    await until(lambda: scene.worker.metric("vqa_jobs_in_flight") == 0, "the acks are sent")
     before = scene.connections_made()
     consuming.reset()
     await scene.connected_again(before)
@@ -130,8 +130,8 @@ async def test_a_job_whose_ack_is_lost_on_the_way_is_neither_paid_nor_answered_a
     assert scene.answers(ids) == [1, 1]
 
 
-@pytest.mark.parametrize("is_lost", [False, True], ids=["in peace", "with a lost connection"])
-async def test_a_message_that_was_published_twice_gets_a_result_each(scene: Scene, *, is_lost: bool) -> None:
+@pytest.mark.parametrize("is_lost", [False, True], ids=["connected", "with a lost connection"])
+async def test_a_message_that_was_published_twice_gets_two_results(scene: Scene, *, is_lost: bool) -> None:
     marker = uuid.uuid4().hex
     duplicate = job(marker)
     scene.model.freeze()

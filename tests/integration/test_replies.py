@@ -1,4 +1,4 @@
-"""Results: where they go and what they carry."""
+"""Results: their destination, properties and content."""
 
 import asyncio
 import base64
@@ -27,7 +27,7 @@ PRICES = {"prompt": 2.5, "completion": 10.0}
 
 @dataclass(frozen=True)
 class Equipped:
-    """A worker with an exchange for replies, price lists, and the whole response in each result."""
+    """A worker with a reply exchange, price lists, and the whole response in each result."""
 
     worker: Worker
     client: Client
@@ -37,7 +37,7 @@ class Equipped:
 
 @pytest.fixture(scope="module")
 async def channel(stack: Stack) -> AsyncIterator[AbstractChannel]:
-    """A channel of a connection that nobody else uses."""
+    """Yield a channel of a new connection."""
     async with await aio_pika.connect(stack.rabbitmq.url) as connection:
         yield await connection.channel(on_return_raises=True)
 
@@ -67,7 +67,7 @@ async def equipped(
 # Properties
 
 
-async def test_a_result_has_properties_of_its_own_and_none_of_the_job_s(client: Client) -> None:
+async def test_a_result_has_its_own_properties_and_none_of_the_job_s(client: Client) -> None:
     reply = await _send(
         client,
         correlation_id="what it belongs to",
@@ -95,7 +95,7 @@ async def test_a_result_has_properties_of_its_own_and_none_of_the_job_s(client: 
     assert not message.priority
 
 
-async def test_every_publish_has_a_message_id_of_its_own(client: Client) -> None:
+async def test_every_publish_has_a_new_message_id(client: Client) -> None:
     job_id = uuid.uuid4().hex
     for _ in range(2):
         await client.publish(_job(id=job_id), message_id=job_id)
@@ -137,7 +137,7 @@ async def test_a_trace_is_continued(client: Client, worker: Worker) -> None:
     assert trace.items() <= dead_letter.headers.items()
 
 
-async def test_a_trace_is_continued_over_a_retry(client: Client, stack: Stack) -> None:
+async def test_a_trace_is_continued_after_a_retry(client: Client, stack: Stack) -> None:
     marker = uuid.uuid4().hex
     stack.model.play(Error(status=500), marker=marker)
     trace = {"traceparent": TRACEPARENT, "tracestate": TRACESTATE}
@@ -183,10 +183,10 @@ async def test_an_invalid_trace_is_dropped(
     assert reply.message.headers == {name: given[name] for name in kept}
 
 
-async def test_no_header_routes_a_result_or_a_copy_of_the_job_anywhere(
+async def test_headers_of_the_job_do_not_route_a_result_or_a_copy(
     client: Client, stack: Stack, channel: AbstractChannel
 ) -> None:
-    """RabbitMQ itself sends the job on to the queues in CC and BCC; the worker's messages stay away."""
+    """RabbitMQ routes the job to the queues in CC and BCC, but not the worker's messages."""
     marker = uuid.uuid4().hex
     stack.model.play(Error(status=500), marker=marker)
     aside = await channel.declare_queue(exclusive=True)
@@ -197,13 +197,13 @@ async def test_no_header_routes_a_result_or_a_copy_of_the_job_anywhere(
     assert (await channel.declare_queue(aside.name, passive=True)).declaration_result.message_count == 1
 
 
-# Where results go
+# Destinations
 
 
 @pytest.mark.parametrize(
     "name", ["", "vqa.results.backend-1", "vqa.results.a.b.c", "vqa.results.a b:c@d,e/f"]
 )
-async def test_a_result_goes_to_the_reply_to_where_it_is_allowed(
+async def test_a_result_goes_to_an_allowed_reply_to(
     client: Client, channel: AbstractChannel, name: str
 ) -> None:
     queue = await channel.declare_queue(name or None, exclusive=True)
@@ -217,7 +217,7 @@ async def test_a_result_goes_to_the_reply_to_where_it_is_allowed(
         assert job["id"] not in client.replies
 
 
-async def test_the_results_queue_itself_may_be_named(client: Client, worker: Worker) -> None:
+async def test_reply_to_may_be_the_results_queue(client: Client, worker: Worker) -> None:
     reply = await _send(client, reply_to=worker.results_queue)
     assert reply.message.routing_key == worker.results_queue
     assert reply.message.headers == {}
@@ -274,7 +274,7 @@ async def test_results_for_a_full_reply_queue_go_to_the_results_queue(
     assert reply.message.headers["vqa-undeliverable-to"] == full
 
 
-async def test_direct_reply_to_answers_a_remote_procedure_call(stack: Stack, worker: Worker) -> None:
+async def test_direct_reply_to_works(stack: Stack, worker: Worker) -> None:
     async with await aio_pika.connect(stack.rabbitmq.url) as connection:
         caller = await connection.channel()
         waiting: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
@@ -306,7 +306,7 @@ async def test_a_direct_reply_to_a_closed_connection_delays_nothing(
         message = aio_pika.Message(json.dumps(job).encode(), reply_to="amq.rabbitmq.reply-to")
         await caller.default_exchange.publish(message, worker.jobs_queue)
         await until(lambda: calls_with(stack, marker), "the call")
-    # A name that RabbitMQ never gave.
+    # A name that RabbitMQ did not generate.
     await client.publish(_job(), reply_to="amq.rabbitmq.reply-to.g1h2AA==.made.up")
     await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "both jobs have ended")
 
@@ -316,10 +316,10 @@ async def test_a_direct_reply_to_a_closed_connection_delays_nothing(
     assert await client.depth(worker.jobs_queue) == 0
 
 
-# Where results go by an exchange
+# The reply exchange
 
 
-async def test_results_go_by_the_reply_exchange_with_the_queue_s_name_as_routing_key(
+async def test_results_use_the_reply_exchange_with_the_queue_s_name_as_routing_key(
     equipped: Equipped,
 ) -> None:
     queue = await equipped.channel.declare_queue(exclusive=True)
@@ -333,14 +333,14 @@ async def test_results_go_by_the_reply_exchange_with_the_queue_s_name_as_routing
     assert message.routing_key == "vqa.results.tenant-a"
 
 
-async def test_without_a_reply_to_the_results_queue_gets_them_by_the_exchange(equipped: Equipped) -> None:
+async def test_results_without_a_reply_to_use_the_reply_exchange_too(equipped: Equipped) -> None:
     reply = await _send(equipped.client)
     assert reply.message.exchange == equipped.exchange
     assert reply.message.routing_key == equipped.worker.results_queue
 
 
-async def test_what_the_reply_exchange_cannot_route_goes_to_the_results_queue(equipped: Equipped) -> None:
-    """Even where a queue of that name exists: it is the exchange that says who may be written to."""
+async def test_unroutable_results_go_to_the_results_queue(equipped: Equipped) -> None:
+    """Also if a queue with that name exists: only queues bound to the exchange get results."""
     queue = await equipped.channel.declare_queue(exclusive=True)
     reply = await _send(equipped.client, reply_to=queue.name)
 
@@ -350,13 +350,11 @@ async def test_what_the_reply_exchange_cannot_route_goes_to_the_results_queue(eq
         await queue.get(timeout=5)
 
 
-async def test_direct_reply_to_goes_by_the_default_exchange_all_the_same(
-    stack: Stack, equipped: Equipped
-) -> None:
-    await test_direct_reply_to_answers_a_remote_procedure_call(stack, equipped.worker)
+async def test_direct_replies_use_the_default_exchange(stack: Stack, equipped: Equipped) -> None:
+    await test_direct_reply_to_works(stack, equipped.worker)
 
 
-async def test_dead_letters_and_retries_do_not_go_by_the_reply_exchange(equipped: Equipped) -> None:
+async def test_dead_letters_and_retries_do_not_use_the_reply_exchange(equipped: Equipped) -> None:
     body = uuid.uuid4().hex.encode()
     await equipped.client.publish(body)
     dead_letter = await equipped.client.take(equipped.worker.dead_letter_queue)
@@ -364,7 +362,7 @@ async def test_dead_letters_and_retries_do_not_go_by_the_reply_exchange(equipped
     assert dead_letter.exchange == ""
 
 
-# What a result says
+# Content
 
 
 METADATA = r"""{
@@ -375,7 +373,7 @@ METADATA = r"""{
 }"""
 
 
-async def test_metadata_comes_back_exactly(client: Client, stack: Stack) -> None:
+async def test_metadata_is_returned_exactly(client: Client, stack: Stack) -> None:
     text = METADATA.replace("DEEP", "[" * 150 + "]" * 150)
     expected = json.loads(text)
     marker = uuid.uuid4().hex
@@ -385,7 +383,7 @@ async def test_metadata_comes_back_exactly(client: Client, stack: Stack) -> None
         job = _job(question=question, images=images)
         await client.publish(f'{json.dumps(job)[:-1]}, "metadata": {text}}}'.encode())
         reply = await client.result(job["id"])
-        # As text too: to Python 1, 1.0 and True are the same.
+        # The text is compared too: Python treats 1, 1.0 and True as equal.
         assert reply.body["metadata"] == expected
         assert json.dumps(reply.body["metadata"]) == json.dumps(expected)
 
@@ -411,7 +409,7 @@ async def test_metadata_may_be_empty_or_as_large_as_allowed(client: Client, meta
     ],
     ids=["reasoning", "parts", "refusal", "logprobs", "choices"],
 )
-async def test_an_answer_that_is_more_than_text_comes_with_the_whole_response(
+async def test_an_answer_with_more_than_text_includes_the_response(
     client: Client, stack: Stack, outcome: Answer, params: dict[str, Any], answer: str
 ) -> None:
     reply = await _meet(client, stack, outcome, params=params)
@@ -428,16 +426,16 @@ async def test_an_answer_that_is_more_than_text_comes_with_the_whole_response(
         {"content": "42", "refusal": None, "annotations": [], "tool_calls": [], "reasoning_content": ""},
     ],
 )
-async def test_plain_text_comes_without_it(client: Client, stack: Stack, message: dict[str, Any]) -> None:
+async def test_a_plain_text_answer_does_not_include_the_response(
+    client: Client, stack: Stack, message: dict[str, Any]
+) -> None:
     choice = {"message": message, "finish_reason": "stop", "logprobs": None}
     reply = await _meet(client, stack, Answer(extra={"choices": [choice]}))
     assert reply.body["answer"] == "42"
     assert reply.body["response"] is None
 
 
-async def test_every_result_has_the_response_where_the_setting_says_so(
-    equipped: Equipped, stack: Stack
-) -> None:
+async def test_every_result_includes_the_response_if_configured(equipped: Equipped, stack: Stack) -> None:
     plain = await _meet(equipped.client, stack, Answer(text="42"))
     empty = await _meet(equipped.client, stack, Answer(text=""))
     rejected = await _meet(equipped.client, stack, Error(status=400))
@@ -448,7 +446,7 @@ async def test_every_result_has_the_response_where_the_setting_says_so(
     assert rejected.body["response"] is None
 
 
-async def test_the_provider_s_own_price_comes_first(equipped: Equipped, client: Client) -> None:
+async def test_the_provider_s_cost_takes_precedence(equipped: Equipped, client: Client) -> None:
     for its_client in (equipped.client, client):
         usage = (await _send(its_client)).body["usage"]
         assert usage["cost_usd"] == round(
@@ -457,7 +455,7 @@ async def test_the_provider_s_own_price_comes_first(equipped: Equipped, client: 
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
-async def test_without_it_the_price_list_counts_and_without_that_nothing(
+async def test_without_the_provider_s_cost_the_price_list_is_used(
     equipped: Equipped, client: Client, stack: Stack
 ) -> None:
     priced = (await _meet(equipped.client, stack, Answer(text="12345678", usage="no_cost"))).body["usage"]
@@ -491,17 +489,17 @@ async def test_missing_usage_is_null(client: Client, stack: Stack, usage: Any) -
     ],
     ids=range(5),
 )
-async def test_any_answer_text_arrives_unchanged(
+async def test_the_text_of_an_answer_arrives_unchanged(
     client: Client, stack: Stack, content: str, answer: str
 ) -> None:
-    """What UTF-8 cannot hold is replaced, since it was paid for and the rest of it can be read."""
+    """Characters that UTF-8 cannot encode are replaced, because the answer is billed."""
     body = f'{{"choices":[{{"message":{{"content":{content}}},"finish_reason":"stop"}}]}}'
     reply = await _meet(client, stack, Error(status=200, body=body))
     assert reply.body["status"] == "succeeded", reply.body
     assert reply.body["answer"] == answer
 
 
-async def test_a_response_that_is_not_strict_json_comes_in_a_result_that_is(
+async def test_a_response_that_is_not_strict_json_is_strict_json_in_the_result(
     equipped: Equipped, stack: Stack
 ) -> None:
     body = (
@@ -543,7 +541,7 @@ def _job(**fields: Any) -> dict[str, Any]:
 
 
 async def _send(client: Client, *, headers: dict[str, Any] | None = None, **fields: Any) -> Reply:
-    """Publish a job and return its result; `fields` that a job does not have are message properties."""
+    """Publish a job and return its result; unknown `fields` are message properties."""
     of_job = {name: fields.pop(name) for name in ("question", "model", "metadata") if name in fields}
     job = _job(**of_job)
     await client.publish(job, headers=headers, **fields)
@@ -551,7 +549,7 @@ async def _send(client: Client, *, headers: dict[str, Any] | None = None, **fiel
 
 
 async def _meet(client: Client, stack: Stack, outcome: Outcome, **fields: Any) -> Reply:
-    """The result of a job that meets this outcome."""
+    """Return the result of a job with this outcome."""
     marker = uuid.uuid4().hex
     stack.model.play(outcome, marker=marker)
     return await client.ask(**_job(question=marker, **fields))

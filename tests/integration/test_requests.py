@@ -39,7 +39,7 @@ async def test_results_arrive_after_the_reply_exchange_was_deleted_and_created(
             return body in received
 
         running = asyncio.create_task(client.run())
-        await until(client.connected.is_set, "it is connected")
+        await until(client.connected.is_set, "the client is connected")
         await until(lambda: arrives(b"before"), "a result")
         await channel.exchange_delete(name)
         exchange = await channel.declare_exchange(name)

@@ -1,4 +1,4 @@
-"""A queue that goes missing while many jobs settle is declared again once, for all of them."""
+"""A queue that is deleted while many jobs settle is declared again once for all."""
 
 import asyncio
 import uuid
@@ -29,7 +29,7 @@ OUTCOME = Succeeded(
 
 @dataclass
 class Scene:
-    """Jobs that settle on a broker, and what is declared and logged meanwhile."""
+    """Jobs that settle on a broker; records declarations and log lines."""
 
     topology: Topology
     connection: AbstractConnection
@@ -59,7 +59,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
 
 @pytest.fixture
 def declared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The queues that are declared, each time."""
+    """Record the name of each declared queue."""
     names: list[str] = []
     declare = QueueSpec.declare
 
@@ -86,7 +86,7 @@ async def scene(
         declared.clear()
         publisher = Publisher(broker, topology)
         running = asyncio.create_task(publisher.run())
-        await until(lambda: publisher.is_connected, "it is connected")
+        await until(lambda: publisher.is_connected, "the worker is connected")
         yield Scene(
             topology, connection, log, Settlement(publisher, topology, ReplyPolicy(["results"])), declared
         )
@@ -107,7 +107,7 @@ async def test_results_that_miss_their_queue_at_the_same_time_share_one_restore(
 
 
 @pytest.mark.parametrize("scene", [False], indirect=True, ids=["only checks"])
-async def test_while_nobody_creates_the_queue_it_is_checked_rarely_and_logged_once(
+async def test_a_missing_queue_is_checked_rarely_and_logged_once(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settlement, "UNROUTABLE_DELAY_S", 0.1)

@@ -18,12 +18,12 @@ from tests.running import Client, Reply, Worker, calls_with, until
 
 @pytest.fixture
 def kept_at() -> str:
-    """A store of the test's own."""
+    """Return the URL of the test's own store."""
     return f"s3://{BUCKET}/answers/{uuid.uuid4().hex}"
 
 
 def reported(reply: Reply) -> dict[str, Any]:
-    """What a result says, but for the times."""
+    """Return a result without its timings."""
     return {name: value for name, value in reply.body.items() if name != "timings"}
 
 
@@ -40,7 +40,7 @@ async def test_a_job_submitted_again_is_answered_from_the_store(
     short = job(f"What is {marker}?", put_image(), params={"seed": 7, "max_tokens": 50}, system="Be brief.")
     await client.publish(short)
     first = await client.result(short["id"])
-    # The same in other words: JSON's order and blanks, the long form, another sender.
+    # Equivalent jobs: other order and white space in JSON, the long form, another publisher.
     image = {"type": "image_url", "image_url": {"url": short["images"][0]}}
     turns = [
         {"role": "system", "content": "Be brief."},
@@ -61,11 +61,11 @@ async def test_a_job_submitted_again_is_answered_from_the_store(
     assert len(calls_with(stack, marker)) == 1
     assert worker.metric("vqa_result_store_operations_total", result="reused") == 1
     assert worker.metric("vqa_model_requests_total") == 1
-    # An answer that comes from the store costs nothing.
+    # An answer from the store costs nothing.
     assert worker.metric("vqa_tokens_total", type="prompt") == first.body["usage"]["prompt_tokens"]
 
 
-async def test_the_same_id_with_other_content_is_another_job(
+async def test_the_same_id_with_different_content_is_another_job(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, put_image: PutImage, kept_at: str
 ) -> None:
     worker = await start_worker(VQA_RESULT_STORE=kept_at)
@@ -86,7 +86,7 @@ async def test_the_same_id_with_other_content_is_another_job(
     assert worker.metric("vqa_result_store_operations_total", result="stored") == 7
 
 
-async def test_only_what_was_paid_for_is_kept(
+async def test_only_billed_answers_are_stored(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, kept_at: str
 ) -> None:
     worker = await start_worker(VQA_RESULT_STORE=kept_at)
@@ -108,7 +108,7 @@ async def test_only_what_was_paid_for_is_kept(
             assert (first.body["status"], second.body["status"]) == ("failed", "succeeded")
 
 
-async def test_an_answer_outlives_a_worker_that_is_killed_before_it_could_publish_it(
+async def test_an_answer_survives_a_worker_that_is_killed_before_publishing_it(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient, kept_at: str
 ) -> None:
     marker = uuid.uuid4().hex
@@ -122,7 +122,8 @@ async def test_an_answer_outlives_a_worker_that_is_killed_before_it_could_publis
         broker.freeze()
         await model_answered(own_stack, marker)
         await until(
-            lambda: doomed.metric("vqa_result_store_operations_total", result="stored") == 3, "they are kept"
+            lambda: doomed.metric("vqa_result_store_operations_total", result="stored") == 3,
+            "the answers are stored",
         )
         doomed.kill()
         broker.reset()
@@ -134,7 +135,7 @@ async def test_an_answer_outlives_a_worker_that_is_killed_before_it_could_publis
     assert worker.metric("vqa_model_requests_total") == 0
 
 
-async def test_of_two_workers_with_the_same_job_at_once_one_asks_and_the_other_waits(
+async def test_of_two_workers_with_the_same_job_one_calls_the_model_and_the_other_waits(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, kept_at: str
 ) -> None:
     marker = uuid.uuid4().hex
@@ -144,7 +145,7 @@ async def test_of_two_workers_with_the_same_job_at_once_one_asks_and_the_other_w
     workers.append(await start_worker(like=workers[0], **settings))
     client = await client_of(workers[0])
     it = job(marker)
-    # Two for each: those that meet in one worker wait as well.
+    # Two deliveries for each job: those in the same worker wait as well.
     await asyncio.gather(*(client.publish(it, message_id=str(n)) for n in range(4)))
     await until(lambda: len(client.replies.get(it["id"], ())) == 4, "the results")
 
@@ -160,10 +161,10 @@ async def test_of_two_workers_with_the_same_job_at_once_one_asks_and_the_other_w
     ] == ["jobs"]
 
 
-async def test_a_hundred_jobs_that_all_come_twice_at_once_are_paid_for_once(
+async def test_a_hundred_jobs_delivered_twice_at_once_are_billed_once(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, kept_at: str
 ) -> None:
-    """The race that could remain between two workers, tried a hundred times."""
+    """Try a possible race between two workers a hundred times."""
     marker = uuid.uuid4().hex
     workers: list[Worker] = [await start_worker(VQA_RESULT_STORE=kept_at)]
     workers.append(await start_worker(like=workers[0], VQA_RESULT_STORE=kept_at))
@@ -204,7 +205,7 @@ async def test_a_requeued_job_leaves_no_claim(
 
 
 @pytest.mark.parametrize("code", ["NoSuchBucket", "AccessDenied", "SignatureDoesNotMatch"])
-async def test_a_store_that_cannot_be_used_pauses_the_worker_before_anything_is_paid(
+async def test_an_unusable_store_pauses_the_worker_before_any_call(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, code: str
 ) -> None:
     marker = uuid.uuid4().hex
@@ -245,7 +246,7 @@ async def test_a_store_that_ignores_preconditions_is_not_used(
     assert calls_with(stack, marker) == []
 
 
-async def test_an_answer_that_cannot_be_kept_is_published_all_the_same(
+async def test_an_answer_that_cannot_be_stored_is_published(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient, kept_at: str
 ) -> None:
     marker = uuid.uuid4().hex
@@ -263,7 +264,7 @@ async def test_an_answer_that_cannot_be_kept_is_published_all_the_same(
         assert len(calls_with(own_stack, marker)) == 1
 
 
-async def test_past_its_deadline_a_job_is_answered_from_the_store(
+async def test_past_its_deadline_a_job_gets_the_stored_answer(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, kept_at: str
 ) -> None:
     worker = await start_worker(VQA_RESULT_STORE=kept_at)
@@ -280,7 +281,7 @@ async def test_past_its_deadline_a_job_is_answered_from_the_store(
     assert len(calls_with(stack, marker)) == 1
 
 
-async def test_an_answer_that_is_being_stored_at_the_end_of_the_grace_is_published(
+async def test_an_answer_that_is_being_stored_at_the_end_of_the_grace_period_is_published(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient, kept_at: str
 ) -> None:
     marker = uuid.uuid4().hex
@@ -295,17 +296,17 @@ async def test_an_answer_that_is_being_stored_at_the_end_of_the_grace_is_publish
         await calls_begun(own_stack, marker, 1)
         s3.freeze()
         await model_answered(own_stack, marker)
-        await until(lambda: worker.metric("vqa_model_requests_total", code="200") == 1, "it is answered")
+        await until(lambda: worker.metric("vqa_model_requests_total", code="200") == 1, "the model answers")
         assert await worker.stop() == 0
     assert statuses(await results(client, ids)) == {"succeeded": 1}
     assert await client.depth(worker.jobs_queue) == 0
     assert len(calls_with(own_stack, marker)) == 1
 
 
-async def test_one_small_request_a_job_is_what_the_store_costs_before_the_call(
+async def test_the_store_costs_one_request_per_job_before_the_call(
     stack: Stack, start_worker: StartWorker, client_of: MakeClient, kept_at: str
 ) -> None:
-    """And one that keeps the answer; the first job pays for trying the store out."""
+    """A second request stores the answer; the first job also tests the store."""
     async with Proxy.before(stack.s3.endpoint_url) as s3:
         worker = await start_worker(
             VQA_RESULT_STORE=kept_at, VQA_S3_ENDPOINT_URL=s3.url(stack.s3.endpoint_url)

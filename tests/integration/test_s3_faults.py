@@ -1,4 +1,4 @@
-"""An S3 that is missing, refuses the worker, or is interrupted in the middle of an image."""
+"""S3 is unreachable, denies access, or is interrupted in the middle of an image."""
 
 import asyncio
 import uuid
@@ -22,7 +22,7 @@ PICTURE_BYTES = 100_000
 
 
 def put(stack: Stack) -> str:
-    """Upload a picture of noise, which does not compress; returns its URL."""
+    """Upload an image of noise, which does not compress; return its URL."""
     buffer = BytesIO()
     Image.effect_noise((400, 400), 100).save(buffer, "PNG")
     assert len(buffer.getvalue()) > PICTURE_BYTES
@@ -59,7 +59,7 @@ async def scene(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> A
 
 
 async def ask(scene: Scene, image: str) -> tuple[str, int]:
-    """What became of one job, and in which attempt."""
+    """The outcome of a job, and its number of attempts."""
     (reply,) = await results(scene.client, await publish(scene.client, 1, "What is it?", image=image))
     return (reply.body["error"] or {}).get("code", reply.body["status"]), reply.body["attempts"]
 
@@ -67,7 +67,7 @@ async def ask(scene: Scene, image: str) -> tuple[str, int]:
 async def test_jobs_wait_while_s3_is_down_and_lose_no_attempt(own_stack: Stack, scene: Scene) -> None:
     image, marker = put(own_stack), uuid.uuid4().hex
     worker, client = scene.worker, scene.client
-    # Behind the proxy, S3's port would still be open.
+    # With the proxy, the port would still be open.
     await scene.proxy.refuse()
     await asyncio.to_thread(own_stack.s3.stop)
     scene.proxy.reset()
@@ -92,7 +92,7 @@ async def test_jobs_wait_while_s3_is_down_and_lose_no_attempt(own_stack: Stack, 
     assert await client.depth(worker.jobs_queue) == await client.depth(worker.dead_letter_queue) == 0
 
 
-async def test_wrong_credentials_pause_the_worker_until_one_comes_with_the_right_ones(
+async def test_wrong_credentials_pause_the_worker_and_another_worker_answers_the_jobs(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     wrong = await start_own_worker(AWS_SECRET_ACCESS_KEY="not-the-secret-key")
@@ -113,10 +113,10 @@ async def test_wrong_credentials_pause_the_worker_until_one_comes_with_the_right
 
 
 @pytest.mark.parametrize("politely", [False, True], ids=["reset", "truncated"])
-async def test_an_image_that_breaks_off_is_read_again(scene: Scene, *, politely: bool) -> None:
+async def test_an_interrupted_image_is_read_again(scene: Scene, *, politely: bool) -> None:
     image = put(scene.stack)
     scene.proxy.cuts_politely, scene.proxy.cut_after = politely, PICTURE_BYTES // 2
-    # A connection that was kept from before would not be cut.
+    # A pooled connection would not be interrupted.
     scene.proxy.reset()
     retries = scene.worker.metric("vqa_retries_total", reason="connection_error")
     asked = asyncio.create_task(ask(scene, image))
@@ -133,7 +133,7 @@ async def test_an_image_that_breaks_off_is_read_again(scene: Scene, *, politely:
     assert scene.worker.ready()[1]["status"] == "ready"
 
 
-async def test_a_slow_network_only_takes_longer(scene: Scene) -> None:
+async def test_a_slow_network_only_delays_jobs(scene: Scene) -> None:
     scene.proxy.delay_s = 0.1
     try:
         status, _ = await ask(scene, put(scene.stack))
@@ -142,13 +142,13 @@ async def test_a_slow_network_only_takes_longer(scene: Scene) -> None:
         scene.proxy.delay_s = 0
 
 
-async def test_a_missing_object_is_an_answer_and_no_fault_of_s3(scene: Scene) -> None:
+async def test_a_missing_object_is_not_a_failure_of_s3(scene: Scene) -> None:
     for _ in range(6):
         assert await ask(scene, f"s3://{BUCKET}/{uuid.uuid4().hex}") == ("image_not_found", 1)
     assert scene.worker.ready()[1]["status"] == "ready"
 
 
-async def test_an_s3_that_is_silent_for_everybody_costs_no_attempt(scene: Scene) -> None:
+async def test_an_unresponsive_s3_uses_no_attempt(scene: Scene) -> None:
     images = [put(scene.stack) for _ in range(5)]
     pauses = len(events(scene.worker, "consumption_paused"))
     scene.proxy.freeze()
@@ -163,14 +163,14 @@ async def test_an_s3_that_is_silent_for_everybody_costs_no_attempt(scene: Scene)
     assert len(events(scene.worker, "consumption_paused")) == pauses + 1
 
 
-async def test_an_s3_that_says_nothing_more_holds_up_neither_the_job_nor_the_end(scene: Scene) -> None:
-    """The last test of the scene: it ends the worker."""
+async def test_an_s3_that_hangs_during_a_read_blocks_neither_the_job_nor_the_stop(scene: Scene) -> None:
+    """This is the last test of the scene: it stops the worker."""
     image = put(scene.stack)
     scene.proxy.freeze()
     timeouts = scene.worker.metric("vqa_retries_total", reason="timeout")
     ids = await publish(scene.client, 1, "What is it?", image=image)
     await until(lambda: scene.worker.metric("vqa_retries_total", reason="timeout") > timeouts, "a retry")
-    # A thread still waits for what S3 never says.
+    # A thread still waits for S3.
     assert await scene.worker.stop(patience_s=60) == 0, scene.worker.output()
     scene.proxy.thaw()
     await scene.worker.start()
@@ -179,12 +179,12 @@ async def test_an_s3_that_says_nothing_more_holds_up_neither_the_job_nor_the_end
     assert reply.body["attempts"] >= 2
 
 
-# What a real S3 cannot be brought to do
+# Failures that a real S3 cannot be made to produce
 
 
 @dataclass(frozen=True)
 class Fiction:
-    """A worker whose S3 is a fake, and its publisher."""
+    """A worker with a fake S3, and its publisher."""
 
     stack: Stack
     worker: Worker
@@ -197,7 +197,7 @@ class Fiction:
         return [(await publish(self.client, 1, question, image=f"s3://{BUCKET}/{each}"))[0] for each in keys]
 
     async def succeed(self, ids: list[str]) -> None:
-        """All of these are answered, and nothing was counted."""
+        """Check that these jobs succeed without counted attempts."""
         replies = await results(self.client, ids)
         assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
         await said(self.worker, "ready")
@@ -229,7 +229,7 @@ async def fiction(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) ->
         (500, "InternalError", "S3 answered 500 InternalError"),
     ],
 )
-async def test_an_s3_that_refuses_everybody_pauses_the_worker_and_costs_no_attempt(
+async def test_an_s3_that_denies_all_requests_pauses_the_worker_and_uses_no_attempt(
     fiction: Fiction, status: int, code: str, says: str
 ) -> None:
     well, pauses = fiction.s3.answer, len(fiction.pauses())
@@ -248,14 +248,14 @@ async def test_an_s3_that_refuses_everybody_pauses_the_worker_and_costs_no_attem
     assert fiction.pauses()[pauses:] == ["s3"]
 
 
-async def test_one_object_that_is_asked_for_too_often_stops_nobody_and_costs_no_attempt(
+async def test_throttling_of_one_object_is_not_an_outage_and_uses_no_attempt(
     fiction: Fiction,
 ) -> None:
     well, pauses, hot = fiction.s3.answer, len(fiction.pauses()), f"{uuid.uuid4().hex}.png"
     refused: list[str] = []
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        # As many as make a read fail, and one more.
+        # One more than the retries of a read.
         if hot in request.raw_path and len(refused) < 4:
             refused.append(request.raw_path)
             return await refuse(503, "SlowDown")(request)
@@ -264,7 +264,7 @@ async def test_one_object_that_is_asked_for_too_often_stops_nobody_and_costs_no_
     await fiction.succeed(await fiction.publish(1, "What is it?"))
     fiction.s3.answer = answer
     try:
-        # The hot one is wanted by several, who read it together.
+        # Several jobs share the read of the throttled object.
         ids = await fiction.publish(4, "What is it?", hot) + await fiction.publish(6, "What is it?")
         await fiction.succeed(ids)
     finally:
@@ -273,7 +273,7 @@ async def test_one_object_that_is_asked_for_too_often_stops_nobody_and_costs_no_
     assert fiction.pauses()[pauses:] == []
 
 
-async def test_denied_objects_are_answers_however_many_there_are(fiction: Fiction) -> None:
+async def test_any_number_of_denied_objects_is_not_an_outage(fiction: Fiction) -> None:
     well, pauses = fiction.s3.answer, len(fiction.pauses())
     fiction.s3.answer = refuse(403, "AccessDenied")
     try:
@@ -300,7 +300,7 @@ async def test_two_outages_at_once_are_both_reported_and_both_waited_for(fiction
 
         await until(lambda: reasons() == {"s3", "model"}, "both are reported")
         fiction.s3.answer = well
-        await until(lambda: reasons() == {"model"}, "one is over")
+        await until(lambda: reasons() == {"model"}, "one outage ends")
     finally:
         fiction.s3.answer = well
         fiction.stack.model.configure(rules=[])

@@ -61,14 +61,14 @@ async def test_a_refusal_is_raised_at_the_start_and_retried_later(stack: Stack) 
     assert session.connection is None
     is_refused = False
     running = asyncio.create_task(session.run(serve))
-    await until(session.ready.is_set, "it is ready")
+    await until(session.ready.is_set, "the session is ready")
     is_refused = True
     assert session.connection is not None
     await session.connection.close()
     await until(lambda: len(problems) >= 2, "the refusals are reported")
     assert session.problem == problems[-1] == "the queue is exclusive to another connection"
     is_refused = False
-    await until(session.ready.is_set, "it is ready again")
+    await until(session.ready.is_set, "the session is ready again")
     assert session.problem == ""
     await cancel_all([running])
     assert session.connection is None

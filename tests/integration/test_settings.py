@@ -25,7 +25,7 @@ OPENAI = "https://api.openai.com/v1"
 ELSEWHERE = "https://models.example/v1"
 REQUIRED = {"VQA_ALLOWED_BUCKETS": "photos", "VQA_MODEL_API_KEY": "sk-test"}
 
-# Made for these tests with OpenSSL; they open nothing.
+# Created for these tests with OpenSSL.
 CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
 MIIBfzCCASWgAwIBAgIUCSqERJBrNDDF+S2RUbk3I0qfITwwCgYIKoZIzj0EAwIw
@@ -74,13 +74,13 @@ def empty_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def load_settings(environ: dict[str, str], *, env_file: Path | None = Path(".env")) -> Settings:
-    """The settings of a process with this environment."""
+    """Load the settings from this environment."""
     with patch.dict(os.environ, environ, clear=True):
         return read_settings(env_file=env_file)
 
 
 def load(**given: str) -> Settings:
-    """Settings from the required variables and these, given without the prefix."""
+    """Load settings from the required variables and these, without their prefix."""
     return load_settings(REQUIRED | {variable(name): value for name, value in given.items()})
 
 
@@ -91,7 +91,7 @@ def faults_of(environ: dict[str, str]) -> list[str]:
 
 
 def fault(**given: str) -> str:
-    """The one fault that these settings have."""
+    """Return the only error in these settings."""
     faults = faults_of(REQUIRED | {variable(name): value for name, value in given.items()})
     assert len(faults) == 1, faults
     assert "\n" not in faults[0]
@@ -106,7 +106,7 @@ def write(path: Path, text: str) -> str:
 # Defaults and the contract
 
 
-def test_the_required_settings_are_enough() -> None:
+def test_the_required_settings_are_sufficient() -> None:
     settings = load()
     assert settings.rabbitmq_url.get_secret_value() == "amqp://guest:guest@localhost:5672/"
     assert settings.jobs_queue == "vqa.jobs"
@@ -125,11 +125,11 @@ def test_the_required_settings_are_enough() -> None:
 
 
 @pytest.mark.parametrize(("maximum", "initial"), [("200", 32), ("64", 32), ("5", 5)])
-def test_the_concurrency_starts_at_32_or_at_its_maximum_if_that_is_less(maximum: str, initial: int) -> None:
+def test_the_initial_concurrency_is_32_or_the_lower_maximum(maximum: str, initial: int) -> None:
     assert load(max_concurrency=maximum).initial_concurrency == initial
 
 
-def test_every_required_setting_that_is_missing_is_named() -> None:
+def test_every_missing_required_setting_is_named() -> None:
     faults = faults_of({})
     assert [line.split(":")[0] for line in faults] == ["VQA_ALLOWED_BUCKETS", "VQA_MODEL_API_KEY"]
 
@@ -158,7 +158,7 @@ def contract_defaults(existing: set[str]) -> dict[str, str]:
     """Return the contract's default of each setting, without rows of settings that do not exist yet."""
     table = CONTRACT.read_text().split("## Settings", 1)[1].split("\n## ", 1)[0]
     defaults: dict[str, str] = {"VQA_RABBITMQ_CERT_FILE": "none", "VQA_RABBITMQ_KEY_FILE": "none"}
-    defaults["VQA_RABBITMQ_CA_FILE"] = "none"  # these three are named in the last column
+    defaults["VQA_RABBITMQ_CA_FILE"] = "none"  # these three are in the last column
     for row in re.findall(r"^\| (`VQA_[^|]*) \| ([^|]*) \|", table, re.MULTILINE):
         names = re.findall(r"VQA_\w+", row[0])
         if existing.isdisjoint(names):
@@ -172,25 +172,25 @@ def contract_defaults(existing: set[str]) -> dict[str, str]:
 @pytest.mark.skipif(not CONTRACT.is_file(), reason="the contract is kept outside of this repository")
 def test_the_names_and_defaults_are_those_of_the_contract() -> None:
     ours = {variable(name): generate.default_text(name) for name in Settings.model_fields}
-    # The contract names the providers' own keys in the row of VQA_MODEL_API_KEY.
+    # The contract lists the providers' keys in the row of VQA_MODEL_API_KEY.
     ours = {name: default for name, default in ours.items() if name.startswith("VQA_")}
-    # The worker may have more settings than the contract promises; they have defaults, and so break nobody.
+    # The worker may have more settings than the contract; they have defaults, so they are compatible.
     promised = contract_defaults(set(ours))
     assert {name: ours.get(name) for name in promised} == promised
     assert [name for name in ours.keys() - promised.keys() if ours[name] == "required"] == []
 
 
-def test_the_default_in_words_is_the_default_in_force() -> None:
+def test_the_described_default_is_the_actual_default() -> None:
     settings = load(results_queue="answers", jobs_queue="questions", model="m")
     assert settings.allowed_reply_to[0] == "answers"
     assert settings.dead_letter_queue == "questions.dead"
     assert settings.allowed_models == ("m",)
 
 
-# Where values come from
+# Sources of values
 
 
-def test_the_environment_comes_before_the_env_file_and_that_before_the_secrets(tmp_path: Path) -> None:
+def test_the_precedence_is_environment_then_env_file_then_secrets(tmp_path: Path) -> None:
     write(Path(".env"), "VQA_JOBS_QUEUE=from-env-file\nVQA_RESULTS_QUEUE=from-env-file\n")
     write(tmp_path / "VQA_JOBS_QUEUE", "from-secret\n")
     write(tmp_path / "VQA_RESULTS_QUEUE", "from-secret\n")
@@ -207,18 +207,18 @@ def test_the_env_file_can_name_the_secrets_folder(tmp_path: Path) -> None:
     assert load().model == "of-the-secret"
 
 
-def test_no_env_file_is_looked_for_when_none_is_wanted() -> None:
+def test_no_env_file_is_read_if_its_name_is_none() -> None:
     write(Path(".env"), "VQA_MODEL=m\n")
     assert load_settings(REQUIRED, env_file=None).model != "m"
 
 
-def test_a_broken_env_file_is_a_fault() -> None:
+def test_an_invalid_env_file_is_an_error() -> None:
     Path(".env").write_bytes(b"VQA_MODEL=\xff\xfe\n")
     assert fault() == ".env: cannot be read: it is not UTF-8 text"
 
 
 @pytest.mark.parametrize("name", ["VQA_MODEL_API_KEY", "vqa_model_api_key", "Vqa_Model_Api_Key"])
-def test_a_secret_file_may_be_named_in_any_case(tmp_path: Path, name: str) -> None:
+def test_the_name_of_a_secret_file_ignores_case(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, "sk-from-file\n")
     settings = load_settings({"VQA_ALLOWED_BUCKETS": "*", "VQA_SECRETS_DIR": str(tmp_path)})
     assert settings.model_api_key.get_secret_value() == "sk-from-file"
@@ -234,37 +234,37 @@ def test_a_secret_mounted_by_kubernetes_is_read(tmp_path: Path) -> None:
     assert settings.model_api_key.get_secret_value() == "sk-mounted"
 
 
-def test_a_secret_file_that_cannot_be_read_is_a_fault_that_names_it(tmp_path: Path) -> None:
+def test_an_unreadable_secret_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "VQA_MODEL").mkdir()
     line = fault(secrets_dir=str(tmp_path))
     assert line.startswith("VQA_SECRETS_DIR: ")
     assert "VQA_MODEL" in line
 
 
-def test_a_secret_file_that_is_no_text_is_a_fault(tmp_path: Path) -> None:
+def test_a_secret_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "VQA_MODEL").write_bytes(b"\xff")
     assert fault(secrets_dir=str(tmp_path)).endswith("cannot be read: it is not UTF-8 text")
 
 
 @pytest.mark.parametrize("kind", ["missing", "file"])
-def test_a_secrets_folder_that_is_none_is_a_fault(tmp_path: Path, kind: str) -> None:
+def test_a_secrets_folder_that_is_not_a_folder_is_an_error(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / kind
     if kind == "file":
         folder.touch()
     assert fault(secrets_dir=str(folder)).startswith("VQA_SECRETS_DIR: ")
 
 
-def test_text_that_is_not_utf8_is_a_fault() -> None:
+def test_text_that_is_not_utf8_is_an_error() -> None:
     assert fault(model=os.fsdecode(b"x\xe9")) == "VQA_MODEL: must be printable text"
 
 
 @pytest.mark.parametrize("name", ["rabbitmq_url", "model_api_key", "model_headers"])
-def test_a_secret_that_is_not_utf8_is_a_fault_that_does_not_show_it(name: str) -> None:
+def test_a_secret_that_is_not_utf8_is_an_error_that_does_not_show_it(name: str) -> None:
     text = {"model_headers": '{"X-A": "s3cret-\udce9"}', "rabbitmq_url": "amqp://u:s3cret-\udce9@h/"}
     assert "s3cret" not in fault(**{name: text.get(name, "s3cret-\udce9")})
 
 
-def test_a_secret_of_another_kind_is_a_fault_that_does_not_show_it() -> None:
+def test_a_secret_of_another_type_is_an_error_that_does_not_show_it() -> None:
     for text in ('"s3cret"', '["s3cret"]', '{"X-A": ["s3cret"]}', '{"X-A": {"b": "s3cret"}}'):
         assert "s3cret" not in fault(model_headers=text)
 
@@ -276,12 +276,12 @@ EMPTY_IS_A_VALUE = {"allowed_reply_to", "allowed_link_hosts"}
 @pytest.mark.parametrize(
     "name", sorted(set(Settings.model_fields) - EMPTY_IS_A_VALUE - {"allowed_buckets", "model_api_key"})
 )
-def test_an_empty_setting_is_the_same_as_none(name: str, blank: str) -> None:
+def test_an_empty_setting_is_the_same_as_a_missing_one(name: str, blank: str) -> None:
     assert load(**{name: blank}) == load()
 
 
 @pytest.mark.parametrize("name", sorted(EMPTY_IS_A_VALUE))
-def test_an_empty_list_of_what_is_allowed_allows_nothing(name: str) -> None:
+def test_an_empty_allow_list_allows_nothing(name: str) -> None:
     assert getattr(load(**{name: ""}), name) == ()
 
 
@@ -290,12 +290,12 @@ def test_an_empty_variable_does_not_hide_the_env_file() -> None:
     assert load(model="").model == "of-the-file"
 
 
-def test_outer_blanks_and_carriage_returns_are_dropped() -> None:
+def test_surrounding_white_space_is_stripped() -> None:
     settings = load(jobs_queue=" jobs \r", max_concurrency="8\r")
     assert (settings.jobs_queue, settings.max_concurrency) == ("jobs", 8)
 
 
-def test_the_constructor_checks_as_well() -> None:
+def test_the_constructor_validates_too() -> None:
     given: dict[str, Any] = {"allowed_buckets": (), "model_headers": 1, "retry_delays": (1.5,)}
     with pytest.raises(ValidationError) as caught:
         Settings(model_api_key="k", **given)
@@ -303,7 +303,7 @@ def test_the_constructor_checks_as_well() -> None:
     assert sorted(map(str, faulty)) == sorted(given)
 
 
-def test_settings_cannot_be_changed() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(ValidationError):
         load().model = "another"  # type: ignore[misc]  # which is the point
 
@@ -311,7 +311,7 @@ def test_settings_cannot_be_changed() -> None:
 # Secrets
 
 
-def test_secrets_show_in_no_form_of_the_settings() -> None:
+def test_no_representation_of_the_settings_contains_secrets() -> None:
     settings = load(
         rabbitmq_url="amqp://user:br0ker-pw@host/",
         model_api_key="sk-very-secret",
@@ -321,7 +321,7 @@ def test_secrets_show_in_no_form_of_the_settings() -> None:
         assert not re.search("br0ker-pw|sk-very-secret|h3ader-value", shown)
 
 
-def test_faults_and_their_tracebacks_show_no_secret() -> None:
+def test_errors_and_their_tracebacks_contain_no_secrets() -> None:
     environ = {
         "VQA_RABBITMQ_URL": "amqp://user:s3cret/word@host/",
         "VQA_MODEL_API_KEY": "s3cret word",
@@ -337,7 +337,7 @@ def test_faults_and_their_tracebacks_show_no_secret() -> None:
     assert "s3cret" not in shown
 
 
-def test_secret_values_are_listed_as_given_and_decoded() -> None:
+def test_secret_values_are_listed_encoded_and_decoded() -> None:
     settings = load(
         rabbitmq_url="amqp://user:p%40ss-word@host/",
         model_api_key="sk-key",
@@ -346,7 +346,7 @@ def test_secret_values_are_listed_as_given_and_decoded() -> None:
     assert settings.secret_values() == ("p%40ss-word", "p@ss-word", "sk-key", "value-a")
 
 
-def test_the_password_that_every_broker_is_delivered_with_is_no_secret() -> None:
+def test_the_default_password_of_rabbitmq_is_not_a_secret() -> None:
     assert load().secret_values() == ("sk-test",)
 
 
@@ -388,7 +388,7 @@ def test_the_address_of_the_broker_has_no_credentials(url: str, address: str) ->
         ("", None),
     ],
 )
-def test_a_common_key_is_for_its_own_provider_only(url: str, expected: str | None) -> None:
+def test_a_provider_s_common_variable_is_used_for_that_provider_only(url: str, expected: str | None) -> None:
     assert fallback_key_variable(url) == expected
 
 
@@ -396,22 +396,22 @@ TOKENS = {"DEEPINFRA_TOKEN": "di-token", "OPENAI_API_KEY": "oa-key"}
 
 
 @pytest.mark.parametrize(("url", "key"), [(DEEPINFRA, "di-token"), (OPENAI, "oa-key"), ("", "di-token")])
-def test_without_a_key_of_its_own_the_provider_s_common_variable_is_used(url: str, key: str) -> None:
+def test_without_vqa_model_api_key_the_provider_s_common_variable_is_used(url: str, key: str) -> None:
     settings = load_settings({"VQA_ALLOWED_BUCKETS": "*", "VQA_MODEL_BASE_URL": url} | TOKENS)
     assert settings.model_api_key.get_secret_value() == key
 
 
-def test_the_key_of_its_own_comes_first() -> None:
+def test_vqa_model_api_key_takes_precedence() -> None:
     assert load_settings(REQUIRED | TOKENS).model_api_key.get_secret_value() == "sk-test"
 
 
-def test_a_key_of_its_own_in_a_file_comes_before_a_common_one_in_the_environment(tmp_path: Path) -> None:
+def test_vqa_model_api_key_in_a_file_takes_precedence_over_a_common_variable(tmp_path: Path) -> None:
     write(tmp_path / "VQA_MODEL_API_KEY", "sk-of-the-file")
     environ = {"VQA_ALLOWED_BUCKETS": "*", "VQA_SECRETS_DIR": str(tmp_path), "VQA_MODEL_API_KEY": ""}
     assert load_settings(environ | TOKENS).model_api_key.get_secret_value() == "sk-of-the-file"
 
 
-def test_a_common_key_may_stand_in_the_env_file_or_in_a_secret(tmp_path: Path) -> None:
+def test_a_common_key_may_be_in_the_env_file_or_in_a_secret(tmp_path: Path) -> None:
     write(tmp_path / "deepinfra_token", "from-secret\n")
     environ = {"VQA_ALLOWED_BUCKETS": "*", "VQA_SECRETS_DIR": str(tmp_path)}
     assert load_settings(environ).model_api_key.get_secret_value() == "from-secret"
@@ -428,7 +428,7 @@ def test_a_common_key_may_stand_in_the_env_file_or_in_a_secret(tmp_path: Path) -
         ("https://api.deepinfra.com.evil.org/v1", "for their own hosts only"),
     ],
 )
-def test_a_missing_key_is_a_fault_that_says_what_would_do(url: str, hint: str) -> None:
+def test_a_missing_key_is_an_error_that_names_the_variables(url: str, hint: str) -> None:
     other = {"DEEPINFRA_TOKEN": "OPENAI_API_KEY"}.get(fallback_key_variable(url) or "", "DEEPINFRA_TOKEN")
     (line,) = faults_of({"VQA_ALLOWED_BUCKETS": "*", "VQA_MODEL_BASE_URL": url, other: "the-wrong-one"})
     assert line.startswith("VQA_MODEL_API_KEY: ")
@@ -444,13 +444,13 @@ def test_a_url_that_parsers_read_differently_gets_no_key(url: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["two words", "tab\there", "line\nbreak", "schlüssel", "sk\u200bkey"])
-def test_a_key_that_no_header_can_carry_is_a_fault(key: str) -> None:
+def test_a_key_that_is_not_a_valid_header_value_is_an_error(key: str) -> None:
     line = fault(model_api_key=key)
     assert line.startswith("VQA_MODEL_API_KEY: ")
     assert key not in line
 
 
-def test_a_bad_common_key_is_named_too() -> None:
+def test_an_invalid_common_key_is_named_too() -> None:
     (line,) = faults_of({"VQA_ALLOWED_BUCKETS": "*", "DEEPINFRA_TOKEN": "two words"})
     assert line.startswith("VQA_MODEL_API_KEY: (or DEEPINFRA_TOKEN) contains spaces")
 
@@ -586,7 +586,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "text", "message"), BAD)
-def test_a_bad_value_is_one_fault_that_says_what_is_wrong(name: str, text: str, message: str) -> None:
+def test_an_invalid_value_is_one_error_that_describes_the_problem(name: str, text: str, message: str) -> None:
     line = fault(**{name: text})
     assert message in line
     assert len(line) < 260
@@ -600,12 +600,12 @@ BLAMED_ON_ANOTHER = {
 
 
 @pytest.mark.parametrize(("name", "text"), [case[:2] for case in BAD])
-def test_a_fault_begins_with_the_variable_s_name(name: str, text: str) -> None:
+def test_an_error_begins_with_the_variable_s_name(name: str, text: str) -> None:
     assert fault(**{name: text}).startswith(f"{BLAMED_ON_ANOTHER.get(text, variable(name))}: ")
 
 
-def test_all_faults_are_reported_at_once() -> None:
-    """One bad value hides no other, whether the other stands alone or is about two settings."""
+def test_all_errors_are_reported_at_once() -> None:
+    """An invalid value hides no other error of one or of two settings."""
     wrong = {name: text for name, text, _ in BAD if text not in BLAMED_ON_ANOTHER}
     wrong |= {"dead_letter_queue": "vqa.results", "jobs_queue": "amq.x", "model_api_key": "a b"}
     wrong |= {"secrets_dir": "missing", "results_queue": "vqa.results", "allowed_models": "other"}
@@ -615,7 +615,7 @@ def test_all_faults_are_reported_at_once() -> None:
     assert len(lines) == len(faulty)
 
 
-def test_a_retry_queue_s_name_must_not_become_too_long() -> None:
+def test_the_length_of_a_retry_queue_s_name_is_checked() -> None:
     name = "j" * 247
     line = fault(jobs_queue=name, dead_letter_queue="dead", retry_delays="1,10")
     assert line.startswith("VQA_RETRY_DELAYS: ")
@@ -623,7 +623,7 @@ def test_a_retry_queue_s_name_must_not_become_too_long() -> None:
     assert load(jobs_queue=name[:-8], retry_delays="1,10").dead_letter_queue.endswith(".dead")
 
 
-def test_the_error_s_text_is_its_faults_a_line_each() -> None:
+def test_the_exception_s_text_has_one_line_per_error() -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings({})
     assert str(caught.value).splitlines() == caught.value.faults
@@ -634,14 +634,14 @@ ITEM = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="
 
 @given(items=st.lists(ITEM, min_size=1, max_size=8), blank=st.sampled_from(["", " ", "\t"]))
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_comma_lists_come_back_as_they_were_joined(items: list[str], blank: str) -> None:
+def test_comma_separated_lists_are_split(items: list[str], blank: str) -> None:
     text = f"{blank},{blank}".join(items) + ","
     assert load(model=items[0], allowed_models=text).allowed_models == tuple(items)
 
 
 @given(delays=st.lists(st.integers(1, 86_400), min_size=1, max_size=8))
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_retry_delays_come_back_as_they_were_joined(delays: list[int]) -> None:
+def test_retry_delays_are_split(delays: list[int]) -> None:
     assert load(retry_delays=", ".join(map(str, delays))).retry_delays == tuple(delays)
 
 
@@ -650,7 +650,7 @@ def test_retry_delays_come_back_as_they_were_joined(delays: list[int]) -> None:
     name=st.sampled_from(sorted(Settings.model_fields)),
 )
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_any_value_is_accepted_or_is_a_fault_of_one_line(name: str, text: str) -> None:
+def test_every_value_is_accepted_or_an_error_of_one_line(name: str, text: str) -> None:
     try:
         load(**{name: text})
     except SettingsError as error:
@@ -672,14 +672,14 @@ def test_without_tls_there_is_no_context() -> None:
     assert broker_ssl_context(load()) is None
 
 
-def test_tls_without_files_checks_against_the_system_s_certificates() -> None:
+def test_tls_without_files_uses_the_system_s_ca_certificates() -> None:
     context = broker_ssl_context(load(rabbitmq_url=TLS_URL))
     assert context is not None
     assert context.verify_mode is ssl.CERT_REQUIRED
     assert context.check_hostname
 
 
-def test_tls_takes_its_three_files(pem: Callable[[str, str], str]) -> None:
+def test_tls_uses_its_three_files(pem: Callable[[str, str], str]) -> None:
     settings = load(
         rabbitmq_url=TLS_URL,
         rabbitmq_ca_file=pem("ca", CERTIFICATE),
@@ -692,14 +692,14 @@ def test_tls_takes_its_three_files(pem: Callable[[str, str], str]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "not PEM", KEY, CERTIFICATE.replace("M", "-", 1), "\x00\xff"])
-def test_a_broken_ca_file_is_a_fault(pem: Callable[[str, str], str], text: str) -> None:
+def test_an_invalid_ca_file_is_an_error(pem: Callable[[str, str], str], text: str) -> None:
     line = fault(rabbitmq_url=TLS_URL, rabbitmq_ca_file=pem("ca", text))
     assert line.startswith("VQA_RABBITMQ_CA_FILE: ")
     assert "PEM" in line
 
 
 @pytest.mark.parametrize("key", ["", "not PEM", CERTIFICATE, KEY_OF_ANOTHER, ENCRYPTED_KEY])
-def test_a_certificate_and_a_key_that_cannot_be_loaded_are_a_fault(
+def test_a_certificate_and_a_key_that_cannot_be_loaded_are_an_error(
     pem: Callable[[str, str], str], key: str
 ) -> None:
     line = fault(
@@ -711,21 +711,19 @@ def test_a_certificate_and_a_key_that_cannot_be_loaded_are_a_fault(
 
 
 @pytest.mark.parametrize("name", ["rabbitmq_cert_file", "rabbitmq_key_file"])
-def test_a_certificate_needs_its_key_and_the_other_way_round(
-    pem: Callable[[str, str], str], name: str
-) -> None:
+def test_a_certificate_and_its_key_require_each_other(pem: Callable[[str, str], str], name: str) -> None:
     line = fault(rabbitmq_url=TLS_URL, **{name: pem("file", CERTIFICATE)})
     assert line == "VQA_RABBITMQ_KEY_FILE: and VQA_RABBITMQ_CERT_FILE go together: give both or neither"
 
 
 @pytest.mark.parametrize("name", ["rabbitmq_ca_file", "rabbitmq_cert_file", "rabbitmq_key_file"])
-def test_a_tls_file_that_is_not_there_is_a_fault(name: str) -> None:
+def test_a_missing_tls_file_is_an_error(name: str) -> None:
     lines = faults_of(REQUIRED | {"VQA_RABBITMQ_URL": TLS_URL, variable(name): "/nowhere/file.pem"})
     assert f"{variable(name)}: path does not point to a file, not '/nowhere/file.pem'" in lines
 
 
 @pytest.mark.parametrize("name", ["rabbitmq_ca_file", "rabbitmq_cert_file", "rabbitmq_key_file"])
-def test_tls_files_without_tls_are_a_fault(pem: Callable[[str, str], str], name: str) -> None:
+def test_tls_files_without_tls_are_an_error(pem: Callable[[str, str], str], name: str) -> None:
     lines = faults_of(REQUIRED | {variable(name): pem("file", CERTIFICATE)})
     assert any(line.startswith(variable(name)) and "amqps://" in line for line in lines)
 
@@ -739,22 +737,22 @@ def the_warning(settings: Settings) -> str:
     return line
 
 
-def test_a_grace_shorter_than_a_call_earns_a_warning() -> None:
+def test_a_grace_period_shorter_than_a_call_is_a_warning() -> None:
     line = the_warning(load(shutdown_grace="100"))
     assert line.startswith("VQA_SHUTDOWN_GRACE: 100 s are less than VQA_MODEL_TIMEOUT (120 s)")
 
 
-def test_a_job_timeout_shorter_than_a_call_earns_a_warning() -> None:
+def test_a_job_timeout_shorter_than_a_call_is_a_warning() -> None:
     assert the_warning(load(job_timeout="60")).startswith("VQA_JOB_TIMEOUT: 60 s")
 
 
-def test_checking_links_that_are_never_created_earns_a_warning() -> None:
+def test_checking_presigned_urls_without_link_delivery_is_a_warning() -> None:
     assert the_warning(load(check_linked_images="true")).startswith("VQA_CHECK_LINKED_IMAGES: ")
     assert "VQA_IMAGE_DELIVERY=link" in the_warning(load(check_linked_images="true"))
     assert load(check_linked_images="true", image_delivery="link").warnings() == []
 
 
-def test_a_buffer_that_is_too_small_for_one_job_earns_a_warning() -> None:
+def test_a_buffer_that_is_too_small_for_one_job_is_a_warning() -> None:
     enough = 16 * 768 * 1024
     assert load(image_buffer_bytes=str(enough)).warnings() == []
     line = the_warning(load(image_buffer_bytes=str(enough - 1)))
@@ -769,34 +767,34 @@ def test_a_field_of_the_metadata_names_the_tenant() -> None:
     settings = load(tenant_from="metadata.team", tenants="red, blue")
     assert (settings.tenant_key, settings.tenants) == ("team", ("red", "blue"))
     assert settings.warnings() == []
-    # What follows is the field's name, dots and all.
+    # The rest is the field's name, including dots.
     assert load(tenant_from="metadata.billing.team", tenants="red").tenant_key == "billing.team"
     assert load().tenant_key is None
 
 
 @pytest.mark.parametrize("field", ["team", "metadata", "metadata.", "headers.team", "Metadata.team"])
-def test_nothing_else_can_name_the_tenant(field: str) -> None:
+def test_only_metadata_fields_can_name_the_tenant(field: str) -> None:
     assert "metadata.team" in fault(tenant_from=field)
 
 
-def test_tenants_without_their_field_and_the_field_without_tenants_earn_warnings() -> None:
+def test_tenants_without_a_field_and_a_field_without_tenants_are_warnings() -> None:
     assert the_warning(load(tenants="red")).startswith("VQA_TENANTS: ")
     assert the_warning(load(tenant_from="metadata.team")).startswith("VQA_TENANT_FROM: ")
 
 
 @pytest.mark.parametrize("host", ["models.example", "10.0.0.1", "localhost.evil.org", "[2001:db8::1]:80"])
-def test_a_key_in_clear_over_the_network_earns_a_warning(host: str) -> None:
+def test_a_key_sent_without_tls_is_a_warning(host: str) -> None:
     assert the_warning(load(model_base_url=f"HTTP://{host}/v1")).startswith("VQA_MODEL_BASE_URL: ")
 
 
 @pytest.mark.parametrize(
     "url", ["https://models.example", "http://localhost:8000", "http://127.8.9.1", "http://[::1]", "http://a.localhost"]
 )  # fmt: skip
-def test_a_local_api_or_one_with_tls_earns_none(url: str) -> None:
+def test_a_local_api_or_one_with_tls_is_not_a_warning(url: str) -> None:
     assert load(model_base_url=url).warnings() == []
 
 
-def test_a_variable_that_is_no_setting_earns_a_warning_with_the_closest_name() -> None:
+def test_an_unknown_variable_is_a_warning_with_the_closest_name() -> None:
     line = the_warning(load(max_concurency="3"))
     assert line == (
         "VQA_MAX_CONCURENCY: in the environment, is not a setting and is ignored;"
@@ -804,7 +802,7 @@ def test_a_variable_that_is_no_setting_earns_a_warning_with_the_closest_name() -
     )
 
 
-def test_a_variable_that_is_like_no_setting_earns_a_warning_without_a_name() -> None:
+def test_an_unknown_variable_without_a_similar_setting_is_a_warning_without_a_name() -> None:
     assert the_warning(load(zzz="3")).endswith("is not a setting and is ignored")
 
 
@@ -828,11 +826,11 @@ def test_unknown_variables_in_the_env_file_are_reported() -> None:
         ("VQA_PORT", "tcp://10.0.0.1:80"),
     ],
 )
-def test_the_variables_of_a_kubernetes_service_earn_none(name: str, value: str) -> None:
+def test_the_variables_of_a_kubernetes_service_are_not_warnings(name: str, value: str) -> None:
     assert load_settings(REQUIRED | {name: value}).warnings() == []
 
 
-def test_a_misspelt_port_is_not_taken_for_a_service() -> None:
+def test_a_misspelt_port_is_not_mistaken_for_a_service() -> None:
     assert "did you mean VQA_HTTP_PORT?" in the_warning(load(htpp_port="9090"))
 
 

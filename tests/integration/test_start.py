@@ -1,4 +1,4 @@
-"""The worker's start: what is wrong is said at once, in a line; what is only late is waited for."""
+"""The worker's start: errors are reported at once in one line; late services are waited for."""
 
 import asyncio
 import re
@@ -26,16 +26,16 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority.made_in(tmp_path_factory.mktemp("tls") / "right")
 
 
-# Starts that come to nothing. They run side by side, since each takes a second.
+# Starts that fail. They run concurrently, since each takes a second.
 
 
 @dataclass(frozen=True)
 class Refusals:
-    """Workers that did not start, by what was wrong with them."""
+    """Workers that did not start, by the cause."""
 
     ended: Mapping[str, Ended]
     queues: Mapping[str, Worker]
-    """Their names, for those whose queues matter."""
+    """The workers' names, where their queues matter."""
     connections_of_wrong_settings: int
 
 
@@ -72,7 +72,7 @@ async def refusals(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -
 
 
 async def declare_others(stack: Stack, worker: Worker) -> None:
-    """Make queues of the worker's names that are not as the worker's would be."""
+    """Declare the worker's queues with other arguments."""
     async with await aio_pika.connect(stack.rabbitmq.url) as connection:
         channel = await connection.channel()
         await channel.declare_queue(worker.jobs_queue, durable=True, arguments={"x-queue-type": "quorum"})
@@ -93,7 +93,7 @@ def test_all_invalid_settings_are_reported_before_any_connection(refusals: Refus
 
 
 @pytest.mark.parametrize(("fault", "word"), [("password", "password"), ("vhost", "virtual host")])
-def test_a_broker_that_refuses_the_worker_ends_the_start_and_no_password_is_shown(
+def test_rejected_credentials_are_an_error_that_shows_no_password(
     refusals: Refusals, fault: str, word: str
 ) -> None:
     ended = refusals.ended[fault]
@@ -105,7 +105,7 @@ def test_a_broker_that_refuses_the_worker_ends_the_start_and_no_password_is_show
     assert "guest:guest" not in ended.output + line
 
 
-def test_queues_with_other_arguments_are_all_named_with_the_difference(refusals: Refusals) -> None:
+def test_all_queues_with_other_arguments_are_reported_with_the_difference(refusals: Refusals) -> None:
     ended, worker = refusals.ended["arguments"], refusals.queues["arguments"]
     assert ended.code == EXIT_CONFIG
     results, jobs = ended.errors
@@ -116,7 +116,7 @@ def test_queues_with_other_arguments_are_all_named_with_the_difference(refusals:
     assert "quorum" in results
 
 
-def test_queues_that_are_missing_and_not_to_be_declared_end_the_start(refusals: Refusals) -> None:
+def test_missing_queues_are_an_error_if_they_are_not_to_be_declared(refusals: Refusals) -> None:
     ended, worker = refusals.ended["missing"], refusals.queues["missing"]
     assert ended.code == EXIT_CONFIG
     names = [
@@ -130,7 +130,7 @@ def test_queues_that_are_missing_and_not_to_be_declared_end_the_start(refusals: 
         assert re.search(rf"\b{re.escape(name)} does not exist", line), line
 
 
-def test_a_port_that_is_taken_ends_the_start(refusals: Refusals) -> None:
+def test_a_port_in_use_is_an_error(refusals: Refusals) -> None:
     ended = refusals.ended["port"]
     assert ended.code == EXIT_CONFIG
     (line,) = ended.errors
@@ -138,12 +138,12 @@ def test_a_port_that_is_taken_ends_the_start(refusals: Refusals) -> None:
     assert "in use" in line
 
 
-# A worker that may do little, in somebody else's queues.
+# A worker with few permissions and existing queues
 
 
 @dataclass(frozen=True)
 class Guest:
-    """A worker whose queues were made by somebody else, and whose broker user may not make any."""
+    """A worker with existing queues whose broker user may not declare any."""
 
     worker: Worker
     client: Client
@@ -174,7 +174,7 @@ async def guest(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> A
             worker.kill()
 
 
-async def test_queues_that_are_there_and_not_to_be_declared_are_used_as_they_are(guest: Guest) -> None:
+async def test_existing_queues_are_used_without_declaring_them(guest: Guest) -> None:
     reply = await guest.client.ask(**job())
     assert reply.body["status"] == "succeeded"
 
@@ -186,23 +186,25 @@ async def test_the_worker_s_connections_are_named_after_its_host(guest: Guest, o
     assert all(f'"vqa-worker@{socket.gethostname()}"' in line for line in own), own
 
 
-def test_a_grace_that_cuts_off_calls_earns_a_warning(guest: Guest) -> None:
+def test_a_grace_period_shorter_than_a_call_is_a_warning(guest: Guest) -> None:
     (warning,) = events(guest.worker, "configuration_warning")
     assert warning["level"] == "warning"
     assert warning["warning"].startswith("VQA_SHUTDOWN_GRACE: ")
 
 
-# The network between the worker and the broker.
+# The network between worker and broker
 
 
-async def test_a_broker_that_is_not_there_yet_is_waited_for(
+async def test_the_worker_waits_for_a_broker_that_starts_later(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     async with Proxy.before(own_stack.rabbitmq.url, listens=False) as proxy:
         worker = await start_own_worker(wait=False, VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
         starting = asyncio.create_task(worker.start())
-        await until(lambda: len(events(worker, "rabbitmq_unreachable")) > 2, "it waits for the broker")
-        await until(lambda: worker.get("/livez")[0], "it has loaded the rest meanwhile")
+        await until(
+            lambda: len(events(worker, "rabbitmq_unreachable")) > 2, "the worker waits for the broker"
+        )
+        await until(lambda: worker.get("/livez")[0], "the worker has imported everything else")
         assert worker.ready() == (503, {"status": "no_broker", "reasons": ["not connected to RabbitMQ"]})
         assert worker.get("/livez")[0] == 200
         await proxy.accept()
@@ -212,7 +214,7 @@ async def test_a_broker_that_is_not_there_yet_is_waited_for(
         assert await worker.stop() == 0
 
 
-async def test_the_broker_s_certificate_is_checked_against_the_authority_that_is_named(
+async def test_the_broker_s_certificate_is_verified_with_the_configured_ca(
     own_stack: Stack,
     start_own_worker: StartWorker,
     own_client_of: MakeClient,

@@ -1,4 +1,4 @@
-"""The worker's end: what is in flight is finished, the rest requeued, and nothing is lost or counted."""
+"""The worker's stop: running jobs finish, others are requeued, and no attempt or delivery is counted."""
 
 import asyncio
 import signal
@@ -14,7 +14,7 @@ from tests.conftest import MakeClient, StartWorker
 from tests.proxy import Proxy
 from tests.running import Worker, calls_with, until
 
-# AMQP 0-9-1: class and method of what the worker says to the broker.
+# AMQP 0-9-1: class and method of frames from the worker to the broker.
 BASIC_GET = b"\x00\x3c\x00\x46"
 BASIC_CANCEL = b"\x00\x3c\x00\x1e"
 QUEUE_DECLARE = b"\x00\x32\x00\x0a"
@@ -26,7 +26,7 @@ def signal_to(worker: Worker, number: signal.Signals) -> None:
     worker.process.send_signal(number)
 
 
-async def test_the_first_signal_finishes_what_runs_and_gives_back_what_was_not_begun(
+async def test_the_first_signal_finishes_running_jobs_and_requeues_the_others(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     marker, waiting = uuid.uuid4().hex, uuid.uuid4().hex
@@ -36,16 +36,16 @@ async def test_the_first_signal_finishes_what_runs_and_gives_back_what_was_not_b
             VQA_MODEL_BASE_URL=model.url(own_stack.model.base_url), VQA_MAX_CONCURRENCY="40"
         )
         client = await own_client_of(first)
-        # 32 calls at once is where the limit starts; the rest is prefetched and waits.
+        # The limit starts at 32 concurrent calls; the other jobs are prefetched and wait.
         running = await publish(client, 32, marker)
-        await until(lambda: model.held == 32, "they have begun")
+        await until(lambda: model.held == 32, "the calls begin")
         prefetched = await publish(client, 8, waiting)
-        await until(lambda: first.metric("vqa_jobs_in_flight") == 40, "all are prefetched")
+        await until(lambda: first.metric("vqa_jobs_in_flight") == 40, "all jobs are prefetched")
 
         signal_to(first, signal.SIGTERM)
         assert (await said(first, "stopping"))[0] == 503
         assert first.get("/livez")[0] == 200
-        # What was not begun is back while the others still run, and what comes now is not for this worker.
+        # Jobs that had not begun are requeued while the others run, and this worker gets no new jobs.
         late = await publish(client, 2, waiting)
 
         async def are_back() -> bool:
@@ -68,7 +68,7 @@ async def test_the_first_signal_finishes_what_runs_and_gives_back_what_was_not_b
     assert {len(found) for found in client.replies.values()} == {1}
 
 
-async def test_what_outlasts_the_grace_goes_back_and_counts_neither_as_attempt_nor_as_delivery(
+async def test_jobs_that_exceed_the_grace_period_are_requeued_without_a_counted_attempt_or_delivery(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -93,7 +93,7 @@ async def test_what_outlasts_the_grace_goes_back_and_counts_neither_as_attempt_n
     assert {len(found) for found in client.replies.values()} == {1}
 
 
-async def test_a_second_signal_ends_it_at_once_and_the_next_worker_answers_its_jobs(
+async def test_a_second_signal_stops_the_worker_at_once_and_the_next_one_answers_its_jobs(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -117,7 +117,7 @@ async def test_a_second_signal_ends_it_at_once_and_the_next_worker_answers_its_j
     assert {len(found) for found in client.replies.values()} == {1}
 
 
-async def test_a_worker_without_work_a_broker_or_a_model_stops_as_well(
+async def test_a_worker_without_jobs_broker_or_model_stops(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -130,7 +130,7 @@ async def test_a_worker_without_work_a_broker_or_a_model_stops_as_well(
         client = await own_client_of(paused)
         (lost,) = await publish(client, 1, marker)
         await said(paused, "paused")
-        await until(lambda: events(lonely, "rabbitmq_unreachable"), "it waits for the broker")
+        await until(lambda: events(lonely, "rabbitmq_unreachable"), "the worker waits for the broker")
         codes = await asyncio.gather(paused.stop(patience_s=60), lonely.stop(patience_s=60))
 
     assert list(codes) == [0, 0], paused.output() + lonely.output()
@@ -139,7 +139,7 @@ async def test_a_worker_without_work_a_broker_or_a_model_stops_as_well(
     assert "vqa-attempts" not in message.headers
 
 
-async def test_a_worker_that_is_just_talking_to_the_broker_stops_as_well(
+async def test_a_worker_that_waits_for_a_response_of_the_broker_stops(
     own_stack: Stack, start_own_worker: StartWorker
 ) -> None:
     async with AsyncExitStack() as proxies:
@@ -150,16 +150,16 @@ async def test_a_worker_that_is_just_talking_to_the_broker_stops_as_well(
             url = proxy.url(own_stack.rabbitmq.url)
             worker = await start_own_worker(wait=False, VQA_RABBITMQ_URL=url)
             worker.launch()
-            await until(lambda: proxy.freezes_on is None, "it says so")
+            await until(lambda: proxy.freezes_on is None, "the request")
             signal_to(worker, signal.SIGTERM)
-            await until(lambda: events(worker, "stopping"), "it is stopping")
+            await until(lambda: events(worker, "stopping"), "the worker is stopping")
             proxy.thaw()
             return await worker.ended(patience_s=60)
 
         assert await asyncio.gather(*map(stop_at, (QUEUE_DECLARE, CHANNEL_CLOSE))) == [0, 0]
 
 
-async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor_disturbs_another(
+async def test_a_stop_during_a_trial_affects_neither_the_trial_s_job_nor_others(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     running, barred = uuid.uuid4().hex, uuid.uuid4().hex
@@ -168,12 +168,12 @@ async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor
     async with Proxy.before(own_stack.rabbitmq.url) as proxy:
         worker = await start_own_worker(VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
         client = await own_client_of(worker)
-        # The worker asks for a job to try with, and is asked to stop before it has an answer.
+        # The worker requests a job for a trial, and gets SIGTERM before the response.
         proxy.freezes_on = BASIC_GET
         ids = await publish(client, 1, running)
         await calls_begun(own_stack, running, 1)
         await publish(client, 1, barred)
-        await until(lambda: proxy.freezes_on is None, "it asks")
+        await until(lambda: proxy.freezes_on is None, "the request")
         signal_to(worker, signal.SIGTERM)
         await said(worker, "stopping")
         proxy.thaw()
@@ -182,7 +182,7 @@ async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor
     (reply,) = await results(client, ids)
     assert reply.body["status"] == "succeeded"
     assert len(calls_with(own_stack, barred)) == 1
-    # A channel that was closed early would have brought back the job that ran, too.
+    # Closing the channel too early would also have requeued the running job.
     assert await client.depth(worker.jobs_queue) == 1
     message = await client.take(worker.jobs_queue)
     assert barred in message.body.decode()
@@ -190,10 +190,10 @@ async def test_a_stop_in_the_middle_of_a_trial_neither_loses_the_trial_s_job_nor
 
 
 @pytest.mark.parametrize("why", ["it is paused", "it is asked to stop"])
-async def test_jobs_go_back_only_when_the_broker_has_ended_the_flow_so_that_it_counts_no_delivery(
+async def test_jobs_are_requeued_only_after_cancel_ok_so_that_no_delivery_is_counted(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient, *, why: str
 ) -> None:
-    """What RabbitMQ was just about to hand to a consumer that ends, it counts as delivered."""
+    """RabbitMQ counts a delivery to a consumer that is being cancelled."""
     barred = uuid.uuid4().hex
     own_stack.model.play(Error(status=401), marker=barred, times=None)
     async with (
@@ -207,10 +207,10 @@ async def test_jobs_go_back_only_when_the_broker_has_ended_the_flow_so_that_it_c
         )
         client = await own_client_of(worker)
         model.freeze()
-        # 32 calls at once is where the limit starts; the others wait.
+        # The limit starts at 32 concurrent calls; the other jobs wait.
         await publish(client, 40, barred)
         await until(lambda: model.held == 32, "jobs have begun")
-        await until(lambda: worker.metric("vqa_jobs_in_flight") == 40, "the others are here")
+        await until(lambda: worker.metric("vqa_jobs_in_flight") == 40, "the other jobs are delivered")
         broker.holds_up = BASIC_CANCEL
         if why == "it is paused":
             model.thaw()
@@ -218,10 +218,12 @@ async def test_jobs_go_back_only_when_the_broker_has_ended_the_flow_so_that_it_c
         else:
             signal_to(worker, signal.SIGTERM)
             await said(worker, "stopping")
-        await until(lambda: broker.holds_up is None, "it asks for the end of the flow")
-        # The flow has not ended for the broker: this one still comes, and waits to go back like the rest.
+        await until(lambda: broker.holds_up is None, "the worker sends Basic.Cancel")
+        # The broker has not handled Basic.Cancel yet: it delivers this job, which waits for the requeue too.
         await publish(client, 1, barred)
-        await until(lambda: worker.metric("vqa_stage_duration_seconds_count", stage="wait") >= 9, "it comes")
+        await until(
+            lambda: worker.metric("vqa_stage_duration_seconds_count", stage="wait") >= 9, "the delivery"
+        )
         assert events(worker, "job_requeued") == []
         assert await client.depth(worker.jobs_queue) == 0
         signal_to(worker, signal.SIGTERM) if why == "it is paused" else model.thaw()
@@ -233,7 +235,7 @@ async def test_jobs_go_back_only_when_the_broker_has_ended_the_flow_so_that_it_c
     assert {name for message in messages for name, value in message.headers.items() if value} == {"vqa-copy"}
 
 
-async def test_a_broker_that_comes_back_within_the_grace_still_gets_the_results(
+async def test_a_broker_that_returns_within_the_grace_period_gets_the_results(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     async with (
@@ -250,7 +252,7 @@ async def test_a_broker_that_comes_back_within_the_grace_still_gets_the_results(
         await until(lambda: model.held == 1, "the job has begun")
         await broker.refuse()
         broker.reset()
-        await until(lambda: events(worker, "rabbitmq_unreachable"), "the broker is missed")
+        await until(lambda: events(worker, "rabbitmq_unreachable"), "the connection is lost")
         signal_to(worker, signal.SIGTERM)
         model.thaw()
         await until(lambda: worker.metric("vqa_model_requests_total", code="200") == 1, "the model answers")

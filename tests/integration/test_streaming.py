@@ -1,4 +1,4 @@
-"""Large images on their way through a real worker: byte for byte, or not, and never a hang."""
+"""Large images are streamed unchanged through a real worker; errors are reported and nothing hangs."""
 
 import asyncio
 import base64
@@ -25,7 +25,7 @@ from tests.running import Client, Reply, Worker, calls_with, until
 
 MIB = 1024 * 1024
 SMALL_BYTES = 256 * 1024
-"""Up to here, an image is read before the API is called; above, while it is."""
+"""Up to this size an image is read before the model request; larger ones are streamed."""
 NOISE = random.Random(1).randbytes(9 * MIB)  # noqa: S311 - image bytes, not secrets
 
 
@@ -47,7 +47,7 @@ def data_url(content: bytes) -> str:
 
 
 async def look(client: Client, stack: Stack, *images: object) -> Call:
-    """The call that was made for a job with these images."""
+    """Return the model request for a job with these images."""
     question = f"What is {uuid.uuid4().hex}?"
     reply = await client.ask(question=question, images=images)
     assert reply.body["status"] == "succeeded", reply.body
@@ -55,10 +55,10 @@ async def look(client: Client, stack: Stack, *images: object) -> Call:
     return call
 
 
-# Byte for byte
+# Unchanged images
 
 
-async def test_images_of_all_kinds_and_sizes_in_one_request_arrive_as_they_were(
+async def test_images_of_all_sources_and_sizes_in_one_request_arrive_unchanged(
     client: Client, stack: Stack, put_image: PutImage
 ) -> None:
     small, large = an_image(999), an_image(2 * MIB + 1)
@@ -80,7 +80,7 @@ async def test_images_of_all_kinds_and_sizes_in_one_request_arrive_as_they_were(
 
 
 @pytest.mark.parametrize("way", ["s3", "data"])
-async def test_sizes_around_the_boundaries_arrive_as_they_were(
+async def test_images_with_sizes_around_boundaries_arrive_unchanged(
     client: Client, stack: Stack, put_image: PutImage, way: str
 ) -> None:
     # JSON, base64 and the connection's chunks all have their own boundaries.
@@ -92,8 +92,8 @@ async def test_sizes_around_the_boundaries_arrive_as_they_were(
     assert [image.sha256 for image in call.images] == [sha256(content) for content in contents]
 
 
-async def test_json_may_say_a_data_url_in_other_characters(client: Client, stack: Stack) -> None:
-    # As PHP writes it: a backslash before each slash. All bits set is nothing but slashes in base64.
+async def test_a_data_url_may_have_json_escapes(client: Client, stack: Stack) -> None:
+    # PHP escapes each slash. The base64 of 0xFF bytes has only slashes.
     contents = [an_image(MIB) + b"\xff" * SMALL_BYTES, picture() + b"\xff" * 3000]
     marker = uuid.uuid4().hex
     job = {"id": marker, "question": marker, "images": [data_url(it) for it in contents]}
@@ -104,7 +104,7 @@ async def test_json_may_say_a_data_url_in_other_characters(client: Client, stack
     assert [image.sha256 for image in call.images] == [sha256(content) for content in contents]
 
 
-async def test_blanks_in_a_data_url_however_many_cut_no_image_short(client: Client, stack: Stack) -> None:
+async def test_white_space_in_a_data_url_does_not_truncate_the_image(client: Client, stack: Stack) -> None:
     content = an_image(MIB)
     encoded = base64.b64encode(content).decode()
     blanks = " " * 600_000
@@ -124,12 +124,12 @@ async def test_a_429_sends_the_whole_image_again(client: Client, stack: Stack, p
     assert [[image.sha256 for image in call.images] for call in calls] == [[sha256(content)] * 2] * 3
 
 
-# An S3 that is not as it should be
+# A faulty S3
 
 
 @dataclass
 class Scene:
-    """A worker, its client and its S3, which is a fake."""
+    """A worker with a fake S3, and its client."""
 
     stack: Stack
     s3: FakeS3
@@ -167,16 +167,16 @@ async def ask(scene: Scene, answer: Answer, question: str, key: str = "large.png
 
 
 def begun(content: bytes, size: int) -> bytes:
-    """The head of an answer, and the beginning of its body."""
+    """Return the head of a response and the first `size` bytes of its body."""
     return head(len(content)) + content[:size]
 
 
 async def reset(request: web.BaseRequest) -> web.StreamResponse:
-    """Half of the image, then a reset."""
+    """Send half of the image, then reset the connection."""
     response = web.StreamResponse(headers={"Content-Length": str(len(LARGE))})
     await response.prepare(request)
     await response.write(LARGE[: len(LARGE) // 2])
-    # The half should arrive before the reset, which drops what is still on its way.
+    # The half must arrive before the reset, which drops unread data.
     await asyncio.sleep(0.1)
     assert request.transport is not None
     request.transport.abort()
@@ -205,7 +205,7 @@ async def test_an_interrupted_large_image_is_reported_and_no_model_request_is_co
     assert "S3" in reply.body["error"]["message"]
     assert reply.body["attempts"] == 2
     assert scene.metric("vqa_retries_total", reason="connection_error") == retries + 1
-    # The API had half a request at most, and never an image.
+    # The API received an incomplete request at most.
     assert calls_with(scene.stack, question) == []
     assert scene.metric("vqa_model_requests_total") == calls
     assert scene.metric("vqa_ambiguous_calls_total") == ambiguous
@@ -215,7 +215,7 @@ async def test_an_interrupted_large_image_is_reported_and_no_model_request_is_co
 
 
 async def test_the_model_request_in_progress_is_aborted_at_once(scene: Scene) -> None:
-    """While S3 is silent, the API has the beginning; when S3 is interrupted, so is the request."""
+    """The API has the first part of the request while S3 hangs; the reset of S3 aborts the request."""
     model, proceed = scene.stack.model, asyncio.Event()
 
     async def wait(request: web.BaseRequest) -> web.StreamResponse:
@@ -231,7 +231,7 @@ async def test_the_model_request_in_progress_is_aborted_at_once(scene: Scene) ->
     question = f"What is {uuid.uuid4().hex}?"
     asking = asyncio.create_task(ask(scene, wait, question))
     try:
-        await until(lambda: model.state().in_progress > at_first, "the call is begun")
+        await until(lambda: model.state().in_progress > at_first, "the call begins")
     finally:
         proceed.set()
     reply = await asking
@@ -244,7 +244,7 @@ async def test_the_model_request_in_progress_is_aborted_at_once(scene: Scene) ->
 
 
 @pytest.mark.parametrize("closes", [True, False])
-async def test_what_s3_sends_beyond_what_it_announced_reaches_nobody(scene: Scene, closes: bool) -> None:
+async def test_bytes_after_the_content_length_of_s3_are_ignored(scene: Scene, closes: bool) -> None:
     question = f"What is {uuid.uuid4().hex}?"
     answer = say(head(len(LARGE)), LARGE, b"\x00 and more", pause_s=0.05, closes=closes)
     reply = await ask(scene, answer, question)
@@ -254,7 +254,7 @@ async def test_what_s3_sends_beyond_what_it_announced_reaches_nobody(scene: Scen
 
 
 @pytest.mark.parametrize("size", [1000, SMALL_BYTES + 1])
-async def test_an_image_that_dribbles_in_is_the_same_image(scene: Scene, size: int) -> None:
+async def test_an_image_in_small_chunks_arrives_unchanged(scene: Scene, size: int) -> None:
     content = an_image(size)
     pieces = [content[start : start + 5] for start in range(0, 500, 5)]
     question = f"What is {uuid.uuid4().hex}?"
@@ -273,9 +273,7 @@ async def test_an_image_that_dribbles_in_is_the_same_image(scene: Scene, size: i
     ],
     ids=["up to the end", "chunked"],
 )
-async def test_without_a_length_nothing_is_sent_that_could_be_half_an_image(
-    scene: Scene, answer: Answer
-) -> None:
+async def test_a_response_without_content_length_is_not_streamed(scene: Scene, answer: Answer) -> None:
     question = f"What is {uuid.uuid4().hex}?"
     reply = await ask(scene, answer, question)
     assert reply.body["error"]["code"] == "attempts_exhausted"
@@ -283,7 +281,7 @@ async def test_without_a_length_nothing_is_sent_that_could_be_half_an_image(
     assert calls_with(scene.stack, question) == []
 
 
-async def test_an_s3_that_asks_for_less_once_costs_no_attempt(scene: Scene) -> None:
+async def test_a_single_slow_down_of_s3_uses_no_attempt(scene: Scene) -> None:
     async def slow_down(request: web.BaseRequest) -> web.StreamResponse:
         is_first = len(scene.s3.asked) == 1
         return await (refuse(503, "SlowDown") if is_first else give(LARGE))(request)
@@ -303,9 +301,9 @@ async def test_an_s3_that_asks_for_less_once_costs_no_attempt(scene: Scene) -> N
         (give(LARGE, 206, Content_Range=f"bytes 0-{len(LARGE) - 1}/99999999"), "image_forbidden"),
         (give(LARGE, 403), "image_forbidden"),
     ],
-    ids=["an error with 200", "a page with 200", "nothing", "a part", "a refusal that looks like an image"],
+    ids=["an error with 200", "a page with 200", "nothing", "a part", "an error that looks like an image"],
 )  # fmt: skip
-async def test_what_is_no_image_is_never_sent_as_one(scene: Scene, answer: Answer, code: str) -> None:
+async def test_a_response_that_is_not_an_image_is_never_sent(scene: Scene, answer: Answer, code: str) -> None:
     question = f"What is {uuid.uuid4().hex}?"
     reply = await ask(scene, answer, question)
     assert reply.body["error"]["code"] == code, reply.body
@@ -313,7 +311,7 @@ async def test_what_is_no_image_is_never_sent_as_one(scene: Scene, answer: Answe
     assert calls_with(scene.stack, question) == []
 
 
-async def test_after_all_that_images_arrive_as_before(scene: Scene) -> None:
+async def test_images_arrive_unchanged_after_these_errors(scene: Scene) -> None:
     """An interrupted request leaves no half-used connection in the pool."""
     calls = await asyncio.gather(*[look(scene.client, scene.stack, f"s3://{BUCKET}/it") for _ in range(10)])
     assert {image.sha256 for call in calls for image in call.images} == {sha256(LARGE)}
@@ -323,7 +321,7 @@ async def test_after_all_that_images_arrive_as_before(scene: Scene) -> None:
 # The times in the result
 
 
-async def test_waiting_for_s3_is_time_of_s3_even_when_the_call_has_begun(scene: Scene) -> None:
+async def test_waiting_for_s3_during_the_call_counts_as_fetch_time(scene: Scene) -> None:
     async def slowly(request: web.BaseRequest) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Length": str(len(LARGE))})
         await response.prepare(request)
@@ -336,14 +334,14 @@ async def test_waiting_for_s3_is_time_of_s3_even_when_the_call_has_begun(scene: 
     fast = await ask(scene, give(LARGE), "What is it?")
     assert slow.body["status"] == fast.body["status"] == "succeeded"
     slow_s, fast_s = slow.body["timings"], fast.body["timings"]
-    # Three of the four pauses come before the last bytes.
+    # Three of the four pauses are before the last bytes.
     assert slow_s["fetch_s"] >= 0.7
     assert slow_s["fetch_s"] > slow_s["model_s"]
     assert slow_s["fetch_s"] + slow_s["model_s"] <= slow_s["total_s"]
     assert fast_s["fetch_s"] < 0.7
 
 
-async def test_an_s3_that_is_too_slow_for_the_call_is_what_is_blamed(
+async def test_a_timeout_caused_by_a_slow_s3_is_attributed_to_s3(
     stack: Stack, tmp_path_factory: pytest.TempPathFactory, scene: Scene
 ) -> None:
     """The API waited for the body: no failure of the model is counted."""
@@ -363,11 +361,11 @@ async def test_an_s3_that_is_too_slow_for_the_call_is_what_is_blamed(
         assert worker.metric("vqa_ambiguous_calls_total") == 0
 
 
-# The same image for many
+# Shared images
 
 
-async def test_many_jobs_about_one_image_read_it_together(scene: Scene) -> None:
-    """Questions about one page: S3 gives it once while all of them wait for it."""
+async def test_concurrent_jobs_with_one_image_share_its_read(scene: Scene) -> None:
+    """S3 gets one request while all jobs wait for the image."""
     jobs, question = 20, uuid.uuid4().hex
 
     async def when_all_are_there(request: web.BaseRequest) -> web.StreamResponse:
@@ -405,15 +403,15 @@ async def test_each_job_reports_an_interrupted_shared_image_with_its_own_positio
         assert reply.body["error"]["code"] == "attempts_exhausted"
         assert f"images[{n}] ({url}): " in reply.body["error"]["message"]
         assert reply.body["attempts"] == 2
-    # It is one fault of S3's, however many jobs it meets.
+    # All jobs share one error of S3.
     assert scene.metric("vqa_dependency_up", dependency="s3") == 1
     assert len(events(scene.worker, "consumption_paused")) == pauses
 
 
-async def test_no_more_images_are_on_their_way_than_the_buffer_has_room_for(
+async def test_images_in_flight_do_not_exceed_the_buffer(
     stack: Stack, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Of different images, each 768 KiB of the buffer; all jobs are answered in the end."""
+    """Each of the distinct images needs 768 KiB of the buffer; all jobs succeed."""
     jobs, question = 8, uuid.uuid4().hex
 
     async def slowly(request: web.BaseRequest) -> web.StreamResponse:
@@ -438,12 +436,12 @@ async def test_no_more_images_are_on_their_way_than_the_buffer_has_room_for(
         )
         assert {reply.body["status"] for reply in replies} == {"succeeded"}
         assert 1 <= s3.most_at_once <= 3
-        # A job with more images than there is room for gets all the room.
+        # A job whose images exceed the buffer gets the whole buffer.
         call = await look(client, stack, *[f"s3://{BUCKET}/x{n}.png" for n in range(5)])
         assert [image.sha256 for image in call.images] == [sha256(LARGE)] * 5
 
 
-# Links that are looked at
+# Checked presigned URLs
 
 
 @dataclass
@@ -455,7 +453,7 @@ class Linked:
 
 @pytest.fixture(scope="module")
 async def linked(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Linked]:
-    """Two workers with `VQA_IMAGE_DELIVERY=link`, one of which looks; their S3 speaks TLS."""
+    """Two workers with `VQA_IMAGE_DELIVERY=link`, one of which checks images; their S3 uses TLS."""
     folder = tmp_path_factory.mktemp("linked")
     authority = Authority.made_in(folder / "tls")
     async with FakeS3.serving(LARGE, tls=authority.server_context()) as s3:
@@ -475,7 +473,7 @@ async def linked(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
 
 
 def part(content: bytes) -> Answer:
-    """What S3 answers to a request for the first bytes."""
+    """Return S3's response to a request for the first bytes."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         if "Range" not in request.headers:
@@ -516,13 +514,13 @@ async def test_a_check_of_a_linked_image_reports_errors_before_the_model_is_call
     assert calls_with(stack, question) == []
     (asked,) = s3.asked
     assert asked.headers["range"] == "bytes=0-11"
-    # Without the setting, all this is left to the API, and S3 is not asked.
+    # Without the setting S3 gets no request and the API checks the images.
     s3.asked.clear()
     assert (await look(linked.not_looking, stack, f"s3://{BUCKET}/it")).links
     assert s3.asked == []
 
 
-async def test_a_linked_image_that_is_well_is_asked_for_once_and_passed_on_as_a_link(
+async def test_a_valid_linked_image_is_requested_once_and_passed_on_as_a_presigned_url(
     stack: Stack, linked: Linked
 ) -> None:
     s3, client = linked.s3, linked.looking
@@ -536,20 +534,20 @@ async def test_a_linked_image_that_is_well_is_asked_for_once_and_passed_on_as_a_
     assert (asked.method, asked.headers["range"]) == ("GET", "bytes=0-11")
 
 
-# An API that answers before it was asked
+# An API that responds before the end of the request
 
 
 @dataclass
 class HastyApi:
-    """Reads so much of a request, then says what it is asked to; whole requests it answers as an API does."""
+    """Respond after a part of a request; answer complete requests like an API."""
 
     url: str = ""
     says: bytes | None = None
     closes: bool = False
     heads: list[bytes] = field(default_factory=list)
-    """Of the requests, as they came."""
+    """The received parts of all requests."""
     bodies: list[bytes] = field(default_factory=list)
-    """Of those that came whole."""
+    """The complete requests."""
     connections: int = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -576,7 +574,7 @@ class HastyApi:
         await writer.drain()
         if self.closes and writer.can_write_eof():
             writer.write_eof()
-        # Half a request is not a reason to hang up on the answer: servers go on reading for a while.
+        # After an early response servers continue to read for a while.
         while await reader.read(1 << 16):
             pass
         raise ConnectionResetError
@@ -616,7 +614,7 @@ async def hasty(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Async
 
 @asynccontextmanager
 async def half_an_image(scene: HastyScene) -> AsyncIterator[None]:
-    """An S3 that gives half of the image and then waits, the first time."""
+    """Respond to the first request with half of the image and then hang."""
     first = True
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
@@ -644,7 +642,7 @@ EARLY: dict[int, dict[str, Any]] = {
 
 @pytest.mark.parametrize("closes", [True, False], ids=["closing", "staying"])
 @pytest.mark.parametrize("status", EARLY)
-async def test_an_api_that_answers_before_the_end_is_understood_as_if_it_had_read_all(
+async def test_an_early_response_of_the_api_is_handled_like_a_normal_one(
     hasty: HastyScene, status: int, closes: bool
 ) -> None:
     api, expected = hasty.api, EARLY[status]
@@ -660,9 +658,9 @@ async def test_an_api_that_answers_before_the_end_is_understood_as_if_it_had_rea
     assert expected.get("words", "") in (reply.body["error"] or {}).get("message", "")
     assert hasty.worker.metric("vqa_model_requests_total", code=str(status)) == counted + 1
     assert hasty.worker.metric("vqa_ambiguous_calls_total") == ambiguous
-    # Nobody waits for the other half of the image any more.
-    await until(lambda: hasty.s3.at_once == 0, "the read is given up")
-    # The next job finds no connection with half a request on it.
+    # The read of the image is cancelled.
+    await until(lambda: hasty.s3.at_once == 0, "the read is cancelled")
+    # The next job does not get a connection with an incomplete request.
     reply = await hasty.client.ask(question="What is it?", images=[f"s3://{BUCKET}/it.png"])
     assert reply.body["answer"] == "A cat."
     sent = json.loads(api.bodies[-1])["messages"][0]["content"][0]["image_url"]["url"]

@@ -1,4 +1,4 @@
-"""Costs and jobs by tenant, reported by a real worker; no job can make a tenant up."""
+"""Costs and jobs by tenant on a real worker; a job cannot add a tenant."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ LINK = "https://example.com/x.png"
 
 
 def _by(worker: Worker, name: str, *labels: str) -> dict[tuple[str, ...], float]:
-    """A metric's samples by the values of some labels, without those that are 0."""
+    """Return a metric's samples by the values of some labels, without those that are 0."""
     families = text_string_to_metric_families(worker.get("/metrics")[1])
     samples = [sample for family in families for sample in family.samples if sample.name == name]
     return {tuple(it.labels[label] for label in labels): it.value for it in samples if it.value}
@@ -60,7 +60,7 @@ async def test_jobs_tokens_and_costs_are_counted_by_tenant(stack: Stack, tmp_pat
         assert "evil" not in worker.get("/metrics")[1]
 
 
-async def test_what_was_paid_for_is_counted_once_and_an_answer_out_of_the_store_is_not(
+async def test_a_billed_answer_is_counted_once_and_a_stored_answer_is_not(
     stack: Stack, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     del tmp_path
@@ -87,7 +87,7 @@ def test_only_listed_tenants_have_their_own_label_value(value: object) -> None:
     assert tenants.of({"team": value}) == "other"
 
 
-def test_a_tenant_is_a_text_or_a_whole_number() -> None:
+def test_a_tenant_is_a_string_or_an_integer() -> None:
     tenants = Tenants("team", ["red", "7"])
     assert tenants.of({"team": "red"}) == "red"
     assert tenants.of({"team": 7}) == "7"

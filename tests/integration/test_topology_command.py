@@ -1,4 +1,4 @@
-"""`vqa-worker topology`: what the settings mean is shown without a broker, and made on one."""
+"""`vqa-worker topology`: `show` works without a broker; `apply` creates missing queues and exchanges."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from tests.running import ROOT, Ended, until
 
 EXIT_CONFIG = 78
 QUEUES = ["vqa.jobs.dead", "vqa.results", "vqa.jobs", *(f"vqa.jobs.retry.{n}s" for n in (1, 5, 30, 120))]
-# The worker with less patience for an exchange that is not there.
+# A worker that leaves a copy of a job to the broker after two tries.
 IMPATIENT = """
 import sys
 from worker.__main__ import main
@@ -61,7 +61,7 @@ async def run(folder: Path, *arguments: str, **settings: str) -> Ended:
 
 
 async def shown(folder: Path, *arguments: str, **settings: str) -> dict[str, list[dict[str, Any]]]:
-    """What it prints as JSON, if all went well."""
+    """Return the JSON output of a successful command."""
     ended = await run(folder, *arguments, "--json", **settings)
     assert (ended.code, ended.errors) == (0, [])
     reported: dict[str, list[dict[str, Any]]] = json.loads(ended.output)
@@ -88,10 +88,10 @@ def in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: json.dumps(entry, sort_keys=True))
 
 
-# Showing
+# topology show
 
 
-async def test_what_the_settings_mean_is_shown_without_a_broker_or_any_other_setting(tmp_path: Path) -> None:
+async def test_show_needs_neither_a_broker_nor_other_settings(tmp_path: Path) -> None:
     nowhere = "amqp://user:s3cr3t@127.0.0.1:1/"
     reported = await shown(tmp_path, "show", VQA_RABBITMQ_URL=nowhere, VQA_HTTP_PORT="none of its business")
     assert [queue["name"] for queue in reported["queues"]] == QUEUES
@@ -101,7 +101,7 @@ async def test_what_the_settings_mean_is_shown_without_a_broker_or_any_other_set
     assert reported["bindings"] == []
 
 
-async def test_exchanges_are_shown_with_what_is_bound_to_them(tmp_path: Path) -> None:
+async def test_show_prints_exchanges_with_their_bindings(tmp_path: Path) -> None:
     settings = {**EXCHANGES, "VQA_JOBS_QUEUE": "j", "VQA_RESULTS_QUEUE": "r", "VQA_RETRY_DELAYS": "7"}
     reported = await shown(tmp_path, "show", **settings)
     assert [(it["name"], it["type"]) for it in reported["exchanges"]] == [
@@ -123,7 +123,7 @@ async def test_exchanges_are_shown_with_what_is_bound_to_them(tmp_path: Path) ->
     assert "binding of queue r to exchange vqa.replies\n" in for_people.output
 
 
-async def test_what_is_shown_can_be_given_to_the_broker_s_management(
+async def test_the_output_of_show_can_be_imported_as_definitions(
     stack: Stack, vhost: str, url: str, tmp_path: Path
 ) -> None:
     reported = await shown(tmp_path, "show", **EXCHANGES)
@@ -142,10 +142,10 @@ async def test_a_name_similar_to_a_setting_is_reported(tmp_path: Path) -> None:
     assert "did you mean VQA_JOBS_QUEUE?" in line
 
 
-# Making
+# topology apply
 
 
-async def test_all_that_is_missing_is_made_and_a_second_time_nothing_changes(
+async def test_apply_creates_everything_missing_and_is_idempotent(
     stack: Stack, vhost: str, url: str, tmp_path: Path
 ) -> None:
     settings = {"VQA_RABBITMQ_URL": url, **EXCHANGES}
@@ -168,7 +168,7 @@ async def test_all_that_is_missing_is_made_and_a_second_time_nothing_changes(
     assert made == {kind: in_order(entries) for kind, entries in reported.items()}
 
 
-async def test_it_makes_what_a_worker_would_make_at_its_start(
+async def test_apply_creates_the_same_as_a_starting_worker(
     stack: Stack, vhost: str, url: str, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     with own_vhost(stack) as other:
@@ -209,7 +209,7 @@ async def test_workers_that_only_check_run_with_the_topology_that_it_created(
     assert await worker.stop() == 0
 
 
-async def test_an_exchange_for_replies_that_somebody_has_made_is_left_as_it_is(
+async def test_an_existing_reply_exchange_is_not_changed(
     stack: Stack, vhost: str, url: str, tmp_path: Path
 ) -> None:
     topic = {"type": "topic", "durable": True}
@@ -224,10 +224,10 @@ async def test_an_exchange_for_replies_that_somebody_has_made_is_left_as_it_is(
     assert [(it["source"], it["destination"]) for it in found["bindings"]] == [("vqa.replies", "vqa.results")]
 
 
-# What is in the way
+# Errors
 
 
-async def test_a_broker_that_stays_out_of_reach_ends_it_with_a_sentence(tmp_path: Path) -> None:
+async def test_an_unreachable_broker_is_one_message(tmp_path: Path) -> None:
     ended = await run(tmp_path, "apply", "--timeout", "0.5", VQA_RABBITMQ_URL="amqp://u:s3cr3t@127.0.0.1:1/")
     assert (ended.code, ended.output) == (1, "")
     (line,) = ended.errors
@@ -236,7 +236,7 @@ async def test_a_broker_that_stays_out_of_reach_ends_it_with_a_sentence(tmp_path
     assert "s3cr3t" not in line
 
 
-async def test_a_broker_that_says_nothing_ends_it_with_a_sentence(stack: Stack, tmp_path: Path) -> None:
+async def test_an_unresponsive_broker_is_one_message(stack: Stack, tmp_path: Path) -> None:
     async with Proxy.before(stack.rabbitmq.url) as proxy:
         proxy.freeze()
         silent = proxy.url(stack.rabbitmq.url)
@@ -246,12 +246,14 @@ async def test_a_broker_that_says_nothing_ends_it_with_a_sentence(stack: Stack, 
     assert "it does not answer" in line
 
 
-async def test_a_broker_that_comes_late_or_breaks_off_is_waited_for(url: str, tmp_path: Path) -> None:
+async def test_apply_waits_for_a_late_broker_and_repeats_after_a_lost_connection(
+    url: str, tmp_path: Path
+) -> None:
     async with Proxy.before(url, listens=False) as proxy:
         running = asyncio.create_task(run(tmp_path, "apply", VQA_RABBITMQ_URL=proxy.url(url)))
         proxy.freezes_on = b"x-message-ttl"
         await proxy.accept()
-        await until(lambda: proxy.held, "it is in the middle of it")
+        await until(lambda: proxy.held, "the command is connected")
         proxy.reset()
         proxy.thaw()
         ended = await running
@@ -269,7 +271,7 @@ async def test_rejected_credentials_are_reported_but_not_printed(stack: Stack, t
     assert "s3cr3t" not in line
 
 
-async def test_queues_and_exchanges_with_other_arguments_are_all_named_with_the_difference(
+async def test_all_queues_and_exchanges_with_other_arguments_are_reported_with_the_difference(
     stack: Stack, vhost: str, url: str, tmp_path: Path
 ) -> None:
     limited = {"durable": True, "arguments": {"x-queue-type": "quorum", "x-delivery-limit": 3}}
@@ -305,7 +307,7 @@ async def test_missing_permissions_are_reported_with_the_queue(
         "exchange vqa.jobs.control",
     ]
     assert all("lacks a permission" in line for line in ended.errors)
-    # The queues that hand on by the default exchange want it written to by who declares them.
+    # To declare a queue that dead-letters to the default exchange, a user needs write permission on it.
     assert ["amq.default" in line for line in ended.errors] == [False, True, True, False]
     assert not any("VQA_DECLARE_TOPOLOGY" in line for line in ended.errors)
 
@@ -337,7 +339,7 @@ async def test_a_timeout_must_be_a_number_of_seconds(tmp_path: Path, seconds: st
     assert f"must be a number of seconds above 0, not '{seconds}'" in ended.errors[-1]
 
 
-# A worker's own exchange for jobs
+# A worker's own jobs exchange
 
 
 async def test_a_deleted_jobs_exchange_is_created_again_and_no_job_is_lost(

@@ -1,4 +1,4 @@
-"""Spans of real jobs, as a collector gets them; see docs/tracing.md."""
+"""Spans of real jobs, as a collector receives them; see docs/tracing.md."""
 
 import re
 import uuid
@@ -23,7 +23,7 @@ TRACESTATE = "congo=t61rcWkgMzE"
 
 @dataclass(frozen=True)
 class Scene:
-    """A worker that sends spans, its publisher, and who receives them."""
+    """A worker that exports spans, its publisher, and a receiver."""
 
     stack: Stack
     worker: Worker
@@ -42,7 +42,7 @@ class Scene:
         return await self.client.result(job_id), trace_id
 
     async def spans(self, trace_id: str, last: str, times: int = 1) -> list[Seen]:
-        """The spans of a trace, as soon as there are so many of the name given."""
+        """Wait for `times` spans named `last`; return all spans of the trace."""
 
         def are_there() -> list[Seen]:
             spans = self.receiver.of(trace_id)
@@ -83,7 +83,7 @@ async def test_a_job_is_one_trace_with_a_span_for_each_step(scene: Scene, put_im
     assert process.began <= fetch.began <= fetch.ended <= chat.began <= chat.ended <= publish.began
     assert publish.ended <= process.ended
     assert not any(span.is_error for span in (process, fetch, chat, publish))
-    # The reader of the result goes on from there.
+    # The consumer of the result continues the trace from this span.
     assert reply.message.headers == {
         "traceparent": f"00-{trace_id}-{publish.span_id}-01",
         "tracestate": TRACESTATE,
@@ -91,7 +91,7 @@ async def test_a_job_is_one_trace_with_a_span_for_each_step(scene: Scene, put_im
     assert {span.tracestate for span in (process, fetch, chat, publish)} == {TRACESTATE}
 
 
-async def test_what_the_spans_say(scene: Scene, put_image: PutImage) -> None:
+async def test_the_attributes_of_the_spans(scene: Scene, put_image: PutImage) -> None:
     reply, trace_id = await scene.ask(question="What?", images=[put_image()], message_id="m-2")
     process, fetch, chat, publish = await scene.spans(trace_id, scene.process)
     broker, api = urlsplit(scene.stack.rabbitmq.url), urlsplit(scene.stack.model.base_url)
@@ -163,7 +163,7 @@ async def test_a_retry_is_in_the_same_trace(scene: Scene, put_image: PutImage) -
     failed, succeeded = (span for span in spans if span.name.startswith("chat "))
     assert first.parent_id == PARENT_ID
     assert [span.parent_id for span in (failed, retry)] == [first.span_id] * 2
-    # The second attempt follows from the publishing of the retry.
+    # The parent of the second attempt is the span that publishes the retry.
     assert second.parent_id == retry.span_id
     assert [span.parent_id for span in (succeeded, result)] == [second.span_id] * 2
     assert failed.attributes["error.type"] == "500"
@@ -174,7 +174,7 @@ async def test_a_retry_is_in_the_same_trace(scene: Scene, put_image: PutImage) -
     assert reply.message.headers["traceparent"] == f"00-{trace_id}-{result.span_id}-01"
 
 
-async def test_a_trace_begins_with_a_job_that_brings_none_and_goes_on_over_its_retry(
+async def test_a_job_without_a_trace_begins_one_that_includes_its_retry(
     scene: Scene, put_image: PutImage
 ) -> None:
     marker = uuid.uuid4().hex
@@ -194,7 +194,7 @@ async def test_a_trace_begins_with_a_job_that_brings_none_and_goes_on_over_its_r
     assert line["trace_id"] == trace_id
 
 
-async def test_each_call_after_a_429_is_a_span_of_its_own(scene: Scene, put_image: PutImage) -> None:
+async def test_each_call_after_a_429_is_a_separate_span(scene: Scene, put_image: PutImage) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=429, headers={"Retry-After": "0"}), marker=marker, times=2)
     reply, trace_id = await scene.ask(question=marker, images=[put_image()])
@@ -207,7 +207,7 @@ async def test_each_call_after_a_429_is_a_span_of_its_own(scene: Scene, put_imag
     assert len({span.parent_id for span in chats}) == 1
 
 
-async def test_each_image_that_is_fetched_has_a_span(scene: Scene, put_image: PutImage) -> None:
+async def test_each_fetched_image_has_a_span(scene: Scene, put_image: PutImage) -> None:
     link = "https://example.com/a.png?token=not-to-be-seen"
     reply, trace_id = await scene.ask(question="What?", images=[put_image(), link, put_image(b"GIF89a")])
     spans = await scene.spans(trace_id, scene.process)
@@ -225,7 +225,7 @@ async def test_each_image_that_is_fetched_has_a_span(scene: Scene, put_image: Pu
     assert process.is_error
 
 
-async def test_a_dead_letter_carries_the_trace_on(scene: Scene, put_image: PutImage) -> None:
+async def test_a_dead_letter_continues_the_trace(scene: Scene, put_image: PutImage) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=500), marker=marker, times=2)
     reply, trace_id = await scene.ask(question=marker, images=[put_image()])
@@ -243,7 +243,7 @@ async def test_a_dead_letter_carries_the_trace_on(scene: Scene, put_image: PutIm
     )
 
 
-async def test_a_queue_that_a_job_names_is_not_in_its_spans(scene: Scene, put_image: PutImage) -> None:
+async def test_a_reply_queue_is_not_named_in_spans(scene: Scene, put_image: PutImage) -> None:
     queue = await scene.client.reply_queue()
     _, trace_id = await scene.ask(question="What?", images=[put_image()], reply_to=queue)
     *_, publish = await scene.spans(trace_id, scene.process)
@@ -253,10 +253,10 @@ async def test_a_queue_that_a_job_names_is_not_in_its_spans(scene: Scene, put_im
     assert queue not in str(publish)
 
 
-async def test_nothing_of_what_is_asked_and_answered_is_sent(
+async def test_spans_contain_no_content_of_jobs_and_answers(
     scene: Scene, stack: Stack, put_image: PutImage
 ) -> None:
-    """Not in any span of any kind: the bytes that went over the wire are searched."""
+    """All exported bytes of all spans are searched."""
     secret = uuid.uuid4().hex
     answer = uuid.uuid4().hex
     key = f"{uuid.uuid4().hex}.png"
@@ -283,16 +283,14 @@ async def test_nothing_of_what_is_asked_and_answered_is_sent(
         assert hidden.encode() not in sent, hidden
 
 
-async def test_the_provider_hears_nothing_of_traces(scene: Scene, put_image: PutImage) -> None:
+async def test_requests_to_the_provider_have_no_trace_headers(scene: Scene, put_image: PutImage) -> None:
     marker = uuid.uuid4().hex
     await scene.ask(question=marker, images=[put_image()])
     (call,) = calls_with(scene.stack, marker)
     assert not {"traceparent", "tracestate", "baggage", "b3"} & call.headers.keys()
 
 
-async def test_a_trace_that_its_publisher_does_not_sample_is_passed_on_unsampled(
-    scene: Scene, put_image: PutImage
-) -> None:
+async def test_an_unsampled_trace_is_passed_on_unsampled(scene: Scene, put_image: PutImage) -> None:
     reply, trace_id = await scene.ask(flags="00", question="What?", images=[put_image()])
     _, sampled = await scene.ask(question="What?", images=[put_image()])
     await scene.spans(sampled, scene.process)
@@ -303,15 +301,13 @@ async def test_a_trace_that_its_publisher_does_not_sample_is_passed_on_unsampled
 
 
 @pytest.mark.parametrize("tracestate", ["no state", "a=1,a=2", ",", "x" * 512])
-async def test_a_tracestate_that_is_none_is_dropped(
-    scene: Scene, put_image: PutImage, tracestate: str
-) -> None:
+async def test_an_invalid_tracestate_is_dropped(scene: Scene, put_image: PutImage, tracestate: str) -> None:
     reply, trace_id = await scene.ask(tracestate=tracestate, question="What?", images=[put_image()])
     *_, publish = await scene.spans(trace_id, scene.process)
     assert reply.message.headers.get("tracestate", "") == publish.tracestate
 
 
-async def test_the_page_names_what_the_spans_say(scene: Scene, put_image: PutImage) -> None:
+async def test_the_docs_list_all_attributes_of_the_spans(scene: Scene, put_image: PutImage) -> None:
     marker, queue = uuid.uuid4().hex, await scene.client.reply_queue()
     scene.stack.model.play(Error(status=500), marker=marker)
     image = put_image()

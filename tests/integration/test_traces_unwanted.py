@@ -1,4 +1,4 @@
-"""Without traces nothing of OpenTelemetry is loaded; a collector that fails costs the jobs nothing."""
+"""Without traces OpenTelemetry is not imported; a failing collector does not affect jobs."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ code = main(["run"])
 print(json.dumps({"event": "modules", "modules": sorted(sys.modules)}), flush=True)
 sys.exit(code)
 """
-# As if what `vqa-worker[tracing]` brings were not installed.
+# Hide the packages of `vqa-worker[tracing]`.
 WITHOUT_EXTRA = """
 import sys
 
@@ -39,7 +39,7 @@ sys.exit(main(["run"]))
 
 
 async def _asks_one_job(client: Client, put_image: PutImage) -> dict[str, Any]:
-    """Returns the result's headers."""
+    """Return the result's headers."""
     reply = await client.ask(question="What?", images=[put_image()])
     assert reply.body["status"] == "succeeded"
     return dict(reply.message.headers)
@@ -56,9 +56,9 @@ def _loaded(worker: Worker) -> set[str]:
         {},
         {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_TRACES_EXPORTER": "none"},
     ],
-    ids=["nothing said", "no traces"],
+    ids=["no variables", "no traces"],
 )
-async def test_unless_traces_are_wanted_nothing_of_opentelemetry_is_loaded(
+async def test_without_traces_opentelemetry_is_not_imported(
     start_worker: StartWorker, client_of: MakeClient, put_image: PutImage, variables: dict[str, str]
 ) -> None:
     worker = await start_worker(wait=False, **variables)
@@ -70,7 +70,7 @@ async def test_unless_traces_are_wanted_nothing_of_opentelemetry_is_loaded(
     assert _loaded(worker) == set()
 
 
-async def test_the_same_look_finds_it_where_traces_are_wanted(
+async def test_with_traces_opentelemetry_is_imported(
     start_worker: StartWorker, client_of: MakeClient, put_image: PutImage
 ) -> None:
     async with Receiver.serving() as receiver:
@@ -83,7 +83,7 @@ async def test_the_same_look_finds_it_where_traces_are_wanted(
     assert "opentelemetry.sdk.trace" in _loaded(worker)
 
 
-async def test_what_is_not_installed_cannot_be_wanted(start_worker: StartWorker) -> None:
+async def test_traces_without_the_extra_are_an_error(start_worker: StartWorker) -> None:
     worker = await start_worker(wait=False, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9")
     worker.command = [sys.executable, "-c", WITHOUT_EXTRA]
     ended = await worker.run_to_end()
@@ -93,7 +93,7 @@ async def test_what_is_not_installed_cannot_be_wanted(start_worker: StartWorker)
     assert "pip install 'vqa-worker[tracing]'" in line
 
 
-async def test_variables_that_the_library_refuses_end_the_start(start_worker: StartWorker) -> None:
+async def test_variables_that_the_library_rejects_are_an_error(start_worker: StartWorker) -> None:
     worker = await start_worker(
         wait=False, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9", OTEL_BSP_MAX_QUEUE_SIZE="1"
     )
@@ -104,10 +104,10 @@ async def test_variables_that_the_library_refuses_end_the_start(start_worker: St
     assert "max_queue_size" in line
 
 
-# A collector that fails
+# A failing collector
 
 
-async def test_a_collector_that_refuses_costs_no_job_and_few_lines(
+async def test_a_collector_that_rejects_spans_affects_no_job_and_logs_few_lines(
     start_worker: StartWorker, client_of: MakeClient, put_image: PutImage
 ) -> None:
     async with Receiver.serving() as receiver:
@@ -127,7 +127,7 @@ async def test_a_collector_that_refuses_costs_no_job_and_few_lines(
     assert repeated["count"] >= 3
 
 
-async def test_a_collector_that_is_silent_holds_up_neither_jobs_nor_the_stop(
+async def test_a_hanging_collector_blocks_neither_jobs_nor_the_stop(
     start_worker: StartWorker, client_of: MakeClient, put_image: PutImage
 ) -> None:
     async with Receiver.serving() as receiver:
@@ -137,13 +137,13 @@ async def test_a_collector_that_is_silent_holds_up_neither_jobs_nor_the_stop(
         await _asks_one_job(client, put_image)
         await until(lambda: receiver.bodies, "spans have been sent")
         await _asks_one_job(client, put_image)
-        # The receiver never answers, and the library would wait for ten minutes.
+        # The receiver never responds, and the library would wait for ten minutes.
         assert await worker.stop() == 0, worker.output()
         assert not receiver.answering.is_set()
     assert [line["level"] for line in worker.log() if line["event"] == "trace_export_failed"] == ["warning"]
 
 
-async def test_a_collector_that_is_not_there_costs_no_job(
+async def test_an_unreachable_collector_affects_no_job(
     start_worker: StartWorker, client_of: MakeClient, put_image: PutImage
 ) -> None:
     ports = PortBlock()
@@ -176,7 +176,7 @@ async def test_the_library_s_own_variables_are_used(
         job = {"id": job_id, "question": "What?", "images": [put_image()]}
         await client.publish(job, headers={"traceparent": f"00-{trace_id}-{'1' * 16}-01"})
         await client.result(job_id)
-        # What is left in the end is sent before the worker exits.
+        # The remaining spans are sent before the worker exits.
         assert await worker.stop() == 0, worker.output()
         assert {span.trace_id for span in receiver.spans} == {trace_id}
         resource = receiver.spans[0].resource

@@ -1,4 +1,4 @@
-"""Messages that are not jobs, and messages that are barely messages: reported, kept, and never in the way."""
+"""Invalid jobs and malformed messages are reported, dead-lettered, and never block other jobs."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from worker.rabbitmq.properties import install_tolerant_decoders
 
 MAX_JOB_BYTES = 5000
 
-# AMQP 0-9-1 §4.2.6.1 and the order in which the properties of class basic stand (§1.8 of its reference).
+# AMQP 0-9-1 §4.2.6.1, and the order of the properties of class basic (§1.8 of its reference).
 FLAGS = {
     "content_type": 15,
     "content_encoding": 14,
@@ -55,7 +55,7 @@ def short(text: str | bytes) -> bytes:
 
 
 def long(raw: bytes) -> bytes:
-    """A long string, a table or an array: its length and then its bytes."""
+    """Encode a long string, a table or an array: its length, then its bytes."""
     return struct.pack(">I", len(raw)) + raw
 
 
@@ -65,7 +65,7 @@ def table(*fields: tuple[str | bytes, bytes]) -> bytes:
 
 
 def nested(depth: int) -> bytes:
-    """A value: tables in each other."""
+    """Encode nested tables."""
     value = b"t\x01"
     for _ in range(depth):
         value = b"F" + table(("x", value))
@@ -73,7 +73,7 @@ def nested(depth: int) -> bytes:
 
 
 class RawPublisher:
-    """Publishes properties given as bytes, as no client library would send them."""
+    """Publishes raw bytes as properties, which no client library would send."""
 
     def __init__(self, connection: socket.socket, stream: BinaryIO) -> None:
         self._connection = connection
@@ -82,7 +82,7 @@ class RawPublisher:
     @classmethod
     @contextlib.contextmanager
     def to(cls, url: str) -> Iterator[Self]:
-        """One that is connected to the broker."""
+        """Connect to the broker."""
         parts = urlsplit(url)
         address = parts.hostname or "", parts.port or 5672
         with socket.create_connection(address, timeout=30) as connection, connection.makefile("rb") as stream:
@@ -92,7 +92,7 @@ class RawPublisher:
             yield publisher
 
     def publish(self, body: bytes, key: str | bytes, exchange: str = "", /, **properties: bytes) -> None:
-        """Publish, and wait until the broker has confirmed it; `properties` as they go over the wire."""
+        """Publish and wait for the confirm; `properties` are encoded bytes."""
         method = struct.pack(">HHH", CLASS_BASIC, 40, 0) + short(exchange) + short(key) + b"\0"
         flags = sum(1 << FLAGS[name] for name in properties)
         values = b"".join(properties[name] for name in FLAGS if name in properties)
@@ -131,7 +131,7 @@ class RawPublisher:
 
 @dataclass(frozen=True)
 class Post:
-    """A worker's jobs queue from outside: what goes in, and the two ways by which something comes out."""
+    """A worker seen from outside: its jobs queue, results and dead letters."""
 
     stack: Stack
     worker: Worker
@@ -140,11 +140,11 @@ class Post:
     dead_letters: list[AbstractIncomingMessage]
 
     def send(self, body: bytes, **properties: bytes) -> None:
-        """Publish with these properties and no others; a `message_id` that is not given is not there."""
+        """Publish with exactly these properties; without `message_id` the message has none."""
         self.raw.publish(body, self.worker.jobs_queue, **properties)
 
     async def result_to(self, correlation_id: str) -> Reply:
-        """The result that came for this correlation id."""
+        """Wait for the result with this correlation id."""
 
         def find() -> list[Reply]:
             replies = (reply for replies in self.client.replies.values() for reply in replies)
@@ -154,15 +154,15 @@ class Post:
         return found[0]
 
     async def dead_letter_of(self, body: bytes) -> AbstractIncomingMessage:
-        """What was kept of the message with this body."""
+        """Wait for the dead letter with this body."""
         found: list[AbstractIncomingMessage] = await until(
             lambda: [dead_letter for dead_letter in self.dead_letters if dead_letter.body == body],
-            f"the dead dead_letter of {body!r}",
+            f"the dead letter of {body!r}",
         )
         return found[0]
 
     async def nothing_is_left(self) -> None:
-        """Wait until every message so far is settled, as a job that is published now is answered."""
+        """Wait until every earlier message is settled: a new job is answered."""
         assert (await self.client.ask(question="Still there?", images=["https://example.com/"])).body[
             "status"
         ] == "succeeded"
@@ -184,7 +184,7 @@ async def post(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 
 async def post_is_clean(worker: Worker, client: Client) -> None:
-    """After all that was sent to it, the worker holds no message, and lost its connection never."""
+    """Check at the end that the worker holds no message and never lost its connection."""
     await until(lambda: worker.metric("vqa_jobs_in_flight") == 0, "no job is in flight")
     assert await client.depth(worker.jobs_queue) == 0
     reported = [line for line in worker.log() if line["level"] != "info" and line["event"] != "job_finished"]
@@ -195,7 +195,7 @@ def _with_id(job_id: str, rest: str) -> bytes:
     return b'{"id":"%s",%s}' % (job_id.encode(), rest.encode())
 
 
-# What a body can be. With an id that can be read, the publisher is informed and nothing is kept.
+# Invalid bodies. If the id can be read the publisher gets a result and nothing is dead-lettered.
 
 READABLE_ID = {
     "NaN": ('"question":"?","images":["x"],"metadata":{"x":NaN}', "strict JSON"),
@@ -283,7 +283,7 @@ async def test_without_an_id_and_reply_to_a_message_is_dead_lettered_without_a_r
         assert dead_letter.content_type == "text/x", kind
         assert (dead_letter.correlation_id, dead_letter.reply_to) == (None, None), kind
     await post.nothing_is_left()
-    assert sum(map(len, post.client.replies.values())) == reported + 1  # that of `nothing_is_left`
+    assert sum(map(len, post.client.replies.values())) == reported + 1  # the job of `nothing_is_left`
 
 
 async def test_with_a_message_id_the_publisher_gets_a_result_too(post: Post) -> None:
@@ -335,8 +335,8 @@ async def test_an_invalid_message_id_gets_a_result_too(post: Post) -> None:
     assert (await post.dead_letter_of(body)).message_id == "two\nlines"
 
 
-async def test_a_dead_letter_without_an_id_that_is_put_back_is_as_unreadable_as_before(post: Post) -> None:
-    """A message_id that the worker gave its copy must not become the job's id, and the job be paid for."""
+async def test_a_replayed_dead_letter_without_an_id_is_still_unreadable(post: Post) -> None:
+    """The message_id that the worker generated must not become the job's id."""
     marker = uuid.uuid4().hex
     body = b'{"question":"%s","images":["https://example.com/"]}' % marker.encode()
     post.send(body)
@@ -360,14 +360,14 @@ async def test_a_body_of_exactly_the_allowed_size_is_a_job(post: Post) -> None:
     _is_invalid(await post.client.result(job_id), f"VQA_MAX_JOB_BYTES allows {MAX_JOB_BYTES}")
 
 
-async def test_very_large_messages_are_refused_as_well(post: Post) -> None:
+async def test_very_large_messages_are_rejected(post: Post) -> None:
     body, message_id = b"x" * 10_000_000, uuid.uuid4().hex
     post.send(body, message_id=short(message_id))
     _is_invalid(await post.client.result(message_id), "10000000 bytes")
     assert (await post.dead_letter_of(body)).message_id == message_id
 
 
-# Properties that no client library would send, around a job that is fine.
+# Properties that no client library would send, with a valid job.
 
 FINE = {
     "priority 255": {"priority": b"\xff"},
@@ -451,7 +451,7 @@ async def test_a_job_with_any_properties_is_answered(post: Post, kind: str) -> N
     assert queued_s is None or queued_s >= 0
 
 
-async def test_a_routing_key_that_is_not_utf8_does_no_harm(stack: Stack, post: Post) -> None:
+async def test_a_routing_key_that_is_not_utf8_is_accepted(stack: Stack, post: Post) -> None:
     job_id, exchange = uuid.uuid4().hex, f"to-{post.worker.jobs_queue}"
     async with await aio_pika.connect(stack.rabbitmq.url) as connection:
         channel = await connection.channel()
@@ -464,8 +464,8 @@ async def test_a_routing_key_that_is_not_utf8_does_no_harm(stack: Stack, post: P
 
 
 @pytest.mark.parametrize("mode", [0, 3, 255])
-def test_a_delivery_mode_that_does_not_exist_is_read_as_one_that_does(mode: int) -> None:
-    """RabbitMQ 3 refuses to take such a message; later ones hand it on."""
+def test_an_invalid_delivery_mode_is_read_as_not_persistent(mode: int) -> None:
+    """RabbitMQ 3 rejects such a message; later versions deliver it."""
     install_tolerant_decoders()
     header = ContentHeader()
     header.unmarshal(struct.pack(">HHQHB", CLASS_BASIC, 0, 0, 1 << FLAGS["delivery_mode"], mode))
@@ -475,8 +475,8 @@ def test_a_delivery_mode_that_does_not_exist_is_read_as_one_that_does(mode: int)
     assert aio_pika.IncomingMessage(delivered).delivery_mode is aio_pika.DeliveryMode.NOT_PERSISTENT
 
 
-async def test_poison_among_jobs_does_not_hold_them_up(post: Post) -> None:
-    """All of it at once, each piece of it next to a job like any other."""
+async def test_poison_messages_do_not_delay_jobs(post: Post) -> None:
+    """All invalid messages are published at once, each next to a valid job."""
     ids = []
     bodies = []
     for properties in FINE.values():

@@ -1,4 +1,4 @@
-"""Workers that die without a word: the broker hands their jobs to the next one."""
+"""Killed workers: the broker redelivers their jobs to the next one."""
 
 import resource
 import sys
@@ -27,14 +27,14 @@ from tests.conftest import BUCKET, MakeClient, StartWorker, picture
 from tests.proxy import Proxy
 from tests.running import Client, Worker, calls_with, until
 
-# AMQP 0-9-1: class and method of what the worker says to the broker.
+# AMQP 0-9-1: class and method of frames from the worker to the broker.
 BASIC_PUBLISH = b"\x00\x3c\x00\x28"
 BASIC_ACK = b"\x00\x3c\x00\x50"
 
 
 @dataclass(frozen=True)
 class Life:
-    """One job in a worker that is going to die, and the networks between the worker and everything else."""
+    """A job in a worker that will be killed, and the networks between the worker and other services."""
 
     stack: Stack
     worker: Worker
@@ -54,13 +54,13 @@ class Life:
 async def while_its_image_is_read(life: Life) -> None:
     life.s3.freeze()
     await life.publish_job()
-    await until(lambda: life.s3.held, "it reads the image")
+    await until(lambda: life.s3.held, "the worker reads the image")
 
 
 async def before_the_call_gets_through(life: Life) -> None:
     life.model.freeze()
     await life.publish_job()
-    await until(lambda: life.model.held, "it calls the model")
+    await until(lambda: life.model.held, "the worker calls the model")
 
 
 async def during_the_call(life: Life) -> None:
@@ -72,7 +72,7 @@ async def during_the_call(life: Life) -> None:
 async def after_the_answer(life: Life) -> None:
     life.broker.holds_up = BASIC_PUBLISH
     await life.publish_job()
-    await until(lambda: life.broker.holds_up is None, "it publishes the result")
+    await until(lambda: life.broker.holds_up is None, "the worker publishes the result")
     await model_answered(life.stack, life.marker)
 
 
@@ -80,7 +80,7 @@ async def after_the_result(life: Life) -> None:
     life.broker.holds_up = BASIC_ACK
     await life.publish_job()
     await results(life.client, [life.job_id])
-    await until(lambda: life.broker.holds_up is None, "it acks")
+    await until(lambda: life.broker.holds_up is None, "the worker acks")
 
 
 async def after_the_ack(life: Life) -> None:
@@ -108,7 +108,7 @@ Stage = Callable[[Life], Awaitable[None]]
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )
-async def test_a_job_is_answered_whenever_its_worker_dies(
+async def test_a_job_is_answered_even_if_its_worker_is_killed_at_any_step(
     own_stack: Stack,
     start_own_worker: StartWorker,
     own_client_of: MakeClient,
@@ -116,7 +116,7 @@ async def test_a_job_is_answered_whenever_its_worker_dies(
     calls: int,
     answers: int,
 ) -> None:
-    """At least once. Only between result and ack it is answered twice; from the call on it is paid twice."""
+    """At least once: killed between result and ack it is answered twice, from the call on billed twice."""
     async with AsyncExitStack() as proxies:
         broker, s3, model = [
             await proxies.enter_async_context(Proxy.before(url))
@@ -133,7 +133,7 @@ async def test_a_job_is_answered_whenever_its_worker_dies(
         doomed.kill()
 
     worker = await start_own_worker(like=doomed)
-    await until(lambda: len(client.replies.get(life.job_id, [])) == answers, "all the answers")
+    await until(lambda: len(client.replies.get(life.job_id, [])) == answers, "all results")
     # Any other result would have arrived by then.
     await results(client, await publish(client, 1, "afterwards"))
     assert await worker.stop() == 0, worker.output()
@@ -147,21 +147,21 @@ LARGE_BYTES = 10_500_000
 
 
 def data_bytes(pid: int) -> int:
-    """What counts towards RLIMIT_DATA."""
+    """Return the size that counts towards RLIMIT_DATA."""
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmData:")]
     return int(line.split()[1]) * 1024
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's data so")
-async def test_a_worker_without_memory_ends_at_once_and_its_job_goes_to_one_that_has_some(
+async def test_a_worker_out_of_memory_exits_at_once_and_its_job_is_redelivered(
     start_own_worker: StartWorker, own_client_of: MakeClient, own_stack: Stack
 ) -> None:
     poor = await start_own_worker()
     client = await own_client_of(poor)
     await results(client, await publish(client, 1, "while there is memory"))
     assert poor.process is not None
-    # Enough for the job, and not for its answer.
+    # Enough for the job, but not for its answer.
     most = data_bytes(poor.process.pid) + LARGE_BYTES
     resource.prlimit(poor.process.pid, resource.RLIMIT_DATA, (most, most))
     large = job(uuid.uuid4().hex)
@@ -176,7 +176,7 @@ async def test_a_worker_without_memory_ends_at_once_and_its_job_goes_to_one_that
     assert await rich.stop() == 0, rich.output()
 
 
-async def test_a_hundred_jobs_whose_worker_is_killed_half_way_are_all_answered(
+async def test_a_hundred_jobs_of_a_killed_worker_are_all_answered(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     marker = uuid.uuid4().hex
@@ -186,24 +186,24 @@ async def test_a_hundred_jobs_whose_worker_is_killed_half_way_are_all_answered(
     client = await own_client_of(doomed)
     ids = await publish(client, 100, marker)
     await calls_begun(own_stack, marker, 60)
-    await until(lambda: len(client.replies) == 50, "half of the answers")
+    await until(lambda: len(client.replies) == 50, "half of the results")
     doomed.kill()
 
     worker = await start_own_worker(like=doomed, VQA_MAX_CONCURRENCY="10")
     assert statuses(await results(client, ids)) == {"succeeded": 100}
     assert await worker.stop() == 0
     assert await client.depth(worker.jobs_queue) == await client.depth(worker.dead_letter_queue) == 0
-    # What the dead worker was at, and no more than that, is called for a second time.
+    # Only the jobs that were in flight in the killed worker are called a second time.
     calls = Counter(call.question for call in calls_with(own_stack, marker))
     assert Counter(calls.values()) == {1: 90, 2: 10}
 
 
-async def test_a_job_that_kills_every_worker_is_taken_out_of_the_queue_and_its_neighbours_are_answered(
+async def test_a_job_that_crashes_every_worker_is_removed_and_its_neighbours_are_answered(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
-    """Here the test does the killing, whenever a worker is at that job.
+    """The test kills each worker that processes the job.
 
-    Each death counts for the neighbours too, which are at their last delivery when they get done.
+    Each crash counts as a delivery of the neighbours too, which succeed at their last delivery.
     """
     marker, neighbours_marker = uuid.uuid4().hex, uuid.uuid4().hex
     own_stack.model.play(Hang(), marker=marker, times=None)
@@ -224,7 +224,7 @@ async def test_a_job_that_kills_every_worker_is_taken_out_of_the_queue_and_its_n
             assert client.replies == {}
         else:
             assert statuses(await results(client, neighbours)) == {"succeeded": 3}
-            await until(only_the_poison_is_left, "the broker has the acks of the others")
+            await until(only_the_poison_is_left, "the broker has the acks of the other jobs")
         worker.kill()
         worker = await start_own_worker(like=worker, VQA_DELIVERY_LIMIT="2")
 

@@ -11,14 +11,14 @@ from tests.running import Worker
 
 @pytest.fixture
 def cli(stack: Stack, worker: Worker, tmp_path: Path) -> Iterator[Cli]:
-    """Commands for the queues of the shared worker."""
+    """Return commands for the queues of the shared worker."""
     with commands(stack, tmp_path, worker) as cli:
         yield cli
 
 
 @pytest.fixture
 async def no_worker_cli(stack: Stack, tmp_path: Path) -> AsyncIterator[Cli]:
-    """Commands for queues that exist and have no worker."""
+    """Return commands for existing queues without a worker."""
     with commands(stack, tmp_path) as cli:
         made = await cli.run("topology", "apply")
         assert made.code == 0, made.err
@@ -27,5 +27,5 @@ async def no_worker_cli(stack: Stack, tmp_path: Path) -> AsyncIterator[Cli]:
 
 @pytest.fixture
 def put_image_url(put_image: PutImage) -> str:
-    """The URL of an image in S3."""
+    """Return the URL of an image in S3."""
     return put_image()

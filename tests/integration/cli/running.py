@@ -1,4 +1,4 @@
-"""Run commands with their own queues and state folder: in this process, or in one that can be killed."""
+"""Run commands with their own queues and state folder: in this process, or in a separate one."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ from worker.cli.submit.state import Counts, SubmissionState
 
 PATIENCE_S = 60.0
 COMMAND = [sys.executable, "-m", "worker"]
-# The environment, the folder and the standard streams are the process's: one command at a time.
+# Environment, working directory and standard streams belong to the process: one command at a time.
 _ONE_COMMAND = threading.Lock()
 # The environment variables that commands inherit.
 INHERITED = ("PATH", "HOME", "LANG")
@@ -46,22 +46,22 @@ class Completed:
 
     @property
     def lines(self) -> list[str]:
-        """The lines of stdout."""
+        """Return the lines of stdout."""
         return self.out.splitlines()
 
     @property
     def err_lines(self) -> list[str]:
-        """The lines of stderr."""
+        """Return the lines of stderr."""
         return self.err.splitlines()
 
     @property
     def objects(self) -> list[dict[str, Any]]:
-        """The objects on stdout with `--json`."""
+        """Return the objects on stdout with `--json`."""
         return [json.loads(line) for line in self.lines]
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The last object."""
+        """Return the last object."""
         return self.objects[-1]
 
 
@@ -171,7 +171,7 @@ class Cli:
 
     @property
     def state_files(self) -> list[Path]:
-        """The state files of submissions."""
+        """Return the state files of submissions."""
         return sorted((self.folder / "state" / "vqa-worker").glob("*.submission"))
 
     def counts(self) -> Counts | None:
@@ -208,12 +208,12 @@ def _run_here(
         _logging_restored(),
         warnings.catch_warnings(),
     ):
-        # aiormq leaves a coroutine unawaited when it cannot connect: a warning nobody sees in a real command.
+        # aiormq leaves a coroutine unawaited if it cannot connect; a real command does not show that warning.
         warnings.simplefilter("ignore")
         try:
             code = main(arguments)
         except SystemExit as exited:
-            # argparse exits by itself where the usage is wrong.
+            # argparse exits on wrong usage.
             code = exited.code if isinstance(exited.code, int) else 1
         if code:
             gc.collect()
@@ -226,7 +226,7 @@ def _text(stream: io.TextIOWrapper) -> str:
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:
-    """Send what structlog's loggers say to the standard library's, which the command then disables."""
+    """Send structlog's events to the standard library's loggers, which the command disables."""
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
         logger_factory=structlog.stdlib.LoggerFactory(),

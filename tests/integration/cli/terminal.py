@@ -10,7 +10,7 @@ from tests.running import PATIENCE_S, until
 
 
 class Terminal:
-    """A command whose stdin and stderr are a terminal, and its stdout too unless reported otherwise."""
+    """A command whose stdin and stderr are a terminal; its stdout too by default."""
 
     def __init__(self, cli: Cli, *arguments: str, pipes: bool = False) -> None:
         self._side, command_side = pty.openpty()

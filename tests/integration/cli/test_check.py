@@ -27,7 +27,7 @@ def vhost(stack: Stack) -> Iterator[str]:
 
 @pytest.fixture
 def cli(stack: Stack, vhost: str, tmp_path: Path) -> Cli:
-    """Commands in an empty virtual host."""
+    """Return commands in an empty virtual host."""
     settings = {
         **stack.environment(),
         "VQA_RABBITMQ_URL": url_as(stack, "guest", "guest", vhost),
@@ -76,7 +76,7 @@ async def test_a_working_configuration_passes_every_check(
     model = stack.model_api.models[0]
     assert findings[f"model {model}"] == ("ok", "available")
     assert " tokens, $0.0000" in findings[f"question to {model}"][1]
-    # Nothing has changed, and one question was sent.
+    # The check changed nothing and sent one model request.
     assert there(stack, vhost) == before
     (call,) = stack.model.calls()[calls:]
     assert call.question == QUESTION
@@ -108,7 +108,7 @@ async def test_an_unreachable_broker_does_not_stop_the_other_checks(cli: Cli) ->
     assert findings[f"bucket {BUCKET}"][0] == "ok"
 
 
-async def test_wrong_settings_exit_with_78_and_the_broker_is_still_checked(
+async def test_invalid_settings_exit_with_78_and_the_broker_is_still_checked(
     cli: Cli,
 ) -> None:
     wrong = cli.with_settings(VQA_MAX_ATTEMPTS="many", VQA_ALLOWED_BUCKETS="")
@@ -121,7 +121,7 @@ async def test_wrong_settings_exit_with_78_and_the_broker_is_still_checked(
     assert [it["check"] for it in reported] == ["settings"]
 
 
-async def test_refused_credentials_and_virtual_hosts_are_reported(stack: Stack, cli: Cli) -> None:
+async def test_rejected_credentials_and_virtual_hosts_are_reported(stack: Stack, cli: Cli) -> None:
     wrong = await found(cli.with_settings(VQA_RABBITMQ_URL=url_as(stack, "guest", "s3cr3t")), code=1)
     assert failures(wrong) == ["broker"]
     assert "refuses this user name and password" in wrong["broker"][1]

@@ -32,7 +32,7 @@ FAR = "http://127.0.0.1:1"
 
 @dataclass
 class Checks:
-    """Checks of an empty virtual host and of the stack's S3 and model."""
+    """Return checks of an empty virtual host and of the stack's S3 and model."""
 
     environment: Mapping[str, str]
     monkeypatch: pytest.MonkeyPatch
@@ -148,7 +148,7 @@ async def test_each_missing_permission_is_reported(stack: Stack, doctor: Checks,
     await doctor.make(**EXCHANGES)
     with BrokerUser.of(stack, vhost=vhost) as user:
         limited = {"VQA_RABBITMQ_URL": user.url, **EXCHANGES}
-        # As docs would have it for a worker that only checks.
+        # The documented permissions of a worker that only checks the topology.
         user.permit(configure=r"^amq\.gen", write=r"^(vqa\..*|amq\.gen.*)$", read=r"^(jobs.*|amq\.gen.*)$")
         findings = await doctor.broker(VQA_DECLARE_TOPOLOGY="false", **limited)
         assert failures(findings) == []
@@ -176,7 +176,7 @@ async def test_each_missing_permission_is_reported(stack: Stack, doctor: Checks,
 async def test_a_queue_hidden_from_the_user_is_not_reported_as_missing(
     doctor: Checks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As RabbitMQ 4.3 does: here every version.
+    # As in RabbitMQ 4.3, here for every version.
     async def find(_: Probes, part: Part) -> None:
         raise NotAllowedError(f"{part} is not for you")
 
@@ -221,7 +221,7 @@ async def test_unreadable_buckets_and_images_are_reported(
     assert stack.s3.endpoint_url in any_bucket["S3"][1]
 
 
-async def test_refused_credentials_and_an_unreachable_s3_are_reported(doctor: Checks) -> None:
+async def test_rejected_credentials_and_an_unreachable_s3_are_reported(doctor: Checks) -> None:
     findings = await doctor.storage(AWS_SECRET_ACCESS_KEY="wrong")
     assert "the secret key is wrong" in findings[f"bucket {BUCKET}"][1]
     findings = await doctor.storage(VQA_S3_ENDPOINT_URL=FAR)
@@ -248,7 +248,7 @@ async def test_an_unusable_result_store_is_reported_with_the_reason(doctor: Chec
         s3.answer = refuse(404, "NoSuchBucket")
         missing = await doctor.storage(**store)
         assert missing["result store"][1].startswith("VQA_RESULT_STORE: S3 answered 404 NoSuchBucket")
-        # Takes every condition for fulfilled, as stores do that do not know them.
+        # Like a store that ignores preconditions.
         s3.answer = give(b"", ETag='"1"')
         findings = await doctor.storage(**store)
         assert findings["result store"][1].startswith("VQA_RESULT_STORE: it ignores If-None-Match")
@@ -269,7 +269,7 @@ async def test_a_result_store_that_differs_from_s3_is_reported_with_the_differen
     put: list[str] = []
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        """Answer like a store with one defect."""
+        """Respond like a store with one defect."""
         kind = "list" if "list-type" in request.rel_url.query else request.method
         if kind in answers:
             return await answers[kind](request)

@@ -48,7 +48,7 @@ async def test_a_file_of_jobs_is_submitted_unchanged(cli: Cli, stack: Stack, put
     assert call.ended
 
 
-async def test_messages_have_the_properties_of_a_publisher_s(no_worker_cli: Cli, stack: Stack) -> None:
+async def test_messages_have_the_properties_of_a_publisher(no_worker_cli: Cli, stack: Stack) -> None:
     long_id = "ü" * 256
     jobs = [{"id": id_, "question": "What?", "images": ["s3://b/k"]} for id_ in ("short", long_id)]
     no_worker_cli.write("jobs.jsonl", *jobs)
@@ -63,7 +63,7 @@ async def test_messages_have_the_properties_of_a_publisher_s(no_worker_cli: Cli,
     assert short.timestamp is not None
     assert short.timestamp >= before.replace(microsecond=0)
     assert isinstance(short.headers["timestamp_in_ms"], int)
-    # Longer than a property can be: the body has it.
+    # Too long for a property: the id is in the body only.
     assert long.message_id not in (None, long_id)
     assert long.correlation_id is None
 
@@ -125,7 +125,7 @@ async def test_batch_requests_become_jobs_with_all_params(no_worker_cli: Cli, st
     ]
     request = line("request 1/ü", content)
     request["body"].update({"max_completion_tokens": 50, "temperature": 0, "stream": False, "n": 1})
-    # Detected by its content, not by its name.
+    # The format is detected from the content, not from the name.
     no_worker_cli.write("input.ndjson", request, line("\n", "Only words"))
     submitted = await no_worker_cli.run("submit", "input.ndjson", "--name", "batch")
     assert submitted.code == 0, submitted.err

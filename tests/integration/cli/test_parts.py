@@ -62,7 +62,9 @@ def state(tmp_path: Path) -> Iterator[SubmissionState]:
         yield state
 
 
-def test_only_the_owner_can_read_a_state_file_its_folder_and_what_sqlite_adds(state: SubmissionState) -> None:
+def test_only_the_owner_can_read_a_state_file_its_folder_and_sqlite_s_other_files(
+    state: SubmissionState,
+) -> None:
     assert state.path is not None
     with state.locked("submitting"), state.transaction():
         state.set_head({"name": "it"})
@@ -72,7 +74,7 @@ def test_only_the_owner_can_read_a_state_file_its_folder_and_what_sqlite_adds(st
     assert oct(state.path.parent.stat().st_mode & 0o777) == "0o700"
 
 
-def test_only_the_owner_can_read_what_is_recorded_of_dead_letters(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_saved_dead_letters(tmp_path: Path) -> None:
     path = tmp_path / "state" / "purged.jsonl"
     with Lines(path) as lines:
         lines.add({"body": "a question"})
@@ -128,14 +130,14 @@ def test_bodies_are_deleted_after_the_confirm(state: SubmissionState) -> None:
         assert file.execute("SELECT body FROM jobs").fetchall() == [(None,)]
 
 
-def test_a_state_file_of_another_version_is_refused(state: SubmissionState) -> None:
+def test_a_state_file_of_another_version_is_rejected(state: SubmissionState) -> None:
     assert state.path is not None
     state.set_head({"format": "2"})
     with pytest.raises(CommandError, match="by another version"):
         SubmissionState.open(state.path)
 
 
-def test_the_draft_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
+def test_the_unfinished_state_file_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
     (tmp_path / f".it.submission.{os.getpid()}").write_text("half of it")
     with contextlib.closing(SubmissionState.create(tmp_path / "it.submission", {"name": "it"})) as state:
         assert state.counts().total == 0

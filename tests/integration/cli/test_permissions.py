@@ -13,7 +13,7 @@ from tests.integration.cli.running import Cli, channel_of
 from tests.running import Worker
 from worker.client import Client, RefusedError, Replies, TopologyError
 
-# In the form of the broker's rights.
+# In the form of RabbitMQ's permissions.
 SUBMITTING = {"configure": r"^vqa\.results\..*$", "read": r"^vqa\.results\..*$"}
 REPLIES: tuple[Replies, ...] = ("queue", "exclusive", "direct")
 QUESTION = {"messages": [{"role": "user", "content": "May I?"}]}
@@ -27,7 +27,7 @@ def user(stack: Stack) -> Iterator[BrokerUser]:
 
 @pytest.fixture
 async def intake(stack: Stack, worker: Worker) -> AsyncIterator[str]:
-    """An exchange that hands all jobs on to the worker's queue."""
+    """Declare an exchange that routes all jobs to the worker's queue."""
     name = f"intake-{uuid.uuid4().hex}"
     async with channel_of(stack) as channel:
         exchange = await channel.declare_exchange(name, ExchangeType.FANOUT)

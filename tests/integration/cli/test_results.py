@@ -1,4 +1,4 @@
-"""`vqa-worker results` and `submit --wait`: collecting from the own reply queue, output formats."""
+"""`vqa-worker results` and `submit --wait`: collecting from the submission's reply queue, output formats."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ def far(cli: Cli) -> Counts:
     return cli.counts() or Counts()
 
 
-# Forms
+# Output formats
 
 
 async def test_a_batch_gets_an_output_and_an_error_file(cli: Cli) -> None:
@@ -60,7 +60,7 @@ async def test_a_batch_gets_an_output_and_an_error_file(cli: Cli) -> None:
     assert first["response"].keys() == {"status_code", "request_id", "body"}
     assert first["response"]["status_code"] == 200
     assert first["response"]["request_id"].startswith("req_")
-    # OpenAI's own SDK takes the body for what it is.
+    # OpenAI's SDK parses the body as a chat completion.
     body = ChatCompletion.model_validate(first["response"]["body"], strict=True)
     assert body.object == "chat.completion"
     assert body.model == "simulated/vision"
@@ -90,7 +90,7 @@ async def test_the_output_file_has_the_api_s_response_if_workers_include_it(
     (line,) = cli.read("out.jsonl")
     assert line["response"]["body"]["id"].startswith("chatcmpl-")
     assert ChatCompletion.model_validate(line["response"]["body"]).choices[0].message.content
-    # Without errors there is no error file, and one from another time does not stay.
+    # Without errors there is no error file, and an earlier one is deleted.
     assert sorted(path.name for path in cli.folder.glob("*.jsonl")) == ["batch.jsonl", "out.jsonl"]
 
 
@@ -126,7 +126,7 @@ async def test_results_are_written_as_csv(cli: Cli, put_image: PutImage) -> None
     assert float(first["cost_usd"]) > 0
     assert (second["id"], second["status"], second["error_code"]) == ("b", "failed", "image_not_found")
     assert second["answer"] == second["cost_usd"] == ""
-    # The same results in another form, as often as they are wanted.
+    # The same results can be written again in other formats.
     again = await cli.run("submit", "jobs.csv", "--wait", "--json")
     assert [result["id"] for result in again.objects] == ["a", "b"]
     table = await cli.run("submit", "jobs.csv", "--wait", "--output-format", "csv")
@@ -140,7 +140,7 @@ async def test_files_of_results_have_the_order_of_the_jobs(cli: Cli) -> None:
     assert [result["id"] for result in cli.read("out.jsonl")] == [str(n) for n in range(60)]
 
 
-# Whose results
+# Own results
 
 
 async def test_only_own_results_are_collected_and_the_queue_is_deleted_at_the_end(
@@ -156,7 +156,7 @@ async def test_only_own_results_are_collected_and_the_queue_is_deleted_at_the_en
     assert len(collected.objects) == 5
     assert await depth(stack, queue) is None
     assert (await client.result(other)).body["status"] == "succeeded"
-    # They are kept, and reported again without the broker.
+    # The results are in the state file and can be printed again without the broker.
     again = await cli.run("results", name, "--json", VQA_RABBITMQ_URL="amqp://127.0.0.1:1/")
     assert again.code == 0
     assert re.fullmatch(
@@ -195,7 +195,7 @@ async def test_a_deleted_reply_queue_is_reported(no_worker_cli: Cli, stack: Stac
         assert sentence.startswith(f"Error: the queue {submitted['reply_to']} does not exist any more")
 
 
-# How long
+# Waiting
 
 
 async def test_a_collector_that_is_killed_loses_and_repeats_no_result(
@@ -206,16 +206,16 @@ async def test_a_collector_that_is_killed_loses_and_repeats_no_result(
     ids = [f"job-{n}" for n in range(400)]
     cli.write("jobs.jsonl", *({"id": job_id, **question("Killed?")} for job_id in ids))
     collecting = cli.start("submit", "jobs.jsonl", "--wait", "-o", "out.jsonl")
-    await until(lambda: far(cli).received >= 40, "some results are there")
+    await until(lambda: far(cli).received >= 40, "some results are collected")
     await kill(collecting)
     before = far(cli)
     assert before.pending, "it was over before it was killed"
     assert not (cli.folder / "out.jsonl").exists()
 
     name = cli.state_files[0].name.removesuffix(".submission")
-    assert (await cli.run("submit", "jobs.jsonl")).code == 0  # what was not submitted yet
+    assert (await cli.run("submit", "jobs.jsonl")).code == 0  # jobs that are not submitted yet
     collecting = cli.start("results", name, "-o", "out.jsonl")
-    await until(lambda: far(cli).received >= before.received + 40, "more results are there")
+    await until(lambda: far(cli).received >= before.received + 40, "more results are collected")
     await kill(collecting)
     done = await cli.run("results", name, "-o", "out.jsonl", "--json")
     assert done.code == 0, done.err
@@ -260,7 +260,7 @@ async def test_submissions_are_listed_and_deleted(no_worker_cli: Cli, stack: Sta
 
 
 async def test_results_are_collected_while_jobs_are_submitted(cli: Cli, stack: Stack) -> None:
-    """With room for one job at a time in the queue, all get through."""
+    """All jobs are submitted to a queue with room for one job at a time."""
     stack.model.play(Error(status=500), marker="At once?")
     cli.write("jobs.jsonl", *(question(f"At once? {n}") for n in range(30)))
     done = await cli.run("submit", "jobs.jsonl", "--max-queue", "1", "--wait", "--json")

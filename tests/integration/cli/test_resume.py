@@ -13,14 +13,14 @@ from worker.cli.submit.sender import CHUNK_JOBS
 
 
 def many(cli: Cli, count: int) -> list[str]:
-    """Write `jobs.jsonl` with so many jobs; return their ids."""
+    """Write `jobs.jsonl` with a number of jobs; return their ids."""
     ids = [f"order-{number}" for number in range(count)]
     cli.write("jobs.jsonl", *({"id": job_id, "question": "What?", "images": ["s3://b/k"]} for job_id in ids))
     return ids
 
 
 async def in_queue(cli: Cli, stack: Stack) -> Counter[str]:
-    """Consume the jobs queue; return how often each job id was there."""
+    """Consume the jobs queue; return the number of messages of each job id."""
     messages = await drain(stack, cli.jobs_queue)
     for message in messages:
         assert message.message_id == json.loads(message.body)["id"]
@@ -41,7 +41,7 @@ async def test_a_submission_waits_for_a_full_queue_and_resumes_after_a_kill(
     assert await depth(stack, no_worker_cli.jobs_queue) == 700
     await kill(submitting)
 
-    # It goes on where it was, as far as there is room.
+    # The same command resumes as far as the queue has room.
     first = await in_queue(no_worker_cli, stack)
     submitting = no_worker_cli.start("submit", "jobs.jsonl", "--max-queue", "700", "--json")
     submitted = await ended(submitting)
@@ -80,7 +80,7 @@ async def test_a_submission_killed_while_sending_resends_only_unconfirmed_jobs(
 
 
 async def test_unconfirmed_jobs_with_a_result_are_not_sent_again(cli: Cli, stack: Stack) -> None:
-    """The submitter dies after the broker has the jobs and before it has heard so."""
+    """The submitter is killed after the broker has the jobs and before it receives the confirms."""
     question = "In doubt?"
     messages = [{"role": "user", "content": question}]
     cli.write("jobs.jsonl", *({"id": f"doubt-{n}", "messages": messages} for n in range(20)))
@@ -181,7 +181,7 @@ async def test_failed_uploads_are_resumed(no_worker_cli: Cli, stack: Stack) -> N
     failed = await no_worker_cli.run(*submit, AWS_SECRET_ACCESS_KEY="wrong")
     assert failed.code == 1
     assert await depth(stack, no_worker_cli.jobs_queue) == 0
-    # What was planned is what is sent: a file that has changed since would be another picture.
+    # The planned image is uploaded: a changed file would be another image.
     (no_worker_cli.folder / "3.png").write_bytes(picture())
     changed = await no_worker_cli.run(*submit)
     assert changed.code == 1

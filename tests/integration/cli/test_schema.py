@@ -36,7 +36,7 @@ async def test_each_document_is_printed_as_json(cli: Cli) -> None:
     Draft202012Validator.check_schema(everything["job"])
 
 
-async def test_wrong_settings_are_reported(cli: Cli) -> None:
+async def test_invalid_settings_are_reported(cli: Cli) -> None:
     ended = await cli.with_settings(VQA_RETRY_DELAYS="soon", VQA_MAX_ATTEMPTS="many").run("schema")
     assert (ended.code, ended.out) == (78, "")
     (line,) = ended.err_lines

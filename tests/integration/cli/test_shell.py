@@ -95,13 +95,13 @@ async def test_an_unreachable_broker_is_one_message(cli: Cli) -> None:
     cli.settings["VQA_RABBITMQ_URL"] = NOBODY
     for end in await _side_by_side(cli, *((*command, "--timeout", "0.5") for command in REACHING_OUT)):
         assert (end.code, end.out) == (1, "")
-        # `results` says first that this is not the broker it was submitted to.
+        # `results` first warns that the jobs were submitted to another broker.
         *noted, line = end.err.splitlines()
         assert len(noted) <= 1
         assert line.startswith("VQA_RABBITMQ_URL: the broker was unreachable for 0.5 s")
 
 
-async def test_refused_credentials_are_one_message(cli: Cli, stack: Stack) -> None:
+async def test_rejected_credentials_are_one_message(cli: Cli, stack: Stack) -> None:
     await _submit_known(cli)
     cli.settings["VQA_RABBITMQ_URL"] = url_as(stack, "guest", "wr0ng")
     for end in await _side_by_side(cli, *REACHING_OUT):
@@ -109,7 +109,7 @@ async def test_refused_credentials_are_one_message(cli: Cli, stack: Stack) -> No
         assert end.err == "VQA_RABBITMQ_URL: the broker refuses this user name and password\n"
 
 
-async def test_each_wrong_setting_is_one_message(cli: Cli) -> None:
+async def test_each_invalid_setting_is_one_message(cli: Cli) -> None:
     cli.settings.update(VQA_RABBITMQ_URL="rabbit", VQA_S3_ENDPOINT_URL="s3")
     for end in await _side_by_side(cli, *REACHING_OUT):
         assert (end.code, end.out) == (78, "")
@@ -186,7 +186,7 @@ async def test_a_closed_pipe_is_not_an_error_without_the_extra(no_extra_cli: Cli
         assert (closed.code, closed.err) == (141, "")
 
 
-async def test_ctrl_c_exits_at_once_and_says_how_to_resume(no_worker_cli: Cli) -> None:
+async def test_ctrl_c_exits_at_once_and_prints_how_to_resume(no_worker_cli: Cli) -> None:
     process = no_worker_cli.start("submit", "s3://bucket/key", "What?", "--name", "mine", "--wait")
 
     def is_sent() -> bool:

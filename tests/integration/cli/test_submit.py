@@ -1,4 +1,4 @@
-"""`vqa-worker submit`: by hand, local files, S3 prefixes, cost estimates, reply queues."""
+"""`vqa-worker submit`: single questions, local files, S3 prefixes, cost estimates, reply queues."""
 
 import asyncio
 import hashlib
@@ -19,10 +19,10 @@ ASSUMED = (
 PRICES = {"VQA_PRICES": json.dumps({"simulated/vision": [2.0, 10.0]})}
 
 
-# By hand
+# Single questions
 
 
-async def test_a_question_asked_by_hand_prints_the_answer_and_leaves_no_state(
+async def test_a_single_question_prints_the_answer_and_leaves_no_state(
     cli: Cli, stack: Stack, put_image: PutImage
 ) -> None:
     asked = await cli.run("submit", put_image(), "What is this?", "--wait")
@@ -44,7 +44,7 @@ async def test_several_images_are_one_job_or_one_job_each(cli: Cli, put_image: P
     }
 
 
-async def test_options_reach_the_model(cli: Cli, stack: Stack, put_image: PutImage) -> None:
+async def test_options_are_passed_to_the_model(cli: Cli, stack: Stack, put_image: PutImage) -> None:
     question = "Is it 17?"
     said = [
         "--system=Be brief.", "--model=simulated/vision-small", "--max-tokens=7",
@@ -80,7 +80,7 @@ async def test_a_local_image_is_uploaded_once_under_the_hash_of_its_content(cli:
     first = s3.head_object(Bucket=BUCKET, Key=key)
     assert first["ContentType"] == "image/png"
     assert s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() == content
-    # One that is there is not put there again.
+    # An existing object is not uploaded again.
     s3.put_object(Bucket=BUCKET, Key=key, Body=b"was not put again")
     await cli.run(*asked)
     assert s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() == b"was not put again"
@@ -116,7 +116,7 @@ async def test_invalid_images_are_reported_before_any_job_is_sent(cli: Cli, tmp_
     assert cli.state_files == []
 
 
-async def test_refused_s3_credentials_are_one_message(cli: Cli) -> None:
+async def test_rejected_s3_credentials_are_one_message(cli: Cli) -> None:
     (cli.folder / "it.png").write_bytes(picture())
     refused = await cli.run("submit", "it.png", "What?", "--bucket", BUCKET, AWS_SECRET_ACCESS_KEY="wrong")
     assert refused.code == 1
@@ -185,7 +185,7 @@ async def test_a_dry_run_prints_the_cost_and_sends_nothing(no_worker_cli: Cli, s
     assert no_worker_cli.state_files == []
 
 
-# Who reads the results
+# Another consumer of the results
 
 
 async def test_results_can_be_sent_to_another_program_s_queue(no_worker_cli: Cli, stack: Stack) -> None:

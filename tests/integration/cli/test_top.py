@@ -175,7 +175,7 @@ async def test_a_server_that_is_not_a_worker_is_unreachable(cli: Cli, stack: Sta
     )
 
 
-# Gives a name to several addresses of this machine, for one command.
+# Gives several local addresses one name, for one command.
 NAMED = """
 hosts=$1; shift
 exec unshare --mount sh -c 'mount --bind "$0" /etc/hosts && exec "$@"' "$hosts" "$@"

@@ -1,4 +1,4 @@
-"""What the fixtures of these tests hand out, as types."""
+"""Types of the fixtures of these tests."""
 
 import io
 from collections.abc import Callable, Coroutine
@@ -7,13 +7,13 @@ from typing import Any
 from PIL import Image
 
 Ask = Callable[..., Coroutine[Any, Any, tuple[int, dict[str, Any]]]]
-"""Sends a question with any number of image URLs and other fields; returns the status and the JSON body."""
+"""Send a question with image URLs and other fields; return the status and the JSON body."""
 
 Plain = Callable[..., bytes]
-"""Makes the file of a picture of one colour."""
+"""Create an image file of one colour."""
 
 Inline = Callable[..., str]
-"""Makes a data URL."""
+"""Create a data URL."""
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:

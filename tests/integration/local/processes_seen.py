@@ -1,4 +1,4 @@
-"""What the operating system says about processes."""
+"""Process states and descendants, from /proc."""
 
 import time
 from collections.abc import Iterable
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def alive(pids: Iterable[int]) -> list[int]:
-    """Return those that run; one that has ended and waits for its parent to notice does not count."""
+    """Return the processes that run; zombies do not count."""
     return [pid for pid in pids if _state(pid) not in ("", "Z")]
 
 
 def wait_until_ended(pids: Iterable[int], *, timeout_seconds: float = 20) -> list[int]:
-    """Wait for processes to end; return those that did not."""
+    """Wait for processes to end; return those that still run."""
     left = alive(pids)
     give_up = time.monotonic() + timeout_seconds
     while left and time.monotonic() < give_up:
@@ -40,7 +40,7 @@ def _parent(pid: int) -> int:
 
 def _fields(pid: int) -> tuple[str, str]:
     try:
-        # The name in brackets may contain anything.
+        # The name in brackets may contain any character.
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
         return "", ""

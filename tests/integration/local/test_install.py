@@ -24,7 +24,7 @@ SetMachine = Callable[..., None]
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> SetMachine:
-    """Pretends which programs there are, whether the user is root, and whether sudo asks for a password."""
+    """Fake the installed programs, the user's id, and whether sudo asks for a password."""
 
     def set_machine(*programs: str, root: bool = False, sudo: bool = False) -> None:
         monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name in programs else None)
@@ -55,7 +55,7 @@ def test_without_permission_for_apt_get_homebrew_is_used(machine: SetMachine) ->
 
 
 @pytest.mark.parametrize("programs", [(), ("apt-get",)])
-def test_without_a_package_manager_one_line_says_what_to_install(
+def test_without_a_package_manager_one_line_names_what_to_install(
     machine: SetMachine, monkeypatch: pytest.MonkeyPatch, programs: tuple[str, ...]
 ) -> None:
     machine(*programs)
@@ -64,7 +64,7 @@ def test_without_a_package_manager_one_line_says_what_to_install(
         ensure_rabbitmq()
 
 
-def test_programs_that_are_found_are_files() -> None:
+def test_found_programs_are_existing_files() -> None:
     found = find_installation()
     if found is None:
         pytest.skip("RabbitMQ is not installed here")

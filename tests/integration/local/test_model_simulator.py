@@ -1,4 +1,4 @@
-"""The answers of the model simulator: what they describe, and what is refused."""
+"""The model simulator's answers, and the requests that it rejects."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ def text_of(answer: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     "colour", ["red", "green", "blue", "white", "black", "yellow", "orange", "purple", "pink"]
 )
-async def test_the_answer_names_the_colour_of_the_picture(
+async def test_the_answer_names_the_colour_of_the_image(
     ask: Ask, plain: Plain, inline: Inline, colour: str
 ) -> None:
     status, answer = await ask("What is this?", inline(plain(colour)))
@@ -43,7 +43,7 @@ async def test_the_answer_proves_that_the_bytes_arrived_unchanged(
     assert (seen["sha256"], seen["bytes"], seen["declared_type"]) == (digest, len(content), media_type)
 
 
-async def test_it_never_passes_for_a_real_model(
+async def test_answers_say_that_they_are_simulated(
     ask: Ask, model: SimulatedModel, http: aiohttp.ClientSession
 ) -> None:
     _, answer = await ask("Hello")
@@ -53,20 +53,20 @@ async def test_it_never_passes_for_a_real_model(
     assert all(entry["id"].startswith("simulated/") for entry in listed["data"])
 
 
-async def test_several_pictures_are_described_in_their_order(ask: Ask, plain: Plain, inline: Inline) -> None:
+async def test_several_images_are_described_in_their_order(ask: Ask, plain: Plain, inline: Inline) -> None:
     _, answer = await ask("Compare", inline(plain("red")), inline(plain("blue")))
     text = text_of(answer)
     assert "2 pictures" in text
     assert text.index("red") < text.index("blue")
 
 
-async def test_a_link_is_not_opened(ask: Ask, model: SimulatedModel) -> None:
+async def test_a_url_is_not_opened(ask: Ask, model: SimulatedModel) -> None:
     _, answer = await ask("What is this?", "https://pictures.example/cat.jpg")
     assert "a link to pictures.example, not opened" in text_of(answer)
     assert model.calls()[0].links == ["https://pictures.example/cat.jpg"]
 
 
-async def test_pictures_in_any_turn_count(ask: Ask, plain: Plain, inline: Inline) -> None:
+async def test_images_in_every_message_count(ask: Ask, plain: Plain, inline: Inline) -> None:
     picture = {"type": "image_url", "image_url": {"url": inline(plain("green"))}}
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -78,7 +78,7 @@ async def test_pictures_in_any_turn_count(ask: Ask, plain: Plain, inline: Inline
     assert "mostly green" in text_of(answer)
 
 
-async def test_prompt_tokens_grow_with_the_picture(ask: Ask, plain: Plain, inline: Inline) -> None:
+async def test_prompt_tokens_grow_with_the_image(ask: Ask, plain: Plain, inline: Inline) -> None:
     used = []
     for size in ((28, 28), (56, 56), (560, 560)):
         _, answer = await ask("abcd", inline(plain("red", size=size)))
@@ -93,7 +93,7 @@ async def test_usage_adds_up_and_has_a_price(ask: Ask) -> None:
     assert usage["estimated_cost"] > 0
 
 
-async def test_max_tokens_cuts_the_answer(ask: Ask) -> None:
+async def test_max_tokens_truncates_the_answer(ask: Ask) -> None:
     _, answer = await ask("Hello", max_tokens=3)
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == 3
@@ -104,7 +104,7 @@ async def test_json_mode_answers_with_an_object(ask: Ask, plain: Plain, inline: 
     assert json.loads(text_of(answer))["images"][0]["colours"] == ["red"]
 
 
-async def test_a_json_schema_is_filled(ask: Ask) -> None:
+async def test_the_answer_matches_a_json_schema(ask: Ask) -> None:
     schema = {"type": "object", "properties": {"what": {"type": "string"}, "sure": {"type": "boolean"}}}
     form = {"type": "json_schema", "json_schema": {"name": "seen", "schema": schema}}
     _, answer = await ask("?", response_format=form)
@@ -112,7 +112,7 @@ async def test_a_json_schema_is_filled(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "report"}}])
-async def test_a_demanded_tool_is_called(ask: Ask, choice: object) -> None:
+async def test_a_forced_tool_is_called(ask: Ask, choice: object) -> None:
     parameters = {"type": "object", "properties": {"label": {"type": "string"}, "count": {"type": "integer"}}}
     tools = [{"type": "function", "function": {"name": "report", "parameters": parameters}}]
     _, answer = await ask("?", tools=tools, tool_choice=choice)
@@ -123,7 +123,7 @@ async def test_a_demanded_tool_is_called(ask: Ask, choice: object) -> None:
     assert json.loads(called["function"]["arguments"])["count"] == 0
 
 
-async def test_a_wrong_key_is_refused(model: SimulatedModel) -> None:
+async def test_a_wrong_key_is_rejected(model: SimulatedModel) -> None:
     async with (
         aiohttp.ClientSession(headers={"Authorization": "Bearer wrong"}) as session,
         session.post(f"{model.base_url}/chat/completions", json={}) as response,
@@ -137,25 +137,25 @@ async def test_an_unknown_model_is_not_found(ask: Ask) -> None:
     assert (status, answer["error"]["code"]) == (404, "model_not_found")
 
 
-async def test_a_truncated_picture_is_refused(ask: Ask, inline: Inline, plain: Plain) -> None:
+async def test_a_truncated_image_is_rejected(ask: Ask, inline: Inline, plain: Plain) -> None:
     for kind in ("JPEG", "PNG", "WEBP"):
         content = plain("red", kind=kind, size=(400, 400))
         status, answer = await ask("?", inline(content[: len(content) * 2 // 3]))
         assert (kind, status, answer["error"]["code"]) == (kind, 400, "invalid_image")
 
 
-async def test_content_other_than_an_image_is_refused(ask: Ask, inline: Inline) -> None:
+async def test_content_other_than_an_image_is_rejected(ask: Ask, inline: Inline) -> None:
     status, answer = await ask("?", inline(b"<Error><Code>NoSuchKey</Code></Error>"))
     assert (status, answer["error"]["code"]) == (400, "invalid_image")
 
 
 @pytest.mark.parametrize("spoiled", ["AAA", "AA=A", "A A=", "!!!!", "AAAA\n"])
-async def test_bad_base64_is_refused(ask: Ask, spoiled: str) -> None:
+async def test_invalid_base64_is_rejected(ask: Ask, spoiled: str) -> None:
     status, answer = await ask("?", f"data:image/png;base64,{spoiled}")
     assert (status, answer["error"]["code"]) == (400, "invalid_base64")
 
 
-async def test_other_media_types_are_refused(ask: Ask, inline: Inline, plain: Plain) -> None:
+async def test_other_media_types_are_rejected(ask: Ask, inline: Inline, plain: Plain) -> None:
     status, answer = await ask("?", inline(plain("red", kind="GIF"), "image/gif"))
     assert (status, answer["error"]["code"]) == (400, "unsupported_image_media_type")
 
@@ -167,13 +167,13 @@ async def test_an_image_in_a_format_that_is_not_allowed_is_rejected_for_every_de
     assert (status, answer["error"]["code"]) == (400, "invalid_image")
 
 
-async def test_a_picture_over_the_limit_is_refused(ask: Ask) -> None:
+async def test_an_image_over_the_limit_is_rejected(ask: Ask) -> None:
     encoded = base64.b64encode(bytes(20_000_001)).decode()
     status, answer = await ask("?", f"data:image/png;base64,{encoded}")
     assert (status, answer["error"]["code"]) == (400, "image_too_large")
 
 
-async def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
+async def test_an_image_with_too_many_pixels_is_rejected_before_it_is_decoded(
     ask: Ask, inline: Inline
 ) -> None:
     bomb = encoded(Image.new("1", (20_000, 15_000)), "PNG")
@@ -194,13 +194,13 @@ async def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
         [{"role": "user", "content": [{"type": "image_url", "image_url": "no object"}]}],
     ],
 )
-async def test_messages_of_another_shape_are_refused(ask: Ask, messages: object) -> None:
+async def test_malformed_messages_are_rejected(ask: Ask, messages: object) -> None:
     status, answer = await ask("?", messages=messages)
     assert status == 400
     assert answer["error"]["type"] == "invalid_request_error"
 
 
-async def test_a_call_is_remembered_with_everything_but_its_key(
+async def test_a_call_is_recorded_without_its_key(
     model: SimulatedModel, ask: Ask, http: aiohttp.ClientSession, plain: Plain, inline: Inline
 ) -> None:
     http.headers["Traceparent"] = "00-1-2-01"
@@ -218,7 +218,7 @@ async def test_a_call_is_remembered_with_everything_but_its_key(
     assert call.ended >= call.started
 
 
-async def test_decoding_can_be_switched_off_for_measurements(
+async def test_decoding_can_be_disabled_for_measurements(
     model: SimulatedModel, ask: Ask, plain: Plain, inline: Inline
 ) -> None:
     model.configure(decode=False)

@@ -20,13 +20,13 @@ def message_of(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def ended_call(model: SimulatedModel) -> Call | None:
-    """The only call, once it is ended."""
+    """Wait for the end of the only call; return it."""
     [call] = model.calls()
     return call if call.ended is not None else None
 
 
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 503])
-async def test_any_error_status_can_be_played(model: SimulatedModel, ask: Ask, status: int) -> None:
+async def test_every_error_status_can_be_played(model: SimulatedModel, ask: Ask, status: int) -> None:
     model.play(Error(status=status, message="no luck", code="scripted"))
     got, answer = await ask("?")
     assert got == status
@@ -35,7 +35,7 @@ async def test_any_error_status_can_be_played(model: SimulatedModel, ask: Ask, s
     assert [call.played for call in model.calls()] == ["error", None]
 
 
-async def test_an_error_carries_headers_and_any_body(
+async def test_an_error_can_have_headers_and_any_body(
     model: SimulatedModel, http: aiohttp.ClientSession
 ) -> None:
     model.play(Error(status=429, headers={"Retry-After": "7"}, body="slow down"))
@@ -55,12 +55,12 @@ async def test_outcomes_are_played_in_the_order_given(model: SimulatedModel, ask
     assert [(await ask("?"))[0] for _ in range(3)] == [500, 409, 200]
 
 
-async def test_an_outcome_for_a_marker_leaves_other_calls_alone(model: SimulatedModel, ask: Ask) -> None:
+async def test_an_outcome_for_a_marker_does_not_affect_other_calls(model: SimulatedModel, ask: Ask) -> None:
     model.play(Error(status=422), marker="job-7", times=None)
     assert [(await ask(f"job-{number}"))[0] for number in (6, 7, 7)] == [200, 422, 422]
 
 
-async def test_reset_forgets_behaviour_and_calls(model: SimulatedModel, ask: Ask) -> None:
+async def test_reset_clears_behaviour_and_calls(model: SimulatedModel, ask: Ask) -> None:
     model.play(Error(status=500), times=None)
     await ask("?")
     model.reset()
@@ -87,7 +87,7 @@ async def test_a_200_that_is_not_json(
         json.loads(text)
 
 
-async def test_a_200_of_another_shape(model: SimulatedModel, ask: Ask) -> None:
+async def test_a_200_with_other_json(model: SimulatedModel, ask: Ask) -> None:
     model.play(Malformed(how="no_choices_key"))
     status, answer = await ask("?")
     assert status == 200
@@ -104,17 +104,17 @@ async def test_a_connection_that_is_reset_before_the_answer(model: SimulatedMode
     model.play(Reset())
     with pytest.raises((aiohttp.ClientOSError, aiohttp.ServerDisconnectedError)):
         await ask("?")
-    call = await until(lambda: ended_call(model), "the call is ended")
+    call = await until(lambda: ended_call(model), "the call ends")
     assert (call.played, call.status) == ("reset", None)
 
 
 async def test_a_call_whose_caller_disconnects_is_recorded(model: SimulatedModel, ask: Ask) -> None:
     model.play(Hang())
     asking = asyncio.create_task(ask("?"))
-    call = await until(lambda: next(iter(model.calls()), None), "the call is begun")
+    call = await until(lambda: next(iter(model.calls()), None), "the call begins")
     assert call.ended is None
     asking.cancel()
-    call = await until(lambda: ended_call(model), "the call is ended")
+    call = await until(lambda: ended_call(model), "the call ends")
     assert call.disconnected
 
 
@@ -136,7 +136,7 @@ async def test_latency_holds_for_every_answer(model: SimulatedModel, ask: Ask) -
         (Answer(text="two", parts=True), [{"type": "text", "text": "two"}], "stop"),
     ],
 )
-async def test_well_formed_answers_of_unusual_kinds(
+async def test_unusual_but_well_formed_answers(
     model: SimulatedModel, ask: Ask, outcome: Answer, content: object, finish_reason: str
 ) -> None:
     model.play(outcome)

@@ -21,6 +21,6 @@ def test_a_port_in_use_is_not_returned() -> None:
             pass
 
 
-def test_ports_stay_clear_of_those_of_outgoing_connections() -> None:
+def test_ports_are_outside_the_ephemeral_range() -> None:
     with closing(PortBlock()) as block:
         assert block.take() < 32_768

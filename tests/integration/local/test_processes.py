@@ -33,7 +33,7 @@ def wait_until_ready(process: SupervisedProcess, *, timeout_seconds: float = 0.2
     process.wait_until(lambda: False, timeout_seconds=timeout_seconds, advice="Have a rest.")
 
 
-def test_a_service_that_is_killed_takes_its_children_with_it(tmp_path: Path) -> None:
+def test_the_children_of_a_killed_service_end_too(tmp_path: Path) -> None:
     process = start(tmp_path, "sh", "-c", "sleep 600 & echo $!; wait")
     while not process.log.read_text():
         time.sleep(0.01)
@@ -43,7 +43,7 @@ def test_a_service_that_is_killed_takes_its_children_with_it(tmp_path: Path) -> 
     assert wait_until_ended([child, process.pid]) == []
 
 
-def test_a_service_that_ignores_the_request_to_stop_is_killed_after_the_grace(tmp_path: Path) -> None:
+def test_a_service_that_ignores_sigterm_is_killed_after_the_grace_period(tmp_path: Path) -> None:
     process = start(tmp_path, "sh", "-c", "trap 'echo asked' TERM; while :; do sleep 0.1; done")
     time.sleep(0.2)
     process.stop(grace_seconds=0.5)
@@ -60,7 +60,7 @@ def test_a_service_can_be_started_again(tmp_path: Path) -> None:
     process.kill()
 
 
-def test_a_service_that_ends_while_it_starts_shows_the_end_of_its_log_and_what_to_do(tmp_path: Path) -> None:
+def test_a_service_that_fails_to_start_shows_the_end_of_its_log_and_a_fix(tmp_path: Path) -> None:
     process = start(tmp_path, "sh", "-c", "printf '\\033[31mno disk left\\033[0m'; exit 3")
     with pytest.raises(ServiceStartError, match=r"Sleeper ended .*Have a rest(.|\n)*  no disk left"):
         wait_until_ready(process, timeout_seconds=5)
@@ -79,7 +79,7 @@ def test_a_missing_program_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_outlives_an_owner_that_dies(tmp_path: Path, how: signal.Signals) -> None:
+def test_services_end_with_their_killed_owner(tmp_path: Path, how: signal.Signals) -> None:
     owner = subprocess.Popen(  # noqa: S603 - a program of this test
         [sys.executable, "-c", OWNER, str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -92,7 +92,7 @@ def test_nothing_outlives_an_owner_that_dies(tmp_path: Path, how: signal.Signals
         assert alive([service]) == [service]
         owner.send_signal(how)
     assert wait_until_ended([service]) == []
-    # The folder goes right after the processes.
+    # The folder is deleted just after the processes have ended.
     give_up = time.monotonic() + 5
     while (tmp_path / "stack").exists() and time.monotonic() < give_up:
         time.sleep(0.02)

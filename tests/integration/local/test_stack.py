@@ -1,4 +1,4 @@
-"""The services themselves: that they come up, keep their data, and leave nothing behind."""
+"""The local services start, keep their data, and clean up."""
 
 import os
 import shlex
@@ -26,7 +26,7 @@ SIGNALS = (signal.SIGINT, signal.SIGKILL)
 
 @dataclass
 class Up:
-    """`python -m deploy.local`, running."""
+    """A running `python -m deploy.local`."""
 
     process: subprocess.Popen[str]
     folder: Path
@@ -36,7 +36,7 @@ class Up:
 
 @pytest.fixture(scope="module")
 def ups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[signal.Signals, Up]]:
-    """Starts one stack for each signal, all at the same time."""
+    """Start one stack for each signal, all at the same time."""
     folders = {number: tmp_path_factory.mktemp(number.name) for number in SIGNALS}
     processes = {number: start_up(folder) for number, folder in folders.items()}
     try:
@@ -72,12 +72,12 @@ def read_exports(process: subprocess.Popen[str]) -> dict[str, str]:
     return exports
 
 
-def test_several_stacks_run_side_by_side(stack: Stack, ups: dict[signal.Signals, Up]) -> None:
+def test_several_stacks_run_concurrently(stack: Stack, ups: dict[signal.Signals, Up]) -> None:
     environments = [stack.environment(), *(up.environment for up in ups.values())]
     for name in ("VQA_RABBITMQ_URL", "VQA_S3_ENDPOINT_URL", "VQA_MODEL_BASE_URL"):
         assert len({environment[name] for environment in environments}) == len(environments)
     for up in ups.values():
-        # Each process and its supervisor.
+        # Each service and its supervisor.
         assert len(up.pids) >= 8
         assert alive(up.pids) == up.pids
 
@@ -98,7 +98,7 @@ async def test_the_printed_exports_lead_to_working_services(ups: dict[signal.Sig
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_stack_in_the_foreground_leaves_nothing_behind_however_it_ends(
+def test_a_foreground_stack_leaves_nothing_after_every_kind_of_end(
     ups: dict[signal.Signals, Up], number: signal.Signals
 ) -> None:
     up = ups[number]
@@ -153,7 +153,7 @@ async def test_a_broker_restart_keeps_a_durable_message_and_the_address(stack: S
         await queue.delete(if_unused=False, if_empty=False)
 
 
-def test_rabbitmqctl_controls_the_stack_s_broker(stack: Stack) -> None:
+def test_rabbitmqctl_connects_to_the_stack_s_broker(stack: Stack) -> None:
     assert "guest" in stack.rabbitmq.ctl("list_users").split()
     with pytest.raises(RuntimeError, match="no_such_command"):
         stack.rabbitmq.ctl("no_such_command")
@@ -182,7 +182,7 @@ def test_the_environment_has_all_settings_that_the_worker_needs(stack: Stack) ->
     }
 
 
-def test_a_proxy_of_the_machine_is_not_used(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_s_proxy_is_not_used(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
     monkeypatch.setenv("NO_PROXY", "intranet.example")
     assert stack.environment()["NO_PROXY"] == "intranet.example,127.0.0.1,localhost"

@@ -1,4 +1,4 @@
-"""A virtual host and users, as the files of deploy/rabbitmq/ make them on a real broker."""
+"""A virtual host and users on a real broker, imported from the files of deploy/rabbitmq/."""
 
 import json
 import uuid
@@ -26,7 +26,7 @@ SETTINGS: Mapping[Path, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Realm:
-    """The virtual host that one folder's files describe, with a password for each user."""
+    """The virtual host of one folder's files, with a password for each user."""
 
     stack: Stack
     folder: Path
@@ -35,7 +35,7 @@ class Realm:
     @classmethod
     @contextmanager
     def of(cls, stack: Stack, folder: Path, *, definitions: Path | None = None) -> Iterator[Self]:
-        """Import the users, then the rest (or `definitions` in its place), then set the passwords."""
+        """Import the users, then the other definitions (or `definitions`), then set the passwords."""
         realm = cls(stack, folder)
         try:
             realm.give(folder / "users.json")
@@ -44,7 +44,7 @@ class Realm:
             yield realm
         finally:
             for path in (f"/api/vhosts/{VHOST}", *(f"/api/users/{user}" for user in USERS)):
-                with suppress(HTTPError):  # not there, if the import failed
+                with suppress(HTTPError):  # missing if the import failed
                     administer(stack, "DELETE", path)
 
     @property
@@ -53,7 +53,7 @@ class Realm:
 
     @property
     def settings(self) -> Mapping[str, str]:
-        """The worker's settings, as its user."""
+        """Return settings for the worker's user."""
         return {
             "VQA_RABBITMQ_URL": self.url(WORKER),
             "VQA_DECLARE_TOPOLOGY": "false",
@@ -68,19 +68,19 @@ class Realm:
         administer(self.stack, "POST", "/api/definitions", json.loads(file.read_text()))
 
     def set_passwords(self) -> None:
-        """Let the users log in."""
+        """Set the passwords of the users."""
         for user in json.loads((self.folder / "users.json").read_text())["users"]:
             body = {"password": self.passwords[user["name"]], "tags": ",".join(user["tags"])}
             administer(self.stack, "PUT", f"/api/users/{user['name']}", body)
 
     def url(self, user: str, vhost: str = VHOST) -> str:
-        """The broker's URL for one of the users."""
+        """Return the broker's URL for one of the users."""
         return url_as(self.stack, user, self.passwords[user], vhost)
 
     def rights(self, user: str) -> Any:
-        """What the broker lets a user do."""
+        """Return a user's permissions on the broker."""
         return administer(self.stack, "GET", f"/api/permissions/{VHOST}/{user}")
 
     def administer(self, user: str, method: str, path: str, body: object = None) -> Any:
-        """Ask the management interface as one of the users; raises HTTPError."""
+        """Call the management API as one of the users; raise HTTPError."""
         return administer(self.stack, method, path, body, user=f"{user}:{self.passwords[user]}")

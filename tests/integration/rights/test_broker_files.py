@@ -1,4 +1,4 @@
-"""The files of deploy/rabbitmq/ say the same as each other and as the settings, each in its own form."""
+"""The files of deploy/rabbitmq/ match each other and the settings."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def variant(request: pytest.FixtureRequest) -> tuple[Path, Topology]:
 
 @pytest.fixture
 def server(variant: tuple[Path, Topology]) -> dict[str, Any]:
-    """What is for a server, without the virtual host that each entry names."""
+    """Return the server's definitions without the virtual host of each entry."""
     found: dict[str, Any] = json.loads((variant[0] / "definitions.json").read_text())
     for kind, entries in found.items():
         if kind != "vhosts":
@@ -76,7 +76,7 @@ def test_a_file_that_was_edited_is_reported_and_restored(
     assert "xyz" not in by_hand.read_text()
 
 
-def test_the_server_gets_the_topology_and_an_exchange_for_publishers(
+def test_the_definitions_have_the_topology_and_an_exchange_for_publishers(
     variant: tuple[Path, Topology], server: dict[str, Any]
 ) -> None:
     meant = definitions(variant[1])
@@ -90,7 +90,7 @@ def test_the_server_gets_the_topology_and_an_exchange_for_publishers(
     assert kinds.items() <= {it["name"]: it["type"] for it in meant["exchanges"]}.items()
 
 
-def test_kubernetes_gets_the_same_as_the_server(server: dict[str, Any], resources: Resources) -> None:
+def test_the_kubernetes_resources_match_the_definitions(server: dict[str, Any], resources: Resources) -> None:
     assert [it["name"] for it in specs(resources, "Vhost")] == [it["name"] for it in server["vhosts"]]
     assert [
         (it["name"], {"x-queue-type": it["type"], **it["arguments"]}) for it in specs(resources, "Queue")
@@ -113,7 +113,7 @@ def test_kubernetes_gets_the_same_as_the_server(server: dict[str, Any], resource
         assert given == server[entries]
 
 
-def test_kubernetes_gets_the_same_users_with_the_same_tags(
+def test_the_kubernetes_resources_have_the_same_users_and_tags(
     variant: tuple[Path, Topology], resources: Resources
 ) -> None:
     on_server = json.loads((variant[0] / "users.json").read_text())["users"]

@@ -1,4 +1,4 @@
-"""Each user of the broker can do its work with the rights that the files give it, and nothing else."""
+"""Each RabbitMQ user has the permissions that it needs, and no others."""
 
 import asyncio
 import json
@@ -23,8 +23,8 @@ from tests.integration.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, V
 from tests.running import Client, Worker, calls_with, until
 from worker.rabbitmq.connection import Broker, BrokerRefusedError
 
-# Looking for queues and exchanges is refused to users who may not configure them, as by RabbitMQ 4.3.0: here
-# it is really declaring, which every version refuses to those.
+# RabbitMQ 4.3.0 denies passive declarations to users without configure permission. Here the tests
+# declare actively, which every version denies to them.
 MAY_NOT_LOOK = """
 import sys
 from worker.__main__ import main
@@ -47,7 +47,7 @@ async def realm(stack: Stack, request: pytest.FixtureRequest) -> AsyncIterator[R
 
 @dataclass(frozen=True)
 class Scene:
-    """A worker and a publisher, each as its own user."""
+    """A worker and a publisher, each with its own user."""
 
     realm: Realm
     stack: Stack
@@ -71,7 +71,7 @@ async def scene(realm: Realm, stack: Stack, tmp_path_factory: pytest.TempPathFac
 
 
 async def take(realm: Realm, queue_name: str) -> AbstractIncomingMessage:
-    """Take a message from a queue, as the operator."""
+    """Get a message from a queue as the operator."""
     async with await aio_pika.connect(realm.url(OPERATOR)) as connection:
         channel = await connection.channel()
         queue = await channel.get_queue(queue_name, ensure=False)
@@ -81,7 +81,7 @@ async def take(realm: Realm, queue_name: str) -> AbstractIncomingMessage:
         return message
 
 
-# The worker's and the publisher's work
+# Operations of the worker and the publisher
 
 
 async def test_a_job_is_answered(scene: Scene) -> None:
@@ -97,7 +97,7 @@ async def test_a_job_is_retried(scene: Scene) -> None:
     assert (reply.body["status"], reply.body["attempts"]) == ("succeeded", 2)
 
 
-async def test_a_job_becomes_a_dead_letter_which_the_operator_replays(scene: Scene) -> None:
+async def test_a_job_is_dead_lettered_and_replayed_by_the_operator(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=500), marker=marker, times=2)
     dying = job(marker)
@@ -119,7 +119,7 @@ async def test_a_worker_that_pauses_requeues_its_jobs(scene: Scene) -> None:
     before = len(events(scene.worker, "consumption_resumed"))
     reply = await scene.client.ask(**job(marker))
     assert (reply.body["status"], reply.body["attempts"]) == ("succeeded", 1)
-    await until(lambda: len(events(scene.worker, "consumption_resumed")) > before, "the pause is over")
+    await until(lambda: len(events(scene.worker, "consumption_resumed")) > before, "the pause ends")
 
 
 async def test_a_worker_that_stops_requeues_unfinished_jobs(scene: Scene, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ async def test_a_worker_that_stops_requeues_unfinished_jobs(scene: Scene, tmp_pa
 
     try:
         await stopping.start()
-        await until(has_one, "the worker that is to stop has a job, too")
+        await until(has_one, "the worker that is to stop has a job too")
         assert await stopping.stop() == 0
         assert events(stopping, "grace_period_expired")
         assert "ACCESS_REFUSED" not in stopping.output()
@@ -216,12 +216,12 @@ async def test_keda_reads_the_queue_length(realm: Realm, scene: Scene) -> None:
         queue = realm.administer(KEDA, "GET", f"/api/queues/{VHOST}/vqa.jobs")
         return bool(queue.get("messages") == queue.get("messages_unacknowledged") == 1)
 
-    await until(counted, "the broker's own figures, which come late")
+    await until(counted, "the broker updates its figures")
     await scene.client.cancel(running["id"])
     await scene.client.result(running["id"])
 
 
-# What each may do, and all the rest that it may not
+# Permissions of each user, allowed and denied
 
 
 Act = Callable[[AbstractChannel], Awaitable[object]]
@@ -292,7 +292,7 @@ def delete_queue(name: str) -> Act:
     return act
 
 
-# What is done, and who may.
+# The operations, and the users that may do them.
 ACTS: dict[str, tuple[Act, set[str]]] = {
     "publish a job": (publish(INTAKE), {PUBLISHER, OPERATOR}),
     "cancel a job": (publish(CONTROL), {PUBLISHER, OPERATOR}),
@@ -317,7 +317,7 @@ ACTS: dict[str, tuple[Act, set[str]]] = {
     "bind the jobs queue for cancellations": (bind("vqa.jobs", CONTROL, ""), {OPERATOR}),
 }
 PLAIN_ACTS: dict[str, tuple[Act, set[str]]] = {
-    # What the worker may do here more than it needs: this reaches every queue of the virtual host.
+    # A permission beyond the worker's needs: it covers every queue of the virtual host.
     "publish to another application's queue": (publish("", "others"), {WORKER, OPERATOR}),
 }
 STRICT_ACTS: dict[str, tuple[Act, set[str]]] = {
@@ -338,7 +338,7 @@ STRICT_ACTS: dict[str, tuple[Act, set[str]]] = {
 
 @pytest.fixture(scope="module")
 async def others(realm: Realm) -> None:
-    """Another application's queue, and one to delete."""
+    """Declare another application's queue, and one to delete."""
     path = f"/api/permissions/{VHOST}/guest"
     everything = {"configure": ".*", "write": ".*", "read": ".*"}
     await asyncio.to_thread(administer, realm.stack, "PUT", path, everything)
@@ -408,8 +408,8 @@ async def test_the_management_api_shows_queues_to_keda_only(realm: Realm, user: 
         else:
             shown.add(name)
     assert shown == ({"the jobs queue"} if user == KEDA else set())
-    # Publishing is refused by the broker behind it, with its own code inside; for newer versions there is no
-    # other virtual host.
+    # The target broker denies the publish, with its own code in the error; newer versions report that the
+    # other virtual host does not exist.
     assert all(
         reason.startswith("401 ")
         or "403 ACCESS_REFUSED" in reason

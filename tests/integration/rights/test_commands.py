@@ -1,4 +1,4 @@
-"""Commands and the client as the users of deploy/rabbitmq/: their permissions are enough."""
+"""Commands and the client work with the permissions of the users of deploy/rabbitmq/."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path

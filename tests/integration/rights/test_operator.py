@@ -1,4 +1,4 @@
-"""The files are imported on a real broker, and the operator's user makes with its rights what is missing."""
+"""The definitions are imported on a real broker, and the operator's user declares the topology."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ VARIANTS = {"plain": PLAIN_FOLDER, "strict": STRICT_FOLDER}
 
 
 async def apply_as(user: str, realm: Realm, folder: Path) -> Ended:
-    """`vqa-worker topology apply`, as one of the users."""
+    """Run `vqa-worker topology apply` as one of the users."""
     command = Worker.of(realm.stack, folder, **{**realm.settings, "VQA_RABBITMQ_URL": realm.url(user)})
     command.command = [sys.executable, "-m", "worker", "topology", "apply"]
     return await command.run_to_end()
@@ -41,10 +41,10 @@ async def refused_a_connection(realm: Realm, user: str) -> bool:
 
 @pytest.fixture(params=VARIANTS)
 def bare(stack: Stack, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Realm]:
-    """The users and their rights, and no queue or exchange yet."""
+    """Import the users and their permissions, without queues and exchanges."""
     folder = VARIANTS[request.param]
     definitions: dict[str, Any] = json.loads((folder / "definitions.json").read_text())
-    # Topic rights are about an exchange: newer brokers want it to be there.
+    # Topic permissions belong to an exchange, which must exist on newer brokers.
     later = ("topic_permissions", "queues", "exchanges", "bindings")
     rights = {kind: entries for kind, entries in definitions.items() if kind not in later}
     (tmp_path / "rights.json").write_text(json.dumps(rights))
@@ -66,7 +66,7 @@ async def test_only_the_operator_declares_the_topology_and_a_worker_runs_with_it
     assert (applied.code, applied.errors) == (0, [])
     assert all(line.endswith((": created", ": exists")) for line in applied.output.splitlines())
     async with Worker.running(bare.stack, tmp_path, **bare.settings) as worker:
-        # The publishers' exchange is not a setting of the worker: only the files declare it.
+        # The publishers' exchange is not in the worker's settings: only the files declare it.
         async with Client.of(bare.stack, worker, url=bare.url(OPERATOR)) as client:
             assert (await client.ask(**job())).body["status"] == "succeeded"
         assert "ACCESS_REFUSED" not in worker.output()
@@ -141,11 +141,11 @@ async def test_nobody_can_log_in_before_a_password_is_set(stack: Stack) -> None:
         passwordless = Realm(stack, PLAIN_FOLDER, passwords=dict.fromkeys(USERS, ""))
         for user in USERS:
             assert await refused_a_connection(passwordless, user)
-            # The import of the users has deleted the one that was set.
+            # The import of the users has removed the password.
             assert await refused_a_connection(realm, user)
 
 
-async def test_importing_the_rest_again_leaves_the_passwords_as_they_are(stack: Stack) -> None:
+async def test_importing_the_other_definitions_again_keeps_the_passwords(stack: Stack) -> None:
     with Realm.of(stack, STRICT_FOLDER) as realm:
         realm.give(STRICT_FOLDER / "definitions.json")
         for user in USERS:

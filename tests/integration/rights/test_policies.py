@@ -1,4 +1,4 @@
-"""The policies of deploy/aws/ are in AWS's own grammar: its actions, on the resources that these have."""
+"""The policies of deploy/aws/ are valid IAM policies: existing actions on resources of their type."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from tests.running import ROOT
 FOLDER = ROOT / "deploy" / "aws"
 README = (FOLDER / "README.md").read_text()
 FILES = {path.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
-# The statements that the README would have one add.
+# The statements that the README recommends to add.
 EXTRA = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", README, re.DOTALL)]
 STATEMENTS = [it for policy in FILES.values() for it in policy["Statement"]] + EXTRA
 
@@ -42,7 +42,7 @@ def test_a_statement_allows_single_actions_on_resources_of_their_kind(statement:
 
 
 def _pattern(form: str) -> str:
-    """`arn:${Partition}:s3:::${BucketName}/${ObjectName}` as an expression; a bucket's name has no slash."""
+    """Return a pattern for `arn:${Partition}:s3:::${BucketName}/${ObjectName}`; a bucket has no slash."""
     named = {"BucketName": r"[a-z0-9.-]+", "ObjectName": ".+", "KeyId": r"[a-z0-9-]+"}
     parts = re.split(r"\$\{(\w+)\}", form)
     return "".join(

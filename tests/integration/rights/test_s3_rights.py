@@ -1,4 +1,4 @@
-"""With the policies of deploy/aws/, which a real S3 server enforces, the worker does its work and no more."""
+"""The policies of deploy/aws/, enforced by a real S3 server, allow what the worker needs and no more."""
 
 import asyncio
 import json
@@ -29,13 +29,13 @@ POLICIES = {path.stem: path.read_text() for path in (ROOT / "deploy" / "aws").gl
 
 @dataclass(frozen=True)
 class Buckets:
-    """The two buckets, with names of a test's own in place of the examples'."""
+    """The two buckets, with the test's own names instead of the examples'."""
 
     images: str = field(default_factory=lambda: f"images-{uuid.uuid4().hex}")
     results: str = field(default_factory=lambda: f"results-{uuid.uuid4().hex}")
 
     def policies(self, without: str = "") -> dict[str, str]:
-        """The files' policies on these buckets; without one of their actions, if it is named."""
+        """Return the files' policies for these buckets, without the action `without` if given."""
         texts = {
             name: text.replace("example-images", self.images).replace("example-results", self.results)
             for name, text in POLICIES.items()
@@ -75,7 +75,7 @@ class Identity:
     @classmethod
     @contextmanager
     def with_policies(cls, stack: Stack, policies: Mapping[str, str]) -> Iterator["Identity"]:
-        """A user of the S3 server with these policies."""
+        """Create a user of the S3 server with these policies."""
         iam, name = _client(stack, "iam", stack.s3.access_key, stack.s3.secret_key), uuid.uuid4().hex
         iam.create_user(UserName=name)
         made = iam.create_access_key(UserName=name)["AccessKey"]
@@ -115,7 +115,7 @@ def identity(stack: Stack, buckets: Buckets) -> Iterator[Identity]:
         yield identity
 
 
-# The worker's work
+# The worker's operations
 
 
 async def test_images_below_the_prefixes_are_read_and_others_are_not(
@@ -130,14 +130,14 @@ async def test_images_below_the_prefixes_are_read_and_others_are_not(
     assert await code("invoices/1.png") == "succeeded"
     assert await code("scans/1.png") == "succeeded"
     assert await code("private/1.png") == "image_forbidden"
-    # SeaweedFS answers 404 to everyone; S3 only to those who may list the bucket.
+    # SeaweedFS answers 404 to everyone; S3 only to users with s3:ListBucket.
     assert await code("scans/none.png") == "image_not_found"
 
 
-async def test_links_work_only_for_images_that_the_worker_may_read(
+async def test_presigned_urls_work_only_for_images_that_the_worker_may_read(
     stack: Stack, buckets: Buckets, identity: Identity, start_worker: StartWorker, client_of: MakeClient
 ) -> None:
-    # The simulator accepts https links only; the scheme is not signed.
+    # The simulator accepts https URLs only; the scheme is not part of the signature.
     endpoint = stack.s3.endpoint_url.replace("http://", "https://")
     settings = {"VQA_IMAGE_DELIVERY": "link", "VQA_S3_ENDPOINT_URL": endpoint, **identity.variables}
     client, marker = await client_of(await start_worker(**settings)), uuid.uuid4().hex
@@ -163,26 +163,26 @@ async def test_the_policy_is_enough_for_the_result_store(
     settings = {"VQA_RESULT_STORE": store, **identity.variables}
     early = await start_worker(**settings)
     client = await client_of(early)
-    # Kept, and found again.
+    # An answer is stored and found again.
     asked = job(marker, f"s3://{buckets.images}/scans/1.png")
     await client.publish(asked)
     await client.result(asked["id"])
     await client.publish(asked)
     await until(
-        lambda: early.metric("vqa_result_store_operations_total", result="reused") == 1, "found again"
+        lambda: early.metric("vqa_result_store_operations_total", result="reused") == 1, "the stored answer"
     )
-    # Leased, and released as there is no answer.
+    # A claim is created, and deleted because there is no answer.
     refused = f"refused {marker}"
     stack.model.play(Error(status=400), marker=refused)
     assert (await client.ask(**job(refused))).body["error"]["code"] == "model_rejected"
-    # Cancelled, and known to workers that start later.
+    # A cancellation is stored, and loaded by workers that start later.
     stack.model.play(Hang(), marker=f"cancelled {marker}")
     cancelled = job(f"cancelled {marker}")
     await client.publish(cancelled)
     await calls_begun(stack, f"cancelled {marker}", 1)
     await client.cancel(cancelled["id"])
     assert (await client.result(cancelled["id"])).body["error"]["code"] == "cancelled"
-    await until(lambda: len(keys(stack, buckets, "cancelled/")) == 1, "the cancellation is kept")
+    await until(lambda: len(keys(stack, buckets, "cancelled/")) == 1, "the cancellation is stored")
     late = await start_worker(like=early, **settings)
     for worker in (early, late):
         assert await worker.stop() == 0
@@ -192,17 +192,17 @@ async def test_the_policy_is_enough_for_the_result_store(
 
 
 def keys(stack: Stack, buckets: Buckets, folder: str) -> list[str]:
-    """What is in the store."""
+    """Return the keys in the store."""
     found = stack.s3.client().list_objects_v2(Bucket=buckets.results, Prefix=f"answers/{folder}")
     return [it["Key"] for it in found.get("Contents", [])]
 
 
 def done(line: Mapping[str, Any]) -> bool:
-    """Whether a log line only reports a job's outcome."""
+    """Return whether a log line only reports a job's outcome."""
     return line["event"] in ("job_finished", "job_cancelled")
 
 
-# Each right is needed
+# Each permission is needed
 
 
 async def claims_nothing(worker: Worker, client: Client, image: str) -> None:
@@ -219,7 +219,7 @@ async def finds_nothing(worker: Worker, client: Client, image: str) -> None:
 
 
 async def misses_cancellations(worker: Worker, client: Client, image: str) -> None:
-    await until(lambda: events(worker, "cancelled_jobs_unavailable"), "it says so")
+    await until(lambda: events(worker, "cancelled_jobs_unavailable"), "the log line")
     assert (await client.ask(**job(image=image))).body["status"] == "succeeded"
 
 
@@ -261,7 +261,7 @@ async def test_each_missing_permission_has_the_documented_effect(
         await asyncio.gather(*(miss(right, identity) for right, identity in lacking.items()))
 
 
-# What the policies allow, and all the rest that they don't
+# Operations that the policies allow, and all others
 
 
 Act = Callable[["S3Client", Buckets], object]

@@ -10,13 +10,13 @@ from tests.integration.cli.running import Cli, commands
 
 @pytest.fixture
 def cli(stack: Stack, tmp_path: Path) -> Iterator[Cli]:
-    """Commands for queues of a test's own, which no worker reads."""
+    """Return commands for the test's own queues, without a worker."""
     with commands(stack, tmp_path) as cli:
         yield cli
 
 
 @pytest.fixture
 async def queues(stack: Stack, cli: Cli) -> AsyncIterator[Queues]:
-    """The queues of `cli`."""
+    """Return the queues of `cli`."""
     async with Queues.of(stack, cli) as queues:
         yield queues

@@ -74,7 +74,7 @@ class Queues:
         return found.declaration_result.message_count or 0
 
     async def until_depth(self, queue: str, count: int) -> None:
-        """Wait until so many messages are ready: the broker requeues what a killed process held."""
+        """Wait for a number of ready messages: the broker requeues those of a killed process."""
 
         async def is_there() -> bool:
             return await self.depth(queue) == count

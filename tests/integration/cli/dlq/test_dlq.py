@@ -77,7 +77,7 @@ async def test_a_replayed_job_keeps_its_body_and_properties(cli: Cli, queues: Qu
 
 
 async def test_a_dead_letter_without_an_id_is_replayed_without_one(cli: Cli, queues: Queues) -> None:
-    # The library gives every message an id; the worker marks it as not the publisher's.
+    # aio-pika gives every message an id; the worker marks it as not the publisher's.
     await queues.dead_letter(b"no job", "invalid_job", message_id="made-up", headers={"vqa-copy": "made-up"})
     (dead_letter,) = await cli.run_json("dlq", "list")
     assert (dead_letter["job_id"], dead_letter["message_id"], dead_letter["model"]) == (None, None, "unknown")

@@ -71,7 +71,7 @@ async def test_show_prints_the_complete_body_as_json(cli: Cli, queues: Queues) -
 
 @pytest.fixture
 def delivery_limit_of_20(stack: Stack, queues: Queues) -> None:
-    """What RabbitMQ 4 does unless reported otherwise: it drops what came back more than 20 times."""
+    """Apply RabbitMQ 4's default delivery limit: a message requeued more than 20 times is dropped."""
     policy = {"pattern": f"^{queues.dead}$", "definition": {"delivery-limit": 20}, "apply-to": "queues"}
     administer(stack, "PUT", f"/api/policies/%2F/{queues.dead}", policy)
 
@@ -114,7 +114,7 @@ async def test_reading_only_some_any_number_of_times_loses_none(stack: Stack, qu
 async def test_without_renewal_the_broker_drops_dead_letters(
     stack: Stack, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Shows that the test above can fail.
+    # The test above fails without renewal.
     monkeypatch.setattr(dead_letters, "MAX_RETURNS", 1000)
     await add_dead_letters(queues, 3)
     for _ in range(22):
@@ -125,7 +125,7 @@ async def test_without_renewal_the_broker_drops_dead_letters(
 async def test_a_list_that_is_killed_loses_no_dead_letter(stack: Stack, cli: Cli, queues: Queues) -> None:
     await add_dead_letters(queues, 4)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
-        # Basic.Nack: the look is over, and about to give everything back.
+        # Basic.Nack: the command has read the messages and is about to requeue them.
         proxy.freezes_on = b"\x00\x3c\x00\x78"
         behind = cli.with_settings(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
         process = behind.start("dlq", "list")
@@ -152,7 +152,7 @@ async def test_a_dead_letter_that_cannot_be_renewed_is_reported_and_kept(
     assert await queues.depth(queues.dead) == 2
 
 
-async def test_without_write_permission_reading_is_refused_so_that_no_returns_are_used_up(
+async def test_without_write_permission_reading_is_rejected_before_it_adds_to_delivery_counts(
     stack: Stack, cli: Cli, queues: Queues
 ) -> None:
     await add_dead_letters(queues, 1)

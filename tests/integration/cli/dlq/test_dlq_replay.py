@@ -81,9 +81,9 @@ async def test_a_replay_that_is_killed_loses_no_job(stack: Stack, cli: Cli, queu
         assert process.stdout is not None
         for _ in range(2):
             await asyncio.to_thread(process.stdout.readline)
-        # A job is confirmed, and its dead letter is about to be acked.
+        # The job is confirmed; the command is about to ack its dead letter.
         proxy.freezes_on = BASIC_ACK
-        await until(lambda: proxy.held, "it is about to ack a message")
+        await until(lambda: proxy.held, "the command is about to ack a message")
         await kill(process)
         proxy.reset()
         back = await queues.depth(queues.jobs)
@@ -161,7 +161,7 @@ async def test_a_replay_stops_after_repeated_connection_losses(
 
     with pytest.raises(BrokerUnreachableError, match="the connection was lost 3 times in a row"):
         await bulk.process(broker_of(stack), queues.topology, wanted, step, rate=None, timeout_s=15.0)
-    # The first was worked off, before the broker went away for the first time.
+    # The first was replayed before the first connection loss.
     assert (len(tried), wanted.total()) == (5, 2)
     await queues.until_depth(queues.dead, 2)
 
