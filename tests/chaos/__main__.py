@@ -1,4 +1,4 @@
-"""`python -m tests.chaos`: everything around the worker goes wrong, at random times from a printed seed."""
+"""`python -m tests.chaos`: inject faults around running workers, at random times from a printed seed."""
 
 import argparse
 import asyncio
@@ -18,17 +18,17 @@ from tests.chaos.run import Options, run
 
 
 def main() -> int:
-    """Run what the command line asks for; return the exit code."""
+    """Run the command line; return the exit code."""
     arguments = _parser().parse_args()
     options = _options(arguments)
     if arguments.plan:
         sys.stdout.writelines(f"{fault}\n" for fault in options.plan())
         return 0
-    # Connections that break are what this is about: nothing to print_status of each.
+    # The suite breaks connections on purpose: do not log each of them.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     for number in (signal.SIGINT, signal.SIGTERM):
-        # Also when they were ignored before, as in the background of a script.
+        # A shell script starts background jobs with SIGINT ignored.
         signal.signal(number, raise_keyboard_interrupt)
     try:
         return _run(arguments, options)
@@ -38,22 +38,24 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--seed", type=int, help="of the faults and the jobs; by default another each time")
+    parser.add_argument("--seed", type=int, help="seed of the faults and the jobs (default: random)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, help="how long jobs are published (5; 30 with --soak)")
-    length.add_argument("--seconds", type=float, help="the same in seconds")
-    parser.add_argument("--workers", type=int, default=3, help="how many workers share the jobs (3)")
+    length.add_argument("--minutes", type=float, help="duration of publishing in minutes (5; 30 with --soak)")
+    length.add_argument("--seconds", type=float, help="duration of publishing in seconds")
+    parser.add_argument("--workers", type=int, default=3, help="number of workers (3)")
     parser.add_argument("--rate", type=float, default=15.0, help="jobs per second (15)")
     parser.add_argument("--every", type=float, default=6.0, help="seconds between faults, on average (6)")
     parser.add_argument(
         "--store",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether the workers keep their answers in S3 (yes)",
+        help="use a result store in S3 (default: yes)",
     )
-    parser.add_argument("--soak", action="store_true", help="one worker that is never killed, and its memory")
-    parser.add_argument("--plan", action="store_true", help="only print the faults and their times")
-    parser.add_argument("--logs", type=Path, help="a folder to keep the workers' logs in")
+    parser.add_argument(
+        "--soak", action="store_true", help="run one worker without kills and measure its memory"
+    )
+    parser.add_argument("--plan", action="store_true", help="print the planned faults and exit")
+    parser.add_argument("--logs", type=Path, help="folder for the workers' logs")
     return parser
 
 
@@ -68,7 +70,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         every_s=arguments.every,
         with_store=arguments.store,
     )
-    return soak.milder(options) if arguments.soak else options
+    return soak.soak_options(options) if arguments.soak else options
 
 
 def _run(arguments: argparse.Namespace, options: Options) -> int:
@@ -83,12 +85,12 @@ def _run(arguments: argparse.Namespace, options: Options) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         with Stack.start(simulator=Behavior(decode=False)) as stack:
             if arguments.soak:
-                text, is_good = asyncio.run(soak.run(stack, folder, options, print_status))
+                text, passed = asyncio.run(soak.run(stack, folder, options, print_status))
             else:
                 ended = asyncio.run(run(stack, folder, options, print_status))
-                text, is_good = f"{ended}\n\n{FOOTNOTE}", ended.verdict.is_good
-    sys.stdout.write(f"\n{text}\n\n{'PASSED' if is_good else 'FAILED'}. Again with: {again}\n")
-    return 0 if is_good else 1
+                text, passed = f"{ended}\n\n{FOOTNOTE}", ended.evaluation.passed
+    sys.stdout.write(f"\n{text}\n\n{'PASSED' if passed else 'FAILED'}. Repeat with: {again}\n")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

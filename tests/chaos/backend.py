@@ -1,4 +1,4 @@
-"""Publishes jobs and reads results as a careful backend would: it outlives the broker and loses nothing."""
+"""Publish jobs and consume results, reconnecting after each connection failure."""
 
 import asyncio
 import contextlib
@@ -15,17 +15,17 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, DeliveryError, PublishError
 
-from tests.chaos.jobs import Asked
+from tests.chaos.jobs import ExpectedJob
 from worker.rabbitmq.connection import connection_losses
 
-# What goes wrong while the broker is away or coming back.
-_TROUBLE: Final = (*CONNECTION_EXCEPTIONS, DeliveryError, PublishError, TimeoutError)
-_AGAIN_S: Final = 0.3
+# Errors while the broker is down or restarting.
+_ERRORS: Final = (*CONNECTION_EXCEPTIONS, DeliveryError, PublishError, TimeoutError)
+_RETRY_DELAY_S: Final = 0.3
 
 
 @dataclass(frozen=True)
-class Got:
-    """A message that was read: a result or a dead letter."""
+class ReceivedMessage:
+    """A consumed message: a result or a dead letter."""
 
     queue: str
     message_id: str | None
@@ -41,7 +41,7 @@ class Got:
 
 
 class _Connection(aio_pika.Connection):
-    """Left half open, one would be closed when it is collected as garbage, in whichever thread that is."""
+    """Close after a failed connect; otherwise the garbage collector closes it, in any thread."""
 
     async def connect(self, timeout: aio_pika.abc.TimeoutType = None) -> None:  # noqa: ASYNC109 - the library's
         try:
@@ -52,33 +52,33 @@ class _Connection(aio_pika.Connection):
 
 
 class Backend:
-    """One connection that publishes and one that reads, each made again whenever it is lost."""
+    """Publish on one connection and consume on another; reconnect both when they are lost."""
 
     def __init__(self, url: str, *, jobs: str, results: str, dead_letters: str, private: str) -> None:
         self._url = url
         self._jobs, self._results, self._private = jobs, results, private
         self._dead_letters = dead_letters
-        self._publishing: AbstractChannel | None = None
-        self._reading: AbstractChannel | None = None
+        self._publish_channel: AbstractChannel | None = None
+        self._consume_channel: AbstractChannel | None = None
         self._can_publish = asyncio.Event()
-        self._can_read = asyncio.Event()
-        self._reads_results = True
-        # By the message's own id: what the reader gets twice because its ack was lost is one message.
-        self._got: dict[tuple[str, str | None], Got] = {}
+        self._can_consume = asyncio.Event()
+        self._consumes_results = True
+        # By message id: a redelivery after a lost ack counts once.
+        self._messages: dict[tuple[str, str | None], ReceivedMessage] = {}
         self.received: Counter[str | None] = Counter()
-        """How many results have come for each job, by its id."""
+        """The number of results by job id."""
 
     @classmethod
     @contextlib.asynccontextmanager
     async def connected(cls, url: str, **queues: str) -> AsyncIterator[Self]:
-        """Connected for as long as the context lasts."""
+        """Stay connected in this context."""
         backend = cls(url, **queues)
         tasks = [
-            asyncio.create_task(backend._publish_for_ever()),
-            asyncio.create_task(backend._read_for_ever()),
+            asyncio.create_task(backend._keep_publisher_connected()),
+            asyncio.create_task(backend._keep_consumer_connected()),
         ]
         try:
-            await asyncio.wait_for(backend._can_read.wait(), 60)
+            await asyncio.wait_for(backend._can_consume.wait(), 60)
             yield backend
         finally:
             for task in tasks:
@@ -86,35 +86,35 @@ class Backend:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
-    def results(self) -> list[Got]:
-        """The results so far, in the order of their arrival."""
-        return [got for got in self._got.values() if got.queue != self._dead_letters]
+    def results(self) -> list[ReceivedMessage]:
+        """The results so far, in order of arrival."""
+        return [got for got in self._messages.values() if got.queue != self._dead_letters]
 
     @property
-    def dead_letters(self) -> list[Got]:
-        return [got for got in self._got.values() if got.queue == self._dead_letters]
+    def dead_letters(self) -> list[ReceivedMessage]:
+        return [got for got in self._messages.values() if got.queue == self._dead_letters]
 
-    async def submit(self, asked: Asked) -> None:
-        """Publish a job until the broker has confirmed it; each submission is a message of its own."""
-        message_id = uuid.uuid4().hex if asked.id_in_body else asked.id
+    async def submit(self, job: ExpectedJob) -> None:
+        """Publish a job until the broker confirms it."""
+        message_id = uuid.uuid4().hex if job.id_in_body else job.id
         message = aio_pika.Message(
-            asked.body,
+            job.body,
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
             message_id=message_id,
-            correlation_id=f"for {asked.id}",
-            reply_to=asked.reply_to,
+            correlation_id=f"for {job.id}",
+            reply_to=job.reply_to,
             timestamp=time.time(),
         )
-        asked.doubtful += await self._publish_surely(message, "", self._jobs)
-        asked.sent_at.append(time.time())
+        job.unconfirmed += await self._publish_until_confirmed(message, "", self._jobs)
+        job.sent_at.append(time.time())
 
-    async def cancel(self, asked: Asked) -> None:
-        """Take a job back."""
-        message = aio_pika.Message(json.dumps({"cancel": asked.id}).encode())
-        await self._publish_surely(message, f"{self._jobs}.control", "")
+    async def cancel(self, job: ExpectedJob) -> None:
+        """Publish a cancel message."""
+        message = aio_pika.Message(json.dumps({"cancel": job.id}).encode())
+        await self._publish_until_confirmed(message, f"{self._jobs}.control", "")
 
     async def depth(self, queue: str) -> int:
-        """How many messages are ready in a queue; asked on a fresh connection, which has nothing cached."""
+        """Return the number of ready messages; use a new connection, which has no cached declaration."""
         connection = await self._connect()
         async with connection:
             channel = await connection.channel()
@@ -122,28 +122,28 @@ class Backend:
             return declared.declaration_result.message_count or 0
 
     @contextlib.asynccontextmanager
-    async def reading_no_results(self) -> AsyncIterator[None]:
-        """Leave the results where they are."""
-        await self._read_results(on=False)
+    async def results_paused(self) -> AsyncIterator[None]:
+        """Do not consume results in this context."""
+        await self._set_consuming_results(on=False)
         try:
             yield
         finally:
-            await self._read_results(on=True)
+            await self._set_consuming_results(on=True)
 
     async def _connect(self) -> AbstractConnection:
         return await aio_pika.connect(self._url, timeout=10, heartbeat=10, connection_class=_Connection)
 
-    async def _publish_surely(self, message: aio_pika.Message, exchange: str, key: str) -> int:
-        """Publish until it is confirmed; returns how often that was without success."""
-        for vain in itertools.count():
+    async def _publish_until_confirmed(self, message: aio_pika.Message, exchange: str, key: str) -> int:
+        """Publish until confirmed; return the number of failed attempts."""
+        for failures in itertools.count():
             if await self._publish(message, exchange, key):
-                return vain
-            await asyncio.sleep(_AGAIN_S)
+                return failures
+            await asyncio.sleep(_RETRY_DELAY_S)
         raise AssertionError
 
     async def _publish(self, message: aio_pika.Message, exchange: str, key: str) -> bool:
         await self._can_publish.wait()
-        channel = self._publishing
+        channel = self._publish_channel
         if channel is None:
             return False
         try:
@@ -154,62 +154,62 @@ class Backend:
                     else channel.default_exchange
                 )
                 await target.publish(message, key, mandatory=not exchange)
-        except _TROUBLE:
+        except _ERRORS:
             return False
         return True
 
-    async def _publish_for_ever(self) -> None:
+    async def _keep_publisher_connected(self) -> None:
         async def serve(connection: AbstractConnection) -> None:
             channel = await connection.channel(on_return_raises=True)
-            self._publishing = channel
+            self._publish_channel = channel
             self._can_publish.set()
             await channel.closed()
 
-        await self._keep(serve, self._can_publish)
+        await self._keep_connected(serve, self._can_publish)
 
-    async def _read_for_ever(self) -> None:
+    async def _keep_consumer_connected(self) -> None:
         async def serve(connection: AbstractConnection) -> None:
             channel = await connection.channel()
-            self._reading = channel
+            self._consume_channel = channel
             await channel.declare_queue(self._private, durable=True, arguments={"x-queue-type": "quorum"})
             for queue in (
                 self._private,
                 self._dead_letters,
-                *([self._results] if self._reads_results else []),
+                *([self._results] if self._consumes_results else []),
             ):
                 await self._consume(channel, queue)
-            self._can_read.set()
+            self._can_consume.set()
             await channel.closed()
 
-        await self._keep(serve, self._can_read)
+        await self._keep_connected(serve, self._can_consume)
 
-    async def _keep(
+    async def _keep_connected(
         self, serve: Callable[[AbstractConnection], Awaitable[None]], is_up: asyncio.Event
     ) -> None:
         while True:
-            with contextlib.suppress(*_TROUBLE), connection_losses():
+            with contextlib.suppress(*_ERRORS), connection_losses():
                 connection = await self._connect()
                 async with connection:
                     await serve(connection)
             is_up.clear()
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(_RETRY_DELAY_S)
 
-    async def _read_results(self, *, on: bool) -> None:
-        self._reads_results = on
-        while self._reads_results == on:
-            await self._can_read.wait()
-            with contextlib.suppress(*_TROUBLE), connection_losses():
-                assert self._reading is not None
-                await (self._consume if on else self._cancel)(self._reading, self._results)
+    async def _set_consuming_results(self, *, on: bool) -> None:
+        self._consumes_results = on
+        while self._consumes_results == on:
+            await self._can_consume.wait()
+            with contextlib.suppress(*_ERRORS), connection_losses():
+                assert self._consume_channel is not None
+                await (self._consume if on else self._cancel)(self._consume_channel, self._results)
                 return
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(_RETRY_DELAY_S)
 
     async def _consume(self, channel: AbstractChannel, queue: str) -> None:
         handle = await channel.get_queue(queue, ensure=False)
 
         async def receive(message: AbstractIncomingMessage) -> None:
             self._receive(queue, message)
-            with contextlib.suppress(*_TROUBLE):
+            with contextlib.suppress(*_ERRORS):
                 await message.ack()
 
         await handle.consume(receive, consumer_tag=queue)
@@ -219,7 +219,7 @@ class Backend:
         await handle.cancel(queue)
 
     def _receive(self, queue: str, message: AbstractIncomingMessage) -> None:
-        got = Got(
+        got = ReceivedMessage(
             queue,
             message.message_id,
             message.body,
@@ -227,11 +227,11 @@ class Backend:
             message.correlation_id,
             time.time(),
         )
-        if self._got.setdefault((queue, message.message_id), got) is got and queue != self._dead_letters:
+        if self._messages.setdefault((queue, message.message_id), got) is got and queue != self._dead_letters:
             self.received[got.json()["id"]] += 1
 
 
-def by_job(results: list[Got]) -> Iterator[tuple[str | None, Got]]:
-    """Each result with the id of its job."""
+def by_job(results: list[ReceivedMessage]) -> Iterator[tuple[str | None, ReceivedMessage]]:
+    """Yield each result with its job id."""
     for got in results:
         yield got.json()["id"], got

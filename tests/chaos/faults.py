@@ -1,4 +1,4 @@
-"""How each fault of the plan is brought about, and how it ends."""
+"""Inject each kind of fault and remove it again."""
 
 import asyncio
 import contextlib
@@ -12,11 +12,11 @@ from typing import Final
 
 from deploy.local.model_simulator.behavior import Error, Hang, Malformed, Outcome, Reset, Rule
 from tests.chaos.backend import Backend
+from tests.chaos.environment import Environment, WorkerSlot
 from tests.chaos.plan import Fault
-from tests.chaos.scene import Place, Scene
 from tests.proxy import Proxy
 
-Inject = Callable[[Scene, Backend, Fault], AbstractAsyncContextManager[None]]
+Inject = Callable[[Environment, Backend, Fault], AbstractAsyncContextManager[None]]
 
 _ALARM: Final = ("set_vm_memory_high_watermark", "0.00001")
 _NO_ALARM: Final = ("set_vm_memory_high_watermark", "0.4")
@@ -24,62 +24,62 @@ _FULL: Final = '{"max-length": 1, "overflow": "reject-publish"}'
 
 
 @dataclass(frozen=True)
-class Happened:
-    """A fault that was injected, and when it really began and had ended (Unix time)."""
+class InjectedFault:
+    """An injected fault with its actual start and end (Unix time)."""
 
     fault: Fault
-    began: float
+    started: float
     ended: float
 
 
 class Injector:
-    """Carries out a plan; what has happened is in `happened`."""
+    """Inject the faults of a plan and record them in `injected`."""
 
-    def __init__(self, scene: Scene, backend: Backend) -> None:
-        self._scene = scene
+    def __init__(self, environment: Environment, backend: Backend) -> None:
+        self._environment = environment
         self._backend = backend
-        # A broker takes its own time to come back, whatever the plan says: the next fault waits for it.
+        # A broker can take longer to restart than planned: the next fault of the same part waits.
         self._parts: dict[str, asyncio.Lock] = {}
-        self.happened: list[Happened] = []
-        self.began = time.time()
+        self.injected: list[InjectedFault] = []
+        self.started = time.time()
 
-    async def carry_out(self, plan: list[Fault], tell: Callable[[str], None]) -> None:
-        """Inject every fault at its time, and return when the last one has ended."""
+    async def inject_all(self, plan: list[Fault], log: Callable[[str], None]) -> None:
+        """Inject every fault at its time; return after the last one ends."""
         started = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             for fault in plan:
-                tasks.create_task(self._carry_out(fault, started, tell))
+                tasks.create_task(self._inject(fault, started, log))
 
-    async def _carry_out(self, fault: Fault, started: float, tell: Callable[[str], None]) -> None:
+    async def _inject(self, fault: Fault, started: float, log: Callable[[str], None]) -> None:
         await asyncio.sleep(started + fault.at_s - time.monotonic())
         async with self._parts.setdefault(fault.part, asyncio.Lock()):
-            tell(f"  {time.monotonic() - started:6.1f} s: {fault}")
-            began = time.time()
-            async with INJECTED[fault.kind](self._scene, self._backend, fault):
+            log(f"  {time.monotonic() - started:6.1f} s: {fault}")
+            started = time.time()
+            async with INJECTED[fault.kind](self._environment, self._backend, fault):
                 await asyncio.sleep(fault.lasts_s)
-            self.happened.append(Happened(fault, began, time.time()))
+            self.injected.append(InjectedFault(fault, started, time.time()))
 
 
 @contextlib.asynccontextmanager
-async def _worker_killed(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
-    (place,) = scene.hit_by(fault.who)
-    await scene.kill_worker(place)
+async def _worker_killed(environment: Environment, _: Backend, fault: Fault) -> AsyncIterator[None]:
+    (slot,) = environment.slots_of(fault.who)
+    await environment.kill_worker(slot)
     yield
-    await scene.start_worker(place)
+    await environment.start_worker(slot)
 
 
 @contextlib.asynccontextmanager
-async def _worker_told_to_stop(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
-    (place,) = scene.hit_by(fault.who)
-    await scene.stop_worker(place)
+async def _worker_terminated(environment: Environment, _: Backend, fault: Fault) -> AsyncIterator[None]:
+    (slot,) = environment.slots_of(fault.who)
+    await environment.stop_worker(slot)
     yield
-    await scene.start_worker(place)
+    await environment.start_worker(slot)
 
 
 @contextlib.asynccontextmanager
-async def _worker_frozen(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
-    (place,) = scene.hit_by(fault.who)
-    process = place.life.worker.process
+async def _worker_frozen(environment: Environment, _: Backend, fault: Fault) -> AsyncIterator[None]:
+    (slot,) = environment.slots_of(fault.who)
+    process = slot.process.worker.process
     assert process is not None
     process.send_signal(signal.SIGSTOP)
     yield
@@ -87,36 +87,38 @@ async def _worker_frozen(scene: Scene, _: Backend, fault: Fault) -> AsyncIterato
 
 
 @contextlib.asynccontextmanager
-async def _broker_killed(scene: Scene, _: Backend, __: Fault) -> AsyncIterator[None]:
-    await asyncio.to_thread(scene.stack.rabbitmq.kill)
+async def _broker_killed(environment: Environment, _: Backend, __: Fault) -> AsyncIterator[None]:
+    await asyncio.to_thread(environment.stack.rabbitmq.kill)
     yield
-    await asyncio.to_thread(scene.stack.rabbitmq.start)
+    await asyncio.to_thread(environment.stack.rabbitmq.start)
 
 
 @contextlib.asynccontextmanager
-async def _broker_restarted(scene: Scene, _: Backend, __: Fault) -> AsyncIterator[None]:
-    """What it does after it has closed its connections takes long, and is not a matter here."""
-    os.kill(scene.stack.rabbitmq.pids[0], signal.SIGTERM)
+async def _broker_restarted(environment: Environment, _: Backend, __: Fault) -> AsyncIterator[None]:
+    """Kill the broker once it has closed its connections: the rest of its shutdown takes long."""
+    os.kill(environment.stack.rabbitmq.pids[0], signal.SIGTERM)
     await asyncio.sleep(2)
-    await asyncio.to_thread(scene.stack.rabbitmq.kill)
+    await asyncio.to_thread(environment.stack.rabbitmq.kill)
     yield
-    await asyncio.to_thread(scene.stack.rabbitmq.start)
+    await asyncio.to_thread(environment.stack.rabbitmq.start)
 
 
 @contextlib.asynccontextmanager
-async def _broker_out_of_memory(scene: Scene, _: Backend, __: Fault) -> AsyncIterator[None]:
-    await asyncio.to_thread(scene.stack.rabbitmq.ctl, *_ALARM)
+async def _broker_out_of_memory(environment: Environment, _: Backend, __: Fault) -> AsyncIterator[None]:
+    await asyncio.to_thread(environment.stack.rabbitmq.ctl, *_ALARM)
     try:
         yield
     finally:
-        await asyncio.to_thread(scene.stack.rabbitmq.ctl, *_NO_ALARM)
+        await asyncio.to_thread(environment.stack.rabbitmq.ctl, *_NO_ALARM)
 
 
 @contextlib.asynccontextmanager
-async def _broker_refuses_results(scene: Scene, backend: Backend, _: Fault) -> AsyncIterator[None]:
-    """A policy says that the queue is full, and nobody reads it."""
-    ctl, queue = scene.stack.rabbitmq.ctl, scene.places[0].life.worker.results_queue
-    async with backend.reading_no_results():
+async def _broker_refuses_results(
+    environment: Environment, backend: Backend, _: Fault
+) -> AsyncIterator[None]:
+    """Limit the results queue to one message by a policy, without a consumer."""
+    ctl, queue = environment.stack.rabbitmq.ctl, environment.slots[0].process.worker.results_queue
+    async with backend.results_paused():
         await asyncio.to_thread(ctl, "set_policy", "full", f"^{queue}$", _FULL, "--apply-to", "queues")
         try:
             yield
@@ -125,18 +127,18 @@ async def _broker_refuses_results(scene: Scene, backend: Backend, _: Fault) -> A
 
 
 @contextlib.asynccontextmanager
-async def _s3_stopped(scene: Scene, _: Backend, __: Fault) -> AsyncIterator[None]:
-    """Until it works again nobody reaches it: while it starts it says of every object that there is none."""
-    await _cut([place.s3 for place in scene.places])
-    await asyncio.to_thread(scene.stack.s3.kill)
+async def _s3_stopped(environment: Environment, _: Backend, __: Fault) -> AsyncIterator[None]:
+    """Block connections until the restart is complete: a starting S3 server answers 404 for every object."""
+    await _disconnect([slot.s3 for slot in environment.slots])
+    await asyncio.to_thread(environment.stack.s3.kill)
     yield
-    await asyncio.to_thread(scene.stack.s3.start)
-    await _mend([place.s3 for place in scene.places])
+    await asyncio.to_thread(environment.stack.s3.start)
+    await _reconnect([slot.s3 for slot in environment.slots])
 
 
 @contextlib.asynccontextmanager
-async def _s3_cuts_off(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
-    proxies = [place.s3 for place in scene.hit_by(fault.who)]
+async def _s3_truncates(environment: Environment, _: Backend, fault: Fault) -> AsyncIterator[None]:
+    proxies = [slot.s3 for slot in environment.slots_of(fault.who)]
 
     def cut_after(amount: int | None) -> None:
         for proxy in proxies:
@@ -150,70 +152,70 @@ async def _s3_cuts_off(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[
 
 
 @contextlib.asynccontextmanager
-async def _model_restarted(scene: Scene, _: Backend, __: Fault) -> AsyncIterator[None]:
-    """Its calls are asked for first, when it can get no more; what it says from then on reaches nobody."""
-    proxies = [place.model for place in scene.places]
+async def _model_restarted(environment: Environment, _: Backend, __: Fault) -> AsyncIterator[None]:
+    """Freeze the proxies, save the recorded calls, then restart the simulator."""
+    proxies = [slot.model for slot in environment.slots]
     for proxy in proxies:
         proxy.freeze()
-    await asyncio.to_thread(scene.remember_calls)
-    await asyncio.to_thread(scene.stack.model.kill)
-    await _cut(proxies)
+    await asyncio.to_thread(environment.save_calls)
+    await asyncio.to_thread(environment.stack.model.kill)
+    await _disconnect(proxies)
     for proxy in proxies:
         proxy.thaw()
     yield
-    await asyncio.to_thread(scene.stack.model.start)
-    await asyncio.to_thread(scene.calm_the_model)
-    await _mend(proxies)
+    await asyncio.to_thread(environment.stack.model.start)
+    await asyncio.to_thread(environment.reset_model)
+    await _reconnect(proxies)
 
 
-def _reset(of: Callable[[Place], Proxy]) -> Inject:
-    """Connections are interrupted; new ones are fine."""
+def _reset(of: Callable[[WorkerSlot], Proxy]) -> Inject:
+    """Reset connections; accept new ones."""
 
     @contextlib.asynccontextmanager
-    async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
-        for place in scene.hit_by(fault.who):
-            of(place).reset()
+    async def inject(environment: Environment, _: Backend, fault: Fault) -> AsyncIterator[None]:
+        for slot in environment.slots_of(fault.who):
+            of(slot).reset()
         yield
 
     return inject
 
 
-def _unreachable(of: Callable[[Place], Proxy]) -> Inject:
-    """Connections are interrupted, and new ones are refused."""
+def _unreachable(of: Callable[[WorkerSlot], Proxy]) -> Inject:
+    """Reset connections and refuse new ones."""
 
     @contextlib.asynccontextmanager
-    async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
-        proxies = [of(place) for place in scene.hit_by(fault.who)]
-        await _cut(proxies)
+    async def inject(environment: Environment, _: Backend, fault: Fault) -> AsyncIterator[None]:
+        proxies = [of(slot) for slot in environment.slots_of(fault.who)]
+        await _disconnect(proxies)
         yield
-        await _mend(proxies)
+        await _reconnect(proxies)
 
     return inject
 
 
-def _silent(of: Callable[[Place], Proxy]) -> Inject:
-    """A black hole: connections stay open, and nothing comes through."""
+def _silent(of: Callable[[WorkerSlot], Proxy]) -> Inject:
+    """Keep connections open and pass no bytes on."""
 
     @contextlib.asynccontextmanager
-    async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
-        proxies = [of(place) for place in scene.hit_by(fault.who)]
+    async def inject(environment: Environment, _: Backend, fault: Fault) -> AsyncIterator[None]:
+        proxies = [of(slot) for slot in environment.slots_of(fault.who)]
         for proxy in proxies:
             proxy.freeze()
         yield
         for proxy in proxies:
-            if fault.value == "and is interrupted":
+            if fault.value == "then resets":
                 proxy.reset()
             proxy.thaw()
 
     return inject
 
 
-def _late(of: Callable[[Place], Proxy]) -> Inject:
-    """Every piece comes so many seconds late."""
+def _slow(of: Callable[[WorkerSlot], Proxy]) -> Inject:
+    """Delay every chunk by `fault.value` seconds."""
 
     @contextlib.asynccontextmanager
-    async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
-        proxies = [of(place) for place in scene.hit_by(fault.who)]
+    async def inject(environment: Environment, _: Backend, fault: Fault) -> AsyncIterator[None]:
+        proxies = [of(slot) for slot in environment.slots_of(fault.who)]
         for proxy in proxies:
             assert isinstance(fault.value, float)
             proxy.delay_s = fault.value
@@ -224,53 +226,53 @@ def _late(of: Callable[[Place], Proxy]) -> Inject:
     return inject
 
 
-def _model(**behaviour: Callable[[Fault], object]) -> Inject:
-    """The simulator behaves otherwise: settings of `model_simulator.behavior.Behavior`."""
+def _model_behaviour(**behaviour: Callable[[Fault], object]) -> Inject:
+    """Change settings of `model_simulator.behavior.Behavior`."""
 
     @contextlib.asynccontextmanager
-    async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
+    async def inject(environment: Environment, _: Backend, fault: Fault) -> AsyncIterator[None]:
         changes = {name: value(fault) for name, value in behaviour.items()}
-        await asyncio.to_thread(scene.calm_the_model, **changes)
+        await asyncio.to_thread(environment.reset_model, **changes)
         yield
-        await asyncio.to_thread(scene.calm_the_model)
+        await asyncio.to_thread(environment.reset_model)
 
     return inject
 
 
-def _model_plays(outcome: Callable[[Fault], Outcome]) -> Inject:
-    """The simulator treats every call so, those of the jobs with a fate of their own too."""
+def _model_rule(outcome: Callable[[Fault], Outcome]) -> Inject:
+    """Apply this outcome to every call, before the rules by marker."""
 
     @contextlib.asynccontextmanager
-    async def inject(scene: Scene, _: Backend, fault: Fault) -> AsyncIterator[None]:
+    async def inject(environment: Environment, _: Backend, fault: Fault) -> AsyncIterator[None]:
         rule = Rule(outcome=outcome(fault), times=None)
-        await asyncio.to_thread(scene.calm_the_model, rule)
+        await asyncio.to_thread(environment.reset_model, rule)
         yield
-        await asyncio.to_thread(scene.calm_the_model)
+        await asyncio.to_thread(environment.reset_model)
 
     return inject
 
 
-async def _cut(proxies: list[Proxy]) -> None:
+async def _disconnect(proxies: list[Proxy]) -> None:
     for proxy in proxies:
         await proxy.refuse()
         proxy.reset()
 
 
-async def _mend(proxies: list[Proxy]) -> None:
+async def _reconnect(proxies: list[Proxy]) -> None:
     for proxy in proxies:
         await proxy.accept()
 
 
-def _broker(place: Place) -> Proxy:
-    return place.broker
+def _broker_proxy(slot: WorkerSlot) -> Proxy:
+    return slot.broker
 
 
-def _s3(place: Place) -> Proxy:
-    return place.s3
+def _s3_proxy(slot: WorkerSlot) -> Proxy:
+    return slot.s3
 
 
-def _to_model(place: Place) -> Proxy:
-    return place.model
+def _model_proxy(slot: WorkerSlot) -> Proxy:
+    return slot.model
 
 
 def _status(fault: Fault) -> Outcome:
@@ -278,7 +280,7 @@ def _status(fault: Fault) -> Outcome:
     return Error(status=fault.value)
 
 
-def _asks_to_wait(fault: Fault) -> Outcome:
+def _rate_limited(fault: Fault) -> Outcome:
     return Error(status=429, headers={"Retry-After": str(fault.value)})
 
 
@@ -288,30 +290,30 @@ def _malformed(fault: Fault) -> Outcome:
 
 INJECTED: Final[dict[str, Inject]] = {
     "worker killed": _worker_killed,
-    "worker asked to stop": _worker_told_to_stop,
+    "worker terminated": _worker_terminated,
     "worker frozen": _worker_frozen,
     "broker killed": _broker_killed,
     "broker restarted": _broker_restarted,
-    "broker connections reset": _reset(_broker),
-    "broker silent": _silent(_broker),
-    "broker slow": _late(_broker),
+    "broker connections reset": _reset(_broker_proxy),
+    "broker silent": _silent(_broker_proxy),
+    "broker slow": _slow(_broker_proxy),
     "broker out of memory": _broker_out_of_memory,
     "broker refuses results": _broker_refuses_results,
     "S3 stopped": _s3_stopped,
-    "S3 unreachable": _unreachable(_s3),
-    "S3 cuts off": _s3_cuts_off,
-    "S3 slow": _late(_s3),
-    "S3 silent": _silent(_s3),
-    "model fails": _model_plays(_status),
-    "model refuses everybody": _model_plays(_status),
-    "model hangs": _model_plays(lambda _: Hang()),
-    "model resets": _model_plays(lambda _: Reset()),
-    "model malformed": _model_plays(_malformed),
-    "model takes few calls": _model(max_concurrent=lambda fault: fault.value),
-    "model asks to wait": _model_plays(_asks_to_wait),
-    "model slow": _model(latency=lambda fault: fault.value),
+    "S3 unreachable": _unreachable(_s3_proxy),
+    "S3 truncates responses": _s3_truncates,
+    "S3 slow": _slow(_s3_proxy),
+    "S3 silent": _silent(_s3_proxy),
+    "model fails": _model_rule(_status),
+    "model rejects all requests": _model_rule(_status),
+    "model hangs": _model_rule(lambda _: Hang()),
+    "model resets connections": _model_rule(lambda _: Reset()),
+    "model malformed": _model_rule(_malformed),
+    "model limits concurrency": _model_behaviour(max_concurrent=lambda fault: fault.value),
+    "model sends Retry-After": _model_rule(_rate_limited),
+    "model slow": _model_behaviour(latency=lambda fault: fault.value),
     "model restarted": _model_restarted,
-    "model connections reset": _reset(_to_model),
-    "model unreachable": _unreachable(_to_model),
-    "model silent": _silent(_to_model),
+    "model connections reset": _reset(_model_proxy),
+    "model unreachable": _unreachable(_model_proxy),
+    "model silent": _silent(_model_proxy),
 }

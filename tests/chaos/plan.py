@@ -1,22 +1,22 @@
-"""What goes wrong, and when: a pure function of the seed."""
+"""Plan faults and their times: a pure function of the seed."""
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-# Before the first fault everything has to work, and between two faults of the same part it may.
-CALM_S: Final = 3.0
-REST_S: Final = 2.0
+# Seconds without faults: at the start, and between two faults of the same part.
+WARM_UP_S: Final = 3.0
+PAUSE_S: Final = 2.0
 
 Value = float | int | str | None
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault: the part that it hits, for how many seconds, and what it can be like.
+    """A kind of fault: the affected part, the range of durations in seconds, and possible values.
 
-    `who`: it can hit a single worker's network (`one`), everybody's (`all`), or either.
+    `who`: affects a single worker (`one`), all workers (`all`), or either.
     """
 
     part: str
@@ -27,48 +27,48 @@ class Kind:
 
 KINDS: Final = {
     "worker killed": Kind("worker", (0.2, 3), who="one"),
-    "worker asked to stop": Kind("worker", (0, 1), who="one"),
+    "worker terminated": Kind("worker", (0, 1), who="one"),
     "worker frozen": Kind("worker", (1, 9), who="one"),
     "broker killed": Kind("broker", (0.5, 5)),
     "broker restarted": Kind("broker", (0, 1)),
     "broker connections reset": Kind("broker", (0, 0), who="either"),
-    "broker silent": Kind("broker", (11, 15), ("and comes back", "and is interrupted"), who="either"),
+    "broker silent": Kind("broker", (11, 15), ("then resumes", "then resets"), who="either"),
     "broker slow": Kind("broker", (3, 8), (0.05, 0.2, 0.5), who="either"),
     "broker out of memory": Kind("broker", (3, 6)),
     "broker refuses results": Kind("broker", (3, 6)),
     "S3 stopped": Kind("s3", (0.5, 3)),
     "S3 unreachable": Kind("s3", (2, 6), who="either"),
-    "S3 cuts off": Kind("s3", (4, 8), (2_000, 20_000, 200_000), who="either"),
+    "S3 truncates responses": Kind("s3", (4, 8), (2_000, 20_000, 200_000), who="either"),
     "S3 slow": Kind("s3", (3, 8), (0.1, 0.5), who="either"),
     "S3 silent": Kind("s3", (3, 8), who="either"),
     "model fails": Kind("model", (3, 8), (500, 502, 503)),
-    "model refuses everybody": Kind("model", (3, 8), (401, 402, 403, 404)),
+    "model rejects all requests": Kind("model", (3, 8), (401, 402, 403, 404)),
     "model hangs": Kind("model", (7, 10)),
-    "model resets": Kind("model", (3, 6)),
+    "model resets connections": Kind("model", (3, 6)),
     "model malformed": Kind("model", (2, 5), ("not_json", "no_choices_key", "cut_json", "truncated")),
-    "model takes few calls": Kind("model", (4, 10), (1, 2, 4)),
-    "model asks to wait": Kind("model", (2, 5), (1, 2)),
+    "model limits concurrency": Kind("model", (4, 10), (1, 2, 4)),
+    "model sends Retry-After": Kind("model", (2, 5), (1, 2)),
     "model slow": Kind("model", (3, 8), (1.0, 3.0)),
     "model restarted": Kind("model", (0.5, 3)),
     "model connections reset": Kind("model", (0, 0), who="either"),
     "model unreachable": Kind("model", (2, 6), who="either"),
     "model silent": Kind("model", (7, 10), who="either"),
 }
-# What a single worker that is never killed has to live with for half an hour without growing.
+# Faults of the soak test, during which memory must not grow.
 MILD: Final = (
     "broker connections reset",
     "broker slow",
     "broker refuses results",
     "S3 unreachable",
-    "S3 cuts off",
+    "S3 truncates responses",
     "S3 slow",
     "model fails",
-    "model refuses everybody",
+    "model rejects all requests",
     "model hangs",
-    "model resets",
+    "model resets connections",
     "model malformed",
-    "model takes few calls",
-    "model asks to wait",
+    "model limits concurrency",
+    "model sends Retry-After",
     "model slow",
     "model connections reset",
     "model unreachable",
@@ -80,10 +80,10 @@ class Fault:
     """One fault of the plan.
 
     Attributes:
-        at_s: seconds from the beginning.
-        lasts_s: for how long; what takes its own time to come back, as a broker, takes that on top.
-        who: the number of the worker that meets it; None for all.
-        value: which status, how many seconds late, and so on; see `faults`.
+        at_s: seconds from the start.
+        lasts_s: duration in seconds, without the time a service takes to restart.
+        who: the number of the affected worker; None for all.
+        value: the HTTP status, the delay in seconds, and so on; see `faults`.
     """
 
     at_s: float
@@ -94,7 +94,7 @@ class Fault:
 
     @property
     def part(self) -> str:
-        """What it hits: nothing is hit by two faults at once."""
+        """The affected part; a part has at most one fault at a time."""
         part = KINDS[self.kind].part
         return f"{part} {self.who}" if part == "worker" else part
 
@@ -107,22 +107,22 @@ class Fault:
 def schedule(
     seed: int, seconds: float, workers: int, every_s: float, kinds: Sequence[str] = tuple(KINDS)
 ) -> list[Fault]:
-    """The faults of a run, in order, one every `every_s` seconds on average; all end within `seconds`."""
+    """Return the faults of a run in order, one every `every_s` seconds on average, all within `seconds`."""
     rng = random.Random(f"faults {seed}")  # noqa: S311 - repeatable on purpose
-    faults, at_s, free_at = [], CALM_S, dict[str, float]()
-    for kind in _bags(rng, kinds):
+    faults, at_s, free_at = [], WARM_UP_S, dict[str, float]()
+    for kind in _shuffled(rng, kinds):
         fault = _draw(rng, kind, at_s, workers)
         begins = max(at_s, free_at.get(fault.part, 0.0))
         if begins + fault.lasts_s > seconds:
             break
         faults.append(Fault(round(begins, 1), fault.lasts_s, kind, fault.who, fault.value))
-        free_at[fault.part] = begins + fault.lasts_s + REST_S
+        free_at[fault.part] = begins + fault.lasts_s + PAUSE_S
         at_s += rng.uniform(0.3, 1.7) * every_s
     return sorted(faults, key=lambda fault: fault.at_s)
 
 
-def _bags(rng: random.Random, kinds: Sequence[str]) -> Iterator[str]:
-    """Kinds without end: each comes once before any comes again."""
+def _shuffled(rng: random.Random, kinds: Sequence[str]) -> Iterator[str]:
+    """Yield kinds endlessly, in shuffled rounds with each kind once."""
     while True:
         yield from rng.sample(kinds, len(kinds))
 

@@ -1,56 +1,58 @@
-"""What a run came to, for a person: figures in tables, and what was wrong in so many words."""
+"""Print a run's results: tables of figures and a list of errors."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from tests.chaos.scene import Life
-from tests.chaos.verdict import Records, Verdict, calls_by_job, is_paid
+from tests.chaos.environment import WorkerProcess
+from tests.chaos.evaluation import Evaluation, Records, calls_by_job, is_billed
 
-_SHOWN = 20
+_MAX_LINES = 20
 _STORE = "vqa_result_store_operations_total"
 _STORE_EVENTS = {
-    "reused": "that were taken from the store",
-    "stored_by_another": "that another worker had stored meanwhile (the race)",
-    "store_failed": "that could not be stored",
+    "reused": "reused from the store",
+    "stored_by_another": "stored by another worker in the meantime (race)",
+    "store_failed": "not stored because of an error",
 }
 
 
 def table(heading: str, rows: Iterable[tuple[str, object]]) -> str:
-    """Names and figures below each other."""
+    """Format names and figures, one per line."""
     lines = [f"  {name:<58}{value!s:>10}" for name, value in rows]
     return "\n".join([heading, *(lines or ["  none"])])
 
 
-def tables(records: Records, verdict: Verdict, noticed: Mapping[str, int]) -> str:
-    """All of it."""
-    faults = Counter(it.fault.kind for it in records.happened)
+def tables(records: Records, evaluation: Evaluation, noticed: Mapping[str, int]) -> str:
+    """Format the whole report."""
+    faults = Counter(it.fault.kind for it in records.injected)
     parts = [
         table("Faults injected", sorted(faults.items())),
-        table("What the workers noticed", noticed.items()),
-        table("Jobs, by kind", sorted(Counter(asked.kind for asked in records.asked).items())),
+        table("Logged by the workers", noticed.items()),
+        table("Jobs, by kind", sorted(Counter(job.kind for job in records.jobs).items())),
         table("Results", _results(records).most_common()),
-        table("Figures", _figures(records, verdict)),
-        table("Paid for again, because", verdict.paid_again.most_common()),
-        *_warnings(verdict),
+        table("Figures", _figures(records, evaluation)),
+        table("Billed again, by reason", evaluation.billed_again.most_common()),
+        *_warnings(evaluation),
     ]
     return "\n\n".join(parts)
 
 
-def noticed(logs: Mapping[str, Sequence[Mapping[str, object]]], lives: Sequence[Life]) -> dict[str, int]:
-    """How often the workers logged what the faults must have made them log."""
+def noticed(
+    logs: Mapping[str, Sequence[Mapping[str, object]]], processes: Sequence[WorkerProcess]
+) -> dict[str, int]:
+    """Count the workers' exits and log events that the faults cause."""
     paused = Counter(line["dependency"] for line in logs["consumption_paused"])
     broken = sum(line["reason"] == "connection_error" for line in logs["job_retried"])
     return {
-        "workers killed": sum(life.code == -9 for life in lives),
-        "workers that stopped when they were asked to": sum(life.ending == "asked to stop" for life in lives),
-        "connections to the broker made": len(logs["rabbitmq_connected"]),
-        "connections to the broker lost": len(logs["rabbitmq_connection_lost"]),
-        "publishes that failed and were repeated": len(logs["publish_failed"]),
+        "workers killed": sum(process.code == -9 for process in processes),
+        "workers stopped by SIGTERM": sum(process.ending == "SIGTERM" for process in processes),
+        "broker connections opened": len(logs["rabbitmq_connected"]),
+        "broker connections lost": len(logs["rabbitmq_connection_lost"]),
+        "publishes repeated after an error": len(logs["publish_failed"]),
         "pauses for the model": paused["model"],
         "pauses for S3": paused["s3"],
-        "times they resumed": len(logs["consumption_resumed"]),
+        "resumed": len(logs["consumption_resumed"]),
         "retries": len(logs["job_retried"]),
-        "retries after a connection was interrupted": broken,
+        "retries after a connection error": broken,
     }
 
 
@@ -59,56 +61,56 @@ def _results(records: Records) -> Counter[str]:
     return Counter((body["error"] or {}).get("code", body["status"]) for body in bodies)
 
 
-def _figures(records: Records, verdict: Verdict) -> list[tuple[str, object]]:
-    jobs = len(records.asked)
-    paid = sum(map(is_paid, records.calls))
-    ambiguous = sum(life.total("vqa_ambiguous_calls_total") for life in records.lives)
+def _figures(records: Records, evaluation: Evaluation) -> list[tuple[str, object]]:
+    jobs = len(records.jobs)
+    billed = sum(map(is_billed, records.calls))
+    ambiguous = sum(process.total("vqa_ambiguous_calls_total") for process in records.processes)
     calls = len(records.calls)
     stored = [
-        (f"answers {what}", round(sum(life.total(_STORE, result=result) for life in records.lives)))
+        (f"answers {what}", round(sum(process.total(_STORE, result=result) for process in records.processes)))
         for result, what in _STORE_EVENTS.items()
         if records.with_store
     ]
     return [
         ("jobs", jobs),
-        ("submissions", sum(len(asked.sent_at) for asked in records.asked)),
-        ("submissions sent again, as their confirm did not come", sum(it.doubtful for it in records.asked)),
-        ("faults injected", len(records.happened)),
-        ("lost", len(verdict.lost)),
-        ("wrong", len(verdict.wrong)),
-        ("paid for again for no reason", len(verdict.plain)),
-        ("paid for again with a reason, see below", verdict.paid_again.total() - len(verdict.plain)),
-        ("ambiguous calls, as the workers counted them (1)", round(ambiguous)),
-        ("duplicate results", len(verdict.duplicate_results)),
+        ("submissions", sum(len(job.sent_at) for job in records.jobs)),
+        ("submissions repeated after a lost confirm", sum(it.unconfirmed for it in records.jobs)),
+        ("faults injected", len(records.injected)),
+        ("lost", len(evaluation.lost)),
+        ("wrong", len(evaluation.wrong)),
+        ("billed again without a reason", len(evaluation.unexplained)),
+        (
+            "billed again with a reason, see below",
+            evaluation.billed_again.total() - len(evaluation.unexplained),
+        ),
+        ("ambiguous calls counted by the workers (1)", round(ambiguous)),
+        ("duplicate results", len(evaluation.duplicate_results)),
         ("dead letters", len(records.dead_letters)),
         ("calls", calls),
-        ("calls that were answered", paid),
-        ("calls that got no answer", sum(call.status is None for call in records.calls)),
-        ("calls refused by a limit (429)", sum(call.status == 429 for call in records.calls)),
-        ("calls per job that was called for", f"{calls / max(1, len(calls_by_job(records.calls))):.2f}"),
-        ("workers started", len(records.lives)),
-        ("workers that died by themselves", len(verdict.died)),
+        ("calls answered", billed),
+        ("calls not answered", sum(call.status is None for call in records.calls)),
+        ("calls rejected with 429", sum(call.status == 429 for call in records.calls)),
+        ("calls per job with a call", f"{calls / max(1, len(calls_by_job(records.calls))):.2f}"),
+        ("workers started", len(records.processes)),
+        ("workers crashed", len(evaluation.crashed)),
         *stored,
     ]
 
 
-def _warnings(verdict: Verdict) -> list[str]:
+def _warnings(evaluation: Evaluation) -> list[str]:
     named = {
-        "LOST": verdict.lost,
-        "WRONG": verdict.wrong,
-        "PAID FOR AGAIN FOR NO REASON": verdict.plain,
-        "DIED": verdict.died,
-        "Duplicate results (allowed: delivery is at least once)": verdict.duplicate_results,
+        "LOST": evaluation.lost,
+        "WRONG": evaluation.wrong,
+        "BILLED AGAIN WITHOUT A REASON": evaluation.unexplained,
+        "CRASHED": evaluation.crashed,
+        "Duplicate results (allowed: delivery is at least once)": evaluation.duplicate_results,
     }
-    return [_complaint(heading, lines) for heading, lines in named.items() if lines]
+    return [_section(heading, lines) for heading, lines in named.items() if lines]
 
 
-def _complaint(heading: str, lines: Sequence[str]) -> str:
-    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return "\n".join([f"{heading}:", *(f"  {line}" for line in lines[:_SHOWN]), *more])
+def _section(heading: str, lines: Sequence[str]) -> str:
+    more = [f"  and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
+    return "\n".join([f"{heading}:", *(f"  {line}" for line in lines[:_MAX_LINES]), *more])
 
 
-FOOTNOTE = (
-    "(1) Scraped once a second and before each end; what a killed worker counted after that died with it. "
-    "Calls that a killed\n    worker had made are in no counter."
-)
+FOOTNOTE = "(1) Scraped once a second and before each exit; a killed worker's later counts are lost."

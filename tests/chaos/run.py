@@ -1,4 +1,4 @@
-"""One run: jobs at a steady rate, faults at their times, then peace, and the reckoning."""
+"""Run the chaos test: publish jobs at a steady rate, inject faults, drain the queues, evaluate."""
 
 import asyncio
 import contextlib
@@ -13,19 +13,19 @@ from typing import Final
 from deploy.local.stack import Stack
 from tests.chaos import jobs, plan, report
 from tests.chaos.backend import Backend
+from tests.chaos.environment import Environment
+from tests.chaos.evaluation import Evaluation, Records, evaluate
 from tests.chaos.faults import Injector
-from tests.chaos.jobs import Asked, Jobs, Places, Stored
+from tests.chaos.jobs import ExpectedJob, JobInputs, Jobs, Stored
 from tests.chaos.plan import Fault
-from tests.chaos.scene import Scene
 from tests.chaos.traffic import Traffic
-from tests.chaos.verdict import Records, Verdict, judge
 from tests.running import until
 
 IMAGES: Final = "chaos-images"
 ANSWERS: Final = "chaos-answers"
-# After the last fault: jobs wait for delays of the retry queues, pauses end with a trial after 30 s at most.
+# Limit after the last fault: retry delays, and up to 30 s until a paused worker makes a trial request.
 DRAIN_S: Final = 90.0
-TRICKLE: Final = 5.0
+DRAIN_RATE: Final = 5.0
 HARMLESS: Final = ("one image in S3", "a private reply queue")
 _SMALL: Final = ((24, 16), (40, 30), (100, 80), (180, 120))
 _LARGE: Final = ((400, 300), (800, 600))
@@ -42,12 +42,13 @@ _LOGGED: Final = (
 
 @dataclass(frozen=True)
 class Options:
-    """What kind of run.
+    """Options of a run.
 
     Attributes:
-        every_s: a fault comes every so many seconds on average.
-        faults: the kinds of faults, and `kinds` those of jobs (None: all).
-        with_store: whether the workers keep their answers in S3.
+        every_s: seconds between faults, on average.
+        faults: kinds of faults.
+        kinds: kinds of jobs; None for all.
+        with_store: use a result store in S3.
     """
 
     seed: int
@@ -60,13 +61,13 @@ class Options:
     with_store: bool = False
 
     def plan(self) -> list[Fault]:
-        """The faults, a pure function of these options."""
+        """Return the faults, a pure function of these options."""
         return plan.schedule(self.seed, self.seconds, self.workers, self.every_s, self.faults)
 
     def settings(self) -> dict[str, str]:
-        """What the workers run with.
+        """Return the workers' settings.
 
-        Attempts are many, so that no job but the poisonous uses them up by the suite's faults alone.
+        So many attempts that the injected faults alone do not exhaust them.
         """
         store = {"VQA_RESULT_STORE": f"s3://{ANSWERS}/{uuid.uuid4().hex}"} if self.with_store else {}
         return {
@@ -81,22 +82,22 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A run that is over."""
+class RunResult:
+    """The result of a run."""
 
     records: Records
-    verdict: Verdict
+    evaluation: Evaluation
     noticed: dict[str, int]
 
     def __str__(self) -> str:
-        return report.tables(self.records, self.verdict, self.noticed)
+        return report.tables(self.records, self.evaluation, self.noticed)
 
 
-class Watch:
-    """Looks on; this one sees nothing."""
+class Observer:
+    """Measures during a run; this base class measures nothing."""
 
-    def around(self, scene: Scene) -> AbstractAsyncContextManager[None]:  # noqa: ARG002 - for those who look
-        """From before the first job until everything has completed."""
+    def observing(self, environment: Environment) -> AbstractAsyncContextManager[None]:  # noqa: ARG002 - for subclasses
+        """Return a context that lasts from before the first job until all jobs have completed."""
         return contextlib.nullcontext()
 
 
@@ -104,50 +105,50 @@ async def run(
     stack: Stack,
     folder: Path,
     options: Options,
-    tell: Callable[[str], None],
-    watch: Watch | None = None,
-) -> Ended:
-    """Run it on a stack that may be broken; logs go to the folder."""
+    log: Callable[[str], None],
+    observer: Observer | None = None,
+) -> RunResult:
+    """Run the test on a stack whose services are killed; write logs to the folder."""
     settings = options.settings()
-    async with Scene.set_up(stack, folder, options.workers, **settings) as scene:
-        places = await asyncio.to_thread(put_images, stack, scene.private_queue, options.seed)
-        async with connected(scene) as backend:
-            injector, traffic = Injector(scene, backend), Traffic(backend)
-            async with (watch or Watch()).around(scene):
-                await _go_through(options, injector, traffic, places, tell)
-                await _drain(scene, traffic, Jobs(options.seed + 1, places, HARMLESS), tell)
-                tell(f"  {time.time() - injector.began:6.1f} s: everything has completed")
-            scene.note_the_dead()
+    async with Environment.set_up(stack, folder, options.workers, **settings) as environment:
+        slots = await asyncio.to_thread(put_images, stack, environment.private_queue, options.seed)
+        async with connected(environment) as backend:
+            injector, traffic = Injector(environment, backend), Traffic(backend)
+            async with (observer or Observer()).observing(environment):
+                await _publish_and_inject(options, injector, traffic, slots, log)
+                await _drain(environment, traffic, Jobs(options.seed + 1, slots, HARMLESS), log)
+                log(f"  {time.time() - injector.started:6.1f} s: all jobs have completed")
+            environment.record_crashes()
             await asyncio.gather(
-                *(scene.stop_worker(place) for place in scene.places if not place.life.ended)
+                *(environment.stop_worker(slot) for slot in environment.slots if not slot.process.ended)
             )
-            await _nothing_is_left(scene, backend, tell)
-        return _reckoned(scene, backend, injector, traffic.asked, with_store=options.with_store)
+            await _check_queues_are_empty(environment, backend, log)
+        return _run_result(environment, backend, injector, traffic.jobs, with_store=options.with_store)
 
 
-async def _go_through(
-    options: Options, injector: Injector, traffic: Traffic, places: Places, tell: Callable[[str], None]
+async def _publish_and_inject(
+    options: Options, injector: Injector, traffic: Traffic, slots: JobInputs, log: Callable[[str], None]
 ) -> None:
-    """Jobs and faults at the same time, until both have ended."""
-    async with traffic.flowing(Jobs(options.seed, places, options.kinds), options.rate):
-        await asyncio.gather(injector.carry_out(options.plan(), tell), asyncio.sleep(options.seconds))
-    tell(f"  {options.seconds:6.1f} s: {len(traffic.asked)} jobs are published, the faults have ended")
+    """Publish jobs and inject faults until both have ended."""
+    async with traffic.publishing(Jobs(options.seed, slots, options.kinds), options.rate):
+        await asyncio.gather(injector.inject_all(options.plan(), log), asyncio.sleep(options.seconds))
+    log(f"  {options.seconds:6.1f} s: {len(traffic.jobs)} jobs published, all faults ended")
 
 
-def connected(scene: Scene) -> AbstractAsyncContextManager[Backend]:
-    """The backend that publishes this scene's jobs and reads its results."""
-    worker = scene.places[0].life.worker
+def connected(environment: Environment) -> AbstractAsyncContextManager[Backend]:
+    """Return a backend for the queues of this environment."""
+    worker = environment.slots[0].process.worker
     return Backend.connected(
-        scene.stack.rabbitmq.url,
+        environment.stack.rabbitmq.url,
         jobs=worker.jobs_queue,
         results=worker.results_queue,
         dead_letters=worker.dead_letter_queue,
-        private=scene.private_queue,
+        private=environment.private_queue,
     )
 
 
-def put_images(stack: Stack, private_queue: str, seed: int) -> Places:
-    """Upload the pictures."""
+def put_images(stack: Stack, private_queue: str, seed: int) -> JobInputs:
+    """Upload the images."""
     s3 = stack.s3.client()
     there = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]}
     for bucket in {IMAGES, ANSWERS} - there:
@@ -157,48 +158,56 @@ def put_images(stack: Stack, private_queue: str, seed: int) -> Places:
         s3.put_object(Bucket=IMAGES, Key=jobs.key(nth), Body=content)
         stored.append(Stored(f"s3://{IMAGES}/{jobs.key(nth)}", content))
     small = len(_SIZES) - 2 * len(_LARGE)
-    return Places(stored[:small], stored[small:], IMAGES, private_queue)
+    return JobInputs(stored[:small], stored[small:], IMAGES, private_queue)
 
 
-async def _drain(scene: Scene, traffic: Traffic, harmless: Jobs, tell: Callable[[str], None]) -> None:
-    """Wait until everything has completed, or has had time enough.
+async def _drain(
+    environment: Environment, traffic: Traffic, harmless: Jobs, log: Callable[[str], None]
+) -> None:
+    """Wait until all jobs have completed, at most `DRAIN_S` for each step.
 
-    A trickle of jobs that succeed goes on meanwhile: where nothing but poison is left, nobody could tell it
-    from a model that is down.
+    Jobs that succeed are published meanwhile: with only failing jobs left, a worker assumes an outage.
     """
-    before = {job.id for job in traffic.asked}
+    before = {job.id for job in traffic.jobs}
     try:
-        async with traffic.flowing(harmless, TRICKLE):
+        async with traffic.publishing(harmless, DRAIN_RATE):
             await until(lambda: not before & {job.id for job in traffic.waiting()}, "results", DRAIN_S)
         await until(lambda: not traffic.waiting(), "the last results", DRAIN_S)
-        await until(scene.at_rest, "the workers have nothing in hand", DRAIN_S)
+        await until(environment.is_idle, "the workers have no job in flight", DRAIN_S)
     except AssertionError as error:
-        tell(f"  not everything completed: {error}; {len(traffic.waiting())} jobs wait for a result")
+        log(f"  incomplete: {error}; {len(traffic.waiting())} jobs without a result")
 
 
-async def _nothing_is_left(scene: Scene, backend: Backend, tell: Callable[[str], None]) -> None:
-    """The workers have ended: what they had not acked would be ready again."""
-    jobs_queue = scene.places[0].life.worker.jobs_queue
+async def _check_queues_are_empty(
+    environment: Environment, backend: Backend, log: Callable[[str], None]
+) -> None:
+    """Log queues with messages: after the workers' exit all unacked messages are ready again."""
+    jobs_queue = environment.slots[0].process.worker.jobs_queue
     for queue in (jobs_queue, *(f"{jobs_queue}.retry.{delay}s" for delay in (1, 2, 3))):
         if depth := await backend.depth(queue):
-            tell(f"  {depth} messages are left in {queue}")
-    # What is in the queues that the backend reads is there by now; it has only to be delivered.
+            log(f"  {depth} messages are left in {queue}")
+    # Let the broker deliver the last messages to the backend.
     await asyncio.sleep(1)
 
 
-def _reckoned(
-    scene: Scene, backend: Backend, injector: Injector, asked: Sequence[Asked], *, with_store: bool
-) -> Ended:
+def _run_result(
+    environment: Environment,
+    backend: Backend,
+    injector: Injector,
+    submitted: Sequence[ExpectedJob],
+    *,
+    with_store: bool,
+) -> RunResult:
     records = Records(
-        asked=asked,
+        jobs=submitted,
         results=backend.results,
         dead_letters=backend.dead_letters,
-        calls=scene.calls(),
-        happened=injector.happened,
-        lives=scene.lives,
-        private_queue=scene.private_queue,
+        calls=environment.calls(),
+        injected=injector.injected,
+        processes=environment.processes,
+        private_queue=environment.private_queue,
         with_store=with_store,
-        began=injector.began,
+        started=injector.started,
     )
-    logs = {event: list(scene.logged(event)) for event in _LOGGED}
-    return Ended(records, judge(records), report.noticed(logs, scene.lives))
+    logs = {event: list(environment.logged(event)) for event in _LOGGED}
+    return RunResult(records, evaluate(records), report.noticed(logs, environment.processes))

@@ -1,4 +1,4 @@
-"""The soak: one worker that is never killed, and whether it grows. Linux only: it reads /proc."""
+"""The soak test: measure memory, open files and tasks of one worker. Linux only: reads /proc."""
 
 import asyncio
 import contextlib
@@ -11,30 +11,30 @@ from typing import Final
 
 from deploy.local.stack import Stack
 from tests.chaos import plan, report
-from tests.chaos.run import Options, Watch
+from tests.chaos.environment import Environment
+from tests.chaos.run import Observer, Options
 from tests.chaos.run import run as run_chaos
-from tests.chaos.scene import Scene
 from tests.running import Worker
 from worker.http.client import KEEP_ALIVE_S
 
 WARM_UP_S: Final = 120.0
 SAMPLE_S: Final = 30.0
 SETTLE_S: Final = 5.0
-# Idle connections are closed when they have been so for one to two such times.
+# Idle connections are closed after one to two times the keep-alive.
 IDLE_S: Final = 2 * KEEP_ALIVE_S + SETTLE_S
-# Of the medians of the first fifth and of the last. Within it is what a worker remembers on purpose: a
-# kilobyte or so for each of its latest 10,000 jobs, which is full after ten minutes or so.
+# Between the medians of the first and the last fifth. It includes what a worker caches: about
+# 1 kB for each of its latest 10,000 jobs, full after about ten minutes.
 GROWTH_ALLOWED: Final = 0.20
-# Of the medians of the third fifth and of the last, when that is full: then nothing may grow any more.
+# Between the medians of the third and the last fifth, after that cache is full.
 LATE_GROWTH_ALLOWED: Final = 0.03
 FULL_AFTER_JOBS: Final = 25_000
-# A connection more or less at a service is none left behind.
+# The number of idle connections to a service varies.
 FILES_ALLOWED: Final = 3
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the worker holds."""
+    """Resources of the worker at one time."""
 
     at: float
     memory_mb: float
@@ -43,8 +43,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Soaked:
-    """Samples: of the idle worker before and after, and of the busy one in between."""
+class SoakResult:
+    """Samples of the idle worker before and after, and of the busy worker between."""
 
     before: Sample
     busy: Sequence[Sample]
@@ -52,18 +52,18 @@ class Soaked:
     jobs: int
 
     def growth(self, since: int = 0) -> float:
-        """How much larger the last fifth's median of memory is than that of fifth `since`, as a share."""
+        """Return the relative growth of median memory from fifth number `since` to the last fifth."""
         fifth = max(1, len(self.busy) // 5)
         first, last = self.busy[since * fifth : (since + 1) * fifth], self.busy[-fifth:]
         return _median_mb(last) / _median_mb(first) - 1
 
     def faults(self) -> list[str]:
-        """What is not flat."""
+        """Return the exceeded limits."""
         faults = []
         if self.growth() > GROWTH_ALLOWED:
             faults.append(f"memory grew by {self.growth():.1%} (allowed: {GROWTH_ALLOWED:.0%})")
         if self.jobs >= FULL_AFTER_JOBS and self.growth(since=2) > LATE_GROWTH_ALLOWED:
-            faults.append(f"memory still grew, by {self.growth(since=2):.1%}, in the second half")
+            faults.append(f"memory grew by {self.growth(since=2):.1%} in the second half")
         if self.after.files > self.before.files + FILES_ALLOWED:
             faults.append(f"{self.after.files - self.before.files} more open files than before")
         if self.after.tasks > self.before.tasks:
@@ -88,56 +88,56 @@ class Soaked:
             ("tasks: idle at the end", self.after.tasks),
             ("samples while busy", len(self.busy)),
         ]
-        verdict = "; ".join(self.faults()) or "flat"
-        return f"{report.table('What the worker held', rows)}\n\nVerdict: {verdict}"
+        growth = "; ".join(self.faults()) or "flat"
+        return f"{report.table('Resources of the worker', rows)}\n\nGrowth: {growth}"
 
 
-def milder(options: Options) -> Options:
+def soak_options(options: Options) -> Options:
     """One worker, and faults that it has to live with."""
     return replace(options, workers=1, faults=plan.MILD, every_s=max(options.every_s, 12.0))
 
 
-async def run(stack: Stack, folder: Path, options: Options, tell: Callable[[str], None]) -> tuple[str, bool]:
+async def run(stack: Stack, folder: Path, options: Options, log: Callable[[str], None]) -> tuple[str, bool]:
     """Run it; returns the report, and whether all is well."""
-    watch = _Watch(tell, min(WARM_UP_S, options.seconds / 5), min(SAMPLE_S, options.seconds / 50))
-    ended = await run_chaos(stack, folder, options, tell, watch)
-    soaked = watch.soaked(len(ended.records.asked))
-    return f"{ended}\n\n{soaked}", ended.verdict.is_good and not soaked.faults()
+    observer = _MemoryObserver(log, min(WARM_UP_S, options.seconds / 5), min(SAMPLE_S, options.seconds / 50))
+    ended = await run_chaos(stack, folder, options, log, observer)
+    soak_result = observer.soak_result(len(ended.records.jobs))
+    return f"{ended}\n\n{soak_result}", ended.evaluation.passed and not soak_result.faults()
 
 
-class _Watch(Watch):
+class _MemoryObserver(Observer):
     """Takes samples of the only worker."""
 
-    def __init__(self, tell: Callable[[str], None], warm_up_s: float, every_s: float) -> None:
-        self._tell = tell
+    def __init__(self, log: Callable[[str], None], warm_up_s: float, every_s: float) -> None:
+        self._log = log
         self._warm_up_s = warm_up_s
         self._every_s = every_s
         self._samples: list[Sample] = []
         self._ends: list[Sample] = []
 
     @contextlib.asynccontextmanager
-    async def around(self, scene: Scene) -> AsyncIterator[None]:
-        worker = scene.places[0].life.worker
+    async def observing(self, environment: Environment) -> AsyncIterator[None]:
+        worker = environment.slots[0].process.worker
         self._ends.append(await _idle_sample(worker, SETTLE_S))
         sampling = asyncio.create_task(self._take_samples(worker))
         try:
             yield
         finally:
             sampling.cancel()
-        self._tell("  looking at the idle worker")
+        self._log("  looking at the idle worker")
         self._ends.append(await _idle_sample(worker, IDLE_S))
 
-    def soaked(self, jobs: int) -> Soaked:
+    def soak_result(self, jobs: int) -> SoakResult:
         """All samples, when it is over."""
         before, after = self._ends
-        return Soaked(before, self._samples, after, jobs)
+        return SoakResult(before, self._samples, after, jobs)
 
     async def _take_samples(self, worker: Worker) -> None:
         await asyncio.sleep(self._warm_up_s)
         while True:
             taken = await asyncio.to_thread(sample, worker)
             self._samples.append(taken)
-            self._tell(f"  {taken.memory_mb:.1f} MB, {taken.files} open files, {taken.tasks} tasks")
+            self._log(f"  {taken.memory_mb:.1f} MB, {taken.files} open files, {taken.tasks} tasks")
             await asyncio.sleep(self._every_s)
 
 

@@ -1,4 +1,4 @@
-"""Jobs at a steady rate, whatever happens to them."""
+"""Publish jobs at a steady rate, independent of their results."""
 
 import asyncio
 import contextlib
@@ -7,21 +7,21 @@ import time
 from collections.abc import AsyncIterator, Iterable
 
 from tests.chaos.backend import Backend
-from tests.chaos.jobs import Asked
+from tests.chaos.jobs import ExpectedJob
 
 
 class Traffic:
-    """Submits jobs; those so far are in `asked`."""
+    """Submit jobs; `jobs` has the jobs so far."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self.asked: list[Asked] = []
+        self.jobs: list[ExpectedJob] = []
 
     @contextlib.asynccontextmanager
-    async def flowing(self, jobs: Iterable[Asked], rate: float) -> AsyncIterator[None]:
-        """So many jobs a second for as long as the context lasts; in the end the broker has all of them."""
+    async def publishing(self, jobs: Iterable[ExpectedJob], rate: float) -> AsyncIterator[None]:
+        """Publish `rate` jobs per second in this context; at its end the broker has confirmed all."""
         submissions: list[asyncio.Task[None]] = []
-        flow = asyncio.create_task(self._flow(jobs, rate, submissions))
+        flow = asyncio.create_task(self._publish_jobs(jobs, rate, submissions))
         try:
             yield
         finally:
@@ -29,21 +29,23 @@ class Traffic:
             await asyncio.wait({flow})
         await asyncio.gather(*submissions)
 
-    def waiting(self) -> list[Asked]:
-        """The jobs that have fewer results than submissions."""
-        return [job for job in self.asked if self._backend.received[job.id] < len(job.sent_at)]
+    def waiting(self) -> list[ExpectedJob]:
+        """Return the jobs with fewer results than submissions."""
+        return [job for job in self.jobs if self._backend.received[job.id] < len(job.sent_at)]
 
-    async def _flow(self, jobs: Iterable[Asked], rate: float, submissions: list[asyncio.Task[None]]) -> None:
+    async def _publish_jobs(
+        self, jobs: Iterable[ExpectedJob], rate: float, submissions: list[asyncio.Task[None]]
+    ) -> None:
         started = time.monotonic()
         for nth, job in zip(itertools.count(), jobs, strict=False):
             await asyncio.sleep(max(0.0, started + nth / rate - time.monotonic()))
-            self.asked.append(job)
+            self.jobs.append(job)
             submissions.append(asyncio.create_task(self._submit(job)))
 
-    async def _submit(self, job: Asked) -> None:
+    async def _submit(self, job: ExpectedJob) -> None:
         await self._backend.submit(job)
-        if job.again_after_s is not None:
-            await asyncio.sleep(job.again_after_s)
+        if job.resubmitted_after_s is not None:
+            await asyncio.sleep(job.resubmitted_after_s)
             await self._backend.submit(job)
         if job.cancelled_after_s is not None:
             await asyncio.sleep(job.cancelled_after_s)
