@@ -1,4 +1,4 @@
-"""Who takes part, and how each is run."""
+"""The compared workers and their commands, environments and messages."""
 
 import json
 import shlex
@@ -19,8 +19,8 @@ Environment = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a contender is given for one run."""
+class RunConfig:
+    """The configuration of a contender for one run."""
 
     rabbitmq_url: str
     jobs_queue: str
@@ -36,23 +36,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the same work."""
+    """A worker to compare."""
 
     name: str
     command: tuple[str, ...]
-    environment: Callable[[Run], Environment]
+    environment: Callable[[RunConfig], Environment]
     message: Callable[[str, bytes], Message]
-    """Makes the message of a job out of its id and its JSON."""
+    """Build the message of a job from its id and its JSON."""
     jobs_queue_arguments: Mapping[str, FieldValue]
     takes_links: bool = False
-    most_in_flight: int = 1_000_000
-    """By its nature, regardless of its arguments."""
-    only_by_name: bool = False
-    """Whether it takes part only where it is asked for."""
+    max_in_flight: int = 1_000_000
+    """The upper bound of its concurrency, independent of the configuration."""
+    is_optional: bool = False
+    """Run only if named by `--only`."""
 
 
 def worker(command: str | None = None) -> Contender:
-    """This project's worker: that of this checkout, or the one that `command` starts."""
+    """Return this project's worker, from this checkout or started by `command`."""
     default = [str(Path(sys.executable).with_name("vqa-worker"))]
     return Contender(
         name=WORKER,
@@ -65,20 +65,20 @@ def worker(command: str | None = None) -> Contender:
 
 
 def traced(command: str | None = None) -> list[Contender]:
-    """The worker sending traces, all of them and one in a hundred; the simulator takes them, too."""
+    """Return the worker with tracing, for all jobs and for 1 %; the simulator accepts the spans."""
     return [
         replace(
             worker(command),
             name=name,
             environment=partial(_traced_environment, ratio),
-            only_by_name=True,
+            is_optional=True,
         )
-        for name, ratio in ((TRACED, "1"), (TRACED_SELDOM, "0.01"))
+        for name, ratio in ((TRACED, "1"), (TRACED_SAMPLED, "0.01"))
     ]
 
 
 def peers() -> list[Contender]:
-    """What a user would write instead, each with the means of one library."""
+    """Return the equivalent workers, one for each library."""
     return [
         Contender(
             name="aio-pika",
@@ -101,10 +101,10 @@ def peers() -> list[Contender]:
 
 
 def jobs_queue_arguments(contender: Contender, jobs_queue: str) -> dict[str, FieldValue]:
-    """How the contender declares its jobs queue: declared before it starts, it has to be the same."""
-    if contender.name not in (WORKER, TRACED, TRACED_SELDOM):
+    """Return the arguments with which the contender itself declares its jobs queue."""
+    if contender.name not in (WORKER, TRACED, TRACED_SAMPLED):
         return dict(contender.jobs_queue_arguments)
-    # As docs/messages.md says for those who declare the queues themselves.
+    # See docs/messages.md.
     return {
         **_QUORUM,
         "x-dead-letter-exchange": "",
@@ -117,15 +117,15 @@ def jobs_queue_arguments(contender: Contender, jobs_queue: str) -> dict[str, Fie
 
 WORKER: Final = "vqa-worker"
 TRACED: Final = "vqa-worker, traced"
-TRACED_SELDOM: Final = "vqa-worker, 1 % traced"
+TRACED_SAMPLED: Final = "vqa-worker, 1 % traced"
 _QUORUM: Final = {"x-queue-type": "quorum"}
 _MODEL: Final = "bench"
-# A word that occurs nowhere else: the worker takes secrets out of whatever it writes.
+# Unique: the worker redacts this string in all its output.
 _KEY: Final = "no-key-is-needed-here"
 
 
 def _celery(name: str, pool: str, concurrency: int) -> Contender:
-    # Gossip, mingling and heartbeats are for several workers that want to know of each other.
+    # Gossip, mingle and heartbeats synchronise several workers.
     quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "WARNING")
     arguments = ("-A", "celery_worker", "worker", "--pool", pool, "-c", str(concurrency), *quiet)
     return Contender(
@@ -134,11 +134,11 @@ def _celery(name: str, pool: str, concurrency: int) -> Contender:
         environment=_peer_environment,
         message=_celery_message,
         jobs_queue_arguments=_QUORUM,
-        most_in_flight=concurrency,
+        max_in_flight=concurrency,
     )
 
 
-def _worker_environment(run: Run) -> Environment:
+def _worker_environment(run: RunConfig) -> Environment:
     return {
         **_common(run),
         "VQA_RABBITMQ_URL": run.rabbitmq_url,
@@ -156,18 +156,18 @@ def _worker_environment(run: Run) -> Environment:
     }
 
 
-def _traced_environment(ratio: str, run: Run) -> Environment:
+def _traced_environment(ratio: str, run: RunConfig) -> Environment:
     return {
         **_worker_environment(run),
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{run.model_base_url}/traces",
         "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
         "OTEL_TRACES_SAMPLER_ARG": ratio,
-        # None is dropped: what is measured is what sending all of them takes.
+        # Large enough that no span is dropped.
         "OTEL_BSP_MAX_QUEUE_SIZE": "50000",
     }
 
 
-def _peer_environment(run: Run) -> Environment:
+def _peer_environment(run: RunConfig) -> Environment:
     return {
         **_common(run),
         "RABBITMQ_URL": run.rabbitmq_url,
@@ -179,12 +179,12 @@ def _peer_environment(run: Run) -> Environment:
         "MODEL": _MODEL,
         "CONCURRENCY": str(run.concurrency),
         "IMAGE_DELIVERY": "link" if run.as_link else "inline",
-        # Where `celery -A celery_worker` finds its module.
+        # For `celery -A celery_worker`.
         "PYTHONPATH": str(PEERS),
     }
 
 
-def _common(run: Run) -> Environment:
+def _common(run: RunConfig) -> Environment:
     tls = {"SSL_CERT_FILE": str(run.ca_file), "AWS_CA_BUNDLE": str(run.ca_file)} if run.ca_file else {}
     return {**run.s3_credentials, **tls}
 
@@ -194,7 +194,7 @@ def _plain_message(_job_id: str, body: bytes) -> Message:
 
 
 def _celery_message(job_id: str, body: bytes) -> Message:
-    """What `answer.delay(job)` sends: Celery's message protocol, version 2."""
+    """Return the message of `answer.delay(job)`: Celery's message protocol, version 2."""
     job: dict[str, Any] = json.loads(body)
     embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
     return Message(

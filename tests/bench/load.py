@@ -1,4 +1,4 @@
-"""The publisher's and the reader's side: sends jobs, and compares every result with what it must be."""
+"""Publish jobs, and compare every result with the expected one."""
 
 import asyncio
 import contextlib
@@ -13,58 +13,58 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
 from tests.bench.contenders import Contender, jobs_queue_arguments
-from tests.bench.pictures import Picture
+from tests.bench.images import Image
 
-# A contender that gives no result for so long has lost a job, or has stopped.
+# Without a result for so many seconds, the contender has lost a job or stopped.
 PATIENCE_S: Final = 90.0
 _PUBLISHED_AT_ONCE: Final = 1000
 _RETRY_DELAYS: Final = ("1", "5", "30", "120")
 
 
-class WrongError(Exception):
-    """A result was wrong, or none came; no figure of this run means anything."""
+class WrongResultError(Exception):
+    """A result is wrong or missing; the figures of the run are invalid."""
 
 
 @dataclass
 class Batch:
-    """Jobs that belong together, each with the picture whose place its number gives."""
+    """Numbered jobs, whose images are taken in turn."""
 
     name: str
-    pictures: Sequence[Picture]
+    images: Sequence[Image]
     count: int
     as_link: bool = False
     is_answered: bytearray = field(default_factory=bytearray)
     answered: int = 0
     sent_at: dict[int, float] = field(default_factory=dict)
     took_s: dict[int, float] = field(default_factory=dict)
-    """For jobs with a time in `sent_at`: from there to the result."""
+    """Seconds from `sent_at` to the result, for jobs with a time in `sent_at`."""
     wanted: int = 0
     reached: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set as soon as `wanted` jobs are answered."""
+    """Set when `wanted` jobs are answered."""
 
     def __post_init__(self) -> None:
         self.is_answered = bytearray(self.count)
 
     def job(self, number: int) -> tuple[str, bytes]:
-        """Id and JSON of a job."""
+        """Return id and JSON of a job."""
         job_id = f"{self.name}-{number}"
-        url = self.pictures[number % len(self.pictures)].url
-        job = {"id": job_id, "question": "What is on this picture?", "images": [url]}
+        url = self.images[number % len(self.images)].url
+        job = {"id": job_id, "question": "What is on this image?", "images": [url]}
         return job_id, json.dumps(job).encode()
 
     def expected(self, number: int) -> str:
-        """The answer that is right."""
-        picture = self.pictures[number % len(self.pictures)]
-        return picture.answer_to_link if self.as_link else picture.answer
+        """Return the expected answer."""
+        image = self.images[number % len(self.images)]
+        return image.link_answer if self.as_link else image.answer
 
     def check(self, number: int, answer: str | None) -> None:
         """Compare an answer.
 
         Raises:
-            WrongError: the bytes of the picture did not all get where they had to.
+            WrongResultError: The model API did not receive the exact image.
         """
         if answer != (expected := self.expected(number)):
-            raise WrongError(f"{self.name}-{number}: the answer is {answer!r}, and must be {expected!r}")
+            raise WrongResultError(f"{self.name}-{number}: the answer is {answer!r} instead of {expected!r}")
         if number in self.sent_at:
             self.took_s[number] = time.perf_counter() - self.sent_at[number]
         if not self.is_answered[number]:
@@ -75,7 +75,7 @@ class Batch:
 
 
 class Load:
-    """Queues of their own for one contender's process, and a connection to them."""
+    """The queues for one contender, and a connection to them."""
 
     def __init__(
         self, channel: AbstractChannel, contender: Contender, name: str, log: Callable[[], str]
@@ -86,7 +86,7 @@ class Load:
         self.jobs_queue = f"{name}.jobs"
         self.results_queue = f"{name}.results"
         self._batches: dict[str, Batch] = {}
-        self._wrong: Exception | None = None
+        self._error: Exception | None = None
         self._stop_reading: Callable[[], Awaitable[object]]
 
     @classmethod
@@ -94,24 +94,24 @@ class Load:
     async def on(
         cls, url: str, contender: Contender, name: str, log: Callable[[], str]
     ) -> AsyncIterator["Load"]:
-        """The queues are there, and empty, in the block, and deleted after it."""
+        """Declare the queues; delete them at the end of the context."""
         connection = await aio_pika.connect(url)
         async with connection:
             load = cls(await connection.channel(), contender, name, log)
             await load._declare()
             yield load
-            # After an error the whole broker goes.
+            # Not after an error: then the broker is stopped.
             await load._delete()
 
-    async def all_of(self, batch: Batch) -> float:
-        """Publish all, wait for all results; return the seconds from the first to the last."""
-        began = time.perf_counter()
+    async def publish_all(self, batch: Batch) -> float:
+        """Publish all jobs and wait for all results; return the seconds it took."""
+        started = time.perf_counter()
         await asyncio.gather(self.publish(batch, range(batch.count)), self.wait_for(batch, batch.count))
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
-    async def keeping(self, batch: Batch, outstanding: int) -> float:
-        """As `all_of`, with so many jobs published and not answered at any time."""
-        began = time.perf_counter()
+    async def with_outstanding(self, batch: Batch, outstanding: int) -> float:
+        """Do the same with a constant number of published jobs without a result."""
+        started = time.perf_counter()
         self._batches[batch.name] = batch
         sent = 0
         while sent < batch.count:
@@ -120,20 +120,20 @@ class Load:
             sent = upto
             await self.wait_for(batch, min(batch.count, sent - outstanding + 1))
         await self.wait_for(batch, batch.count)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
-    async def at_rate(self, batch: Batch, jobs_per_s: float, *, past_contender: bool = False) -> float:
-        """Publish at times that answers do not influence (Poisson); return the rate that came about.
+    async def publish_at_rate(self, batch: Batch, jobs_per_s: float, *, broker_only: bool = False) -> float:
+        """Publish at random times (Poisson), independent of results; return the actual rate.
 
         Args:
             batch: The jobs.
-            jobs_per_s: How many, on average.
-            past_contender: Publish the results instead of the jobs: what is measured is the broker alone.
+            jobs_per_s: The average rate.
+            broker_only: Publish results instead of jobs, to measure the broker alone.
         """
-        publish_one = self._publish_result if past_contender else self._publish_one
+        publish_one = self._publish_result if broker_only else self._publish_one
         # The same gaps for every contender.
         gaps = random.Random(1)  # noqa: S311 - no secret
-        began = due = time.perf_counter()
+        started = due = time.perf_counter()
         self._batches[batch.name] = batch
         publishing = []
         for number in range(batch.count):
@@ -142,40 +142,38 @@ class Load:
                 await asyncio.sleep(wait_s)
             batch.sent_at[number] = time.perf_counter()
             publishing.append(asyncio.create_task(publish_one(batch, number)))
-        sent_in_s = time.perf_counter() - began
+        sent_in_s = time.perf_counter() - started
         await asyncio.gather(*publishing)
         await self.wait_for(batch, batch.count)
         return batch.count / sent_in_s
 
     async def publish(self, batch: Batch, numbers: range) -> None:
-        """Publish some of the jobs, confirmed."""
+        """Publish some of the jobs and wait for the confirms."""
         self._batches[batch.name] = batch
         for begin in range(numbers.start, numbers.stop, _PUBLISHED_AT_ONCE):
             part = range(begin, min(begin + _PUBLISHED_AT_ONCE, numbers.stop))
             await asyncio.gather(*(self._publish_one(batch, number) for number in part))
 
     async def wait_for(self, batch: Batch, answered: int) -> None:
-        """Wait until so many of the batch have their result.
+        """Wait until `answered` jobs of the batch have a result.
 
         Raises:
-            WrongError: one was wrong, or none came for a long time.
+            WrongResultError: A result is wrong, or none arrived for `PATIENCE_S`.
         """
         self._batches[batch.name] = batch
         batch.wanted = answered
-        while batch.answered < answered and self._wrong is None:
+        while batch.answered < answered and self._error is None:
             before = batch.answered
             batch.reached.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(batch.reached.wait(), PATIENCE_S)
-            if batch.answered == before and self._wrong is None:
+            if batch.answered == before and self._error is None:
                 missing = batch.count - batch.answered
-                raise WrongError(
-                    self._told(f"{missing} results of {batch.count} are missing, and no more come")
-                )
-        if self._wrong is not None:
-            raise WrongError(self._told(self._wrong))
+                raise WrongResultError(self._describe(f"{missing} of {batch.count} results are missing"))
+        if self._error is not None:
+            raise WrongResultError(self._describe(self._error))
 
-    def _told(self, what: object) -> str:
+    def _describe(self, what: object) -> str:
         return f"{self._contender.name}: {what}\nThe end of its log:\n{self._log()}"
 
     async def _publish_one(self, batch: Batch, number: int) -> None:
@@ -196,10 +194,10 @@ class Load:
         batch = self._batches.get(name)
         try:
             if batch is None:
-                raise WrongError(f"a result that nobody asked for: {result}")  # noqa: TRY301 - reported in one place
+                raise WrongResultError(f"a result for an unknown job: {result}")  # noqa: TRY301 - reported in one place
             batch.check(int(number), result.get("answer"))
-        except WrongError as error:
-            self._wrong = self._wrong or WrongError(f"{error}; the whole result: {result}")
+        except WrongResultError as error:
+            self._error = self._error or WrongResultError(f"{error}; the whole result: {result}")
             for each in self._batches.values():
                 each.reached.set()
 
@@ -209,7 +207,7 @@ class Load:
         results = await self._channel.declare_queue(
             self.results_queue, durable=True, arguments={"x-queue-type": "quorum"}
         )
-        # What is read is checked at once, and a run that is interrupted is worth nothing: no acks needed.
+        # An interrupted run is repeated from the start: no acks needed.
         tag = await results.consume(self._receive, no_ack=True)
         self._stop_reading = lambda: results.cancel(tag)
 

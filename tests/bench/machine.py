@@ -1,4 +1,4 @@
-"""What the benchmark needs of the operating system: cores to pin to, and what processes used. Linux only."""
+"""Pin processes to cores, and read their CPU time and memory. Linux only."""
 
 import os
 import platform
@@ -12,32 +12,32 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-# Places in /proc/<pid>/stat behind the command's closing parenthesis; see proc(5).
+# Fields of /proc/<pid>/stat after the command's closing parenthesis; see proc(5).
 _PARENT, _USER, _SYSTEM, _REAPED_USER, _REAPED_SYSTEM, _STARTED = 1, 11, 12, 13, 14, 19
 
 
 @dataclass(frozen=True)
 class Cores:
-    """Which cores a contender runs on, and which everything else does."""
+    """The core for the contender, and the cores for all other processes."""
 
     contender: frozenset[int]
     rest: frozenset[int]
 
     @classmethod
     def split(cls) -> "Cores":
-        """The first core for the contender; with one core only, all share it."""
+        """Reserve the first core for the contender; share it if it is the only one."""
         first, *others = sorted(os.sched_getaffinity(0))
         return cls(frozenset([first]), frozenset(others or [first]))
 
     @property
     def are_shared(self) -> bool:
-        """Whether the contender has no core for itself."""
+        """Whether the contender shares its core."""
         return self.contender == self.rest
 
 
 @contextmanager
 def pinned(cores: frozenset[int]) -> Iterator[None]:
-    """Let processes that are started in the block run on these cores, now and permanently."""
+    """Pin processes started in this context to these cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -47,7 +47,7 @@ def pinned(cores: frozenset[int]) -> Iterator[None]:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds, user and system, of a process, its descendants, and those of them that have ended."""
+    """Return user and system CPU seconds of a process and its descendants, including exited ones."""
     counted = (_USER, _SYSTEM, _REAPED_USER, _REAPED_SYSTEM)
     return (
         sum(int(stat[place]) for stat in map(_stat, _tree(pid)) if stat for place in counted) / _TICKS_PER_S
@@ -55,7 +55,7 @@ def cpu_s(pid: int) -> float:
 
 
 def busy_s(cores: frozenset[int]) -> float:
-    """CPU seconds that these cores have spent on anything, up to now."""
+    """Return the CPU seconds of all processes on these cores since boot."""
     names = {f"cpu{core}" for core in cores}
     counts = [line.split() for line in (_PROC / "stat").read_text().splitlines() if line.startswith("cpu")]
     # user nice system idle iowait irq softirq steal
@@ -64,12 +64,12 @@ def busy_s(cores: frozenset[int]) -> float:
 
 
 def peak_mb(pid: int) -> float:
-    """The highest resident memory so far, in MB: of one process exactly, of several an upper bound."""
+    """Return the peak resident memory in MB; for several processes an upper bound."""
     return sum(_status_kb(each, "VmHWM") for each in _tree(pid)) * 1024 / 1e6
 
 
 def resident_mb(pid: int) -> float:
-    """Resident memory in MB; what several processes share is counted once."""
+    """Return the resident memory in MB; count shared memory of several processes once."""
     tree = _tree(pid)
     if len(tree) == 1:
         return _status_kb(pid, "VmRSS") * 1024 / 1e6
@@ -77,23 +77,23 @@ def resident_mb(pid: int) -> float:
 
 
 def started_at_s(pid: int) -> float:
-    """When the process was started, on the clock CLOCK_BOOTTIME; known to a hundredth of a second."""
+    """Return the start time of a process on CLOCK_BOOTTIME, with a resolution of 10 ms."""
     stat = _stat(pid)
     return int(stat[_STARTED]) / _TICKS_PER_S if stat else float("nan")
 
 
 def free_memory_mb() -> float:
-    """Memory that programs can still be given without swapping."""
+    """Return the memory available without swapping, in MB."""
     return _field_kb(_PROC / "meminfo", "MemAvailable") * 1024 / 1e6
 
 
 def free_disk_mb() -> float:
-    """Room where temporary files go, in MB."""
+    """Return the free disk space for temporary files, in MB."""
     return shutil.disk_usage(tempfile.gettempdir()).free / 1e6
 
 
 def description(cores: Cores) -> str:
-    """The machine in a line."""
+    """Return a one-line description of the machine."""
     model = next(
         (
             line.partition(":")[2].strip()
@@ -108,7 +108,7 @@ def description(cores: Cores) -> str:
 
 
 def is_supported() -> bool:
-    """Whether this system has what is read here."""
+    """Return whether this system has /proc."""
     return sys.platform == "linux" and (_PROC / "self" / "stat").exists()
 
 

@@ -1,4 +1,4 @@
-"""Render the notebook as tables and as `docs/performance.md`."""
+"""Render the results as tables and as `docs/performance.md`."""
 
 import platform
 from collections.abc import Iterable, Sequence
@@ -9,37 +9,37 @@ from typing import Final
 
 from tests.bench import machine
 from tests.bench.contenders import WORKER
-from tests.bench.figures import Notebook, Spread
 from tests.bench.machine import Cores
-from tests.bench.running import Bench
+from tests.bench.results import Results, Spread
+from tests.bench.servers import Bench
 from tests.bench.tables import number, table
 
 _LIBRARIES: Final = (
     "aio-pika", "aiohttp", "boto3", "celery", "faststream", "httpx2", "openai", "pydantic", "uvloop",
 )  # fmt: skip
 _NONE: Final = "–"
-_DISTURBED: Final = 0.05
+_MAX_OTHERS: Final = 0.05
 
 _PAGE: Final = Path(__file__).with_name("page.md")
 
 
-def tables(notebook: Notebook) -> str:
+def tables(results: Results) -> str:
     """Return all tables, for the terminal."""
-    return "\n".join([_machine(notebook), "", *_sections(notebook, {})]) + _remarks(notebook) + "\n"
+    return "\n".join([_machine(results), "", *_sections(results, {})]) + _remarks(results) + "\n"
 
 
-def page(notebook: Notebook, drawn: Sequence[str]) -> str:
+def page(results: Results, drawn: Sequence[str]) -> str:
     """Return the documentation page, with the charts."""
-    pictures = {name.rpartition(".")[0]: f"performance/{name}" for name in drawn}
+    images = {name.rpartition(".")[0]: f"performance/{name}" for name in drawn}
     text = Template(_PAGE.read_text()).substitute(
-        machine=_machine(notebook),
-        summary=_summary(notebook),
-        contender_core=notebook.about.get("contender core", "?"),
-        other_cores=notebook.about.get("other cores", "?"),
-        rounds=1 + max((it.round for it in notebook.measurements if it.scenario == "cpu"), default=0),
-        sections="\n".join(_sections(notebook, pictures)),
-        standin=_standin(notebook),
-        remarks=_remarks(notebook) or "None.",
+        machine=_machine(results),
+        summary=_summary(results),
+        contender_core=results.about.get("contender core", "?"),
+        other_cores=results.about.get("other cores", "?"),
+        rounds=1 + max((it.round for it in results.measurements if it.scenario == "cpu"), default=0),
+        sections="\n".join(_sections(results, images)),
+        simulator=_simulator(results),
+        remarks=_remarks(results) or "None.",
     )
     return text.rstrip() + "\n"
 
@@ -62,63 +62,63 @@ def about(bench: Bench, cores: Cores) -> dict[str, str]:
     }
 
 
-def _machine(notebook: Notebook) -> str:
-    about = notebook.about
+def _machine(results: Results) -> str:
+    about = results.about
     lines = [f"Machine: {about.get('machine', '?')}.", f"Software: {about.get('software', '?')}."]
     if "worker command" in about:
         lines.append(f"The worker measured is another build: `{about['worker command']}`.")
     return "\n".join(lines)
 
 
-def _summary(notebook: Notebook) -> str:
+def _summary(results: Results) -> str:
     asked = [
-        *(("cpu", case, "cpu_ms", f"CPU per job, {case}, ms") for case in notebook.cases("cpu")),
-        *(("tls", case, "cpu_ms", f"CPU per job over TLS, {case}, ms") for case in notebook.cases("tls")),
-        *(("memory", it, "peak_mb", f"Peak memory, {it} in flight, MB") for it in notebook.cases("memory")),
+        *(("cpu", case, "cpu_ms", f"CPU per job, {case}, ms") for case in results.cases("cpu")),
+        *(("tls", case, "cpu_ms", f"CPU per job over TLS, {case}, ms") for case in results.cases("tls")),
+        *(("memory", it, "peak_mb", f"Peak memory, {it} in flight, MB") for it in results.cases("memory")),
         ("link", "link", "cpu_ms", "CPU per job, `link` delivery, ms"),
         ("start", "start", "seconds", "Start to first answer, s"),
         ("latency", "50%", "p99", "Added latency at half load, p99, ms"),
     ]
-    rows = [_compared(notebook, *it) for it in asked]
+    rows = [_compared(results, *it) for it in asked]
     return table(
         ["", WORKER, "FastStream", "aio-pika", "FastStream / vqa-worker", "aio-pika / vqa-worker"],
         [row for row in rows if any(cell != _NONE for cell in row[1:])],
     )
 
 
-def _compared(notebook: Notebook, scenario: str, case: str, figure: str, title: str) -> list[str]:
-    values = [notebook.spread(scenario, who, case, figure) for who in (WORKER, "FastStream", "aio-pika")]
-    ratios = [notebook.ratio(scenario, case, figure, who, WORKER) for who in ("FastStream", "aio-pika")]
+def _compared(results: Results, scenario: str, case: str, figure: str, title: str) -> list[str]:
+    values = [results.spread(scenario, who, case, figure) for who in (WORKER, "FastStream", "aio-pika")]
+    ratios = [results.ratio(scenario, case, figure, who, WORKER) for who in ("FastStream", "aio-pika")]
     middles = [number(it.median) if it else _NONE for it in values]
     return [title, *middles, *(f"{it.median:.1f}" if it else _NONE for it in ratios)]
 
 
-def _sections(notebook: Notebook, pictures: dict[str, str]) -> Iterable[str]:
-    made = {it.scenario for it in notebook.measurements}
+def _sections(results: Results, images: dict[str, str]) -> Iterable[str]:
+    made = {it.scenario for it in results.measurements}
     if "cpu" in made:
-        yield _cpu_section(notebook, "cpu", "CPU by image size, plain HTTP", pictures.get("cpu"))
+        yield _cpu_section(results, "cpu", "CPU by image size, plain HTTP", images.get("cpu"))
     if "tls" in made:
-        yield _cpu_section(notebook, "tls", "CPU with TLS to S3 and the model API")
+        yield _cpu_section(results, "tls", "CPU with TLS to S3 and the model API")
     if "memory" in made:
-        yield _memory_section(notebook, pictures.get("memory"))
+        yield _memory_section(results, images.get("memory"))
     if "link" in made:
-        yield _cpu_section(notebook, "link", "Links instead of bytes (`VQA_IMAGE_DELIVERY=link`)")
+        yield _cpu_section(results, "link", "Links instead of bytes (`VQA_IMAGE_DELIVERY=link`)")
     if "start" in made:
-        yield _start_section(notebook)
+        yield _start_section(results)
     if "latency" in made:
-        yield _latency_section(notebook, pictures.get("latency"))
+        yield _latency_section(results, images.get("latency"))
     if "flat" in made:
-        yield _flat_section(notebook)
+        yield _flat_section(results)
 
 
-def _cpu_section(notebook: Notebook, scenario: str, title: str, picture: str | None = None) -> str:
+def _cpu_section(results: Results, scenario: str, title: str, image: str | None = None) -> str:
     rows = []
-    for case in notebook.cases(scenario):
-        for who in notebook.contenders(scenario):
-            spread = notebook.spread(scenario, who, case, "cpu_ms")
+    for case in results.cases(scenario):
+        for who in results.contenders(scenario):
+            spread = results.spread(scenario, who, case, "cpu_ms")
             if spread is None:
                 continue
-            ratio = notebook.ratio(scenario, case, "cpu_ms", who, WORKER)
+            ratio = results.ratio(scenario, case, "cpu_ms", who, WORKER)
             rows.append(
                 [
                     case,
@@ -126,8 +126,8 @@ def _cpu_section(notebook: Notebook, scenario: str, title: str, picture: str | N
                     _shown(spread),
                     number(1000 / spread.median),
                     _shown(ratio) if who != WORKER else "1",
-                    _shown(notebook.spread(scenario, who, case, "jobs_per_s"), spread=False),
-                    _percent(notebook.spread(scenario, who, case, "busy")),
+                    _shown(results.spread(scenario, who, case, "jobs_per_s"), spread=False),
+                    _percent(results.spread(scenario, who, case, "busy")),
                 ]
             )
     header = [
@@ -139,14 +139,14 @@ def _cpu_section(notebook: Notebook, scenario: str, title: str, picture: str | N
         "jobs/s observed",
         "core utilisation",
     ]
-    return _section(title, picture, table(header, rows))
+    return _section(title, image, table(header, rows))
 
 
-def _memory_section(notebook: Notebook, picture: str | None) -> str:
+def _memory_section(results: Results, image: str | None) -> str:
     rows = []
-    for case in notebook.cases("memory"):
-        for who in notebook.contenders("memory"):
-            spread = notebook.spread("memory", who, case, "peak_mb")
+    for case in results.cases("memory"):
+        for who in results.contenders("memory"):
+            spread = results.spread("memory", who, case, "peak_mb")
             if spread is None:
                 continue
             rows.append(
@@ -154,9 +154,9 @@ def _memory_section(notebook: Notebook, picture: str | None) -> str:
                     case,
                     who,
                     number(spread.median),
-                    _shown(notebook.spread("memory", who, case, "before_mb")),
-                    _shown(notebook.spread("memory", who, case, "concurrent")),
-                    _shown(notebook.ratio("memory", case, "peak_mb", who, WORKER)) if who != WORKER else "1",
+                    _shown(results.spread("memory", who, case, "before_mb")),
+                    _shown(results.spread("memory", who, case, "concurrent")),
+                    _shown(results.ratio("memory", case, "peak_mb", who, WORKER)) if who != WORKER else "1",
                 ]
             )
     header = ["in flight", "", "peak MB", "before, MB", "concurrent requests", f"times {WORKER}"]
@@ -166,26 +166,26 @@ def _memory_section(notebook: Notebook, picture: str | None) -> str:
         "more than 1 GB of images, so that all requests are open at the same time. *Concurrent requests*: as "
         "counted by the simulated API. Celery is measured up to the size of its pool."
     )
-    return _section("Memory with requests in flight", picture, table(header, rows), note)
+    return _section("Memory with requests in flight", image, table(header, rows), note)
 
 
-def _start_section(notebook: Notebook) -> str:
+def _start_section(results: Results) -> str:
     rows = [
-        [who, *(_shown(notebook.spread("start", who, "start", it)) for it in ("seconds", "cpu_s", "idle_mb"))]
-        for who in notebook.contenders("start")
+        [who, *(_shown(results.spread("start", who, "start", it)) for it in ("seconds", "cpu_s", "idle_mb"))]
+        for who in results.contenders("start")
     ]
     header = ["", "start to first answer, s", "CPU until then, s", "idle, MB"]
     return _section("Start", None, table(header, rows), "One job with an image of 100 KB is in the queue.")
 
 
-def _latency_section(notebook: Notebook, picture: str | None) -> str:
+def _latency_section(results: Results, image: str | None) -> str:
     rows = []
-    for who in notebook.contenders("latency"):
-        for case in sorted(notebook.cases("latency"), key=lambda it: int(it.rstrip("%"))):
-            if notebook.spread("latency", who, case, "p50") is None:
+    for who in results.contenders("latency"):
+        for case in sorted(results.cases("latency"), key=lambda it: int(it.rstrip("%"))):
+            if results.spread("latency", who, case, "p50") is None:
                 continue
             figures = ("jobs_per_s", "p50", "p95", "p99")
-            rows.append([who, case, *(_shown(notebook.spread("latency", who, case, it)) for it in figures)])
+            rows.append([who, case, *(_shown(results.spread("latency", who, case, it)) for it in figures)])
     note = (
         "From publishing a job (an image of 100 KB) to its result, minus the 100 ms that the simulated API "
         "takes after the last byte of the request: RabbitMQ, S3, the transfer, and the worker. "
@@ -196,14 +196,14 @@ def _latency_section(notebook: Notebook, picture: str | None) -> str:
         "a job passes through two queues."
     )
     header = ["", "load", "jobs/s", "p50 ms", "p95 ms", "p99 ms"]
-    return _section("Added latency", picture, table(header, rows), note)
+    return _section("Added latency", image, table(header, rows), note)
 
 
-def _flat_section(notebook: Notebook) -> str:
+def _flat_section(results: Results) -> str:
     rows = []
-    for case in notebook.cases("flat"):
+    for case in results.cases("flat"):
         figures = ("cpu_ms", "concurrent", "jobs_per_s")
-        rows.append([case, *(_shown(notebook.spread("flat", WORKER, case, it)) for it in figures)])
+        rows.append([case, *(_shown(results.spread("flat", WORKER, case, it)) for it in figures)])
     header = ["", "CPU ms per job", "concurrent requests", "jobs/s observed"]
     note = (
         "This worker, images of 100 KB. In the first two rows the response time of the simulated API is "
@@ -213,40 +213,40 @@ def _flat_section(notebook: Notebook) -> str:
     return _section("Effect of concurrency and queue depth", None, table(header, rows), note)
 
 
-def _standin(notebook: Notebook) -> str:
+def _simulator(results: Results) -> str:
     lines = ["Its CPU time per request, and the worker's for the same job:", ""]
     rows = []
-    for case in notebook.cases("cpu"):
+    for case in results.cases("cpu"):
         for who in (WORKER, "aio-pika"):
-            own, theirs = (notebook.spread("cpu", who, case, it) for it in ("standin_ms", "cpu_ms"))
+            own, theirs = (results.spread("cpu", who, case, it) for it in ("simulator_ms", "cpu_ms"))
             if own is None or theirs is None:
                 continue
-            slower = notebook.spread("standin", who, case, "cpu_ms")
+            slower = results.spread("simulator", who, case, "cpu_ms")
             rows.append([case, who, _shown(own), _shown(theirs), _shown(slower)])
     header = ["image", "", "simulated API, ms", "worker, ms", "worker with a 50 ms slower API, ms"]
-    return "\n".join([*lines, table(header, rows), "", _STANDIN_NOTE])
+    return "\n".join([*lines, table(header, rows), "", _SIMULATOR_NOTE])
 
 
-_STANDIN_NOTE: Final = (
+_SIMULATOR_NOTE: Final = (
     "If the simulated API were a bottleneck, CPU per job would change with its speed: see the last column. "
     "A worker that does not saturate its core (*core utilisation*) waited for the servers; "
     "its CPU per job is then overestimated, because less work is batched per wake-up."
 )
 
 
-def _remarks(notebook: Notebook) -> str:
-    others = [it.figures["others"] for it in notebook.measurements if "others" in it.figures]
-    disturbed = sum(it > _DISTURBED for it in others)
+def _remarks(results: Results) -> str:
+    others = [it.figures["others"] for it in results.measurements if "others" in it.figures]
+    disturbed = sum(it > _MAX_OTHERS for it in others)
     found = (
         f"- During {disturbed} of {len(others)} measurements, other programs used more than "
-        f"{_DISTURBED:.0%} of the worker's core and its caches: these figures are too high.\n"
+        f"{_MAX_OTHERS:.0%} of the worker's core and its caches: these figures are too high.\n"
     )
-    took = f"- The run took {notebook.about['took']}.\n" if "took" in notebook.about else ""
-    return "".join(f"- {remark}\n" for remark in notebook.remarks) + found * bool(disturbed) + took
+    took = f"- The run took {results.about['took']}.\n" if "took" in results.about else ""
+    return "".join(f"- {remark}\n" for remark in results.remarks) + found * bool(disturbed) + took
 
 
-def _section(title: str, picture: str | None, *paragraphs: str) -> str:
-    drawing = [f"![{title}]({picture})"] if picture else []
+def _section(title: str, image: str | None, *paragraphs: str) -> str:
+    drawing = [f"![{title}]({image})"] if image else []
     return "\n\n".join([f"## {title}", *drawing, *paragraphs]) + "\n"
 
 

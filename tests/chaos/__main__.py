@@ -2,16 +2,15 @@
 
 import argparse
 import asyncio
-import logging
 import random
-import signal
 import sys
 import tempfile
 from pathlib import Path
 
 from deploy.local.model_simulator.behavior import Behavior
 from deploy.local.stack import Stack
-from deploy.local.terminal import print_status, raise_keyboard_interrupt
+from deploy.local.terminal import print_status
+from tests import command_line
 from tests.chaos import soak
 from tests.chaos.report import FOOTNOTE
 from tests.chaos.run import Options, run
@@ -24,12 +23,7 @@ def main() -> int:
     if arguments.plan:
         sys.stdout.writelines(f"{fault}\n" for fault in options.plan())
         return 0
-    # The suite breaks connections on purpose: do not log each of them.
-    logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
-    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # A shell script starts background jobs with SIGINT ignored.
-        signal.signal(number, raise_keyboard_interrupt)
+    command_line.set_up()
     try:
         return _run(arguments, options)
     except KeyboardInterrupt:

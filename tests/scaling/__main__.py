@@ -2,9 +2,7 @@
 
 import argparse
 import asyncio
-import logging
 import platform
-import signal
 import sys
 import tempfile
 from importlib.metadata import version
@@ -15,7 +13,8 @@ from deploy.local.install import RabbitMQNotInstalledError
 from deploy.local.model_simulator.behavior import Behavior
 from deploy.local.processes import ServiceStartError
 from deploy.local.stack import Stack
-from deploy.local.terminal import print_status, raise_keyboard_interrupt
+from deploy.local.terminal import print_status
+from tests import command_line
 from tests.bench import machine
 from tests.bench.machine import Cores
 from tests.scaling import charts, costs, report, study
@@ -50,12 +49,7 @@ def main() -> int:
     if not machine.is_supported():
         print_status("CPU and memory are read from /proc, so this runs on Linux only.")
         return 1
-    # Connections to a broker that goes away in the end are expected and not logged.
-    logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
-    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Also when they were ignored before, as in the background of a script.
-        signal.signal(number, raise_keyboard_interrupt)
+    command_line.set_up()
     try:
         findings = _find()
     except (AssertionError, ServiceStartError, RabbitMQNotInstalledError) as error:

@@ -1,15 +1,14 @@
 """The pictures of `docs/scaling.md`."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from tests.bench.charts import LOOK
+from tests.bench.charts import save
 from tests.scaling.findings import Findings, Run
 from tests.scaling.record import rates
 
@@ -21,24 +20,14 @@ _OTHER: Final = "#a23b72"
 _GREY: Final = "#777777"
 # Jobs a second are counted over so many seconds.
 _OVER_S: Final = 3.0
-Drawing = Callable[[Figure, Findings], None]
 
 
-def draw(findings: Findings, folder: Path, suffix: str = "svg") -> list[str]:
-    """Draw everything; return the names of the files."""
-    drawings: dict[str, tuple[tuple[float, float], Drawing]] = {
-        "run": ((8, 7.6), _draw_run),
-        "sizes": ((8, 5.2), _draw_sizes),
-    }
-    drawn = []
-    with mpl.rc_context(LOOK):
-        for name, (size, drawing) in drawings.items():
-            figure = Figure(figsize=size, layout="constrained")
-            drawing(figure, findings)
-            drawn.append(f"{name}.{suffix}")
-            metadata = {"Date": None} if suffix == "svg" else None
-            figure.savefig(folder / drawn[-1], dpi=110, facecolor="white", metadata=metadata)
-    return drawn
+def draw(findings: Findings, folder: Path) -> list[str]:
+    """Draw all charts; return the file names."""
+    return [
+        save(folder, "run", (8, 7.6), partial(_draw_run, findings=findings)),
+        save(folder, "sizes", (8, 5.2), partial(_draw_sizes, findings=findings)),
+    ]
 
 
 def _draw_run(figure: Figure, findings: Findings) -> None:

@@ -6,7 +6,7 @@ from string import Template
 from typing import Final
 
 from tests.bench.contenders import ROOT, WORKER
-from tests.bench.figures import Notebook
+from tests.bench.results import Results
 from tests.bench.tables import number, table
 from tests.scaling import study
 from tests.scaling.findings import Findings
@@ -231,7 +231,7 @@ def _concurrency() -> int:
 
 def _worker_ms() -> float:
     """Return the CPU time of the worker for a job with an image of 1 MB, from docs/performance.md."""
-    spread = Notebook.load(_PERFORMANCE).spread("cpu", WORKER, "1 MB", "cpu_ms")
+    spread = Results.load(_PERFORMANCE).spread("cpu", WORKER, "1 MB", "cpu_ms")
     assert spread is not None
     return spread.median
 

@@ -1,8 +1,7 @@
-"""The worker that one writes in an afternoon with aio-pika: consume, fetch, ask, publish, ack.
+"""A minimal worker with aio-pika.
 
-As the documentation of aio-pika (a callback with `message.process()`, prefetch set on the channel), boto3
-(one client for all threads) and the openai SDK (one client, `chat.completions.create` with a data URL) show
-it.
+It follows the documentation of aio-pika (a callback with `message.process()`, prefetch on the channel), boto3
+(one client for all threads) and the openai SDK (one client, `chat.completions.create` with a data URL).
 """
 
 import asyncio
@@ -41,7 +40,7 @@ def image_url(url: str) -> str:
 async def answer(job: dict[str, Any]) -> dict[str, Any]:
     content: list[dict[str, Any]] = [{"type": "text", "text": job["question"]}]
     for image in job["images"]:
-        # Signing a link is a computation, and asks nobody.
+        # Presigning needs no request.
         url = image_url(image) if AS_LINK else await asyncio.to_thread(image_url, image)
         content.append({"type": "image_url", "image_url": {"url": url}})
     completion = await model.chat.completions.create(

@@ -1,9 +1,8 @@
-"""The same worker as a Celery task: `celery -A celery_worker worker --pool prefork -c 2`, or threads.
+"""The same worker as a Celery task: `celery -A celery_worker worker --pool prefork -c 2`, or with threads.
 
-As its documentation recommends for tasks that must not get lost: quorum queues, late acks, a prefetch
-multiplier of one, confirmed publishing. Jobs come by Celery's own protocol. The result goes to the results
-queue by the app's own producer, because a result backend would keep results for a caller that asks, and
-nobody asks.
+It follows the documentation for tasks that must not be lost: quorum queues, late acks, a prefetch
+multiplier of one, publisher confirms. Jobs use Celery's message protocol. The app's producer publishes the
+result to the results queue, because a result backend stores results for polling callers.
 """
 
 import base64
@@ -30,7 +29,7 @@ app.conf.update(
 )
 
 
-# Made at first use, as neither client may cross the fork into the pool's processes.
+# Created on first use: the clients must not be shared across the fork of the pool's processes.
 @functools.cache
 def s3() -> Any:
     return boto3.client(

@@ -1,8 +1,8 @@
-"""The same worker with FastStream: a subscriber that is a publisher, its messages as pydantic models.
+"""The same worker with FastStream: a subscriber and publisher with pydantic models.
 
-As its documentation shows it: `RabbitQueue` of the quorum type, prefetch on the default channel, the result
-returned to `@broker.publisher`. `uvloop` is what its command line runs on when it is installed. Its log line
-or two for each message, on by default, is switched off.
+It follows the documentation: `RabbitQueue` of the quorum type, prefetch on the default channel, the result
+returned to `@broker.publisher`. Its command line uses `uvloop` if installed. Logging per message, on by
+default, is disabled.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Pictures of any size, each unlike the others, and what the simulator must say of them."""
+"""Generate distinct images of any size, with the expected answers of the simulator."""
 
 import base64
 import os
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from isal import isal_zlib
 
-from tests.bench.standin import describe_picture
+from tests.bench.simulator import describe_image
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -22,52 +22,52 @@ _UPLOADS_AT_ONCE: Final = 4
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An object in S3, and the answer that proves that all of it arrived."""
+class Image:
+    """An object in S3, with the answers that depend on all its bytes."""
 
     url: str
     answer: str
-    answer_to_link: str
+    link_answer: str
 
 
-class Gallery:
-    """Uploads pictures when they are first asked for."""
+class ImageUploader:
+    """Upload images on first use."""
 
     def __init__(self, s3: "S3Client", bucket: str, cores: AbstractSet[int]) -> None:
         self._s3 = s3
         self._cores = cores
         self._bucket = bucket
-        self._pictures: dict[int, list[Picture]] = {}
+        self._images: dict[int, list[Image]] = {}
 
-    def of(self, size: int, count: int) -> Sequence[Picture]:
-        """`count` pictures of `size` bytes, no two alike.
+    def of(self, size: int, count: int) -> Sequence[Image]:
+        """Return `count` distinct images of `size` bytes.
 
-        A job's picture should not be in flight a second time, as a worker may read it once for both: take
-        more pictures than jobs are in flight.
+        A job's image should not be in flight a second time, as a worker may read it once for both: take
+        Use more images than jobs in flight: a worker may share one read between two jobs.
         """
-        pictures = self._pictures.setdefault(size, [])
+        images = self._images.setdefault(size, [])
         filling = os.urandom(size)
-        # No contender runs meanwhile, so its core can help.
+        # No contender runs now: use all cores.
         help_from = (0, self._cores)
         with ThreadPoolExecutor(_UPLOADS_AT_ONCE, "upload", os.sched_setaffinity, help_from) as pool:
-            pictures += pool.map(
+            images += pool.map(
                 lambda number: self._upload(_png(size, number, filling), f"bench/{size}/{number}.png"),
-                range(len(pictures), count),
+                range(len(images), count),
             )
-        return pictures[:count]
+        return images[:count]
 
-    def _upload(self, content: bytes, key: str) -> Picture:
+    def _upload(self, content: bytes, key: str) -> Image:
         self._s3.put_object(Bucket=self._bucket, Key=key, Body=content, ContentType="image/png")
         encoded = base64.b64encode(content)
-        return Picture(
+        return Image(
             url=f"s3://{self._bucket}/{key}",
-            answer=describe_picture(len(encoded), isal_zlib.crc32(encoded)),
-            answer_to_link=f"/{self._bucket}/{key}",
+            answer=describe_image(len(encoded), isal_zlib.crc32(encoded)),
+            link_answer=f"/{self._bucket}/{key}",
         )
 
 
 def _png(size: int, number: int, filling: bytes) -> bytes:
-    """A valid picture of one pixel, with a private chunk that makes it `size` bytes long."""
+    """Return a PNG of one pixel, padded to `size` bytes by a private chunk."""
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
     pixel = _chunk(b"IDAT", zlib.compress(b"\0\0"))
     end = _chunk(b"IEND", b"")

@@ -1,4 +1,4 @@
-"""The servers of the benchmark, and a contender's process among them."""
+"""Start the servers of the benchmark and the contenders' processes."""
 
 import contextlib
 import json
@@ -21,29 +21,29 @@ from deploy.local.processes import SupervisedProcess
 from deploy.local.s3 import S3, Certificate
 from deploy.local.stack import Stack
 from tests.bench import machine
-from tests.bench.contenders import ROOT, Contender, Run
+from tests.bench.contenders import ROOT, Contender, RunConfig
+from tests.bench.images import Image, ImageUploader
 from tests.bench.load import Batch, Load
 from tests.bench.machine import Cores
-from tests.bench.pictures import Gallery, Picture
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _LOG_TAIL_LINES: Final = 12
-_STANDIN_START_S: Final = 10
+_SIMULATOR_START_S: Final = 10
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a contender is run."""
+    """The configuration of a scenario."""
 
     concurrency: int = 64
     as_link: bool = False
     tls: bool = False
 
 
-class StandIn:
-    """The simulator's process."""
+class Simulator:
+    """The process of the simulated model API."""
 
     def __init__(self, folder: Path, ports: PortBlock, certificate: Certificate) -> None:
         self._port, self._tls_port = ports.take(), ports.take()
@@ -51,30 +51,30 @@ class StandIn:
         tls = ("--certificate", str(certificate.certificate), "--key", str(certificate.key))
         self._process = SupervisedProcess(
             "simulator",
-            [sys.executable, "-m", "tests.bench.standin", *addresses, *tls],
+            [sys.executable, "-m", "tests.bench.simulator", *addresses, *tls],
             environment={**os.environ, "PYTHONPATH": str(ROOT)},
             folder=folder,
         )
 
     def start(self) -> None:
-        """Start, and wait until it answers."""
+        """Start the process and wait until it answers."""
         self._process.launch()
-        self._process.wait_until(self._answers, timeout_seconds=_STANDIN_START_S, advice="")
+        self._process.wait_until(self._answers, timeout_seconds=_SIMULATOR_START_S, advice="")
 
     def stop(self) -> None:
-        """End it."""
+        """Kill the process."""
         self._process.kill()
 
     def url(self, *, tls: bool) -> str:
-        """The base URL of its API."""
+        """Return the base URL."""
         return f"https://127.0.0.1:{self._tls_port}/v1" if tls else f"http://127.0.0.1:{self._port}/v1"
 
     def set_latency(self, seconds: float) -> None:
-        """Let every answer wait from here on."""
+        """Set the latency of all further answers."""
         self._ask(f"set?latency={seconds}")
 
-    def look(self) -> dict[str, float]:
-        """Its counters; see the module."""
+    def counters(self) -> dict[str, float]:
+        """Return the counters; see `simulator`."""
         return self._ask("stats")
 
     def _answers(self) -> bool:
@@ -91,8 +91,8 @@ class StandIn:
             return counters
 
 
-class Running:
-    """A contender with queues of its own; its process runs from `launch` to the end of the context."""
+class ContenderProcess:
+    """A contender's process and its queues."""
 
     def __init__(self, process: SupervisedProcess, cores: Cores, http_port: int, as_link: bool) -> None:
         self._process = process
@@ -104,25 +104,25 @@ class Running:
 
     @property
     def pid(self) -> int:
-        """Its first process."""
+        """The id of its first process."""
         return self._process.pid
 
     def launch(self) -> None:
-        """Start it on its core."""
+        """Start the process on the contender's core."""
         with machine.pinned(self._cores.contender):
             self._process.launch()
 
     def cpu_s(self) -> float:
-        """CPU seconds so far."""
+        """Return the CPU seconds so far."""
         return machine.cpu_s(self.pid)
 
-    def batch(self, pictures: Sequence[Picture], count: int) -> Batch:
-        """A new batch of jobs about these pictures in turn."""
+    def batch(self, images: Sequence[Image], count: int) -> Batch:
+        """Return a new batch of jobs with these images in turn."""
         self._batches += 1
-        return Batch(f"b{self._batches}", pictures, count, self._as_link)
+        return Batch(f"b{self._batches}", images, count, self._as_link)
 
     def concurrency_limit(self) -> float | None:
-        """What the worker says of its own limit in force; None for a contender that has none."""
+        """Return the worker's current concurrency limit; None for other contenders."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._http_port}/metrics", timeout=5) as response:
                 lines = response.read().decode().splitlines()
@@ -131,7 +131,7 @@ class Running:
         return next((float(it.split()[1]) for it in lines if it.startswith("vqa_concurrency_limit ")), None)
 
     def log_tail(self) -> str:
-        """The last lines that it printed."""
+        """Return the last lines of the output."""
         if not self._process.log.exists():
             return "  (none)"
         lines = self._process.log.read_text(errors="replace").splitlines()
@@ -139,16 +139,16 @@ class Running:
 
 
 class Bench:
-    """RabbitMQ, S3, the simulator and the pictures."""
+    """RabbitMQ, S3, the simulated model API and the images."""
 
     def __init__(
-        self, stack: Stack, standin: StandIn, cores: Cores, folder: Path, ports: PortBlock, ca_file: Path
+        self, stack: Stack, simulator: Simulator, cores: Cores, folder: Path, ports: PortBlock, ca_file: Path
     ) -> None:
         assert isinstance(stack.s3, S3)
         self.stack = stack
-        self.standin = standin
+        self.simulator = simulator
         self.cores = cores
-        self.gallery = Gallery(_uploader(stack.s3), stack.s3.bucket, cores.contender | cores.rest)
+        self.images = ImageUploader(_uploader(stack.s3), stack.s3.bucket, cores.contender | cores.rest)
         self._s3 = stack.s3
         self._folder = folder
         self._http_port = ports.take()
@@ -157,53 +157,53 @@ class Bench:
 
     @classmethod
     @contextlib.contextmanager
-    def start(cls, cores: Cores, tell: Callable[[str], None]) -> Iterator["Bench"]:
-        """All servers, up and answering, on the cores that no contender runs on."""
+    def start(cls, cores: Cores, log: Callable[[str], None]) -> Iterator["Bench"]:
+        """Start all servers on the cores that no contender uses."""
         os.sched_setaffinity(0, cores.rest)
         with contextlib.ExitStack() as resources:
             folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="vqa-bench-")))
             ports = PortBlock()
             resources.callback(ports.close)
             ca_file, certificate = _certificate(folder)
-            stack = resources.enter_context(Stack.start(s3_certificate=certificate, on_progress=tell))
-            standin = StandIn(folder / "simulator", ports, certificate)
-            resources.callback(standin.stop)
-            standin.start()
-            yield cls(stack, standin, cores, folder, ports, ca_file)
+            stack = resources.enter_context(Stack.start(s3_certificate=certificate, on_progress=log))
+            simulator = Simulator(folder / "simulator", ports, certificate)
+            resources.callback(simulator.stop)
+            simulator.start()
+            yield cls(stack, simulator, cores, folder, ports, ca_file)
 
     @contextlib.asynccontextmanager
-    async def prepared(self, contender: Contender, setup: Setup) -> AsyncIterator[Running]:
-        """A contender that is not yet launched, with empty queues; nothing is left of it afterwards."""
+    async def prepared(self, contender: Contender, setup: Setup) -> AsyncIterator[ContenderProcess]:
+        """Prepare a contender with empty queues; kill it at the end of the context."""
         self._runs += 1
         name = f"bench{self._runs}"
         run = self._run(name, setup)
-        process = SupervisedProcess(
+        supervised = SupervisedProcess(
             name,
             contender.command,
             environment={**_inherited(), **contender.environment(run)},
             folder=self._folder / name,
         )
-        running = Running(process, self.cores, self._http_port, setup.as_link)
-        self.standin.set_latency(0)
+        process = ContenderProcess(supervised, self.cores, self._http_port, setup.as_link)
+        self.simulator.set_latency(0)
         url = self.stack.rabbitmq.url
-        async with Load.on(url, contender, name, running.log_tail) as running.load:
+        async with Load.on(url, contender, name, process.log_tail) as process.load:
             try:
-                yield running
+                yield process
             finally:
-                # Every result has been compared: there is nothing that an orderly end could save.
-                process.kill()
+                # All results are checked: no graceful shutdown needed.
+                supervised.kill()
 
     @contextlib.asynccontextmanager
-    async def running(self, contender: Contender, setup: Setup) -> AsyncIterator[Running]:
-        """As `prepared`, and launched."""
-        async with self.prepared(contender, setup) as running:
-            running.launch()
-            yield running
+    async def launched(self, contender: Contender, setup: Setup) -> AsyncIterator[ContenderProcess]:
+        """Prepare and launch a contender."""
+        async with self.prepared(contender, setup) as process:
+            process.launch()
+            yield process
 
-    def _run(self, name: str, setup: Setup) -> Run:
+    def _run(self, name: str, setup: Setup) -> RunConfig:
         s3_url = self._s3.https_endpoint_url if setup.tls else self._s3.endpoint_url
         assert s3_url is not None
-        return Run(
+        return RunConfig(
             rabbitmq_url=self.stack.rabbitmq.url,
             jobs_queue=f"{name}.jobs",
             results_queue=f"{name}.results",
@@ -214,7 +214,7 @@ class Bench:
                 "AWS_REGION": self._s3.region,
                 "AWS_DEFAULT_REGION": self._s3.region,
             },
-            model_base_url=self.standin.url(tls=setup.tls),
+            model_base_url=self.simulator.url(tls=setup.tls),
             concurrency=setup.concurrency,
             http_port=self._http_port,
             as_link=setup.as_link,
@@ -223,12 +223,12 @@ class Bench:
 
 
 def elapsed_since_start_s(pid: int) -> float:
-    """Seconds since a process was started."""
+    """Return the seconds since the start of a process."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - machine.started_at_s(pid)
 
 
 def _uploader(s3: S3) -> "S3Client":
-    """A client that leaves out the checksums, which cost more than all the rest of an upload."""
+    """Return a client without checksums, which would use most of the CPU time of an upload."""
     return boto3.client(
         "s3",
         endpoint_url=s3.endpoint_url,
@@ -245,7 +245,7 @@ def _uploader(s3: S3) -> "S3Client":
 
 
 def _certificate(folder: Path) -> tuple[Path, Certificate]:
-    """A throw-away authority, and a certificate by it for this machine's own address."""
+    """Create a temporary authority and a server certificate for localhost."""
     authority = trustme.CA()
     issued = authority.issue_cert("127.0.0.1", "localhost")
     ca_file, certificate, key = (folder / name for name in ("ca.pem", "server.pem", "server-key.pem"))
@@ -256,7 +256,7 @@ def _certificate(folder: Path) -> tuple[Path, Certificate]:
 
 
 def _inherited() -> dict[str, str]:
-    """The environment without what would tell a contender something else, and without proxies."""
+    """Return the environment without proxies and without variables that configure a contender."""
     ours = ("VQA_", "AWS_", "OPENAI_", "DEEPINFRA_", "SSL_CERT_", "CELERY_", "OTEL_", "PYTHON")
     proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
     return {

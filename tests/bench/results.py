@@ -1,4 +1,4 @@
-"""The notebook that scenarios write into, and what is made of its figures: medians, spreads, ratios."""
+"""The measurements of a run, and their medians, spreads and ratios."""
 
 import json
 import statistics
@@ -10,7 +10,7 @@ from typing import Self
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one measurement gave."""
+    """The figures of one measurement."""
 
     scenario: str
     contender: str
@@ -21,7 +21,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle, the lowest and the highest of repeated figures."""
+    """Median, minimum and maximum of repeated figures."""
 
     median: float
     low: float
@@ -29,46 +29,46 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Self:
-        """Of at least one value."""
+        """Return the spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass
-class Notebook:
-    """All measurements of a run, and remarks on what was left out or is out of the ordinary."""
+class Results:
+    """All measurements of a run, with remarks on omitted cases and disturbances."""
 
-    tell: Callable[[str], None] = print
+    log: Callable[[str], None] = print
     measurements: list[Measurement] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     about: dict[str, str] = field(default_factory=dict)
-    """What the run was made on and with."""
+    """The machine and the software of the run."""
 
     def add(self, scenario: str, contender: str, case: str, number: int, figures: dict[str, float]) -> None:
-        """Write down a measurement, and tell it at once."""
+        """Add and log a measurement."""
         self.measurements.append(Measurement(scenario, contender, case, number, figures))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.tell(f"{scenario:8} {contender:17} {case:16} round {number + 1}  {shown}")
+        self.log(f"{scenario:8} {contender:17} {case:16} round {number + 1}  {shown}")
 
     def remark(self, text: str) -> None:
-        """Write down a remark."""
+        """Add and log a remark."""
         self.remarks.append(text)
-        self.tell(text)
+        self.log(text)
 
     def contenders(self, scenario: str) -> list[str]:
-        """Who was measured, in the order of the first time."""
+        """Return the measured contenders, in order of first measurement."""
         return list(dict.fromkeys(it.contender for it in self.measurements if it.scenario == scenario))
 
     def cases(self, scenario: str) -> list[str]:
-        """What was measured, in the order of the first time."""
+        """Return the measured cases, in order of first measurement."""
         return list(dict.fromkeys(it.case for it in self.measurements if it.scenario == scenario))
 
     def spread(self, scenario: str, contender: str, case: str, figure: str) -> Spread | None:
-        """A figure over the rounds; None if it was not measured."""
+        """Return the spread of a figure over the rounds; None if it was not measured."""
         values = list(self._by_round(scenario, contender, case, figure).values())
         return Spread.of(values) if values else None
 
     def ratio(self, scenario: str, case: str, figure: str, of: str, to: str) -> Spread | None:
-        """How many times another's one contender's figure is: within each round, then over the rounds."""
+        """Return the spread over the rounds of the ratio of two contenders' figures."""
         above, below = (self._by_round(scenario, it, case, figure) for it in (of, to))
         ratios = [above[number] / below[number] for number in above if below.get(number)]
         return Spread.of(ratios) if ratios else None
@@ -81,7 +81,7 @@ class Notebook:
         }
 
     def save(self, path: Path) -> None:
-        """Keep everything as JSON."""
+        """Write everything as JSON."""
         content = {
             "about": self.about,
             "remarks": self.remarks,
@@ -91,7 +91,7 @@ class Notebook:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """What `save` kept."""
+        """Read what `save` wrote."""
         content = json.loads(path.read_text())
         measurements = [Measurement(**it) for it in content["measurements"]]
         return cls(measurements=measurements, remarks=content["remarks"], about=content["about"])

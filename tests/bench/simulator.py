@@ -1,13 +1,13 @@
-"""A simulator for the model's API that costs next to nothing: `python -m tests.bench.standin --port N`.
+"""A simulated model API with minimal overhead: `python -m tests.bench.simulator --port N`.
 
-It holds no picture. It looks for `;base64,` in the bytes of the request's body as they arrive, keeps a
-running CRC-32 of what follows up to the closing quote, and throws that away; of the body only the text around
-the pictures remains. Its answer names each picture's length and checksum, so that it depends on every byte
-that came; a link is answered with its path. What it does next to the API:
+It buffers no image. It searches the request body for `;base64,` while it arrives, computes a
+running CRC-32 of the text up to the closing quote, and keeps only the text between the
+images. Its answer has the length and the checksum of each image, so it depends on every
+byte; for a link it has the path. Further endpoints:
 
-- `GET /bench/set?latency=S`: seconds that every answer waits from here on, from the request's last byte;
-- `GET /bench/stats`: its counters as JSON; `max_concurrent` and `cpu_s` count from the previous look.
-- anything else, such as `POST /v1/traces`: deleted.
+- `GET /bench/set?latency=S`: set the seconds from the request's last byte to the answer;
+- `GET /bench/stats`: counters as JSON; `max_concurrent` and `cpu_s` count since the previous call;
+- all other requests, such as `POST /v1/traces`, are discarded.
 """
 
 import argparse
@@ -25,80 +25,80 @@ import uvloop
 from isal import isal_zlib
 
 MARKER: Final = b";base64,"
-# Unlike `bytes.find`, a pattern searches a memoryview without copying it.
+# A pattern searches a memoryview without a copy; `bytes.find` cannot.
 _QUOTE: Final = re.compile(b'"')
 _HEAD_ENDS: Final = b"\r\n\r\n"
 _LINE_ENDS: Final = b"\r\n"
-# Text around pictures, and heads: more than this is not a request of this benchmark.
-_MOST_TEXT_BYTES: Final = 1_000_000
-# Fits into a core's own cache.
+# The limit of request heads and of the text between images.
+_MAX_TEXT_BYTES: Final = 1_000_000
+# Fits into the cache of a core.
 _READ_BYTES: Final = 256 * 1024
 
 
-class NoRequestError(Exception):
-    """What arrived is not a request that this server understands; the message says why."""
+class InvalidRequestError(Exception):
+    """The request is invalid; the message has the reason."""
 
 
-class Pictures:
-    """Reads a request's JSON as it comes: the pictures into checksums, the rest into `text`."""
+class ImageChecksums:
+    """Parse a request's JSON incrementally: compute checksums of images, keep the rest in `text`."""
 
     def __init__(self) -> None:
         self.text = bytearray()
-        self.seen: list[tuple[int, int]] = []
-        """Length of the base64 text and its CRC-32, one a picture."""
-        self._looked = 0
+        self.checksums: list[tuple[int, int]] = []
+        """Length and CRC-32 of the base64 text of each image."""
+        self._searched = 0
         self._length = 0
         self._crc: int | None = None
 
     def feed(self, data: memoryview) -> None:
-        """Take the next bytes of the body; nothing of `data` is kept but text around pictures."""
+        """Parse the next bytes of the body."""
         while data:
-            data = self._in_text(data) if self._crc is None else self._in_picture(data, self._crc)
+            data = self._feed_text(data) if self._crc is None else self._feed_image(data, self._crc)
 
-    def _in_picture(self, data: memoryview, crc: int) -> memoryview:
+    def _feed_image(self, data: memoryview, crc: int) -> memoryview:
         quote = _QUOTE.search(data)
-        picture = data[: quote.start()] if quote else data
-        self._crc = isal_zlib.crc32(picture, crc)
-        self._length += len(picture)
+        image = data[: quote.start()] if quote else data
+        self._crc = isal_zlib.crc32(image, crc)
+        self._length += len(image)
         if quote:
-            self.seen.append((self._length, self._crc))
+            self.checksums.append((self._length, self._crc))
             self._crc = None
-        return data[len(picture) :]
+        return data[len(image) :]
 
-    def _in_text(self, data: memoryview) -> memoryview:
+    def _feed_text(self, data: memoryview) -> memoryview:
         before = len(self.text)
-        self.text += data[: _MOST_TEXT_BYTES + 1]
-        found = self.text.find(MARKER, max(0, self._looked - len(MARKER) + 1))
+        self.text += data[: _MAX_TEXT_BYTES + 1]
+        found = self.text.find(MARKER, max(0, self._searched - len(MARKER) + 1))
         if found < 0:
-            self._looked = len(self.text)
-            if self._looked > _MOST_TEXT_BYTES:
-                raise NoRequestError("there is too much text around the pictures")
+            self._searched = len(self.text)
+            if self._searched > _MAX_TEXT_BYTES:
+                raise InvalidRequestError("too much text between the images")
             return data[:0]
-        picture = found + len(MARKER)
-        del self.text[picture:]
-        self._looked = picture
+        image = found + len(MARKER)
+        del self.text[image:]
+        self._searched = image
         self._crc = self._length = 0
-        return data[picture - before :]
+        return data[image - before :]
 
     def answer(self) -> str:
-        """What the pictures and links are, in the order of the request."""
-        pictures = iter(self.seen)
+        """Return the answer, in the order of the images."""
+        images = iter(self.checksums)
         described = []
         for url in _image_urls(json.loads(self.text)):
             if url.encode().endswith(MARKER):
-                described.append(describe_picture(*next(pictures)))
+                described.append(describe_image(*next(images)))
             else:
                 described.append(describe_link(url))
         return " ".join(described)
 
 
-def describe_picture(base64_length: int, crc: int) -> str:
-    """How the answer names a picture whose base64 text has this length and checksum."""
+def describe_image(base64_length: int, crc: int) -> str:
+    """Return the answer for an image."""
     return f"{base64_length}:{crc:08x}"
 
 
 def describe_link(url: str) -> str:
-    """How the answer names a link."""
+    """Return the answer for a link."""
     return urlsplit(url).path
 
 
@@ -114,40 +114,40 @@ def _image_urls(request: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Counters:
-    """What the server has seen."""
+    """The server's counters."""
 
     requests: int = 0
     concurrent: int = 0
     max_concurrent: int = 0
     body_bytes: int = 0
-    cpu_looked_at_s: float = 0.0
+    cpu_reported_s: float = 0.0
     latency_s: float = 0.0
 
-    def began(self) -> None:
-        """A call's head has arrived."""
+    def request_started(self) -> None:
+        """Count a request at the end of its head."""
         self.requests += 1
         self.concurrent += 1
         self.max_concurrent = max(self.max_concurrent, self.concurrent)
 
-    def look(self) -> dict[str, float]:
-        """The figures, those since the last look among them."""
+    def counters(self) -> dict[str, float]:
+        """Return all counters, and reset those that count since the previous call."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         cpu_s = usage.ru_utime + usage.ru_stime
         looked = {
             "requests": self.requests,
             "body_bytes": self.body_bytes,
             "max_concurrent": self.max_concurrent,
-            "cpu_s": cpu_s - self.cpu_looked_at_s,
+            "cpu_s": cpu_s - self.cpu_reported_s,
         }
-        self.cpu_looked_at_s = cpu_s
+        self.cpu_reported_s = cpu_s
         self.max_concurrent = self.concurrent
         return looked
 
 
 class Connection(asyncio.BufferedProtocol):
-    """One client's connection: HTTP/1.1, kept alive, one request after another."""
+    """A client's connection: HTTP/1.1 with keep-alive, without pipelining."""
 
-    # One for all: what was read is used up before anything else is read.
+    # Shared by all connections: the data is consumed before the next read.
     _buffer = bytearray(_READ_BYTES)
     _view = memoryview(_buffer)
 
@@ -156,8 +156,8 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._head = bytearray()
         self._target = ""
-        self._body: Pictures | None = None
-        # Bytes that the body still has to bring; None while a chunk's size is awaited.
+        self._body: ImageChecksums | None = None
+        # Remaining bytes of the body or chunk; None before a chunk size.
         self._left: int | None = 0
         self._chunked = False
         self._size_line = bytearray()
@@ -185,7 +185,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             while data:
                 data = self._take_head(data) if self._body is None else self._take_body(data, self._body)
-        except (NoRequestError, ValueError, KeyError, StopIteration) as error:
+        except (InvalidRequestError, ValueError, KeyError, StopIteration) as error:
             self._send(400, {"error": {"message": f"{type(error).__name__}: {error}"}})
             if self._transport is not None:
                 self._transport.close()
@@ -195,8 +195,8 @@ class Connection(asyncio.BufferedProtocol):
         self._head += data
         ends = self._head.find(_HEAD_ENDS, max(0, before - len(_HEAD_ENDS) + 1))
         if ends < 0:
-            if len(self._head) > _MOST_TEXT_BYTES:
-                raise NoRequestError("the head does not end")
+            if len(self._head) > _MAX_TEXT_BYTES:
+                raise InvalidRequestError("the head is too long")
             return data[:0]
         rest = data[ends + len(_HEAD_ENDS) - before :]
         lines = bytes(self._head[:ends]).decode("latin-1").split("\r\n")
@@ -209,18 +209,18 @@ class Connection(asyncio.BufferedProtocol):
         headers = {name.lower(): value.strip() for name, _, value in (it.partition(":") for it in lines[1:])}
         self._chunked = headers.get("transfer-encoding", "").lower() == "chunked"
         self._left = None if self._chunked else int(headers.get("content-length", "0"))
-        self._body = Pictures()
+        self._body = ImageChecksums()
         if self._target.endswith("/chat/completions"):
             self._counted = True
-            self._counters.began()
+            self._counters.request_started()
         if self._left == 0:
             self._ended(self._body)
 
-    def _take_body(self, data: memoryview, body: Pictures) -> memoryview:
+    def _take_body(self, data: memoryview, body: ImageChecksums) -> memoryview:
         if self._left is None:
             return self._take_chunk_size(data, body)
         part = data[: self._left]
-        # The line end that closes a chunk is counted with it, and is not a part of the body.
+        # The chunk includes the line end that closes it, the body does not.
         inside = part
         if self._chunked:
             inside = part[: max(0, self._left - len(_LINE_ENDS))]
@@ -234,8 +234,8 @@ class Connection(asyncio.BufferedProtocol):
                 self._ended(body)
         return data[len(part) :]
 
-    def _take_chunk_size(self, data: memoryview, body: Pictures) -> memoryview:
-        """Read up to the end of the line that says how long the next chunk is (RFC 9112, 7.1)."""
+    def _take_chunk_size(self, data: memoryview, body: ImageChecksums) -> memoryview:
+        """Read the line with the size of the next chunk (RFC 9112, 7.1)."""
         before = len(self._size_line)
         self._size_line += data[:64]
         ends = self._size_line.find(_LINE_ENDS)
@@ -243,7 +243,7 @@ class Connection(asyncio.BufferedProtocol):
             return data[64:]
         size = int(bytes(self._size_line[:ends]).split(b";")[0], 16)
         if size == 0:
-            # No client here sends trailers: the empty line comes right behind.
+            # The clients send no trailers.
             whole = ends + 2 * len(_LINE_ENDS)
             if len(self._size_line) < whole:
                 return data[64:]
@@ -254,7 +254,7 @@ class Connection(asyncio.BufferedProtocol):
         self._left = size + len(_LINE_ENDS)
         return data[ends + len(_LINE_ENDS) - before :]
 
-    def _ended(self, body: Pictures) -> None:
+    def _ended(self, body: ImageChecksums) -> None:
         self._body = None
         if not self._counted:
             self._send(200, self._control())
@@ -269,11 +269,11 @@ class Connection(asyncio.BufferedProtocol):
     def _control(self) -> dict[str, float]:
         url = urlsplit(self._target)
         if not url.path.startswith("/bench/"):
-            # Spans of the worker's; a look would reset the counters.
+            # Spans of the worker; they must not reset the counters.
             return {}
         if url.path == "/bench/set":
             self._counters.latency_s = float(parse_qs(url.query)["latency"][0])
-        return self._counters.look()
+        return self._counters.counters()
 
     def _send(self, status: int, body: dict[str, Any]) -> None:
         self._answering = None
