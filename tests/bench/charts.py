@@ -36,12 +36,11 @@ _STYLE: Final = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vqa-worker",
 }
-Drawing = Callable[[Figure, Results], None]
 
 
 def draw(results: Results, folder: Path) -> list[str]:
     """Draw the charts of the measured scenarios; return the file names."""
-    drawings: dict[str, Drawing] = {"cpu": _cpu, "memory": _memory, "latency": _latency}
+    drawings = {"cpu": _cpu, "memory": _memory, "latency": _latency}
     measured = [name for name in drawings if results.cases(name)]
     return [save(folder, name, (8, 4.2), partial(drawings[name], results=results)) for name in measured]
 

@@ -1,4 +1,4 @@
-"""`python -m tests.scaling`: real workers from zero to the most and back, and the simulation of many more."""
+"""`python -m tests.scaling`: scale real workers from zero and back, and simulate larger fleets."""
 
 import argparse
 import asyncio
@@ -21,14 +21,14 @@ from tests.scaling import charts, costs, report, study
 from tests.scaling.findings import Findings, Run, Variant
 from tests.scaling.load import Phase
 from tests.scaling.release import Release
-from tests.scaling.run import Ended, Plan, run
+from tests.scaling.run import Plan, RunResult, run
 
 PODS: Final = 8
 CONCURRENCY: Final = 8
 FACTOR: Final = 10
 CALL_S: Final = 1.0
-# Seconds of the run; rates as shares of what all pods manage.
-TIDES: Final = (
+# Seconds of the run; rates as fractions of the capacity of all pods.
+LOAD: Final = (
     Phase(20, 0, 0.9),
     Phase(15, 0.9, 0.9),
     Phase(10, 0.9, 0.2),
@@ -41,7 +41,7 @@ FIGURES: Final = "figures.json"
 
 
 def main() -> int:
-    """Run what the command line asks for; return the exit code."""
+    """Run the command line; return the exit code."""
     arguments = _parser().parse_args()
     if arguments.redraw:
         _write(Findings.load(arguments.redraw / "scaling" / FIGURES), arguments.redraw)
@@ -53,7 +53,7 @@ def main() -> int:
     try:
         findings = _find()
     except (AssertionError, ServiceStartError, RabbitMQNotInstalledError) as error:
-        print_status(f"\nIt was interrupted, and there is nothing to show:\n{error}")
+        print_status(f"\nThe run failed:\n{error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -65,12 +65,14 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.scaling", description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write scaling.md and its pictures here")
+    parser.add_argument(
+        "--write", type=Path, metavar="FOLDER", help="write scaling.md and its charts to this folder"
+    )
     parser.add_argument(
         "--redraw",
         type=Path,
         metavar="FOLDER",
-        help="run nothing: write them again from the figures there",
+        help="write them again from the figures in this folder, without a run",
     )
     return parser
 
@@ -83,9 +85,9 @@ def _find() -> Findings:
         about = _about(stack)
         image, size = _upload(stack)
         ended = asyncio.run(_run(stack, Path(folder), image))
-        if faults := ended.faults():
-            raise AssertionError("\n".join(faults[:20]))
-        print_status("Measuring what a job and a pod cost")
+        if errors := ended.errors():
+            raise AssertionError("\n".join(errors[:20]))
+        print_status("Measuring the cost of a job and of a pod")
         cost = asyncio.run(costs.measure(stack, Path(folder), image, size))
     return Findings(
         about=about,
@@ -93,21 +95,21 @@ def _find() -> Findings:
         costs=cost,
         sizes=study.sizes(print_status),
         variants=[Variant(*it) for it in study.variants()],
-        beyond=study.beyond_the_provider(),
+        over_limit=study.over_provider_limit(),
     )
 
 
-async def _run(stack: Stack, folder: Path, image: str) -> Ended:
-    release = Release.of(stack, name="tides", concurrency=CONCURRENCY, provider=PODS * CONCURRENCY)
-    phases = study.times(TIDES, study.most_per_s(PODS, CONCURRENCY, CALL_S))
+async def _run(stack: Stack, folder: Path, image: str) -> RunResult:
+    release = Release.of(stack, name="scale-demo", concurrency=CONCURRENCY, provider=PODS * CONCURRENCY)
+    phases = study.times(LOAD, study.capacity_per_s(PODS, CONCURRENCY, CALL_S))
     plan = Plan(release, FACTOR, CALL_S, phases, image)
     seconds = sum(it.seconds for it in phases)
-    print_status(f"Jobs come for {seconds:g} s; then the queue is worked off, and the pods go")
+    print_status(f"Publishing for {seconds:g} s, then draining the queue and scaling to zero")
     return await run(stack, folder, plan, print_status)
 
 
 def _upload(stack: Stack) -> tuple[str, int]:
-    content = costs.picture()
+    content = costs.noise_image()
     s3 = stack.s3.client()
     s3.create_bucket(Bucket=BUCKET)
     s3.put_object(Bucket=BUCKET, Key="noise.png", Body=content)
@@ -127,10 +129,10 @@ def _about(stack: Stack) -> dict[str, str]:
 
 
 def _write(findings: Findings, folder: Path) -> None:
-    pictures = folder / "scaling"
-    pictures.mkdir(parents=True, exist_ok=True)
-    findings.save(pictures / FIGURES)
-    drawn = charts.draw(findings, pictures)
+    charts_folder = folder / "scaling"
+    charts_folder.mkdir(parents=True, exist_ok=True)
+    findings.save(charts_folder / FIGURES)
+    drawn = charts.draw(findings, charts_folder)
     (folder / "scaling.md").write_text(report.page(findings))
     print_status(f"Written: {folder / 'scaling.md'}, {', '.join(f'scaling/{name}' for name in drawn)}")
 

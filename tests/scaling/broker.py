@@ -1,4 +1,4 @@
-"""The broker's side of a run: the endpoint that KEDA asks (protocol http)."""
+"""Read the queue depth from RabbitMQ's management API, as KEDA does (protocol http)."""
 
 import asyncio
 import contextlib
@@ -13,18 +13,18 @@ from deploy.local.stack import Stack
 from tests.running import until
 from tests.scaling.release import Release
 
-Look = Callable[[], Awaitable[int]]
+QueueDepth = Callable[[], Awaitable[int]]
 
-# A run that goes faster than a cluster needs the broker's figures faster than each 5 s, as they usually come.
-# Less than a second is not to be had: they are taken in whole ones.
+# A run with scaled time needs RabbitMQ's statistics more often than every 5 s, the default.
+# The minimum of the sampling interval is one second.
 REPORT_S: Final = 0.5
 SAMPLING_S: Final = 1
 
 _POLICIES: Final = ", ".join(
     f"{{{kind}, [{{605, {SAMPLING_S}}}]}}" for kind in ("global", "basic", "detailed")
 )
-# Read by the processes that keep the statistics when they start, and by queues when they are declared.
-_HASTEN: Final = f"""
+# Statistics processes read this when they start, queues when they are declared.
+_SHORTEN_INTERVALS: Final = f"""
 application:set_env(rabbit, quorum_tick_interval, {int(REPORT_S * 1000)}),
 Applications = [rabbitmq_management_agent, rabbitmq_management],
 [application:stop(It) || It <- lists:reverse(Applications)],
@@ -33,42 +33,42 @@ Applications = [rabbitmq_management_agent, rabbitmq_management],
 """
 
 
-async def hasten(stack: Stack) -> None:
-    """Make the figures of queues that are declared from now on as fast as they can be."""
-    await asyncio.to_thread(stack.rabbitmq.ctl, "eval", _HASTEN)
+async def shorten_statistics_intervals(stack: Stack) -> None:
+    """Minimize the age of the statistics of queues declared afterwards."""
+    await asyncio.to_thread(stack.rabbitmq.ctl, "eval", _SHORTEN_INTERVALS)
 
 
 @contextlib.asynccontextmanager
-async def looking(stack: Stack, release: Release) -> AsyncIterator[Look]:
-    """Ask for the length of the queue as `getQueueInfoViaHTTP` of rabbitmq_scaler.go does.
+async def queue_depth_reader(stack: Stack, release: Release) -> AsyncIterator[QueueDepth]:
+    """Return a function that reads the queue depth as `getQueueInfoViaHTTP` of rabbitmq_scaler.go does.
 
-    It is there already. The broker gets a user for KEDA, who may look and nothing else.
+    The queue must exist. Create a broker user for KEDA that can only read the management API.
     """
     await _add_user(stack, release)
-    numbers = release.numbers
-    vhost, queue = quote_plus(numbers.vhost), quote_plus(numbers.queue)
-    url = URL(f"{numbers.host.rstrip('/')}/api/queues/{vhost}/{queue}", encoded=True)
+    scaler = release.scaler
+    vhost, queue = quote_plus(scaler.vhost), quote_plus(scaler.queue)
+    url = URL(f"{scaler.host.rstrip('/')}/api/queues/{vhost}/{queue}", encoded=True)
 
     async def figures() -> dict[str, Any]:
         async with session.get(url, raise_for_status=True) as response:
             found: dict[str, Any] = await response.json()
             return found
 
-    async def look() -> int:
-        # Ready and unacknowledged.
+    async def queue_depth() -> int:
+        # Ready and unacknowledged messages.
         return int((await figures())["messages"])
 
     async def has_figures() -> bool:
         return "messages" in await figures()
 
     async with aiohttp.ClientSession(headers=_login(release.user, release.password)) as session:
-        await until(has_figures, "the broker has figures of the queue")
-        yield look
+        await until(has_figures, "the broker has statistics of the queue")
+        yield queue_depth
 
 
 async def _add_user(stack: Stack, release: Release) -> None:
-    """KEDA's: it may ask the management API, and do nothing with any queue."""
-    user, vhost = quote_plus(release.user), quote_plus(release.numbers.vhost)
+    """Create KEDA's user, with the tag `management` and without permissions on queues."""
+    user, vhost = quote_plus(release.user), quote_plus(release.scaler.vhost)
     nothing = dict.fromkeys(("configure", "write", "read"), "^$")
     async with administrator(stack) as ask:
         await ask(f"users/{user}", {"password": release.password, "tags": "management"})
@@ -77,7 +77,7 @@ async def _add_user(stack: Stack, release: Release) -> None:
 
 @contextlib.asynccontextmanager
 async def administrator(stack: Stack) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
-    """The management API as its administrator has it: GET, or PUT with a body."""
+    """Return a function for the management API as administrator: GET, or PUT with a body."""
     login = urlsplit(stack.rabbitmq.url)
 
     async def ask(path: str, body: object = None) -> Any:

@@ -1,4 +1,4 @@
-"""The pictures of `docs/scaling.md`."""
+"""Draw the charts of `docs/scaling.md`."""
 
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,13 @@ from tests.scaling.findings import Findings, Run
 from tests.scaling.record import rates
 
 _JOBS: Final = "#4a6fa5"
-_SHOWN: Final = "#d1792b"
+_REPORTED: Final = "#d1792b"
 _PODS: Final = "#0b6e4f"
 _LIGHT: Final = "#b9d8cc"
 _OTHER: Final = "#a23b72"
 _GREY: Final = "#777777"
-# Jobs a second are counted over so many seconds.
-_OVER_S: Final = 3.0
+# The window for jobs per second.
+_RATE_WINDOW_S: Final = 3.0
 
 
 def draw(findings: Findings, folder: Path) -> list[str]:
@@ -38,20 +38,20 @@ def _draw_run(figure: Figure, findings: Findings) -> None:
     jobs.fill_between(times, [it.backlog for it in samples], color=_JOBS, alpha=0.25, linewidth=0)
     jobs.plot(times, [it.backlog for it in samples], color=_JOBS, label="jobs without an answer")
     jobs.step(
-        times, [it.messages for it in samples], color=_SHOWN, where="post", label="as the broker tells KEDA"
+        times, [it.messages for it in samples], color=_REPORTED, where="post", label="as reported to KEDA"
     )
     jobs.set_ylabel("jobs")
     _draw_pods(pods, run)
-    came = rates(samples, lambda it: it.published, _OVER_S)
-    answered = rates(samples, lambda it: it.answered, _OVER_S)
+    arrival_rate = rates(samples, lambda it: it.published, _RATE_WINDOW_S)
+    answered = rates(samples, lambda it: it.answered, _RATE_WINDOW_S)
     most = [it.ready * run.concurrency / run.call_s for it in samples]
     speed.fill_between(
-        times, most, step="post", color=_LIGHT, linewidth=0, label="what the ready pods manage"
+        times, most, step="post", color=_LIGHT, linewidth=0, label="capacity of the ready pods"
     )
-    speed.plot(times, came, color=_GREY, linestyle="--", label="came")
+    speed.plot(times, arrival_rate, color=_GREY, linestyle="--", label="arriving")
     speed.plot(times, answered, color=_JOBS, label="answered")
-    speed.set_ylabel("jobs a second")
-    speed.set_xlabel(f"seconds of the run, in which time passes {run.factor:g} times as fast as in a cluster")
+    speed.set_ylabel("jobs per second")
+    speed.set_xlabel(f"seconds of the run (time is scaled by {run.factor:g})")
     for axes in (jobs, pods, speed):
         axes.set_xlim(0, times[-1])
         axes.set_ylim(bottom=0)
@@ -59,47 +59,47 @@ def _draw_run(figure: Figure, findings: Findings) -> None:
     minutes = jobs.secondary_xaxis(
         "top", functions=(lambda it: it * run.factor / 60, lambda it: it * 60 / run.factor)
     )
-    minutes.set_xlabel("minutes of a cluster")
-    figure.suptitle(f"Two tides: from no pod to {run.pods} and back to none")
+    minutes.set_xlabel("minutes in a cluster")
+    figure.suptitle(f"Two load peaks: from zero pods to {run.pods} and back to zero")
 
 
 def _draw_pods(axes: Axes, run: Run) -> None:
     samples = run.real.samples
     times = [it.at for it in samples]
     ready = [it.ready for it in samples]
-    ending = [it.ready + it.ending for it in samples]
-    foretold = run.simulated.samples
+    terminating = [it.ready + it.terminating for it in samples]
+    simulated = run.simulated.samples
     axes.fill_between(times, ready, step="post", color=_LIGHT, linewidth=0, label="ready")
     axes.fill_between(
         times,
         ready,
-        ending,
+        terminating,
         step="post",
         color=_OTHER,
         alpha=0.7,
         linewidth=0,
-        label="ending their last calls",
+        label="terminating",
     )
-    axes.step(times, [it.replicas for it in samples], color=_PODS, where="post", label="wanted")
+    axes.step(times, [it.replicas for it in samples], color=_PODS, where="post", label="desired")
     axes.step(
-        [it.at for it in foretold],
-        [it.replicas for it in foretold],
+        [it.at for it in simulated],
+        [it.replicas for it in simulated],
         color="black",
         linestyle=":",
         where="post",
-        label="wanted, in the simulation",
+        label="desired, simulated",
     )
     axes.set_ylabel("pods")
     axes.set_yticks(range(0, run.pods + 1, max(1, run.pods // 4)))
-    # Room for the legend.
+    # Space for the legend.
     axes.set_ylim(top=1.45 * run.pods)
 
 
 def _draw_sizes(figure: Figure, findings: Findings) -> None:
     grid = figure.subplots(2, len(findings.sizes), sharex=True, sharey=False)
-    longest = max(course.samples[-1].at for course in findings.sizes.values()) / 60
-    for column, (pods, course) in enumerate(findings.sizes.items()):
-        samples = course.samples
+    longest = max(recording.samples[-1].at for recording in findings.sizes.values()) / 60
+    for column, (pods, recording) in enumerate(findings.sizes.items()):
+        samples = recording.samples
         minutes = [it.at / 60 for it in samples]
         jobs, count = grid[0][column], grid[1][column]
         jobs.fill_between(minutes, [it.backlog for it in samples], color=_JOBS, alpha=0.25, linewidth=0)
@@ -108,7 +108,7 @@ def _draw_sizes(figure: Figure, findings: Findings) -> None:
         count.fill_between(
             minutes, [it.ready for it in samples], step="post", color=_LIGHT, linewidth=0, label="ready"
         )
-        count.step(minutes, [it.replicas for it in samples], color=_PODS, where="post", label="wanted")
+        count.step(minutes, [it.replicas for it in samples], color=_PODS, where="post", label="desired")
         count.set_xlabel("minutes")
         for axes in (jobs, count):
             axes.set_ylim(bottom=0)
@@ -117,11 +117,11 @@ def _draw_sizes(figure: Figure, findings: Findings) -> None:
     grid[0][0].set_ylabel("jobs without an answer")
     grid[1][0].set_ylabel("pods")
     figure.legend(*grid[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle("Simulated: a tide of half as much again as all pods manage")
+    figure.suptitle("Simulated: a load peak of 1.5 times the capacity of all pods")
 
 
 def _short(value: float, _: int | None = None) -> str:
-    """1,500,000 as 1.5M."""
+    """Format 1,500,000 as 1.5M."""
     for unit, name in ((1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:g}{name}"

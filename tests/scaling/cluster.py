@@ -1,4 +1,4 @@
-"""What a release of the chart finds or makes: queues, KEDA's user, a Deployment without pods, a publisher."""
+"""An installed release of the chart: queues, KEDA's user, a Deployment, a publisher."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -8,22 +8,22 @@ from pathlib import Path
 from deploy.local.stack import Stack
 from tests.running import Client, Worker
 from tests.scaling import broker
-from tests.scaling.broker import Look
+from tests.scaling.broker import QueueDepth
 from tests.scaling.deployment import Deployment
 from tests.scaling.release import Release
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A release that is installed.
+    """An installed release.
 
     Attributes:
-        look: how KEDA sees the length of the jobs queue.
-        client: who publishes jobs and reads results.
-        queues: the jobs queue and that of dead letters.
+        queue_depth: returns the depth of the jobs queue as KEDA reads it.
+        client: publishes jobs and consumes results.
+        queues: the jobs queue and the dead-letter queue.
     """
 
-    look: Look
+    queue_depth: QueueDepth
     client: Client
     deployment: Deployment
     queues: tuple[str, str]
@@ -31,16 +31,16 @@ class Cluster:
 
 @contextlib.asynccontextmanager
 async def installed(stack: Stack, folder: Path, release: Release) -> AsyncIterator[Cluster]:
-    """Installed for as long as the context lasts; the workers' logs go to the folder."""
-    await broker.hasten(stack)
+    """Install the release for this context; write the workers' logs to the folder."""
+    await broker.shorten_statistics_intervals(stack)
     settings = {**release.settings, "VQA_HTTP_HOST": "127.0.0.1", "VQA_HTTP_PORT": "0"}
     hook = Worker.of(stack, folder, **settings)
     hook.command[-1:] = release.hook
     ended = await hook.run_to_end()
     assert ended.code == 0, ended.errors
     async with (
-        broker.looking(stack, release) as look,
+        broker.queue_depth_reader(stack, release) as queue_depth,
         Client.of(stack, hook) as client,
         Deployment.empty(stack, folder, settings) as deployment,
     ):
-        yield Cluster(look, client, deployment, (hook.jobs_queue, hook.dead_letter_queue))
+        yield Cluster(queue_depth, client, deployment, (hook.jobs_queue, hook.dead_letter_queue))

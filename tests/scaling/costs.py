@@ -1,4 +1,4 @@
-"""What a job and a pod cost the services, measured: what limits many pods follows from it."""
+"""Measure the CPU time of a job and the memory of a pod, to compute the bottlenecks of large fleets."""
 
 import asyncio
 import os
@@ -27,13 +27,13 @@ IDLE_S: Final = 5.0
 
 @dataclass(frozen=True)
 class Costs:
-    """For one job, in milliseconds of CPU; and for one pod.
+    """The cost of one job, in milliseconds of CPU, and of one pod.
 
     Attributes:
-        broker_cpu_ms: beyond what the broker spends with idle pods.
-        connections: of a pod to the broker.
-        broker_pod_kb: memory that the broker keeps for these.
-        worker_mb: the most that a worker had resident.
+        broker_cpu_ms: without the broker's CPU time for idle pods.
+        connections: connections of a pod to the broker.
+        broker_pod_kb: memory of the broker for these connections.
+        worker_mb: peak resident memory of a worker.
     """
 
     jobs: int
@@ -46,28 +46,28 @@ class Costs:
     worker_mb: float
 
 
-def picture(size: tuple[int, int] = (182, 182)) -> bytes:
-    """A PNG of about 100 KB: noise, which cannot be compressed."""
+def noise_image(size: tuple[int, int] = (182, 182)) -> bytes:
+    """Return a PNG of noise, about 100 KB."""
     buffer = BytesIO()
     Image.frombytes("RGB", size, os.urandom(3 * size[0] * size[1])).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 async def measure(stack: Stack, folder: Path, image: str, image_bytes: int) -> Costs:
-    """Let two workers answer some thousand jobs as fast as they can."""
+    """Measure two workers at full speed."""
     release = Release.of(stack, name=f"costs-{uuid.uuid4().hex[:8]}", concurrency=64, provider=64 * PODS)
     async with installed(stack, folder, release) as cluster:
         client, deployment = cluster.client, cluster.deployment
-        before = await _of_broker(stack)
+        before = await _broker_usage(stack)
         deployment.scale(PODS)
         await until(lambda: deployment.ready == PODS, "the workers are ready")
-        idle = await _of_broker(stack)
-        await _answer(client, image, WARM_UP)
-        resting = await _spent(stack, deployment, asyncio.sleep(IDLE_S))
-        working = await _spent(stack, deployment, _answer(client, image, JOBS))
+        idle = await _broker_usage(stack)
+        await _run_jobs(client, image, WARM_UP)
+        resting = await _cpu_used(stack, deployment, asyncio.sleep(IDLE_S))
+        working = await _cpu_used(stack, deployment, _run_jobs(client, image, JOBS))
         worker_mb = max(map(machine.peak_mb, _pids(deployment)))
         deployment.scale(0)
-        await until(lambda: not deployment.ending, "the workers end")
+        await until(lambda: not deployment.terminating, "the workers end")
     rest_s = resting["broker"] / resting["seconds"] * working["seconds"]
     return Costs(
         jobs=JOBS,
@@ -81,34 +81,34 @@ async def measure(stack: Stack, folder: Path, image: str, image_bytes: int) -> C
     )
 
 
-async def _answer(client: Client, image: str, count: int) -> None:
+async def _run_jobs(client: Client, image: str, count: int) -> None:
     jobs = [uuid.uuid4().hex for _ in range(count)]
     for job in jobs:
         await client.publish({"id": job, "question": "What is it?", "images": [image]})
     await until(lambda: all(client.replies.get(job) for job in jobs), "the results", 120)
 
 
-async def _spent(stack: Stack, deployment: Deployment, work: Any) -> Mapping[str, float]:
-    """CPU seconds of everybody while something is done, and the seconds that it took."""
+async def _cpu_used(stack: Stack, deployment: Deployment, work: Any) -> Mapping[str, float]:
+    """Return the CPU seconds of each service during `work`, and its duration."""
     pids = {"broker": stack.rabbitmq.pids, "s3": stack.s3.pids, "workers": _pids(deployment)}
-    began = asyncio.get_running_loop().time()
+    started = asyncio.get_running_loop().time()
     before = {who: sum(map(machine.cpu_s, them)) for who, them in pids.items()}
     await work
-    spent = {who: sum(map(machine.cpu_s, them)) - before[who] for who, them in pids.items()}
-    return {**spent, "seconds": asyncio.get_running_loop().time() - began}
+    used = {who: sum(map(machine.cpu_s, them)) - before[who] for who, them in pids.items()}
+    return {**used, "seconds": asyncio.get_running_loop().time() - started}
 
 
 def _pids(deployment: Deployment) -> list[int]:
     return [pod.worker.process.pid for pod in deployment.pods if pod.worker.process]
 
 
-async def _of_broker(stack: Stack) -> Mapping[str, float]:
-    """Its connections, and the memory that it says it spends on connections."""
-    # Its own figures of memory come with the others, once a second.
+async def _broker_usage(stack: Stack) -> Mapping[str, float]:
+    """Return the number of connections and their memory, as reported by the broker."""
+    # Memory statistics have the same age as the others.
     await asyncio.sleep(2 * broker.SAMPLING_S)
     async with broker.administrator(stack) as ask:
         (node,) = await ask("nodes")
         memory = (await ask(f"nodes/{node['name']}/memory"))["memory"]
         connections = await ask("connections")
-    spent = sum(count for name, count in memory.items() if name.startswith("connection_"))
-    return {"connections": len(connections), "bytes": spent}
+    used = sum(count for name, count in memory.items() if name.startswith("connection_"))
+    return {"connections": len(connections), "bytes": used}

@@ -1,4 +1,4 @@
-"""Real workers in the place of pods: started, and asked to stop by SIGTERM, as a Deployment does."""
+"""A Deployment with worker processes instead of pods, started and stopped with SIGTERM."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from typing import Final, Self
 from deploy.local.stack import Stack
 from tests.running import Worker
 
-# The header by which the simulator's calls tell who made them.
+# The request header with the number of the pod.
 POD_HEADER: Final = "x-scaling-pod"
 
 
@@ -22,31 +22,31 @@ class Pod:
 
     number: int
     worker: Worker
-    wanted_at: float = field(default_factory=time.time)
+    created_at: float = field(default_factory=time.time)
     ready_at: float | None = None
-    told_at: float | None = None
-    ended_at: float | None = None
+    stopped_at: float | None = None
+    exited_at: float | None = None
     code: int | None = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether it takes jobs."""
-        return self.ready_at is not None and self.told_at is None
+        """Whether it consumes jobs."""
+        return self.ready_at is not None and self.stopped_at is None
 
     async def start(self) -> None:
-        """Start, and wait until it takes jobs."""
+        """Start the worker and wait until it is ready."""
         await self.worker.start()
         self.ready_at = time.time()
 
     async def end(self) -> None:
-        """SIGTERM, and wait."""
-        # None if it was not even started.
+        """Send SIGTERM and wait for the exit."""
+        # There is no process yet if the start was cancelled early.
         self.code = await self.worker.stop(patience_s=60) if self.worker.process else 0
-        self.ended_at = time.time()
+        self.exited_at = time.time()
 
 
 class Deployment:
-    """So many workers at one queue as are asked for."""
+    """Worker processes that consume one queue."""
 
     def __init__(self, stack: Stack, folder: Path, settings: dict[str, str]) -> None:
         self._stack = stack
@@ -59,7 +59,7 @@ class Deployment:
     @classmethod
     @contextlib.asynccontextmanager
     async def empty(cls, stack: Stack, folder: Path, settings: dict[str, str]) -> AsyncIterator[Self]:
-        """Without pods as yet; none is left afterwards."""
+        """Create a Deployment with zero replicas; kill all workers at the end of the context."""
         deployment = cls(stack, folder, settings)
         try:
             async with deployment._tasks:
@@ -69,26 +69,26 @@ class Deployment:
                 pod.worker.kill()
 
     @property
-    def wanted(self) -> list[Pod]:
-        """The pods that were not asked to stop."""
-        return [pod for pod in self.pods if pod.told_at is None]
+    def desired(self) -> list[Pod]:
+        """The pods that are not terminating."""
+        return [pod for pod in self.pods if pod.stopped_at is None]
 
     @property
     def ready(self) -> int:
-        """How many take jobs."""
+        """The number of ready pods."""
         return sum(pod.is_ready for pod in self.pods)
 
     @property
-    def ending(self) -> int:
-        """How many were asked to stop and still run."""
-        return sum(pod.told_at is not None and pod.ended_at is None for pod in self.pods)
+    def terminating(self) -> int:
+        """The number of terminating pods."""
+        return sum(pod.stopped_at is not None and pod.exited_at is None for pod in self.pods)
 
     def scale(self, replicas: int) -> None:
-        """Start workers, or tell some to stop."""
-        while len(self.wanted) < replicas:
+        """Start or stop workers."""
+        while len(self.desired) < replicas:
             self._start()
-        while len(self.wanted) > replicas:
-            self._tell_to_stop(self._least_wanted())
+        while len(self.desired) > replicas:
+            self._stop(self._pod_to_stop())
 
     def _start(self) -> None:
         number = len(self.pods)
@@ -98,11 +98,11 @@ class Deployment:
         self.pods.append(pod)
         self._starting[number] = self._tasks.create_task(pod.start())
 
-    def _tell_to_stop(self, pod: Pod) -> None:
-        pod.told_at = time.time()
+    def _stop(self, pod: Pod) -> None:
+        pod.stopped_at = time.time()
         self._starting.pop(pod.number).cancel()
         self._tasks.create_task(pod.end())
 
-    def _least_wanted(self) -> Pod:
-        """One that is not ready, else the youngest: `ActivePodsWithRanks` in controller_utils.go."""
-        return max(self.wanted, key=lambda pod: (not pod.is_ready, pod.ready_at or pod.wanted_at))
+    def _pod_to_stop(self) -> Pod:
+        """Return a pod that is not ready, else the youngest: `ActivePodsWithRanks` in controller_utils.go."""
+        return max(self.desired, key=lambda pod: (not pod.is_ready, pod.ready_at or pod.created_at))

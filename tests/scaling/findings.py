@@ -1,4 +1,4 @@
-"""What a demonstration has found, kept as JSON so that page and pictures can be made of it again."""
+"""The results of a demonstration, stored as JSON so that page and charts can be generated again."""
 
 import json
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ from typing import Any, Self
 
 from tests.scaling.costs import Costs
 from tests.scaling.record import Sample, Summary
-from tests.scaling.run import Ended
-from tests.scaling.study import Course
+from tests.scaling.run import RunResult
+from tests.scaling.study import Recording
 
-# Samples are kept this far apart, in seconds of the run.
-_KEPT_S = 0.5
+# The minimum interval of stored samples, in seconds of the run.
+_SAMPLE_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
 class Run:
-    """The run with real parts, and what the simulation makes of it."""
+    """The real run and its simulation."""
 
     factor: float
     pods: int
@@ -26,32 +26,32 @@ class Run:
     calls: int
     start_s: list[float]
     interrupted: list[int]
-    """How many calls each of the pods had open that were asked to stop in the middle of some."""
-    real: Course
-    simulated: Course
+    """The number of open model requests of each pod that was stopped during requests."""
+    real: Recording
+    simulated: Recording
 
     @classmethod
-    def of(cls, ended: Ended) -> Self:
-        """With what is to be kept of it."""
-        plan, reported = ended.plan, [pod for pod in ended.pods if pod.told_at]
+    def of(cls, ended: RunResult) -> Self:
+        """Return the part of a result that is stored."""
+        plan, reported = ended.plan, [pod for pod in ended.pods if pod.stopped_at]
         simulated = ended.simulated()
-        open_calls = [len(ended.calls_of(pod, pod.told_at)) for pod in reported if pod.told_at]
+        open_calls = [len(ended.calls_of(pod, pod.stopped_at)) for pod in reported if pod.stopped_at]
         return cls(
             factor=plan.factor,
-            pods=plan.numbers.maximum,
+            pods=plan.scaler.maximum,
             concurrency=plan.release.concurrency,
             call_s=plan.call_s,
             calls=len(ended.calls),
             start_s=sorted(ended.start_s()),
             interrupted=[it for it in open_calls if it],
-            real=Course(thinned(ended.samples), ended.summary_of(ended.samples)),
-            simulated=Course(thinned(simulated), ended.summary_of(simulated)),
+            real=Recording(thinned(ended.samples), ended.summary_of(ended.samples)),
+            simulated=Recording(thinned(simulated), ended.summary_of(simulated)),
         )
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A simulated run with something changed."""
+    """A simulated run with one changed parameter."""
 
     load: str
     name: str
@@ -60,61 +60,61 @@ class Variant:
 
 @dataclass(frozen=True)
 class Findings:
-    """All of it.
+    """The results of a demonstration.
 
     Attributes:
-        about: what it was made on and with.
+        about: the machine and the software.
         sizes: simulated runs by the number of pods.
-        beyond: simulated runs before a provider with a limit, by the number of pods.
+        over_limit: simulated runs with a provider's limit, by the number of pods.
     """
 
     about: dict[str, str]
     run: Run
     costs: Costs
-    sizes: dict[int, Course]
+    sizes: dict[int, Recording]
     variants: list[Variant]
-    beyond: dict[int, Summary]
+    over_limit: dict[int, Summary]
 
     def save(self, path: Path) -> None:
-        """Keep it."""
+        """Write everything as JSON."""
         content = asdict(self)
-        content["run"]["real"] = _course_to_json(self.run.real)
-        content["run"]["simulated"] = _course_to_json(self.run.simulated)
-        content["sizes"] = {pods: _course_to_json(it) for pods, it in self.sizes.items()}
+        content["run"]["real"] = _recording_to_json(self.run.real)
+        content["run"]["simulated"] = _recording_to_json(self.run.simulated)
+        content["sizes"] = {pods: _recording_to_json(it) for pods, it in self.sizes.items()}
         path.write_text(json.dumps(content, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """What `save` kept."""
+        """Read what `save` wrote."""
         content = json.loads(path.read_text())
         run = content["run"]
-        real, simulated = (_course_of_json(run.pop(name)) for name in ("real", "simulated"))
+        real, simulated = (_recording_of_json(run.pop(name)) for name in ("real", "simulated"))
         return cls(
             about=content["about"],
             run=Run(**run, real=real, simulated=simulated),
             costs=Costs(**content["costs"]),
-            sizes={int(pods): _course_of_json(it) for pods, it in content["sizes"].items()},
+            sizes={int(pods): _recording_of_json(it) for pods, it in content["sizes"].items()},
             variants=[
                 Variant(it["load"], it["name"], Summary(**it["summary"])) for it in content["variants"]
             ],
-            beyond={int(pods): Summary(**it) for pods, it in content["beyond"].items()},
+            over_limit={int(pods): Summary(**it) for pods, it in content["over_limit"].items()},
         )
 
 
 def thinned(samples: Sequence[Sample]) -> list[Sample]:
-    """Some of them: the changes of the number of pods are all there."""
+    """Return a part of the samples, including all changes of the number of pods."""
     kept = [samples[0]]
     for sample in samples[1:]:
-        pods, before = ((it.replicas, it.ready, it.ending) for it in (sample, kept[-1]))
-        if sample.at - kept[-1].at >= _KEPT_S or pods != before:
+        pods, before = ((it.replicas, it.ready, it.terminating) for it in (sample, kept[-1]))
+        if sample.at - kept[-1].at >= _SAMPLE_INTERVAL_S or pods != before:
             kept.append(sample)
     return kept
 
 
-def _course_to_json(course: Course) -> dict[str, Any]:
-    samples = [[round(it, 2) for it in astuple(sample)] for sample in course.samples]
-    return {"summary": asdict(course.summary), "samples": samples}
+def _recording_to_json(recording: Recording) -> dict[str, Any]:
+    samples = [[round(it, 2) for it in astuple(sample)] for sample in recording.samples]
+    return {"summary": asdict(recording.summary), "samples": samples}
 
 
-def _course_of_json(content: dict[str, Any]) -> Course:
-    return Course([Sample(*it) for it in content["samples"]], Summary(**content["summary"]))
+def _recording_of_json(content: dict[str, Any]) -> Recording:
+    return Recording([Sample(*it) for it in content["samples"]], Summary(**content["summary"]))

@@ -1,4 +1,4 @@
-"""When jobs come: phases in which the rate changes steadily."""
+"""Arrival times of jobs, in phases with a linearly changing rate."""
 
 import itertools
 import math
@@ -12,10 +12,10 @@ Until = Callable[[Sequence[Sample]], bool]
 
 @dataclass(frozen=True)
 class Phase:
-    """So many seconds in which the rate goes from one number of jobs a second to another.
+    """A number of seconds in which the rate, in jobs per second, changes linearly.
 
     Attributes:
-        until: the last rate is held until what was written down so far fulfils this.
+        until: keep the last rate until this condition on the samples is true.
     """
 
     seconds: float
@@ -25,29 +25,29 @@ class Phase:
 
     @property
     def jobs(self) -> float:
-        """How many come in those seconds."""
+        """The number of jobs in this phase."""
         return self.seconds * (self.rate_from + self.rate_to) / 2
 
     def at(self, jobs: float) -> float:
-        """The second of the phase in which so many have come."""
+        """Return the time in the phase at which this number of jobs has arrived."""
         if jobs > self.jobs:
             return self.seconds + (jobs - self.jobs) / self.rate_to if self.rate_to else math.inf
         growth = (self.rate_to - self.rate_from) / self.seconds if self.seconds else 0.0
-        # The root of: jobs = rate_from × t + growth × t² / 2, in the form that bears a growth of nought.
+        # Solve jobs = rate_from × t + growth × t² / 2 for t, in a form without a division by the growth.
         root = math.sqrt(max(0.0, self.rate_from**2 + 2 * growth * jobs))
         return 2 * jobs / (self.rate_from + root) if jobs else 0.0
 
 
 def arrivals(phases: Iterable[Phase]) -> list[float]:
-    """The second in which each job comes, if nothing is waited for."""
+    """Return the arrival time of each job, ignoring `until`."""
     return list(_arrivals(phases))
 
 
 def _arrivals(phases: Iterable[Phase]) -> Iterator[float]:
-    began, before, numbers = 0.0, 0.0, itertools.count(1)
+    started, before, numbers = 0.0, 0.0, itertools.count(1)
     number = next(numbers)
     for phase in phases:
         while number <= before + phase.jobs:
-            yield began + phase.at(number - before)
+            yield started + phase.at(number - before)
             number = next(numbers)
-        began, before = began + phase.seconds, before + phase.jobs
+        started, before = started + phase.seconds, before + phase.jobs

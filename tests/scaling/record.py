@@ -1,4 +1,4 @@
-"""What is written down of a run, real or simulated, and the figures that are made of it."""
+"""Samples of a run, real or simulated, and the figures computed from them."""
 
 import itertools
 from bisect import bisect_right
@@ -11,101 +11,101 @@ NEVER: Final = float("nan")
 
 @dataclass(frozen=True)
 class Sample:
-    """How things stood at one moment; all times are seconds since the beginning.
+    """The state at one time, in seconds since the start.
 
     Attributes:
-        messages: jobs in the queue, waiting and in work, as the broker's endpoint shows them.
-        replicas: pods that the autoscaler wants.
-        ready: pods that take jobs.
-        ending: pods that were asked to stop and still finish what they have.
-        published: jobs up to now; and so on.
-        refused: calls that met a 429, up to now.
+        messages: ready and unacknowledged messages, as reported by the broker.
+        replicas: desired pods.
+        ready: ready pods.
+        terminating: pods that finish their jobs after SIGTERM.
+        published: jobs published so far.
+        answered: jobs answered so far.
+        rate_limited: model requests with a 429 so far.
     """
 
     at: float
     messages: int
     replicas: int
     ready: int
-    ending: int
+    terminating: int
     published: int
     answered: int
-    refused: int = 0
+    rate_limited: int = 0
 
     @property
     def backlog(self) -> int:
-        """Jobs that are published and not answered."""
+        """Jobs published and not yet answered."""
         return self.published - self.answered
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in figures.
+    """The figures of a run.
 
     Attributes:
-        first_pod_s: from the first job to the first pod that takes jobs.
-        most_s: from the first job to as many ready pods as there ever were.
-        drain_s: from the last job's coming to the last answer.
-        ideal_drain_s: the same if all pods that there may be had been there: jobs × time of a call ÷ calls at
-            once.
-        wait_s: from a job's coming to its answer, on average, beyond the time of its call.
-        empty_s: from the last answer to the last pod's end.
-        pod_s: seconds of pods, from the wish for each to its end.
-        busy_s: seconds of pods that full work would have taken: calls × their time ÷ concurrency.
-        starts: pods that were called for.
-        refused: calls that met a 429.
+        first_pod_s: from the first job to the first ready pod.
+        all_ready_s: from the first job to the maximum of ready pods.
+        drain_s: from the last job to the last answer.
+        ideal_drain_s: the same with all pods ready: jobs × request duration ÷ concurrency of all pods.
+        wait_s: mean time from a job to its answer, without the model request.
+        scale_down_s: from the last answer to the exit of the last pod.
+        pod_s: pod-seconds, from the creation of each pod to its exit.
+        busy_s: pod-seconds at full utilisation: requests × request duration ÷ concurrency.
+        starts: created pods.
+        rate_limited: model requests with a 429.
     """
 
     jobs: int
-    most_backlog: int
-    most_replicas: int
+    max_backlog: int
+    max_replicas: int
     first_pod_s: float
-    most_s: float
+    all_ready_s: float
     drain_s: float
     ideal_drain_s: float
     wait_s: float
-    empty_s: float
+    scale_down_s: float
     pod_s: float
     busy_s: float
     starts: int
-    refused: int
+    rate_limited: int
 
     @property
     def idle(self) -> float:
-        """The share of the pods' time in which they might have worked on more."""
+        """The unused fraction of pod-seconds."""
         return 1 - self.busy_s / self.pod_s
 
     @classmethod
     def of(cls, samples: Sequence[Sample], *, call_s: float, concurrency: int, maximum: int) -> Self:
-        """Those of a run that began and ended without pods."""
+        """Compute the figures of a run that started and ended with zero pods."""
         last, most = samples[-1], max(it.ready for it in samples)
-        began = _first(samples, lambda it: it.published > 0)
+        started = _first(samples, lambda it: it.published > 0)
         last_job = _first(samples, lambda it: it.published == last.published)
         last_answer = _first(samples, lambda it: it.answered == last.published)
         backlog = next(it.backlog for it in samples if it.at == last_job)
         return cls(
             jobs=last.published,
-            most_backlog=max(it.backlog for it in samples),
-            most_replicas=max(it.replicas for it in samples),
-            first_pod_s=_first(samples, lambda it: it.ready > 0) - began,
-            most_s=_first(samples, lambda it: it.ready == most) - began,
+            max_backlog=max(it.backlog for it in samples),
+            max_replicas=max(it.replicas for it in samples),
+            first_pod_s=_first(samples, lambda it: it.ready > 0) - started,
+            all_ready_s=_first(samples, lambda it: it.ready == most) - started,
             drain_s=last_answer - last_job,
             ideal_drain_s=backlog * call_s / (maximum * concurrency),
             wait_s=area(samples, lambda it: it.backlog) / last.published - call_s,
-            empty_s=_last(samples, lambda it: it.replicas + it.ending > 0) - last_answer,
-            pod_s=area(samples, lambda it: it.replicas + it.ending),
+            scale_down_s=_last(samples, lambda it: it.replicas + it.terminating > 0) - last_answer,
+            pod_s=area(samples, lambda it: it.replicas + it.terminating),
             busy_s=last.answered * call_s / concurrency,
             starts=sum(max(0, it) for it in _changes(samples)),
-            refused=last.refused,
+            rate_limited=last.rate_limited,
         )
 
 
 def area(samples: Iterable[Sample], figure: Callable[[Sample], float]) -> float:
-    """A figure times the seconds that it held."""
+    """Return the integral of a figure over time."""
     return sum(figure(before) * (after.at - before.at) for before, after in itertools.pairwise(samples))
 
 
 def difference(one: Sequence[Sample], other: Sequence[Sample], figure: Callable[[Sample], float]) -> float:
-    """The area between the curves of a figure of two runs, as a share of the area under the first."""
+    """Return the area between the curves of a figure of two runs, relative to the area under the first."""
     times = sorted({it.at for it in one} | {it.at for it in other})
     apart = [abs(figure(at_time(one, at)) - figure(at_time(other, at))) for at in times]
     between = sum(
@@ -115,22 +115,22 @@ def difference(one: Sequence[Sample], other: Sequence[Sample], figure: Callable[
 
 
 def at_time(samples: Sequence[Sample], at: float) -> Sample:
-    """How things stood then, by the last sample before."""
+    """Return the last sample at or before this time."""
     return samples[max(0, bisect_right(samples, at, key=lambda it: it.at) - 1)]
 
 
-def seen(samples: Sequence[Sample]) -> list[tuple[float, float]]:
-    """At each moment, the one that the broker's figure was of: the last that fits it, in their order."""
+def statistics_age(samples: Sequence[Sample]) -> list[tuple[float, float]]:
+    """Return pairs of times: when a statistic was read, and when it was correct; estimated by the backlog."""
     found, of = [], 0
     for number, sample in enumerate(samples):
         of = min(range(of, number + 1), key=lambda it: (abs(samples[it].backlog - sample.messages), -it))
-        # It was looked at before it was written down.
+        # The statistic was read before the sample was taken.
         found.append((samples[max(0, number - 1)].at, samples[of].at))
     return found
 
 
 def rates(samples: Sequence[Sample], figure: Callable[[Sample], int], over_s: float) -> list[float]:
-    """How fast a count grows at each sample, a second, over the seconds before it."""
+    """Return the rate per second of a counter at each sample, over a window before it."""
     grown, first = [], 0
     for sample in samples:
         while samples[first].at < sample.at - over_s:

@@ -1,10 +1,10 @@
-"""The chart, rendered for this machine's services: the control loop and the workers go by what it says."""
+"""The chart, rendered for local services: the configuration of the control loop and the workers."""
 
 from dataclasses import dataclass
 from typing import Self
 
 from deploy.local.stack import Stack
-from tests.scaling.scaled_object import Numbers
+from tests.scaling.scaled_object import ScalerConfig
 from tests.slow.helm.rendering import decoded, keda, render
 
 
@@ -13,13 +13,14 @@ class Release:
     """A release of the chart, scaled by KEDA.
 
     Attributes:
-        numbers: of its ScaledObject.
-        settings: of its pods.
-        hook: the arguments of its hook, which makes the queues before there is any pod.
-        user: as whom KEDA asks the broker; and `password`.
+        scaler: the configuration of its ScaledObject.
+        settings: the environment variables of its pods.
+        hook: the arguments of the hook that declares the queues.
+        user: KEDA's user at the broker.
+        password: the password of this user.
     """
 
-    numbers: Numbers
+    scaler: ScalerConfig
     settings: dict[str, str]
     hook: list[str]
     user: str
@@ -27,12 +28,12 @@ class Release:
 
     @property
     def concurrency(self) -> int:
-        """Calls that one pod makes at once, at most."""
+        """The maximum of concurrent model requests per pod."""
         return int(self.settings["VQA_MAX_CONCURRENCY"])
 
     @classmethod
     def of(cls, stack: Stack, *, name: str, concurrency: int, provider: int) -> Self:
-        """One for a provider that takes so many calls at once; `name` begins the queues' names."""
+        """Render a release for a provider's limit of concurrent requests; `name` prefixes the queues."""
         values = {
             "settings": {
                 "jobsQueue": f"{name}.jobs",
@@ -51,8 +52,8 @@ class Release:
         return cls._read(values)
 
     @classmethod
-    def usual(cls, *, pods: int) -> Self:
-        """With the chart's own values, for a provider that can do with so many pods."""
+    def default(cls, *, pods: int) -> Self:
+        """Render a release with default values, for a provider whose limit is `pods` pods."""
         concurrency = cls._read({}).concurrency
         return cls._read({"provider": {"maxConcurrentRequests": pods * concurrency}})
 
@@ -63,7 +64,7 @@ class Release:
         (hook,) = rendered.one("Job")["spec"]["template"]["spec"]["containers"]
         login = decoded(rendered.one("Secret", f"{manifest['metadata']['name']}-keda"))
         return cls(
-            numbers=Numbers.of(manifest),
+            scaler=ScalerConfig.of(manifest),
             settings={**rendered.settings, **rendered.secrets},
             hook=hook["args"],
             user=login["username"],

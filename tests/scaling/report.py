@@ -18,11 +18,11 @@ from tests.slow.helm.rendering import keda, render
 _PAGE: Final = Path(__file__).with_name("page.md")
 _PERFORMANCE: Final = ROOT / "docs" / "performance" / "figures.json"
 
-# What the table of limits takes for a job; the prices are those of the example of VQA_PRICES.
+# A job in the table of bottlenecks; the prices are the example of VQA_PRICES.
 IMAGE_MB: Final = 1.0
 TOKENS: Final = (1600, 200)
 USD_PER_MILLION: Final = (0.35, 0.40)
-# Of Amazon S3, for each partitioned prefix ("Best practices design patterns: optimizing S3 performance").
+# Amazon S3, per partitioned prefix ("Best practices design patterns: optimizing S3 performance").
 S3_GETS_PER_S: Final = 5500
 
 
@@ -35,7 +35,7 @@ def tables(findings: Findings) -> str:
 def page(findings: Findings) -> str:
     """Return the documentation page."""
     run, costs = findings.run, findings.costs
-    numbers = Release.usual(pods=1).numbers
+    scaler = Release.default(pods=1).scaler
     text = Template(_PAGE.read_text()).substitute(
         machine=findings.about["machine"],
         software=findings.about["software"],
@@ -53,14 +53,14 @@ def page(findings: Findings) -> str:
         drain=f"{run.real.summary.drain_s / run.real.summary.ideal_drain_s:.2f}",
         difference=f"{_difference(findings):.0%}",
         run=_run(findings),
-        polling=f"{numbers.polling_s:g}",
-        cooldown=f"{numbers.cooldown_s:g}",
-        window=f"{numbers.down.stabilization_window_seconds:g}",
-        value=f"{numbers.value:g}",
-        up=_policies(numbers.up),
-        down=_policies(numbers.down),
+        polling=f"{scaler.polling_s:g}",
+        cooldown=f"{scaler.cooldown_s:g}",
+        window=f"{scaler.down.stabilization_window_seconds:g}",
+        value=f"{scaler.value:g}",
+        up=_policies(scaler.up),
+        down=_policies(scaler.down),
         provider=study.PROVIDER,
-        provider_pods=study.PROVIDER // int(numbers.value),
+        provider_pods=study.PROVIDER // int(scaler.value),
         call_simulated=f"{study.CALL_S:g}",
         start_simulated=f"{study.START_S:g}",
         limits=_limits(findings),
@@ -77,25 +77,25 @@ def page(findings: Findings) -> str:
         worker_ms=number(_worker_ms()),
         s3_gets=f"{S3_GETS_PER_S:,}",
         sizes=_sizes(findings),
-        beyond=_beyond(findings),
-        tide=_variants(findings, "tide"),
+        over_limit=_over_limit(findings),
+        peak=_variants(findings, "peak"),
         waves=_variants(findings, "waves"),
     )
     return text.rstrip() + "\n"
 
 
 def _run(findings: Findings) -> str:
-    real, foretold = findings.run.real.summary, findings.run.simulated.summary
+    real, simulated = findings.run.real.summary, findings.run.simulated.summary
     rows = [
-        _pair("maximum pods", real.most_replicas, foretold.most_replicas),
-        _pair("pods started, including restarts", real.starts, foretold.starts),
-        _pair("largest backlog", real.most_backlog, foretold.most_backlog),
-        _pair("first job to first ready pod, s", real.first_pod_s, foretold.first_pod_s),
-        _pair("last job to last answer, s", real.drain_s, foretold.drain_s),
-        _pair("the same, ideal, s", real.ideal_drain_s, foretold.ideal_drain_s),
-        _pair("last answer to last pod stopped, s", real.empty_s, foretold.empty_s),
-        _pair("pod-seconds", real.pod_s, foretold.pod_s),
-        ["idle", f"{real.idle:.0%}", f"{foretold.idle:.0%}"],
+        _pair("maximum pods", real.max_replicas, simulated.max_replicas),
+        _pair("pods started, including restarts", real.starts, simulated.starts),
+        _pair("largest backlog", real.max_backlog, simulated.max_backlog),
+        _pair("first job to first ready pod, s", real.first_pod_s, simulated.first_pod_s),
+        _pair("last job to last answer, s", real.drain_s, simulated.drain_s),
+        _pair("the same, ideal, s", real.ideal_drain_s, simulated.ideal_drain_s),
+        _pair("last answer to last pod stopped, s", real.scale_down_s, simulated.scale_down_s),
+        _pair("pod-seconds", real.pod_s, simulated.pod_s),
+        ["idle", f"{real.idle:.0%}", f"{simulated.idle:.0%}"],
     ]
     return table(["", "real", "simulated"], rows)
 
@@ -121,15 +121,15 @@ def _difference(findings: Findings) -> float:
 
 def _sizes(findings: Findings) -> str:
     rows = []
-    for pods, course in findings.sizes.items():
-        it = course.summary
+    for pods, recording in findings.sizes.items():
+        it = recording.summary
         rows.append(
             [
                 f"{pods:,}",
-                f"{study.most_per_s(pods, _concurrency()):,.0f}",
+                f"{study.capacity_per_s(pods, _concurrency()):,.0f}",
                 f"{it.jobs:,}",
-                f"{it.most_backlog:,}",
-                f"{it.most_s:.0f}",
+                f"{it.max_backlog:,}",
+                f"{it.all_ready_s:.0f}",
                 f"{it.drain_s:.0f} ({it.drain_s / it.ideal_drain_s:.2f} × ideal)",
                 f"{it.wait_s:.0f}",
                 f"{it.pod_s / 3600:,.1f}",
@@ -151,7 +151,7 @@ def _limits(findings: Findings) -> str:
 
 def _limits_of(pods: int, findings: Findings) -> dict[str, str]:
     costs, calls = findings.costs, pods * _concurrency()
-    per_s = study.most_per_s(pods, _concurrency())
+    per_s = study.capacity_per_s(pods, _concurrency())
     return {
         "concurrent model requests": f"{calls:,}",
         f"times the limit of {study.PROVIDER}": f"{calls / study.PROVIDER:,.1f}",
@@ -169,18 +169,18 @@ def _limits_of(pods: int, findings: Findings) -> dict[str, str]:
     }
 
 
-def _beyond(findings: Findings) -> str:
+def _over_limit(findings: Findings) -> str:
     rows = [
         [
             str(pods),
             f"{pods * _concurrency():,}",
-            f"{it.refused:,}",
+            f"{it.rate_limited:,}",
             f"{it.drain_s:.0f}",
             f"{it.wait_s:.0f}",
             f"{it.pod_s:,.0f}",
             f"{it.idle:.0%}",
         ]
-        for pods, it in findings.beyond.items()
+        for pods, it in findings.over_limit.items()
     ]
     header = [
         "maximum pods",
@@ -202,7 +202,7 @@ def _variants(findings: Findings, load: str) -> str:
 
 def _variant(name: str, it: Summary) -> list[str]:
     figures = [
-        f"{it.most_backlog:,}",
+        f"{it.max_backlog:,}",
         number(it.wait_s),
         str(it.starts),
         f"{it.pod_s:,.0f}",
@@ -217,8 +217,8 @@ def _policies(rules: Rules) -> str:
     return " or ".join(found)
 
 
-def _pair(name: str, real: float, foretold: float) -> list[str]:
-    return [name, *(f"{it:,}" if isinstance(it, int) else number(it) for it in (real, foretold))]
+def _pair(name: str, real: float, simulated: float) -> list[str]:
+    return [name, *(f"{it:,}" if isinstance(it, int) else number(it) for it in (real, simulated))]
 
 
 def _scaled(value: float) -> str:
@@ -226,7 +226,7 @@ def _scaled(value: float) -> str:
 
 
 def _concurrency() -> int:
-    return Release.usual(pods=1).concurrency
+    return Release.default(pods=1).concurrency
 
 
 def _worker_ms() -> float:

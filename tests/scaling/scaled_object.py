@@ -1,4 +1,4 @@
-"""The numbers of a ScaledObject, read strictly: what the control loop does not know it must not pass over."""
+"""Parse a ScaledObject; reject fields that the control loop does not support."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ class _Strict(BaseModel):
 
 
 class Policy(_Strict):
-    """So many pods, or per cent of them, within so many seconds."""
+    """The maximum change in a period, in pods or percent."""
 
     type: Literal["Pods", "Percent"]
     value: int
@@ -21,7 +21,7 @@ class Policy(_Strict):
 
 
 class Rules(_Strict):
-    """One direction of `behavior`, with what Kubernetes sets where nothing is said for going up."""
+    """One direction of `behavior`, with the Kubernetes defaults for scaling up."""
 
     # defaults.go of autoscaling/v2: defaultHPAScaleUpRules.
     stabilization_window_seconds: float = 0
@@ -31,8 +31,8 @@ class Rules(_Strict):
         Policy(type="Percent", value=100, periodSeconds=15),
     )
 
-    def faster(self, factor: float) -> Self:
-        """The same in a world where time passes so many times as fast."""
+    def sped_up(self, factor: float) -> Self:
+        """Return the rules with all durations divided by the factor."""
         policies = [
             it.model_copy(update={"period_seconds": it.period_seconds / factor}) for it in self.policies
         ]
@@ -41,9 +41,9 @@ class Rules(_Strict):
 
 
 class DownRules(Rules):
-    """The same for going down."""
+    """The same for scaling down."""
 
-    # Ibid., defaultHPAScaleDownRules; the window is kube-controller-manager's
+    # defaultHPAScaleDownRules; the window is kube-controller-manager's
     # --horizontal-pod-autoscaler-downscale-stabilization.
     stabilization_window_seconds: float = 300
     policies: tuple[Policy, ...] = (Policy(type="Percent", value=100, periodSeconds=15),)
@@ -65,7 +65,7 @@ class _Advanced(_Strict):
 
 
 def _as_text(value: object) -> object:
-    """KEDA's metadata is a map of strings; anything else is refused by the CRD."""
+    """Reject what is not a string: the CRD defines the metadata as a map of strings."""
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a string")  # noqa: TRY004 - pydantic reports ValueErrors
     return value
@@ -75,7 +75,7 @@ _Number = Annotated[float, BeforeValidator(_as_text)]
 
 
 class _Metadata(_Strict):
-    """Of KEDA's rabbitmq scaler (rabbitmq_scaler.go): what the number of replicas depends on."""
+    """Fields of KEDA's rabbitmq scaler (rabbitmq_scaler.go)."""
 
     host: str
     protocol: Literal["http"]
@@ -92,7 +92,7 @@ class _Trigger(_Strict):
     type: Literal["rabbitmq"]
     name: str = ""
     metric_type: Literal["AverageValue"] = "AverageValue"
-    # With cached metrics the HPA would see the queue as old as KEDA's last poll.
+    # With cached metrics the HPA would get the queue depth of KEDA's last poll.
     use_cached_metrics: Literal[False] = False
     metadata: _Metadata
     authentication_ref: Mapping[str, str] = Field(default_factory=dict)
@@ -100,26 +100,25 @@ class _Trigger(_Strict):
 
 class _Spec(_Strict):
     scale_target_ref: Mapping[str, str]
-    # scaledobject_types.go and scale_executor.go: what KEDA takes where nothing is said.
+    # The defaults in scaledobject_types.go and scale_executor.go.
     polling_interval: float = 30
     cooldown_period: float = 300
     min_replica_count: int = 0
     max_replica_count: int = 100
-    # Only for a broker that cannot be asked, which the loop never meets.
+    # Used only while the broker is unreachable, which the control loop does not cover.
     fallback: Mapping[str, Any] | None = None
     advanced: _Advanced = _Advanced()
     triggers: tuple[_Trigger]
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """What decides on the number of replicas; times in seconds.
+class ScalerConfig:
+    """The configuration of KEDA and the HPA; times in seconds.
 
     Attributes:
-        value: messages, waiting and in work, that call for one pod.
-        activation: with more messages than this a first pod is called for.
-        sync_s: how often the HPA looks: --horizontal-pod-autoscaler-sync-period, 15 s, of
-            kube-controller-manager.
+        value: ready and unacknowledged messages per pod.
+        activation: with more messages KEDA starts the first pod.
+        sync_s: --horizontal-pod-autoscaler-sync-period of kube-controller-manager, 15 s.
     """
 
     host: str
@@ -137,10 +136,10 @@ class Numbers:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Self:
-        """Those of a manifest.
+        """Parse a manifest.
 
         Raises:
-            pydantic.ValidationError: it says something that the control loop does not know.
+            pydantic.ValidationError: The control loop does not support a field or value.
         """
         spec = _Spec.model_validate(manifest["spec"])
         (trigger,) = spec.triggers
@@ -159,13 +158,13 @@ class Numbers:
             down=behavior.scale_down,
         )
 
-    def faster(self, factor: float) -> Self:
-        """All seconds divided by one number: the same in a world where time passes so much faster."""
+    def sped_up(self, factor: float) -> Self:
+        """Return the configuration with all durations divided by the factor."""
         return replace(
             self,
             polling_s=self.polling_s / factor,
             cooldown_s=self.cooldown_s / factor,
-            up=self.up.faster(factor),
-            down=self.down.faster(factor),
+            up=self.up.sped_up(factor),
+            down=self.down.sped_up(factor),
             sync_s=self.sync_s / factor,
         )

@@ -1,4 +1,4 @@
-"""The control loop's decisions, against what KEDA and the HPA are documented and written to do."""
+"""The decisions of the control loop, compared with the documentation and the source of KEDA and the HPA."""
 
 import itertools
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.scaling.autoscaler import Autoscaler, Hpa, Keda, recommendation
-from tests.scaling.scaled_object import Numbers
+from tests.scaling.scaled_object import ScalerConfig
 
 CHART: dict[str, Any] = {
     "scaleUp": {
@@ -35,7 +35,7 @@ AT_ONCE: dict[str, Any] = {
 
 
 def manifest(behavior: dict[str, Any] | None = None, /, *, value: str = "4", **spec: Any) -> dict[str, Any]:
-    """A ScaledObject; `activation` is its trigger's."""
+    """Return a ScaledObject; `activation` and `trigger` change its trigger."""
     metadata = {
         "host": "http://rabbitmq:15672/",
         "protocol": "http",
@@ -46,24 +46,24 @@ def manifest(behavior: dict[str, Any] | None = None, /, *, value: str = "4", **s
     }
     trigger = {"type": "rabbitmq", "metadata": metadata, **spec.pop("trigger", {})}
     advanced = {"horizontalPodAutoscalerConfig": {"behavior": behavior}} if behavior else {}
-    usual = {"scaleTargetRef": {"name": "worker"}, "maxReplicaCount": 100, "advanced": advanced}
-    return {"spec": {**usual, "triggers": [trigger], **spec}}
+    default = {"scaleTargetRef": {"name": "worker"}, "maxReplicaCount": 100, "advanced": advanced}
+    return {"spec": {**default, "triggers": [trigger], **spec}}
 
 
-def numbers(behavior: dict[str, Any] | None = None, /, **spec: Any) -> Numbers:
-    return Numbers.of(manifest(behavior, **spec))
+def config(behavior: dict[str, Any] | None = None, /, **spec: Any) -> ScalerConfig:
+    return ScalerConfig.of(manifest(behavior, **spec))
 
 
 def keda(**spec: Any) -> Keda:
-    return Keda(numbers(**spec))
+    return Keda(config(**spec))
 
 
 def hpa(behavior: dict[str, Any] = AT_ONCE, /, **spec: Any) -> Hpa:
-    return Hpa(numbers(behavior, **spec))
+    return Hpa(config(behavior, **spec))
 
 
-def course(it: Hpa, replicas: int, messages: Mapping[float, int]) -> list[int]:
-    """The replicas after each turn, from so many on."""
+def replicas_after(it: Hpa, replicas: int, messages: Mapping[float, int]) -> list[int]:
+    """Return the replicas after each sync."""
     after = []
     for now, count in messages.items():
         replicas = it.decide(now, count, replicas)
@@ -77,28 +77,28 @@ def test_the_first_message_starts_the_first_pod() -> None:
     assert keda().decide(0, 1000, 0) == 1
 
 
-def test_the_first_pod_takes_more_messages_than_the_activation_value() -> None:
+def test_the_first_pod_requires_more_messages_than_the_activation_value() -> None:
     assert keda(activation="5").decide(0, 5, 0) == 0
     assert keda(activation="5").decide(0, 6, 0) == 1
 
 
-def test_while_there_are_messages_keda_leaves_the_number_to_the_hpa() -> None:
+def test_keda_does_not_change_an_active_deployment() -> None:
     it = keda()
     assert [it.decide(now, 1, replicas) for now, replicas in enumerate([1, 7, 100])] == [1, 7, 100]
 
 
-def test_keda_goes_from_none_to_the_fewest() -> None:
+def test_keda_scales_from_zero_to_the_minimum() -> None:
     assert keda(minReplicaCount=3).decide(0, 1, 0) == 3
 
 
-def test_keda_never_goes_to_none_with_a_minimum() -> None:
+def test_keda_does_not_scale_to_zero_with_a_minimum() -> None:
     it = keda(minReplicaCount=3, cooldownPeriod=10)
     assert it.decide(0, 1, 5) == 5
     assert it.decide(1000, 0, 5) == 5
     assert it.decide(1000, 0, 0) == 3
 
 
-def test_keda_goes_to_none_when_the_cooldown_has_passed_since_a_look_last_found_a_message() -> None:
+def test_keda_scales_to_zero_after_the_cooldown() -> None:
     it = keda(cooldownPeriod=300)
     it.decide(0, 1, 0)
     it.decide(60, 1, 1)
@@ -107,7 +107,7 @@ def test_keda_goes_to_none_when_the_cooldown_has_passed_since_a_look_last_found_
     assert it.decide(361, 0, 1) == 0
 
 
-def test_a_message_within_the_cooldown_begins_it_anew() -> None:
+def test_a_message_restarts_the_cooldown() -> None:
     it = keda(cooldownPeriod=300)
     it.decide(0, 1, 1)
     it.decide(299, 1, 1)
@@ -115,80 +115,78 @@ def test_a_message_within_the_cooldown_begins_it_anew() -> None:
     assert it.decide(600, 0, 1) == 0
 
 
-def test_keda_goes_to_none_from_however_many_there_are() -> None:
+def test_keda_scales_to_zero_from_any_number_of_replicas() -> None:
     it = keda(cooldownPeriod=10)
     it.decide(0, 1, 8)
     assert it.decide(11, 0, 8) == 0
 
 
-def test_what_never_was_active_has_no_cooldown() -> None:
+def test_there_is_no_cooldown_without_an_active_trigger_before() -> None:
     assert keda().decide(0, 0, 2) == 0
 
 
-def test_messages_up_to_the_activation_value_do_not_keep_pods() -> None:
+def test_messages_up_to_the_activation_value_do_not_restart_the_cooldown() -> None:
     it = keda(activation="5", cooldownPeriod=10)
     it.decide(0, 6, 0)
     assert it.decide(11, 5, 2) == 0
 
 
 @pytest.mark.parametrize(
-    ("messages", "replicas", "wanted"),
+    ("messages", "replicas", "desired"),
     [
         (0, 1, 0),
         (1, 1, 1),
         (4, 1, 1),
         (5, 1, 2),
         (400, 1, 100),
-        # Ten pods for 36 to 44: within a tenth of what they are for.
+        # Within the tolerance of 10 %.
         (36, 10, 10),
         (44, 10, 10),
         (35, 10, 9),
         (45, 10, 12),
-        # The last message is rounded up.
+        # Rounded up.
         (9, 5, 3),
         (8, 5, 2),
     ],
 )
-def test_a_pod_for_each_value_messages_unless_there_are_about_so_many(
-    messages: int, replicas: int, wanted: int
-) -> None:
-    assert recommendation(messages, 4, replicas) == wanted
+def test_one_pod_per_value_messages_with_a_tolerance(messages: int, replicas: int, desired: int) -> None:
+    assert recommendation(messages, 4, replicas) == desired
 
 
 @given(st.integers(1, 1000))
-def test_busy_pods_hold_themselves_up(replicas: int) -> None:
-    # With `value` as the concurrency: what they work on is counted.
+def test_busy_pods_are_not_scaled_down(replicas: int) -> None:
+    # Unacknowledged messages are counted, and `value` is the concurrency.
     assert recommendation(64 * replicas, 64, replicas) == replicas
 
 
-def test_the_hpa_leaves_none_at_none() -> None:
+def test_the_hpa_does_not_scale_from_zero() -> None:
     assert hpa().decide(0, 1000, 0) == 0
 
 
-def test_the_hpa_stays_between_one_and_the_most() -> None:
+def test_the_hpa_stays_between_one_and_the_maximum() -> None:
     assert hpa(maxReplicaCount=8).decide(0, 1000, 1) == 8
     assert hpa().decide(0, 0, 5) == 1
     assert hpa(minReplicaCount=3).decide(0, 0, 5) == 3
 
 
-def test_the_hpa_brings_back_at_once_what_is_out_of_bounds() -> None:
+def test_the_hpa_corrects_replicas_out_of_bounds_immediately() -> None:
     assert hpa(CHART, maxReplicaCount=8).decide(0, 0, 20) == 8
     assert hpa(CHART, minReplicaCount=3).decide(0, 0, 1) == 3
 
 
-def test_the_hpa_goes_up_by_the_faster_of_the_policies() -> None:
-    # Four more, then twice as many.
-    up = course(hpa(CHART), 1, dict.fromkeys((0, 15, 30, 45, 60), 1000))
+def test_the_hpa_scales_up_by_the_faster_policy() -> None:
+    # Plus four, then doubled.
+    up = replicas_after(hpa(CHART), 1, dict.fromkeys((0, 15, 30, 45, 60), 1000))
     assert up == [5, 10, 20, 40, 80]
 
 
-def test_within_one_period_no_more_is_added_than_the_policies_allow() -> None:
-    up = course(hpa(CHART), 1, dict.fromkeys((0, 5, 10, 15, 20), 1000))
+def test_the_policies_limit_the_change_within_a_period() -> None:
+    up = replicas_after(hpa(CHART), 1, dict.fromkeys((0, 5, 10, 15, 20), 1000))
     assert up == [5, 5, 5, 10, 10]
 
 
 @pytest.mark.parametrize(("select", "up", "down"), [("Max", 20, 50), ("Min", 14, 99), ("Disabled", 10, 100)])
-def test_of_several_policies_one_is_selected(select: str, up: int, down: int) -> None:
+def test_select_policy_chooses_a_policy(select: str, up: int, down: int) -> None:
     behavior = {
         "scaleUp": {**CHART["scaleUp"], "selectPolicy": select},
         "scaleDown": {**CHART["scaleDown"], "selectPolicy": select, "stabilizationWindowSeconds": 0},
@@ -197,67 +195,67 @@ def test_of_several_policies_one_is_selected(select: str, up: int, down: int) ->
     assert hpa(behavior).decide(0, 0, 100) == down
 
 
-def test_percentages_are_rounded_up_on_the_way_up_and_cut_off_on_the_way_down() -> None:
+def test_percentages_are_rounded_up_for_scale_up_and_truncated_for_scale_down() -> None:
     policy = {"policies": [{"type": "Percent", "value": 10, "periodSeconds": 60}]}
     slow = {"scaleUp": policy, "scaleDown": {**policy, "stabilizationWindowSeconds": 0}}
     assert hpa(slow).decide(0, 1000, 1) == 2
     assert hpa(slow).decide(0, 0, 15) == 13
 
 
-def test_a_dip_that_is_shorter_than_the_window_costs_no_pod() -> None:
-    assert course(hpa(CHART), 10, {0: 40, 60: 0, 119: 0, 120: 40, 239: 0}) == [10] * 5
+def test_a_dip_shorter_than_the_window_stops_no_pod() -> None:
+    assert replicas_after(hpa(CHART), 10, {0: 40, 60: 0, 119: 0, 120: 40, 239: 0}) == [10] * 5
 
 
-def test_after_the_window_the_hpa_halves_them_each_minute() -> None:
-    down = course(hpa(CHART), 16, {now: 0 if now else 64 for now in range(0, 391, 15)})
+def test_after_the_window_the_hpa_halves_the_replicas_each_minute() -> None:
+    down = replicas_after(hpa(CHART), 16, {now: 0 if now else 64 for now in range(0, 391, 15)})
     assert down == [16] * 8 + [8] * 4 + [4] * 4 + [2] * 4 + [1] * 7
 
 
-def test_the_hpa_goes_down_to_the_highest_that_was_wanted_in_the_window() -> None:
-    assert course(hpa(CHART), 10, {0: 40, 15: 32, 30: 0, 121: 0, 136: 0}) == [10, 10, 10, 8, 5]
+def test_the_hpa_scales_down_to_the_highest_recommendation_in_the_window() -> None:
+    assert replicas_after(hpa(CHART), 10, {0: 40, 15: 32, 30: 0, 121: 0, 136: 0}) == [10, 10, 10, 8, 5]
 
 
-def test_a_window_for_the_way_up_waits_for_the_lowest_that_was_wanted() -> None:
+def test_the_hpa_scales_up_to_the_lowest_recommendation_in_the_window() -> None:
     patient = {"scaleUp": {**AT_ONCE["scaleUp"], "stabilizationWindowSeconds": 30}}
-    assert course(hpa(patient), 1, {0: 4, 15: 40, 29: 40, 31: 40, 46: 40}) == [1, 1, 1, 10, 10]
+    assert replicas_after(hpa(patient), 1, {0: 4, 15: 40, 29: 40, 31: 40, 46: 40}) == [1, 1, 1, 10, 10]
 
 
-def test_what_was_added_lately_may_be_taken_away_with_the_period_s_share() -> None:
-    # `periodStartReplicas` counts ups and downs: ten were there a minute ago, so that five may go.
+def test_replicas_added_in_the_period_can_be_removed_as_well() -> None:
+    # `periodStartReplicas` counts changes in both directions: of ten replicas a minute ago five may stop.
     behavior = {**AT_ONCE, "scaleDown": {**CHART["scaleDown"], "stabilizationWindowSeconds": 0}}
-    assert course(hpa(behavior), 10, {0: 40, 30: 80, 45: 0}) == [10, 20, 5]
+    assert replicas_after(hpa(behavior), 10, {0: 40, 30: 80, 45: 0}) == [10, 20, 5]
 
 
-def test_where_nothing_is_said_kubernetes_defaults_hold() -> None:
-    it = Hpa(numbers())
-    assert course(it, 1, {0: 1000, 15: 1000, 30: 0, 314: 0, 316: 0}) == [5, 10, 10, 10, 1]
+def test_the_kubernetes_defaults_apply() -> None:
+    it = Hpa(config())
+    assert replicas_after(it, 1, {0: 1000, 15: 1000, 30: 0, 314: 0, 316: 0}) == [5, 10, 10, 10, 1]
 
 
 @given(
     st.lists(st.integers(0, 500), min_size=1, max_size=60),
     st.integers(1, 40),
 )
-def test_the_hpa_never_goes_faster_than_it_may(messages: list[int], maximum: int) -> None:
+def test_the_hpa_never_exceeds_its_policies(messages: list[int], maximum: int) -> None:
     it = hpa(CHART, maxReplicaCount=maximum)
-    found = [1, *course(it, 1, {15.0 * turn: count for turn, count in enumerate(messages)})]
+    found = [1, *replicas_after(it, 1, {15.0 * turn: count for turn, count in enumerate(messages)})]
     for turn, (before, after) in enumerate(itertools.pairwise(found)):
         assert 1 <= after <= maximum
         assert after <= max(2 * before, before + 4)
         if after < before:
-            # At the turns of the last minute there were at most twice as many.
+            # At most twice as many at the syncs of the last minute.
             lately = found[max(0, turn - 3) : turn + 1]
             assert after >= min(max(1, max(lately) // 2), max(1, max(lately) - 1))
-            # Of those that were called for within the window none was higher.
-            wanted = [recommendation(messages[it], 4, found[it]) for it in range(max(0, turn - 7), turn + 1)]
-            assert after >= min(max(wanted), before)
+            # No recommendation in the window was higher.
+            desired = [recommendation(messages[it], 4, found[it]) for it in range(max(0, turn - 7), turn + 1)]
+            assert after >= min(max(desired), before)
 
 
-def test_keda_and_the_hpa_have_their_own_times() -> None:
-    it = Autoscaler(numbers(CHART, pollingInterval=40))
+def test_keda_and_the_hpa_have_separate_intervals() -> None:
+    it = Autoscaler(config(CHART, pollingInterval=40))
     assert it.next_at == 0
     assert it.decide(0, 0, 0) == 0
     assert it.next_at == 15
-    # The HPA's turn: it starts no first pod.
+    # A sync of the HPA does not scale from zero.
     assert it.decide(15, 100, 0) == 0
     assert it.decide(30, 100, 0) == 0
     assert it.next_at == 40
@@ -267,20 +265,20 @@ def test_keda_and_the_hpa_have_their_own_times() -> None:
     assert it.decide(45, 100, 1) == 5
 
 
-def test_a_turn_that_was_missed_is_not_made_up_for() -> None:
-    it = Autoscaler(numbers(CHART, pollingInterval=15))
+def test_a_missed_tick_is_skipped() -> None:
+    it = Autoscaler(config(CHART, pollingInterval=15))
     it.decide(0, 100, 0)
     it.decide(50, 100, 1)
     assert it.next_at == 60
 
 
-def test_keda_s_first_pod_takes_nothing_from_what_the_hpa_may_add() -> None:
-    it = Autoscaler(numbers(CHART, pollingInterval=15))
+def test_keda_s_first_pod_does_not_count_for_the_hpa_s_policies() -> None:
+    it = Autoscaler(config(CHART, pollingInterval=15))
     assert it.decide(0, 100, 0) == 5
 
 
-def test_from_none_to_the_most_and_back() -> None:
-    it = Autoscaler(numbers(CHART, pollingInterval=15, cooldownPeriod=300, maxReplicaCount=6))
+def test_from_zero_to_the_maximum_and_back() -> None:
+    it = Autoscaler(config(CHART, pollingInterval=15, cooldownPeriod=300, maxReplicaCount=6))
     replicas, after = 0, {}
     for now in range(0, 901, 15):
         messages = 100 if 60 <= now < 180 else 0
@@ -289,8 +287,8 @@ def test_from_none_to_the_most_and_back() -> None:
     assert [after[now] for now in (45, 60, 75, 270, 285, 345, 465, 480)] == [0, 5, 6, 6, 3, 1, 1, 0]
 
 
-def test_the_numbers_are_those_of_the_manifest() -> None:
-    found = numbers(
+def test_the_configuration_is_read_from_the_manifest() -> None:
+    found = config(
         CHART, value="64", pollingInterval=10, cooldownPeriod=60, minReplicaCount=2, activation="3"
     )
     assert (found.host, found.vhost, found.queue) == ("http://rabbitmq:15672/", "/", "vqa.jobs")
@@ -301,13 +299,13 @@ def test_the_numbers_are_those_of_the_manifest() -> None:
     assert found.down.stabilization_window_seconds == 120
 
 
-def test_what_is_not_said_is_what_keda_takes() -> None:
-    found = Numbers.of({"spec": {k: v for k, v in manifest()["spec"].items() if k != "maxReplicaCount"}})
+def test_the_defaults_of_keda_apply() -> None:
+    found = ScalerConfig.of({"spec": {k: v for k, v in manifest()["spec"].items() if k != "maxReplicaCount"}})
     assert (found.polling_s, found.cooldown_s, found.minimum, found.maximum) == (30, 300, 0, 100)
 
 
-def test_all_seconds_can_be_divided() -> None:
-    fast = numbers(CHART, pollingInterval=30, cooldownPeriod=300).faster(60)
+def test_all_durations_can_be_divided() -> None:
+    fast = config(CHART, pollingInterval=30, cooldownPeriod=300).sped_up(60)
     assert (fast.polling_s, fast.cooldown_s, fast.sync_s) == (0.5, 5, 0.25)
     assert [it.period_seconds for it in fast.up.policies] == [0.25, 0.25]
     assert [it.period_seconds for it in fast.down.policies] == [1, 1]
@@ -316,16 +314,16 @@ def test_all_seconds_can_be_divided() -> None:
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=80), st.sampled_from([1, 8, 64]))
-def test_in_a_faster_world_the_same_happens_sooner(messages: list[int], factor: int) -> None:
-    def replicas(found: Numbers, turn_s: float) -> list[int]:
+def test_with_scaled_time_the_decisions_are_the_same(messages: list[int], factor: int) -> None:
+    def replicas(found: ScalerConfig, turn_s: float) -> list[int]:
         it, count, after = Autoscaler(found), 0, []
         for turn, waiting in enumerate(messages):
             count = it.decide(turn * turn_s, waiting, count)
             after.append(count)
         return after
 
-    usual = numbers(CHART, pollingInterval=15)
-    assert replicas(usual, 15) == replicas(usual.faster(factor), 15 / factor)
+    default = config(CHART, pollingInterval=15)
+    assert replicas(default, 15) == replicas(default.sped_up(factor), 15 / factor)
 
 
 @pytest.mark.parametrize(
@@ -339,16 +337,16 @@ def test_in_a_faster_world_the_same_happens_sooner(messages: list[int], factor: 
         ({"advanced": {"scalingModifiers": {"formula": "jobs"}}}, "scalingModifiers"),
     ],
 )
-def test_what_the_loop_does_not_know_is_refused(spec: dict[str, Any], field: str) -> None:
+def test_unsupported_fields_are_rejected(spec: dict[str, Any], field: str) -> None:
     with pytest.raises(ValidationError, match=field):
-        numbers(**spec)
+        config(**spec)
 
 
 @pytest.mark.parametrize(
     "metadata", [{"protocol": "amqp"}, {"mode": "MessageRate"}, {"excludeUnacknowledged": "true"}]
 )
-def test_another_way_of_counting_is_refused(metadata: dict[str, str]) -> None:
+def test_unsupported_metadata_is_rejected(metadata: dict[str, str]) -> None:
     found = manifest()
     found["spec"]["triggers"][0]["metadata"] |= metadata
     with pytest.raises(ValidationError, match=next(iter(metadata))):
-        Numbers.of(found)
+        ScalerConfig.of(found)

@@ -1,4 +1,4 @@
-"""The page on scaling is made of the figures that are kept next to it, and of the chart as it is."""
+"""docs/scaling.md is generated from the stored figures and the current chart."""
 
 from pathlib import Path
 from typing import Final
@@ -20,35 +20,35 @@ def findings() -> Findings:
     return Findings.load(FIGURES)
 
 
-def test_the_page_is_what_the_figures_and_the_chart_say(findings: Findings) -> None:
+def test_the_page_is_up_to_date(findings: Findings) -> None:
     page = (DOCS / "scaling.md").read_text()
     assert page == report.page(findings), "run `python -m tests.scaling --redraw docs`"
 
 
-def test_what_is_kept_can_be_read_again(findings: Findings, tmp_path: Path) -> None:
+def test_stored_findings_can_be_read_again(findings: Findings, tmp_path: Path) -> None:
     findings.save(tmp_path / "figures.json")
     assert Findings.load(tmp_path / "figures.json") == findings
 
 
-def test_the_simulation_still_says_what_the_page_tells_of_it(findings: Findings) -> None:
+def test_the_stored_simulations_are_up_to_date(findings: Findings) -> None:
     pods = study.SIZES[0]
-    now = {pods: study.sizes(lambda _: None, [pods])[pods].summary, **study.beyond_the_provider()}
-    reported = {pods: findings.sizes[pods].summary, **findings.beyond}
+    now = {pods: study.sizes(lambda _: None, [pods])[pods].summary, **study.over_provider_limit()}
+    reported = {pods: findings.sizes[pods].summary, **findings.over_limit}
     for size, summary in now.items():
-        for figure in ("most_backlog", "drain_s", "wait_s", "pod_s", "refused"):
+        for figure in ("max_backlog", "drain_s", "wait_s", "pod_s", "rate_limited"):
             expected = pytest.approx(getattr(reported[size], figure), rel=0.1)
             assert getattr(summary, figure) == expected, f"{figure} of {size} pods: run `make scale-demo`"
 
 
-def test_the_run_that_is_told_of_was_without_fault(findings: Findings) -> None:
+def test_the_stored_run_had_no_errors(findings: Findings) -> None:
     run = findings.run
     assert run.calls == run.real.summary.jobs
-    assert run.real.summary.most_replicas == run.pods
+    assert run.real.summary.max_replicas == run.pods
     assert run.interrupted
     assert (run.real.samples[0].replicas, run.real.samples[-1].replicas) == (0, 0)
 
 
-def test_of_the_samples_all_changes_of_the_number_of_pods_are_kept() -> None:
+def test_thinned_samples_have_all_changes_of_the_number_of_pods() -> None:
     def sample(nth: int) -> Sample:
         return Sample(nth / 10, nth, nth // 7, nth // 9, 0, nth, nth)
 
@@ -58,7 +58,7 @@ def test_of_the_samples_all_changes_of_the_number_of_pods_are_kept() -> None:
     assert {(it.replicas, it.ready) for it in kept} == {(it.replicas, it.ready) for it in samples}
 
 
-def test_a_table_lines_up() -> None:
+def test_a_table_has_aligned_columns() -> None:
     found = table(["a", "long header"], [["longer cell", "1"]])
     assert found.split("\n") == [
         "| a           | long header |",
