@@ -107,7 +107,7 @@ docs: $(INSTALLED) ## regenerate pages of docs/, the dashboard, files of deploy/
 	$(BIN)/python -m deploy.rabbitmq
 
 dashboard-preview: $(BENCH) ## draw the dashboard's data under a real load into docs/ (three minutes)
-	@$(BIN)/python -m tests.seeing.preview
+	@$(BIN)/python -m tests.observability.preview
 
 golden: $(INSTALLED) ## update the chart's golden files (tests/slow/helm/golden); review the difference
 	$(BIN)/python -m tests.slow.helm.goldens

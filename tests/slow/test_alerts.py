@@ -1,4 +1,4 @@
-"""The alerts: that they are well-formed, that each fires and does not fire, and that each has its runbook."""
+"""The alerts are valid, fire when they should, and have a section in the runbook."""
 
 import re
 import subprocess
@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from tests import debian
+from tests.observability import rules
+from tests.observability.prometheus import PACKAGES, RULES
 from tests.running import ROOT
-from tests.seeing import rules
-from tests.seeing.prometheus import PACKAGES, RULES
 
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 ALERTS = rules.alerts()
@@ -24,7 +24,7 @@ def _promtool(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_promtool_finds_the_rules_in_order() -> None:
+def test_promtool_accepts_the_rules() -> None:
     _promtool("check", "rules", str(RULES))
 
 
@@ -33,7 +33,7 @@ def test_each_alert_fires_when_it_should_and_only_then() -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: f"{alert['alert']} {alert['labels']['severity']}")
-def test_an_alert_is_tried_both_ways(alert: dict[str, Any]) -> None:
+def test_an_alert_is_tested_firing_and_not_firing(alert: dict[str, Any]) -> None:
     tries = [
         each["exp_alerts"]
         for case in TESTS["tests"]
@@ -47,11 +47,11 @@ def test_an_alert_is_tried_both_ways(alert: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: f"{alert['alert']} {alert['labels']['severity']}")
-def test_an_alert_says_how_bad_it_is_what_it_is_about_and_what_to_do(alert: dict[str, Any]) -> None:
+def test_an_alert_has_a_severity_a_summary_a_description_and_a_runbook_url(alert: dict[str, Any]) -> None:
     assert alert["labels"] in ({"severity": "critical"}, {"severity": "warning"})
     annotations = alert["annotations"]
     assert set(annotations) == {"summary", "description", "runbook_url"}
-    # Raw numbers have a dozen digits, and more or fewer of them by Prometheus's version.
+    # The number of digits of a raw value depends on the version of Prometheus.
     assert re.findall(r"\$value (?!\| (?:humanize|printf))", annotations["summary"]) == []
     assert annotations["runbook_url"] == f"docs/runbook.md#{alert['alert'].lower()}"
 

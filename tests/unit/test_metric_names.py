@@ -11,9 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy.local.stack import Stack
 from docs.generate import BROKER_METRICS, PROCESS_METRICS
 from tests import debian
+from tests.observability import dashboard, promql, rules
+from tests.observability.prometheus import PACKAGES
 from tests.running import ROOT, Worker, until
-from tests.seeing import board, promql, rules
-from tests.seeing.prometheus import PACKAGES
 from worker.errors import NEUTRAL_FAILURES, SERVICE_FAILURES
 from worker.observability.metrics import DECLARED
 
@@ -29,12 +29,12 @@ ADDED_LABELS = {"job", "instance", "namespace"}
 
 def _queries() -> Iterator[tuple[str, str]]:
     """Yield every query of the project and its location."""
-    dashboard = board.load()
-    for target in board.targets(dashboard):
+    loaded = dashboard.load()
+    for target in dashboard.targets(loaded):
         yield f"panel {target.panel['title']}", target.expr
-    for annotation in dashboard["annotations"]["list"]:
+    for annotation in loaded["annotations"]["list"]:
         yield f"annotation {annotation['name']}", annotation["expr"]
-    for name, variable in board.variables(dashboard).items():
+    for name, variable in dashboard.variables(loaded).items():
         asked = re.fullmatch(r"label_values\((\w.*), \w+\)", variable["query"])
         if asked is not None:
             yield f"variable {name}", asked[1]

@@ -1,4 +1,4 @@
-"""What the chart's `ci/` files render to, kept so that reviews see changes: `make golden` writes it anew."""
+"""The golden files of the chart's `ci/` files, so that reviews show changes; `make golden` updates them."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ FOLDER: Final = Path(__file__).parent / "golden"
 
 
 def of(name: str) -> dict[Path, str]:
-    """The files for one `ci/` file, and what must be in them."""
+    """Return the golden files of a `ci/` file, with their content."""
     values = ci_values(name)
     rendered, queue = render(values), values.get("settings", {}).get("jobsQueue", "vqa.jobs")
     manifests = (
@@ -25,7 +25,7 @@ def of(name: str) -> dict[Path, str]:
 
 
 def _kept(text: str, queue: str) -> str:
-    """Without blanks at ends; rules (for a queue) and dashboard are only mentioned: they have own reviews."""
+    """Strip trailing blanks, and replace copies of `files/` by their names."""
     for path in sorted((CHART / "files").iterdir()):
         for indent in (2, 4):
             file = path.read_text().replace('queue="vqa.jobs"', f'queue="{queue}"')
@@ -35,7 +35,7 @@ def _kept(text: str, queue: str) -> str:
 
 
 def main() -> int:
-    """Write them all."""
+    """Write all golden files."""
     FOLDER.mkdir(exist_ok=True)
     wanted = {
         path: text

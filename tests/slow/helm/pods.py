@@ -1,4 +1,4 @@
-"""What a pod gets from Kubernetes: its environment and its mounted Secrets, as far as the chart uses them."""
+"""The environment and the mounted Secrets of a pod, as far as the chart uses them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +10,14 @@ Secrets = Mapping[str, Mapping[str, str]]
 
 
 def secrets_of(rendered: Rendered, given: Secrets) -> Secrets:
-    """All the Secrets there are: those of the chart, and those that somebody else has made."""
+    """Return the data of the chart's Secrets and of existing ones."""
     return {**given, **{it["metadata"]["name"]: decoded(it) for it in rendered.all("Secret")}}
 
 
 def environment_in(
     folder: Path, rendered: Rendered, pod: Object, given: Secrets | None = None
 ) -> dict[str, str]:
-    """The environment of a pod's container, its mounts put below a folder of this machine."""
+    """Return the environment of a pod's container, with its mounts below a local folder."""
     secrets = secrets_of(rendered, given or {})
     config_maps = {it["metadata"]["name"]: it.get("data", {}) for it in rendered.all("ConfigMap")}
     (container,) = pod["spec"]["containers"]
@@ -41,7 +41,7 @@ def _value_of(variable: Object, secrets: Secrets) -> str:
 
 
 def _mount_secrets(folder: Path, pod: Object, secrets: Secrets) -> dict[str, Path]:
-    """Write the pod's Secrets as files, as the kubelet does: behind two symbolic links."""
+    """Write the pod's Secrets as files with two symbolic links, as the kubelet does."""
     (container,) = pod["spec"]["containers"]
     volumes: dict[str, Any] = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
     mounts = {}

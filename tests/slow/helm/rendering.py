@@ -1,4 +1,4 @@
-"""The chart as Helm itself renders it, and the schemas that what comes of it must meet."""
+"""Render the chart with Helm, and validate the objects by their schemas."""
 
 import base64
 import copy
@@ -18,14 +18,14 @@ from tests.running import ROOT
 
 helm = pytest.importorskip(
     "helm_python",
-    reason="Helm's library helm-python-sdk is not to be had for this machine",
+    reason="helm-python-sdk is not available for this machine",
     exc_type=ImportError,
 )
 
 CHART: Final = ROOT / "helm" / "vqa-worker"
 CI_FILES: Final = sorted((CHART / "ci").glob("*-values.yaml"))
 CRDS: Final = ROOT.parent / "shared" / "crds"
-# The oldest version that Chart.yaml allows, and the newest that there are schemas of.
+# The oldest version that Chart.yaml allows, and the newest with schemas.
 KUBERNETES_VERSIONS: Final = ("1.29", "1.37")
 CUSTOM_KINDS: Final = {
     "ScaledObject": "keda.sh_scaledobjects.yaml",
@@ -40,10 +40,10 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rendered:
-    """What Helm makes of the chart with certain values."""
+    """The chart rendered with certain values."""
 
     texts: Mapping[str, str]
-    """By the template's name: `deployment.yaml`, `NOTES.txt`, …"""
+    """By template name: `deployment.yaml`, `NOTES.txt`, …"""
 
     @property
     def notes(self) -> str:
@@ -51,7 +51,7 @@ class Rendered:
 
     @cached_property
     def objects(self) -> list[Object]:
-        """All of them, those of hooks too."""
+        """All objects, including hooks."""
         return [
             found for name, text in self.texts.items() if name != "NOTES.txt" for found in objects_in(text)
         ]
@@ -60,13 +60,13 @@ class Rendered:
         return [found for found in self.objects if found["kind"] == kind]
 
     def one(self, kind: str, name: str | None = None) -> Object:
-        """The only object of its kind; where a hook or KEDA has one too, give the name."""
+        """Return the only object of a kind, or the one with this name."""
         (found,) = (it for it in self.all(kind) if name in (None, it["metadata"]["name"]))
         return found
 
     @property
     def pod(self) -> Object:
-        """A worker's."""
+        """The pod template of the workers."""
         pod: Object = self.one("Deployment")["spec"]["template"]
         return pod
 
@@ -78,14 +78,14 @@ class Rendered:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The variables of the ConfigMap that the pod takes its environment from."""
+        """The variables of the pod's ConfigMap."""
         name = self.container["envFrom"][0]["configMapRef"]["name"]
         data: dict[str, str] = self.one("ConfigMap", name)["data"]
         return data
 
     @property
     def secrets(self) -> dict[str, str]:
-        """The variables of the Secret that the chart makes; none where the user has one."""
+        """The variables of the Secret created by the chart; empty with an existing Secret."""
         name = self.one("Deployment")["metadata"]["name"]
         found = [it for it in self.all("Secret") if it["metadata"]["name"] == name]
         return decoded(found[0]) if found else {}
@@ -98,12 +98,12 @@ def objects_in(text: str) -> Iterator[Object]:
 
 
 class _NoDuplicates(yaml.CSafeLoader):
-    """YAML as Kubernetes takes it: a key that is given twice is a mistake."""
+    """A YAML loader that rejects duplicate keys, as Kubernetes does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
-        assert not twice, f"given twice: {twice} {node.start_mark}"
+        assert not twice, f"duplicate keys: {twice} {node.start_mark}"
         return super().construct_mapping(node, deep)
 
 
@@ -120,8 +120,8 @@ def render(values: Values, *, name: str = "demo", namespace: str = "vision") -> 
     """Render the chart.
 
     Raises:
-        HelmValuesError: the values are not what the schema allows.
-        HelmRenderError: they do not fit together.
+        HelmValuesError: The values do not match the schema.
+        HelmRenderError: The combination of values is invalid.
     """
     texts = chart().render(values, name=name, namespace=namespace)
     return Rendered(
@@ -129,15 +129,15 @@ def render(values: Values, *, name: str = "demo", namespace: str = "vision") -> 
     )
 
 
-def refusal(values: Values) -> str:
-    """What Helm says to values that it must refuse."""
-    with pytest.raises(helm.HelmError) as refused:
+def error_of(values: Values) -> str:
+    """Return Helm's error message for invalid values."""
+    with pytest.raises(helm.HelmError) as error:
         render(values)
-    return str(refused.value)
+    return str(error.value)
 
 
 def ci_values(name: str) -> Values:
-    """The values of one of the chart's `ci/` files: minimal, full, …"""
+    """Return the values of a `ci/` file: minimal, full, …"""
     return copy.deepcopy(_ci_values(name))
 
 
@@ -148,17 +148,17 @@ def _ci_values(name: str) -> Values:
 
 
 def minimal(changes: Values | None = None) -> Values:
-    """What must be given, and some more."""
+    """Return the values of `ci/minimal-values.yaml` with changes."""
     return merged(ci_values("minimal"), changes or {})
 
 
 def keda(changes: Values | None = None) -> Values:
-    """Likewise, scaled by KEDA."""
+    """Return the values of `ci/keda-values.yaml` with changes."""
     return merged(ci_values("keda"), changes or {})
 
 
 def merged(values: Values, changes: Values) -> Values:
-    """As `helm install --values one --values other` does it."""
+    """Merge values as `helm install --values one --values other` does."""
     result = copy.deepcopy(values)
     for key, change in changes.items():
         old = result.get(key)
@@ -167,7 +167,7 @@ def merged(values: Values, changes: Values) -> Values:
 
 
 def faults(found: Object) -> list[str]:
-    """How an object differs from what Kubernetes, KEDA or the Prometheus operator knows, strictly."""
+    """Return the differences between an object and the strict schemas of its kind."""
     where = f"{found['kind']} {found['metadata']['name']}"
     if found["kind"] in CUSTOM_KINDS:
         validators: Iterable[tuple[str, Any]] = (
@@ -211,7 +211,7 @@ def _custom_validator(kind: str) -> Any:
 
 
 def _strict(schema: Any, *, is_root: bool = False) -> Any:
-    """A schema that takes no field it does not name. `metadata` is Kubernetes' own."""
+    """Return a schema that rejects unknown fields, except in `metadata`."""
     if not isinstance(schema, dict):
         return schema
     result = {key: _strict_part(key, part) for key, part in schema.items()}

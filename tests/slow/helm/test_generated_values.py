@@ -1,4 +1,4 @@
-"""Whatever values the schema allows: they are refused in a sentence, or make objects for Kubernetes."""
+"""All values that the schema allows either render to valid objects or are rejected with a message."""
 
 import json
 from typing import Any
@@ -10,12 +10,12 @@ from tests.slow.helm.rendering import CHART, Rendered, Values, ci_values, faults
 from worker.settings.sources import KNOWN_VARIABLES
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
-# Text that YAML, templates or Kubernetes might stumble over.
+# Strings with a special meaning in YAML, templates or Kubernetes.
 WORDS = st.sampled_from(
     ["a", "true", "null", "1", "1e3", "0x1f", "a: b", "it's", '"', "{{ x }}", "- x", "#", "é", "a b", "~"]
 )
 LABELS = st.dictionaries(st.sampled_from(["a", "on", "1", "example.com/b"]), WORDS, max_size=3)
-# What is in a form of its own, by its pattern or its name.
+# Strings with a required format, by pattern or name.
 BY_PATTERN = {
     "^[^,]+$": WORDS,
     "^(https?://.+)?$": st.sampled_from(["", "http://rabbitmq:15672", "https://rabbitmq/path/"]),
@@ -33,7 +33,7 @@ BY_NAME = {"rabbitmqUrl": st.sampled_from(["", "amqp://rabbitmq/", "amqps://u:p@
 
 
 def _allowed(schema: Any, example: Any = None, name: str = "") -> st.SearchStrategy[Any]:
-    """What a part of the schema allows; `example` is the value of that part in ci/full-values.yaml."""
+    """Return a strategy for a part of the schema; `example` is its value in ci/full-values.yaml."""
     if "$ref" in schema:
         schema = SCHEMA["definitions"][schema["$ref"].rsplit("/", 1)[1]]
     if name in BY_NAME:
@@ -62,7 +62,7 @@ def _of_kind(kind: str, schema: Any, example: Any) -> st.SearchStrategy[Any]:
             return _object(schema, example or {})
         case "object" if schema.get("additionalProperties") == {"type": "string"}:
             return LABELS
-    # The schema lets pass what Kubernetes itself checks: here nothing, or what is known to be right.
+    # The schema leaves this part to Kubernetes: use an empty value or the valid example.
     nothing: Any = [] if kind == "array" else {}
     return st.sampled_from([nothing, nothing if example is None else example])
 
@@ -93,24 +93,24 @@ SECTIONS = {
 
 @st.composite
 def values(draw: st.DrawFn) -> Values:
-    """The values of a `ci/` file with up to three of its sections changed."""
+    """Draw the values of a `ci/` file with up to three changed sections."""
     base = ci_values(draw(st.sampled_from(["minimal", "keda", "hpa", "airgapped", "full"])))
     sections = draw(st.sets(st.sampled_from(sorted(SECTIONS)), min_size=1, max_size=3))
     return merged(base, {name: draw(SECTIONS[name]) for name in sorted(sections)})
 
 
 def _result(drawn: Values) -> Rendered | str:
-    """What it makes, or in which words the chart refuses it."""
+    """Return the rendered chart, or the error message."""
     try:
-        # Names that YAML might take for something else than text.
+        # Names that YAML parses as a boolean and a number if they are not quoted.
         return render(drawn, name="on", namespace="1")
-    except helm.HelmRenderError as refused:
-        return str(refused)
+    except helm.HelmRenderError as error:
+        return str(error)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(values())
-def test_what_the_schema_allows_is_refused_in_a_sentence_or_makes_right_objects(drawn: Values) -> None:
+def test_values_render_to_valid_objects_or_are_rejected_with_a_message(drawn: Values) -> None:
     rendered = _result(drawn)
     if isinstance(rendered, str):
         assert "Invalid combination of values:\n- " in rendered
@@ -129,7 +129,7 @@ def test_what_the_schema_allows_is_refused_in_a_sentence_or_makes_right_objects(
 
 @settings(max_examples=25, deadline=None)
 @given(WORDS, WORDS, st.lists(WORDS.filter(lambda word: "," not in word), min_size=1))
-def test_text_reaches_the_worker_as_it_was_written(queue: str, key: str, buckets: list[str]) -> None:
+def test_strings_reach_the_worker_unchanged(queue: str, key: str, buckets: list[str]) -> None:
     changes = {"settings": {"jobsQueue": queue, "allowedBuckets": buckets}, "secrets": {"modelApiKey": key}}
     rendered = render(merged(ci_values("keda"), changes))
     assert rendered.settings["VQA_JOBS_QUEUE"] == queue

@@ -1,4 +1,4 @@
-"""The hook that creates the queues: it runs first, so that it may lean on nothing of the release."""
+"""The hook that declares the queues runs before the release and uses none of its objects."""
 
 import pytest
 
@@ -8,16 +8,16 @@ from tests.slow.helm.rendering import (
     Rendered,
     ci_values,
     decoded,
+    error_of,
     helm,
     minimal,
     objects_in,
-    refusal,
     render,
 )
 from worker.__main__ import APPLY_TIMEOUT_S, EXIT_CONFIG
 
 HOOK = "helm.sh/hook"
-# `--timeout`, if nothing is said.
+# The default of `--timeout`.
 HELM_TIMEOUT_S = 300
 EVENTS = "pre-install,pre-upgrade"
 
@@ -42,7 +42,7 @@ def _weight(found: Object) -> int:
 
 
 @pytest.mark.parametrize("name", ["minimal", "keda", "full", "airgapped"])
-def test_the_job_comes_after_all_that_it_needs_and_needs_nothing_of_the_release(name: str) -> None:
+def test_the_job_uses_only_hooks_that_run_before_it(name: str) -> None:
     rendered = render(ci_values(name))
     hooks = _hooks(rendered)
     assert {found["metadata"]["annotations"][HOOK] for found in hooks} == {EVENTS}
@@ -58,7 +58,7 @@ def test_the_job_comes_after_all_that_it_needs_and_needs_nothing_of_the_release(
 
 
 def _needed(pod: Object) -> set[str]:
-    """The objects that a pod refers to by name."""
+    """Return the names of the objects that a pod refers to."""
     (container,) = pod["containers"]
     assert "envFrom" not in container
     secrets = {
@@ -69,7 +69,7 @@ def _needed(pod: Object) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["minimal", "full"])
-def test_helm_takes_them_for_hooks_and_keeps_them_out_of_the_release(name: str) -> None:
+def test_hooks_are_not_part_of_the_release(name: str) -> None:
     with helm.Config(namespace="vision") as config:
         release = config.install(str(CHART), "demo", ci_values(name), dry_run="client")
     manifest = list(objects_in(release["manifest"]))
@@ -83,13 +83,13 @@ def _names(objects: list[Object]) -> list[tuple[str, str]]:
     return sorted((found["kind"], found["metadata"]["name"]) for found in objects)
 
 
-def test_nothing_of_it_is_left_when_it_has_succeeded_and_nothing_stands_in_the_way_of_the_next() -> None:
+def test_hooks_are_deleted_after_success_and_before_the_next_run() -> None:
     for found in _hooks(render(ci_values("full"))):
         policy = found["metadata"]["annotations"]["helm.sh/hook-delete-policy"]
         assert policy == "before-hook-creation,hook-succeeded"
 
 
-def test_it_runs_the_command_that_applies_the_topology() -> None:
+def test_the_hook_runs_topology_apply() -> None:
     rendered = render(ci_values("full"))
     container = _container(rendered)
     assert container["args"] == ["topology", "apply"]
@@ -97,19 +97,19 @@ def test_it_runs_the_command_that_applies_the_topology() -> None:
     assert container["image"] == rendered.container["image"]
 
 
-def test_a_wrong_setting_ends_it_at_once_and_an_outage_is_waited_for() -> None:
+def test_an_invalid_setting_fails_the_job_immediately_and_an_outage_is_retried() -> None:
     spec = render(minimal()).one("Job")["spec"]
     assert spec["podFailurePolicy"]["rules"][0] == {
         "action": "FailJob",
         "onExitCodes": {"containerName": "topology", "operator": "In", "values": [EXIT_CONFIG]},
     }
     assert spec["template"]["spec"]["containers"][0]["name"] == "topology"
-    # Kubernetes asks for it with such rules.
+    # Required by a pod failure policy.
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_its_attempts_end_before_its_deadline_and_that_before_helm_gives_up() -> None:
-    """So that the last thing to be read is why, and not that it took too long."""
+def test_all_attempts_fit_into_the_deadline_and_the_deadline_into_helm_s_timeout() -> None:
+    """Otherwise the reported error would be a timeout instead of the cause."""
     spec = render(minimal()).one("Job")["spec"]
     attempts = spec["backoffLimit"] + 1
     # Kubernetes waits 10 seconds after the first failure, and twice as long after each further.
@@ -117,14 +117,14 @@ def test_its_attempts_end_before_its_deadline_and_that_before_helm_gives_up() ->
     assert attempts * APPLY_TIMEOUT_S + pauses_s < spec["activeDeadlineSeconds"] < HELM_TIMEOUT_S
 
 
-def test_it_has_a_user_of_its_own_if_you_like() -> None:
+def test_the_hook_can_have_its_own_broker_user() -> None:
     rendered = render(ci_values("full"))
     operator = decoded(rendered.one("Secret", "questions-topology"))
     assert operator == {"VQA_RABBITMQ_URL": "amqps://operator:operator-password@rabbitmq.example/vision"}
     assert "operator-password" not in "".join(rendered.secrets.values())
 
 
-def test_by_default_it_is_the_workers_user() -> None:
+def test_the_hook_uses_the_workers_broker_user_by_default() -> None:
     rendered = render(minimal())
     secret = decoded(rendered.one("Secret", "demo-vqa-worker-topology"))
     assert secret["VQA_RABBITMQ_URL"] == rendered.secrets["VQA_RABBITMQ_URL"]
@@ -142,7 +142,7 @@ def test_by_default_it_is_the_workers_user() -> None:
         ),
     ],
 )
-def test_its_url_can_come_from_a_secret_that_exists(
+def test_the_url_can_come_from_an_existing_secret(
     hook: dict[str, str], secrets: dict[str, str], used: str
 ) -> None:
     nothing = {"rabbitmqUrl": "", "modelApiKey": ""}
@@ -155,7 +155,7 @@ def test_its_url_can_come_from_a_secret_that_exists(
     assert (used == "demo-vqa-worker-topology") == bool(rendered.all("Secret"))
 
 
-def test_it_speaks_tls_with_the_workers_certificates() -> None:
+def test_the_hook_uses_the_workers_certificates() -> None:
     rendered = render(ci_values("full"))
     environment = {entry["name"]: entry.get("value") for entry in _container(rendered)["env"]}
     for name in ("VQA_RABBITMQ_CA_FILE", "VQA_RABBITMQ_CERT_FILE", "VQA_RABBITMQ_KEY_FILE"):
@@ -164,7 +164,7 @@ def test_it_speaks_tls_with_the_workers_certificates() -> None:
     assert "/etc/vqa-worker/rabbitmq-tls" in mounts
 
 
-def test_in_a_closed_network_it_may_reach_the_broker_and_names() -> None:
+def test_the_network_policy_allows_dns_and_the_broker() -> None:
     rendered = render(ci_values("full"))
     spec = rendered.one("NetworkPolicy", "questions-topology")["spec"]
     labels = rendered.one("Job")["spec"]["template"]["metadata"]["labels"]
@@ -174,13 +174,13 @@ def test_in_a_closed_network_it_may_reach_the_broker_and_names() -> None:
     assert "ingress" not in spec
 
 
-def test_without_it_there_is_nothing_of_it() -> None:
+def test_a_disabled_hook_renders_nothing() -> None:
     rendered = render(minimal({"topology": {"hook": {"enabled": False}}}))
     assert _hooks(rendered) == []
     assert rendered.all("Job") == []
 
 
-def test_a_hook_that_has_no_broker_is_refused() -> None:
+def test_a_hook_without_a_broker_url_is_rejected() -> None:
     environment = [{"name": "VQA_RABBITMQ_URL", "value": "amqp://rabbitmq/"}]
-    said = refusal(minimal({"secrets": {"rabbitmqUrl": ""}, "extraEnv": environment}))
-    assert "topology.hook has no RabbitMQ URL" in said
+    error = error_of(minimal({"secrets": {"rabbitmqUrl": ""}, "extraEnv": environment}))
+    assert "topology.hook has no RabbitMQ URL" in error

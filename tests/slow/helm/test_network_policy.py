@@ -1,4 +1,4 @@
-"""With a NetworkPolicy, pods may do what they must and no more."""
+"""The NetworkPolicy allows only the required connections."""
 
 from typing import Any
 
@@ -21,11 +21,11 @@ def _ports(rules: list[Object]) -> list[list[int]]:
     return [[port["port"] for port in rule["ports"]] for rule in rules]
 
 
-def test_there_is_none_unless_asked_for() -> None:
+def test_the_policy_is_disabled_by_default() -> None:
     assert render(minimal()).all("NetworkPolicy") == []
 
 
-def test_out_to_names_broker_s3_and_api_and_in_to_metrics() -> None:
+def test_egress_is_dns_broker_s3_and_model_api_and_ingress_is_metrics() -> None:
     spec = _policy({})
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     assert _ports(spec["egress"]) == [[53, 53], [5672], [443], [443]]
@@ -43,26 +43,26 @@ def test_out_to_names_broker_s3_and_api_and_in_to_metrics() -> None:
         ("amqp://[fd00::1234]/", 5672),
     ],
 )
-def test_the_brokers_port_is_that_of_its_url(url: str, port: int) -> None:
+def test_the_broker_s_port_is_taken_from_its_url(url: str, port: int) -> None:
     assert _ports(_policy({"secrets": {"rabbitmqUrl": url}})["egress"])[1] == [port]
 
 
-def test_both_usual_ports_of_a_broker_that_only_a_secret_knows() -> None:
+def test_both_default_ports_are_allowed_if_the_url_is_in_an_existing_secret() -> None:
     secrets = {"rabbitmqUrl": "", "modelApiKey": "", "existingSecret": "own"}
     assert _ports(_policy({"secrets": secrets})["egress"])[1] == [5671, 5672]
 
 
-def test_the_ports_of_s3_and_the_api_are_those_of_their_urls() -> None:
+def test_the_ports_of_s3_and_the_model_api_are_taken_from_their_urls() -> None:
     urls = {"s3EndpointUrl": "http://minio:9000", "modelBaseUrl": "http://vllm/v1"}
     assert _ports(_policy({"settings": {**minimal()["settings"], **urls}})["egress"])[2:] == [[9000], [80]]
 
 
-def test_ports_can_be_given_since_those_of_pods_may_be_others() -> None:
+def test_ports_can_be_set() -> None:
     spec = _spec(ci_values("full"), "questions")
     assert _ports(spec["egress"]) == [[53, 53], [5671], [9000], [443, 8443], [80]]
 
 
-def test_each_way_out_can_be_narrowed_to_where_it_leads() -> None:
+def test_each_rule_can_be_restricted_to_peers() -> None:
     values = ci_values("airgapped")["networkPolicy"]
     spec = _spec(ci_values("airgapped"))
     given = [values[key] for key in ("dnsTo", "rabbitmqTo", "s3To", "modelTo")]

@@ -54,7 +54,7 @@ def test_the_notes_warn_of_too_many_fixed_replicas() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({}, "The hook has declared the queues."),
         (
@@ -67,8 +67,8 @@ def test_the_notes_warn_of_too_many_fixed_replicas() -> None:
         ),
     ],
 )
-def test_the_notes_say_what_declares_the_queues(changes: dict[str, Any], said: str) -> None:
-    assert said in render(keda(changes)).notes
+def test_the_notes_show_what_declares_the_queues(changes: dict[str, Any], expected: str) -> None:
+    assert expected in render(keda(changes)).notes
 
 
 def test_a_running_worker_declares_its_queues_without_a_warning() -> None:

@@ -1,4 +1,4 @@
-"""The pods: what they may, how they are looked after, how they end."""
+"""The pods: security, probes, resources, scheduling and termination."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.running import ROOT
-from tests.slow.helm.rendering import CI_FILES, Object, ci_values, minimal, refusal, render
+from tests.slow.helm.rendering import CI_FILES, Object, ci_values, error_of, minimal, render
 from worker.app.runner import HOLD_TIMEOUT_S, REQUEUE_TIMEOUT_S
 from worker.observability.tracing.otlp import FLUSH_S
 from worker.settings import Settings
@@ -38,48 +38,48 @@ VOLUMES_ALLOWED = {
     "projected",
 }
 
-# The Pod Security Standard "restricted" (which holds "baseline"), control by control, as kubernetes.io lists
-# them; and what this chart promises beyond it. Each is asked of a pod's spec and of its container.
+# The controls of the Pod Security Standard "restricted", which includes "baseline", as listed on
+# kubernetes.io, and further ones of this chart. Each checks a pod's spec and its container.
 RESTRICTED: dict[str, Callable[[Object, Object], bool]] = {
     "no host namespaces": _no("hostNetwork", "hostPID", "hostIPC"),
     "no privileged container": lambda _, container: "privileged" not in _security(container),
     "all capabilities dropped": lambda _, container: (
         _security(container)["capabilities"] == {"drop": ["ALL"]}
     ),
-    "volumes of harmless types": lambda pod, _: (
+    "only allowed volume types": lambda pod, _: (
         {key for volume in pod["volumes"] for key in volume} - {"name"} <= VOLUMES_ALLOWED | {"secret"}
     ),
-    "no ports of the host": lambda _, container: all(
-        "hostPort" not in port for port in container.get("ports", [])
-    ),
-    "no AppArmor profile of its own": lambda pod, container: (
+    "no host ports": lambda _, container: all("hostPort" not in port for port in container.get("ports", [])),
+    "no AppArmor profile": lambda pod, container: (
         "appArmorProfile" not in {**pod["securityContext"], **_security(container)}
     ),
     "no SELinux options": lambda pod, container: (
         "seLinuxOptions" not in {**pod["securityContext"], **_security(container)}
     ),
-    "the usual /proc": lambda _, container: "procMount" not in _security(container),
+    "default /proc": lambda _, container: "procMount" not in _security(container),
     "no sysctls": lambda pod, _: "sysctls" not in pod["securityContext"],
-    "no escalation": lambda _, container: _security(container)["allowPrivilegeEscalation"] is False,
+    "no privilege escalation": lambda _, container: _security(container)["allowPrivilegeEscalation"] is False,
     "not root": lambda pod, container: (
         pod["securityContext"]["runAsNonRoot"] is True and "runAsNonRoot" not in _security(container)
     ),
-    "a numeric user who is not root": lambda pod, container: (
+    "a numeric user other than root": lambda pod, container: (
         pod["securityContext"]["runAsUser"] == 10001 and "runAsUser" not in _security(container)
     ),
     "seccomp": lambda pod, container: (
         pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         and "seccompProfile" not in _security(container)
     ),
-    # Beyond the standard.
-    "a group that is not root's": lambda pod, _: pod["securityContext"]["runAsGroup"] == 10001,
-    "a read-only root": lambda _, container: _security(container)["readOnlyRootFilesystem"] is True,
-    "room for temporary files": lambda pod, container: (
+    # Not in the standard.
+    "a group other than root": lambda pod, _: pod["securityContext"]["runAsGroup"] == 10001,
+    "a read-only root file system": lambda _, container: (
+        _security(container)["readOnlyRootFilesystem"] is True
+    ),
+    "a volume for temporary files": lambda pod, container: (
         {"name": "tmp", "mountPath": "/tmp"}  # noqa: S108 - in the pod
         in container["volumeMounts"]
         and any(volume["name"] == "tmp" and "emptyDir" in volume for volume in pod["volumes"])
     ),
-    "no token": lambda pod, _: pod["automountServiceAccountToken"] is False,
+    "no service account token": lambda pod, _: pod["automountServiceAccountToken"] is False,
     "no variables for Services": lambda pod, _: pod["enableServiceLinks"] is False,
 }
 
@@ -105,7 +105,7 @@ def test_no_service_account_mounts_a_token() -> None:
     assert [account["automountServiceAccountToken"] for account in accounts] == [False, False]
 
 
-def test_a_role_is_given_by_annotations_to_the_workers_and_not_to_the_hook() -> None:
+def test_the_annotations_for_a_role_apply_to_the_workers_and_not_to_the_hook() -> None:
     rendered = render(ci_values("full"))
     role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/vision"}
     assert rendered.one("ServiceAccount", "questions-worker")["metadata"]["annotations"] == role
@@ -115,7 +115,7 @@ def test_a_role_is_given_by_annotations_to_the_workers_and_not_to_the_hook() -> 
     assert rendered.pod["spec"]["serviceAccountName"] == "questions-worker"
 
 
-def test_a_service_account_that_exists_is_used_by_workers_and_hook() -> None:
+def test_an_existing_service_account_is_used_by_workers_and_hook() -> None:
     rendered = render(minimal({"serviceAccount": {"create": False, "name": "own"}}))
     assert rendered.all("ServiceAccount") == []
     job = rendered.one("Job")["spec"]["template"]
@@ -123,7 +123,7 @@ def test_a_service_account_that_exists_is_used_by_workers_and_hook() -> None:
 
 
 @pytest.mark.parametrize("grace_s", [150, 121, 500, 130.5])
-def test_kubernetes_waits_longer_than_the_worker_takes_to_end(grace_s: float) -> None:
+def test_the_termination_grace_period_covers_the_worker_s_shutdown(grace_s: float) -> None:
     rendered = render(minimal({"settings": {"shutdownGrace": grace_s}}))
     assert float(rendered.settings["VQA_SHUTDOWN_GRACE"]) == grace_s
     left = rendered.pod["spec"]["terminationGracePeriodSeconds"] - grace_s
@@ -132,12 +132,12 @@ def test_kubernetes_waits_longer_than_the_worker_takes_to_end(grace_s: float) ->
 
 
 @pytest.mark.parametrize("grace_s", [120, 100])
-def test_a_grace_that_would_cut_off_calls_is_refused(grace_s: float) -> None:
-    said = refusal(minimal({"settings": {"shutdownGrace": grace_s}}))
-    assert f"settings.shutdownGrace ({grace_s} s) must be more than settings.modelTimeout (120 s)" in said
+def test_a_grace_shorter_than_the_model_timeout_is_rejected(grace_s: float) -> None:
+    error = error_of(minimal({"settings": {"shutdownGrace": grace_s}}))
+    assert f"settings.shutdownGrace ({grace_s} s) must be more than settings.modelTimeout (120 s)" in error
 
 
-def test_the_probes_ask_the_endpoints_on_the_port_of_the_settings() -> None:
+def test_the_probes_use_the_health_endpoints_on_the_configured_port() -> None:
     rendered = render(ci_values("full"))
     container = rendered.container
     probes = {name: probe["httpGet"] for name, probe in container.items() if name.endswith("Probe")}
@@ -169,7 +169,7 @@ def _default(setting: str) -> int:
     return value
 
 
-def test_the_memory_is_the_measured_sum() -> None:
+def test_the_memory_limit_is_the_measured_sum() -> None:
     """The sum of docs/performance.md for a pod, with images in S3 and the default settings."""
     needed = (
         _measured("start", "start", "idle_mb") * 1e6
@@ -187,7 +187,7 @@ def test_the_cpu_is_enough_for_all_jobs_in_flight() -> None:
     jobs_per_s = _default("max_concurrency") / 5
     cores = jobs_per_s * _measured("cpu", "1 MB", "cpu_ms") / 1000
     assert cores <= float(resources["requests"]["cpu"].removesuffix("m")) / 1000 <= 4 * cores
-    # A limit would only throttle.
+    # A limit would throttle.
     assert "cpu" not in resources["limits"]
 
 
@@ -196,7 +196,7 @@ def _checksums(changes: dict[str, Any]) -> tuple[str, str]:
     return annotations["checksum/settings"], annotations["checksum/secrets"]
 
 
-def test_new_settings_and_new_secrets_mean_new_pods() -> None:
+def test_changed_settings_or_secrets_restart_the_pods() -> None:
     settings, secrets = _checksums({})
     assert _checksums({}) == (settings, secrets)
     changed = _checksums({"settings": {"maxAttempts": 3}})
@@ -207,7 +207,7 @@ def test_new_settings_and_new_secrets_mean_new_pods() -> None:
     assert changed[1] != secrets
 
 
-def test_what_concerns_no_worker_means_no_new_pods() -> None:
+def test_changes_outside_the_worker_do_not_restart_the_pods() -> None:
     before = render(minimal()).pod
     changes = {
         "autoscaling": {"value": 3},
@@ -217,7 +217,7 @@ def test_what_concerns_no_worker_means_no_new_pods() -> None:
     assert render(minimal(changes)).pod == before
 
 
-def test_pods_are_found_by_labels_that_never_change_and_that_the_hooks_pods_lack() -> None:
+def test_selectors_use_stable_labels_that_the_hook_s_pods_do_not_have() -> None:
     rendered = render(ci_values("full"))
     selector = {
         "app.kubernetes.io/name": "vision",
@@ -238,7 +238,7 @@ def test_pods_are_found_by_labels_that_never_change_and_that_the_hooks_pods_lack
     assert selectors == [{"matchLabels": selector}] * 4
 
 
-def test_own_labels_cannot_be_overridden_by_added_ones() -> None:
+def test_added_labels_do_not_override_the_chart_s_labels() -> None:
     ours = {"app.kubernetes.io/component": "mine", "app.kubernetes.io/name": "mine"}
     labels = render(minimal({"podLabels": ours, "commonLabels": ours})).pod["metadata"]["labels"]
     assert labels["app.kubernetes.io/component"] == "worker"
@@ -255,10 +255,10 @@ def test_pods_are_spread_over_zones_and_nodes() -> None:
     assert "topologySpreadConstraints" not in without.pod["spec"]
 
 
-def test_a_drain_of_nodes_takes_one_pod_at_a_time() -> None:
+def test_a_node_drain_evicts_one_pod_at_a_time() -> None:
     spec = render(minimal()).one("PodDisruptionBudget")["spec"]
     assert spec["maxUnavailable"] == 1
-    # What has no broker is not ready, and must not hold a node up for ever.
+    # A pod without a broker is not ready and must not block a drain.
     assert spec["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
     spec = render(ci_values("full")).one("PodDisruptionBudget")["spec"]
     assert spec["minAvailable"] == "50%"
@@ -266,30 +266,30 @@ def test_a_drain_of_nodes_takes_one_pod_at_a_time() -> None:
     assert render(minimal({"podDisruptionBudget": {"enabled": False}})).all("PodDisruptionBudget") == []
 
 
-def test_a_rollout_starts_the_new_before_it_stops_the_old() -> None:
+def test_a_rollout_starts_new_pods_before_it_stops_old_ones() -> None:
     strategy = render(minimal()).one("Deployment")["spec"]["strategy"]
     assert strategy == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
     recreated = render(minimal({"strategy": {"type": "Recreate"}})).one("Deployment")["spec"]["strategy"]
     assert recreated == {"type": "Recreate"}
 
 
-def test_a_digest_comes_before_a_tag() -> None:
+def test_a_digest_takes_precedence_over_a_tag() -> None:
     digest = f"sha256:{'0123456789abcdef' * 4}"
     image = {"repository": "registry.example/vqa-worker", "tag": "1.2.3", "digest": digest}
     assert render(minimal({"image": image})).container["image"] == f"registry.example/vqa-worker@{digest}"
 
 
-def test_pods_run_the_image_as_it_is_built() -> None:
+def test_user_port_and_entrypoint_match_the_image() -> None:
     image = (ROOT / "Dockerfile").read_text()
     rendered = render(minimal())
     pod = rendered.pod["spec"]["securityContext"]
     assert f"USER {pod['runAsUser']}:{pod['runAsGroup']}\n" in image
     assert f"EXPOSE {rendered.container['ports'][0]['containerPort']}\n" in image
-    # What the containers' `args` are given to.
+    # The containers set `args` only.
     assert 'ENTRYPOINT ["vqa-worker"]\n' in image
 
 
-def test_where_pods_run_is_for_the_user_to_say() -> None:
+def test_scheduling_and_extra_values_are_passed_to_the_pods() -> None:
     values = ci_values("full")
     rendered = render(values)
     for pod in (rendered.pod, rendered.one("Job")["spec"]["template"]):
@@ -305,15 +305,15 @@ def test_where_pods_run_is_for_the_user_to_say() -> None:
     assert values["extraEnv"][0] == rendered.container["env"][-1]
 
 
-def test_grace_is_whole_seconds() -> None:
+def test_the_grace_period_is_rounded_up_to_seconds() -> None:
     grace = render(minimal({"settings": {"shutdownGrace": 130.5}})).pod["spec"][
         "terminationGracePeriodSeconds"
     ]
     assert grace == math.ceil(130.5) + 25
 
 
-def test_who_pods_run_as_can_be_left_to_the_cluster() -> None:
-    """OpenShift gives out the numbers itself."""
+def test_user_and_group_can_be_left_to_the_cluster() -> None:
+    """OpenShift assigns the ids."""
     left_out = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
     rendered = render(minimal({"podSecurityContext": left_out}))
     for pod in (rendered.pod, rendered.one("Job")["spec"]["template"]):

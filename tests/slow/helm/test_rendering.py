@@ -1,4 +1,4 @@
-"""Each of the chart's `ci/` files, rendered and linted by Helm itself."""
+"""Each `ci/` file of the chart, rendered and linted by Helm."""
 
 from pathlib import Path
 from typing import Any
@@ -27,25 +27,25 @@ NAMES = [path.name.removesuffix("-values.yaml") for path in CI_FILES]
 every_ci_file = pytest.mark.parametrize("name", NAMES)
 
 
-def test_there_is_a_file_of_values_for_every_way_to_run_it() -> None:
+def test_the_ci_files() -> None:
     assert NAMES == ["airgapped", "full", "hpa", "keda", "minimal"]
 
 
 @every_ci_file
-def test_lint_has_nothing_to_say(name: str) -> None:
+def test_helm_lint_passes(name: str) -> None:
     report = helm.chart.lint(CHART, ci_values(name), strict=True)
     assert report["errors"] == []
-    # There is no icon, and none is needed.
+    # The chart has no icon.
     assert [message["error"] for message in report["messages"]] == ["icon is recommended"]
 
 
 @every_ci_file
-def test_kubernetes_knows_every_field_of_every_object(name: str) -> None:
+def test_all_objects_match_their_schemas(name: str) -> None:
     objects = render(ci_values(name)).objects
     assert [fault for found in objects for fault in faults(found)] == []
 
 
-def test_all_kinds_are_among_what_is_checked() -> None:
+def test_all_kinds_are_rendered() -> None:
     kinds = {found["kind"] for name in NAMES for found in render(ci_values(name)).objects}
     assert kinds == {
         "ConfigMap",
@@ -64,53 +64,51 @@ def test_all_kinds_are_among_what_is_checked() -> None:
 
 
 @pytest.mark.skipif(
-    not CRDS.is_dir(), reason="the definitions of KEDA's and Prometheus' kinds are not next to this copy"
+    not CRDS.is_dir(), reason="the CRDs of KEDA and the Prometheus operator are not available"
 )
 @pytest.mark.parametrize("kind", CUSTOM_KINDS)
-def test_a_field_that_a_custom_kind_does_not_know_is_found(kind: str) -> None:
+def test_an_unknown_field_of_a_custom_resource_is_detected(kind: str) -> None:
     found = render(ci_values("full")).one(kind)
     assert faults(found) == []
     found["spec"]["replicaz"] = 1
     assert any("replicaz" in fault for fault in faults(found))
 
 
-def test_a_field_that_kubernetes_does_not_know_is_found() -> None:
+def test_an_unknown_field_of_a_kubernetes_object_is_detected() -> None:
     found = render(minimal()).one("Deployment")
     found["spec"]["template"]["spec"]["containers"][0]["livenessProb"] = {}
     assert [fault.split()[2] for fault in faults(found)] == list(KUBERNETES_VERSIONS)
 
 
-def test_the_oldest_version_that_is_checked_is_the_oldest_that_the_chart_allows() -> None:
+def test_the_oldest_supported_kubernetes_version_is_checked() -> None:
     assert helm.Chart.load(CHART).metadata["kubeVersion"] == f">={KUBERNETES_VERSIONS[0]}.0-0"
 
 
-def test_the_chart_is_of_the_workers_version() -> None:
+def test_the_chart_has_the_worker_s_version() -> None:
     assert helm.Chart.load(CHART).metadata["appVersion"] == __version__
     assert render(minimal()).container["image"] == f"vqa-worker:{__version__}"
 
 
 @every_ci_file
-def test_what_comes_out_is_what_was_reviewed(name: str) -> None:
-    """After a change on purpose: `make golden`, and look at the difference."""
+def test_the_golden_files_are_up_to_date(name: str) -> None:
+    """After an intended change run `make golden` and review the difference."""
     for path, text in goldens.of(name).items():
         assert path.is_file(), f"{path.name} is missing: run `make golden`"
-        assert path.read_text() == text, (
-            f"{path.name} differs: run `make golden` and look at what has changed"
-        )
+        assert path.read_text() == text, f"{path.name} differs: run `make golden` and review the difference"
 
 
-def test_there_is_no_golden_file_too_many() -> None:
+def test_there_are_no_obsolete_golden_files() -> None:
     wanted = {path for name in NAMES for path in goldens.of(name)}
     assert set(goldens.FOLDER.iterdir()) == wanted
 
 
-def test_a_key_that_is_given_twice_would_be_noticed() -> None:
-    with pytest.raises(AssertionError, match=r"given twice: \{'name'\}"):
+def test_a_duplicate_key_is_detected() -> None:
+    with pytest.raises(AssertionError, match=r"duplicate keys: \{'name'\}"):
         list(objects_in("metadata:\n  name: one\n  name: two\n"))
 
 
 @every_ci_file
-def test_all_objects_are_in_the_namespace_and_no_two_of_one_kind_have_one_name(name: str) -> None:
+def test_all_objects_are_in_the_namespace_and_have_unique_names(name: str) -> None:
     objects = [
         found for found in render(ci_values(name)).objects if "-extra" not in found["metadata"]["name"]
     ]
@@ -128,8 +126,8 @@ def test_the_packaged_chart_renders_the_same(tmp_path: Path) -> None:
     assert {path.removeprefix("vqa-worker/templates/"): text for path, text in texts.items()} == rendered
 
 
-def test_rules_and_dashboard_reach_the_cluster_as_they_are() -> None:
-    """Their double braces are Prometheus' and Grafana's, not Helm's."""
+def test_rules_and_dashboard_are_rendered_unchanged() -> None:
+    """Their double braces must not be evaluated by Helm."""
     rendered = render(ci_values("full"))
     rules = (CHART / "files" / "vqa-worker.rules.yaml").read_text()
     assert "{{" in rules
@@ -141,7 +139,7 @@ def test_rules_and_dashboard_reach_the_cluster_as_they_are() -> None:
     assert data["vqa-worker.json"].rstrip("\n") == dashboard.rstrip("\n")
 
 
-def test_what_is_the_user_s_own_in_the_rules_comes_from_the_values() -> None:
+def test_the_rules_are_customised_by_values() -> None:
     rules = (CHART / "files" / "vqa-worker.rules.yaml").read_text()
     changed = {
         "settings": {"jobsQueue": "questions"},
@@ -161,7 +159,7 @@ def test_what_is_the_user_s_own_in_the_rules_comes_from_the_values() -> None:
     assert "vqa.jobs" not in str(spec)
 
 
-def test_what_needs_other_peoples_kinds_is_off_unless_asked_for() -> None:
+def test_custom_resources_are_disabled_by_default() -> None:
     kinds = {found["kind"] for found in render(minimal()).objects}
     assert kinds.isdisjoint(CUSTOM_KINDS)
     assert "dashboard.yaml" not in _written(render(minimal()))
@@ -172,7 +170,7 @@ def _written(rendered: Rendered) -> set[str]:
 
 
 @pytest.mark.parametrize("part", ["podMonitor", "prometheusRule", "dashboard"])
-def test_labels_can_be_added_to_what_others_select_by_labels(part: str) -> None:
+def test_labels_can_be_added_to_monitoring_objects(part: str) -> None:
     labels = {"release": "kube-prometheus-stack"}
     rendered = render(minimal({part: {"enabled": True, "additionalLabels": labels}}))
     kind = {"dashboard": "ConfigMap"}.get(part, part[0].upper() + part[1:])
@@ -182,7 +180,7 @@ def test_labels_can_be_added_to_what_others_select_by_labels(part: str) -> None:
     assert (part == "dashboard") == ("grafana_dashboard" in shown)
 
 
-def test_objects_of_ones_own_are_added_as_objects_and_as_text() -> None:
+def test_extra_objects_can_be_objects_or_templates() -> None:
     added = [
         found for found in render(ci_values("full")).all("ConfigMap") if "extra" in found["metadata"]["name"]
     ]

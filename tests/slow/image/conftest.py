@@ -16,14 +16,14 @@ INSIDE = Path(__file__).with_name("inside.py")
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    """Docker or Podman, with nothing of these tests left in it afterwards."""
+    """Docker or Podman; remove all containers and images at the end."""
     with an_engine() as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
 def image(engine: Engine) -> Iterator[str]:
-    """The worker's image, as `make image` builds it."""
+    """The worker's image, built by `make image`."""
     run(
         "make",
         "image",
@@ -37,7 +37,7 @@ def image(engine: Engine) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def simulator_image(engine: Engine) -> Iterator[str]:
-    """The model simulator's image, as Compose builds it."""
+    """The model simulator's image, built as by Compose."""
     dockerfile = str(ROOT / "deploy" / "compose" / "Dockerfile")
     engine("build", *engine.build_flags, "--file", dockerfile, "--tag", SIMULATOR_IMAGE, str(ROOT))
     yield SIMULATOR_IMAGE
@@ -46,7 +46,7 @@ def simulator_image(engine: Engine) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def config(engine: Engine, image: str) -> dict[str, Any]:
-    """What the image says about itself."""
+    """The configuration of the image."""
     config = json.loads(engine("inspect", "--type=image", image))[0]["Config"]
     assert isinstance(config, dict)
     return config
@@ -54,7 +54,7 @@ def config(engine: Engine, image: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def inside(engine: Engine, image: str) -> dict[str, Any]:
-    """What is found in the image, from inside."""
+    """The properties of the image that `inside.py` prints in a container."""
     flags = (f"--volume={INSIDE}:/inside.py:ro", "--entrypoint=python")
     done = subprocess.run(
         engine.start(image, "/inside.py", flags=flags), capture_output=True, text=True, check=False
@@ -67,7 +67,7 @@ def inside(engine: Engine, image: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def services() -> dict[str, Any]:
-    """What `deploy/compose.yaml` runs."""
+    """The services of `deploy/compose.yaml`."""
     found = YAML(typ="safe").load(ROOT / "deploy" / "compose.yaml")["services"]
     assert isinstance(found, dict)
     return found

@@ -1,4 +1,4 @@
-"""What builds and runs images: Docker where it answers, else Podman with a store of its own."""
+"""Build and run images with Docker, or else with Podman and a temporary store."""
 
 import os
 import re
@@ -24,7 +24,7 @@ PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     KEYRING: "debian-archive-keyring",
 }
-# As the chart runs it, and stricter where it has a /tmp.
+# As in the chart, but without a writable /tmp.
 CONFINED = (
     "--read-only",
     "--cap-drop=ALL",
@@ -34,38 +34,38 @@ CONFINED = (
 
 @dataclass(frozen=True)
 class Engine:
-    """A container engine's command, with what it needs on this machine."""
+    """A container engine's command, with the flags for this machine."""
 
     command: tuple[str, ...]
     build_flags: tuple[str, ...]
     run_flags: tuple[str, ...] = ()
 
     def __call__(self, *arguments: str) -> str:
-        """Run a command of the engine; what it prints."""
+        """Run a command of the engine; return its output."""
         return run(*self.command, *arguments)
 
     def start(
         self, image: str, *arguments: str, flags: tuple[str, ...] = (), network: str = "host"
     ) -> list[str]:
-        """The command that runs an image, confined, in the foreground."""
+        """Return the command that runs an image in the foreground, without privileges."""
         usual = (f"--network={network}", *CONFINED, *self.run_flags)
         return [*self.command, "run", "--rm", *usual, *flags, image, *arguments]
 
     def tries(self, *arguments: str) -> bool:
-        """Run a command of the engine; whether it succeeds."""
+        """Run a command of the engine; return whether it succeeds."""
         return _succeeds(*self.command, *arguments)
 
     def remove(self, container: str) -> None:
-        """End a container, if it is there: its command may be gone while it is not."""
+        """Remove a container, if it exists; it can outlive its command."""
         self.tries("rm", "--force", container)
 
 
 def run(*command: str) -> str:
-    """Run a command that must succeed; what it prints."""
+    """Run a command that must succeed; return its output."""
     done = subprocess.run(
         command,
         cwd=ROOT,
-        # Docker before 23 builds without it, and then knows no secrets.
+        # Docker before 23 supports build secrets only with BuildKit.
         env={**os.environ, "DOCKER_BUILDKIT": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -79,16 +79,16 @@ def run(*command: str) -> str:
 
 @contextmanager
 def an_engine() -> Iterator[Engine]:
-    """Docker if it answers; else what root on Debian can have."""
+    """Yield Docker if it is running, else Podman, which requires root on Debian."""
     if sys.platform != "linux":
-        pytest.skip("the containers share this machine's network, which takes Linux")
+        pytest.skip("containers with the host's network require Linux")
     with tempfile.TemporaryDirectory(prefix="vqa-image-", ignore_cleanup_errors=True) as folder:
         if _succeeds("docker", "info"):
             yield Engine(("docker",), tuple(pip_secrets(Path(folder))))
             return
         install(PACKAGES)
         if not _succeeds("unshare", "--mount", "true"):
-            pytest.skip("needs Docker, or a machine that lets root mount file systems")
+            pytest.skip("requires Docker, or root with the permission to mount file systems")
         with _podman(Path(folder)) as engine:
             yield engine
 
@@ -98,13 +98,13 @@ def _podman(folder: Path) -> Iterator[Engine]:
     store = folder / "overlay"
     command = _podman_command(store)
     if not _succeeds(*command, "info"):
-        # Where this machine's own files are in an overlay, as in a container, there can be no second one.
+        # An overlay cannot be mounted on an overlay, as in a container.
         store = folder / "vfs"
         command = _podman_command(store)
     engine = Engine(
         command,
         ("--isolation=chroot", "--format=docker", "--layers=false", "--pull=never", *pip_secrets(folder)),
-        # By itself it would give more than root may here, mount a /tmp in spite of --read-only, and run on.
+        # Limits that root can set here, no writable /tmp despite --read-only, and an end after a crash.
         ("--ulimit=nofile=4096:4096", "--ulimit=nproc=1024:1024", "--read-only-tmpfs=false", "--timeout=600"),
     )
     try:
@@ -112,7 +112,7 @@ def _podman(folder: Path) -> Iterator[Engine]:
         yield engine
     finally:
         engine("rm", "--all", "--force", "--time=0")
-        # Podman leaves it mounted upon itself.
+        # Podman leaves a bind mount of this folder.
         _succeeds("umount", str(store / "root" / "overlay"))
 
 
@@ -129,7 +129,7 @@ def _podman_command(store: Path) -> tuple[str, ...]:
 
 
 def python_image() -> str:
-    """The base that the Dockerfile names."""
+    """Return the base image of the Dockerfile."""
     found = re.search(r"^ARG PYTHON_IMAGE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert found
     return found[1]

@@ -1,4 +1,4 @@
-"""Runs in the image, by its own Python, and prints what it finds there as JSON."""
+"""Run in the image with its Python, and print its properties as JSON."""
 
 import errno
 import importlib
@@ -18,14 +18,14 @@ import botocore.session
 
 import worker
 
-# Of these the kernel makes its own file systems.
+# Virtual file systems of the kernel.
 KERNELS = ("/dev", "/proc", "/sys")
 EXTRAS = ("opentelemetry", "rich", "typer")
 SOURCES_OF_CREDENTIALS = ("s3", "signin", "sso", "sso-oidc", "sts")
 
 
 def main() -> None:
-    """Print everything."""
+    """Print all properties."""
     for module in pkgutil.walk_packages(worker.__path__, "worker."):
         if not module.name.endswith("__main__"):
             _load(module.name)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _load(module: str) -> None:
-    """Import one of the worker's modules, unless it needs an extra, which the image has not."""
+    """Import a module of the worker, unless it requires an extra, which the image does not have."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -63,7 +63,7 @@ def _of_process() -> dict[str, str]:
 
 
 def _foreign_modules() -> Iterator[str]:
-    """Modules that are neither the image's own packages nor the standard library's."""
+    """Yield loaded modules outside the image's packages and the standard library."""
     own, standard = sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")
     for name, module in sys.modules.items():
         file = getattr(module, "__file__", None)
@@ -76,7 +76,7 @@ def _is_in(standard: str, file: str) -> bool:
 
 
 def _sources() -> Iterator[Path]:
-    """Every module of the image's own, and the standard library's as far as the worker has them loaded."""
+    """Yield all modules of the packages, and the loaded ones of the standard library."""
     yield from Path(sysconfig.get_path("purelib")).rglob("*.py")
     for module in sys.modules.values():
         file = getattr(module, "__file__", None)
@@ -86,7 +86,7 @@ def _sources() -> Iterator[Path]:
 
 def _is_compiled(source: Path) -> bool:
     compiled = Path(importlib.util.cache_from_source(str(source)))
-    # Bytes 4 to 7: 1 means by hash instead of time, and not to be checked.
+    # Bytes 4 to 7: 1 means unchecked hash-based (PEP 552).
     return compiled.exists() and compiled.read_bytes()[4:8] == b"\x01\x00\x00\x00"
 
 
@@ -97,7 +97,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _attempts_to_write() -> Counter[str]:
-    """What came of making a file in every folder there is."""
+    """Count the results of creating a file in every folder."""
     results = Counter[str]()
     for folder in _folders():
         try:
@@ -109,7 +109,7 @@ def _attempts_to_write() -> Counter[str]:
 
 
 def _writable_to_the_user() -> Iterator[str]:
-    """What of the image's own the user could change if the root were not read-only."""
+    """Yield files that the user could change if the root file system were writable."""
     for path in (Path(sys.prefix), *Path(sys.prefix).rglob("*")):
         status = path.lstat()
         if not path.is_symlink() and (status.st_uid == os.getuid() or status.st_mode & 0o022):
@@ -117,7 +117,7 @@ def _writable_to_the_user() -> Iterator[str]:
 
 
 def _megabytes() -> dict[str, float]:
-    """What the image's own files come to, by kind."""
+    """Return the size of the image's files by kind."""
     sizes = Counter[str]()
     for path in Path(sys.prefix).rglob("*"):
         if path.is_file() and not path.is_symlink():

@@ -1,4 +1,4 @@
-"""What the image's tests take from the machine: programs, Debian's mirror, pip's settings."""
+"""Read the machine's Debian mirror and pip configuration."""
 
 import ast
 import os
@@ -7,7 +7,7 @@ import sys
 from configparser import RawConfigParser
 from pathlib import Path
 
-# The package index and the way to it; pip's other settings concern the machine's own folders.
+# The package index and its connection; other pip settings are local folders.
 PIP_SETTINGS = (
     "index-url",
     "extra-index-url",
@@ -20,7 +20,7 @@ PIP_SETTINGS = (
 
 
 def debian_mirror() -> str | None:
-    """Where this machine gets Debian's packages from; None on one that is not Debian."""
+    """Return the machine's Debian mirror, or None."""
     targets = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"],
         capture_output=True,
@@ -31,7 +31,7 @@ def debian_mirror() -> str | None:
 
 
 def pip_secrets(folder: Path) -> list[str]:
-    """The flags that hand pip's settings to a build, as the Dockerfile takes them; files go to `folder`."""
+    """Write the pip configuration to `folder`; return the flags that mount it as a build secret."""
     settings = _pip_settings()
     configuration = RawConfigParser()
     configuration["global"] = {name: settings[name] for name in PIP_SETTINGS if name in settings}
@@ -51,7 +51,7 @@ def _pip_settings() -> dict[str, str]:
         text=True,
         check=True,
     ).stdout.splitlines()
-    # Variables, `:env:.name`, come first in the list and last in rank; folders of this machine are not there.
+    # Environment variables, `:env:.name`, are listed first and take precedence. Local indexes are not used.
     pairs = [line.split("=", 1) for line in reversed(listed) if "=" in line]
     settings = {name.rpartition(".")[2]: str(ast.literal_eval(value)) for name, value in pairs}
     indexes = settings.pop("extra-index-url", "").split()

@@ -1,7 +1,7 @@
-"""A simulator for the official Python image, of Debian's packages, for machines that can pull no image.
+"""Build a replacement of the official Python image from Debian packages, without pulling an image.
 
-Debian's testing suite has the Python that the Dockerfile asks for. What matters of the official image is
-imitated: `python` and `pip` in /usr/local/bin, and no compiled file of the standard library.
+Debian's testing suite has the Python version of the Dockerfile. As in the official image,
+`python` and `pip` are in /usr/local/bin, and the standard library is not compiled.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ RECIPE = (
     "--dpkgopt=path-exclude=/usr/share/doc/*",
     "--dpkgopt=path-exclude=/usr/share/locale/*",
     "--dpkgopt=path-exclude=/usr/share/man/*",
-    # Mirrors that are frozen at a day are as good.
+    # Allow snapshots.
     '--aptopt=Acquire::Check-Valid-Until "false"',
     '--customize-hook=ln -s /usr/bin/python3 "$1/usr/local/bin/python"',
     '--customize-hook=ln -s /usr/bin/python3 "$1/usr/local/bin/python3"',
@@ -32,7 +32,7 @@ RECIPE = (
 
 
 def python_base() -> Path:
-    """The image's root file system as an archive, made at the first use on a machine (half a minute)."""
+    """Return an archive of the image's root file system, created on first use (30 s)."""
     recipe = hashlib.sha256("\n".join((SUITE, *RECIPE)).encode()).hexdigest()[:12]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqa-worker"
     archive = folder / f"python-{SUITE}-{recipe}.tar"

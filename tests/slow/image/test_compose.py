@@ -18,7 +18,7 @@ LOOPBACK = "127.0.0.1:"
 
 
 def filled_in(value: str) -> str:
-    """What Compose makes of `${NAME:-default}` where the name is not set."""
+    """Replace `${NAME:-default}` by the default, as Compose does for unset variables."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
 
 
@@ -76,7 +76,7 @@ def test_the_s3_server_is_the_version_that_the_tests_run(services: dict[str, Any
     assert services["s3"]["image"] == f"chrislusf/seaweedfs:{locked[1]}"
 
 
-def test_files_that_it_builds_from_and_mounts_exist(services: dict[str, Any]) -> None:
+def test_build_contexts_and_mounted_files_exist(services: dict[str, Any]) -> None:
     for service in services.values():
         if "build" in service:
             context = DEPLOY / service["build"]["context"]

@@ -1,4 +1,4 @@
-"""The container image: really built, and run as it is in a cluster."""
+"""Build the container image and run it as in a cluster."""
 
 import asyncio
 import platform
@@ -23,7 +23,7 @@ from tests.running import Worker, until
 from tests.slow.image.engine import ROOT, Engine, python_image, run
 from worker import __version__
 
-# The first test waits for packages, the base and the build.
+# The first test includes the installation of packages and the build.
 pytestmark = pytest.mark.timeout(900)
 
 NOTHING = "0000000000000000"
@@ -35,7 +35,7 @@ StartContainer = Callable[..., Awaitable[Worker]]
 async def start_container(
     stack: Stack, engine: Engine, image: str, tmp_path: Path
 ) -> AsyncIterator[StartContainer]:
-    """Starts the image's worker with the settings given; its name is that of its jobs queue."""
+    """Start a container with the given settings, named like its jobs queue."""
     workers: list[Worker] = []
 
     async def start(*flags: str, wait: bool = True, without: tuple[str, ...] = (), **settings: str) -> Worker:
@@ -74,7 +74,7 @@ def test_the_image_has_labels(config: dict[str, Any]) -> None:
 
 
 def test_process_1_is_the_worker_as_a_numeric_user_other_than_root(config: dict[str, Any]) -> None:
-    # In exec form, so that no shell stands between a signal and the worker.
+    # In exec form, so that the worker receives signals directly.
     assert config["Entrypoint"] == ["vqa-worker"]
     assert config["Cmd"] == ["run"]
     assert config["User"] == "10001:10001"
@@ -82,7 +82,7 @@ def test_process_1_is_the_worker_as_a_numeric_user_other_than_root(config: dict[
     assert list(config["ExposedPorts"]) == ["8080/tcp"]
 
 
-def test_its_environment_has_nothing_of_the_build_machine(config: dict[str, Any]) -> None:
+def test_the_environment_has_no_variables_of_the_build_machine(config: dict[str, Any]) -> None:
     names = {variable.split("=")[0] for variable in config["Env"]}
     base = {"GPG_KEY", "LANG", "PYTHON_SHA256", "PYTHON_VERSION"}
     assert names - base == {"PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
@@ -98,7 +98,7 @@ def test_the_user_has_no_privileges(inside: dict[str, Any]) -> None:
 
 
 def test_the_worker_runs_without_a_writable_folder(inside: dict[str, Any]) -> None:
-    # EACCES is for folders that the user may not even enter.
+    # EACCES for folders that the user cannot enter.
     assert set(inside["attempts_to_write"]) <= {"EROFS", "EACCES"}
     assert inside["attempts_to_write"]["EROFS"] > 100
 
@@ -110,7 +110,7 @@ def test_its_packages_are_exactly_the_lock_and_the_worker(inside: dict[str, Any]
 
 
 def locked(python: str) -> Iterator[tuple[str, str]]:
-    """What the lock has for this Python: names and versions."""
+    """Yield names and versions of the lock for this Python version."""
     environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
     for line in re.findall(r"^[a-z][^\\\n]+", (ROOT / "requirements.lock").read_text(), re.MULTILINE):
         requirement = Requirement(line)
@@ -171,11 +171,11 @@ async def test_the_container_answers_a_job_and_drains_when_the_engine_stops_it(
         assert reply.body["status"] == "succeeded", reply.body
         await until(lambda: worker.metric("vqa_jobs_total", status="succeeded") == 1, "it is counted")
 
-        # As an orchestrator does it: the image's own signal, then patience. What is in flight is finished.
+        # Stop as an orchestrator does, with a grace period: jobs in flight finish.
         model.freeze()
         running = job()
         await client.publish(running)
-        await until(lambda: model.held == 1, "the model is asked")
+        await until(lambda: model.held == 1, "a model request is open")
         stopping = asyncio.create_task(
             asyncio.to_thread(engine, "stop", "--time=60", worker.jobs_queue), name="stop"
         )
@@ -219,7 +219,7 @@ async def test_sigterm_during_its_start_ends_it_at_once(
 
 
 def process_of(engine: Engine, container: str) -> Path | None:
-    """The folder below /proc of a container's process 1, if it runs the worker."""
+    """Return the folder below /proc of a container's process 1, if it runs the worker."""
     if not engine.tries("container", "inspect", container):
         return None
     folder = Path("/proc", engine("inspect", "--format={{.State.Pid}}", container).strip())
@@ -238,7 +238,7 @@ async def test_sigterm_ends_it_with_0(start_container: StartContainer) -> None:
     assert await worker.stop() == 0, worker.output()
 
 
-async def test_a_pod_identity_gives_it_the_credentials_of_a_role(
+async def test_a_web_identity_token_provides_credentials(
     start_container: StartContainer, client_of: MakeClient, tmp_path: Path
 ) -> None:
     content = picture()
@@ -287,7 +287,7 @@ def test_invalid_settings_end_it_with_78_and_a_line_for_each(engine: Engine, ima
 
 @pytest.fixture
 def simulator(engine: Engine, simulator_image: str) -> Iterator[str]:
-    """The name of a container with the model simulator, started as Compose does, away from all networks."""
+    """The name of a container with the model simulator, without a network."""
     name = f"simulator-{uuid.uuid4().hex[:8]}"
     process = subprocess.Popen(
         engine.start(simulator_image, flags=(f"--name={name}",), network="none"), stdout=subprocess.DEVNULL

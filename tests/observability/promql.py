@@ -1,25 +1,25 @@
-"""Which metrics a PromQL expression asks for, by a real parser."""
+"""Parse PromQL expressions."""
 
 import re
 
 import promql_parser
 
 _GRAFANA = re.compile(r"\$__(rate_interval|interval|range)\b")
-# What Prometheus itself makes.
+# Metrics of Prometheus itself.
 BUILT_IN = frozenset({"up", "ALERTS"})
 
 
 def names_in(expr: str) -> set[str]:
-    """The names of all metrics in an expression; Grafana's durations may stand in it.
+    """Return the names of all metrics in an expression, which may contain Grafana's durations.
 
     Raises:
-        ValueError: it is not PromQL, or it asks for metrics without naming them.
+        ValueError: The expression is not PromQL, or a selector has no metric name.
     """
     return {str(selector.name) for selector in _selectors(expr)}
 
 
 def labels_in(expr: str) -> dict[str, set[str]]:
-    """By metric, the labels that an expression selects by."""
+    """Return the labels of an expression's selectors, by metric."""
     found: dict[str, set[str]] = {}
     for selector in _selectors(expr):
         labels = {matcher.name for matcher in selector.matchers.matchers}
@@ -28,7 +28,7 @@ def labels_in(expr: str) -> dict[str, set[str]]:
 
 
 def family_of(name: str) -> str:
-    """The name as metrics are declared: a histogram's series have endings of their own."""
+    """Return the name of the metric family, without a histogram's suffix."""
     return re.sub(r"_(bucket|sum|count)$", "", name)
 
 

@@ -1,10 +1,10 @@
-"""Values that are wrong are refused before anything is installed, in a sentence that says which and why."""
+"""Invalid values are rejected before the installation, with the key and the reason."""
 
 from typing import Any
 
 import pytest
 
-from tests.slow.helm.rendering import ci_values, keda, merged, minimal, refusal, render
+from tests.slow.helm.rendering import ci_values, error_of, keda, merged, minimal, render
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "expected"),
     [
         ("replicaCount", 3, "at '': additional properties 'replicaCount' not allowed"),
         ("autoscaling.values", 3, "at '/autoscaling': additional properties 'values' not allowed"),
@@ -25,12 +25,12 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
         ("autoscaling.behavior.scaleDown.policy", [], "additional properties 'policy' not allowed"),
     ],
 )
-def test_a_misspelt_key_is_named(path: str, value: Any, said: str) -> None:
-    assert said in refusal(keda(_nested(path, value)))
+def test_an_unknown_key_is_reported(path: str, value: Any, expected: str) -> None:
+    assert expected in error_of(keda(_nested(path, value)))
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "expected"),
     [
         ("autoscaling.value", "64", "at '/autoscaling/value': got string, want null or integer"),
         ("autoscaling.value", 6.5, "at '/autoscaling/value': got number, want null or integer"),
@@ -61,12 +61,12 @@ def test_a_misspelt_key_is_named(path: str, value: Any, said: str) -> None:
         ("fullnameOverride", "Questions", "at '/fullnameOverride': 'Questions' does not match pattern"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_named(path: str, value: Any, said: str) -> None:
-    assert said in refusal(keda(_nested(path, value)))
+def test_an_invalid_value_is_reported(path: str, value: Any, expected: str) -> None:
+    assert expected in error_of(keda(_nested(path, value)))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"settings": {"allowedBuckets": []}}, "settings.allowedBuckets is empty: list the buckets"),
         ({"secrets": {"rabbitmqUrl": ""}}, "secrets.rabbitmqUrl is empty: set amqp:"),
@@ -107,10 +107,10 @@ def test_a_value_of_the_wrong_kind_is_named(path: str, value: Any, said: str) ->
         ({"settings": {"modelTimeout": 150}}, "must be more than settings.modelTimeout (150 s)"),
     ],
 )
-def test_contradicting_values_are_rejected(changes: dict[str, Any], said: str) -> None:
-    refused = refusal(minimal(changes))
-    assert "Invalid combination of values:\n- " in refused
-    assert said in refused
+def test_contradicting_values_are_rejected(changes: dict[str, Any], expected: str) -> None:
+    error = error_of(minimal(changes))
+    assert "Invalid combination of values:\n- " in error
+    assert expected in error
 
 
 def test_secrets_as_files_need_a_secret() -> None:
@@ -118,20 +118,20 @@ def test_secrets_as_files_need_a_secret() -> None:
     values = merged(
         values, {"extraEnvFrom": [{"secretRef": {"name": "own"}}], "topology": {"hook": {"enabled": False}}}
     )
-    assert "secrets.asFiles is set, but there is no Secret to mount" in refusal(values)
+    assert "secrets.asFiles is set, but there is no Secret to mount" in error_of(values)
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    said = refusal({})
+    error = error_of({})
     for fault in ("settings.allowedBuckets", "secrets.rabbitmqUrl", "secrets.modelApiKey"):
-        assert f"\n- {fault} is empty" in said
+        assert f"\n- {fault} is empty" in error
 
 
-def test_a_refusal_shows_no_secret() -> None:
+def test_an_error_message_contains_no_secret() -> None:
     wrong = {"secrets": {"rabbitmqUrl": "worker:top-secret@rabbitmq", "modelApiKey": 5}}
     for changes in (wrong, {"secrets": {"rabbitmqUrl": "worker:top-secret@rabbitmq"}}):
-        assert "top-secret" not in refusal(minimal(changes))
+        assert "top-secret" not in error_of(minimal(changes))
 
 
-def test_a_chart_that_uses_this_one_may_have_global_values() -> None:
+def test_a_parent_chart_may_have_global_values() -> None:
     assert render(minimal({"global": {"anything": 1}})).texts == render(ci_values("minimal")).texts

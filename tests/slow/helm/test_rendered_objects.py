@@ -1,4 +1,4 @@
-"""What is rendered, on the real parts: a worker with just what its pod gives it, and the broker."""
+"""The rendered objects with real services: a worker with the environment of its pod, and the broker."""
 
 import asyncio
 import base64
@@ -32,7 +32,7 @@ def rendered(stack: Stack) -> Iterator[Rendered]:
 
 
 def _values(of_stack: dict[str, str], port: int) -> Values:
-    """The stack as a user would describe it in values."""
+    """Return values for the stack."""
     name = f"t{uuid.uuid4().hex[:10]}"
     return minimal(
         {
@@ -57,7 +57,7 @@ def _values(of_stack: dict[str, str], port: int) -> Values:
 
 
 def _environment(stack: Stack, rendered: Rendered, pod: Object, folder: Path) -> dict[str, str]:
-    """What a container has: nothing but its pod gives it the broker, the API and S3."""
+    """Return the environment of a container; only the pod configures the broker, the model API and S3."""
     of_stack = stack.environment()
     credentials = {name: text for name, text in of_stack.items() if name.startswith("AWS_")}
     of_pod = environment_in(folder, rendered, pod, {"s3-credentials": credentials})
@@ -68,7 +68,7 @@ def _environment(stack: Stack, rendered: Rendered, pod: Object, folder: Path) ->
 
 @pytest.fixture
 async def hook(stack: Stack, rendered: Rendered, tmp_path: Path) -> Ended:
-    """The hook's container has run, as Helm would have it before there are workers."""
+    """Run the hook's container, as Helm does before it creates the workers."""
     pod = rendered.one("Job")["spec"]["template"]
     environment = _environment(stack, rendered, pod, tmp_path / "hook")
     job = Worker(environment, tmp_path / "hook.log")
@@ -78,7 +78,7 @@ async def hook(stack: Stack, rendered: Rendered, tmp_path: Path) -> Ended:
 
 @pytest.fixture
 def start(stack: Stack, rendered: Rendered, hook: Ended, tmp_path: Path) -> Iterator[Start]:
-    """Makes workers out of the pod."""
+    """Return a function that creates workers from the pod."""
     assert hook.code == 0, hook.errors
     environment = _environment(stack, rendered, rendered.pod, tmp_path / "pod")
     workers = []
@@ -92,7 +92,7 @@ def start(stack: Stack, rendered: Rendered, hook: Ended, tmp_path: Path) -> Iter
         worker.kill()
 
 
-async def test_the_hook_makes_the_queues_that_the_worker_then_finds(
+async def test_the_hook_declares_the_queues_for_the_worker(
     stack: Stack, rendered: Rendered, hook: Ended, start: Start
 ) -> None:
     assert (hook.code, hook.errors) == (0, [])
@@ -101,13 +101,13 @@ async def test_the_hook_makes_the_queues_that_the_worker_then_finds(
     queue, results = settings["VQA_JOBS_QUEUE"], settings["VQA_RESULTS_QUEUE"]
     retries = [f"{queue}.retry.{delay}s" for delay in settings["VQA_RETRY_DELAYS"].split(",")]
     assert {queue, results, f"{queue}.dead", *retries} <= set(listed.split())
-    # It does not declare any.
+    # The worker does not declare queues.
     assert settings["VQA_DECLARE_TOPOLOGY"] == "false"
     pod = await start().start()
     assert await pod.stop() == 0
 
 
-async def test_it_answers_and_its_probes_are_answered_where_they_ask(
+async def test_the_worker_answers_a_job_and_its_probes_succeed(
     rendered: Rendered, start: Start, client_of: MakeClient, put_image: PutImage
 ) -> None:
     pod = start()
@@ -126,21 +126,21 @@ async def test_it_answers_and_its_probes_are_answered_where_they_ask(
     assert await pod.stop() == 0
 
 
-async def test_while_it_has_no_broker_it_lives_and_is_not_ready(rendered: Rendered, start: Start) -> None:
-    """So that a rollout waits, and nothing is restarted without success."""
-    # Port 1: nobody is there.
+async def test_without_a_broker_the_worker_is_live_and_not_ready(rendered: Rendered, start: Start) -> None:
+    """A rollout waits, and Kubernetes does not restart the pod."""
+    # No server listens on port 1.
     pod = start(VQA_RABBITMQ_URL="amqp://guest:guest@127.0.0.1:1/")
     await pod.serve()
     probes = rendered.container
-    await until(lambda: pod.get(probes["livenessProbe"]["httpGet"]["path"])[0] == 200, "it lives")
+    await until(lambda: pod.get(probes["livenessProbe"]["httpGet"]["path"])[0] == 200, "the worker is live")
     assert pod.get(probes["startupProbe"]["httpGet"]["path"])[0] == 200
     assert pod.get(probes["readinessProbe"]["httpGet"]["path"])[0] == 503
 
 
-async def test_keda_finds_the_queue_where_it_is_told_to_look_as_a_user_who_may_nothing_else(
+async def test_keda_can_read_the_queue_depth_with_the_permissions_of_its_user(
     stack: Stack, rendered: Rendered, start: Start, client_of: MakeClient
 ) -> None:
-    """The address is put together as KEDA's scaler does it, from what the chart tells KEDA."""
+    """The URL is built from the ScaledObject as KEDA's scaler does."""
     user, password = f"keda-{uuid.uuid4().hex}", "p/a:s@s#1"
     stack.rabbitmq.ctl("add_user", user, password)
     stack.rabbitmq.ctl("set_user_tags", user, "management")
@@ -153,17 +153,15 @@ async def test_keda_finds_the_queue_where_it_is_told_to_look_as_a_user_who_may_n
     place = f"{quote(metadata['vhostName'], safe='')}/{quote(metadata['queueName'], safe='')}"
     url = f"{metadata['host']}api/queues/{place}"
 
-    # A worker that does not run yet.
+    # The worker is not started.
     client = await client_of(start())
     for _ in range(3):
-        await client.publish({"id": uuid.uuid4().hex, "question": "?", "images": ["s3://nowhere/at-all"]})
+        await client.publish({"id": uuid.uuid4().hex, "question": "?", "images": ["s3://missing/image"]})
 
     await until(lambda: _read(url, login).get("messages") == 3, "the management API has counted them")
 
 
-async def test_the_metric_of_the_hpa_is_one_that_rabbitmq_has(
-    stack: Stack, rendered: Rendered, hook: Ended
-) -> None:
+async def test_rabbitmq_exposes_the_metric_of_the_hpa(stack: Stack, rendered: Rendered, hook: Ended) -> None:
     assert hook.code == 0, hook.errors
     jobs = rendered.settings["VQA_JOBS_QUEUE"]
     hpa = render(minimal({"settings": {"jobsQueue": jobs}, "autoscaling": {"mode": "hpa"}}))
@@ -178,7 +176,7 @@ async def test_the_metric_of_the_hpa_is_one_that_rabbitmq_has(
             for sample in family.samples
         )
 
-    await until(is_shown, "RabbitMQ shows the metric of the queue")
+    await until(is_shown, "RabbitMQ exposes the metric of the queue")
 
 
 def _read(url: str, login: Mapping[str, str]) -> Any:

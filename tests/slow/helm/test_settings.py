@@ -1,4 +1,4 @@
-"""Every setting of the worker can be set from the chart's values, and what the chart sets is a setting."""
+"""The chart's values cover exactly the settings of the worker."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from tests.slow.helm.rendering import (
     Rendered,
     ci_values,
     decoded,
+    error_of,
     minimal,
-    refusal,
     render,
 )
 from worker.settings import BrokerSettings, Price, Settings, load_broker_settings, load_settings
@@ -30,9 +30,9 @@ NAMES = [path.name.removesuffix("-values.yaml") for path in CI_FILES]
 every_ci_file = pytest.mark.parametrize("name", NAMES)
 
 SECRET = {"VQA_RABBITMQ_URL", "VQA_MODEL_API_KEY", "VQA_MODEL_HEADERS", "DEEPINFRA_TOKEN", "OPENAI_API_KEY"}
-# By other values than `settings`.
+# Set by values outside `settings`.
 OF_TLS = {"VQA_RABBITMQ_CA_FILE", "VQA_RABBITMQ_CERT_FILE", "VQA_RABBITMQ_KEY_FILE"}
-# The address and who declares what; the rest must be as the workers have it.
+# Settings in which the hook differs from the workers.
 OF_THE_HOOK_ALONE = {"rabbitmq_url", "declare_topology"}
 
 
@@ -42,30 +42,30 @@ def defaults() -> dict[str, Any]:
 
 
 def variable_of(name: str) -> str:
-    """`s3EndpointUrl` → `VQA_S3_ENDPOINT_URL`, worked out otherwise than the chart does."""
-    return "VQA_" + "".join(f"_{letter}" if letter.isupper() else letter for letter in name).upper()
+    """Convert `s3EndpointUrl` to `VQA_S3_ENDPOINT_URL`, independently of the chart."""
+    return "VQA_" + "".join(f"_{it}" if it.isupper() else it for it in name).upper()
 
 
-def test_all_that_is_set_is_a_setting_and_every_setting_can_be_set() -> None:
+def test_the_full_values_set_every_setting() -> None:
     rendered = render(ci_values("full"))
     assert {*rendered.settings, *rendered.secrets} == KNOWN_VARIABLES
 
 
 @every_ci_file
-def test_no_values_make_a_variable_that_the_worker_does_not_know(name: str) -> None:
+def test_all_variables_are_known_to_the_worker(name: str) -> None:
     rendered = render(ci_values(name))
     assert {*rendered.settings, *rendered.secrets} <= KNOWN_VARIABLES
     hooks = [job["spec"]["template"]["spec"]["containers"][0]["env"] for job in rendered.all("Job")]
     assert {entry["name"] for env in hooks for entry in env} <= KNOWN_VARIABLES
 
 
-def test_what_else_the_chart_puts_into_the_environment_is_the_region() -> None:
+def test_the_only_other_variable_is_the_region() -> None:
     added = [entry["name"] for entry in render(ci_values("full")).container["env"]]
     assert added == ["AWS_REGION", "HTTPS_PROXY"]
     assert "env" not in render(minimal()).container
 
 
-def test_the_values_are_named_as_the_settings() -> None:
+def test_values_have_the_names_of_the_settings() -> None:
     named = {variable_of(name) for name in defaults()["settings"]}
     assert named == KNOWN_VARIABLES - SECRET - OF_TLS
 
@@ -75,19 +75,19 @@ def _load(environment: Mapping[str, str]) -> Settings:
         return load_settings(env_file=None)
 
 
-def test_the_defaults_are_the_workers_own(tmp_path: Path) -> None:
+def test_the_defaults_are_the_worker_s_defaults(tmp_path: Path) -> None:
     rendered = render(minimal())
     by_the_chart = _load(environment_in(tmp_path, rendered, rendered.pod)).model_dump()
     required = {"VQA_ALLOWED_BUCKETS": "photos", **rendered.secrets}
     by_the_worker = _load(required).model_dump()
-    # The hook has declared the queues. Without a terminal, JSON is the worker's own choice too.
+    # The hook declares the queues. JSON is also the worker's default without a terminal.
     differences = {"declare_topology": False, "log_format": "json"}
     assert by_the_chart == {**by_the_worker, **differences}
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Secrets:
-    """The Secrets that the `ci/` files expect to be there."""
+    """The existing Secrets that the `ci/` files refer to."""
     authority = Authority.made_in(tmp_path_factory.mktemp("tls") / "authority")
     ca, certificate, key = (
         (authority.folder / name).read_text() for name in ("ca.pem", "server.pem", "server.key")
@@ -106,14 +106,14 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Secrets:
 
 
 def _in_the_cluster(name: str) -> Rendered:
-    """As in `ci/`, but without what no Secret of the tests brings."""
+    """Render a `ci/` file without references to other Secrets."""
     values = ci_values(name)
     values.pop("extraEnvFrom", None)
     return render(values)
 
 
 @every_ci_file
-def test_the_worker_takes_the_environment_of_its_pod(name: str, given: Secrets, tmp_path: Path) -> None:
+def test_the_worker_accepts_the_environment_of_its_pod(name: str, given: Secrets, tmp_path: Path) -> None:
     rendered = _in_the_cluster(name)
     settings = _load(environment_in(tmp_path, rendered, rendered.pod, given))
     assert settings.unknown_variables == []
@@ -123,7 +123,7 @@ def test_the_worker_takes_the_environment_of_its_pod(name: str, given: Secrets, 
 
 
 def _as_loaded(settings: Settings, name: str) -> Any:
-    """A setting in the form that it has in values."""
+    """Return a setting in the format of the values."""
     loaded = getattr(settings, variable_of(name).removeprefix("VQA_").lower())
     if name == "prices":
         prices: Mapping[str, Price] = loaded
@@ -135,7 +135,7 @@ def _as_loaded(settings: Settings, name: str) -> Any:
     return list(loaded) if isinstance(loaded, tuple) else loaded
 
 
-def test_the_worker_takes_the_secrets_from_files_or_from_its_environment(tmp_path: Path) -> None:
+def test_the_worker_reads_secrets_from_files_or_the_environment(tmp_path: Path) -> None:
     secrets = {"deepinfraToken": "a-token", "modelApiKey": "", "modelHeaders": {"X-Project": 'a "b" c'}}
     loaded = []
     for as_files in (True, False):
@@ -153,7 +153,7 @@ def test_the_worker_takes_the_secrets_from_files_or_from_its_environment(tmp_pat
 
 
 @every_ci_file
-def test_the_hook_takes_its_own_environment(name: str, given: Secrets, tmp_path: Path) -> None:
+def test_the_hook_accepts_its_environment(name: str, given: Secrets, tmp_path: Path) -> None:
     rendered = _in_the_cluster(name)
     for job in rendered.all("Job"):
         environment = environment_in(tmp_path, rendered, job["spec"]["template"], given)
@@ -166,7 +166,7 @@ def test_the_hook_takes_its_own_environment(name: str, given: Secrets, tmp_path:
             assert ours.removeprefix(str(tmp_path)) == theirs.removeprefix(str(tmp_path / "worker"))
 
 
-def test_no_secret_is_anywhere_but_in_secrets() -> None:
+def test_secret_values_are_only_in_secrets() -> None:
     values = ci_values("full")
     rendered = render(values)
     keda = values["autoscaling"]["keda"]
@@ -191,20 +191,20 @@ def _decoded_values(secret: Object) -> Iterator[str]:
     yield from decoded(secret).values()
 
 
-def test_numbers_are_written_in_full() -> None:
-    """And not as 3.2e+07, which is what Go makes of a large number that came from YAML."""
+def test_large_numbers_have_no_exponent() -> None:
+    """Go formats large numbers from YAML as 3.2e+07."""
     settings = render(minimal({"settings": {"maxJobBytes": 32_000_000, "jobTimeout": 300.5}})).settings
     assert settings["VQA_MAX_JOB_BYTES"] == "32000000"
     assert settings["VQA_JOB_TIMEOUT"] == "300.5"
 
 
-def test_an_empty_list_says_none_and_null_says_the_default() -> None:
+def test_an_empty_list_means_none_and_null_means_the_default() -> None:
     settings = render(minimal({"settings": {"allowedReplyTo": [], "allowedLinkHosts": None}})).settings
     assert settings["VQA_ALLOWED_REPLY_TO"] == ""
     assert "VQA_ALLOWED_LINK_HOSTS" not in settings
 
 
-def test_the_workers_declare_the_queues_where_the_hook_does_not() -> None:
+def test_the_workers_declare_the_queues_if_the_hook_is_disabled() -> None:
     assert render(minimal()).settings["VQA_DECLARE_TOPOLOGY"] == "false"
     without = {"topology": {"hook": {"enabled": False}}}
     assert render(minimal(without)).settings["VQA_DECLARE_TOPOLOGY"] == "true"
@@ -212,13 +212,13 @@ def test_the_workers_declare_the_queues_where_the_hook_does_not() -> None:
     assert render(minimal(by_hand)).settings["VQA_DECLARE_TOPOLOGY"] == "false"
 
 
-def test_secrets_can_come_from_a_secret_that_something_else_makes() -> None:
+def test_secrets_can_come_from_an_existing_secret() -> None:
     rendered = render(ci_values("hpa"))
     assert rendered.all("Secret") == []
     assert {"secretRef": {"name": "vqa-worker-secrets"}} in rendered.container["envFrom"]
 
 
-def test_secrets_can_come_by_extra_variables() -> None:
+def test_secrets_can_come_from_extra_variables() -> None:
     by_reference = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": "elsewhere", "key": name}}}
         for name in ("VQA_RABBITMQ_URL", "VQA_MODEL_API_KEY")
@@ -226,4 +226,4 @@ def test_secrets_can_come_by_extra_variables() -> None:
     nothing = {"rabbitmqUrl": "", "modelApiKey": ""}
     values = minimal({"secrets": nothing, "extraEnv": by_reference, "topology": {"hook": {"enabled": False}}})
     assert render(values).container["env"] == by_reference
-    assert "secrets.rabbitmqUrl is empty" in refusal({**values, "extraEnv": by_reference[1:]})
+    assert "secrets.rabbitmqUrl is empty" in error_of({**values, "extraEnv": by_reference[1:]})

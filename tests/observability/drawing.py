@@ -1,4 +1,4 @@
-"""Draws the dashboard's panels with what their queries found: a preview that needs no Grafana."""
+"""Draw the dashboard's panels from query results, without Grafana."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 _COLUMNS: Final = 24
 _INCH: Final = 0.72, 0.3  # of a column and of a row of the grid
 _HEAD_IN: Final = 1.15
-_LOOK: Final = {
+_STYLE: Final = {
     "font.size": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -36,8 +36,8 @@ _COLOURS: Final = (
 _FAILURE: Final = "#E02F44"
 _NAMED_COLOURS: Final = {
     "succeeded": "#56A64B",
-    "failed, the service's": _FAILURE,
-    "failed, the job's own": "#F2A20C",
+    "failed, service error": _FAILURE,
+    "failed, client error": "#F2A20C",
     "cancelled": "#7C8798",
     "200": "#56A64B",
     "429": "#F2A20C",
@@ -51,27 +51,27 @@ _SHADES: Final = {"green": "#3d8b37", "orange": "#d17f00", "red": "#c4162a"}
 
 @dataclass(frozen=True)
 class Line:
-    """A series as it is drawn: its name, and seconds since the beginning with their values."""
+    """A series to draw: its name, and pairs of seconds since the start and value."""
 
     name: str
     points: Sequence[tuple[float, float]]
 
 
 def draw(
-    board: Mapping[str, Any], found: Mapping[int, Sequence[Line]], file: Path, says: Sequence[str]
+    dashboard: Mapping[str, Any], found: Mapping[int, Sequence[Line]], file: Path, title: Sequence[str]
 ) -> None:
-    """Draw all panels where they stand; `found` is what each found by its id, `says` what stands above."""
-    rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
+    """Draw all panels at their grid positions; `found` has the series by panel id, `title` is the heading."""
+    rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"])
     size = _COLUMNS * _INCH[0], rows * _INCH[1] + _HEAD_IN
-    # All queries over time have the same steps; where a series has none of one, there is a gap.
+    # All range queries have the same steps; a missing value is a gap.
     ranges = [line for lines in found.values() for line in lines if len(line.points) > 1]
     times = sorted({second for line in ranges for second, _ in line.points})
-    with mpl.rc_context(_LOOK):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size)
-        figure.text(0.012, 1 - 0.3 / size[1], says[0], fontsize=14, weight="bold")
-        for nth, text in enumerate(says[1:]):
+        figure.text(0.012, 1 - 0.3 / size[1], title[0], fontsize=14, weight="bold")
+        for nth, text in enumerate(title[1:]):
             figure.text(0.012, 1 - (0.55 + 0.2 * nth) / size[1], text, fontsize=9.5, color="#60656f")
-        for panel in board["panels"]:
+        for panel in dashboard["panels"]:
             _panel(figure, size, panel, found.get(panel["id"], ()), times)
         metadata = {"Date": None} if file.suffix == ".svg" else None
         figure.savefig(file, dpi=80, facecolor="white", metadata=metadata)
@@ -127,7 +127,7 @@ def _curves(axes: Axes, panel: Mapping[str, Any], lines: Sequence[Line], times: 
     axes.set_ylim(least, most and most * 1.003)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     unit = panel["fieldConfig"]["defaults"]["unit"]
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, unit)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatted(value, unit)))
     for step in panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", ()):
         if custom.get("thresholdsStyle", {}).get("mode") == "dashed" and step["value"] is not None:
             axes.axhline(step["value"], color=_SHADES[step["color"]], linestyle="--", linewidth=0.8)
@@ -142,7 +142,7 @@ def _curves(axes: Axes, panel: Mapping[str, Any], lines: Sequence[Line], times: 
 
 
 def _columns(lines: Sequence[Line]) -> int:
-    """How many names there is room for next to each other."""
+    """Return the number of columns of the legend."""
     return 2 if max(len(line.name) for line in lines) > _LONG_NAME else 3
 
 
@@ -163,7 +163,7 @@ def _numbers(
         steps = defaults["thresholds"]["steps"]
         colour = [step["color"] for step in steps if step["value"] is None or value >= step["value"]][-1]
         y = middle[1] + ((len(lines) - 1) / 2 - nth) * 0.016
-        text = shown(value, defaults["unit"], defaults.get("decimals"))
+        text = formatted(value, defaults["unit"], defaults.get("decimals"))
         named = f"{line.name}  {text}" if line.name else text
         large = 13 if line.name else 20
         figure.text(
@@ -178,8 +178,8 @@ def _numbers(
         )
 
 
-def shown(value: float, unit: str, decimals: int | None = None) -> str:
-    """A value as Grafana would write it, nearly."""
+def formatted(value: float, unit: str, decimals: int | None = None) -> str:
+    """Format a value similar to Grafana."""
     if math.isnan(value):
         return "no data"
     match unit:

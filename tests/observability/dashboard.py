@@ -1,4 +1,4 @@
-"""The dashboard's file as Grafana would read it: its panels, and what they ask Prometheus."""
+"""Read the dashboard's JSON: panels, queries and variables."""
 
 import json
 import re
@@ -13,7 +13,7 @@ FILE: Final = ROOT / "deploy" / "grafana" / "vqa-worker.json"
 
 @dataclass(frozen=True)
 class Target:
-    """One query of a panel, as it stands in the file."""
+    """A query of a panel."""
 
     panel: Mapping[str, Any]
     expr: str
@@ -26,37 +26,37 @@ class Target:
 
 
 def load() -> dict[str, Any]:
-    """The file."""
-    board: dict[str, Any] = json.loads(FILE.read_text())
-    return board
+    """Return the dashboard."""
+    dashboard: dict[str, Any] = json.loads(FILE.read_text())
+    return dashboard
 
 
-def panels(board: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All panels that are not rows."""
-    return [panel for panel in board["panels"] if panel["type"] != "row"]
+def panels(dashboard: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return all panels except rows."""
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
-def targets(board: Mapping[str, Any]) -> Iterator[Target]:
-    """All queries of all panels."""
-    for panel in panels(board):
+def targets(dashboard: Mapping[str, Any]) -> Iterator[Target]:
+    """Yield the queries of all panels."""
+    for panel in panels(dashboard):
         for target in panel["targets"]:
             yield Target(panel, target["expr"], target["legendFormat"], target["instant"])
 
 
-def variables(board: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The variables, by name."""
-    return {variable["name"]: variable for variable in board["templating"]["list"]}
+def variables(dashboard: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the variables by name."""
+    return {variable["name"]: variable for variable in dashboard["templating"]["list"]}
 
 
 def with_values(expr: str, values: Mapping[str, str]) -> str:
-    """What Grafana sends: each variable, its own included, in place of its name.
+    """Replace variables by their values, as Grafana does.
 
     Raises:
-        KeyError: a variable that nobody knows.
+        KeyError: A variable is unknown.
     """
     return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: values[found[1] or found[2]], expr)
 
 
 def named(legend: str, labels: Mapping[str, str]) -> str:
-    """A series' name, as its legend says."""
+    """Return the name of a series by the legend format."""
     return re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda found: labels.get(found[1], ""), legend)

@@ -1,11 +1,21 @@
-"""How many pods: by KEDA, by a HorizontalPodAutoscaler, or fixed; never more than the API has room for."""
+"""Replicas by KEDA, by a HorizontalPodAutoscaler or fixed, within the provider's limit."""
 
 import json
 from typing import Any
 
 import pytest
 
-from tests.slow.helm.rendering import CRDS, Object, ci_values, decoded, keda, merged, minimal, refusal, render
+from tests.slow.helm.rendering import (
+    CRDS,
+    Object,
+    ci_values,
+    decoded,
+    error_of,
+    keda,
+    merged,
+    minimal,
+    render,
+)
 
 SCALER = CRDS / "keda-scaler-rabbitmq.json"
 PASSWORD = "keda/pass:word@1"
@@ -17,7 +27,7 @@ def _trigger(changes: dict[str, Any] | None = None) -> Object:
     return found
 
 
-def test_keda_counts_waiting_and_running_jobs_by_the_management_api() -> None:
+def test_keda_reads_ready_and_unacknowledged_messages_from_the_management_api() -> None:
     trigger = _trigger()
     assert trigger["type"] == "rabbitmq"
     assert trigger["metadata"] == {
@@ -33,17 +43,15 @@ def test_keda_counts_waiting_and_running_jobs_by_the_management_api() -> None:
 
 
 @pytest.mark.parametrize("name", ["keda", "full", "airgapped"])
-def test_keda_takes_strings_only(name: str) -> None:
+def test_the_trigger_s_metadata_are_strings(name: str) -> None:
     (trigger,) = render(ci_values(name)).one("ScaledObject")["spec"]["triggers"]
     assert {type(value) for value in trigger["metadata"].values()} == {str}
 
 
-@pytest.mark.skipif(
-    not SCALER.is_file(), reason="the table of the scaler's own fields is not next to this copy"
-)
+@pytest.mark.skipif(not SCALER.is_file(), reason="the list of the scaler's fields is not available")
 @pytest.mark.parametrize("name", ["keda", "full", "airgapped"])
-def test_the_scaler_knows_every_key_that_it_is_given(name: str) -> None:
-    """No schema does: the trigger's metadata is a free map, and a misspelt key is silently nothing."""
+def test_the_scaler_supports_every_key(name: str) -> None:
+    """The CRD does not check this: unknown keys of the metadata are ignored."""
     fields = json.loads(SCALER.read_text())["parameters"]
     rendered = render(ci_values(name))
     (trigger,) = rendered.one("ScaledObject")["spec"]["triggers"]
@@ -59,12 +67,12 @@ def test_the_scaler_knows_every_key_that_it_is_given(name: str) -> None:
     assert required <= {*trigger["metadata"], *parameters}
 
 
-def test_a_pod_is_for_as_many_messages_as_it_works_on_at_once_unless_said_otherwise() -> None:
+def test_the_messages_per_pod_default_to_the_concurrency() -> None:
     assert _trigger({"settings": {"maxConcurrency": 20}})["metadata"]["value"] == "20"
     assert _trigger({"autoscaling": {"value": 100}})["metadata"]["value"] == "100"
 
 
-def test_large_numbers_are_written_in_full() -> None:
+def test_large_numbers_have_no_exponent() -> None:
     changes = {"autoscaling": {"value": 2_000_000, "keda": {"activationValue": 3_000_000}}}
     metadata = _trigger(changes)["metadata"]
     assert (metadata["value"], metadata["activationValue"]) == ("2000000", "3000000")
@@ -73,11 +81,11 @@ def test_large_numbers_are_written_in_full() -> None:
 @pytest.mark.parametrize(
     "host", ["http://rabbitmq:15672", "http://rabbitmq:15672/", "https://rabbitmq.example/a/path"]
 )
-def test_the_url_ends_with_a_slash_since_keda_takes_what_follows_for_a_virtual_host(host: str) -> None:
+def test_the_url_ends_with_a_slash_because_keda_parses_a_path_as_a_virtual_host(host: str) -> None:
     assert _trigger({"autoscaling": {"keda": {"host": host}}})["metadata"]["host"] == f"{host.rstrip('/')}/"
 
 
-def test_credentials_are_given_apart_from_the_url_and_as_they_are() -> None:
+def test_credentials_are_in_a_secret_and_not_in_the_url() -> None:
     rendered = render(keda())
     assert PASSWORD not in json.dumps(rendered.one("ScaledObject"))
     references = rendered.one("TriggerAuthentication")["spec"]["secretTargetRef"]
@@ -90,7 +98,7 @@ def test_credentials_are_given_apart_from_the_url_and_as_they_are() -> None:
     assert trigger["authenticationRef"]["name"] == rendered.one("TriggerAuthentication")["metadata"]["name"]
 
 
-def test_credentials_can_come_from_a_secret_that_exists() -> None:
+def test_credentials_can_come_from_an_existing_secret() -> None:
     rendered = render(
         keda({"autoscaling": {"keda": {"username": "", "password": "", "existingSecret": "own"}}})
     )
@@ -99,7 +107,7 @@ def test_credentials_can_come_from_a_secret_that_exists() -> None:
     assert "demo-vqa-worker-keda" not in [secret["metadata"]["name"] for secret in rendered.all("Secret")]
 
 
-def test_tls_of_ones_own_is_switched_on_by_a_secret() -> None:
+def test_an_existing_secret_enables_tls() -> None:
     rendered = render(ci_values("airgapped"))
     references = rendered.one("TriggerAuthentication")["spec"]["secretTargetRef"]
     assert [(it["parameter"], it["name"], it["key"]) for it in references[2:]] == [
@@ -111,7 +119,7 @@ def test_tls_of_ones_own_is_switched_on_by_a_secret() -> None:
     assert decoded(rendered.one("Secret", "demo-vqa-worker-keda")) == {"tls": "enable"}
 
 
-def test_the_numbers_of_the_loop_are_the_values() -> None:
+def test_the_scaled_object_has_the_configured_values() -> None:
     spec = render(ci_values("full")).one("ScaledObject")["spec"]
     values = ci_values("full")["autoscaling"]
     assert spec["minReplicaCount"] == values["minReplicas"]
@@ -120,11 +128,11 @@ def test_the_numbers_of_the_loop_are_the_values() -> None:
     assert spec["fallback"] == values["keda"]["fallback"]
     behavior = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
     assert behavior["scaleUp"] == values["behavior"]["scaleUp"]
-    # What is not said is the chart's.
+    # Other fields keep the chart's defaults.
     assert behavior["scaleDown"] == {"selectPolicy": "Max", **values["behavior"]["scaleDown"]}
 
 
-def test_the_scale_target_is_the_deployment_which_leaves_the_number_of_pods_alone() -> None:
+def test_the_scale_target_is_the_deployment_without_replicas() -> None:
     for values in (keda(), ci_values("hpa")):
         rendered = render(values)
         deployment = rendered.one("Deployment")
@@ -133,7 +141,7 @@ def test_the_scale_target_is_the_deployment_which_leaves_the_number_of_pods_alon
         assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
 
 
-def test_without_autoscaling_the_deployment_says_how_many() -> None:
+def test_without_autoscaling_the_deployment_has_fixed_replicas() -> None:
     rendered = render(minimal({"replicas": 4}))
     assert rendered.one("Deployment")["spec"]["replicas"] == 4
     assert rendered.all("ScaledObject") == rendered.all("HorizontalPodAutoscaler") == []
@@ -151,12 +159,12 @@ def test_without_autoscaling_the_deployment_says_how_many() -> None:
         (1000, 20, 30, 30),
         (1000, 20, None, 50),
         (None, 64, 10, 10),
-        # The pod that one needs at least holds itself back.
+        # At least one pod.
         (50, 64, None, 1),
         (1_000_000, 1, None, 1_000_000),
     ],
 )
-def test_there_are_no_more_pods_than_the_api_has_requests_for(
+def test_the_maximum_of_replicas_respects_the_provider_s_limit(
     limit: int | None, concurrency: int, asked: int | None, most: int
 ) -> None:
     changes = {
@@ -169,7 +177,7 @@ def test_there_are_no_more_pods_than_the_api_has_requests_for(
     assert render(hpa).one("HorizontalPodAutoscaler")["spec"]["maxReplicas"] == most
 
 
-def test_an_hpa_scales_by_the_same_figure_from_a_metric() -> None:
+def test_an_hpa_scales_on_the_queue_depth_metric() -> None:
     spec = render(ci_values("hpa")).one("HorizontalPodAutoscaler")["spec"]
     (metric,) = spec["metrics"]
     assert metric["external"] == {
@@ -183,7 +191,7 @@ def test_an_hpa_scales_by_the_same_figure_from_a_metric() -> None:
     assert spec["behavior"].keys() == {"scaleUp", "scaleDown"}
 
 
-def test_an_hpa_asks_for_the_jobs_queue_and_never_goes_to_zero() -> None:
+def test_an_hpa_selects_the_jobs_queue_and_has_a_minimum_of_one() -> None:
     changes = {"autoscaling": {"mode": "hpa"}, "settings": {"jobsQueue": "other.jobs"}}
     spec = render(minimal(changes)).one("HorizontalPodAutoscaler")["spec"]
     assert spec["metrics"][0]["external"]["metric"]["selector"] == {"matchLabels": {"queue": "other.jobs"}}
@@ -191,7 +199,7 @@ def test_an_hpa_asks_for_the_jobs_queue_and_never_goes_to_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"minReplicas": 4}, "autoscaling.minReplicas (4) is more than the maximum number of replicas (3)"),
         ({"keda": {"host": ""}}, "autoscaling.keda.host is empty: KEDA requires the URL"),
@@ -205,12 +213,12 @@ def test_an_hpa_asks_for_the_jobs_queue_and_never_goes_to_zero() -> None:
         ({"keda": {"tls": {"certKey": "tls.crt"}}}, "autoscaling.keda.tls.keyKey belong together"),
     ],
 )
-def test_what_keda_cannot_work_with_is_refused_in_a_sentence(changes: dict[str, Any], said: str) -> None:
-    refused = refusal(keda({"autoscaling": changes}))
-    assert said in refused
-    assert "secret@" not in refused
+def test_invalid_values_for_keda_are_rejected(changes: dict[str, Any], expected: str) -> None:
+    error = error_of(keda({"autoscaling": changes}))
+    assert expected in error
+    assert "secret@" not in error
 
 
-def test_without_a_limit_of_the_provider_the_most_pods_must_be_said() -> None:
-    refused = refusal(keda({"provider": {"maxConcurrentRequests": None}}))
-    assert "autoscaling.maxReplicas is required if provider.maxConcurrentRequests sets no limit" in refused
+def test_without_a_provider_limit_the_maximum_of_replicas_is_required() -> None:
+    error = error_of(keda({"provider": {"maxConcurrentRequests": None}}))
+    assert "autoscaling.maxReplicas is required if provider.maxConcurrentRequests sets no limit" in error

@@ -1,4 +1,4 @@
-"""A real load with all that can be seen: failures of every kind, limits, an outage, a queue that grows."""
+"""Generate a load on real services: failures of every kind, rate limits, an outage, a growing queue."""
 
 import asyncio
 import random
@@ -15,15 +15,15 @@ from aio_pika import ExchangeType, Message, connect
 from deploy.local.model_simulator.behavior import Answer, Error, Outcome, Reset
 from deploy.local.stack import Stack
 from tests.conftest import BUCKET, picture
+from tests.observability.prometheus import RULES, Prometheus
 from tests.running import Client, Worker, until
-from tests.seeing.prometheus import RULES, Prometheus
 
 TENANTS: Final = ("search", "support")
-NAMESPACE: Final = "seen"
+NAMESPACE: Final = "observed"
 QUEUE_FAMILIES: Final = ["queue_coarse_metrics", "queue_consumer_count"]
 
-# What may be wrong with one job in so many, and how its first call then ends.
-_ACCIDENTS: Final[tuple[tuple[dict[str, Any], Outcome | None], ...]] = (
+# Changed fields of a failing job, and the outcome of its first model request.
+_FAILURES: Final[tuple[tuple[dict[str, Any], Outcome | None], ...]] = (
     ({"images": [f"s3://{BUCKET}/nothing-there"]}, None),
     ({"images": ["ftp://example.com/x.png"]}, None),
     ({"model": "not allowed"}, None),
@@ -32,16 +32,16 @@ _ACCIDENTS: Final[tuple[tuple[dict[str, Any], Outcome | None], ...]] = (
     ({}, Answer(text="", finish_reason="length")),
     ({}, Reset()),
 )
-_ONE_IN: Final = 6
+_FAILURE_INTERVAL: Final = 6
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How the load goes over time; every part is a number of seconds."""
+class Durations:
+    """The durations of the phases in seconds, and the rate."""
 
-    calm: float = 1.0
-    accidents: float = 3.0
-    limited: float = 2.0
+    normal: float = 1.0
+    failures: float = 3.0
+    rate_limited: float = 2.0
     outage: float = 2.0
     burst: float = 1.0
     after: float = 2.0
@@ -49,21 +49,21 @@ class Pace:
 
 
 @dataclass
-class Scene:
-    """Services, a worker, who publishes, and a Prometheus that watches them."""
+class ObservedWorker:
+    """A worker, its services, a publisher, and a Prometheus that scrapes them."""
 
     stack: Stack
     worker: Worker
     client: Client
     prometheus: Prometheus
-    began: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.time)
     ids: list[str] = field(default_factory=list)
-    chance: random.Random = field(default_factory=lambda: random.Random(6))  # noqa: S311 - no secret
+    rng: random.Random = field(default_factory=lambda: random.Random(6))  # noqa: S311 - no secret
 
     @classmethod
     @asynccontextmanager
-    async def set_up(cls, stack: Stack, folder: Path) -> AsyncIterator["Scene"]:
-        """A worker with all that can be counted switched on, watched from its first second."""
+    async def set_up(cls, stack: Stack, folder: Path) -> AsyncIterator["ObservedWorker"]:
+        """Start a worker with all optional metrics, and scrape it from its start."""
         settings = {
             "VQA_MAX_ATTEMPTS": "2",
             "VQA_MAX_CONCURRENCY": "16",
@@ -78,21 +78,21 @@ class Scene:
             rules = RULES.read_text().replace("vqa.jobs", worker.jobs_queue)
             with Prometheus.scraping(_scraped(stack, worker), rules=rules) as prometheus:
                 stack.model.configure(latency=0.1)
-                # It takes its time to begin, and sees no growth in what it did not see from the start.
-                await until(lambda: prometheus.now("vqa_build_info"), "the first scrape")
+                # Prometheus starts slowly, and `increase` ignores counts before the first scrape.
+                await until(lambda: prometheus.query("vqa_build_info"), "the first scrape")
                 try:
                     yield cls(stack, worker, client, prometheus)
                 finally:
                     stack.model.reset()
 
-    async def play(self, pace: Pace) -> None:
-        """The whole story, to its last answer."""
+    async def run(self, pace: Durations) -> None:
+        """Run all phases and wait for the last answer."""
         images = self._upload()
-        await self._submit(images, pace.calm, pace.jobs_per_s)
-        await self._let_die()
-        await self._submit(images, pace.accidents, pace.jobs_per_s, accidents=True)
+        await self._submit(images, pace.normal, pace.jobs_per_s)
+        await self._publish_dead_letters()
+        await self._submit(images, pace.failures, pace.jobs_per_s, failures=True)
         self.stack.model.configure(max_concurrent=2)
-        await self._submit(images, pace.limited, pace.jobs_per_s)
+        await self._submit(images, pace.rate_limited, pace.jobs_per_s)
         self.stack.model.configure(max_concurrent=None)
         self.stack.model.play(Error(status=401, message="no such key"), times=None)
         await self._submit(images, pace.outage, pace.jobs_per_s / 2)
@@ -100,8 +100,8 @@ class Scene:
         self.stack.model.configure(rules=[])
         await self._submit(images, pace.burst, pace.jobs_per_s * 4)
         await self._cancel(self.ids[-1])
-        await self._submit(images, pace.after, pace.jobs_per_s, accidents=True)
-        await until(lambda: set(self.ids) <= self.client.replies.keys(), "every job has its answer", 60)
+        await self._submit(images, pace.after, pace.jobs_per_s, failures=True)
+        await until(lambda: set(self.ids) <= self.client.replies.keys(), "every job has a result", 60)
 
     def _upload(self) -> list[str]:
         s3, urls = self.stack.s3.client(), []
@@ -112,21 +112,21 @@ class Scene:
         return urls
 
     async def _submit(
-        self, images: list[str], seconds: float, jobs_per_s: float, *, accidents: bool = False
+        self, images: list[str], seconds: float, jobs_per_s: float, *, failures: bool = False
     ) -> None:
         """Publish at a steady rate."""
-        began = time.monotonic()
+        started = time.monotonic()
         for nth in range(int(seconds * jobs_per_s)):
-            fields: dict[str, Any] = {"images": [self.chance.choice(images)]}
+            fields: dict[str, Any] = {"images": [self.rng.choice(images)]}
             outcome = None
-            if accidents and nth % _ONE_IN == _ONE_IN - 1:
-                changed, outcome = _ACCIDENTS[nth // _ONE_IN % len(_ACCIDENTS)]
+            if failures and nth % _FAILURE_INTERVAL == _FAILURE_INTERVAL - 1:
+                changed, outcome = _FAILURES[nth // _FAILURE_INTERVAL % len(_FAILURES)]
                 fields |= changed
             await self._publish(fields, outcome)
-            await asyncio.sleep(max(0.0, began + (nth + 1) / jobs_per_s - time.monotonic()))
+            await asyncio.sleep(max(0.0, started + (nth + 1) / jobs_per_s - time.monotonic()))
 
-    async def _let_die(self) -> None:
-        """One job that fails at every attempt, one whose deadline is over, and one that is not a job."""
+    async def _publish_dead_letters(self) -> None:
+        """Publish a job that fails at every attempt, one after its deadline, and an invalid message."""
         await self._publish({"images": ["https://example.com/x.png"]}, Error(status=500), times=None)
         await self._publish({"deadline": "2020-01-01T00:00:00Z", "images": ["https://example.com/x.png"]})
         await self.client.publish(b"no job", message_id="unreadable")
@@ -140,8 +140,8 @@ class Scene:
         job = {
             "id": job_id,
             "question": f"What is this? {job_id}",
-            "model": self.chance.choices(self.stack.model.models, weights=(3, 1))[0],
-            "metadata": {"team": self.chance.choice((*TENANTS, "nobody knows"))},
+            "model": self.rng.choices(self.stack.model.models, weights=(3, 1))[0],
+            "metadata": {"team": self.rng.choice((*TENANTS, "unknown"))},
         }
         self.ids.append(job_id)
         await self.client.publish({**job, **fields}, headers={"timestamp_in_ms": int(time.time() * 1000)})
@@ -156,7 +156,7 @@ class Scene:
 
 
 def _scraped(stack: Stack, worker: Worker) -> list[dict[str, Any]]:
-    """Scrape jobs by names that nothing may rely on."""
+    """Return scrape jobs; no query may depend on their names."""
     return [
         {
             "job_name": "any name",

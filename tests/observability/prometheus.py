@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes what it is asked to."""
+"""Run a Prometheus server and query it."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ SCRAPE_S: Final = 1
 
 @dataclass(frozen=True)
 class Series:
-    """One time series that a query returned: its labels, and its points as (Unix time, value)."""
+    """A time series: its labels, and its points as (Unix time, value)."""
 
     labels: Mapping[str, str]
     points: Sequence[tuple[float, float]]
@@ -57,11 +57,11 @@ class Prometheus(Service):
     def scraping(
         cls, jobs: Sequence[Mapping[str, Any]], *, rules: str | None = None
     ) -> Iterator["Prometheus"]:
-        """A server for as long as the context lasts.
+        """Run a server in this context.
 
         Args:
-            jobs: its `scrape_configs`.
-            rules: the text of its file of rules.
+            jobs: The `scrape_configs`.
+            rules: The content of the rule file.
         """
         with ExitStack() as resources:
             folder = Path(tempfile.mkdtemp(prefix="vqa-prometheus-"))
@@ -74,31 +74,31 @@ class Prometheus(Service):
             server.start()
             yield server
 
-    def now(self, expr: str) -> list[Series]:
-        """The instant query's result."""
-        found = self._ask("query", query=expr)
+    def query(self, expr: str) -> list[Series]:
+        """Return the result of an instant query."""
+        found = self._get("query", query=expr)
         if found["resultType"] == "scalar":
             return [Series({}, [_point(found["result"])])]
         return [Series(it["metric"], [_point(it["value"])]) for it in found["result"]]
 
-    def over(self, expr: str, begin: float, end: float, step_s: float = 1.0) -> list[Series]:
-        """The range query's result."""
-        found = self._ask("query_range", query=expr, start=begin, end=end, step=step_s)
+    def query_range(self, expr: str, begin: float, end: float, step_s: float = 1.0) -> list[Series]:
+        """Return the result of a range query."""
+        found = self._get("query_range", query=expr, start=begin, end=end, step=step_s)
         return [Series(it["metric"], [*map(_point, it["values"])]) for it in found["result"]]
 
     def values_of(self, label: str, selector: str) -> list[str]:
-        """The values of a label in the series that a selector finds."""
-        return list(self._ask(f"label/{label}/values", **{"match[]": selector}))
+        """Return the values of a label in the selected series."""
+        return list(self._get(f"label/{label}/values", **{"match[]": selector}))
 
     def rules(self) -> list[dict[str, Any]]:
-        """All rules with their state."""
-        return [rule for group in self._ask("rules")["groups"] for rule in group["rules"]]
+        """Return all rules with their state."""
+        return [rule for group in self._get("rules")["groups"] for rule in group["rules"]]
 
     def targets(self) -> list[dict[str, Any]]:
         """What it scrapes, and how that goes."""
-        return list(self._ask("targets")["activeTargets"])
+        return list(self._get("targets")["activeTargets"])
 
-    def _ask(self, path: str, **parameters: Any) -> Any:
+    def _get(self, path: str, **parameters: Any) -> Any:
         url = f"{self._root}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
             with urllib.request.urlopen(url, timeout=30) as response:  # noqa: S310 - on this machine
