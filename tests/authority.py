@@ -1,4 +1,4 @@
-"""Throw-away certificates, for servers that speak TLS."""
+"""Temporary certificates for TLS servers."""
 
 import shutil
 import ssl
@@ -12,7 +12,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Authority:
-    """A certificate authority, and a server's certificate that it signed."""
+    """A certificate authority and a server certificate that it signed."""
 
     folder: Path
 
@@ -22,12 +22,12 @@ class Authority:
 
     @classmethod
     def made_in(cls, folder: Path) -> Self:
-        """Make both in a new folder; skips the test where the `openssl` program is missing."""
+        """Create both in a new folder; skip the test without the `openssl` program."""
         if shutil.which("openssl") is None:
-            pytest.skip("needs the openssl program to make certificates")
+            pytest.skip("requires the openssl program")
         folder.mkdir()
         authority = cls(folder)
-        authority._openssl("-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=an authority for tests")
+        authority._openssl("-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test authority")
         signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-subj", "/CN=a server")
         names = ("-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE")
         authority._openssl("-keyout", "server.key", "-out", "server.pem", *signed, *names)
@@ -40,6 +40,6 @@ class Authority:
 
     def _openssl(self, *arguments: str) -> None:
         key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        # Found on PATH, and given nothing that comes from outside.
+        # Found on PATH, without untrusted input.
         command = ["openssl", "req", "-x509", *key, "-days", "2", *arguments]
         subprocess.run(command, cwd=self.folder, check=True, capture_output=True)  # noqa: S603

@@ -27,7 +27,7 @@ def job(question: str = "What is it?", image: str = PICTURE, **fields: Any) -> d
 
 
 async def publish(client: Client, count: int, question: str, **fields: Any) -> list[str]:
-    """Publish `count` jobs with the same question, each followed by its id; return the ids."""
+    """Publish `count` jobs with this question followed by the job id; return the ids."""
     jobs = [job(question, **fields) for _ in range(count)]
     for it in jobs:
         it["question"] = f"{question} {it['id']}"
@@ -80,7 +80,7 @@ async def said(worker: Worker, status: str) -> tuple[int, list[str]]:
 
 
 def hasty(worker: Worker) -> Worker:
-    """Let a worker that is yet to start make its trials within fractions of a second."""
+    """Shorten the trial intervals of a worker before its start."""
     code = (
         "import sys, worker.resilience.consumer_controller as controller; from worker.__main__ import main;"
         "controller.FIRST_TRIAL_S, controller.MAX_TRIAL_INTERVAL_S = 0.05, 0.1; sys.exit(main())"
@@ -96,7 +96,7 @@ def events(worker: Worker, event: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class BrokerUser:
-    """A user of the broker, through which a worker's connections can be distinguished from a test's."""
+    """A broker user, to distinguish a worker's connections from a test's."""
 
     stack: Stack
     name: str
@@ -138,7 +138,7 @@ async def held_by_broker(stack: Stack, queue: str) -> tuple[int, int]:
 
 @contextmanager
 def own_vhost(stack: Stack) -> Iterator[str]:
-    """Make a virtual host in which `guest` has all permissions; delete it at the end."""
+    """Create a virtual host in which `guest` has all permissions; delete it at the end."""
     vhost = uuid.uuid4().hex
     administer(stack, "PUT", f"/api/vhosts/{vhost}")
     everything = {"configure": ".*", "write": ".*", "read": ".*"}

@@ -19,12 +19,12 @@ PutImage = Callable[..., str]
 
 BUCKET = "test-images"
 
-# Hundreds of processes import the same modules: keep their bytecode, whatever the environment says.
+# Hundreds of processes import the same modules: cache their bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # Shells let their background jobs ignore SIGINT; the processes that tests interrupt would inherit that.
+    # A shell starts background jobs with SIGINT ignored, which child processes inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -37,7 +37,7 @@ def stack() -> Iterator[Stack]:
 
 @pytest.fixture(scope="session")
 def own_stack() -> Iterator[Stack]:
-    """A second stack, for tests that stop, kill or fill its services."""
+    """A separate stack, for tests that stop, kill or overload its services."""
     with Stack.start(use_environment=False) as stack:
         stack.s3.client().create_bucket(Bucket=BUCKET)
         yield stack
@@ -57,7 +57,7 @@ def put_image(stack: Stack) -> PutImage:
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (48, 32)) -> bytes:
-    """Return a picture of a random colour."""
+    """Return an image of a random colour."""
     colour = tuple(uuid.uuid4().bytes[:3])
     buffer = BytesIO()
     Image.new("RGB", size, colour).save(buffer, kind)
@@ -66,7 +66,7 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (48, 32)) -> bytes:
 
 @asynccontextmanager
 async def _starting(stack: Stack, folder: Path) -> AsyncIterator[StartWorker]:
-    """Start workers with the given settings; kill those that still run at the end."""
+    """Start workers with the given settings; kill them at the end."""
     workers: list[Worker] = []
 
     async def start(*, wait: bool = True, like: Worker | None = None, **settings: str) -> Worker:
@@ -91,7 +91,7 @@ async def _starting(stack: Stack, folder: Path) -> AsyncIterator[StartWorker]:
 
 @pytest.fixture
 async def start_worker(stack: Stack, tmp_path: Path) -> AsyncIterator[StartWorker]:
-    """Start workers with the given settings; kill those that still run at the end."""
+    """Start workers with the given settings; kill them at the end."""
     async with _starting(stack, tmp_path) as start:
         yield start
 
@@ -105,7 +105,7 @@ async def start_own_worker(own_stack: Stack, tmp_path: Path) -> AsyncIterator[St
 
 @asynccontextmanager
 async def _making_clients(stack: Stack) -> AsyncIterator[MakeClient]:
-    """Make clients of workers."""
+    """Create clients for workers."""
     async with AsyncExitStack() as clients:
 
         async def make(worker: Worker) -> Client:
@@ -116,7 +116,7 @@ async def _making_clients(stack: Stack) -> AsyncIterator[MakeClient]:
 
 @pytest.fixture
 async def client_of(stack: Stack) -> AsyncIterator[MakeClient]:
-    """Make clients of workers."""
+    """Create clients for workers."""
     async with _making_clients(stack) as make:
         yield make
 
@@ -130,7 +130,7 @@ async def own_client_of(own_stack: Stack) -> AsyncIterator[MakeClient]:
 
 @pytest.fixture(scope="session")
 async def worker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worker]:
-    """A worker with usual settings that many tests share; jobs are distinguished by their ids and markers."""
+    """A worker shared by many tests; jobs are distinguished by their ids and markers."""
     worker = Worker.of(stack, tmp_path_factory.mktemp("shared-worker"), VQA_MAX_ATTEMPTS="3")
     await worker.start()
     yield worker
@@ -139,6 +139,6 @@ async def worker(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
 
 @pytest.fixture
 async def client(stack: Stack, worker: Worker) -> AsyncIterator[Client]:
-    """A new client of the shared worker: a test that cancels a request closes its channel."""
+    """A new client for the shared worker; a cancelled AMQP request closes the client's channel."""
     async with Client.of(stack, worker) as client:
         yield client

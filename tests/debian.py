@@ -1,4 +1,4 @@
-"""Programs that tests need and Debian has: installed where that can be done, else the test is skipped."""
+"""Install programs from Debian packages, or skip the test."""
 
 import os
 import shutil
@@ -15,13 +15,13 @@ INSTALL_TIMEOUT_S = 900
 
 
 def install(packages: Mapping[str, str]) -> None:
-    """Have these programs or files, each from its Debian package; skip the test where that cannot be."""
+    """Install missing programs or files from their Debian packages; skip the test if that fails."""
     with exclusive_lock():
         missing = sorted({package for it, package in packages.items() if not _is_here(it)})
         if not missing:
             return
         if not shutil.which("apt-get") or not _may_install():
-            pytest.skip(f"needs {', '.join(missing)}, and apt-get with root or sudo to install it")
+            pytest.skip(f"requires {', '.join(missing)}, or apt-get with root or sudo")
         if not (_apt("install", *missing) or (_apt("update") and _apt("install", *missing))):
             pytest.skip(f"apt-get could not install {', '.join(missing)}")
         for package in missing:
@@ -42,7 +42,7 @@ def _may_install() -> bool:
 
 def _apt(command: str, *packages: str) -> bool:
     options = ("-y", "--no-install-recommends") if command == "install" else ()
-    # Where there is no systemd, RUNLEVEL=1 keeps a package from starting a service.
+    # Without systemd, RUNLEVEL=1 prevents packages from starting services.
     environment = ("env", "DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1")
     apt = ("apt-get", "-o", "DPkg::Lock::Timeout=300", command)
     return _runs(*_become_root(), *environment, *apt, *options, *packages)

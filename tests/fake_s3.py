@@ -1,4 +1,4 @@
-"""A small simulator for S3, for what a real server cannot be brought to do."""
+"""A fake S3 server, for responses that a real server does not give."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: its target, byte for byte as it came, and its headers by their names in lower case."""
+    """A request: its raw target, and its headers by lower-case name."""
 
     method: str
     target: str
@@ -22,28 +22,28 @@ class Asked:
 
     @property
     def signed_by(self) -> tuple[str, str]:
-        """The access key and the region in the signature."""
+        """The access key and the region of the signature."""
         scope = self.headers["authorization"].split("Credential=")[1].split(",")[0].split("/")
         return scope[0], scope[2]
 
 
 @dataclass
 class FakeS3:
-    """Gives every GET the answer set for it, and remembers what was asked for."""
+    """Respond to every request with `answer`, and record the requests."""
 
     answer: Answer
     url: str = ""
     targets: list[str] = field(default_factory=list)
-    """The request targets, byte for byte as they came."""
+    """The raw request targets."""
     asked: list[Asked] = field(default_factory=list)
     at_once: int = 0
-    """How many requests are being answered."""
+    """The number of open requests."""
     most_at_once: int = 0
 
     @classmethod
     @contextlib.asynccontextmanager
     async def serving(cls, content: bytes, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Self]:
-        """One that gives `content` for every key, until this is changed."""
+        """Run a server that returns `content` for every key until `answer` is changed."""
         fake = cls(give(content))
         runner = web.ServerRunner(web.Server(fake._handle, handler_cancellation=True), shutdown_timeout=1)
         await runner.setup()
@@ -68,7 +68,7 @@ class FakeS3:
 
 
 def give(content: bytes, status: int = 200, **headers: str) -> Answer:
-    """These bytes, all of them."""
+    """Respond with these bytes."""
 
     async def answer(_: web.BaseRequest) -> web.Response:
         usual = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -78,13 +78,13 @@ def give(content: bytes, status: int = 200, **headers: str) -> Answer:
 
 
 def refuse(status: int, code: str, more: str = "", **headers: str) -> Answer:
-    """An error as S3 words it."""
+    """Respond with an S3 error."""
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message>{more}</Error>"
     return give(body.encode(), status, Content_Type="application/xml", **headers)
 
 
 def say(*pieces: bytes, pause_s: float = 0.0, closes: bool = True) -> Answer:
-    """These bytes of HTTP as they are, with pauses between them; then the connection's end, or silence."""
+    """Send raw bytes with pauses between them; then close the connection, or leave it open."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         for piece in pieces:
@@ -93,7 +93,7 @@ def say(*pieces: bytes, pause_s: float = 0.0, closes: bool = True) -> Answer:
             await asyncio.sleep(pause_s)
         if closes and request.transport is not None:
             request.transport.close()
-        # Ends by cancellation, with the connection.
+        # Cancelled when the connection is closed.
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -101,6 +101,6 @@ def say(*pieces: bytes, pause_s: float = 0.0, closes: bool = True) -> Answer:
 
 
 def head(length: int | None, *more: str) -> bytes:
-    """The beginning of an answer that says it has so many bytes."""
+    """Return the head of a response with this Content-Length."""
     lines = ["HTTP/1.1 200 OK", *more, *([] if length is None else [f"Content-Length: {length}"]), "", ""]
     return "\r\n".join(lines).encode()

@@ -1,4 +1,4 @@
-"""A receiver of spans over OTLP/HTTP, as a collector is one."""
+"""A receiver of spans over OTLP/HTTP, like an OpenTelemetry Collector."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ KINDS = {number: name.removeprefix("SPAN_KIND_") for name, number in trace_pb2.S
 
 @dataclass(frozen=True)
 class Seen:
-    """A span as it came."""
+    """A received span."""
 
     name: str
     kind: str
@@ -33,7 +33,7 @@ class Seen:
 
 @dataclass
 class Receiver:
-    """Takes what is sent to `/v1/traces`: answers with `status`, as soon as it is `answering`."""
+    """Record requests to `/v1/traces`; respond with `status` once `answering` is set."""
 
     url: str = ""
     status: int = 200
@@ -59,11 +59,11 @@ class Receiver:
             await runner.cleanup()
 
     def environment(self) -> dict[str, str]:
-        """What makes a worker send its spans here, and soon."""
+        """Return variables for a worker that exports its spans to this receiver, with a short delay."""
         return {"OTEL_EXPORTER_OTLP_ENDPOINT": self.url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
 
     def of(self, trace_id: str) -> list[Seen]:
-        """The spans of one trace, in the order of their beginnings."""
+        """Return the spans of a trace, in order of their start."""
         return sorted((span for span in self.spans if span.trace_id == trace_id), key=lambda span: span.began)
 
     async def _take(self, request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""A TCP proxy that makes the network as bad as a test wants it."""
+"""A TCP proxy that injects network faults."""
 
 import asyncio
 import contextlib
@@ -24,25 +24,25 @@ class Link:
     sent: bytearray = field(default_factory=bytearray)
     """The first bytes that the client sent."""
     swallows_sent: bool = False
-    """Whether what the client sends from now on is lost on the way, in silence."""
+    """Whether further bytes from the client are discarded."""
     flows: asyncio.Event = field(default_factory=asyncio.Event)
-    """Not set while what the client says is held up."""
+    """Not set while bytes from the client are held."""
 
     hears: asyncio.Event = field(default_factory=asyncio.Event)
-    """Not set while what the server says is held up."""
+    """Not set while bytes from the server are held."""
 
     def __post_init__(self) -> None:
         self.flows.set()
         self.hears.set()
 
     def reset(self) -> None:
-        """Break it off on both sides, without a word."""
+        """Reset the connection on both sides."""
         for side in (self.client, self.server):
             _reset(side)
 
 
 class Proxy:
-    """Passes bytes on, from a port of its own to `host:port`. All faults can be changed while it runs."""
+    """Forward connections from a local port to `host:port`. All faults can be changed at any time."""
 
     def __init__(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
         self._target = host, port
@@ -55,26 +55,26 @@ class Proxy:
         self.accepted = 0
         self.links: list[Link] = []
         self.held = 0
-        """How many connections have something to say and cannot, since the proxy is frozen."""
+        """The number of connections with bytes that are held because the proxy is frozen."""
         self.freezes_on: bytes | None = None
-        """It freezes, once, before it passes on what a client says with these bytes in it."""
+        """Freeze once, before these bytes from a client are forwarded."""
         self.holds_up: bytes | None = None
-        """Before these bytes, once, only that client's connection is held up, and only what it says."""
+        """Hold once the bytes of a client, starting with these."""
         self.deafens_on: bytes | None = None
-        """Once a client has said these bytes, once, what the server says to it is held up."""
+        """Hold once the bytes from the server, after a client has sent these."""
         self.delay_s = 0.0
-        """How late each piece arrives, in both directions."""
+        """The delay of each chunk in seconds, in both directions."""
         self.cut_after: int | None = None
-        """Each connection made from now on is reset after so many bytes from the server; None: never."""
+        """Reset new connections after this number of bytes from the server; None: never."""
         self.cuts_politely = False
-        """Whether that looks like an orderly end, and not like a broken connection."""
+        """Whether `cut_after` closes connections instead of resetting them."""
 
     @classmethod
     @contextlib.asynccontextmanager
     async def before(
         cls, url: str, *, tls: ssl.SSLContext | None = None, listens: bool = True
     ) -> AsyncIterator[Self]:
-        """A proxy for the server in a URL. With `tls` its clients must speak TLS, and the server need not."""
+        """Run a proxy for the server in a URL. With `tls` it terminates TLS."""
         parts = urlsplit(url)
         assert parts.hostname is not None
         assert parts.port is not None
@@ -92,13 +92,13 @@ class Proxy:
             await asyncio.gather(*proxy._tasks, return_exceptions=True)
 
     def url(self, like: str) -> str:
-        """The URL `like`, but through the proxy."""
+        """Return the URL with the address of the proxy."""
         parts = urlsplit(like)
         userinfo, at, _ = parts.netloc.rpartition("@")
         return parts._replace(netloc=f"{userinfo}{at}{LOCALHOST}:{self.port}").geturl()
 
     async def accept(self) -> None:
-        """Take connections, always on the same port."""
+        """Accept connections, always on the same port."""
         if self._listener is None:
             self._listener = await asyncio.start_server(
                 self._on_connection, LOCALHOST, self.port, ssl=self._tls, reuse_address=True
@@ -106,24 +106,24 @@ class Proxy:
             self.port = self._listener.sockets[0].getsockname()[1]
 
     async def refuse(self) -> None:
-        """Refuse new connections, as a port that nobody listens on; those there are stay."""
+        """Refuse new connections, like a closed port; keep existing ones."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
 
     def freeze(self) -> None:
-        """Become a black hole: connections stay open and nothing comes through."""
+        """Keep connections open and hold all bytes."""
         self._flows.clear()
 
     def thaw(self) -> None:
-        """Let bytes through again; nothing of what was on its way is lost."""
+        """Forward bytes again, including the held ones."""
         self._flows.set()
         for link in self.links:
             link.flows.set()
             link.hears.set()
 
     def reset(self) -> None:
-        """Break off every connection."""
+        """Reset every connection."""
         for link in list(self.links):
             link.reset()
 
@@ -133,7 +133,7 @@ class Proxy:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.accepted += 1
-        # A test that ends closes the proxy under its connections.
+        # The proxy can be closed while connections are open.
         with contextlib.suppress(OSError, asyncio.CancelledError):
             await self._serve(reader, writer)
 
@@ -189,7 +189,7 @@ class Proxy:
         chunk = await reader.read(CHUNK_BYTES)
         look_at(chunk)
         await asyncio.sleep(self.delay_s)
-        # An end that waits is not something said.
+        # A held end of stream does not count as held bytes.
         await (self._passage() if chunk else self._flows.wait())
         return chunk
 
@@ -215,7 +215,7 @@ def _end(writer: asyncio.StreamWriter) -> None:
     if writer.can_write_eof():
         writer.write_eof()
     else:
-        # TLS knows no half-closed connections.
+        # TLS does not support half-closed connections.
         writer.close()
 
 

@@ -26,7 +26,7 @@ from deploy.local.stack import Stack
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 90.0
-# Polling more often would take processor time from the process under test.
+# More frequent polling would use CPU time that the worker needs.
 MAX_POLL_INTERVAL_S = 0.1
 
 
@@ -56,7 +56,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has completed: its exit code, its log and the lines of its stderr."""
+    """A finished process: its exit code, its stdout and the lines of its stderr."""
 
     code: int
     output: str
@@ -96,7 +96,7 @@ class Worker:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """All its settings."""
+        """The environment variables of the process."""
         return self._environment
 
     @property
@@ -113,7 +113,7 @@ class Worker:
 
     def launch(self) -> None:
         """Start without waiting."""
-        # A working directory without a `.env`: a developer's own must not be read.
+        # A working directory without a developer's `.env`.
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen(  # noqa: S603 - a test's own
                 self.command,
@@ -138,7 +138,7 @@ class Worker:
     def _started(self, seen: int) -> bool:
         assert self.process is not None
         if self.process.poll() is not None:
-            raise AssertionError(f"the worker ended with {self.process.returncode}:\n{self.output()}")
+            raise AssertionError(f"the worker exited with {self.process.returncode}:\n{self.output()}")
         for line in self.log()[seen:]:
             if line.get("event") == "started":
                 self.port = line["http_port"]
@@ -155,13 +155,13 @@ class Worker:
         """Wait for the exit and return the exit code."""
         process = self.process
         assert process is not None
-        await until(lambda: process.poll() is not None, "the worker ends", patience_s)
+        await until(lambda: process.poll() is not None, "the worker exits", patience_s)
         return process.returncode
 
     @classmethod
     @contextlib.asynccontextmanager
     async def running(cls, stack: Stack, folder: Path, **settings: str) -> AsyncIterator[Self]:
-        """A worker for as long as the context lasts, asked to stop in the end."""
+        """Run a worker in this context; stop it with SIGTERM at the end."""
         worker = cls.of(stack, folder, **settings)
         try:
             yield await worker.start()
@@ -234,7 +234,7 @@ class Worker:
 
 
 def calls_with(stack: Stack, marker: str) -> list[Call]:
-    """The calls that the model simulator received whose last user message contains `marker`."""
+    """Return the simulator's calls whose last user message contains `marker`."""
     return [call for call in stack.model.calls() if marker in call.question]
 
 
@@ -317,7 +317,7 @@ class Client:
         return await self.result(job["id"], patience_s)
 
     async def queue(self, name: str) -> AbstractQueue:
-        """Return the queue, to `get` from."""
+        """Return a queue."""
         return await self._channel.get_queue(name, ensure=False)
 
     async def take(self, queue_name: str, patience_s: float = PATIENCE_S) -> AbstractIncomingMessage:
