@@ -7,18 +7,18 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH := .venv/.bench-installed
 SOURCES := worker deploy docs tests
-# Without stored bytecode each process of the tests compiles all that it imports.
+# Without cached bytecode each process of the tests compiles all imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) ## make .venv with everything in it, from the hashed lock
+setup: $(INSTALLED) ## create .venv with all dependencies, from the hashed lock
 
 $(INSTALLED): requirements-dev.lock pyproject.toml deploy/local/setup.sh
 	@bash deploy/local/setup.sh
 
-demo: $(INSTALLED) ## start RabbitMQ, S3 and a simulated model, ask questions about images, show the answers
+demo: $(INSTALLED) ## start RabbitMQ, S3 and a simulated model, and answer sample jobs
 	@$(BIN)/python -m deploy.local.demo
 
 stack: $(INSTALLED) ## start RabbitMQ, S3 and a model simulator locally (stop with Ctrl-C)
@@ -37,7 +37,7 @@ test-slow: $(INSTALLED) ## run the slow tests: image, chart, chaos, scaling, mem
 SLOW := tests/slow
 
 $(BENCH): requirements-bench.lock $(INSTALLED)
-	@echo "Installing what the benchmark compares with"
+	@echo "Installing the libraries of the compared workers"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	@touch $@
 
@@ -47,17 +47,17 @@ bench: $(BENCH) ## compare the worker with others (40 minutes or more; Linux), w
 bench-quick: $(BENCH) ## short benchmark (under two minutes), prints results only
 	@$(BIN)/python -m tests.bench --quick
 
-scale-demo: $(BENCH) ## scale workers from zero to the most and back as KEDA would (8 minutes; Linux), write docs/scaling.md
+scale-demo: $(BENCH) ## scale workers from zero to the maximum and back like KEDA (8 minutes; Linux), write docs/scaling.md
 	@$(BIN)/python -m tests.scaling --write docs
 
-# SEED, SECONDS or MINUTES, WORKERS, RATE, EVERY (so many seconds a fault) and STORE=no may be given.
+# Options: SEED, SECONDS or MINUTES, WORKERS, RATE, EVERY (seconds between faults) and STORE=no.
 CHAOS = $(foreach it,SEED SECONDS MINUTES WORKERS RATE EVERY,$(if $($(it)),--$(shell echo $(it) | tr A-Z a-z)=$($(it)))) \
   $(if $(filter no,$(STORE)),--no-store)
 
-chaos: $(INSTALLED) ## let everything around the worker go wrong for five minutes (SEED=… SECONDS=… to repeat)
+chaos: $(INSTALLED) ## inject random faults around the workers for five minutes (SEED=… SECONDS=… to repeat)
 	@$(BIN)/python -m tests.chaos $(CHAOS)
 
-soak: $(INSTALLED) ## one worker for half an hour of milder faults: does it grow? (Linux; MINUTES=…)
+soak: $(INSTALLED) ## measure the memory of one worker during half an hour of faults (Linux; MINUTES=…)
 	@$(BIN)/python -m tests.chaos --soak $(CHAOS)
 
 ENGINE = $(or $(shell docker info >/dev/null 2>&1 && echo docker || command -v podman || command -v buildah),\
@@ -85,18 +85,18 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/python -m deploy.rabbitmq --check
 	$(BIN)/python -m deploy.grafana --check
 
-# Words and phrases that this project replaced by standard terms: .codespell/retired.txt says which by which.
+# Words and phrases that this project replaced by standard terms, see .codespell/retired.txt.
 IN = .
 words: $(INSTALLED) ## list retired words and phrases that are still in use (IN=folders)
 	@$(BIN)/codespell --dictionary .codespell/retired.txt $(IN); words=$$?; \
 	! git grep -niP -f .codespell/phrases.txt -- $(IN) $(WITHOUT_PHRASES) \
 	  && exit $$words
 WITHOUT_PHRASES := ':!.codespell' ':!*.lock' ':!*.svg' ':!CHANGELOG.md'
-# Free of them, and to remain so. The command line, the app and the tests are to follow.
-PLAIN := README.md CONTRIBUTING.md docs examples helm deploy $(addprefix worker/,client http images jobs messages model \
-  observability processor.py rabbitmq resilience result_store s3 settings)
+# Checked by `make lint`.
+PLAIN := README.md CONTRIBUTING.md Makefile pyproject.toml docs examples helm deploy worker \
+  $(addprefix tests/,bench chaos data observability scaling slow) $(wildcard tests/*.py)
 
-format: $(INSTALLED) ## put the code in form
+format: $(INSTALLED) ## format the code
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
@@ -106,13 +106,13 @@ docs: $(INSTALLED) ## regenerate pages of docs/, the dashboard, files of deploy/
 	$(BIN)/python docs/chart.py
 	$(BIN)/python -m deploy.rabbitmq
 
-dashboard-preview: $(BENCH) ## draw the dashboard's data under a real load into docs/ (three minutes)
+dashboard-preview: $(BENCH) ## draw the dashboard with a real load into docs/ (three minutes)
 	@$(BIN)/python -m tests.observability.preview
 
 golden: $(INSTALLED) ## update the chart's golden files (tests/slow/helm/golden); review the difference
 	$(BIN)/python -m tests.slow.helm.goldens
 
-lock: ## take the latest releases into the locks (needs uv)
+lock: ## update the locks to the latest releases (requires uv)
 	uv pip compile $(LOCK) pyproject.toml -o requirements.lock
 	uv pip compile $(LOCK) pyproject.toml --extra tracing --group local --group dev -o requirements-dev.lock
 	uv pip compile $(LOCK) pyproject.toml --extra tracing -c requirements-dev.lock -o requirements-tracing.lock
@@ -121,6 +121,6 @@ lock: ## take the latest releases into the locks (needs uv)
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock
 LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
-# Images, chaos, memory and a whole scaling run take longer than a change should wait for: run `make test-slow` for those.
+# Without the tests of images, chaos, memory and a scaling run, which take long: run `make test-slow` for those.
 ci: SLOW := tests/slow/helm tests/slow/test_alerts.py tests/slow/test_dashboard.py
 ci: lint test test-slow ## what CI runs: the checks, the tests, and the slow tests of the chart, the alerts and the dashboard

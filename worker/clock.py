@@ -1,4 +1,4 @@
-"""The time, as decisions see it."""
+"""A clock that tests can replace."""
 
 import asyncio
 import time
@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 
 
 class Clock:
-    """Tell the time and wait for it.
+    """Read the time and wait.
 
-    Whatever decides by the time gets a clock passed in, so that its tests use one that they advance by hand.
+    Code that depends on the time gets a clock passed in; its tests use one that they advance explicitly.
     """
 
     def monotonic(self) -> float:
-        """Return seconds that only differences have a meaning of: see `time.monotonic`."""
+        """Return seconds of which only differences are meaningful: see `time.monotonic`."""
         return time.monotonic()
 
     def now(self) -> datetime:
@@ -20,9 +20,9 @@ class Clock:
         return datetime.now(UTC)
 
     async def sleep(self, seconds: float) -> None:
-        """Return after so many seconds; timers of event loops may fire some milliseconds early."""
+        """Sleep; timers of event loops may fire some milliseconds early."""
         await asyncio.sleep(seconds)
 
     def timeout(self, seconds: float) -> asyncio.Timeout:
-        """Return a context manager that raises TimeoutError after so many seconds: see `asyncio.timeout`."""
+        """Return a context manager that raises TimeoutError: see `asyncio.timeout`."""
         return asyncio.timeout(seconds)

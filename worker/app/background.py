@@ -1,4 +1,4 @@
-"""Background tasks: named, and watched, since the worker must not go on without one of them."""
+"""Background tasks by name; the worker stops if one of them ends unexpectedly."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -29,7 +29,7 @@ async def _run_until_stopped(name: str, run: Callable[[], Awaitable[None]]) -> N
     """Run a background task.
 
     Raises:
-        RuntimeError: it returned, or raised CancelledError on its own, which a TaskGroup ignores.
+        RuntimeError: The task returned, or raised CancelledError itself, which a TaskGroup ignores.
     """
     try:
         await run()

@@ -17,7 +17,7 @@ from worker.resilience.outage_detector import OutageDetector
 
 @dataclass(frozen=True)
 class Parts:
-    """What is built before the SDKs are loaded; the processor needs those, and follows."""
+    """All parts except the processor, which is built after the SDKs are loaded."""
 
     clock: Clock
     publisher: Publisher

@@ -48,12 +48,12 @@ in_flight_log = structlog.get_logger(IN_FLIGHT_LOGGER)
 
 # After the grace: time to requeue the cancelled jobs. The pod's termination grace period must include it.
 REQUEUE_TIMEOUT_S = 10.0
-# For RabbitMQ to confirm that it delivers no more jobs.
+# For RabbitMQ's reply to basic.cancel.
 HOLD_TIMEOUT_S = 5.0
-# Jobs that SIGUSR1 logs at most.
+# The maximum of jobs that SIGUSR1 logs.
 MAX_LOGGED_JOBS = 200
 SUPPRESSED_EVENTS_INTERVAL_S = 5.0
-# New objects, less deleted ones, before a collection of the youngest generation. Python's default is 700.
+# Net new objects before a collection of the youngest generation; Python's default is 700.
 GC_THRESHOLD = 20_000
 
 
@@ -85,7 +85,7 @@ async def run(settings: Settings) -> bool:
         background.start("suppressed-events", _log_suppressed_events)
         background.start("publisher", parts.publisher.run)
         background.start("consumer", parts.consumer.run)
-        # It takes longer than connecting, which goes on at the same time.
+        # In a thread: connecting continues at the same time.
         traced = wants_traces(os.environ)
         await asyncio.to_thread(_load_slow_modules, traced=traced)
         if traced:
@@ -111,14 +111,14 @@ async def run(settings: Settings) -> bool:
 
 
 def _load_slow_modules(*, traced: bool) -> None:
-    """Import the SDKs and the HTTP server, which takes half a second and is not needed to connect."""
+    """Import the SDKs and the HTTP server, which takes half a second."""
     for module in (
         "aiohttp.web",
         "worker.app.assembly",
         *(["worker.observability.tracing.otlp"] if traced else []),
     ):
         importlib.import_module(module)
-    # Loaded modules stay: exempt them from collections, which are off since the start.
+    # Exempt loaded modules from garbage collection, which is disabled until here.
     gc.freeze()
     # A job creates thousands of short-lived objects and hardly any cycles.
     gc.set_threshold(GC_THRESHOLD)
@@ -252,7 +252,7 @@ def _readiness(parts: Parts, *, stopping: bool) -> Readiness:
     if outages := parts.detector.outages:
         reasons = tuple(f"{dependency.label}: {outage.reason}" for dependency, outage in outages.items())
         return Readiness(is_ready=True, status="paused", reasons=reasons)
-    # A rate limit is not an outage, but explains why the worker takes no jobs.
+    # A rate limit is not an outage, but the worker consumes no jobs meanwhile.
     waits = parts.limiter.pauses().items()
     reasons = tuple(f"model: {model} may not be called for {seconds:.0f} s" for model, seconds in waits)
     return Readiness(is_ready=True, status="ready", reasons=reasons)
@@ -292,7 +292,7 @@ def _handle_stop_signals(stop: asyncio.Event) -> None:
 
 def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
     if stop.is_set():
-        # The second signal: exit at once. The broker delivers unsettled jobs again.
+        # The second signal: exit immediately. The broker redelivers unsettled jobs.
         os._exit(128 + number)
     stop.set()
 

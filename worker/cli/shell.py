@@ -1,4 +1,4 @@
-"""What every command except `run` shares: output, settings, errors and exit codes.
+"""Output, settings, errors and exit codes of all commands except `run`.
 
 A command is a plain function, sync or async, in a module next to this one. It takes typer's parameters,
 prints through a `Screen` and returns its exit code (None: 0):
@@ -115,7 +115,7 @@ class Screen:
 
     @property
     def is_interactive(self) -> bool:
-        """Whether a question can be asked: stdin and stderr are a terminal."""
+        """Whether stdin and stderr are a terminal, so that it can ask for confirmation."""
         return self.is_terminal and sys.stdin.isatty()
 
     def emit(self, value: Mapping[str, Any]) -> None:
@@ -131,7 +131,7 @@ class Screen:
     def write(self, *lines: str) -> None:
         """Print lines on stdout, with and without `--json`."""
         if self.is_terminal and sys.stdout.isatty():
-            # On one terminal the console keeps lines and progress bars apart.
+            # The console prints lines above the progress bars.
             for line in lines:
                 self.progress.print(line, markup=False, emoji=False)
             return

@@ -57,7 +57,7 @@ def check_name(name: str) -> str:
     """Return the name if it is valid.
 
     Raises:
-        ValueError: it is not.
+        ValueError: The name is invalid.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or len(name) > MAX_NAME_CHARS:
         raise ValueError(f"must consist of at most {MAX_NAME_CHARS} letters, digits, '-', '_' and '.'")

@@ -88,7 +88,7 @@ def _empty_note(answer: Answer) -> str:
 
 
 def red_square(side: int) -> bytes:
-    """Return a red square PNG (RFC 2083) with a side of so many pixels."""
+    """Return a PNG (RFC 2083) of a red square with this side in pixels."""
     row = b"\0" + b"\xff\0\0" * side
     parts = (
         (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),

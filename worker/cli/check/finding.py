@@ -51,12 +51,12 @@ def ok(check: str, message: str) -> Finding:
 
 
 def warning(check: str, message: str) -> Finding:
-    """Return a finding that does not keep a worker from working."""
+    """Return a finding for a problem with which a worker still runs."""
     return Finding(check, Status.WARNING, message)
 
 
 def failed(check: str, message: str) -> Finding:
-    """Return a finding that keeps a worker from working."""
+    """Return a finding for a problem that prevents a worker from running."""
     return Finding(check, Status.FAILED, message)
 
 
@@ -66,7 +66,7 @@ def skipped(check: str, message: str) -> Finding:
 
 
 class Report:
-    """Print findings as they are made, and count them."""
+    """Print and count findings."""
 
     def __init__(self, screen: Screen) -> None:
         from worker.observability.redaction import Redactor

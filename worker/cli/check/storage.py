@@ -111,7 +111,7 @@ async def _store(objects: "ConditionalStore") -> Finding:
 
 
 async def _use(objects: "ConditionalStore", name: str) -> str:
-    """Return what is wrong with the store; empty if nothing is."""
+    """Return the problem with the store, or an empty string."""
     etag = await objects.create(name, b"check")
     if etag is None:
         return "creating a new object fails with 412"

@@ -1,4 +1,4 @@
-"""Process many dead letters: select some, and go through the queue in rounds until all of them are done."""
+"""Select dead letters, and process them in rounds through the queue."""
 
 import asyncio
 import time
@@ -13,8 +13,8 @@ from worker.rabbitmq.topology import Topology
 
 T = TypeVar("T")
 
-# A round holds the dead letters that it passes over for at most this long, since nobody else can read them
-# meanwhile. RabbitMQ itself ends the channel after 30 minutes without an ack.
+# The maximum time for which a round holds skipped dead letters, which no other consumer can read meanwhile.
+# RabbitMQ closes a channel after 30 minutes without an ack.
 HOLD_S = 60.0
 # After a lost connection.
 PAUSE_S = 0.5
@@ -27,7 +27,7 @@ Step = Callable[[DeadLetters, FetchedDeadLetter], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Selection(Generic[T]):
-    """What `select` found.
+    """The result of `select`.
 
     Attributes:
         total: the number of dead letters in the queue.
@@ -48,7 +48,7 @@ async def select(
     limit: int | None,
     timeout_s: float,
 ) -> Selection[T]:
-    """Call `pick` with each dead letter, at most `limit` of them. All are back in the queue at the end.
+    """Call `pick` with each dead letter, at most `limit` of them, then requeue all.
 
     Raises:
         DeadLettersError: the queue does not exist, or the user lacks a permission.
@@ -96,7 +96,7 @@ async def process(
     """
     pace = _Pace(rate)
     fruitless = 0
-    # Acks are not confirmed: it is unknown whether the broker got those that were lost with a connection.
+    # Acks are not confirmed: after a lost connection it is unknown whether the broker received the last ones.
     unconfirmed: Counter[str] = Counter()
     while wanted.total():
         before, acked = wanted.total(), Counter[str]()
@@ -112,7 +112,7 @@ async def process(
             await asyncio.sleep(PAUSE_S)
         else:
             if not is_useful:
-                # The broker got the acks of those that are not in the queue any more.
+                # The broker has received the acks of the others.
                 wanted -= unconfirmed
                 return
 
@@ -120,7 +120,7 @@ async def process(
 async def _round(
     dead_letters: DeadLetters, wanted: Counter[str], acked: Counter[str], step: Step, pace: "_Pace"
 ) -> bool:
-    """Go through the queue, until its dead letters were held too long; return whether one was wanted.
+    """Read the queue for at most `HOLD_S`; return whether it had a wanted dead letter.
 
     `acked` gets each ack until the broker has answered a later request; then it counts.
     """
@@ -148,7 +148,7 @@ async def _take(
 
 
 async def _finish(step: Coroutine[Any, Any, None]) -> None:
-    """Finish the step also after Ctrl-C: half of it would leave the job on both queues."""
+    """Finish the step also after Ctrl-C; otherwise the job could be on both queues."""
     task = asyncio.create_task(step)
     try:
         await asyncio.shield(task)
@@ -159,7 +159,7 @@ async def _finish(step: Coroutine[Any, Any, None]) -> None:
 
 
 class _Pace:
-    """Turns at a rate per second; the first one is at once."""
+    """Limit a rate per second; the first turn is immediate."""
 
     def __init__(self, rate: float | None) -> None:
         self._every_s = 1 / rate if rate else 0.0

@@ -96,7 +96,7 @@ Record = Annotated[
 
 
 class _Context(NamedTuple):
-    """What all four commands need."""
+    """The common dependencies of the commands."""
 
     screen: Screen
     broker: "Broker"

@@ -1,4 +1,4 @@
-"""JSONL files: what was done with dead letters, and copies of them."""
+"""JSONL files with copies of dead letters and records of replays and purges."""
 
 import json
 import os
@@ -49,6 +49,6 @@ class Lines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # `add` has reported what could not be written.
+        # `add` has reported write errors.
         with suppress(OSError):
             self._file.close()

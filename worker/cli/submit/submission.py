@@ -86,7 +86,7 @@ class Submission:
 
 
 async def estimate(submission: Submission, settings: CommandSettings, screen: Screen) -> int:
-    """`--dry-run`: validate the jobs and print what they are likely to cost; return the exit code."""
+    """`--dry-run`: validate the jobs and print the estimated cost; return the exit code."""
     planned = await _plan(submission, settings, SubmissionState.temporary(), "dry-run")
     screen.emit(planned.as_json())
     screen.print(*planned.lines(), "Nothing submitted (dry run).")
