@@ -93,8 +93,7 @@ words: $(INSTALLED) ## list retired words and phrases that are still in use (IN=
 	  && exit $$words
 WITHOUT_PHRASES := ':!.codespell' ':!*.lock' ':!*.svg' ':!CHANGELOG.md'
 # Checked by `make lint`.
-PLAIN := README.md CONTRIBUTING.md Makefile pyproject.toml docs examples helm deploy worker \
-  $(addprefix tests/,bench chaos data observability scaling slow) $(wildcard tests/*.py)
+PLAIN := README.md CONTRIBUTING.md Makefile pyproject.toml docs examples helm deploy worker tests
 
 format: $(INSTALLED) ## format the code
 	$(BIN)/ruff format
