@@ -273,7 +273,7 @@ KINDS: Final[Mapping[str, tuple[float, Callable[[Jobs, str], ExpectedJob]]]] = {
     "a missing image": (3, Jobs.missing),
     "a forbidden source": (1, Jobs.forbidden),
     "not an image": (1, Jobs.gif),
-    "a field misspelt": (2, Jobs.invalid),
+    "an unknown field": (2, Jobs.invalid),
     "not JSON": (1, Jobs.unreadable),
     "always HTTP 500": (0.4, Jobs.poison),
     "always HTTP 400": (2, Jobs.rejected),
