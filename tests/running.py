@@ -223,14 +223,18 @@ class Worker:
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of the samples with these labels; 0.0 if there are none."""
-        _, text = self.get("/metrics")
-        samples = "".join(line for line in text.splitlines(keepends=True) if line.startswith(name))
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(samples)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        return sample_sum(self.get("/metrics")[1], name, **labels)
+
+
+def sample_sum(exposition: str, name: str, **labels: str) -> float:
+    """Return the sum of the samples with these labels in a Prometheus exposition."""
+    samples = "".join(line for line in exposition.splitlines(keepends=True) if line.startswith(name))
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(samples)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
 def calls_with(stack: Stack, marker: str) -> list[Call]:

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from deploy.local.model_simulator.behavior import Rule
 from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
 from tests.chaos import jobs
 from tests.proxy import Proxy
-from tests.running import Worker
+from tests.running import Worker, sample_sum
 
 # Longer than a slow answer, and shorter than the hangs of the plan.
 MODEL_TIMEOUT_S: Final = 6.0
@@ -50,12 +48,7 @@ class WorkerProcess:
 
     def total(self, metric: str, **labels: str) -> float:
         """Return the sum of a metric's samples with these labels."""
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(self.metrics)
-            for sample in family.samples
-            if sample.name == metric and labels.items() <= sample.labels.items()
-        )
+        return sample_sum(self.metrics, metric, **labels)
 
 
 @dataclass

@@ -50,10 +50,10 @@ class Injector:
             for fault in plan:
                 tasks.create_task(self._inject(fault, started, log))
 
-    async def _inject(self, fault: Fault, started: float, log: Callable[[str], None]) -> None:
-        await asyncio.sleep(started + fault.at_s - time.monotonic())
+    async def _inject(self, fault: Fault, run_started: float, log: Callable[[str], None]) -> None:
+        await asyncio.sleep(run_started + fault.at_s - time.monotonic())
         async with self._parts.setdefault(fault.part, asyncio.Lock()):
-            log(f"  {time.monotonic() - started:6.1f} s: {fault}")
+            log(f"  {time.monotonic() - run_started:6.1f} s: {fault}")
             started = time.time()
             async with INJECTED[fault.kind](self._environment, self._backend, fault):
                 await asyncio.sleep(fault.lasts_s)

@@ -29,6 +29,8 @@ BY_PATTERN = {
     "^[0-9]+%$": st.sampled_from(["0%", "25%"]),
     "^([0-9]+(ms|s|m|h))+$": st.sampled_from(["15s", "1m30s"]),
 }
+# Not in the API of the oldest supported Kubernetes version: `tolerance` of an HPA requires 1.33.
+NEWER_FIELDS = {"tolerance"}
 BY_NAME = {"rabbitmqUrl": st.sampled_from(["", "amqp://rabbitmq/", "amqps://u:p@rabbitmq:5671/v"])}
 
 
@@ -77,6 +79,7 @@ def _object(schema: Any, example: Any) -> st.SearchStrategy[Any]:
     parts = {
         name: _allowed(part, example.get(name) if isinstance(example, dict) else None, name)
         for name, part in schema["properties"].items()
+        if name not in NEWER_FIELDS
     }
     required = set(schema.get("required", ())) if not example else set()
     return st.fixed_dictionaries(
