@@ -1,4 +1,4 @@
-"""What the test programs with a command line have in common."""
+"""Signals and log levels of the test programs with a command line."""
 
 import logging
 import signal

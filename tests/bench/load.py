@@ -15,7 +15,7 @@ from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from tests.bench.contenders import Contender, jobs_queue_arguments
 from tests.bench.images import Image
 
-# Without a result for so many seconds, the contender has lost a job or stopped.
+# The timeout for the next result, in seconds: afterwards a job is considered lost.
 PATIENCE_S: Final = 90.0
 _PUBLISHED_AT_ONCE: Final = 1000
 _RETRY_DELAYS: Final = ("1", "5", "30", "120")

@@ -281,13 +281,13 @@ KINDS: Final[Mapping[str, tuple[float, Callable[[Jobs, str], ExpectedJob]]]] = {
 }
 
 
-def pictures(seed: int, sizes: Sequence[tuple[int, int]]) -> list[bytes]:
+def images(seed: int, sizes: Sequence[tuple[int, int]]) -> list[bytes]:
     """Return uncompressed PNGs of noise, three bytes per pixel."""
-    rng = random.Random(f"pictures {seed}")  # noqa: S311 - repeatable on purpose
-    return [_picture(rng, size) for size in sizes]
+    rng = random.Random(f"images {seed}")  # noqa: S311 - repeatable on purpose
+    return [_image(rng, size) for size in sizes]
 
 
-def _picture(rng: random.Random, size: tuple[int, int]) -> bytes:
+def _image(rng: random.Random, size: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
     Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()

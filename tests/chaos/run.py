@@ -154,7 +154,7 @@ def put_images(stack: Stack, private_queue: str, seed: int) -> JobInputs:
     for bucket in {IMAGES, ANSWERS} - there:
         s3.create_bucket(Bucket=bucket)
     stored = []
-    for nth, content in enumerate(jobs.pictures(seed, _SIZES)):
+    for nth, content in enumerate(jobs.images(seed, _SIZES)):
         s3.put_object(Bucket=IMAGES, Key=jobs.key(nth), Body=content)
         stored.append(Stored(f"s3://{IMAGES}/{jobs.key(nth)}", content))
     small = len(_SIZES) - 2 * len(_LARGE)

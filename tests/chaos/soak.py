@@ -93,12 +93,12 @@ class SoakResult:
 
 
 def soak_options(options: Options) -> Options:
-    """One worker, and faults that it has to live with."""
+    """Return options with one worker and the faults of the soak test."""
     return replace(options, workers=1, faults=plan.MILD, every_s=max(options.every_s, 12.0))
 
 
 async def run(stack: Stack, folder: Path, options: Options, log: Callable[[str], None]) -> tuple[str, bool]:
-    """Run it; returns the report, and whether all is well."""
+    """Run the soak test; return the report, and whether it passed."""
     observer = _MemoryObserver(log, min(WARM_UP_S, options.seconds / 5), min(SAMPLE_S, options.seconds / 50))
     ended = await run_chaos(stack, folder, options, log, observer)
     soak_result = observer.soak_result(len(ended.records.jobs))
@@ -106,7 +106,7 @@ async def run(stack: Stack, folder: Path, options: Options, log: Callable[[str],
 
 
 class _MemoryObserver(Observer):
-    """Takes samples of the only worker."""
+    """Sample the only worker."""
 
     def __init__(self, log: Callable[[str], None], warm_up_s: float, every_s: float) -> None:
         self._log = log
@@ -147,7 +147,7 @@ async def _idle_sample(worker: Worker, after_s: float) -> Sample:
 
 
 def sample(worker: Worker) -> Sample:
-    """What this worker holds now."""
+    """Return the current resources of a worker."""
     assert worker.process is not None
     folder = Path("/proc") / str(worker.process.pid)
     (line,) = [it for it in (folder / "status").read_text().splitlines() if it.startswith("VmRSS:")]

@@ -94,10 +94,6 @@ class Prometheus(Service):
         """Return all rules with their state."""
         return [rule for group in self._get("rules")["groups"] for rule in group["rules"]]
 
-    def targets(self) -> list[dict[str, Any]]:
-        """What it scrapes, and how that goes."""
-        return list(self._get("targets")["activeTargets"])
-
     def _get(self, path: str, **parameters: Any) -> Any:
         url = f"{self._root}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:

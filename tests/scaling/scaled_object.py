@@ -65,7 +65,7 @@ class _Advanced(_Strict):
 
 
 def _as_text(value: object) -> object:
-    """Reject what is not a string: the CRD defines the metadata as a map of strings."""
+    """Reject values other than strings: the CRD defines the metadata as a map of strings."""
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a string")  # noqa: TRY004 - pydantic reports ValueErrors
     return value

@@ -71,24 +71,26 @@ def replicas_after(it: Hpa, replicas: int, messages: Mapping[float, int]) -> lis
     return after
 
 
-def test_the_first_message_starts_the_first_pod() -> None:
-    assert keda().decide(0, 0, 0) == 0
-    assert keda().decide(0, 1, 0) == 1
-    assert keda().decide(0, 1000, 0) == 1
-
-
-def test_the_first_pod_requires_more_messages_than_the_activation_value() -> None:
-    assert keda(activation="5").decide(0, 5, 0) == 0
-    assert keda(activation="5").decide(0, 6, 0) == 1
+@pytest.mark.parametrize(
+    ("spec", "messages", "desired"),
+    [
+        ({}, 0, 0),
+        ({}, 1, 1),
+        ({}, 1000, 1),
+        ({"activation": "5"}, 5, 0),
+        ({"activation": "5"}, 6, 1),
+        ({"minReplicaCount": 3}, 1, 3),
+    ],
+)
+def test_keda_scales_from_zero_to_the_minimum_above_the_activation_value(
+    spec: dict[str, Any], messages: int, desired: int
+) -> None:
+    assert keda(**spec).decide(0, messages, 0) == desired
 
 
 def test_keda_does_not_change_an_active_deployment() -> None:
     it = keda()
     assert [it.decide(now, 1, replicas) for now, replicas in enumerate([1, 7, 100])] == [1, 7, 100]
-
-
-def test_keda_scales_from_zero_to_the_minimum() -> None:
-    assert keda(minReplicaCount=3).decide(0, 1, 0) == 3
 
 
 def test_keda_does_not_scale_to_zero_with_a_minimum() -> None:
@@ -159,19 +161,19 @@ def test_busy_pods_are_not_scaled_down(replicas: int) -> None:
     assert recommendation(64 * replicas, 64, replicas) == replicas
 
 
-def test_the_hpa_does_not_scale_from_zero() -> None:
-    assert hpa().decide(0, 1000, 0) == 0
-
-
-def test_the_hpa_stays_between_one_and_the_maximum() -> None:
-    assert hpa(maxReplicaCount=8).decide(0, 1000, 1) == 8
-    assert hpa().decide(0, 0, 5) == 1
-    assert hpa(minReplicaCount=3).decide(0, 0, 5) == 3
-
-
-def test_the_hpa_corrects_replicas_out_of_bounds_immediately() -> None:
-    assert hpa(CHART, maxReplicaCount=8).decide(0, 0, 20) == 8
-    assert hpa(CHART, minReplicaCount=3).decide(0, 0, 1) == 3
+@pytest.mark.parametrize(
+    ("it", "messages", "replicas", "desired"),
+    [
+        pytest.param(hpa(), 1000, 0, 0, id="not from zero"),
+        pytest.param(hpa(maxReplicaCount=8), 1000, 1, 8, id="at most the maximum"),
+        pytest.param(hpa(), 0, 5, 1, id="at least one"),
+        pytest.param(hpa(minReplicaCount=3), 0, 5, 3, id="at least the minimum"),
+        pytest.param(hpa(CHART, maxReplicaCount=8), 0, 20, 8, id="from above the maximum immediately"),
+        pytest.param(hpa(CHART, minReplicaCount=3), 0, 1, 3, id="from below the minimum immediately"),
+    ],
+)
+def test_the_bounds_of_the_hpa(it: Hpa, messages: int, replicas: int, desired: int) -> None:
+    assert it.decide(0, messages, replicas) == desired
 
 
 def test_the_hpa_scales_up_by_the_faster_policy() -> None:

@@ -104,7 +104,7 @@ def _podman(folder: Path) -> Iterator[Engine]:
     engine = Engine(
         command,
         ("--isolation=chroot", "--format=docker", "--layers=false", "--pull=never", *pip_secrets(folder)),
-        # Limits that root can set here, no writable /tmp despite --read-only, and an end after a crash.
+        # Limits that root can set here, no writable /tmp with --read-only, and a maximum lifetime.
         ("--ulimit=nofile=4096:4096", "--ulimit=nproc=1024:1024", "--read-only-tmpfs=false", "--timeout=600"),
     )
     try:
