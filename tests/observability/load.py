@@ -85,22 +85,22 @@ class ObservedWorker:
                 finally:
                     stack.model.reset()
 
-    async def run(self, pace: Durations) -> None:
+    async def run(self, durations: Durations) -> None:
         """Run all phases and wait for the last answer."""
         images = self._upload()
-        await self._submit(images, pace.normal, pace.jobs_per_s)
+        await self._submit(images, durations.normal, durations.jobs_per_s)
         await self._publish_dead_letters()
-        await self._submit(images, pace.failures, pace.jobs_per_s, failures=True)
+        await self._submit(images, durations.failures, durations.jobs_per_s, failures=True)
         self.stack.model.configure(max_concurrent=2)
-        await self._submit(images, pace.rate_limited, pace.jobs_per_s)
+        await self._submit(images, durations.rate_limited, durations.jobs_per_s)
         self.stack.model.configure(max_concurrent=None)
         self.stack.model.play(Error(status=401, message="no such key"), times=None)
-        await self._submit(images, pace.outage, pace.jobs_per_s / 2)
+        await self._submit(images, durations.outage, durations.jobs_per_s / 2)
         await until(lambda: self.worker.ready()[1].get("status") == "paused", "the worker pauses")
         self.stack.model.configure(rules=[])
-        await self._submit(images, pace.burst, pace.jobs_per_s * 4)
+        await self._submit(images, durations.burst, durations.jobs_per_s * 4)
         await self._cancel(self.ids[-1])
-        await self._submit(images, pace.after, pace.jobs_per_s, failures=True)
+        await self._submit(images, durations.after, durations.jobs_per_s, failures=True)
         await until(lambda: set(self.ids) <= self.client.replies.keys(), "every job has a result", 60)
 
     def _upload(self) -> list[str]:
