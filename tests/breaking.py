@@ -80,10 +80,10 @@ async def said(worker: Worker, status: str) -> tuple[int, list[str]]:
 
 
 def hasty(worker: Worker) -> Worker:
-    """Shorten the trial intervals of a worker before its start."""
+    """Shorten the probe intervals of a worker before its start."""
     code = (
         "import sys, worker.resilience.consumer_controller as controller; from worker.__main__ import main;"
-        "controller.FIRST_TRIAL_S, controller.MAX_TRIAL_INTERVAL_S = 0.05, 0.1; sys.exit(main())"
+        "controller.FIRST_PROBE_DELAY_S, controller.MAX_PROBE_INTERVAL_S = 0.05, 0.1; sys.exit(main())"
     )
     worker.command = [sys.executable, "-c", code, "run"]
     return worker

@@ -4,6 +4,9 @@ import asyncio
 import time
 from datetime import UTC, datetime
 
+# Timers of event loops may fire some milliseconds early or late.
+TIMER_SLACK_S = 0.02
+
 
 class Clock:
     """Read the time and wait.

@@ -198,7 +198,7 @@ class Environment:
 
 
 def _is_idle(process: WorkerProcess) -> bool:
-    # Without a job for a trial request a worker stays paused.
+    # Without a job for a probe a worker stays paused.
     if process.worker.ready()[1].get("status") not in ("ready", "paused"):
         return False
     return process.worker.metric("vqa_jobs_in_flight") == 0

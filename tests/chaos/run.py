@@ -23,7 +23,7 @@ from tests.running import until
 
 IMAGES: Final = "chaos-images"
 ANSWERS: Final = "chaos-answers"
-# Limit after the last fault: retry delays, and up to 30 s until a paused worker makes a trial request.
+# Limit after the last fault: retry delays, and up to 30 s until a paused worker makes a probe request.
 DRAIN_S: Final = 90.0
 DRAIN_RATE: Final = 5.0
 HARMLESS: Final = ("one image in S3", "a private reply queue")

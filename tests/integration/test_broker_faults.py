@@ -127,7 +127,7 @@ async def test_results_wait_for_a_blocked_broker(scene: Scene, own_client_of: Ma
 async def test_workers_recover_from_a_silent_network_after_the_heartbeat_timeout(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
-    """One worker is busy; the other is paused and takes a job for a trial."""
+    """One worker is busy; the other is paused and takes a job for a probe."""
     busy, barred = uuid.uuid4().hex, uuid.uuid4().hex
     own_stack.model.play(Answer(after=1.5), marker=busy, times=None)
     own_stack.model.play(Error(status=401), marker=barred, times=None)

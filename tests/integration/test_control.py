@@ -67,7 +67,7 @@ async def scene(
         scene = Scene(topology, admin, log)
         await scene.create()
         async with await aio_pika.connect(stack.rabbitmq.url) as connection:
-            listener = Control(topology, on_cancel=scene.cancelled.append, on_listening=scene.listening)
+            listener = Control(topology, on_cancel=scene.cancelled.append, on_subscribed=scene.listening)
             await listener.listen(connection)
             keeping = asyncio.create_task(listener.keep_bound(connection))
             yield scene

@@ -168,7 +168,7 @@ async def consuming(stack: Stack, messages: int) -> AsyncIterator[tuple[Consumer
     topology = replace(TOPOLOGY, jobs=f"{name}.jobs", results=f"{name}.results", dead_letters=f"{name}.dead")
     came: list[Delivery] = []
     broker = Broker(stack.rabbitmq.url, None, "test")
-    control = Control(topology, on_cancel=lambda _: None, on_listening=lambda: None)
+    control = Control(topology, on_cancel=lambda _: None, on_subscribed=lambda: None)
     consumer = Consumer(broker, topology, control, prefetch=3, on_delivery=came.append)
     running = asyncio.create_task(consumer.run())
     try:
@@ -195,45 +195,45 @@ async def test_the_consumer_follows_a_changed_prefetch_and_stops_while_held(
     own_stack: Stack,
 ) -> None:
     async with consuming(own_stack, 30) as (consumer, came):
-        await consumer.allow(4)
+        await consumer.set_prefetch(4)
         await have_come(came, 0)
         await consumer.resume()
         await have_come(came, 4)
-        await consumer.allow(6)
+        await consumer.set_prefetch(6)
         await have_come(came, 6)
         # Each settled job is replaced.
         await came[0].ack()
         await came[5].ack()
         await have_come(came, 8)
         # Jobs delivered before stay, and do not count.
-        await consumer.allow(2)
+        await consumer.set_prefetch(2)
         await have_come(came, 10)
         await came[1].ack()
         await have_come(came, 10)
         await came[-1].ack()
         await have_come(came, 11)
-        await consumer.allow(0)
+        await consumer.set_prefetch(0)
         await came[-1].ack()
         await have_come(came, 11)
         # While consuming is held, a new prefetch has no effect.
         await consumer.hold()
-        await consumer.allow(5)
+        await consumer.set_prefetch(5)
         await have_come(came, 11)
         await consumer.resume()
         await have_come(came, 16)
-        assert all(delivery.is_alive() for delivery in came)
+        assert all(delivery.can_ack() for delivery in came)
         assert {delivery.deliveries for delivery in came} == {1}
 
 
 async def test_the_prefetch_also_holds_for_the_next_connection(own_stack: Stack) -> None:
     async with consuming(own_stack, 10) as (consumer, came):
         await consumer.resume()
-        await consumer.allow(5)
+        await consumer.set_prefetch(5)
         await have_come(came, 5)
         await lose_the_channel(consumer)
         await until(lambda: consumer.is_connected and len(came) >= 10, "the jobs are redelivered")
         await have_come(came, 10)
-        assert [delivery.is_alive() for delivery in came] == [False] * 5 + [True] * 5
+        assert [delivery.can_ack() for delivery in came] == [False] * 5 + [True] * 5
 
 
 async def lose_the_channel(consumer: Consumer) -> None:

@@ -138,7 +138,7 @@ async def test_an_outage_pauses_the_worker_uses_no_attempt_and_ends_automaticall
         return await client.depth(worker.jobs_queue) >= len(ids) - 1
 
     await until(are_requeued, "the jobs are requeued")
-    # At most one call for each job, and single trials.
+    # At most one call for each job, and single probes.
     assert len(calls_with(scene.stack, marker)) <= JOBS + 4
     assert client.replies.keys().isdisjoint(ids)
 
@@ -173,7 +173,7 @@ async def test_an_outage_uses_no_attempt_with_a_concurrency_of_1(
     replies = await results(client, ids)
     assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
     await until(narrow.is_idle, "the worker is idle")
-    # One call for each job, perhaps trials after 1 s and 2 s, and the answers.
+    # One call for each job, perhaps probes after 1 s and 2 s, and the answers.
     assert len(calls_with(narrow.stack, marker)) <= 3 + 3 + 3
     assert sorted(set(narrow.warnings_()[warnings_:])) in (
         ["consumption_paused"],
@@ -195,7 +195,7 @@ async def test_an_outage_with_hundreds_of_jobs_in_flight_is_logged_once(
         return await client.depth(worker.jobs_queue) >= len(ids) - 1
 
     await until(are_requeued, "the jobs are requeued")
-    # The initial concurrency; the jobs that took the slots of the first failures; trials.
+    # The initial concurrency; the jobs that took the slots of the first failures; probes.
     assert len(calls_with(own_stack, marker)) <= 32 + 32 + 3
     own_stack.model.configure(rules=[])
     replies = await results(client, ids)
@@ -208,7 +208,7 @@ async def test_an_outage_with_hundreds_of_jobs_in_flight_is_logged_once(
     assert len(logged) < 10
 
 
-async def test_trials_of_a_paused_worker_are_rare_and_take_another_job_each_time(scene: Scene) -> None:
+async def test_probes_of_a_paused_worker_are_rare_and_take_another_job_each_time(scene: Scene) -> None:
     marker = uuid.uuid4().hex
     scene.stack.model.play(Error(status=401), marker=marker, times=None)
     ids = await publish(scene.client, 4, marker)
@@ -223,7 +223,7 @@ async def test_trials_of_a_paused_worker_are_rare_and_take_another_job_each_time
     scene.stack.model.configure(rules=[])
     assert statuses(await results(scene.client, ids)) == {"succeeded": 4}
 
-    # A failed trial, the next one after at least 2 s, and then the other jobs.
+    # A failed probe, the next one after at least 2 s, and then the other jobs.
     failed, tried = calls_with(scene.stack, marker)[before : before + 2]
     assert (failed.status, tried.status) == (401, 200)
     assert tried.started - failed.started > 1.9
@@ -343,7 +343,7 @@ async def test_a_batch_of_bad_jobs_does_not_stop_good_ones_for_long(
     assert await client.depth(worker.dead_letter_queue) == 12
 
 
-async def test_jobs_survive_many_trials_by_many_workers_without_a_counted_attempt(
+async def test_jobs_survive_many_probes_by_many_workers_without_a_counted_attempt(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     """VQA_DELIVERY_LIMIT does not count deliveries that the worker requeued."""
@@ -394,7 +394,7 @@ async def test_a_paused_worker_without_jobs_resumes_with_the_first_that_arrives(
     scene.stack.model.play(Error(status=401), marker=down, times=None)
     await publish(scene.client, 1, down)
     await paused(scene)
-    # No job is left for a trial.
+    # No job is left for a probe.
     await scene.client.take(scene.worker.jobs_queue)
     assert scene.worker.ready()[1]["status"] == "paused"
     ids = await publish(scene.client, 3, good)

@@ -159,7 +159,7 @@ async def test_a_worker_that_waits_for_a_response_of_the_broker_stops(
         assert await asyncio.gather(*map(stop_at, (QUEUE_DECLARE, CHANNEL_CLOSE))) == [0, 0]
 
 
-async def test_a_stop_during_a_trial_affects_neither_the_trial_s_job_nor_others(
+async def test_a_stop_during_a_probe_affects_neither_the_probe_s_job_nor_others(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
     running, barred = uuid.uuid4().hex, uuid.uuid4().hex
@@ -168,7 +168,7 @@ async def test_a_stop_during_a_trial_affects_neither_the_trial_s_job_nor_others(
     async with Proxy.before(own_stack.rabbitmq.url) as proxy:
         worker = await start_own_worker(VQA_RABBITMQ_URL=proxy.url(own_stack.rabbitmq.url))
         client = await own_client_of(worker)
-        # The worker requests a job for a trial, and gets SIGTERM before the response.
+        # The worker requests a job for a probe, and gets SIGTERM before the response.
         proxy.freezes_on = BASIC_GET
         ids = await publish(client, 1, running)
         await calls_begun(own_stack, running, 1)

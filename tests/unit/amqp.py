@@ -45,5 +45,7 @@ def delivered(raw: dict[str, bytes], *, redelivered: bool = False) -> Delivery:
     deliver = Basic.Deliver("tag", 1, redelivered, "", "jobs")
     message: Any = DeliveredMessage(delivery=deliver, header=received(raw), body=b"{}", channel=None)  # type: ignore[arg-type]
     return to_delivery(
-        aio_pika.IncomingMessage(message), is_alive=lambda: True, may_go_back=lambda: asyncio.sleep(0)
+        aio_pika.IncomingMessage(message),
+        can_ack=lambda: True,
+        wait_until_requeue_is_safe=lambda: asyncio.sleep(0),
     )

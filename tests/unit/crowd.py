@@ -120,11 +120,11 @@ class Crowd:
     def _admit(self, worker: Worker) -> None:
         if worker.leaves:
             return
-        paused_until = worker.limit.paused_until
-        if self.now < paused_until:
-            if worker.wakes_at != paused_until:
-                worker.wakes_at = paused_until
-                wake = (paused_until, next(self._numbers), lambda: self._admit(worker))
+        backoff_until = worker.limit.backoff_until
+        if self.now < backoff_until:
+            if worker.wakes_at != backoff_until:
+                worker.wakes_at = backoff_until
+                wake = (backoff_until, next(self._numbers), lambda: self._admit(worker))
                 heapq.heappush(self._events, wake)
             return
         while self._jobs and worker.in_flight < worker.limit.value:

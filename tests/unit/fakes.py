@@ -39,7 +39,7 @@ def a_delivery(
     async def requeue() -> None:
         seen.append("requeue")
 
-    async def may_go_back() -> None:
+    async def wait_until_requeue_is_safe() -> None:
         pass
 
     usual: dict[str, Any] = {
@@ -52,16 +52,16 @@ def a_delivery(
         "trace": {},
         "enqueued_ms": None,
         "queued_s": None,
-        "attempts": 0,
+        "counted_attempts": 0,
         "deliveries": 1,
         "redelivered": False,
         "copy": None,
-        "received": time.monotonic(),
+        "received_at": time.monotonic(),
         "ack": ack,
         "reject": reject,
         "requeue": requeue,
-        "is_alive": lambda: True,
-        "may_go_back": may_go_back,
+        "can_ack": lambda: True,
+        "wait_until_requeue_is_safe": wait_until_requeue_is_safe,
     }
     return Delivery(**{**usual, **properties})
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.crowd import Crowd, Provider
-from worker.resilience.adaptive_limit import DEFAULT_PAUSE_S, MAX_PAUSE_S, SPREAD, AdaptiveLimit
+from worker.resilience.adaptive_limit import DEFAULT_BACKOFF_S, JITTER, MAX_BACKOFF_S, AdaptiveLimit
 
 INITIAL = 32
 
@@ -152,31 +152,31 @@ def test_after_a_429_to_a_lone_call_the_limit_recovers_soon() -> None:
     assert limit.value >= 22
 
 
-def test_pauses_grow_while_all_calls_meet_429s() -> None:
-    limit, now, pauses = a_limit(), 0.0, []
+def test_backoffs_grow_while_all_requests_receive_429s() -> None:
+    limit, now, backoffs = a_limit(), 0.0, []
     for _ in range(12):
         limit.rate_limited(0, started=now, now=now, retry_after_s=None)
-        pauses.append(limit.paused_until - now)
-        now = limit.paused_until
-    expected = [min(DEFAULT_PAUSE_S * 2**n, MAX_PAUSE_S) for n in range(12)]
-    for pause, usual in zip(pauses, expected, strict=True):
-        assert (1 - SPREAD) * usual <= pause <= (1 + SPREAD) * usual
+        backoffs.append(limit.backoff_until - now)
+        now = limit.backoff_until
+    expected = [min(DEFAULT_BACKOFF_S * 2**n, MAX_BACKOFF_S) for n in range(12)]
+    for backoff, usual in zip(backoffs, expected, strict=True):
+        assert (1 - JITTER) * usual <= backoff <= (1 + JITTER) * usual
     # A success halves the next one.
     limit.succeeded(1, took_s=1.0)
     limit.rate_limited(0, started=now, now=now, retry_after_s=None)
-    assert limit.paused_until - now <= (1 + SPREAD) * MAX_PAUSE_S / 2
+    assert limit.backoff_until - now <= (1 + JITTER) * MAX_BACKOFF_S / 2
 
 
 @pytest.mark.parametrize(
     ("took_s", "shortest", "longest"), [(0.01, 0.03, 0.07), (1.0, 0.18, 0.32), (60.0, 0.7, 1.3)]
 )
-def test_the_pause_after_a_single_429_is_a_fraction_of_a_call_s_duration(
+def test_the_backoff_after_a_single_429_is_a_fraction_of_a_request_s_duration(
     took_s: float, shortest: float, longest: float
 ) -> None:
     limit = a_limit()
     limit.succeeded(1, took_s)
     limit.rate_limited(31, started=0.0, now=1.0, retry_after_s=None)
-    assert shortest < limit.paused_until - 1.0 < longest
+    assert shortest < limit.backoff_until - 1.0 < longest
     # Without Retry-After, a call whose images are being fetched may still begin.
     assert limit.retry_after_until <= 1.0
 
@@ -185,32 +185,32 @@ def test_the_pause_after_a_single_429_is_a_fraction_of_a_call_s_duration(
 def test_retry_after_is_obeyed(retry_after_s: float) -> None:
     limit = a_limit()
     limit.rate_limited(31, started=0.0, now=1.0, retry_after_s=retry_after_s)
-    assert limit.paused_until == limit.retry_after_until == 1.0 + retry_after_s
+    assert limit.backoff_until == limit.retry_after_until == 1.0 + retry_after_s
 
 
 def test_the_latest_end_of_all_retry_afters_counts() -> None:
     limit = a_limit()
     limit.rate_limited(31, started=0.0, now=1.0, retry_after_s=10.0)
     limit.rate_limited(30, started=0.0, now=2.0, retry_after_s=1.0)
-    assert limit.paused_until == 11.0
+    assert limit.backoff_until == 11.0
     limit.rate_limited(29, started=0.0, now=3.0, retry_after_s=20.0)
-    assert limit.paused_until == limit.retry_after_until == 23.0
+    assert limit.backoff_until == limit.retry_after_until == 23.0
 
 
 def test_retry_after_0_does_not_lead_to_a_busy_loop() -> None:
     limit = a_limit()
     limit.rate_limited(31, started=0.0, now=1.0, retry_after_s=0.0)
-    assert limit.paused_until > 1.0
+    assert limit.backoff_until > 1.0
 
 
 def test_the_duration_of_a_call_is_a_moving_average() -> None:
     limit = a_limit()
-    assert limit.call_s is None
+    assert limit.request_s is None
     limit.succeeded(1, took_s=1.0)
-    assert limit.call_s == 1.0
+    assert limit.request_s == 1.0
     for _ in range(100):
         limit.succeeded(1, took_s=3.0)
-    assert limit.call_s == pytest.approx(3.0, abs=0.1)
+    assert limit.request_s == pytest.approx(3.0, abs=0.1)
 
 
 @given(
@@ -229,17 +229,17 @@ def test_the_limit_stays_between_one_and_the_maximum(
 ) -> None:
     limit = AdaptiveLimit(maximum, INITIAL)
     for now, (event, in_flight, seconds) in enumerate(events):
-        before, paused = limit.value, limit.paused_until
+        before, earlier = limit.value, limit.backoff_until
         if event == "succeeded":
             limit.succeeded(in_flight, seconds or 0.0)
             assert before <= limit.value <= before + 1
         else:
             limit.rate_limited(in_flight, started=now - lateness, now=now, retry_after_s=seconds)
             assert limit.value <= before
-            assert limit.paused_until >= now + (seconds or 0.0)
+            assert limit.backoff_until >= now + (seconds or 0.0)
         assert 1 <= limit.value <= maximum
-        assert limit.paused_until >= paused
-        assert limit.retry_after_until <= limit.paused_until
+        assert limit.backoff_until >= earlier
+        assert limit.retry_after_until <= limit.backoff_until
 
 
 # Against an API that accepts a number of concurrent calls, in virtual time

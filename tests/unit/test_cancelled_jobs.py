@@ -1,12 +1,12 @@
-"""Stored cancellations: none is lost, in any order of messages and S3 responses."""
+"""Stored cancelled_jobs: none is lost, in any order of messages and S3 responses."""
 
 import asyncio
 
 import pytest
 
 from worker.errors import Dependency, DependencyDownError, JobError
-from worker.jobs.cancellation import Cancellations
-from worker.result_store.cancelled_jobs import FOLDER, CancelledJobs
+from worker.jobs.cancellation import CancelledJobs
+from worker.result_store.cancelled_jobs import FOLDER, CancelledJobStore
 from worker.s3.conditional_store import ConditionalStore
 
 
@@ -33,12 +33,12 @@ class Slow(ConditionalStore):
 
 async def test_cancellations_that_arrive_during_a_write_are_all_stored() -> None:
     objects = Slow()
-    cancelled_jobs = CancelledJobs(objects, Cancellations().remember)
-    cancelled_jobs.add("first")
-    catching_up = asyncio.create_task(cancelled_jobs.catch_up())
+    cancelled_job_store = CancelledJobStore(objects, CancelledJobs().remember)
+    cancelled_job_store.add("first")
+    catching_up = asyncio.create_task(cancelled_job_store.catch_up())
     for name in ("second", "third", "fourth"):
         await asyncio.sleep(0)
-        cancelled_jobs.add(name)
+        cancelled_job_store.add(name)
         objects.may_write.release()
     objects.may_write.release()
     async with asyncio.timeout(60):
@@ -49,24 +49,24 @@ async def test_cancellations_that_arrive_during_a_write_are_all_stored() -> None
 async def test_new_cancellations_are_stored_even_without_permission_to_list() -> None:
     objects = Slow()
     objects.there = None
-    cancelled_jobs = CancelledJobs(objects, Cancellations().remember)
-    cancelled_jobs.add("first")
+    cancelled_job_store = CancelledJobStore(objects, CancelledJobs().remember)
+    cancelled_job_store.add("first")
     objects.may_write.release()
     with pytest.raises(DependencyDownError):
-        await cancelled_jobs.catch_up()
+        await cancelled_job_store.catch_up()
     assert objects.written == [f"{FOLDER}first"]
 
 
 async def test_cancellations_from_before_the_start_are_loaded() -> None:
-    objects, cancellations = Slow(), Cancellations()
-    other = Cancellations()
+    objects, cancelled_jobs = Slow(), CancelledJobs()
+    other = CancelledJobs()
     other.cancel("invoice-4711")
-    cancelled_jobs = CancelledJobs(objects, cancellations.remember)
-    other.store_in(cancelled_jobs)
+    cancelled_job_store = CancelledJobStore(objects, cancelled_jobs.remember)
+    other.store_in(cancelled_job_store)
     objects.may_write.release()
-    await cancelled_jobs.catch_up()
+    await cancelled_job_store.catch_up()
     objects.there = [name.removeprefix(FOLDER) for name in objects.written]
-    cancelled_jobs.look_again()
-    await cancelled_jobs.catch_up()
-    with pytest.raises(JobError), cancellations.cancellable("invoice-4711"):
+    cancelled_job_store.reload()
+    await cancelled_job_store.catch_up()
+    with pytest.raises(JobError), cancelled_jobs.cancellable("invoice-4711"):
         pass

@@ -1,4 +1,4 @@
-"""Admission: the order of jobs, pauses after 429s, closing, trials, and how many jobs to prefetch."""
+"""Admission: the order of jobs, backoffs after 429s, closing, probes, and how many jobs to prefetch."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,10 +12,10 @@ from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import cancel_all, turns_of_the_loop
 from worker.observability import metrics
 from worker.resilience.concurrency_limiter import (
-    JOBS_WHILE_ONE_MODEL_PAUSES,
+    PREFETCH_DURING_BACKOFF,
     PREFETCH_HORIZON_S,
-    AdmissionClosedError,
     ConcurrencyLimiter,
+    NotAdmittedError,
     Slot,
 )
 
@@ -61,7 +61,7 @@ class Jobs:
                     await self._may_finish[name].wait()
                 finally:
                     self.running.remove(name)
-        except AdmissionClosedError:
+        except NotAdmittedError:
             self.rejected.append(name)
 
     async def finish(self, *names: int) -> None:
@@ -137,7 +137,7 @@ async def test_a_closed_limiter_rejects_all_jobs_except_running_ones() -> None:
         await jobs.start(4)
         assert jobs.running == [1]
         assert sorted(jobs.rejected) == [2, 3, 4]
-        with pytest.raises(AdmissionClosedError, match="the worker is paused"):
+        with pytest.raises(NotAdmittedError, match="the worker is paused"):
             async with limiter.slot("m"):
                 pass
         # The slot of the running job is not lost.
@@ -151,44 +151,44 @@ async def test_a_second_close_replaces_the_reason() -> None:
     limiter = a_limiter(1)
     limiter.close("paused")
     limiter.close("stopping")
-    with pytest.raises(AdmissionClosedError, match="stopping"):
+    with pytest.raises(NotAdmittedError, match="stopping"):
         async with limiter.slot("m"):
             pass
 
 
-async def test_a_trial_admits_exactly_one_job() -> None:
+async def test_a_probe_admits_exactly_one_job() -> None:
     limiter = a_limiter(5)
     limiter.close("paused")
     async with jobs_of(limiter) as jobs:
-        limiter.allow_trial()
+        limiter.allow_probe()
         await jobs.start(1, 2, 3)
         assert jobs.running == [1]
         assert jobs.rejected == [2, 3]
-        limiter.allow_trial()
-        limiter.allow_trial()
+        limiter.allow_probe()
+        limiter.allow_probe()
         await jobs.start(4, 5)
         assert jobs.running == [1, 4]
         assert jobs.rejected == [2, 3, 5]
 
 
-async def test_an_unused_trial_ends_with_the_next_close() -> None:
+async def test_an_unused_probe_ends_with_the_next_close() -> None:
     limiter = a_limiter(5)
     for reopen in (True, False):
         limiter.close("paused")
-        limiter.allow_trial()
+        limiter.allow_probe()
         if reopen:
             limiter.open()
         limiter.close("stopping")
-        with pytest.raises(AdmissionClosedError):
+        with pytest.raises(NotAdmittedError):
             async with limiter.slot("m"):
                 pass
 
 
-async def test_a_running_trial_counts_when_the_limiter_opens() -> None:
+async def test_a_running_probe_counts_when_the_limiter_opens() -> None:
     limiter = a_limiter(1)
     limiter.close("paused")
     async with jobs_of(limiter) as jobs:
-        limiter.allow_trial()
+        limiter.allow_probe()
         await jobs.start(1)
         limiter.open()
         await jobs.start(2)
@@ -214,7 +214,7 @@ async def test_after_a_429_no_job_starts_before_the_end_of_retry_after() -> None
         assert jobs.running == [1]
 
 
-async def test_a_longer_retry_after_extends_a_pause() -> None:
+async def test_a_longer_retry_after_extends_a_backoff() -> None:
     clock = FakeClock()
     limiter = a_limiter(5, clock)
     async with jobs_of(limiter) as jobs:
@@ -229,7 +229,7 @@ async def test_a_longer_retry_after_extends_a_pause() -> None:
         assert jobs.running == [3]
 
 
-async def test_a_waiting_job_starts_at_the_end_of_a_pause_although_others_ended_during_it() -> None:
+async def test_a_waiting_job_starts_at_the_end_of_a_backoff_although_others_ended_during_it() -> None:
     clock = FakeClock()
     async with jobs_of(a_limiter(1, clock)) as jobs:
         await jobs.start(1, 2)
@@ -248,7 +248,7 @@ class RestlessClock(FakeClock):
         return super().monotonic()
 
 
-async def test_a_pause_that_ends_between_two_readings_of_the_clock_blocks_no_job() -> None:
+async def test_a_backoff_that_ends_between_two_readings_of_the_clock_blocks_no_job() -> None:
     for nth in range(20):
         clock = RestlessClock()
         limiter = a_limiter(5, clock)
@@ -265,7 +265,7 @@ async def test_retry_after_also_stops_calls_that_have_a_slot_but_did_not_begin()
         await jobs.start(3, model="another")
         assert not jobs.slots[1].must_wait
         jobs.slots[2].rate_limited(None)
-        # The worker's own pause concerns new jobs only.
+        # The worker's own backoff concerns new jobs only.
         assert not jobs.slots[1].must_wait
         jobs.slots[2].rate_limited(60.0)
         assert jobs.slots[1].must_wait
@@ -305,9 +305,9 @@ async def test_a_429_for_one_model_does_not_slow_another() -> None:
         await jobs.start(5, model="busy")
         await jobs.start(*range(6, 38), model="idle")
         assert jobs.running == [*range(5), *range(6, 38)]
-        assert limiter.closed_s("busy") == 3600
-        assert limiter.closed_s("idle") == limiter.closed_s("unknown") == 0
-        assert list(limiter.pauses()) == ["busy"]
+        assert limiter.backoff_left_s("busy") == 3600
+        assert limiter.backoff_left_s("idle") == limiter.backoff_left_s("unknown") == 0
+        assert list(limiter.backoffs()) == ["busy"]
 
 
 async def test_the_maximum_holds_over_all_models() -> None:
@@ -331,7 +331,7 @@ async def test_the_published_limit_is_that_of_the_models_in_use() -> None:
     assert published_limit() == 2
     await clock.advance(61.0)
     async with limiter.slot("a"):
-        limiter.publish_limit()
+        limiter.update_gauge()
         assert published_limit() == 1
 
 
@@ -340,9 +340,9 @@ async def test_the_published_limit_is_that_of_the_models_in_use() -> None:
 
 async def test_before_the_first_answer_the_maximum_is_wanted() -> None:
     limiter = a_limiter(200)
-    assert limiter.wanted() == 200
+    assert limiter.target_prefetch() == 200
     async with limiter.slot("m"):
-        assert limiter.wanted() == 200
+        assert limiter.target_prefetch() == 200
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ async def test_jobs_that_can_start_soon_are_wanted(took_s: float, wanted: int) -
         await jobs.start(*range(INITIAL))
         clock.jump(took_s)
         jobs.slots[0].succeeded()
-        assert jobs.limiter.wanted() == pytest.approx(wanted, abs=1)
+        assert jobs.limiter.target_prefetch() == pytest.approx(wanted, abs=1)
 
 
 async def test_after_a_429_at_most_twice_the_limit_is_wanted() -> None:
@@ -372,26 +372,26 @@ async def test_after_a_429_at_most_twice_the_limit_is_wanted() -> None:
             jobs.slots[n].rate_limited(None)
             await jobs.finish(n)
         assert len(jobs.running) == 20
-        assert 36 <= jobs.limiter.wanted() <= 42
+        assert 36 <= jobs.limiter.target_prefetch() <= 42
 
 
 async def test_during_a_long_retry_after_no_job_is_wanted_until_shortly_before_its_end() -> None:
     clock = FakeClock()
     limiter = a_limiter(200, clock)
     await meet_429(limiter, PREFETCH_HORIZON_S + 60)
-    assert limiter.wanted() == 0
+    assert limiter.target_prefetch() == 0
     await clock.advance(60.1)
-    assert limiter.wanted() == 2
+    assert limiter.target_prefetch() == 2
 
 
-async def test_while_one_of_several_models_is_paused_jobs_for_the_others_are_wanted() -> None:
+async def test_during_the_backoff_of_one_of_several_models_jobs_for_the_others_are_wanted() -> None:
     limiter = a_limiter(200, models=2)
     await meet_429(limiter, 3600.0, "a")
-    assert limiter.wanted() == JOBS_WHILE_ONE_MODEL_PAUSES
+    assert limiter.target_prefetch() == PREFETCH_DURING_BACKOFF
     async with limiter.slot("b"):
-        assert limiter.wanted() == 200
+        assert limiter.target_prefetch() == 200
     await meet_429(limiter, 3600.0, "b")
-    assert limiter.wanted() == 0
+    assert limiter.target_prefetch() == 0
 
 
 OPERATIONS = st.lists(
@@ -399,7 +399,7 @@ OPERATIONS = st.lists(
         st.sampled_from(
             ["start"] * 3
             + ["finish"] * 2
-            + ["cancel", "close", "open", "trial", "succeed", "rate_limit", "wait"]
+            + ["cancel", "close", "open", "probe", "succeed", "rate_limit", "wait"]
         ),
         st.integers(0, 100),
         st.integers(0, 3),
@@ -412,7 +412,7 @@ OPERATIONS = st.lists(
 async def test_no_sequence_of_operations_loses_or_adds_a_slot(
     maximum: int, operations: list[tuple[str, int, int]]
 ) -> None:
-    clock, trials = FakeClock(), 0
+    clock, probes = FakeClock(), 0
     limiter = a_limiter(maximum, clock)
     async with jobs_of(limiter) as jobs:
         for name, (operation, which, turns) in enumerate(operations):
@@ -428,16 +428,16 @@ async def test_no_sequence_of_operations_loses_or_adds_a_slot(
                     limiter.close("closed")
                 case "open":
                     limiter.open()
-                case "trial":
-                    limiter.allow_trial()
-                    trials += 1
+                case "probe":
+                    limiter.allow_probe()
+                    probes += 1
                 case "succeed" | "rate_limit" if jobs.running:
                     slot = jobs.slots[jobs.running[which % len(jobs.running)]]
                     slot.succeeded() if operation == "succeed" else slot.rate_limited(which / 100)
                 case "wait":
                     await clock.advance(which / 100)
             await turns_of_the_loop(turns)
-            assert len(jobs.running) <= maximum + trials
+            assert len(jobs.running) <= maximum + probes
 
         limiter.open()
         await jobs.finish_all()

@@ -1,4 +1,4 @@
-"""The prefetch follows the limiter; in an outage it is 0, with single trial jobs at growing intervals."""
+"""The prefetch follows the limiter; in an outage it is 0, with single probe jobs at growing intervals."""
 
 import asyncio
 from collections import deque
@@ -16,11 +16,11 @@ from worker.errors import Dependency, DependencyDownError, TransientError
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome, Requeued, Retried
 from worker.resilience import consumer_controller
-from worker.resilience.concurrency_limiter import AdmissionClosedError, ConcurrencyLimiter
+from worker.resilience.concurrency_limiter import ConcurrencyLimiter, NotAdmittedError
 from worker.resilience.consumer_controller import (
     ADJUST_INTERVAL_S,
-    FIRST_TRIAL_S,
-    MAX_TRIAL_INTERVAL_S,
+    FIRST_PROBE_DELAY_S,
+    MAX_PROBE_INTERVAL_S,
     ConsumerController,
     next_prefetch,
 )
@@ -40,10 +40,10 @@ class Consumer:
         self.jobs = deque(f"job-{n}" for n in range(jobs))
         self.asked_at: list[float] = []
 
-    async def allow(self, prefetch: int) -> None:
+    async def set_prefetch(self, prefetch: int) -> None:
         self.applied.append(prefetch)
 
-    async def take_one(self) -> Delivery | None:
+    async def get_one(self) -> Delivery | None:
         self.asked_at.append(self._clock.monotonic())
         return a_delivery(message_id=self.jobs.popleft()) if self.jobs else None
 
@@ -59,6 +59,7 @@ class Worker:
         self.started: list[str | None] = []
         self.rejected: list[str | None] = []
         self.succeeds = False
+        self.is_left_to_broker = False
         self.downs = 0
         self.outcome: Outcome | None = None
         self.may_finish = asyncio.Event()
@@ -95,7 +96,7 @@ class Worker:
         await self.may_be_settled.wait()
         if isinstance(outcome, Requeued):
             self.consumer.jobs.append(delivery.message_id or "")
-        return outcome
+        return None if self.is_left_to_broker else outcome
 
     async def _run(self, delivery: Delivery) -> Outcome:
         started = self.clock.monotonic()
@@ -103,7 +104,7 @@ class Worker:
             async with self.limiter.slot("m"):
                 self.started.append(delivery.message_id)
                 await self.may_finish.wait()
-        except AdmissionClosedError:
+        except NotAdmittedError:
             self.rejected.append(delivery.message_id)
         else:
             if self.succeeds:
@@ -216,18 +217,18 @@ async def test_after_a_429_no_jobs_come_until_most_are_settled_and_then_as_many_
     assert worker.consumer.applied == [0]
     worker.may_finish.set()
     await worker.clock.advance(10 * ADJUST_INTERVAL_S)
-    assert worker.consumer.applied == [0, worker.limiter.wanted()]
+    assert worker.consumer.applied == [0, worker.limiter.target_prefetch()]
     assert 1 <= worker.consumer.applied[-1] < 100
 
 
 async def test_jobs_that_are_being_published_are_added_to_the_limiter_s_target(worker: Worker) -> None:
     await worker.meet_429(None)
     await worker.clock.advance(2 * ADJUST_INTERVAL_S)
-    assert worker.consumer.applied == [0, worker.limiter.wanted()]
+    assert worker.consumer.applied == [0, worker.limiter.target_prefetch()]
     worker.may_be_settled.clear()
     worker.accept_jobs(60)
     await worker.clock.advance(20 * ADJUST_INTERVAL_S)
-    assert worker.limiter.present() == 0
+    assert worker.limiter.slots_and_waiting() == 0
     assert worker.consumer.applied[-1] > 40
 
 
@@ -259,7 +260,7 @@ async def test_with_calls_of_20_s_a_maximum_of_200_is_reached_in_three_rounds(wo
 
     delivering = asyncio.create_task(deliver())
     await worker.clock.advance(3 * 21.0)
-    assert worker.limiter.in_flight == MAXIMUM
+    assert worker.limiter.slots_in_use == MAXIMUM
     await cancel_all([delivering])
 
 
@@ -279,7 +280,7 @@ async def test_a_failure_that_is_not_an_outage_changes_nothing(worker: Worker) -
 async def test_an_outage_closes_the_limiter_and_stops_consuming(worker: Worker, log: CapturingLogger) -> None:
     await worker.down()
     assert worker.consumer.applied == [0]
-    with pytest.raises(AdmissionClosedError, match="paused"):
+    with pytest.raises(NotAdmittedError, match="paused"):
         async with worker.limiter.slot("m"):
             pass
     assert log.calls[0].method_name == "error"
@@ -296,30 +297,38 @@ async def test_an_outage_rejects_the_jobs_that_wait_for_a_slot(worker: Worker) -
     assert worker.rejected == ["new-32", "new-33"]
 
 
-async def test_trials_take_one_job_after_another_at_growing_intervals(worker: Worker) -> None:
+async def test_probes_take_one_job_after_another_at_growing_intervals(worker: Worker) -> None:
     moments = [worker.clock.monotonic()]
     await worker.down()
     await worker.clock.advance(200.0)
     moments += worker.consumer.asked_at
     assert worker.started[:5] == ["job-0", "job-1", "job-2", "job-0", "job-1"]
     waited = [later - earlier for earlier, later in pairwise(moments)]
-    assert waited[:8] == [1, 2, 4, 8, 16, MAX_TRIAL_INTERVAL_S, MAX_TRIAL_INTERVAL_S, MAX_TRIAL_INTERVAL_S]
+    assert waited[:8] == [1, 2, 4, 8, 16, MAX_PROBE_INTERVAL_S, MAX_PROBE_INTERVAL_S, MAX_PROBE_INTERVAL_S]
 
 
-async def test_a_trial_whose_job_does_not_use_the_dependency_is_followed_at_once_by_the_next(
+async def test_a_probe_whose_job_does_not_use_the_dependency_is_followed_at_once_by_the_next(
     worker: Worker,
 ) -> None:
     worker.consumer.jobs.extend(f"more-{n}" for n in range(10))
     worker.outcome = RETRIED
     await worker.down()
-    await worker.clock.advance(2 * FIRST_TRIAL_S)
+    await worker.clock.advance(2 * FIRST_PROBE_DELAY_S)
     assert len(worker.started) == 13
 
 
-async def test_the_next_trial_waits_for_the_end_of_the_last(worker: Worker) -> None:
+async def test_a_probe_whose_job_is_left_to_the_broker_is_not_followed_at_once(worker: Worker) -> None:
+    """RabbitMQ returns such a job, for example if it cannot be published."""
+    worker.is_left_to_broker = True
+    await worker.down()
+    await worker.clock.advance(2 * FIRST_PROBE_DELAY_S)
+    assert len(worker.started) == 1
+
+
+async def test_the_next_probe_waits_for_the_end_of_the_last(worker: Worker) -> None:
     worker.may_finish.clear()
     await worker.down()
-    await worker.clock.advance(FIRST_TRIAL_S)
+    await worker.clock.advance(FIRST_PROBE_DELAY_S)
     worker.accept(a_delivery(message_id="late"))
     await worker.clock.advance(100.0)
     assert worker.started == ["job-0"]
@@ -338,12 +347,12 @@ async def test_a_job_that_arrives_in_an_empty_queue_is_tried_within_the_first_in
     assert len(worker.started) == started
     worker.succeeds = True
     worker.consumer.jobs.extend(jobs)
-    await worker.clock.advance(FIRST_TRIAL_S)
+    await worker.clock.advance(FIRST_PROBE_DELAY_S)
     assert len(worker.started) == started + 1
     assert worker.consumer.applied == [0, MAXIMUM]
 
 
-async def test_after_a_relapse_trials_are_less_frequent(worker: Worker) -> None:
+async def test_after_a_relapse_probes_are_less_frequent(worker: Worker) -> None:
     worker.succeeds, worker.outcome = True, RETRIED
     waited = []
     for _ in range(7):
@@ -353,15 +362,15 @@ async def test_after_a_relapse_trials_are_less_frequent(worker: Worker) -> None:
         while worker.detector.outages:
             await worker.clock.advance(0.5)
         waited.append(worker.consumer.asked_at[-1] - started)
-    assert waited == [1, 2, 4, 8, 16, MAX_TRIAL_INTERVAL_S, MAX_TRIAL_INTERVAL_S]
+    assert waited == [1, 2, 4, 8, 16, MAX_PROBE_INTERVAL_S, MAX_PROBE_INTERVAL_S]
 
 
-async def test_an_outage_after_some_successes_starts_with_the_first_trial_interval(worker: Worker) -> None:
+async def test_an_outage_after_some_successes_starts_with_the_first_probe_interval(worker: Worker) -> None:
     worker.succeeds = True
     for _ in range(20):
         worker.consumer.jobs.append("one more")
         await worker.down()
-        await worker.clock.advance(FIRST_TRIAL_S)
+        await worker.clock.advance(FIRST_PROBE_DELAY_S)
         assert worker.detector.outages == {}
         for _ in range(SUCCESSES_TO_RECOVER):
             worker.up()
@@ -375,7 +384,7 @@ async def test_each_outage_is_logged_once_and_its_end_with_its_duration(
     await worker.down(S3)
     await worker.clock.advance(30.0)
     worker.succeeds = True
-    await worker.clock.advance(MAX_TRIAL_INTERVAL_S)
+    await worker.clock.advance(MAX_PROBE_INTERVAL_S)
     assert logged(log) == [
         ("consumption_paused", MODEL),
         ("consumption_paused", S3),
@@ -399,7 +408,7 @@ async def test_an_outage_that_returns_during_a_pause_is_logged_again(
     assert [dependency for _, dependency in logged(log)].count(MODEL) == 2
 
 
-async def test_after_a_successful_trial_the_worker_consumes_again(worker: Worker) -> None:
+async def test_after_a_successful_probe_the_worker_consumes_again(worker: Worker) -> None:
     await worker.down()
     await worker.clock.advance(10.0)
     worker.succeeds = True
@@ -419,7 +428,7 @@ async def test_the_worker_consumes_only_after_the_end_of_all_outages(worker: Wor
     await worker.clock.advance(60.0)
     assert worker.consumer.applied == [0]
     worker.up(S3)
-    await worker.clock.advance(MAX_TRIAL_INTERVAL_S)
+    await worker.clock.advance(MAX_PROBE_INTERVAL_S)
     assert worker.consumer.applied == [0, MAXIMUM]
 
 

@@ -241,4 +241,4 @@ def test_a_full_disk_ends_the_command() -> None:
 
 async def test_a_dead_letter_is_requeued_without_waiting() -> None:
     async with asyncio.timeout(60):
-        await arrived(b"{}", Basic.Properties()).delivery.may_go_back()
+        await arrived(b"{}", Basic.Properties()).delivery.wait_until_requeue_is_safe()

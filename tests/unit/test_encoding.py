@@ -17,7 +17,7 @@ from worker.errors import Dependency, DependencyDownError, TransientError
 from worker.images.encoding import EncodedStream, decode_slices, encode, encoded_length, iterate_async
 from worker.images.loader import SMALL_BYTES
 from worker.images.urls import BufferedUrl, StreamedUrl
-from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, frame
+from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, body_parts
 from worker.model.request import SMALL_BYTES as SMALL_BODY_BYTES
 
 PREFIX = b"data:image/png;base64,"
@@ -63,7 +63,7 @@ def body_of(urls: Sequence[ImageUrl], **params: Any) -> RequestBody:
     for n, _ in enumerate(urls):
         parts.append({"type": "image_url", "image_url": {"url": PLACEHOLDER}})
         parts.append({"type": "text", "text": f'after {n} "\\'})
-    return RequestBody(frame("m", [{"role": "user", "content": parts}], params), urls)
+    return RequestBody(body_parts("m", [{"role": "user", "content": parts}], params), urls)
 
 
 def urls_in(raw: bytes) -> list[str]:

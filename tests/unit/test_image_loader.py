@@ -19,7 +19,7 @@ from worker.images.loader import ImageLoader, LinkPolicy, OpenImages, display_na
 from worker.images.source import ImageSource, SourcePolicy
 from worker.images.urls import BufferedUrl, StreamedUrl
 from worker.messages.conversation import ImageRef
-from worker.model.request import PLACEHOLDER, RequestBody, frame
+from worker.model.request import PLACEHOLDER, RequestBody, body_parts
 from worker.s3.aws import Aws, Endpoint
 from worker.s3.client import S3
 
@@ -86,7 +86,7 @@ def body_of(opened: OpenImages) -> RequestBody:
         {"type": "image_url", "image_url": {"url": PLACEHOLDER}} for _ in range(len(opened.urls))
     ]
     return RequestBody(
-        frame("m", [{"role": "user", "content": parts}], {}), opened.urls, on_sent=opened.mark_sent
+        body_parts("m", [{"role": "user", "content": parts}], {}), opened.urls, on_sent=opened.mark_sent
     )
 
 

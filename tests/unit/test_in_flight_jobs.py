@@ -56,7 +56,7 @@ class Connection:
     def delivers(self, **properties: Any) -> tuple[Delivery, list[str]]:
         """Return a delivery that records its acks."""
         events: list[str] = []
-        return a_delivery(events=events, is_alive=lambda: self.lives, **properties), events
+        return a_delivery(events=events, can_ack=lambda: self.lives, **properties), events
 
 
 class Worker:
@@ -73,7 +73,7 @@ class Worker:
         """Let all jobs end; return when everything is settled."""
         self.work.may_end.set()
         async with asyncio.timeout(60):
-            await self.in_flight.drained()
+            await self.in_flight.wait_until_drained()
 
 
 @pytest.fixture(autouse=True)
@@ -103,17 +103,16 @@ def running() -> float | None:
 async def test_a_job_is_processed_then_published_then_acked(worker: Worker) -> None:
     delivery, events = worker.connection.delivers()
     worker.publisher.events = events
-    before = running() or 0
     handler = worker.in_flight.accept(delivery)
     await turns_of_the_loop()
-    assert running() == before + 1
+    assert running() == 1
     assert not worker.in_flight.is_idle
     assert events == []
     worker.work.may_end.set()
     await handler
     assert events == ["confirmed results", "ack"]
     assert worker.in_flight.is_idle
-    assert running() == before
+    assert running() == 0
 
 
 async def test_nothing_is_acked_before_the_publisher_confirm(worker: Worker) -> None:
@@ -123,6 +122,7 @@ async def test_nothing_is_acked_before_the_publisher_confirm(worker: Worker) -> 
     handler = worker.in_flight.accept(delivery)
     await turns_of_the_loop(30)
     assert events == []
+    assert running() == 1
     assert not handler.done()
     worker.publisher.let_go.set()
     await handler
@@ -137,6 +137,7 @@ async def test_a_redelivery_of_a_running_job_is_attached_to_it(worker: Worker) -
     second, second_events = Connection().delivers(redelivered=True)
     worker.in_flight.accept(second)
     await turns_of_the_loop()
+    assert running() == 1
     await worker.finish()
     assert len(worker.work.started) == 1
     assert len(worker.publisher.results()) == 1
@@ -236,7 +237,7 @@ async def test_a_lost_connection_with_one_of_two_duplicates_settled_loses_no_res
     "difference",
     [
         {"message_id": "m-2"}, {"message_id": None}, {"correlation_id": "c"}, {"reply_to": "results.a"},
-        {"attempts": 1}, {"copy": "c"}, {"body": b"{} "},
+        {"counted_attempts": 1}, {"copy": "c"}, {"body": b"{} "},
     ],
     ids=str,
 )  # fmt: skip
@@ -257,13 +258,13 @@ async def test_the_delivery_count_does_not_change_the_identity_of_a_job(worker: 
 
 
 async def test_a_job_that_is_cancelled_at_shutdown_is_requeued(worker: Worker) -> None:
-    several = [worker.connection.delivers(message_id=f"m-{n}", attempts=n) for n in range(3)]
+    several = [worker.connection.delivers(message_id=f"m-{n}", counted_attempts=n) for n in range(3)]
     for delivery, _ in several:
         worker.in_flight.accept(delivery)
     await turns_of_the_loop()
     worker.in_flight.cancel_all()
     async with asyncio.timeout(60):
-        await worker.in_flight.drained()
+        await worker.in_flight.wait_until_drained()
     assert worker.work.cancelled == 3
     assert [message.message_id for message in worker.publisher.to("jobs")] == ["m-0", "m-1", "m-2"]
     assert [message.headers.get("vqa-attempts") for message in worker.publisher.published] == [None, 1, 2]
@@ -273,7 +274,7 @@ async def test_a_job_that_is_cancelled_at_shutdown_is_requeued(worker: Worker) -
 async def test_a_job_cancelled_at_the_end_of_the_grace_period_keeps_restored_attempts_and_id(
     worker: Worker, settlement_log: CapturingLogger
 ) -> None:
-    delivery, _ = worker.connection.delivers(message_id="m-1", attempts=3)
+    delivery, _ = worker.connection.delivers(message_id="m-1", counted_attempts=3)
     worker.in_flight.accept(delivery)
     await turns_of_the_loop()
     # The job was read, and an outage caused two of its three attempts.
@@ -282,7 +283,7 @@ async def test_a_job_cancelled_at_the_end_of_the_grace_period_keeps_restored_att
     attempt.restore_attempts(2)
     worker.in_flight.cancel_all()
     async with asyncio.timeout(60):
-        await worker.in_flight.drained()
+        await worker.in_flight.wait_until_drained()
     (copy,) = worker.publisher.to("jobs")
     assert copy.headers["vqa-attempts"] == 1
     (line,) = [call.kwargs for call in settlement_log.calls if call.args == ("job_requeued",)]
@@ -296,7 +297,7 @@ async def test_a_job_cancelled_before_it_was_read_is_logged_with_its_message_id(
     await turns_of_the_loop()
     worker.in_flight.cancel_all()
     async with asyncio.timeout(60):
-        await worker.in_flight.drained()
+        await worker.in_flight.wait_until_drained()
     (line,) = [call.kwargs for call in settlement_log.calls if call.args == ("job_requeued",)]
     assert line["job_id"] == "m-1"
 
@@ -322,7 +323,7 @@ async def test_a_delivery_that_cannot_be_requeued_is_left_unsettled(worker: Work
     await turns_of_the_loop()
     worker.in_flight.abandon_all()
     async with asyncio.timeout(60):
-        await worker.in_flight.drained()
+        await worker.in_flight.wait_until_drained()
     assert handler.cancelled()
     assert events == []
     assert worker.publisher.published == []
@@ -403,7 +404,7 @@ async def test_a_job_that_was_left_to_the_broker_and_redelivered_is_processed_ag
 
 async def test_drained_also_waits_for_jobs_that_arrive_meanwhile(worker: Worker) -> None:
     worker.in_flight.accept(worker.connection.delivers()[0])
-    drained = asyncio.create_task(worker.in_flight.drained())
+    drained = asyncio.create_task(worker.in_flight.wait_until_drained())
     await turns_of_the_loop()
     worker.in_flight.accept(worker.connection.delivers(message_id="m-2")[0])
     await turns_of_the_loop()
@@ -472,15 +473,15 @@ async def test_an_equal_message_long_after_an_ack_is_a_new_job(worker: Worker) -
     await worker.in_flight.accept(worker.connection.delivers()[0])
     worker.connection.lives = False
     much_later = time.monotonic() + LOST_ACK_S + 1
-    again, _ = Connection().delivers(redelivered=True, received=much_later)
+    again, _ = Connection().delivers(redelivered=True, received_at=much_later)
     await worker.in_flight.accept(again)
     assert len(worker.publisher.results()) == 2
 
 
 async def test_the_snapshot_lists_the_oldest_delivery_first(worker: Worker) -> None:
     now = time.monotonic()
-    young, _ = worker.connection.delivers(received=now - 1, message_id="young", attempts=2)
-    old, _ = worker.connection.delivers(received=now - 5, message_id="old", body={"secret": "of the job"})
+    young, _ = worker.connection.delivers(received_at=now - 1, message_id="young", counted_attempts=2)
+    old, _ = worker.connection.delivers(received_at=now - 5, message_id="old", body={"secret": "of the job"})
     for delivery in (young, old):
         worker.in_flight.accept(delivery)
     await turns_of_the_loop()

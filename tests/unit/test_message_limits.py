@@ -14,7 +14,7 @@ from worker.images.loader import display_name
 from worker.images.source import Embedded, SourcePolicy, parse_source
 from worker.messages.conversation import Conversation
 from worker.messages.decoding import InvalidJobError, decode
-from worker.model.request import PLACEHOLDER, fingerprint, frame
+from worker.model.request import PLACEHOLDER, body_parts, fingerprint
 
 MAX_JOB_BYTES = 16_000_000
 MAX_CPU_S = 0.05
@@ -106,7 +106,7 @@ def read(body: bytes) -> object:
             return "too many images"
         sources = [parse_source(ref.url, display_name(ref), ANYWHERE, body) for ref in refs]
         messages = conversation.render(PLACEHOLDER, send_detail=False)
-        frame("m", messages, job.params or {})
+        body_parts("m", messages, job.params or {})
         urls = [source.text if isinstance(source, Embedded) else b"" for source in sources]
         fingerprint(job.id or "", "m", messages, job.params or {}, urls)
     except (InvalidJobError, JobError) as error:

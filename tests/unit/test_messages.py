@@ -38,7 +38,7 @@ FULL: dict[str, Any] = {
     "timestamp": SENT,
     "trace": TRACE,
     "enqueued_ms": 1234,
-    "attempts": 2,
+    "counted_attempts": 2,
     "deliveries": 4,
     "copy": "an older copy",
 }
@@ -145,7 +145,7 @@ def test_a_retry_carries_the_attempts_and_resets_the_delivery_count() -> None:
 def test_a_requeued_job_has_the_counts_from_before_this_delivery(
     attempts: int, deliveries: int, expected: dict[str, int]
 ) -> None:
-    delivery = a_delivery(attempts=attempts, deliveries=deliveries)
+    delivery = a_delivery(counted_attempts=attempts, deliveries=deliveries)
     headers = own_headers(messages.requeued_copy(delivery, "q"))
     assert headers.pop("vqa-copy")
     assert headers == expected
@@ -177,29 +177,31 @@ def wired(message: OutgoingMessage) -> Delivery:
 def test_a_requeued_job_has_fewer_attempts_if_an_outage_caused_some(
     restored_attempts: int, left: int | None
 ) -> None:
-    delivery = a_delivery(attempts=3)
+    delivery = a_delivery(counted_attempts=3)
     copy = messages.requeued_copy(delivery, "q", restored_attempts)
     assert copy.headers.get("vqa-attempts") == left
 
 
 @given(attempts=st.integers(0, 20), deliveries=st.integers(1, 50), times=st.integers(1, 5))
 def test_requeueing_any_number_of_times_keeps_the_counts(attempts: int, deliveries: int, times: int) -> None:
-    delivery = a_delivery(b"{}", attempts=attempts, deliveries=deliveries)
+    delivery = a_delivery(b"{}", counted_attempts=attempts, deliveries=deliveries)
     for _ in range(times):
         again = wired(messages.requeued_copy(delivery, "q"))
-        assert (again.attempts, again.deliveries) == (attempts, deliveries)
+        assert (again.counted_attempts, again.deliveries) == (attempts, deliveries)
         assert again.key != delivery.key
         delivery = again
 
 
 def test_a_retry_arrives_with_its_attempts_as_a_first_delivery() -> None:
-    again = wired(messages.retry_copy(a_delivery(attempts=2, deliveries=4), "q", 3))
-    assert (again.attempts, again.deliveries) == (3, 1)
+    again = wired(messages.retry_copy(a_delivery(counted_attempts=2, deliveries=4), "q", 3))
+    assert (again.counted_attempts, again.deliveries) == (3, 1)
 
 
 def test_a_replayed_dead_letter_has_no_attempts() -> None:
-    again = wired(messages.dead_letter(a_delivery(attempts=4, deliveries=4, message_id="m"), "q", DIED))
-    assert (again.attempts, again.deliveries, again.message_id) == (0, 1, "m")
+    again = wired(
+        messages.dead_letter(a_delivery(counted_attempts=4, deliveries=4, message_id="m"), "q", DIED)
+    )
+    assert (again.counted_attempts, again.deliveries, again.message_id) == (0, 1, "m")
 
 
 @pytest.mark.parametrize("nth", range(3))

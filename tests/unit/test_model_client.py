@@ -30,7 +30,7 @@ from worker.errors import (
 from worker.http.client import proxy_options
 from worker.model.client import Model
 from worker.model.errors import MAX_API_MESSAGE_CHARS, MAX_RETRY_AFTER_S
-from worker.model.request import RequestBody, frame
+from worker.model.request import RequestBody, body_parts
 from worker.observability import metrics
 from worker.observability.redaction import Redactor
 
@@ -149,7 +149,7 @@ async def ask(model: Model, *, time_left_s: float = 60.0, **params: Any) -> Any:
 
 
 def a_body(params: Mapping[str, Any]) -> RequestBody:
-    return RequestBody(frame("m", MESSAGES, params), [])
+    return RequestBody(body_parts("m", MESSAGES, params), [])
 
 
 async def fault(model: Model, **params: Any) -> Exception:

@@ -143,7 +143,7 @@ async def test_only_the_worker_s_own_queues_are_in_span_names(
 
 async def test_a_requeued_job_is_not_an_error(traced: Traced) -> None:
     with traced.tracer.process(a_delivery(trace=TRACE, queued_s=1.5, deliveries=2)) as span:
-        span.became(Requeued(job_id="j", model="m", reason="the worker stops"))
+        span.set_outcome(Requeued(job_id="j", model="m", reason="the worker is shutting down"))
     seen = await traced.only_span()
     assert not seen.is_error
     assert seen.attributes["vqa.outcome"] == "requeued"
@@ -165,7 +165,7 @@ async def test_a_job_that_is_redelivered_while_it_runs_has_a_span_for_each_deliv
     async with asyncio.TaskGroup() as tasks:
         settlement = Settlement(FakePublisher(), TOPOLOGY, ReplyPolicy(["results"]))
         in_flight = InFlightJobs(tasks, process, settlement)
-        in_flight.accept(a_delivery(trace=TRACE, is_alive=lambda: lives))
+        in_flight.accept(a_delivery(trace=TRACE, can_ack=lambda: lives))
         await turns_of_the_loop()
         in_flight.accept(a_delivery(trace=TRACE, redelivered=True))
         await turns_of_the_loop()

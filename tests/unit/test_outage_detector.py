@@ -11,22 +11,23 @@ from hypothesis import strategies as st
 from worker.errors import Dependency, DependencyDownError, TransientError
 from worker.observability import metrics
 from worker.resilience.outage_detector import (
-    CALLS_PER_FAILING_JOB,
     DISTINCT_JOBS,
-    MAX_REPEATS,
+    MAX_FAILURES_DESPITE_SUCCESSES,
     RECENT_SUCCESS_S,
     RELAPSE_S,
     REMEMBERED_JOBS,
-    CallResult,
+    SLOTS_PER_FAILING_JOB,
     Diagnosis,
     Outage,
     OutageDetector,
+    RequestResult,
     Success,
 )
 
 MODEL, S3, STORE = Dependency.MODEL, Dependency.S3, Dependency.RESULT_STORE
 OUTAGE, CLEARED, PENDING = Diagnosis.OUTAGE, Diagnosis.CLEARED, Diagnosis.PENDING
 BOTH = pytest.mark.parametrize("dependency", [MODEL, S3])
+MOST_FAILURES = MAX_FAILURES_DESPITE_SUCCESSES
 
 
 def transient(dependency: Dependency = MODEL, reason: str = "http_5xx") -> TransientError:
@@ -80,10 +81,10 @@ class Observed(NamedTuple):
 
     now: float
     job: str
-    result: CallResult
+    result: RequestResult
 
 
-def again(times: int, failure: CallResult) -> list[Observed]:
+def again(times: int, failure: RequestResult) -> list[Observed]:
     """Return failures of a job, each followed by another job's success."""
     return [
         observed
@@ -109,13 +110,13 @@ TABLE = [
     pytest.param([], forbidden(), PENDING, id="403, the first"),
     pytest.param([SUCCESS], forbidden(), PENDING, id="403, the first, after a success"),
     pytest.param(
-        [Observed(80, "job", forbidden()), SUCCESS], forbidden(), CLEARED, id="403, a later call succeeded"
+        [Observed(80, "job", forbidden()), SUCCESS], forbidden(), CLEARED, id="403, a later request succeeded"
     ),
     pytest.param(
         [Observed(89.5, "job", forbidden()), SUCCESS],
         forbidden(),
         PENDING,
-        id="403, a call begun before it succeeded",
+        id="403, a request begun before it succeeded",
     ),
     pytest.param(
         [Observed(80, "job", forbidden()), SUCCESS, Observed(91, "other", transient())],
@@ -123,10 +124,42 @@ TABLE = [
         PENDING,
         id="403, another job fails too",
     ),
-    pytest.param(again(MAX_REPEATS, transient()), transient(), PENDING, id="transient error, 3 repeats"),
-    pytest.param(again(MAX_REPEATS + 1, transient()), transient(), CLEARED, id="transient error, 4 repeats"),
-    pytest.param(again(MAX_REPEATS + 1, partial()), partial(), CLEARED, id="unavailable, 4 repeats"),
-    pytest.param(again(MAX_REPEATS + 1, unavailable()), unavailable(), CLEARED, id="down, 4 repeats"),
+    pytest.param(
+        again(MOST_FAILURES, transient()),
+        transient(),
+        PENDING,
+        id="transient error, 3 despite successes",
+    ),
+    pytest.param(
+        again(MOST_FAILURES + 1, transient()),
+        transient(),
+        CLEARED,
+        id="transient error, 4 despite successes",
+    ),
+    pytest.param(
+        again(MOST_FAILURES + 1, partial()),
+        partial(),
+        CLEARED,
+        id="partly unavailable, 4 despite successes",
+    ),
+    pytest.param(
+        again(MOST_FAILURES + 1, unavailable()),
+        unavailable(),
+        CLEARED,
+        id="unavailable, 4 despite successes",
+    ),
+    pytest.param(
+        [*again(MOST_FAILURES + 1, transient()), Observed(99, "job", transient())],
+        transient(),
+        CLEARED,
+        id="transient error, 4 despite successes and another one",
+    ),
+    pytest.param(
+        [*again(MOST_FAILURES + 1, unavailable()), Observed(99, "job", unavailable())],
+        unavailable(),
+        OUTAGE,
+        id="unavailable, 4 despite successes and another one",
+    ),
     pytest.param([], transient(), PENDING, id="transient error, the first"),
     pytest.param([Observed(90, "job", transient())] * 9, transient(), PENDING, id="transient error, one job"),
     pytest.param(OTHERS_FAIL[:1], transient(), PENDING, id="transient error, two jobs"),
@@ -157,7 +190,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("history", "result", "diagnosis"), TABLE)
-def test_each_row_of_the_table(history: list[Observed], result: CallResult, diagnosis: Diagnosis) -> None:
+def test_each_row_of_the_table(history: list[Observed], result: RequestResult, diagnosis: Diagnosis) -> None:
     detector = OutageDetector()
     for observed in history:
         detector.observe(MODEL, observed.job, observed.result, observed.now)
@@ -221,10 +254,10 @@ def test_a_success_clears_jobs_that_have_ended() -> None:
     assert set(detector.fail_all(2, 2.0)) == {PENDING}
 
 
-@pytest.mark.parametrize("in_flight", [0, 12, 16, 64, 200])
-def test_with_many_calls_in_flight_more_jobs_must_fail_in_a_row(in_flight: int) -> None:
-    enough = max(DISTINCT_JOBS, in_flight // CALLS_PER_FAILING_JOB)
-    assert Detector(in_flight).fail_all(enough) == [PENDING] * (enough - 1) + [OUTAGE]
+@pytest.mark.parametrize("slots_in_use", [0, 12, 16, 64, 200])
+def test_with_many_slots_in_use_more_jobs_must_fail_in_a_row(slots_in_use: int) -> None:
+    enough = max(DISTINCT_JOBS, slots_in_use // SLOTS_PER_FAILING_JOB)
+    assert Detector(slots_in_use).fail_all(enough) == [PENDING] * (enough - 1) + [OUTAGE]
 
 
 @pytest.mark.parametrize(("in_flight", "rate"), [(31, 0.1), (63, 0.2)])
@@ -317,7 +350,7 @@ def test_the_outages_are_a_copy() -> None:
 
 def test_a_job_that_causes_outages_alone_is_cleared_after_four() -> None:
     detector = Detector()
-    for n in range(MAX_REPEATS + 1):
+    for n in range(MOST_FAILURES + 1):
         assert detector.observe(S3, "job", unavailable(S3), n + 0.1) is OUTAGE
         detector.succeed(n + 0.2, n + 0.3, S3)
     assert detector.observe(S3, "job", unavailable(S3), 9.0) is CLEARED
@@ -348,7 +381,7 @@ def test_a_batch_of_bad_jobs_causes_four_outages_at_most() -> None:
     for now in range(10):
         found.append(OUTAGE in detector.fail_all(10, float(now)))
         detector.succeed(now + 0.5, now + 0.5)
-    assert found == [True] * (MAX_REPEATS + 1) + [False] * (9 - MAX_REPEATS)
+    assert found == [True] * (MOST_FAILURES + 1) + [False] * (9 - MOST_FAILURES)
     assert set(detector.fail_all(10, 20.0)) == {CLEARED}
 
 
@@ -365,10 +398,10 @@ def test_during_an_outage_failures_of_a_known_bad_job_count_as_the_outage() -> N
 def test_a_failing_object_is_cleared_after_four_repeats() -> None:
     detector = Detector()
     found = []
-    for now in range(MAX_REPEATS + 3):
+    for now in range(MOST_FAILURES + 3):
         detector.succeed(float(now), float(now), S3)
         found.append(detector.observe(S3, "job", partial(S3), now + 0.5))
-    assert found == [PENDING] * (MAX_REPEATS + 1) + [CLEARED, CLEARED]
+    assert found == [PENDING] * (MOST_FAILURES + 1) + [CLEARED, CLEARED]
     assert detector.outages == {}
 
 
@@ -467,7 +500,7 @@ def test_outages_follow_the_rules_for_any_sequence_of_results(events: list[tuple
             case "failed":
                 repeats[what] += others_succeeded.get(what, False)
                 others_succeeded[what] = False
-                is_cleared = since is None and repeats[what] > MAX_REPEATS
+                is_cleared = since is None and repeats[what] > MOST_FAILURES
                 if since is None and not is_cleared:
                     failing.add(what)
                     since = now if len(failing) >= DISTINCT_JOBS else None

@@ -29,21 +29,21 @@ from worker.images.encoding import iterate_async
 from worker.images.memory_budget import MemoryBudget, Reservation
 from worker.images.source import Embedded, ImageSource, Link, Source
 from worker.jobs.attempt import Attempt
-from worker.jobs.cancellation import Cancellations
+from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
+from worker.jobs.outcome_builder import OutcomeBuilder
 from worker.jobs.request import RequestRules
-from worker.jobs.results import Results
 from worker.messages.conversation import ImageRef
 from worker.messages.result import Usage
 from worker.model.answer import Answer
 from worker.model.request import RequestBody
 from worker.observability.redaction import Redactor
 from worker.observability.tenants import Tenants
-from worker.processor import Processor, World
+from worker.processor import Processor, ProcessorDependencies
 from worker.resilience.admission import ResultStore
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
-from worker.resilience.diagnostics import Diagnostics
 from worker.resilience.outage_detector import OutageDetector
+from worker.resilience.outage_reports import OutageReports
 from worker.resilience.retry_policy import RetryPolicy
 from worker.s3.aws import S3Object
 
@@ -192,25 +192,25 @@ class Scene:
         self.model = Model()
         clock = Clock()
         self.limiter = ConcurrencyLimiter(limit, initial=limit, clock=clock)
-        self.detector = OutageDetector(lambda: self.limiter.in_flight)
-        self.diagnostics = Diagnostics(self.detector, self.limiter, clock)
-        self.cancellations = Cancellations()
-        world = World(
+        self.detector = OutageDetector(lambda: self.limiter.slots_in_use)
+        self.outage_reports = OutageReports(self.detector, self.limiter, clock)
+        self.cancelled_jobs = CancelledJobs()
+        dependencies = ProcessorDependencies(
             images=self.images,
             model=self.model,
             store=store,
             limiter=self.limiter,
             detector=self.detector,
-            diagnostics=self.diagnostics,
-            cancellations=self.cancellations,
+            outage_reports=self.outage_reports,
+            cancelled_jobs=self.cancelled_jobs,
             tenants=Tenants(),
-            results=Results(Redactor(["s3cr3t-key"]), clock, include_response=include_response),
+            outcomes=OutcomeBuilder(Redactor(["s3cr3t-key"]), clock, include_response=include_response),
             rules=replace(RULES, stores_results=store is not None, **rules),
             retry=retry,
             job_timeout_s=job_timeout_s,
             clock=clock,
         )
-        self.processor = Processor(world)
+        self.processor = Processor(dependencies)
 
     async def process(
         self, job: dict[str, Any] | bytes = JOB, *, delivery: dict[str, Any] | None = None, **fields: Any
@@ -218,7 +218,7 @@ class Scene:
         body = job if isinstance(job, bytes) else {**job, **fields}
         async with asyncio.timeout(30):
             it = a_delivery(body, **(delivery or {}))
-            return await self.processor.process(it, Attempt.of(it))
+            return await self.processor.process(it, Attempt.from_delivery(it))
 
     async def is_free(self) -> bool:
         """Return whether no slot and no memory is in use."""
@@ -238,7 +238,7 @@ def scene() -> Scene:
 
 def go_down(scene: Scene, dependency: Dependency) -> None:
     """Report that a dependency is down, like another job's failed call."""
-    scene.diagnostics.unavailable("another", DependencyDownError(dependency, "unreachable"))
+    scene.outage_reports.report_unavailable("another", DependencyDownError(dependency, "unreachable"))
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ async def test_a_job_s_images_are_fetched_and_the_model_s_answer_returned(scene:
         system="Be brief.",
         params={"seed": 7},
         metadata={"order": 9},
-        delivery={"queued_s": 1.5, "attempts": 1},
+        delivery={"queued_s": 1.5, "counted_attempts": 1},
     )
     assert isinstance(outcome, Succeeded)
     assert (outcome.job_id, outcome.model) == ("job-1", "usual")
@@ -365,7 +365,7 @@ async def test_an_empty_answer_is_billed_and_not_retried(
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"id":"\\n"}', b'{"question":"?"}'])
 async def test_a_message_without_a_readable_id_is_dead_lettered(scene: Scene, body: bytes) -> None:
-    outcome = await scene.process(body, delivery={"message_id": "m-9", "attempts": 2})
+    outcome = await scene.process(body, delivery={"message_id": "m-9", "counted_attempts": 2})
     assert isinstance(outcome, DeadLettered)
     assert (outcome.code, outcome.job_id, outcome.attempts) == (ErrorCode.INVALID_JOB, "m-9", 2)
     assert outcome.result.id == "m-9"
@@ -486,7 +486,7 @@ async def test_a_transient_error_is_counted_and_retried(
 ) -> None:
     dependency = S3 if part == "images" else MODEL
     getattr(scene, part).deeds = [transient("timeout", dependency=dependency)]
-    outcome = await scene.process(delivery={"attempts": attempts})
+    outcome = await scene.process(delivery={"counted_attempts": attempts})
     assert outcome == Retried(
         job_id="job-1", model="usual", delay_s=delay_s, attempts=attempts + 1, reason="timeout"
     )
@@ -514,7 +514,7 @@ async def test_an_unreachable_source_while_an_image_is_sent_pauses_the_worker(sc
 
 async def test_the_last_attempt_dead_letters_the_job_with_the_reason(scene: Scene) -> None:
     scene.model.deeds = [TransientError(MODEL, "http_5xx", "the API answered 500: s3cr3t-key")]
-    outcome = await scene.process(delivery={"attempts": 2})
+    outcome = await scene.process(delivery={"counted_attempts": 2})
     assert isinstance(outcome, DeadLettered)
     assert (outcome.code, outcome.attempts) == (ErrorCode.ATTEMPTS_EXHAUSTED, 3)
     assert outcome.message == "3 attempts failed, the last one because the API answered 500: [redacted]"
@@ -529,7 +529,7 @@ async def test_the_last_attempt_dead_letters_the_job_with_the_reason(scene: Scen
 
 
 async def test_the_timeout_for_images_is_that_of_the_delivery(scene: Scene) -> None:
-    await scene.process(delivery={"received": time.monotonic() - 20})
+    await scene.process(delivery={"received_at": time.monotonic() - 20})
     assert 30 < scene.images.time_left_s <= 40
 
 
@@ -538,7 +538,7 @@ async def test_a_job_that_gets_no_memory_in_time_is_requeued_without_a_counted_a
     scene = Scene(job_timeout_s=0.6, limit=1)
     scene.images.room_deeds = [for_ever]
     for n in range(6):
-        outcome = await scene.process(id=f"job-{n}", delivery={"attempts": 2})
+        outcome = await scene.process(id=f"job-{n}", delivery={"counted_attempts": 2})
         assert isinstance(outcome, Requeued)
         assert "VQA_JOB_TIMEOUT" in outcome.reason
     assert scene.detector.outages == {}
@@ -584,12 +584,12 @@ async def test_a_429_releases_memory_before_the_pause(scene: Scene) -> None:
 
 
 async def test_the_timeout_of_a_delivery_starts_at_its_receipt(scene: Scene) -> None:
-    await scene.process(delivery={"received": time.monotonic() - 20})
+    await scene.process(delivery={"received_at": time.monotonic() - 20})
     assert 30 < scene.model.asked[0][3] <= 40
 
 
 async def test_no_call_begins_in_the_second_half_of_a_delivery_s_timeout(scene: Scene) -> None:
-    outcome = await scene.process(delivery={"received": time.monotonic() - 31})
+    outcome = await scene.process(delivery={"received_at": time.monotonic() - 31})
     assert isinstance(outcome, Requeued)
     assert scene.model.asked == []
 
@@ -597,7 +597,7 @@ async def test_no_call_begins_in_the_second_half_of_a_delivery_s_timeout(scene: 
 async def test_repeated_failures_of_one_job_are_not_an_outage(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     for attempts in (0, 1, 2, 0, 1, 2):
-        assert not isinstance(await scene.process(delivery={"attempts": attempts}), Requeued)
+        assert not isinstance(await scene.process(delivery={"counted_attempts": attempts}), Requeued)
     assert scene.detector.outages == {}
 
 
@@ -613,7 +613,7 @@ async def test_three_distinct_jobs_that_fail_in_a_row_are_an_outage_and_the_rest
 async def test_bad_jobs_one_after_another_each_get_their_outcome(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     for n in range(4):
-        assert isinstance(await scene.process(id=f"job-{n}", delivery={"attempts": 2}), DeadLettered)
+        assert isinstance(await scene.process(id=f"job-{n}", delivery={"counted_attempts": 2}), DeadLettered)
     assert scene.detector.outages == {}
 
 
@@ -623,14 +623,14 @@ async def test_attempts_that_an_outage_caused_are_restored_at_the_next_delivery(
     scene.model.deeds = [transient()]
     for n in range(2):
         assert isinstance(await scene.process(id=f"job-{n}"), Retried)
-    assert isinstance(await scene.process(id="job-1", delivery={"attempts": 1}), Retried)
+    assert isinstance(await scene.process(id="job-1", delivery={"counted_attempts": 1}), Retried)
     assert isinstance(await scene.process(id="job-2"), Requeued)
-    again = await scene.process(id="job-0", delivery={"attempts": 1})
+    again = await scene.process(id="job-0", delivery={"counted_attempts": 1})
     assert isinstance(again, Requeued)
     assert again.restored_attempts == 1
     scene.model.deeds = [ANSWER]
     answered = [
-        await scene.process(id=name, delivery={"attempts": attempts})
+        await scene.process(id=name, delivery={"counted_attempts": attempts})
         # The requeued copy has fewer attempts, and none is restored twice.
         for name, attempts in (("job-0", 0), ("job-1", 2), ("job-1", 2), ("job-2", 0))
     ]
@@ -664,25 +664,25 @@ async def pending_job(scene: Scene, **job: Any) -> AsyncIterator[asyncio.Task[Ou
 
 @pytest.fixture(autouse=True)
 def nobody_waits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_ALONE_S", 0.0)
+    monkeypatch.setattr("worker.resilience.outage_reports.MAX_WAIT_ALONE_S", 0.0)
 
 
 @pytest.fixture
 def patiently(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the maximum wait longer than a test."""
-    monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_S", 1000.0)
+    monkeypatch.setattr("worker.resilience.outage_reports.MAX_WAIT_S", 1000.0)
 
 
 def succeeds(scene: Scene) -> None:
     """Report the success of another job's call that begins now."""
-    scene.diagnostics.succeeded(MODEL, "another", time.monotonic())
+    scene.outage_reports.report_success(MODEL, "another", time.monotonic())
 
 
 @pytest.mark.usefixtures("patiently")
 async def test_a_job_that_waits_for_a_diagnosis_holds_neither_its_slot_nor_its_images(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     async with pending_job(scene):
-        assert (scene.limiter.in_flight, scene.images.rooms) == (1, 0)
+        assert (scene.limiter.slots_in_use, scene.images.rooms) == (1, 0)
         opened = weakref.ref(scene.images.opened.pop())
         assert opened() is None
 
@@ -691,7 +691,7 @@ async def test_a_job_that_waits_for_a_diagnosis_holds_neither_its_slot_nor_its_i
 @pytest.mark.parametrize("is_duplicate", [False, True])
 async def test_the_jobs_that_reveal_an_outage_lose_no_attempt(scene: Scene, is_duplicate: bool) -> None:
     scene.model.deeds = [TransientError(MODEL, "http_5xx", "no", is_duplicate=is_duplicate)]
-    async with pending_job(scene, delivery={"attempts": 2}) as task:
+    async with pending_job(scene, delivery={"counted_attempts": 2}) as task:
         go_down(scene, MODEL)
         assert isinstance(await task, Requeued)
 
@@ -719,7 +719,7 @@ async def test_a_403_fails_the_job_as_soon_as_another_succeeds(scene: Scene) -> 
 async def test_without_a_diagnosis_the_attempt_is_counted_until_there_is_one(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_S", 0.3)
+    monkeypatch.setattr("worker.resilience.outage_reports.MAX_WAIT_S", 0.3)
     scene.model.deeds = [transient()]
     async with pending_job(scene) as task:
         assert isinstance(await task, Retried)
@@ -731,7 +731,7 @@ async def test_without_a_diagnosis_the_attempt_is_counted_until_there_is_one(
 async def test_a_diagnosis_does_not_delay_a_stop(scene: Scene) -> None:
     scene.model.deeds = [transient()]
     async with pending_job(scene) as task:
-        scene.diagnostics.stop()
+        scene.outage_reports.stop()
         assert isinstance(await task, Retried)
 
 
@@ -739,7 +739,7 @@ async def test_a_diagnosis_does_not_delay_a_stop(scene: Scene) -> None:
 async def test_without_other_calls_the_wait_for_a_diagnosis_is_short(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.resilience.diagnostics.MAX_WAIT_ALONE_S", 0.1)
+    monkeypatch.setattr("worker.resilience.outage_reports.MAX_WAIT_ALONE_S", 0.1)
     scene.model.deeds = [transient()]
     assert isinstance(await scene.process(), Retried)
     alone = asyncio.create_task(scene.process(id="another"))
@@ -775,13 +775,13 @@ async def test_a_short_failure_between_successes_requeues_the_job_without_a_coun
 ) -> None:
     await scene.process(id="another")
     scene.images.deeds = [partial_refusal()]
-    assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
+    assert isinstance(await scene.process(delivery={"counted_attempts": 2}), Requeued)
     for n in range(10):
         scene.images.deeds = [partial_refusal(is_duplicate=True)]
         assert isinstance(await scene.process(id=f"echo-{n}"), Requeued)
     assert scene.detector.outages == {}
     scene.images.deeds = [partial_refusal()]
-    assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
+    assert isinstance(await scene.process(delivery={"counted_attempts": 2}), Requeued)
     assert set(scene.detector.outages) == {S3}
 
 
@@ -801,7 +801,7 @@ async def test_a_shared_error_is_not_an_outage_and_fails_each_job(scene: Scene, 
     """Jobs that share the read of an image fail together, by one error of S3."""
     for n in range(10):
         scene.images.deeds = [TransientError(S3, "connection_error", "reset", is_duplicate=n > 0)]
-        outcome = await scene.process(id=f"job-{n}", delivery={"attempts": attempts})
+        outcome = await scene.process(id=f"job-{n}", delivery={"counted_attempts": attempts})
         if attempts:
             assert isinstance(outcome, DeadLettered)
             assert "reset" in outcome.message
@@ -814,7 +814,7 @@ async def test_a_shared_error_is_not_an_outage_and_fails_each_job(scene: Scene, 
 async def test_a_shared_error_during_an_outage_requeues_the_job(scene: Scene) -> None:
     go_down(scene, S3)
     scene.images.fails_midway = TransientError(S3, "connection_error", "reset", is_duplicate=True)
-    assert isinstance(await scene.process(delivery={"attempts": 2}), Requeued)
+    assert isinstance(await scene.process(delivery={"counted_attempts": 2}), Requeued)
 
 
 async def test_a_shared_image_that_fails_while_it_is_sent_is_not_an_outage(scene: Scene) -> None:
@@ -870,11 +870,11 @@ async def test_only_a_response_of_s3_shows_that_it_is_up(
 async def test_a_403_fails_the_job_once_others_have_succeeded(scene: Scene) -> None:
     scene.model.deeds = [transient("http_403", forbidden=True)]
     assert isinstance(await scene.process(), Retried)
-    assert isinstance(await scene.process(delivery={"attempts": 1}), Retried)
+    assert isinstance(await scene.process(delivery={"counted_attempts": 1}), Retried)
     scene.model.deeds = [ANSWER]
     await scene.process(id="another")
     scene.model.deeds = [transient("http_403", forbidden=True)]
-    assert refusal(await scene.process(delivery={"attempts": 1})) == (
+    assert refusal(await scene.process(delivery={"counted_attempts": 1})) == (
         ErrorCode.MODEL_REJECTED,
         "it said http_403",
     )
@@ -893,7 +893,7 @@ async def test_a_key_that_is_revoked_while_idle_fails_no_job(scene: Scene) -> No
     succeeds(scene)
     scene.model.deeds = [transient("http_403", forbidden=True)]
     outcomes = [
-        await scene.process(id=f"job-{n}", delivery={"attempts": a}) for n in range(5) for a in (0, 1)
+        await scene.process(id=f"job-{n}", delivery={"counted_attempts": a}) for n in range(5) for a in (0, 1)
     ]
     assert {type(outcome) for outcome in outcomes} <= {Retried, Requeued}
     assert isinstance(outcomes[-1], Requeued)
@@ -915,7 +915,7 @@ async def test_an_outage_of_one_model_delays_its_jobs_without_a_counted_attempt(
     for _ in range(7):
         scene.model.deeds = [ANSWER, missing]
         assert isinstance(await scene.process(id="another"), Succeeded)
-        found.append(await scene.process(delivery={"attempts": 1}))
+        found.append(await scene.process(delivery={"counted_attempts": 1}))
     assert isinstance(found[0], Requeued)
     # After the longest delay and with the same number of attempts.
     expected = Retried(job_id="job-1", model="usual", delay_s=5, attempts=1, reason="model_unavailable")
@@ -923,7 +923,7 @@ async def test_an_outage_of_one_model_delays_its_jobs_without_a_counted_attempt(
     assert scene.detector.outages == {}
     scene.model.deeds = [ANSWER, missing]
     await scene.process(id="another")
-    late = await scene.process(deadline=in_(3), delivery={"attempts": 1})
+    late = await scene.process(deadline=in_(3), delivery={"counted_attempts": 1})
     assert refusal(late)[0] is ErrorCode.DEADLINE_EXCEEDED
 
 
@@ -981,13 +981,13 @@ async def test_a_success_of_the_result_store_does_not_show_that_the_images_s3_is
     assert set(scene.detector.outages) == {S3}
 
 
-async def test_while_admission_is_closed_only_a_trial_acquires_a_lease() -> None:
+async def test_while_admission_is_closed_only_a_probe_acquires_a_lease() -> None:
     store = FakeResultStore()
     scene = Scene(store=store)
     scene.limiter.close("paused")
     assert isinstance(await scene.process(), Requeued)
     assert store.claims == 0
-    scene.limiter.allow_trial()
+    scene.limiter.allow_probe()
     assert isinstance(await scene.process(), Succeeded)
     assert store.claims == 1
 
@@ -1005,10 +1005,10 @@ async def test_when_admission_closes_no_job_waits_for_another_worker() -> None:
     scene = Scene(store=store)
     job = asyncio.create_task(scene.process())
     await waits.wait()
-    scene.limiter.close("the worker stops")
+    scene.limiter.close("the worker is shutting down")
     outcome = await job
     assert isinstance(outcome, Requeued)
-    assert outcome.reason == "the worker stops"
+    assert outcome.reason == "the worker is shutting down"
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -1047,7 +1047,7 @@ async def test_a_cancel_message_after_the_answer_of_the_api_has_no_effect() -> N
     scene = Scene(store=store)
     job = asyncio.create_task(scene.process())
     await reached.wait()
-    scene.cancellations.cancel("job-1")
+    scene.cancelled_jobs.cancel("job-1")
     assert isinstance(await job, Succeeded)
 
 
@@ -1105,7 +1105,7 @@ async def test_a_403_for_everyone_is_an_outage(scene: Scene) -> None:
 async def test_an_outage_requeues_the_job_without_a_counted_attempt(scene: Scene, part: str) -> None:
     dependency = S3 if part == "images" else MODEL
     getattr(scene, part).deeds = [DependencyDownError(dependency, "check the key")]
-    outcome = await scene.process(delivery={"attempts": 2})
+    outcome = await scene.process(delivery={"counted_attempts": 2})
     assert outcome == Requeued(job_id="job-1", model="usual", reason="check the key")
     assert scene.detector.outages[dependency].reason == "check the key"
     assert await scene.is_free()
@@ -1139,7 +1139,7 @@ async def test_a_429_lowers_the_limit(scene: Scene) -> None:
 async def test_endless_429s_requeue_the_job_after_its_timeout() -> None:
     scene = Scene(job_timeout_s=0.8)
     scene.model.deeds = [RateLimitedError(0.05)]
-    outcome = await scene.process(delivery={"attempts": 2})
+    outcome = await scene.process(delivery={"counted_attempts": 2})
     assert isinstance(outcome, Requeued)
     assert "VQA_JOB_TIMEOUT" in outcome.reason
     assert len(scene.model.asked) > 1
@@ -1201,7 +1201,7 @@ async def test_a_bug_is_a_counted_attempt_and_its_message_is_not_published(
 
 async def test_a_repeated_bug_dead_letters_the_job(scene: Scene, log: CapturingLogger) -> None:
     scene.model.deeds = [KeyError(CANARY)]
-    outcome = await scene.process(question=CANARY, delivery={"attempts": 2})
+    outcome = await scene.process(question=CANARY, delivery={"counted_attempts": 2})
     assert isinstance(outcome, DeadLettered)
     assert outcome.code is ErrorCode.ATTEMPTS_EXHAUSTED
     assert "KeyError" in outcome.message
@@ -1249,7 +1249,7 @@ async def test_every_job_has_an_outcome_and_releases_its_slot(
     # The fakes end with an answer: 429s alone would never end.
     scene.images.deeds, scene.model.deeds = [*images, for_no_time], [*model, ANSWER]
     for number in jobs:
-        outcome = await scene.process(id=f"job-{number}", delivery={"attempts": attempts})
+        outcome = await scene.process(id=f"job-{number}", delivery={"counted_attempts": attempts})
         assert outcome.job_id == f"job-{number}"
         if isinstance(outcome, Requeued):
             assert scene.detector.outages

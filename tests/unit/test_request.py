@@ -9,7 +9,7 @@ import pytest
 from tests.unit.fakes import a_delivery
 from worker.images.source import ImageSource, SourcePolicy, parse_source
 from worker.jobs.attempt import Attempt
-from worker.jobs.request import RequestRules, make_request, read_job
+from worker.jobs.request import RequestRules, check_job, read_job
 from worker.messages.conversation import ImageRef
 
 RULES = RequestRules("m", {"m"}, 1_000_000, 3, send_image_detail=False, stores_results=True)
@@ -25,8 +25,8 @@ def check(refs: Sequence[ImageRef], body: bytes) -> list[ImageSource]:
 
 def key(job: Mapping[str, object], *, indent: int | None = None) -> str:
     delivery = a_delivery(json.dumps(job, indent=indent).encode())
-    attempt = Attempt.of(delivery)
-    return make_request(read_job(delivery, attempt, RULES), delivery, attempt, RULES, check).store_key
+    attempt = Attempt.from_delivery(delivery)
+    return check_job(read_job(delivery, attempt, RULES), delivery, attempt, RULES, check).store_key
 
 
 @pytest.mark.parametrize("image", [LARGE, SMALL, "s3://b/k"])

@@ -14,7 +14,7 @@ from worker.clock import Clock
 from worker.errors import ErrorCode
 from worker.jobs.attempt import Attempt
 from worker.jobs.outcome import Failed, Outcome, Succeeded
-from worker.jobs.results import Results
+from worker.jobs.outcome_builder import OutcomeBuilder
 from worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.model.answer import Answer, MalformedAnswerError, parse_answer
 from worker.observability.redaction import Redactor
@@ -58,8 +58,8 @@ class Dear:
 
 
 def answered(answer: Answer, *, include_response: bool) -> Outcome:
-    results = Results(Redactor([]), Clock(), include_response=include_response)
-    return results.answered(Attempt.of(a_delivery()), answer)
+    outcomes = OutcomeBuilder(Redactor([]), Clock(), include_response=include_response)
+    return outcomes.for_answer(Attempt.from_delivery(a_delivery()), answer)
 
 
 def strictly(body: bytes) -> Any:

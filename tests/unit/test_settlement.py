@@ -106,9 +106,9 @@ async def test_a_published_message_is_a_result_or_a_copy_of_the_job() -> None:
 
 
 async def test_a_retry_carries_its_attempts_and_a_requeued_job_the_previous_ones() -> None:
-    (retry,), _ = await settled(RETRY, attempts=1)
+    (retry,), _ = await settled(RETRY, counted_attempts=1)
     assert retry.headers["vqa-attempts"] == 2
-    (back,), _ = await settled(JOBS_REQUEUED, attempts=1)
+    (back,), _ = await settled(JOBS_REQUEUED, counted_attempts=1)
     assert back.headers["vqa-attempts"] == 1
 
 
@@ -310,7 +310,7 @@ class Stubborn(FakePublisher):
 async def test_a_copy_of_a_job_that_the_broker_lost_is_published_until_it_is_confirmed() -> None:
     """The connection or queue was lost: nothing can be requeued, and this may be the only copy."""
     publisher, lives = Stubborn("jobs"), True
-    delivery = a_delivery(is_alive=lambda: lives)
+    delivery = a_delivery(can_ack=lambda: lives)
     lives = False
     task = asyncio.create_task(Settlement(publisher, TOPOLOGY, POLICY).publish(delivery, JOBS_REQUEUED))
     await until(lambda: publisher.restored > 20, "many tries")
@@ -352,14 +352,14 @@ async def test_a_result_that_is_too_large_is_replaced_by_a_failed_one_with_the_u
 
 
 async def test_a_job_is_requeued_only_when_that_is_allowed() -> None:
-    may_go_back = asyncio.Event()
+    wait_until_requeue_is_safe = asyncio.Event()
     publisher = FakePublisher()
-    delivery = a_delivery(may_go_back=may_go_back.wait)
+    delivery = a_delivery(wait_until_requeue_is_safe=wait_until_requeue_is_safe.wait)
     settlement = Settlement(publisher, TOPOLOGY, POLICY)
     task = asyncio.create_task(settlement.publish(delivery, JOBS_REQUEUED))
     await turns_of_the_loop()
     assert publisher.published == []
-    may_go_back.set()
+    wait_until_requeue_is_safe.set()
     assert await task == JOBS_REQUEUED
     assert [message.routing_key for message in publisher.published] == ["jobs"]
 
@@ -420,6 +420,7 @@ async def test_each_outcome_is_one_log_line_without_question_or_answer(
     (call,) = log.calls
     assert (call.method_name, call.args) == (level, (event,))
     assert call.kwargs["job_id"] == "j"
+    assert call.kwargs.get("reason") == getattr(outcome, "reason", None)
     assert ANSWER not in str(call.kwargs)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from worker.clock import Clock
 from worker.errors import Dependency, DependencyDownError
-from worker.resilience.concurrency_limiter import AdmissionClosedError
+from worker.resilience.concurrency_limiter import NotAdmittedError
 from worker.result_store import store as result_store
 from worker.result_store.store import ResultStore
 from worker.s3.conditional_store import ConditionalStore, StoredObject
@@ -307,10 +307,10 @@ async def test_a_job_that_may_not_wait_for_another_worker_does_not(objects: Memo
     first, second = a_worker(objects), a_worker(objects)
 
     def check_admission() -> None:
-        raise AdmissionClosedError("the worker stops")
+        raise NotAdmittedError("the worker is shutting down")
 
     async with first.acquire("job"):
-        with pytest.raises(AdmissionClosedError):
+        with pytest.raises(NotAdmittedError):
             async with second.acquire("job", check_admission):
                 pass
         # A job without an owner may still be claimed.
@@ -371,7 +371,7 @@ async def test_jobs_that_wait_for_a_hanging_store_leave_when_admission_closes(
 
     def check_admission() -> None:
         if is_closed.is_set():
-            raise AdmissionClosedError("the worker stops")
+            raise NotAdmittedError("the worker is shutting down")
 
     async def wait(name: str) -> None:
         async with store.acquire(name, check_admission):
@@ -382,7 +382,7 @@ async def test_jobs_that_wait_for_a_hanging_store_leave_when_admission_closes(
         await objects.is_asked_once.wait()
         is_closed.set()
         ends = await asyncio.gather(*jobs, return_exceptions=True)
-    assert all(isinstance(end, AdmissionClosedError) for end in ends)
+    assert all(isinstance(end, NotAdmittedError) for end in ends)
     await store.close()
 
 

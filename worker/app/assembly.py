@@ -9,13 +9,13 @@ from worker.app.parts import Parts
 from worker.errors import DependencyDownError
 from worker.images.loader import ImageLoader, LinkPolicy
 from worker.images.source import SourcePolicy
+from worker.jobs.outcome_builder import OutcomeBuilder
 from worker.jobs.request import RequestRules
-from worker.jobs.results import Results
 from worker.model.client import Model
 from worker.observability.redaction import Redactor
-from worker.processor import Processor, World
+from worker.processor import Processor, ProcessorDependencies
 from worker.resilience.retry_policy import RetryPolicy
-from worker.result_store.cancelled_jobs import CancelledJobs
+from worker.result_store.cancelled_jobs import CancelledJobStore
 from worker.result_store.store import ResultStore
 from worker.s3.aws import Aws, Endpoint
 from worker.s3.client import S3
@@ -47,30 +47,30 @@ async def assemble(settings: Settings, parts: Parts, stack: AsyncExitStack) -> A
         objects = conditional_store_at(settings.result_store, s3)
         store = ResultStore(objects, max_job_s=settings.job_timeout, clock=parts.clock)
         stack.push_async_callback(store.close)
-        cancelled_jobs = CancelledJobs(objects, parts.cancellations.remember)
-        await _catch_up(cancelled_jobs)
-        parts.cancellations.store_in(cancelled_jobs)
+        cancelled_job_store = CancelledJobStore(objects, parts.cancelled_jobs.remember)
+        await _catch_up(cancelled_job_store)
+        parts.cancelled_jobs.store_in(cancelled_job_store)
         background = {
             "result-store": store.send_heartbeats,
             "result-store-leftovers": store.tidy_up,
-            "cancelled-jobs": cancelled_jobs.run,
+            "cancelled-jobs": cancelled_job_store.run,
         }
-    world = World(
+    dependencies = ProcessorDependencies(
         images=_images(settings, s3),
         model=open_model(settings, redact, stack),
         store=store,
         limiter=parts.limiter,
         detector=parts.detector,
-        diagnostics=parts.diagnostics,
-        cancellations=parts.cancellations,
+        outage_reports=parts.outage_reports,
+        cancelled_jobs=parts.cancelled_jobs,
         tenants=parts.tenants,
-        results=Results(redact, parts.clock, include_response=settings.include_response),
+        outcomes=OutcomeBuilder(redact, parts.clock, include_response=settings.include_response),
         rules=_rules(settings),
         retry=RetryPolicy(settings.max_attempts, settings.retry_delays),
         job_timeout_s=settings.job_timeout,
         clock=parts.clock,
     )
-    return Assembled(Processor(world), background)
+    return Assembled(Processor(dependencies), background)
 
 
 async def open_s3(settings: Settings, stack: AsyncExitStack) -> S3:
@@ -92,11 +92,11 @@ def conditional_store_at(url: str, s3: S3) -> ConditionalStore:
     return ConditionalStore(s3, bucket, f"{prefix}/" if prefix else "", setting="VQA_RESULT_STORE")
 
 
-async def _catch_up(cancelled_jobs: CancelledJobs) -> None:
+async def _catch_up(cancelled_job_store: CancelledJobStore) -> None:
     """Read the cancelled jobs before the first job; a failing or slow S3 does not delay the start further."""
     with suppress(DependencyDownError, TimeoutError):
         async with asyncio.timeout(CATCH_UP_TIMEOUT_S):
-            await cancelled_jobs.catch_up()
+            await cancelled_job_store.catch_up()
 
 
 def _images(settings: Settings, s3: S3) -> ImageLoader:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from worker.clock import Clock
-from worker.jobs.cancellation import Cancellations
+from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.in_flight_jobs import InFlightJobs
 from worker.observability.tenants import Tenants
 from worker.rabbitmq.consumer import Consumer
@@ -11,8 +11,8 @@ from worker.rabbitmq.publisher import Publisher
 from worker.rabbitmq.topology import Topology
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
 from worker.resilience.consumer_controller import ConsumerController
-from worker.resilience.diagnostics import Diagnostics
 from worker.resilience.outage_detector import OutageDetector
+from worker.resilience.outage_reports import OutageReports
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Parts:
     in_flight: InFlightJobs
     controller: ConsumerController
     detector: OutageDetector
-    diagnostics: Diagnostics
+    outage_reports: OutageReports
     limiter: ConcurrencyLimiter
-    cancellations: Cancellations
+    cancelled_jobs: CancelledJobs
     topology: Topology
     tenants: Tenants

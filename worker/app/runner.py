@@ -17,7 +17,7 @@ from worker import __version__
 from worker.app.background import Background
 from worker.app.parts import Parts
 from worker.clock import Clock
-from worker.jobs.cancellation import Cancellations
+from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.in_flight_jobs import InFlightJobs
 from worker.observability import endpoints, metrics, tracing
 from worker.observability.endpoints import Heartbeat, Readiness
@@ -32,8 +32,8 @@ from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 from worker.rabbitmq.topology import Topology
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
 from worker.resilience.consumer_controller import ConsumerController
-from worker.resilience.diagnostics import Diagnostics
 from worker.resilience.outage_detector import OutageDetector
+from worker.resilience.outage_reports import OutageReports
 from worker.settings import Settings, broker_ssl_context, wants_traces
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         models=len(settings.allowed_models),
         clock=clock,
     )
-    detector = OutageDetector(lambda: limiter.in_flight)
-    diagnostics = Diagnostics(detector, limiter, clock)
+    detector = OutageDetector(lambda: limiter.slots_in_use)
+    outage_reports = OutageReports(detector, limiter, clock)
     publisher = Publisher(broker, topology)
     tenants = Tenants(settings.tenant_key, settings.tenants)
     metrics.initialize_series(settings.allowed_models)
@@ -151,11 +151,11 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
     in_flight = InFlightJobs(
         tasks, lambda delivery, attempt: processor.result().process(delivery, attempt), settlement, clock
     )
-    cancellations = Cancellations()
+    cancelled_jobs = CancelledJobs()
     consumer = Consumer(
         broker,
         topology,
-        Control(topology, on_cancel=cancellations.cancel, on_listening=cancellations.listening),
+        Control(topology, on_cancel=cancelled_jobs.cancel, on_subscribed=cancelled_jobs.on_subscribed),
         prefetch=settings.max_concurrency,
         on_delivery=lambda delivery: _ignore(in_flight.accept(delivery)),
     )
@@ -174,9 +174,9 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         in_flight=in_flight,
         controller=controller,
         detector=detector,
-        diagnostics=diagnostics,
+        outage_reports=outage_reports,
         limiter=limiter,
-        cancellations=cancellations,
+        cancelled_jobs=cancelled_jobs,
         topology=topology,
         tenants=tenants,
     )
@@ -219,18 +219,18 @@ async def _drain(parts: Parts, grace_s: float) -> bool:
     """Requeue jobs without a slot, finish the others within the grace, then cancel and requeue the rest."""
     ends = parts.clock.monotonic() + grace_s
     log.info("stopping", grace_s=grace_s)
-    parts.limiter.close("the worker stops")
-    parts.diagnostics.stop()
+    parts.limiter.close("the worker is shutting down")
+    parts.outage_reports.stop()
     try:
         async with asyncio.timeout(HOLD_TIMEOUT_S):
             await parts.consumer.hold()
     except TimeoutError:
         log.warning("rabbitmq_shutdown_timeout", what="no confirmation that consuming has ended")
-    if await _in_time(parts.in_flight.drained(), max(0.0, ends - parts.clock.monotonic())):
+    if await _in_time(parts.in_flight.wait_until_drained(), max(0.0, ends - parts.clock.monotonic())):
         return True
     log.warning("grace_period_expired", after_s=grace_s)
     parts.in_flight.cancel_all()
-    if not await _in_time(parts.in_flight.drained(), REQUEUE_TIMEOUT_S):
+    if not await _in_time(parts.in_flight.wait_until_drained(), REQUEUE_TIMEOUT_S):
         parts.in_flight.abandon_all()
     return False
 
@@ -253,7 +253,7 @@ def _readiness(parts: Parts, *, stopping: bool) -> Readiness:
         reasons = tuple(f"{dependency.label}: {outage.reason}" for dependency, outage in outages.items())
         return Readiness(is_ready=True, status="paused", reasons=reasons)
     # A rate limit is not an outage, but the worker consumes no jobs meanwhile.
-    waits = parts.limiter.pauses().items()
+    waits = parts.limiter.backoffs().items()
     reasons = tuple(f"model: {model} may not be called for {seconds:.0f} s" for model, seconds in waits)
     return Readiness(is_ready=True, status="ready", reasons=reasons)
 

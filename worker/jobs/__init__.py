@@ -1,1 +1,1 @@
-"""Jobs: deliveries, attempts, outcomes and how they are settled."""
+"""Jobs: deliveries, attempts and outcomes."""

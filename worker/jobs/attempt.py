@@ -1,4 +1,4 @@
-"""The attempt at a job: what is known about it so far."""
+"""One attempt at a job: ids, stage timings and the answer."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,26 +17,23 @@ _MEASURED: tuple[Stage, ...] = ("wait", "fetch", "model")
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One attempt at one job. A plain record: it travels with the job and decides nothing.
-
-    Times are in seconds of the worker's monotonic clock.
+    """Plain record of one attempt. Times are in seconds of the worker's monotonic clock.
 
     Attributes:
-        received: when the delivery arrived; `ends_at`: when it must be settled (`VQA_JOB_TIMEOUT`).
-        queued_s: seconds that the message spent in the queue, where known.
-        counted_before: attempts before this one, as the message counts them.
+        received_at: when the delivery arrived; `ends_at`: when it must be settled (`VQA_JOB_TIMEOUT`).
+        queued_s: seconds in the queue, where known; `trace_id`: of the message's trace, in hexadecimal.
+        counted_before: counted attempts before this one, from the header `vqa-attempts`.
         restored_attempts: how many of those no longer count, because an outage caused them.
         job_id, allowed_model, deadline, metadata: from the job, as soon as it is decoded.
-        stage: the current stage; `since`: when it began.
+        stage: the current stage; `stage_started_at`: when it began.
         seconds: time spent in each stage before the current one; `observed`: the part that is in the metrics.
-        answer: the API's answer. From then on the job is paid for, and nothing may lose the answer.
-        trace_id: of the message's trace, in hexadecimal.
+        answer: the model's answer. From then on the request is billed, and the answer must not be lost.
     """
 
-    received: float
+    received_at: float
     queued_s: float | None
     counted_before: int
-    since: float
+    stage_started_at: float
     trace_id: str | None = None
     ends_at: float = float("inf")
     restored_attempts: int = 0
@@ -50,19 +47,19 @@ class Attempt:
     answer: Answer | None = None
 
     @classmethod
-    def of(cls, delivery: Delivery) -> Self:
+    def from_delivery(cls, delivery: Delivery) -> Self:
         """Return the attempt that begins with a delivery."""
         return cls(
-            received=delivery.received,
+            received_at=delivery.received_at,
             queued_s=delivery.queued_s,
-            counted_before=delivery.attempts,
-            since=delivery.received,
+            counted_before=delivery.counted_attempts,
+            stage_started_at=delivery.received_at,
             trace_id=delivery.trace_id,
         )
 
     @property
     def number(self) -> int:
-        """The number of counted attempts, this one included."""
+        """The number of this attempt: counted attempts so far, plus one."""
         return self.counted_before - self.restored_attempts + 1
 
     @property
@@ -70,11 +67,15 @@ class Attempt:
         """The model's name as a metric label: an allowed model, or `unknown`."""
         return self.allowed_model or metrics.UNKNOWN_MODEL
 
-    def identify(self, job: Job) -> None:
-        """Take over what names the job; the job itself may hold images and is not kept."""
-        self.job_id = job.id
-        self.deadline = job.deadline
-        self.metadata = job.metadata or {}
+    @property
+    def decoded_job_id(self) -> str:
+        """The job's id, which every decoded job has."""
+        assert self.job_id is not None  # noqa: S101 - for the type checker
+        return self.job_id
+
+    def set_job(self, job: Job) -> None:
+        """Set the attempt's job id, deadline and metadata."""
+        self.job_id, self.deadline, self.metadata = job.id, job.deadline, job.metadata or {}
 
     def restore_attempts(self, count: int) -> None:
         """Stop counting this many of the earlier attempts."""
@@ -83,17 +84,16 @@ class Attempt:
     def enter(self, stage: Stage, now: float) -> None:
         """End the current stage and begin another."""
         self.seconds[self.stage] = self.seconds_in(self.stage, now)
-        self.stage, self.since = stage, now
+        self.stage, self.stage_started_at = stage, now
 
-    def move(self, source: Stage, target: Stage, seconds: float) -> None:
-        """Book time of one stage, which is over, as time of another."""
+    def reassign(self, source: Stage, target: Stage, seconds: float) -> None:
+        """Move recorded time from one stage to another."""
         self.seconds[source] = max(0.0, self.seconds.get(source, 0.0) - seconds)
         self.seconds[target] = self.seconds.get(target, 0.0) + seconds
 
     def seconds_in(self, stage: Stage, now: float) -> float:
         """Return the seconds spent in a stage so far."""
-        running_s = now - self.since if stage == self.stage else 0.0
-        return self.seconds.get(stage, 0.0) + running_s
+        return self.seconds.get(stage, 0.0) + (now - self.stage_started_at if stage == self.stage else 0.0)
 
     def time_left_s(self, now: float) -> float:
         """Return the seconds until the delivery must be settled."""
@@ -105,7 +105,7 @@ class Attempt:
 
 
 def observe_stages(attempt: Attempt, now: float) -> None:
-    """Record the duration of the stages since the last call in the metrics: one sample for each API call."""
+    """Record the stages since the last call in the metrics: one sample for each model request."""
     for stage in _MEASURED:
         seconds, before = attempt.seconds_in(stage, now), attempt.observed.get(stage, 0.0)
         if attempt.has_entered(stage) and (seconds > before or stage not in attempt.observed):

@@ -1,7 +1,7 @@
-"""The jobs in flight in this process: each is worked on once, however often the broker delivers it.
+"""The jobs in flight in this process: each is processed once, however often the broker delivers it.
 
-When a connection is lost, the broker delivers every unsettled job again. The work that runs here, or has just
-ended, then serves the new delivery as well, and is not paid for again.
+If a connection is lost, the broker redelivers every unsettled job. The new delivery reuses the running or
+finished work; no second model request is sent.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from worker.clock import Clock
 from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome, Requeued, Retried
-from worker.jobs.results import requeued
+from worker.jobs.outcome_builder import requeued
 from worker.observability import metrics
 from worker.observability.logs import describe_exception
 from worker.observability.tracing import spans
@@ -30,8 +30,7 @@ log = structlog.get_logger(__name__)
 REMEMBERED = 10_000
 # The same for duplicates of one message.
 REMEMBERED_DUPLICATES = 100
-# A lost ack shows soon: quorum queues deliver returned messages first. An equal message that comes after so
-# many seconds was submitted again.
+# Redelivery follows a lost ack quickly; an equal message after this time is a new submission.
 LOST_ACK_S = 1800.0
 EXIT_FAILURE = 1
 
@@ -42,7 +41,7 @@ class Settlement(Protocol):
     async def publish(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
         """Publish the outcome, or one in its place, and return it once the broker has confirmed.
 
-        None: the broker has the job itself back.
+        None: the original was nacked (requeued).
         """
 
     async def finish(self, delivery: Delivery, outcome: Outcome) -> None:
@@ -55,14 +54,14 @@ class _Work:
 
     task: asyncio.Task[Outcome | Exception]
     attempt: Attempt
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     is_published: bool = False
 
 
 class _Ack(NamedTuple):
     """When a message was acked, and whether the connection of that ack is still open."""
 
-    is_alive: Callable[[], bool]
+    can_ack: Callable[[], bool]
     at: float
 
 
@@ -84,7 +83,9 @@ class InFlightJobs:
         # The acks of published messages.
         self._acked: OrderedDict[bytes, list[_Ack]] = OrderedDict()
         self._handlers: dict[asyncio.Task[Outcome | None], Delivery] = {}
+        # Deliveries of the same job share its attempt.
         self._attempts: dict[Delivery, Attempt] = {}
+        metrics.JOBS_IN_FLIGHT.set_function(lambda: len(set(self._attempts.values())))
 
     @property
     def is_idle(self) -> bool:
@@ -98,7 +99,7 @@ class InFlightJobs:
 
     def accept(self, delivery: Delivery) -> asyncio.Task[Outcome | None]:
         """Accept a delivery; return the task that settles it and returns the published outcome."""
-        self._attempts[delivery] = Attempt.of(delivery)
+        self._attempts[delivery] = Attempt.from_delivery(delivery)
         task = self._tasks.create_task(self._handle(delivery), name="delivery")
         self._handlers[task] = delivery
         task.add_done_callback(self._forget)
@@ -110,10 +111,10 @@ class InFlightJobs:
     def snapshot(self) -> list[dict[str, Any]]:
         """Return the fields of a log line for each delivery, oldest first; nothing of the jobs' content."""
         now = self._clock.monotonic()
-        deliveries = sorted(self._handlers.values(), key=lambda delivery: delivery.received)
+        deliveries = sorted(self._handlers.values(), key=lambda delivery: delivery.received_at)
         return [_log_fields(delivery, self._attempts[delivery], now) for delivery in deliveries]
 
-    async def drained(self) -> None:
+    async def wait_until_drained(self) -> None:
         """Return when every delivery is settled, including those that arrive meanwhile."""
         while self._handlers:
             await asyncio.wait(set(self._handlers))
@@ -136,11 +137,11 @@ class InFlightJobs:
                 # On every line that this task and the job's task log from here on.
                 bind_contextvars(trace_id=attempt.trace_id)
             outcome = await self._work_and_settle(delivery)
-            span.became(outcome)
+            span.set_outcome(outcome)
         return outcome
 
     async def _work_and_settle(self, delivery: Delivery) -> Outcome | None:
-        if self._lost_its_ack(delivery):
+        if self._claim_lost_ack(delivery):
             await delivery.ack()
             return None
         work = self._running.get(delivery.key) or self._start(delivery)
@@ -162,22 +163,20 @@ class InFlightJobs:
         if delivery.queued_s is not None:
             metrics.waited_in_queue(delivery.queued_s)
         attempt = self._attempts[delivery]
-        task = self._tasks.create_task(_bug_as_value(self._process(delivery, attempt)), name="job")
-        metrics.JOBS_IN_FLIGHT.inc()
-        task.add_done_callback(lambda _: metrics.JOBS_IN_FLIGHT.dec())
+        task = self._tasks.create_task(_return_exception(self._process(delivery, attempt)), name="job")
         work = self._running[delivery.key] = _Work(task, attempt)
         return work
 
     async def _settle(self, work: _Work, delivery: Delivery) -> Outcome | None:
         outcome = await _outcome_of(work, delivery)
-        async with work.turn:
-            # A delivery whose connection is lost comes again: a published outcome needs no second message.
-            # A duplicate that the publisher sent gets its own.
-            if self._lost_its_ack(delivery) or (work.is_published and not delivery.is_alive()):
+        async with work.lock:
+            # If the connection is lost, the broker redelivers; do not publish the outcome again. A duplicate
+            # from the publisher gets its own result.
+            if self._claim_lost_ack(delivery) or (work.is_published and not delivery.can_ack()):
                 await delivery.ack()
                 return None
-            # The broker has the job back and may have delivered it elsewhere: a copy would be a duplicate.
-            if isinstance(outcome, Requeued | Retried) and not delivery.is_alive():
+            # The broker may have delivered the job elsewhere: a copy would be a duplicate.
+            if isinstance(outcome, Requeued | Retried) and not delivery.can_ack():
                 return None
             work.attempt.enter("publish", self._clock.monotonic())
             published = await self._settlement.publish(delivery, outcome)
@@ -188,17 +187,16 @@ class InFlightJobs:
         await self._settlement.finish(delivery, published)
         return published
 
-    def _lost_its_ack(self, delivery: Delivery) -> bool:
-        """Return whether this message's outcome is published and only the ack was lost.
+    def _claim_lost_ack(self, delivery: Delivery) -> bool:
+        """If only the ack of this message was lost, transfer the record to this delivery and return True.
 
-        An ack is lost with its connection only: on an open one, this is another message with equal content.
+        An ack is lost only with its connection: on an open one, this is another message with equal content.
         """
         if delivery.redelivered:
             acks = self._acked.get(delivery.key, [])
             for nth, ack in enumerate(acks):
-                if not ack.is_alive() and delivery.received - ack.at < LOST_ACK_S:
-                    # From now on, this delivery's ack is the one that can be lost.
-                    acks[nth] = _Ack(delivery.is_alive, delivery.received)
+                if not ack.can_ack() and delivery.received_at - ack.at < LOST_ACK_S:
+                    acks[nth] = _Ack(delivery.can_ack, delivery.received_at)
                     return True
         return False
 
@@ -206,7 +204,7 @@ class InFlightJobs:
         self._running.pop(delivery.key, None)
         # A list, since there are seldom duplicates, and a deque takes ten times as much memory.
         duplicates = self._acked.setdefault(delivery.key, [])
-        duplicates.append(_Ack(delivery.is_alive, self._clock.monotonic()))
+        duplicates.append(_Ack(delivery.can_ack, self._clock.monotonic()))
         del duplicates[:-REMEMBERED_DUPLICATES]
         self._acked.move_to_end(delivery.key)
         if len(self._acked) > REMEMBERED:
@@ -217,15 +215,15 @@ def _log_fields(delivery: Delivery, attempt: Attempt, now: float) -> dict[str, A
     return {
         "job_id": attempt.job_id or delivery.message_id,
         "stage": attempt.stage,
-        "age_s": round(now - delivery.received, 3),
-        "stage_s": round(now - attempt.since, 3),
+        "age_s": round(now - delivery.received_at, 3),
+        "stage_s": round(now - attempt.stage_started_at, 3),
         "attempts": attempt.number,
         "model": attempt.allowed_model,
         "trace_id": attempt.trace_id,
     }
 
 
-async def _bug_as_value(work: Coroutine[None, None, Outcome]) -> Outcome | Exception:
+async def _return_exception(work: Coroutine[None, None, Outcome]) -> Outcome | Exception:
     """Return the outcome, or the exception: raised in the task group, it would cancel all jobs."""
     try:
         return await work
@@ -240,11 +238,11 @@ async def _outcome_of(work: _Work, delivery: Delivery) -> Outcome:
     await asyncio.wait({work.task})
     if work.task.cancelled():
         work.attempt.job_id = work.attempt.job_id or delivery.message_id
-        return requeued(work.attempt, "the worker stops")
-    outcome = work.task.result()
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+        return requeued(work.attempt, "the worker is shutting down")
+    result = work.task.result()
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _exit_without_memory() -> NoReturn:

@@ -20,7 +20,7 @@ class _Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Succeeded(_Outcome):
-    """The API answered; the result has the answer."""
+    """The model answered; the result has the answer."""
 
     name: ClassVar[str] = "succeeded"
 
@@ -39,7 +39,7 @@ class Failed(_Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLettered(_Outcome):
-    """The job failed permanently and goes to the dead-letter queue; its publisher gets the result."""
+    """The job failed permanently and is dead-lettered; its result is published if it has a recipient."""
 
     name: ClassVar[str] = "dead_lettered"
 

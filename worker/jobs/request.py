@@ -1,4 +1,4 @@
-"""The request: what remains of a job once it is decoded and checked."""
+"""The request: a decoded and validated job, without image data."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from worker.jobs.delivery import Delivery
 from worker.messages.conversation import Conversation, ImageRef
 from worker.messages.decoding import decode
 from worker.messages.job import Job
-from worker.model.request import PLACEHOLDER, fingerprint, frame
+from worker.model.request import PLACEHOLDER, body_parts, fingerprint
 from worker.s3.aws import S3Object
 
-# A job that was delivered too often is decoded this many times more, to find the id for its result. Decoding
-# may be what crashes the workers.
+# A job over the delivery limit is decoded in this many further deliveries, to find the id for its result.
+# Decoding may be what crashes the workers.
 MAX_DECODES_OVER_LIMIT = 3
 
 _TOO_OFTEN = (
@@ -48,18 +48,18 @@ class RequestRules:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked job. It holds nothing as large as its images.
+    """A decoded and validated job, without image data.
 
     Attributes:
-        model: the model to call.
-        frame: the JSON of the API request, cut where images belong.
+        model: the name of the model.
+        body_parts: the JSON body of the model request, split at the image URLs.
         images: where the images are, in order.
-        deadline: the job fails if the API was not called before.
+        deadline: the job fails if the model request does not start before.
         store_key: identifies the job in the result store; empty without one.
     """
 
     model: str
-    frame: Sequence[bytes]
+    body_parts: Sequence[bytes]
     images: Sequence[ImageSource]
     deadline: datetime | None
     store_key: str = ""
@@ -81,7 +81,7 @@ class Request:
 
 
 def read_job(delivery: Delivery, attempt: Attempt, rules: RequestRules) -> Job:
-    """Decode the message, and note in the attempt which job it is.
+    """Decode the message, and set the attempt's job id, deadline and metadata.
 
     Raises:
         InvalidJobError: it is not a job.
@@ -91,18 +91,18 @@ def read_job(delivery: Delivery, attempt: Attempt, rules: RequestRules) -> Job:
         attempt.job_id = delivery.message_id
         raise DeliveredTooOftenError(delivery.deliveries)
     job = decode(delivery.body, delivery.message_id, rules.max_job_bytes)
-    attempt.identify(job)
+    attempt.set_job(job)
     return job
 
 
-def make_request(
+def check_job(
     job: Job,
     delivery: Delivery,
     attempt: Attempt,
     rules: RequestRules,
     check_images: Callable[[Sequence[ImageRef], bytes], list[ImageSource]],
 ) -> Request:
-    """Check a job, note its model in the attempt, and return what remains of it.
+    """Check a job, set the attempt's model, and return the validated job.
 
     Raises:
         DeliveredTooOftenError: it must not be attempted again.
@@ -116,7 +116,7 @@ def make_request(
     messages = conversation.render(PLACEHOLDER, send_detail=rules.send_image_detail)
     return Request(
         model=model,
-        frame=frame(model, messages, job.params or {}),
+        body_parts=body_parts(model, messages, job.params or {}),
         images=images,
         deadline=job.deadline,
         store_key=_store_key(job, images, model, rules),

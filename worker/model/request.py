@@ -30,7 +30,7 @@ class ImageUrl(Protocol):
         """Yield the text in pieces; called once."""
 
 
-def frame(model: str, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bytes]:
+def body_parts(model: str, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bytes]:
     """Return the JSON of a request, split at the image URLs, for which `messages` has PLACEHOLDER."""
     request = pydantic_core.to_json({**params, "model": model, "messages": messages})
     return request.split(PLACEHOLDER.encode())
@@ -81,18 +81,18 @@ class RequestBody(httpx2.AsyncByteStream):
 
     def __init__(
         self,
-        frame: Sequence[bytes],
+        parts: Sequence[bytes],
         urls: Sequence[ImageUrl],
         *,
         names: Sequence[str] = (),
         on_sent: Callable[[], None] = lambda: None,
     ) -> None:
         """`names`: of the images, for error messages; `on_sent`: called when the whole body was sent."""
-        self._frame = frame
+        self._parts = parts
         self._urls = [*urls]
         self._names = [*names, *(f"images[{n}]" for n in range(len(names), len(urls)))]
         self._on_sent = on_sent
-        self.length = sum(map(len, frame)) + sum(url.length for url in urls)
+        self.length = sum(map(len, parts)) + sum(url.length for url in urls)
         self.failure: TransientError | DependencyDownError | None = None
         self.is_sent = False
         self._waited_s = 0.0
@@ -133,8 +133,8 @@ class RequestBody(httpx2.AsyncByteStream):
         self._on_sent()
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        yield self._frame[0]
-        for n, (url, rest) in enumerate(zip(self._urls, self._frame[1:], strict=True)):
+        yield self._parts[0]
+        for n, (url, rest) in enumerate(zip(self._urls, self._parts[1:], strict=True)):
             pieces = url.pieces()
             while True:
                 started = time.monotonic()

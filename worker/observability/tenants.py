@@ -36,7 +36,7 @@ class Tenants:
         if tenant is not None:
             metrics.series(metrics.TENANT_JOBS, tenant, status).inc()
 
-    def paid(self, metadata: Mapping[str, Any], model: str, usage: Usage | None) -> None:
+    def billed(self, metadata: Mapping[str, Any], model: str, usage: Usage | None) -> None:
         """Count the tokens and the cost of a model response."""
         tenant = self.of(metadata)
         if tenant is None or usage is None:

@@ -76,18 +76,18 @@ class Consumer:
         """Start the flow, now or with the next connection."""
         await asyncio.shield(self._start(self._resume()))
 
-    async def allow(self, prefetch: int) -> None:
+    async def set_prefetch(self, prefetch: int) -> None:
         """Set the number of unsettled jobs that may be here while the flow is on; 0: no more arrive.
 
         RabbitMQ fixes the prefetch count of a consumer when it starts: for a higher number another consumer
         is added, for a lower one a new consumer replaces all. Jobs of cancelled consumers stay, in addition.
         """
         start = self._start_stopping if prefetch < self._granted else self._start
-        await asyncio.shield(start(self._allow(prefetch)))
+        await asyncio.shield(start(self._set_prefetch(prefetch)))
 
-    async def take_one(self) -> Delivery | None:
+    async def get_one(self) -> Delivery | None:
         """Return one job from the queue while the flow is held; None if there is none or no connection."""
-        taking = self._start(self._take_one())
+        taking = self._start(self._get_one())
         try:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:
@@ -138,7 +138,7 @@ class Consumer:
             if self._queue is not None:
                 await ignoring_loss(self._cancel(self._queue))
 
-    async def _allow(self, prefetch: int) -> None:
+    async def _set_prefetch(self, prefetch: int) -> None:
         async with self._turn:
             self._prefetch = prefetch
             if self._queue is None or self._held:
@@ -153,7 +153,7 @@ class Consumer:
             if self._queue is not None:
                 await ignoring_loss(self._consume(self._queue))
 
-    async def _take_one(self) -> Delivery | None:
+    async def _get_one(self) -> Delivery | None:
         async with self._turn:
             queue = self._queue
             if queue is None:
@@ -188,8 +188,8 @@ class Consumer:
         # The lambda must not keep the message: it outlives the job. A session can end before its channel.
         return to_delivery(
             message,
-            is_alive=lambda: self._queue is queue and not channel.is_closed,
-            may_go_back=self._until_calm,
+            can_ack=lambda: self._queue is queue and not channel.is_closed,
+            wait_until_requeue_is_safe=self._until_calm,
         )
 
     async def _serve(self, connection: AbstractConnection) -> None:

@@ -27,11 +27,11 @@ class Control:
     """
 
     def __init__(
-        self, topology: Topology, *, on_cancel: Callable[[str], None], on_listening: Callable[[], None]
+        self, topology: Topology, *, on_cancel: Callable[[str], None], on_subscribed: Callable[[], None]
     ) -> None:
         self._topology = topology
         self._on_cancel = on_cancel
-        self._on_listening = on_listening
+        self._on_subscribed = on_subscribed
         self._queue: AbstractQueue | None = None
         self._last_refusal = ""
 
@@ -72,7 +72,7 @@ class Control:
             self._log_refusal(error)
         else:
             self._last_refusal = ""
-            self._on_listening()
+            self._on_subscribed()
 
     async def _open(self, connection: AbstractConnection) -> AbstractQueue:
         # A separate channel: a refusal closes it.

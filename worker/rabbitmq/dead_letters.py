@@ -44,7 +44,7 @@ class FetchedDeadLetter:
 
     def __init__(self, message: AbstractIncomingMessage) -> None:
         self._message = message
-        self.delivery = to_delivery(message, is_alive=lambda: True, may_go_back=_at_once)
+        self.delivery = to_delivery(message, can_ack=lambda: True, wait_until_requeue_is_safe=_at_once)
         self.record = DeadLetter.of(self.delivery, self.headers)
         self.is_settled = False
 

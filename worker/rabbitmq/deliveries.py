@@ -27,8 +27,8 @@ async def ignoring_loss(operation: Awaitable[object]) -> None:
 def to_delivery(
     message: AbstractIncomingMessage,
     *,
-    is_alive: Callable[[], bool],
-    may_go_back: Callable[[], Awaitable[None]],
+    can_ack: Callable[[], bool],
+    wait_until_requeue_is_safe: Callable[[], Awaitable[None]],
 ) -> Delivery:
     """Return the message as a delivery; it keeps the body and no other part of the message."""
     headers = message.headers or {}
@@ -52,16 +52,16 @@ def to_delivery(
         trace=properties.trace_headers(headers),
         enqueued_ms=enqueued_ms,
         queued_s=properties.queued_s(enqueued_ms, timestamp, datetime.now(UTC)),
-        attempts=_attempts(headers),
+        counted_attempts=_attempts(headers),
         deliveries=carried + before + 1,
         redelivered=bool(message.redelivered),
         copy=copy,
-        received=time.monotonic(),
+        received_at=time.monotonic(),
         ack=lambda: ignoring_loss(message.ack()),
         reject=lambda: ignoring_loss(message.reject(requeue=False)),
         requeue=lambda: ignoring_loss(message.nack(requeue=True)),
-        is_alive=is_alive,
-        may_go_back=may_go_back,
+        can_ack=can_ack,
+        wait_until_requeue_is_safe=wait_until_requeue_is_safe,
     )
 
 

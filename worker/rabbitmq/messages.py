@@ -77,8 +77,8 @@ def requeued_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) ->
     Not a nack, because RabbitMQ before 4.3 counts that towards the delivery limit.
     """
     headers: dict[str, FieldValue] = {properties.COPY_HEADER: uuid.uuid4().hex}
-    if delivery.attempts > restored_attempts:
-        headers[properties.ATTEMPTS_HEADER] = delivery.attempts - restored_attempts
+    if delivery.counted_attempts > restored_attempts:
+        headers[properties.ATTEMPTS_HEADER] = delivery.counted_attempts - restored_attempts
     if delivery.deliveries > 1:
         headers[properties.DELIVERIES_HEADER] = delivery.deliveries - 1
     return _copy(delivery, queue, headers)

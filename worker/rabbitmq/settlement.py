@@ -91,7 +91,7 @@ class Settlement:
             case Retried(delay_s=delay_s, attempts=attempts):
                 copy = messages.retry_copy(delivery, self._topology.retry(delay_s), attempts)
             case Requeued(restored_attempts=restored_attempts):
-                await delivery.may_go_back()
+                await delivery.wait_until_requeue_is_safe()
                 copy = messages.requeued_copy(delivery, self._topology.jobs, restored_attempts)
             case _:
                 assert_never(outcome)
@@ -109,7 +109,7 @@ class Settlement:
     async def finish(self, delivery: Delivery, outcome: Outcome) -> None:
         """Ack, then count and log the outcome."""
         await delivery.ack()
-        took_s = time.monotonic() - delivery.received
+        took_s = time.monotonic() - delivery.received_at
         self._count(outcome, took_s)
         _log_outcome(delivery, outcome, took_s)
 
@@ -160,7 +160,7 @@ class Settlement:
     async def _publish_copy(self, copy: OutgoingMessage, delivery: Delivery) -> bool:
         """Publish a copy of a job that the broker still has; return whether it accepted the copy."""
         copy = replace(copy, exchange=self._topology.jobs_exchange)
-        return await self._publish_to_own(copy, may_abandon=delivery.is_alive)
+        return await self._publish_to_own(copy, may_abandon=delivery.can_ack)
 
     async def _publish_to_own(
         self, message: OutgoingMessage, *, may_abandon: Callable[[], bool] = lambda: False
@@ -226,8 +226,8 @@ def _log_outcome(delivery: Delivery, outcome: Outcome, took_s: float) -> None:
             log.error("job_finished", **fields, error=code, dead_letter=True, **_details(result))
         case Retried(delay_s=delay_s, attempts=attempts, reason=reason):
             log.warning("job_retried", **fields, reason=reason, attempts=attempts, delay_s=delay_s)
-        case Requeued():
-            log.debug("job_requeued", **fields, total_s=round(took_s, 3))
+        case Requeued(reason=reason):
+            log.debug("job_requeued", **fields, reason=reason, total_s=round(took_s, 3))
         case _:
             assert_never(outcome)
 

@@ -1,4 +1,4 @@
-"""Admission: a job may call the API once it has its lease, a slot and memory, acquired in this order."""
+"""Admission: a model request needs the job's lease, a slot and image memory, acquired in this order."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -8,15 +8,15 @@ from typing import Protocol
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from worker.clock import Clock
-from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError
+from worker.clock import TIMER_SLACK_S, Clock
+from worker.errors import Dependency, DependencyDownError, JobError
 from worker.images.memory_budget import Reservation
 from worker.images.source import ImageSource
 from worker.jobs.attempt import Attempt
 from worker.jobs.request import Request
 from worker.model.answer import Answer, deserialize_answer, serialize_answer
-from worker.resilience.concurrency_limiter import AdmissionClosedError, ConcurrencyLimiter, Slot
-from worker.resilience.diagnostics import Diagnostics
+from worker.resilience.concurrency_limiter import ConcurrencyLimiter, NotAdmittedError, Slot
+from worker.resilience.outage_reports import OutageReports
 
 log = structlog.get_logger(__name__)
 
@@ -24,8 +24,6 @@ log = structlog.get_logger(__name__)
 MAX_SLOT_WAIT_S = 25.0
 # How long to look for the stored answer of a job past its deadline.
 STORED_ANSWER_TIMEOUT_S = 5.0
-# Timers of event loops may fire some milliseconds early, before the deadline that they wait for.
-TIMER_SLACK_S = 0.02
 
 _NO_SLOT = f"no free slot within {MAX_SLOT_WAIT_S:g} s, or half of VQA_JOB_TIMEOUT"
 _NO_MEMORY = "no memory for the images within half of VQA_JOB_TIMEOUT"
@@ -55,19 +53,19 @@ class ImageMemory(Protocol):
     """The memory budget for images."""
 
     def reserve(self, images: Sequence[ImageSource]) -> AbstractAsyncContextManager[Reservation]:
-        """Wait for memory for a call's images, and hold it."""
+        """Wait for memory for the images of a model request, and hold it."""
 
 
 @dataclass(slots=True, eq=False)
 class Grant:
-    """The right to make one call, or the stored answer instead.
+    """The right to send one model request, or the stored answer instead.
 
     Attributes:
-        answer: the job's stored answer; None if the API must be called.
+        answer: the job's stored answer; None if a model request is needed.
         lease: the right to answer the job; None without a result store.
-        slot, memory: of the limiter and of the images' budget; set if the API must be called.
+        slot: the concurrency slot; `memory`: the image memory reservation. Set if a model request is needed.
         slot_until: until when to wait for a slot, in seconds of the monotonic clock.
-        per_call: holds the slot and the memory.
+        per_request: holds the slot and the memory.
     """
 
     request: Request
@@ -77,14 +75,14 @@ class Grant:
     slot: Slot = field(init=False)
     memory: Reservation = field(init=False)
     slot_until: float = float("inf")
-    per_call: AsyncExitStack = field(default_factory=AsyncExitStack)
+    per_request: AsyncExitStack = field(default_factory=AsyncExitStack)
 
 
 class Admission:
-    """Admit jobs to the API: `async with admission(request, attempt) as grant`.
+    """Admit model requests: `async with admission.admit(request, attempt) as grant`.
 
-    The waits end after half of the attempt's time. The other half is for the call: one that starts later
-    could be cancelled although it is paid for.
+    The waits end after half of the attempt's time. The other half is for the model request: one that starts
+    later could be cancelled although it is billed.
     """
 
     def __init__(
@@ -92,23 +90,23 @@ class Admission:
         limiter: ConcurrencyLimiter,
         images: ImageMemory,
         store: ResultStore | None,
-        diagnostics: Diagnostics,
+        outage_reports: OutageReports,
         clock: Clock,
     ) -> None:
         self._limiter = limiter
         self._images = images
         self._store = store
-        self._diagnostics = diagnostics
+        self._outage_reports = outage_reports
         self._clock = clock
 
     @asynccontextmanager
-    async def __call__(self, request: Request, attempt: Attempt) -> AsyncIterator[Grant]:
+    async def admit(self, request: Request, attempt: Attempt) -> AsyncIterator[Grant]:
         """Hold lease, slot and memory; release them in the reverse order.
 
         Raises:
-            AdmissionClosedError: the worker is paused or stopping, or the wait took too long.
-            DependencyDownError: the result store is unreachable or refuses.
-            JobError: the deadline passed, or passes before the API may be called again.
+            NotAdmittedError: the worker is paused or stopping, or the wait timed out.
+            DependencyDownError: the result store is unreachable or denies access.
+            JobError: the deadline passed, or passes before the end of the model's backoff.
         """
         grant = Grant(request, attempt)
         attempt.enter("wait", self._clock.monotonic())
@@ -118,22 +116,23 @@ class Admission:
             await self._lease_or_answer(held, grant)
             if grant.answer is None:
                 grant.slot_until = self._clock.monotonic() + MAX_SLOT_WAIT_S
-                await held.enter_async_context(grant.per_call)
+                # `readmit` closes and refills this stack; leaving `admit` closes it.
+                await held.enter_async_context(grant.per_request)
                 await self._slot_and_memory(grant)
             yield grant
 
-    async def renew(self, grant: Grant) -> None:
-        """Release the slot and the memory and wait for them again, for another call.
+    async def readmit(self, grant: Grant) -> None:
+        """Release the slot and the memory and wait for them again, for another model request.
 
         Raises:
-            AdmissionClosedError, JobError: as at first.
+            NotAdmittedError, JobError: see `admit`.
         """
         grant.attempt.enter("wait", self._clock.monotonic())
-        await grant.per_call.aclose()
+        await grant.per_request.aclose()
         await self._slot_and_memory(grant)
 
     async def store(self, grant: Grant, answer: Answer) -> Answer:
-        """Store a paid answer; return it, or the one that another worker stored first."""
+        """Store a billed answer; return it, or the one that another worker stored first."""
         if grant.lease is None:
             return answer
         grant.attempt.enter("store", self._clock.monotonic())
@@ -141,30 +140,31 @@ class Admission:
 
     async def _lease_or_answer(self, held: AsyncExitStack, grant: Grant) -> None:
         """Acquire the job's lease, or find its stored answer; past its deadline, only the latter."""
-        request = grant.request
+        if self._store is None:
+            grant.request.check_deadline(self._clock.now())
+            return
         try:
-            request.check_deadline(self._clock.now())
-            if self._store is not None:
-                grant.lease = await self._acquire(self._store, held, grant)
-        except JobError as error:
-            if self._store is None or error.code is not ErrorCode.DEADLINE_EXCEEDED:
-                raise
-            grant.answer = await self._find(self._store, request)
+            grant.request.check_deadline(self._clock.now())
+            grant.lease = await self._acquire(self._store, held, grant)
+        except JobError:
+            # The deadline has passed; a stored answer is still published.
+            grant.answer = await self._find(self._store, grant.request)
             if grant.answer is None:
                 raise
-        if grant.lease is not None and grant.lease.answer is not None:
+            return
+        if grant.lease.answer is not None:
             grant.answer = deserialize_answer(grant.lease.answer)
 
     async def _acquire(self, store: ResultStore, held: AsyncExitStack, grant: Grant) -> Lease:
         request, started = grant.request, self._clock.monotonic()
-        self._limiter.check(also_trials=False)
+        self._limiter.check(allow_probe=True)
         async with self._until(_half(grant.attempt), request, _NO_LEASE):
             lease = await held.enter_async_context(store.acquire(request.store_key, self._limiter.check))
-        self._diagnostics.succeeded(Dependency.RESULT_STORE, grant.attempt.job_id, started)
+        self._outage_reports.report_success(Dependency.RESULT_STORE, grant.attempt.decoded_job_id, started)
         return lease
 
     async def _find(self, store: ResultStore, request: Request) -> Answer | None:
-        """Return the answer that an earlier delivery paid for, if the store returns it in time."""
+        """Return the answer to an earlier delivery, if the store returns it in time."""
         try:
             async with self._clock.timeout(STORED_ANSWER_TIMEOUT_S):
                 stored = await store.find(request.store_key)
@@ -177,13 +177,13 @@ class Admission:
         request, half = grant.request, _half(grant.attempt)
         try:
             async with self._until(min(half, grant.slot_until), request, _NO_SLOT):
-                grant.slot = await grant.per_call.enter_async_context(self._limiter.slot(request.model))
-        except AdmissionClosedError:
-            request.check_deadline(self._clock.now(), in_s=self._limiter.closed_s(request.model))
+                grant.slot = await grant.per_request.enter_async_context(self._limiter.slot(request.model))
+        except NotAdmittedError:
+            request.check_deadline(self._clock.now(), in_s=self._limiter.backoff_left_s(request.model))
             raise
         async with self._until(half, request, _NO_MEMORY):
             memory = self._images.reserve(request.images)
-            grant.memory = await grant.per_call.enter_async_context(memory)
+            grant.memory = await grant.per_request.enter_async_context(memory)
         request.check_deadline(self._clock.now())
 
     @asynccontextmanager
@@ -191,12 +191,12 @@ class Admission:
         """Wait for something until a moment of the monotonic clock, or until the job's deadline.
 
         Raises:
-            AdmissionClosedError: the moment is past; `reason` says what was waited for.
+            NotAdmittedError: the moment is past; `reason` says what was waited for.
             JobError: the deadline is past.
         """
         left_s = moment - self._clock.monotonic()
         if left_s <= 0:
-            raise AdmissionClosedError(reason)
+            raise NotAdmittedError(reason)
         if request.deadline is not None:
             left_s = min(left_s, (request.deadline - self._clock.now()).total_seconds() + TIMER_SLACK_S)
         try:
@@ -204,9 +204,9 @@ class Admission:
                 yield
         except TimeoutError:
             request.check_deadline(self._clock.now())
-            raise AdmissionClosedError(reason) from None
+            raise NotAdmittedError(reason) from None
 
 
 def _half(attempt: Attempt) -> float:
     """Return the moment when half of the attempt's time is over."""
-    return (attempt.received + attempt.ends_at) / 2
+    return (attempt.received_at + attempt.ends_at) / 2

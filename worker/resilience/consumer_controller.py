@@ -1,4 +1,4 @@
-"""Set the consumer's prefetch: the jobs that can start soon; in an outage 0, with single trial jobs."""
+"""Set the consumer's prefetch: the jobs that can start soon; in an outage 0, with single probes."""
 
 import asyncio
 from collections import deque
@@ -17,25 +17,25 @@ from worker.resilience.outage_detector import OutageDetector
 log = structlog.get_logger(__name__)
 
 ADJUST_INTERVAL_S = 0.5
-# The limiter's wish changes by up to a third all the time; the prefetch follows larger changes only.
+# The target prefetch fluctuates by up to a third; follow larger changes only.
 LOWER_BELOW = 0.5
 RAISE_FROM = 1.2
 # How many of the last adjustments show how many jobs are being decoded or published.
 REMEMBERED_ADJUSTMENTS = 5
 
-FIRST_TRIAL_S = 1.0
-MAX_TRIAL_INTERVAL_S = 30.0
-NEXT_TRIAL_S = 0.05
+FIRST_PROBE_DELAY_S = 1.0
+MAX_PROBE_INTERVAL_S = 30.0
+NEXT_PROBE_DELAY_S = 0.05
 
 
 class Consumer(Protocol):
     """The source of jobs."""
 
-    async def allow(self, prefetch: int) -> None:
+    async def set_prefetch(self, prefetch: int) -> None:
         """Let at most `prefetch` jobs be unsettled, not counting those delivered before; 0: deliver none."""
 
-    async def take_one(self) -> Delivery | None:
-        """Take a single job while the prefetch is 0; None if there is none."""
+    async def get_one(self) -> Delivery | None:
+        """Get a single job while the prefetch is 0; None if there is none."""
 
 
 class Jobs(Protocol):
@@ -50,10 +50,10 @@ class Jobs(Protocol):
 
 
 class ConsumerController:
-    """Apply the wanted prefetch to the consumer, which nothing else drives while this runs.
+    """Apply the target prefetch to the consumer. Nothing else may control the consumer.
 
-    The prefetch follows the limiter's wish, so that no job waits here that another worker could start. In an
-    outage it is 0 and the limiter is closed; single trial jobs at growing intervals show when it ends.
+    The prefetch follows the limiter's target, so that no job waits here that another worker could start. In
+    an outage it is 0 and the limiter is closed; probes, single jobs at growing intervals, show when it ends.
 
     Args:
         maximum: the most unsettled jobs, which is the consumer's prefetch at first.
@@ -79,7 +79,7 @@ class ConsumerController:
         # Jobs that neither hold nor await a slot: they are being decoded or published. The fewest of the last
         # adjustments count, because many jobs that are requeued at once are soon settled.
         self._without_slot: deque[int] = deque([0], maxlen=REMEMBERED_ADJUSTMENTS)
-        self._trial_interval_s = FIRST_TRIAL_S
+        self._probe_interval_s = FIRST_PROBE_DELAY_S
 
     async def run(self) -> None:
         """Control the consumer until cancelled."""
@@ -90,12 +90,12 @@ class ConsumerController:
             self._detector.changed.clear()
             if self._detector.outages:
                 await self._pause()
-            self._limiter.publish_limit()
+            self._limiter.update_gauge()
             await self._adjust()
 
     async def _adjust(self) -> None:
-        unsettled, wanted = self._jobs.unsettled, self._limiter.wanted()
-        self._without_slot.append(max(0, unsettled - self._limiter.present()))
+        unsettled, wanted = self._jobs.unsettled, self._limiter.target_prefetch()
+        self._without_slot.append(max(0, unsettled - self._limiter.slots_and_waiting()))
         if wanted:
             wanted = min(wanted + min(self._without_slot), self._maximum)
         await self._apply(next_prefetch(self._prefetch, wanted, unsettled, self._maximum))
@@ -104,18 +104,18 @@ class ConsumerController:
         if prefetch != self._prefetch:
             log.debug("prefetch_changed", allowed=prefetch, before=self._prefetch)
             self._prefetch = prefetch
-            await self._consumer.allow(prefetch)
+            await self._consumer.set_prefetch(prefetch)
 
     async def _pause(self) -> None:
         """Stop consuming until no outage is left."""
         started = self._clock.monotonic()
         self._limiter.close("the worker is paused")
         logged = self._log_outages(set())
-        # After a relapse trials are as rare as before it.
+        # After a relapse, keep the previous probe interval and double it.
         is_relapse = any(outage.is_relapse for outage in self._detector.outages.values())
-        self._trial_interval_s = _longer(self._trial_interval_s) if is_relapse else FIRST_TRIAL_S
+        self._probe_interval_s = _longer(self._probe_interval_s) if is_relapse else FIRST_PROBE_DELAY_S
         await self._apply(0)
-        await self._try_until_up(logged)
+        await self._probe_until_recovered(logged)
         self._limiter.open()
         log.info("consumption_resumed", after_s=round(self._clock.monotonic() - started, 3))
 
@@ -126,46 +126,46 @@ class ConsumerController:
             log.error("consumption_paused", dependency=dependency.label, reason=outages[dependency].reason)
         return set(outages)
 
-    async def _try_until_up(self, logged: set[Dependency]) -> None:
-        """Try one job after another at growing intervals, until one succeeds."""
-        wait_s = self._trial_interval_s
+    async def _probe_until_recovered(self, logged: set[Dependency]) -> None:
+        """Probe with one job after another at growing intervals, until no outage is left."""
+        wait_s = self._probe_interval_s
         while self._detector.outages:
             await self._clock.sleep(wait_s)
-            delivery = await self._consumer.take_one()
+            delivery = await self._consumer.get_one()
             if delivery is None:
-                # The interval is over: the next job is tried as soon as it is there.
-                wait_s = FIRST_TRIAL_S
-            elif await self._is_settled_by_trial(delivery):
-                # The outage is over, or this job does not need what is down and the next one may.
-                wait_s = NEXT_TRIAL_S
+                # No job available: poll every second.
+                wait_s = FIRST_PROBE_DELAY_S
+            elif await self._is_settled_by_probe(delivery):
+                # The outage is over, or this job does not use the dependency and the next one may.
+                wait_s = NEXT_PROBE_DELAY_S
             else:
-                # It was requeued at the end of the queue: the next trial takes another job.
-                self._trial_interval_s = wait_s = _longer(self._trial_interval_s)
+                # The job was requeued at the end of the queue: the next probe takes another one.
+                self._probe_interval_s = wait_s = _longer(self._probe_interval_s)
             logged = self._log_outages(logged)
 
-    async def _is_settled_by_trial(self, delivery: Delivery) -> bool:
-        """Try one job; return False if it was requeued."""
-        self._limiter.allow_trial()
-        trial = self._jobs.accept(delivery)
-        await asyncio.wait({trial})
-        return not trial.cancelled() and not isinstance(trial.result(), Requeued)
+    async def _is_settled_by_probe(self, delivery: Delivery) -> bool:
+        """Process one job; return False if it was requeued or left to the broker."""
+        self._limiter.allow_probe()
+        probe = self._jobs.accept(delivery)
+        await asyncio.wait({probe})
+        outcome = None if probe.cancelled() else probe.result()
+        return outcome is not None and not isinstance(outcome, Requeued)
 
 
 def next_prefetch(prefetch: int, wanted: int, unsettled: int, maximum: int) -> int:
-    """Return the next prefetch: the same, 0 for a while, or another number; small changes are ignored.
+    """Return the next prefetch. Small changes are ignored.
 
-    A lower prefetch is applied only after most jobs are settled, because a new prefetch does not count the
-    jobs delivered before. There are never more than `maximum` unsettled jobs.
+    To lower it, return 0 until at most `wanted` jobs are unsettled, then `wanted`; RabbitMQ applies a new
+    prefetch to new deliveries only. There are never more than `maximum` unsettled jobs.
     """
-    if wanted < prefetch * LOWER_BELOW:
+    if wanted < prefetch * LOWER_BELOW or (prefetch == 0 and unsettled > wanted):
         return 0
-    if prefetch == 0 and unsettled > wanted:
-        return 0
-    if wanted < prefetch * RAISE_FROM and not prefetch < wanted == maximum:
+    reaches_maximum = prefetch < wanted and wanted == maximum
+    if wanted < prefetch * RAISE_FROM and not reaches_maximum:
         return prefetch
     delivered_before = max(0, unsettled - prefetch)
     return max(prefetch, min(wanted, maximum - delivered_before))
 
 
 def _longer(interval_s: float) -> float:
-    return min(interval_s * 2, MAX_TRIAL_INTERVAL_S)
+    return min(interval_s * 2, MAX_PROBE_INTERVAL_S)

@@ -1,4 +1,4 @@
-"""Decide whether and when a failed job is tried again. Pure: the time is passed in."""
+"""Decide whether and when a failed job is tried again. No I/O; times are passed in."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class TryAgain:
+class RetryAfter:
     """Try again after `delay_s` seconds, which is one of the policy's delays: each has a retry queue."""
 
     delay_s: int
@@ -35,19 +35,19 @@ class Exhausted:
 
 
 @dataclass(frozen=True, slots=True)
-class TooLate:
+class PastDeadline:
     """The next attempt would begin after the job's deadline."""
 
 
-def after_attempt(
+def next_step(
     attempts: int, policy: RetryPolicy, deadline: datetime | None, now: datetime
-) -> TryAgain | Exhausted | TooLate:
+) -> RetryAfter | Exhausted | PastDeadline:
     """Return what follows after the `attempts`-th attempt (from 1) failed."""
-    return Exhausted() if attempts >= policy.max_attempts else after(policy.delay_s(attempts), deadline, now)
+    delay_s = policy.delay_s(attempts)
+    return Exhausted() if attempts >= policy.max_attempts else check_deadline(delay_s, deadline, now)
 
 
-def after(delay_s: int, deadline: datetime | None, now: datetime) -> TryAgain | TooLate:
-    """Return TryAgain, or TooLate if the job's deadline comes before `delay_s` have passed."""
-    if deadline is not None and now + timedelta(seconds=delay_s) >= deadline:
-        return TooLate()
-    return TryAgain(delay_s)
+def check_deadline(delay_s: int, deadline: datetime | None, now: datetime) -> RetryAfter | PastDeadline:
+    """Return RetryAfter, or PastDeadline if the job's deadline is at most `delay_s` seconds from now."""
+    is_late = deadline is not None and now + timedelta(seconds=delay_s) >= deadline
+    return PastDeadline() if is_late else RetryAfter(delay_s)

@@ -15,7 +15,7 @@ FOLDER = "cancelled/"
 NEXT_TRY_S = 5.0
 
 
-class CancelledJobs:
+class CancelledJobStore:
     """Store and read cancelled jobs: one empty object for each, named by the hash of its id."""
 
     def __init__(self, objects: ConditionalStore, remember: Callable[[Iterable[str]], None]) -> None:
@@ -32,7 +32,7 @@ class CancelledJobs:
         self._new.append(name)
         self._has_work.set()
 
-    def look_again(self) -> None:
+    def reload(self) -> None:
         """Read all of them again, since this worker may have missed messages."""
         self._is_behind = True
         self._has_work.set()

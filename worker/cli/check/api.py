@@ -14,7 +14,7 @@ from worker.cli.check.finding import Finding, failed, ok, skipped
 from worker.errors import DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.model.answer import Answer
 from worker.model.client import Model
-from worker.model.request import RequestBody, frame
+from worker.model.request import RequestBody, body_parts
 from worker.observability.redaction import Redactor
 from worker.settings import Settings
 
@@ -72,7 +72,7 @@ async def _asked(model: Model, settings: Settings) -> Finding:
 def _question(model: str) -> RequestBody:
     url = f"data:image/png;base64,{base64.b64encode(red_square(SIDE_PIXELS)).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-    return RequestBody(frame(model, [{"role": "user", "content": content}], {}), [])
+    return RequestBody(body_parts(model, [{"role": "user", "content": content}], {}), [])
 
 
 def _cost(answer: Answer) -> str:

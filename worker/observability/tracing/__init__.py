@@ -29,7 +29,7 @@ class Span(Protocol):
     def answered(self, usage: "Usage | None", finish_reason: str | None, response: Mapping[str, Any]) -> None:
         """Record the response of a model request."""
 
-    def became(self, outcome: "Outcome | None") -> None:
+    def set_outcome(self, outcome: "Outcome | None") -> None:
         """Record the outcome of a delivery; None if there was none to publish."""
 
     def failed(self, kind: str) -> None:
@@ -72,7 +72,7 @@ class _Off:
 
     def answered(self, *_: object) -> None: ...
 
-    def became(self, _: object) -> None: ...
+    def set_outcome(self, _: object) -> None: ...
 
     def failed(self, _: object) -> None: ...
 

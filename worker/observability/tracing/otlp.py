@@ -162,7 +162,7 @@ class _Span:
             said["vqa.cost_usd"] = usage.cost_usd
         self._span.set_attributes(_given(said))
 
-    def became(self, outcome: Outcome | None) -> None:
+    def set_outcome(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
         attempts, error = _end_of(outcome)

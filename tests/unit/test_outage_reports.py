@@ -10,8 +10,8 @@ from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import cancel_all, turns_of_the_loop
 from worker.errors import Dependency, DependencyDownError, TransientError
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
-from worker.resilience.diagnostics import MAX_WAIT_ALONE_S, MAX_WAIT_S, Diagnostics
 from worker.resilience.outage_detector import Diagnosis, OutageDetector
+from worker.resilience.outage_reports import MAX_WAIT_ALONE_S, MAX_WAIT_S, OutageReports
 
 MODEL, S3 = Dependency.MODEL, Dependency.S3
 OUTAGE, CLEARED, PENDING = Diagnosis.OUTAGE, Diagnosis.CLEARED, Diagnosis.PENDING
@@ -23,24 +23,24 @@ class Scene:
         self.clock = FakeClock()
         self.limiter = ConcurrencyLimiter(10, initial=10, clock=self.clock)
         self.detector = OutageDetector()
-        self.diagnostics = Diagnostics(self.detector, self.limiter, self.clock)
+        self.outage_reports = OutageReports(self.detector, self.limiter, self.clock)
 
-    async def fail(self, job: str = "job", patience_s: float = PATIENT_S) -> Diagnosis:
-        return await self.diagnostics.failed(job, TransientError(MODEL, "http_5xx", "no"), patience_s)
+    async def fail(self, job: str = "job", max_wait_s: float = PATIENT_S) -> Diagnosis:
+        return await self.outage_reports.diagnose(job, TransientError(MODEL, "http_5xx", "no"), max_wait_s)
 
     def succeed(self, dependency: Dependency = MODEL, begun_ago_s: float = 0.0) -> None:
-        self.diagnostics.succeeded(dependency, "another", self.clock.monotonic() - begun_ago_s)
+        self.outage_reports.report_success(dependency, "another", self.clock.monotonic() - begun_ago_s)
 
     def go_down(self, dependency: Dependency = MODEL) -> None:
-        self.diagnostics.unavailable("another", DependencyDownError(dependency, "no"))
+        self.outage_reports.report_unavailable("another", DependencyDownError(dependency, "no"))
 
     @asynccontextmanager
     async def waiting(
-        self, job: str = "job", patience_s: float = PATIENT_S
+        self, job: str = "job", max_wait_s: float = PATIENT_S
     ) -> AsyncIterator[asyncio.Task[Diagnosis]]:
         """A job that failed while another call runs."""
         async with self.limiter.slot("m"):
-            task = asyncio.create_task(self.fail(job, patience_s))
+            task = asyncio.create_task(self.fail(job, max_wait_s))
             await turns_of_the_loop()
             assert not task.done()
             yield task
@@ -100,22 +100,22 @@ async def test_a_job_waits_longer_while_another_job_waits(scene: Scene) -> None:
     assert second.done()
 
 
-@pytest.mark.parametrize("patience_s", [0.5, 0.0, -1.0])
-async def test_a_job_waits_no_longer_than_its_limit(scene: Scene, patience_s: float) -> None:
+@pytest.mark.parametrize("max_wait_s", [0.5, 0.0, -1.0])
+async def test_a_job_waits_no_longer_than_its_limit(scene: Scene, max_wait_s: float) -> None:
     async with scene.limiter.slot("m"):
-        task = asyncio.create_task(scene.fail(patience_s=patience_s))
-        await scene.clock.advance(max(0.0, patience_s))
+        task = asyncio.create_task(scene.fail(max_wait_s=max_wait_s))
+        await scene.clock.advance(max(0.0, max_wait_s))
         assert await task is PENDING
 
 
 async def test_during_an_outage_no_job_waits(scene: Scene) -> None:
     scene.go_down()
-    assert await scene.fail(patience_s=0.0) is OUTAGE
+    assert await scene.fail(max_wait_s=0.0) is OUTAGE
 
 
 async def test_after_a_stop_no_job_waits(scene: Scene) -> None:
     async with scene.waiting() as task:
-        scene.diagnostics.stop()
+        scene.outage_reports.stop()
         assert await task is PENDING
         assert await scene.fail("another") is PENDING
 

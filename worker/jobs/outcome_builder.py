@@ -16,33 +16,33 @@ _DIGITS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class OutcomeBuilder:
     """Build the outcomes that carry a result.
 
     Attributes:
         redact: removes secrets from a text.
-        include_response: whether each result has the API's whole response (`VQA_INCLUDE_RESPONSE`).
+        include_response: whether each result has the API's complete response (`VQA_INCLUDE_RESPONSE`).
     """
 
     redact: Callable[[str], str]
     clock: Clock
     include_response: bool = False
 
-    def answered(self, attempt: Attempt, answer: Answer) -> Outcome:
-        """Return Succeeded, or Failed for an empty answer: it is paid for, so there is no other attempt."""
-        paid: dict[str, Any] = {
+    def for_answer(self, attempt: Attempt, answer: Answer) -> Outcome:
+        """Return Succeeded, or Failed for an empty answer: it is billed, so there is no other attempt."""
+        billed: dict[str, Any] = {
             "finish_reason": answer.finish_reason,
             "usage": answer.usage,
             "response": answer.response if self.include_response or not answer.is_plain else None,
         }
         if answer.is_empty:
-            return self.failed(attempt, ErrorCode.EMPTY_ANSWER, _why_empty(answer), **paid)
-        result = self._result(attempt, status="succeeded", answer=answer.text, **paid)
+            return self.failed(attempt, ErrorCode.EMPTY_ANSWER, _why_empty(answer), **billed)
+        result = self._result(attempt, status="succeeded", answer=answer.text, **billed)
         return Succeeded(job_id=attempt.job_id, model=attempt.model, result=result)
 
-    def failed(self, attempt: Attempt, code: ErrorCode, message: str, **paid: Any) -> Outcome:
+    def failed(self, attempt: Attempt, code: ErrorCode, message: str, **billed: Any) -> Outcome:
         """Return the outcome of a job that failed permanently."""
-        result = self._failure(attempt, code, message, retryable=False, **paid)
+        result = self._failure(attempt, code, message, retryable=False, **billed)
         return Failed(job_id=attempt.job_id, model=attempt.model, result=result, code=code)
 
     def dead_lettered(self, attempt: Attempt, code: ErrorCode, message: str) -> Outcome:
@@ -65,10 +65,10 @@ class Results:
         return fail(attempt, ErrorCode.INVALID_JOB, error.message)
 
     def _failure(
-        self, attempt: Attempt, code: ErrorCode, message: str, *, retryable: bool, **paid: Any
+        self, attempt: Attempt, code: ErrorCode, message: str, *, retryable: bool, **billed: Any
     ) -> Result:
         error = JobFailure(code=code, message=self.redact(message), retryable=retryable)
-        return self._result(attempt, status="failed", error=error, **paid)
+        return self._result(attempt, status="failed", error=error, **billed)
 
     def _result(self, attempt: Attempt, **fields: Any) -> Result:
         now = self.clock.monotonic()
@@ -81,7 +81,7 @@ class Results:
                 queued_s=attempt.queued_s,
                 fetch_s=_seconds(attempt, "fetch", now),
                 model_s=_seconds(attempt, "model", now),
-                total_s=round(now - attempt.received, _DIGITS),
+                total_s=round(now - attempt.received_at, _DIGITS),
             ),
             **fields,
         )
@@ -94,7 +94,7 @@ def retried(attempt: Attempt, delay_s: int, reason: str) -> Outcome:
     )
 
 
-def postponed(attempt: Attempt, delay_s: int, reason: str) -> Outcome:
+def retried_uncounted(attempt: Attempt, delay_s: int, reason: str) -> Outcome:
     """Return the outcome of an attempt that does not count; the next one follows after `delay_s`."""
     attempts = attempt.number - 1
     return Retried(

@@ -1,4 +1,4 @@
-"""Report each call's result to the outage detector, and wait for pending diagnoses."""
+"""Report request results to the outage detector, and wait for pending diagnoses."""
 
 import asyncio
 from collections import defaultdict
@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from worker.clock import Clock
 from worker.errors import Dependency, DependencyDownError, TransientError
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
-from worker.resilience.outage_detector import CallResult, Diagnosis, OutageDetector, Success
+from worker.resilience.outage_detector import Diagnosis, OutageDetector, RequestResult, Success
 
-# How long a failed job waits for the results of other calls. It must wait for its retry anyway.
+# How long a failed job waits for the results of other requests. Its retry is delayed anyway.
 MAX_WAIT_S = 2.0
-# The same while no other call runs: others may be about to begin, if their jobs came together.
+# Maximum wait if no other request runs; requests of the same batch may be about to start.
 MAX_WAIT_ALONE_S = 0.25
 
 
-class Diagnostics:
-    """The only caller of `OutageDetector.observe`; wakes the jobs that wait for what a result shows."""
+class OutageReports:
+    """Report request results to the detector; resolve jobs that wait for a diagnosis."""
 
     def __init__(self, detector: OutageDetector, limiter: ConcurrencyLimiter, clock: Clock) -> None:
         self._detector = detector
@@ -26,20 +26,20 @@ class Diagnostics:
         self._waiting: defaultdict[Dependency, dict[asyncio.Future[Diagnosis], float]] = defaultdict(dict)
         self._is_stopped = False
 
-    def succeeded(self, dependency: Dependency, job: str | None, started: float) -> None:
-        """Report that a call begun at `started` showed that the dependency works."""
+    def report_success(self, dependency: Dependency, job: str, started: float) -> None:
+        """Report that a request begun at `started` showed that the dependency works."""
         self._observe(dependency, job, Success(started))
 
-    def unavailable(self, job: str | None, error: DependencyDownError) -> Diagnosis:
-        """Report that a dependency is unreachable or refuses all calls."""
+    def report_unavailable(self, job: str, error: DependencyDownError) -> Diagnosis:
+        """Report that a dependency is unreachable or rejects every request; return the diagnosis."""
         return self._observe(error.dependency, job, error)
 
-    async def failed(self, job: str | None, error: TransientError, patience_s: float) -> Diagnosis:
-        """Report a failed call and return the diagnosis, for which to wait `patience_s` at most."""
+    async def diagnose(self, job: str, error: TransientError, max_wait_s: float) -> Diagnosis:
+        """Report a failed request and return the diagnosis; wait for it for at most `max_wait_s`."""
         failed_at = self._clock.monotonic()
         diagnosis = self._observe(error.dependency, job, error)
         if diagnosis is Diagnosis.PENDING:
-            return await self._wait(error.dependency, failed_at, patience_s)
+            return await self._wait(error.dependency, failed_at, max_wait_s)
         return diagnosis
 
     def stop(self) -> None:
@@ -48,26 +48,26 @@ class Diagnostics:
         for waiting in self._waiting.values():
             _resolve(waiting, Diagnosis.PENDING)
 
-    def _observe(self, dependency: Dependency, job: str | None, result: CallResult) -> Diagnosis:
-        diagnosis = self._detector.observe(dependency, job or "", result, self._clock.monotonic())
+    def _observe(self, dependency: Dependency, job: str, result: RequestResult) -> Diagnosis:
+        diagnosis = self._detector.observe(dependency, job, result, self._clock.monotonic())
         for waiter, failed_at in self._waiting[dependency].items():
             known = self._detector.diagnosis(dependency, failed_at)
             if known is not Diagnosis.PENDING:
                 _resolve([waiter], known)
         return diagnosis
 
-    async def _wait(self, dependency: Dependency, failed_at: float, patience_s: float) -> Diagnosis:
-        """Return what calls begun after a failure show about it; pending if they show nothing in time."""
+    async def _wait(self, dependency: Dependency, failed_at: float, max_wait_s: float) -> Diagnosis:
+        """Return what requests begun after a failure show about it; pending if they show nothing in time."""
         waiting = self._waiting[dependency]
-        # Jobs that fail together will be tried again together: each of them waits for the others.
-        is_alone = not waiting and not self._limiter.in_flight
-        patience_s = min(patience_s, MAX_WAIT_ALONE_S if is_alone else MAX_WAIT_S)
-        if patience_s <= 0 or self._is_stopped:
+        # Jobs that fail together are retried together: each of them waits for the others.
+        is_alone = not waiting and not self._limiter.slots_in_use
+        max_wait_s = min(max_wait_s, MAX_WAIT_ALONE_S if is_alone else MAX_WAIT_S)
+        if max_wait_s <= 0 or self._is_stopped:
             return Diagnosis.PENDING
         waiter: asyncio.Future[Diagnosis] = asyncio.get_running_loop().create_future()
         waiting[waiter] = failed_at
         try:
-            async with self._clock.timeout(patience_s):
+            async with self._clock.timeout(max_wait_s):
                 return await waiter
         except TimeoutError:
             return Diagnosis.PENDING

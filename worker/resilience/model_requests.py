@@ -1,4 +1,4 @@
-"""Calls to S3 and to the API for one job; what they show about the dependencies goes to the detector."""
+"""Model requests, with their images; report their results to the outage detector."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -13,28 +13,26 @@ from worker.jobs.request import Request
 from worker.messages.conversation import ImageRef
 from worker.model.answer import Answer
 from worker.model.request import ImageUrl, RequestBody
-from worker.resilience.diagnostics import Diagnostics
+from worker.resilience.admission import ImageMemory
+from worker.resilience.outage_reports import OutageReports
 
 
 class OpenImages(Protocol):
-    """The images of one call, ready to be sent."""
+    """The images of one model request, ready to be sent."""
 
     @property
     def urls(self) -> Sequence[ImageUrl]:
-        """What the request has in the place of each image's URL, in order."""
+        """What the request body has in the place of each image's URL, in order."""
 
     def mark_sent(self) -> None:
-        """Release the images: the API has received all of them."""
+        """Release the images: the model API has received all of them."""
 
 
-class Images(Protocol):
-    """Where images come from."""
+class Images(ImageMemory, Protocol):
+    """The source of images."""
 
     def check(self, refs: Sequence[ImageRef], body: bytes) -> list[ImageSource]:
         """Return where each image is, or raise JobError."""
-
-    def reserve(self, images: Sequence[ImageSource]) -> AbstractAsyncContextManager[Reservation]:
-        """Wait for memory for the images of a call, and hold it."""
 
     def open(
         self, images: Sequence[ImageSource], reservation: Reservation, *, time_left_s: float
@@ -43,19 +41,19 @@ class Images(Protocol):
 
 
 class ModelApi(Protocol):
-    """The API."""
+    """The model API."""
 
     async def complete(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
-        """Make one call."""
+        """Send one request."""
 
 
-class Calls:
-    """Open the images and call the API."""
+class ModelRequests:
+    """Open the images and send the model request."""
 
-    def __init__(self, images: Images, model: ModelApi, diagnostics: Diagnostics, clock: Clock) -> None:
+    def __init__(self, images: Images, model: ModelApi, outage_reports: OutageReports, clock: Clock) -> None:
         self._images = images
         self._model = model
-        self._diagnostics = diagnostics
+        self._outage_reports = outage_reports
         self._clock = clock
 
     @asynccontextmanager
@@ -75,30 +73,31 @@ class Calls:
                 yield images
         except JobError as error:
             if error.code is ErrorCode.IMAGE_NOT_FOUND:
-                self._diagnostics.succeeded(Dependency.S3, attempt.job_id, started)
+                self._outage_reports.report_success(Dependency.S3, attempt.decoded_job_id, started)
             raise
 
-    async def ask(self, request: Request, attempt: Attempt, images: OpenImages) -> Answer:
-        """Call the API with open images; the time it waits for them counts as fetching.
+    async def send(self, request: Request, attempt: Attempt, images: OpenImages) -> Answer:
+        """Send the model request with open images; the time it waits for them counts as `fetch`.
 
         Raises:
             JobError, RateLimitedError, TransientError, DependencyDownError: see `ModelApi.complete`.
         """
-        names = [image.name for image in request.images]
-        body = RequestBody(request.frame, images.urls, names=names, on_sent=images.mark_sent)
-        fetch_started, started = attempt.since, self._clock.monotonic()
+        job, names = attempt.decoded_job_id, [image.name for image in request.images]
+        body = RequestBody(request.body_parts, images.urls, names=names, on_sent=images.mark_sent)
+        fetch_started, started = attempt.stage_started_at, self._clock.monotonic()
         attempt.enter("model", started)
         try:
             answer = await self._model.complete(request.model, body, time_left_s=attempt.time_left_s(started))
         except (JobError, RateLimitedError):
-            # The API works, although it refuses this request or this rate.
-            self._diagnostics.succeeded(Dependency.MODEL, attempt.job_id, started)
+            # The model API works, although it rejects this request or this rate.
+            self._outage_reports.report_success(Dependency.MODEL, job, started)
             raise
         else:
-            self._diagnostics.succeeded(Dependency.MODEL, attempt.job_id, started)
+            self._outage_reports.report_success(Dependency.MODEL, job, started)
             return answer
         finally:
-            attempt.enter("diagnose", self._clock.monotonic())
-            attempt.move("model", "fetch", body.waited_s)
+            # Record the stage's time so far.
+            attempt.enter("model", self._clock.monotonic())
+            attempt.reassign("model", "fetch", body.waited_s)
             if body.is_sent and request.reads_s3:
-                self._diagnostics.succeeded(Dependency.S3, attempt.job_id, fetch_started)
+                self._outage_reports.report_success(Dependency.S3, job, fetch_started)

@@ -1,0 +1,99 @@
+"""Decide the outcome of a failed attempt, from the diagnosis of its failure."""
+
+from worker.clock import TIMER_SLACK_S, Clock
+from worker.errors import Dependency, DependencyDownError, ErrorCode, TransientError
+from worker.jobs.attempt import Attempt
+from worker.jobs.outcome import Outcome, Retried
+from worker.jobs.outcome_builder import OutcomeBuilder, requeued, retried, retried_uncounted
+from worker.resilience.outage_detector import Diagnosis, OutageDetector
+from worker.resilience.outage_reports import OutageReports
+from worker.resilience.retry_policy import (
+    Exhausted,
+    PastDeadline,
+    RetryAfter,
+    RetryPolicy,
+    check_deadline,
+    next_step,
+)
+
+
+class FailureOutcomes:
+    """Requeue the jobs that an outage stopped; retry, fail or dead-letter those that failed on their own."""
+
+    def __init__(
+        self,
+        detector: OutageDetector,
+        outage_reports: OutageReports,
+        retry: RetryPolicy,
+        outcomes: OutcomeBuilder,
+        clock: Clock,
+    ) -> None:
+        self._detector = detector
+        self._outage_reports = outage_reports
+        self._retry = retry
+        self._outcomes = outcomes
+        self._clock = clock
+
+    async def after_transient_error(self, attempt: Attempt, error: TransientError) -> Outcome:
+        """Return the outcome of a failed request, after a short wait for the results of other requests."""
+        job, failed_at = attempt.decoded_job_id, self._clock.monotonic()
+        attempt.enter("diagnose", failed_at)
+        diagnosis = await self._outage_reports.diagnose(job, error, self._max_wait_s(attempt))
+        if diagnosis is Diagnosis.OUTAGE:
+            return requeued(attempt, f"{error.dependency} is down")
+        if diagnosis is Diagnosis.CLEARED and error.forbidden:
+            self._detector.end_job(error.dependency, job)
+            return self._outcomes.failed(attempt, ErrorCode.MODEL_REJECTED, error.message)
+        if diagnosis is Diagnosis.PENDING:
+            self._detector.count_attempt(error.dependency, job, failed_at)
+        return self._counted(attempt, error.dependency, error.reason, error.message)
+
+    def after_unavailable(self, attempt: Attempt, error: DependencyDownError) -> Outcome:
+        """Return the outcome of a job whose dependency is unreachable or rejects every request.
+
+        Requeue, unless only this job is affected. Then count the attempt; if the error may concern one bucket
+        or model, retry without counting.
+        """
+        diagnosis = self._outage_reports.report_unavailable(attempt.decoded_job_id, error)
+        if diagnosis is not Diagnosis.CLEARED:
+            return requeued(attempt, error.message)
+        reason = f"{error.dependency}_unavailable"
+        if error.may_be_partial:
+            return self._uncounted(attempt, reason, error.message)
+        return self._counted(attempt, error.dependency, reason, error.message)
+
+    def after_counted_failure(self, attempt: Attempt, reason: str, message: str) -> Outcome:
+        """Return the outcome of a counted attempt: a retry, if attempts and time are left."""
+        match next_step(attempt.number, self._retry, attempt.deadline, self._clock.now()):
+            case RetryAfter(delay_s):
+                return retried(attempt, delay_s, reason)
+            case Exhausted():
+                text = f"{attempt.number} attempts failed, the last one because {message}"
+                return self._outcomes.dead_lettered(attempt, ErrorCode.ATTEMPTS_EXHAUSTED, text)
+            case PastDeadline():
+                return self._past_deadline(attempt, message)
+
+    def _uncounted(self, attempt: Attempt, reason: str, message: str) -> Outcome:
+        match check_deadline(self._retry.longest_delay_s, attempt.deadline, self._clock.now()):
+            case RetryAfter(delay_s):
+                return retried_uncounted(attempt, delay_s, reason)
+            case PastDeadline():
+                return self._past_deadline(attempt, message)
+
+    def _counted(self, attempt: Attempt, dependency: Dependency, reason: str, message: str) -> Outcome:
+        outcome = self.after_counted_failure(attempt, reason, message)
+        if not isinstance(outcome, Retried):
+            self._detector.end_job(dependency, attempt.decoded_job_id)
+        return outcome
+
+    def _past_deadline(self, attempt: Attempt, message: str) -> Outcome:
+        text = f"the deadline comes before the next attempt; the last one failed because {message}"
+        return self._outcomes.failed(attempt, ErrorCode.DEADLINE_EXCEEDED, text)
+
+    def _max_wait_s(self, attempt: Attempt) -> float:
+        """Return how long the diagnosis may take, so that a retry still comes before the deadline."""
+        max_wait_s = attempt.time_left_s(self._clock.monotonic())
+        if attempt.deadline is None:
+            return max_wait_s
+        until_deadline_s = (attempt.deadline - self._clock.now()).total_seconds()
+        return min(max_wait_s, until_deadline_s - self._retry.delay_s(attempt.number) - TIMER_SLACK_S)
