@@ -35,7 +35,7 @@ from tests.proxy import Proxy
 from tests.running import Worker, calls_with, until
 
 # A worker that leaves a refused copy to the broker after two tries instead of one minute.
-IMPATIENT = """
+FEW_COPY_TRIES = """
 import sys
 from worker.rabbitmq import settlement
 from worker.__main__ import main
@@ -308,7 +308,9 @@ async def test_results_wait_for_a_full_results_queue(
 
 
 @pytest.fixture
-async def impatient(own_stack: Stack, start_own_worker: StartWorker) -> AsyncIterator[tuple[Worker, Proxy]]:
+async def few_copy_tries(
+    own_stack: Stack, start_own_worker: StartWorker
+) -> AsyncIterator[tuple[Worker, Proxy]]:
     """Start a worker that soon leaves refused copies to the broker, behind a proxy for the model."""
     async with Proxy.before(own_stack.model.base_url) as model:
         worker = await start_own_worker(
@@ -316,7 +318,7 @@ async def impatient(own_stack: Stack, start_own_worker: StartWorker) -> AsyncIte
             VQA_MODEL_BASE_URL=model.url(own_stack.model.base_url),
             VQA_MAX_CONCURRENCY="3",
         )
-        worker.command = [sys.executable, "-c", IMPATIENT]
+        worker.command = [sys.executable, "-c", FEW_COPY_TRIES]
         await worker.start()
         yield worker, model
         model.thaw()
@@ -324,9 +326,9 @@ async def impatient(own_stack: Stack, start_own_worker: StartWorker) -> AsyncIte
 
 
 async def test_the_broker_requeues_jobs_whose_copies_a_full_queue_refuses(
-    own_stack: Stack, impatient: tuple[Worker, Proxy], own_client_of: MakeClient
+    own_stack: Stack, few_copy_tries: tuple[Worker, Proxy], own_client_of: MakeClient
 ) -> None:
-    (worker, model), marker = impatient, uuid.uuid4().hex
+    (worker, model), marker = few_copy_tries, uuid.uuid4().hex
     own_stack.model.play(Error(status=401), marker=marker, times=None)
     client = await own_client_of(worker)
     async with limited(own_stack, worker.jobs_queue, 2), AsyncExitStack() as resources:
@@ -347,10 +349,10 @@ async def test_the_broker_requeues_jobs_whose_copies_a_full_queue_refuses(
 
 
 async def test_the_broker_keeps_dead_letters_that_a_full_queue_refuses(
-    own_stack: Stack, impatient: tuple[Worker, Proxy], own_client_of: MakeClient
+    own_stack: Stack, few_copy_tries: tuple[Worker, Proxy], own_client_of: MakeClient
 ) -> None:
     """RabbitMQ retries every three minutes: the jobs queue dead-letters at least once."""
-    worker, _ = impatient
+    worker, _ = few_copy_tries
     client = await own_client_of(worker)
 
     async def kept() -> bool:

@@ -110,7 +110,7 @@ async def test_cancellations_of_finished_or_unknown_jobs_and_invalid_messages_ha
     client = await client_of(worker)
     (done,) = await publish(client, 1, "What is it?")
     await results(client, [done])
-    nonsense: list[Any] = [
+    invalid: list[Any] = [
         {},
         [],
         "x",
@@ -119,7 +119,7 @@ async def test_cancellations_of_finished_or_unknown_jobs_and_invalid_messages_ha
         {"cancel": "a\nb"},
         {"cancel": "a", "b": 1},
     ]
-    bodies = [b"", b"\xff", b"[" * 100_000, *(json.dumps(it).encode() for it in nonsense)]
+    bodies = [b"", b"\xff", b"[" * 100_000, *(json.dumps(it).encode() for it in invalid)]
     for body in bodies:
         await send_control_messages(stack, worker, body)
     await cancel(stack, worker, done)

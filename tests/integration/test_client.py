@@ -38,7 +38,7 @@ from worker.client import (
 MODES: tuple[Replies, ...] = ("queue", "exclusive", "direct")
 
 
-def words(text: str, **fields: Any) -> dict[str, Any]:
+def text_job(text: str, **fields: Any) -> dict[str, Any]:
     """Return a job without images."""
     return {"messages": [{"role": "user", "content": text}], **fields}
 
@@ -104,8 +104,8 @@ async def test_a_job_that_fails_is_a_result_too(asking: Client) -> None:
 async def test_an_invalid_job_is_rejected_at_once(asking: Client) -> None:
     for job, text in (
         ({}, "needs question and images"),
-        (words("?", imags=[]), "imags: unknown field"),
-        (words("?", params={"stream": True}), "must not contain stream"),
+        (text_job("?", imags=[]), "imags: unknown field"),
+        (text_job("?", params={"stream": True}), "must not contain stream"),
     ):
         with pytest.raises(InvalidJobError, match=text):
             await asking.ask_job(job)
@@ -118,7 +118,7 @@ async def test_many_jobs_are_published_some_at_a_time(stack: Stack, worker: Work
         nonlocal taken
         for number in range(100):
             taken += 1
-            yield Job.model_validate(words("Many?", id=f"{uuid.uuid4().hex}-{number}"))
+            yield Job.model_validate(text_job("Many?", id=f"{uuid.uuid4().hex}-{number}"))
 
     async with client_of(stack, worker, max_in_flight=10) as client:
         seen: list[Result] = []
@@ -136,9 +136,9 @@ async def test_jobs_may_be_produced_one_by_one(asking: Client) -> None:
     more = asyncio.Event()
 
     async def jobs() -> AsyncIterator[dict[str, Any]]:
-        yield words("First?")
+        yield text_job("First?")
         await more.wait()
-        yield words("Second?")
+        yield text_job("Second?")
 
     async with aclosing(asking.ask_many(jobs())) as results:
         assert (await anext(results)).succeeded
@@ -150,10 +150,10 @@ async def test_jobs_may_be_produced_one_by_one(asking: Client) -> None:
 async def test_an_id_can_be_in_flight_only_once(asking: Client, stack: Stack) -> None:
     marker = uuid.uuid4().hex
     stack.model.play(Answer(after=1.0), marker=marker, times=None)
-    first = asyncio.create_task(asking.ask_job(words(marker, id=marker)))
+    first = asyncio.create_task(asking.ask_job(text_job(marker, id=marker)))
     await until(lambda: calls_with(stack, marker), "the first call")
     with pytest.raises(ValueError, match="is already in flight"):
-        await asking.ask_job(words(marker, id=marker))
+        await asking.ask_job(text_job(marker, id=marker))
     assert (await first).succeeded
 
 
@@ -168,9 +168,9 @@ async def test_a_job_is_cancelled_when_its_caller_stops_waiting(
     stack.model.play(Answer(after=60), marker=marker, times=None)
     async with client_of(stack, worker) as client:
         with pytest.raises(TimeoutError):
-            await client.ask_job(words(marker), timeout=1.0)
+            await client.ask_job(text_job(marker), timeout=1.0)
         # The next job gets the only slot, because the call was cancelled.
-        assert (await client.ask_job(words("Next?"), timeout=60)).succeeded
+        assert (await client.ask_job(text_job("Next?"), timeout=60)).succeeded
     assert worker.metric("vqa_jobs_total", error="cancelled") == 1
 
 
@@ -181,7 +181,7 @@ async def test_jobs_in_flight_are_cancelled_when_the_iteration_ends_early(
     marker = uuid.uuid4().hex
     stack.model.play(Answer(after=60), marker=marker, times=None)
     async with client_of(stack, worker) as client:
-        jobs = [words("Quick?"), *(words(marker) for _ in range(3))]
+        jobs = [text_job("Quick?"), *(text_job(marker) for _ in range(3))]
         async with aclosing(client.ask_many(jobs)) as results:
             assert (await anext(results)).succeeded
             await until(lambda: len(calls_with(stack, marker)) == 3, "the other calls")
@@ -191,7 +191,7 @@ async def test_jobs_in_flight_are_cancelled_when_the_iteration_ends_early(
 async def test_a_job_can_be_cancelled_by_its_id(asking: Client, stack: Stack) -> None:
     marker = uuid.uuid4().hex
     stack.model.play(Answer(after=60), marker=marker, times=None)
-    answer = asyncio.create_task(asking.ask_job(words(marker, id=marker)))
+    answer = asyncio.create_task(asking.ask_job(text_job(marker, id=marker)))
     await until(lambda: calls_with(stack, marker), "the call")
     await asking.cancel(marker)
     result = await answer
@@ -207,7 +207,7 @@ async def test_a_timeout_is_the_job_s_deadline(stack: Stack) -> None:
         async with Client(stack.rabbitmq.url, jobs_queue=queue) as client:
             before = datetime.now(UTC)
             with pytest.raises(TimeoutError):
-                await client.ask_job(words("?"), timeout=1.0)
+                await client.ask_job(text_job("?"), timeout=1.0)
             message = await declared.get(no_ack=True)
             assert message is not None
             deadline = datetime.fromisoformat(json.loads(message.body)["deadline"])
@@ -226,13 +226,13 @@ async def test_jobs_survive_a_lost_connection(stack: Stack, worker: Worker) -> N
     async with Proxy.before(stack.rabbitmq.url) as proxy:
         url = proxy.url(stack.rabbitmq.url)
         async with Client(url, jobs_queue=worker.jobs_queue) as client:
-            answers = [asyncio.create_task(client.ask_job(words(f"{marker} {n}"))) for n in range(5)]
+            answers = [asyncio.create_task(client.ask_job(text_job(f"{marker} {n}"))) for n in range(5)]
             await until(lambda: len(calls_with(stack, marker)) == 5, "all calls")
             await proxy.refuse()
             proxy.reset()
             # The results arrive while the client is disconnected.
             await until(lambda: all(call.ended for call in calls_with(stack, marker)), "all are answered")
-            asked_meanwhile = asyncio.create_task(client.ask_job(words("Meanwhile?")))
+            asked_meanwhile = asyncio.create_task(client.ask_job(text_job("Meanwhile?")))
             await proxy.accept()
             assert all(result.succeeded for result in await asyncio.gather(*answers, asked_meanwhile))
     assert len(calls_with(stack, marker)) == 5
@@ -247,14 +247,14 @@ async def test_a_result_that_is_lost_with_the_connection_raises(
     async with Proxy.before(stack.rabbitmq.url) as proxy:
         url = proxy.url(stack.rabbitmq.url)
         async with Client(url, jobs_queue=worker.jobs_queue, replies=replies) as client:
-            answer = asyncio.create_task(client.ask_job(words(marker)))
+            answer = asyncio.create_task(client.ask_job(text_job(marker)))
             await until(lambda: calls_with(stack, marker), "the call")
             # An unconfirmed job would be published again, and answered.
             await until(lambda: client._confirmed, "the confirm")  # noqa: SLF001 - nothing else shows it
             proxy.reset()
             with pytest.raises(ReplyLostError):
                 await answer
-            assert (await client.ask_job(words("Again?"), timeout=60)).succeeded
+            assert (await client.ask_job(text_job("Again?"), timeout=60)).succeeded
 
 
 @pytest.mark.parametrize("replies", ["queue", "exclusive"])
@@ -272,18 +272,18 @@ async def test_a_deleted_reply_queue_is_created_again(stack: Stack, worker: Work
             assert requests._channel is not None  # noqa: SLF001
             await requests._channel.queue_delete(first)  # noqa: SLF001
         await until(lambda: not requests.connected.is_set(), "the session ends")
-        assert (await client.ask_job(words("Still there?"), timeout=60)).succeeded
+        assert (await client.ask_job(text_job("Still there?"), timeout=60)).succeeded
 
 
 async def test_the_reply_queue_is_deleted_with_the_client(stack: Stack, worker: Worker) -> None:
     async with client_of(stack, worker) as client:
-        assert (await client.ask_job(words("Hello?"))).succeeded
+        assert (await client.ask_job(text_job("Hello?"))).succeeded
         queue = client._requests.reply_to  # noqa: SLF001 - nobody else needs to know it
         assert queue.startswith("vqa.results.client-")
         assert await depth(stack, queue) == 0
     assert await depth(stack, queue) is None
     with pytest.raises(RuntimeError, match="the client is not open"):
-        await client.ask_job(words("Hello?"))
+        await client.ask_job(text_job("Hello?"))
 
 
 async def test_a_client_that_cannot_publish_raises_at_once(stack: Stack) -> None:
@@ -299,7 +299,7 @@ async def test_a_client_that_cannot_publish_raises_at_once(stack: Stack) -> None
                 pass
         async with Client(user.url, replies="direct", jobs_queue="no-such-queue") as client:
             with pytest.raises(NoSuchQueueError, match="no-such-queue"):
-                await client.ask_job(words("?"))
+                await client.ask_job(text_job("?"))
 
 
 async def test_unknown_fields_and_codes_of_a_newer_worker_are_accepted() -> None:

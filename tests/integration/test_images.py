@@ -56,7 +56,7 @@ async def test_the_bytes_are_the_same_from_every_source(
     client: Client, stack: Stack, put_image: PutImage, kind: str
 ) -> None:
     contents = [picture(kind) for _ in range(4)]
-    call = await _look(
+    call = await _model_request(
         client,
         stack,
         put_image(contents[0]),
@@ -77,8 +77,8 @@ async def test_images_of_every_length_around_base64_boundaries_arrive_unchanged(
     base = picture()
     lengths = [*range(4), *(chance.randrange(4, 70_000) for _ in range(4))]
     contents = [base + chance.randbytes(length) for length in lengths]
-    by_s3 = await _look(client, stack, *[put_image(content) for content in contents])
-    by_data = await _look(client, stack, *[_data_url(content) for content in contents])
+    by_s3 = await _model_request(client, stack, *[put_image(content) for content in contents])
+    by_data = await _model_request(client, stack, *[_data_url(content) for content in contents])
 
     for call in (by_s3, by_data):
         assert [image.bytes for image in call.images] == [len(base) + length for length in lengths]
@@ -87,7 +87,7 @@ async def test_images_of_every_length_around_base64_boundaries_arrive_unchanged(
 
 async def test_a_large_image_arrives_unchanged(client: Client, stack: Stack, put_image: PutImage) -> None:
     content = picture() + os.urandom(9_000_001)
-    call = await _look(client, stack, put_image(content))
+    call = await _model_request(client, stack, put_image(content))
     assert [image.sha256 for image in call.images] == [_sha256(content)]
 
 
@@ -97,7 +97,7 @@ async def test_the_type_is_detected_from_the_content_and_not_from_the_name(
     s3 = stack.s3.client()
     key = f"{uuid.uuid4().hex}.jpg"
     s3.put_object(Bucket=BUCKET, Key=key, Body=picture("PNG"), ContentType="text/html")
-    call = await _look(
+    call = await _model_request(
         client,
         stack,
         f"s3://{BUCKET}/{key}",
@@ -118,7 +118,9 @@ async def test_a_key_is_literal(client: Client, stack: Stack, put_image: PutImag
     for key in contents:
         for decoy in decoys:
             put_image(picture(), f"{key.partition('/')[0]}/{decoy}")
-    call = await _look(client, stack, *[put_image(content, key) for key, content in contents.items()])
+    call = await _model_request(
+        client, stack, *[put_image(content, key) for key, content in contents.items()]
+    )
 
     seen = [image.sha256 for image in call.images]
     assert dict(zip(contents, seen, strict=True)) == {
@@ -145,7 +147,7 @@ async def test_slashes_and_dots_of_a_key_are_requested_unchanged(
     stack: Stack, faked: tuple[FakeS3, Client], key: str
 ) -> None:
     s3, client = faked
-    await _look(client, stack, f"s3://{BUCKET}/{key}")
+    await _model_request(client, stack, f"s3://{BUCKET}/{key}")
     assert s3.targets.pop().partition("?")[0] == f"/{BUCKET}/{quote(key, safe='/~')}"
 
 
@@ -186,7 +188,7 @@ async def test_an_https_url_is_passed_on_unchanged_and_not_fetched(client: Clien
             "https://example.com",
             "https://[::1]:9/x",
         ]
-        call = await _look(client, stack, links[0], {"url": links[1]}, *links[2:])
+        call = await _model_request(client, stack, links[0], {"url": links[1]}, *links[2:])
 
     assert call.links == links
     assert visits == 0
@@ -216,7 +218,7 @@ async def test_a_data_url_is_parsed_as_in_browsers(client: Client, stack: Stack)
         f"data:image/png;charset=utf-8;base64,{encoded}",
         f"data:image/png;base64,{encoded[:-1]}",
     ]
-    call = await _look(client, stack, *urls)
+    call = await _model_request(client, stack, *urls)
     assert [image.sha256 for image in call.images] == [_sha256(content)] * len(urls)
 
 
@@ -248,7 +250,9 @@ async def test_the_request_has_presigned_urls_that_return_the_images(
 ) -> None:
     _, client = by_link
     contents = {f"{uuid.uuid4().hex}/{key}": picture() for key in ODD_KEYS}
-    call = await _look(client, stack, *[put_image(content, key) for key, content in contents.items()])
+    call = await _model_request(
+        client, stack, *[put_image(content, key) for key, content in contents.items()]
+    )
 
     assert call.images == []
     for link, (key, content) in zip(call.links, contents.items(), strict=True):
@@ -259,7 +263,7 @@ async def test_a_presigned_url_is_valid_until_after_the_last_call(
     stack: Stack, put_image: PutImage, by_link: tuple[Worker, Client]
 ) -> None:
     _, client = by_link
-    call = await _look(client, stack, put_image())
+    call = await _model_request(client, stack, put_image())
     query = parse_qs(urlsplit(call.links[0]).query)
     assert int(query["X-Amz-Expires"][0]) >= 120
     assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"]
@@ -269,7 +273,9 @@ async def test_the_api_checks_the_content_behind_presigned_urls(
     stack: Stack, put_image: PutImage, by_link: tuple[Worker, Client]
 ) -> None:
     _, client = by_link
-    call = await _look(client, stack, put_image(b"no image"), f"s3://{BUCKET}/missing-{uuid.uuid4().hex}")
+    call = await _model_request(
+        client, stack, put_image(b"no image"), f"s3://{BUCKET}/missing-{uuid.uuid4().hex}"
+    )
     assert len(call.links) == 2
 
 
@@ -278,7 +284,7 @@ async def test_embedded_images_stay_embedded_and_https_urls_are_passed_on(
 ) -> None:
     _, client = by_link
     content = picture("WEBP")
-    call = await _look(client, stack, "https://example.com/x.png", _data_url(content))
+    call = await _model_request(client, stack, "https://example.com/x.png", _data_url(content))
     assert call.links == ["https://example.com/x.png"]
     assert [image.sha256 for image in call.images] == [_sha256(content)]
 
@@ -287,7 +293,7 @@ async def test_only_the_api_gets_the_signature(
     stack: Stack, put_image: PutImage, by_link: tuple[Worker, Client]
 ) -> None:
     worker, client = by_link
-    call = await _look(client, stack, put_image())
+    call = await _model_request(client, stack, put_image())
     signature = parse_qs(urlsplit(call.links[0]).query)["X-Amz-Signature"][0]
     results = [reply.message.body for replies in client.replies.values() for reply in replies]
     assert not any(signature.encode() in body for body in results)
@@ -295,7 +301,7 @@ async def test_only_the_api_gets_the_signature(
     assert signature not in worker.get("/metrics")[1]
 
 
-async def _look(client: Client, stack: Stack, *images: object) -> Call:
+async def _model_request(client: Client, stack: Stack, *images: object) -> Call:
     """Return the model request for a job with these images."""
     question = f"What is {uuid.uuid4().hex}?"
     reply = await client.ask(question=question, images=images)

@@ -53,7 +53,7 @@ class Reported:
         return sum(self.results[name]["usage"][field] or 0 for name in names)
 
 
-ANSWERED = ("two images", "after a 500", "after a reset", "after nonsense", "after a 429")
+ANSWERED = ("two images", "after a 500", "after a reset", "after a malformed response", "after a 429")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ async def reported(stack: Stack, put_image: PutImage, tmp_path_factory: pytest.T
             "exhausted": {},
             "after a 500": {},
             "after a reset": {},
-            "after nonsense": {},
+            "after a malformed response": {},
             "after a 429": {},
         }
         outcomes: dict[str, Outcome] = {
@@ -91,7 +91,7 @@ async def reported(stack: Stack, put_image: PutImage, tmp_path_factory: pytest.T
             "exhausted": Hang(),
             "after a 500": Error(status=500, message="a-note-for-nobody"),
             "after a reset": Reset(),
-            "after nonsense": Malformed(how="not_json"),
+            "after a malformed response": Malformed(how="not_json"),
             "after a 429": Error(status=429, headers={"Retry-After": "0.1"}),
         }
         results = [_result_of(client, stack, name, job, outcomes.get(name)) for name, job in jobs.items()]

@@ -183,7 +183,7 @@ async def test_an_s3_that_hangs_during_a_read_blocks_neither_the_job_nor_the_sto
 
 
 @dataclass(frozen=True)
-class Fiction:
+class FakedS3:
     """A worker with a fake S3, and its publisher."""
 
     stack: Stack
@@ -207,13 +207,13 @@ class Fiction:
 
 
 @pytest.fixture(scope="module")
-async def fiction(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fiction]:
+async def faked_s3(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FakedS3]:
     async with FakeS3.serving(picture()) as s3:
-        worker = hasty(Worker.of(own_stack, tmp_path_factory.mktemp("fiction"), VQA_S3_ENDPOINT_URL=s3.url))
+        worker = hasty(Worker.of(own_stack, tmp_path_factory.mktemp("faked_s3"), VQA_S3_ENDPOINT_URL=s3.url))
         try:
             await worker.start()
             async with Client.of(own_stack, worker) as client:
-                yield Fiction(own_stack, worker, client, s3)
+                yield FakedS3(own_stack, worker, client, s3)
             assert await worker.stop() == 0, worker.output()
         finally:
             worker.kill()
@@ -230,28 +230,28 @@ async def fiction(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) ->
     ],
 )
 async def test_an_s3_that_denies_all_requests_pauses_the_worker_and_uses_no_attempt(
-    fiction: Fiction, status: int, code: str, says: str
+    faked_s3: FakedS3, status: int, code: str, says: str
 ) -> None:
-    well, pauses = fiction.s3.answer, len(fiction.pauses())
-    fiction.s3.answer = refuse(status, code)
+    well, pauses = faked_s3.s3.answer, len(faked_s3.pauses())
+    faked_s3.s3.answer = refuse(status, code)
     try:
-        ids = await fiction.publish(6, "What is it?")
-        http_status, (reason,) = await said(fiction.worker, "paused")
+        ids = await faked_s3.publish(6, "What is it?")
+        http_status, (reason,) = await said(faked_s3.worker, "paused")
         assert http_status == 200
         assert reason.startswith("s3: ")
         assert says in reason
-        assert fiction.worker.metric("vqa_dependency_up", dependency="s3") == 0
-        assert fiction.client.replies.keys().isdisjoint(ids)
+        assert faked_s3.worker.metric("vqa_dependency_up", dependency="s3") == 0
+        assert faked_s3.client.replies.keys().isdisjoint(ids)
     finally:
-        fiction.s3.answer = well
-    await fiction.succeed(ids)
-    assert fiction.pauses()[pauses:] == ["s3"]
+        faked_s3.s3.answer = well
+    await faked_s3.succeed(ids)
+    assert faked_s3.pauses()[pauses:] == ["s3"]
 
 
 async def test_throttling_of_one_object_is_not_an_outage_and_uses_no_attempt(
-    fiction: Fiction,
+    faked_s3: FakedS3,
 ) -> None:
-    well, pauses, hot = fiction.s3.answer, len(fiction.pauses()), f"{uuid.uuid4().hex}.png"
+    well, pauses, hot = faked_s3.s3.answer, len(faked_s3.pauses()), f"{uuid.uuid4().hex}.png"
     refused: list[str] = []
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
@@ -261,48 +261,48 @@ async def test_throttling_of_one_object_is_not_an_outage_and_uses_no_attempt(
             return await refuse(503, "SlowDown")(request)
         return await well(request)
 
-    await fiction.succeed(await fiction.publish(1, "What is it?"))
-    fiction.s3.answer = answer
+    await faked_s3.succeed(await faked_s3.publish(1, "What is it?"))
+    faked_s3.s3.answer = answer
     try:
         # Several jobs share the read of the throttled object.
-        ids = await fiction.publish(4, "What is it?", hot) + await fiction.publish(6, "What is it?")
-        await fiction.succeed(ids)
+        ids = await faked_s3.publish(4, "What is it?", hot) + await faked_s3.publish(6, "What is it?")
+        await faked_s3.succeed(ids)
     finally:
-        fiction.s3.answer = well
+        faked_s3.s3.answer = well
     assert len(refused) == 4
-    assert fiction.pauses()[pauses:] == []
+    assert faked_s3.pauses()[pauses:] == []
 
 
-async def test_any_number_of_denied_objects_is_not_an_outage(fiction: Fiction) -> None:
-    well, pauses = fiction.s3.answer, len(fiction.pauses())
-    fiction.s3.answer = refuse(403, "AccessDenied")
+async def test_any_number_of_denied_objects_is_not_an_outage(faked_s3: FakedS3) -> None:
+    well, pauses = faked_s3.s3.answer, len(faked_s3.pauses())
+    faked_s3.s3.answer = refuse(403, "AccessDenied")
     try:
-        replies = await results(fiction.client, await fiction.publish(6, "What is it?"))
+        replies = await results(faked_s3.client, await faked_s3.publish(6, "What is it?"))
     finally:
-        fiction.s3.answer = well
+        faked_s3.s3.answer = well
     assert {(reply.body["error"]["code"], reply.body["attempts"]) for reply in replies} == {
         ("image_forbidden", 1)
     }
-    assert fiction.pauses()[pauses:] == []
+    assert faked_s3.pauses()[pauses:] == []
 
 
-async def test_two_outages_at_once_are_both_reported_and_both_waited_for(fiction: Fiction) -> None:
-    well, pauses, marker = fiction.s3.answer, len(fiction.pauses()), uuid.uuid4().hex
-    fiction.s3.answer = refuse(403, "ExpiredToken")
-    fiction.stack.model.play(Error(status=401), marker=marker, times=None)
+async def test_two_outages_at_once_are_both_reported_and_both_waited_for(faked_s3: FakedS3) -> None:
+    well, pauses, marker = faked_s3.s3.answer, len(faked_s3.pauses()), uuid.uuid4().hex
+    faked_s3.s3.answer = refuse(403, "ExpiredToken")
+    faked_s3.stack.model.play(Error(status=401), marker=marker, times=None)
     try:
-        ids = await fiction.publish(2, marker)
-        await said(fiction.worker, "paused")
-        ids += await publish(fiction.client, 2, marker)
+        ids = await faked_s3.publish(2, marker)
+        await said(faked_s3.worker, "paused")
+        ids += await publish(faked_s3.client, 2, marker)
 
         def reasons() -> set[str]:
-            return {reason.partition(":")[0] for reason in fiction.worker.ready()[1]["reasons"]}
+            return {reason.partition(":")[0] for reason in faked_s3.worker.ready()[1]["reasons"]}
 
         await until(lambda: reasons() == {"s3", "model"}, "both are reported")
-        fiction.s3.answer = well
+        faked_s3.s3.answer = well
         await until(lambda: reasons() == {"model"}, "one outage ends")
     finally:
-        fiction.s3.answer = well
-        fiction.stack.model.configure(rules=[])
-    await fiction.succeed(ids)
-    assert fiction.pauses()[pauses:] == ["s3", "model"]
+        faked_s3.s3.answer = well
+        faked_s3.stack.model.configure(rules=[])
+    await faked_s3.succeed(ids)
+    assert faked_s3.pauses()[pauses:] == ["s3", "model"]

@@ -224,12 +224,12 @@ async def test_the_broker_s_certificate_is_verified_with_the_configured_ca(
     other = Authority.made_in(tmp_path / "other")
     async with Proxy.before(own_stack.rabbitmq.url, tls=authority.server_context()) as proxy:
         url = proxy.url(own_stack.rabbitmq.url).replace("amqp:", "amqps:")
-        deceived = await start_own_worker(
+        distrusting = await start_own_worker(
             wait=False, VQA_RABBITMQ_URL=url, VQA_RABBITMQ_CA_FILE=other.certificate
         )
         worker, ended = await asyncio.gather(
             start_own_worker(VQA_RABBITMQ_URL=url, VQA_RABBITMQ_CA_FILE=authority.certificate),
-            deceived.run_to_end(),
+            distrusting.run_to_end(),
         )
         client = await own_client_of(worker)
         assert (await client.ask(**job())).body["status"] == "succeeded"

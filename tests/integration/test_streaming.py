@@ -46,7 +46,7 @@ def data_url(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-async def look(client: Client, stack: Stack, *images: object) -> Call:
+async def model_request(client: Client, stack: Stack, *images: object) -> Call:
     """Return the model request for a job with these images."""
     question = f"What is {uuid.uuid4().hex}?"
     reply = await client.ask(question=question, images=images)
@@ -64,7 +64,7 @@ async def test_images_of_all_sources_and_sizes_in_one_request_arrive_unchanged(
     small, large = an_image(999), an_image(2 * MIB + 1)
     embedded, large_embedded = an_image(1000), an_image(MIB + 2)
     link = "https://images.example/cat.png?x=%2F"
-    call = await look(
+    call = await model_request(
         client,
         stack,
         put_image(large),
@@ -87,7 +87,9 @@ async def test_images_with_sizes_around_boundaries_arrive_unchanged(
     bounds = [SMALL_BYTES * 3 // 4, SMALL_BYTES, 400 * 1024 * 3 // 4]
     sizes = [bound + more for bound in bounds for more in (-1, 0, 1, 2)]
     contents = [an_image(size) for size in sizes]
-    call = await look(client, stack, *[(put_image if way == "s3" else data_url)(it) for it in contents])
+    call = await model_request(
+        client, stack, *[(put_image if way == "s3" else data_url)(it) for it in contents]
+    )
     assert [image.bytes for image in call.images] == sizes
     assert [image.sha256 for image in call.images] == [sha256(content) for content in contents]
 
@@ -111,7 +113,7 @@ async def test_white_space_in_a_data_url_does_not_truncate_the_image(client: Cli
     urls = [
         f"data:image/png;base64,{encoded[:at]}{blanks}{encoded[at:]}" for at in (0, 500_000, len(encoded))
     ]
-    call = await look(client, stack, *urls)
+    call = await model_request(client, stack, *urls)
     assert [image.sha256 for image in call.images] == [sha256(content)] * 3
 
 
@@ -313,7 +315,9 @@ async def test_a_response_that_is_not_an_image_is_never_sent(scene: Scene, answe
 
 async def test_images_arrive_unchanged_after_these_errors(scene: Scene) -> None:
     """An interrupted request leaves no half-used connection in the pool."""
-    calls = await asyncio.gather(*[look(scene.client, scene.stack, f"s3://{BUCKET}/it") for _ in range(10)])
+    calls = await asyncio.gather(
+        *[model_request(scene.client, scene.stack, f"s3://{BUCKET}/it") for _ in range(10)]
+    )
     assert {image.sha256 for call in calls for image in call.images} == {sha256(LARGE)}
     assert scene.worker.ready() == (200, {"status": "ready", "reasons": []})
 
@@ -437,7 +441,7 @@ async def test_images_in_flight_do_not_exceed_the_buffer(
         assert {reply.body["status"] for reply in replies} == {"succeeded"}
         assert 1 <= s3.most_at_once <= 3
         # A job whose images exceed the buffer gets the whole buffer.
-        call = await look(client, stack, *[f"s3://{BUCKET}/x{n}.png" for n in range(5)])
+        call = await model_request(client, stack, *[f"s3://{BUCKET}/x{n}.png" for n in range(5)])
         assert [image.sha256 for image in call.images] == [sha256(LARGE)] * 5
 
 
@@ -447,8 +451,8 @@ async def test_images_in_flight_do_not_exceed_the_buffer(
 @dataclass
 class Linked:
     s3: FakeS3
-    looking: Client
-    not_looking: Client
+    checked: Client
+    unchecked: Client
 
 
 @pytest.fixture(scope="module")
@@ -464,10 +468,10 @@ async def linked(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
             "AWS_CA_BUNDLE": authority.certificate,
         }
         async with (
-            Worker.running(stack, folder, **settings, VQA_CHECK_LINKED_IMAGES="true") as looking,
-            Worker.running(stack, folder, **settings) as not_looking,
-            Client.of(stack, looking) as client,
-            Client.of(stack, not_looking) as other,
+            Worker.running(stack, folder, **settings, VQA_CHECK_LINKED_IMAGES="true") as checked,
+            Worker.running(stack, folder, **settings) as unchecked,
+            Client.of(stack, checked) as client,
+            Client.of(stack, unchecked) as other,
         ):
             yield Linked(s3, client, other)
 
@@ -504,7 +508,7 @@ async def test_a_check_of_a_linked_image_reports_errors_before_the_model_is_call
     code: str,
     words: str,
 ) -> None:
-    s3, client = linked.s3, linked.looking
+    s3, client = linked.s3, linked.checked
     s3.answer, question = answer, f"What is {uuid.uuid4().hex}?"
     s3.asked.clear()
     reply = await client.ask(question=question, images=[f"s3://{BUCKET}/it"])
@@ -516,17 +520,17 @@ async def test_a_check_of_a_linked_image_reports_errors_before_the_model_is_call
     assert asked.headers["range"] == "bytes=0-11"
     # Without the setting S3 gets no request and the API checks the images.
     s3.asked.clear()
-    assert (await look(linked.not_looking, stack, f"s3://{BUCKET}/it")).links
+    assert (await model_request(linked.unchecked, stack, f"s3://{BUCKET}/it")).links
     assert s3.asked == []
 
 
 async def test_a_valid_linked_image_is_requested_once_and_passed_on_as_a_presigned_url(
     stack: Stack, linked: Linked
 ) -> None:
-    s3, client = linked.s3, linked.looking
+    s3, client = linked.s3, linked.checked
     s3.answer = part(an_image(1000))
     s3.asked.clear()
-    call = await look(client, stack, f"s3://{BUCKET}/well.png")
+    call = await model_request(client, stack, f"s3://{BUCKET}/well.png")
     assert call.images == []
     (link,) = call.links
     assert link.startswith(f"{s3.url}/{BUCKET}/well.png?")
@@ -538,7 +542,7 @@ async def test_a_valid_linked_image_is_requested_once_and_passed_on_as_a_presign
 
 
 @dataclass
-class HastyApi:
+class EarlyApi:
     """Respond after a part of a request; answer complete requests like an API."""
 
     url: str = ""
@@ -590,16 +594,16 @@ def answered(status: int, body: object, *more: str) -> bytes:
 
 
 @dataclass
-class HastyScene:
-    api: HastyApi
+class EarlyApiScene:
+    api: EarlyApi
     s3: FakeS3
     worker: Worker
     client: Client
 
 
 @pytest.fixture(scope="module")
-async def hasty(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[HastyScene]:
-    folder, api = tmp_path_factory.mktemp("hasty"), HastyApi()
+async def early_api(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EarlyApiScene]:
+    folder, api = tmp_path_factory.mktemp("early_api"), EarlyApi()
     async with await asyncio.start_server(api.serve, "127.0.0.1", 0) as server:
         api.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         async with (
@@ -609,11 +613,11 @@ async def hasty(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Async
             ) as worker,
             Client.of(stack, worker) as client,
         ):
-            yield HastyScene(api, s3, worker, client)
+            yield EarlyApiScene(api, s3, worker, client)
 
 
 @asynccontextmanager
-async def half_an_image(scene: HastyScene) -> AsyncIterator[None]:
+async def half_an_image(scene: EarlyApiScene) -> AsyncIterator[None]:
     """Respond to the first request with half of the image and then hang."""
     first = True
 
@@ -643,25 +647,25 @@ EARLY: dict[int, dict[str, Any]] = {
 @pytest.mark.parametrize("closes", [True, False], ids=["closing", "staying"])
 @pytest.mark.parametrize("status", EARLY)
 async def test_an_early_response_of_the_api_is_handled_like_a_normal_one(
-    hasty: HastyScene, status: int, closes: bool
+    early_api: EarlyApiScene, status: int, closes: bool
 ) -> None:
-    api, expected = hasty.api, EARLY[status]
-    counted = hasty.worker.metric("vqa_model_requests_total", code=str(status))
-    ambiguous = hasty.worker.metric("vqa_ambiguous_calls_total")
+    api, expected = early_api.api, EARLY[status]
+    counted = early_api.worker.metric("vqa_model_requests_total", code=str(status))
+    ambiguous = early_api.worker.metric("vqa_ambiguous_calls_total")
     more = ["Retry-After: 0.1", *(["Connection: close"] if closes else [])]
     api.says, api.closes = answered(status, {"error": {"message": "too much"}}, *more), closes
     api.bodies.clear()
-    async with half_an_image(hasty):
-        reply = await hasty.client.ask(question="What is it?", images=[f"s3://{BUCKET}/it.png"])
+    async with half_an_image(early_api):
+        reply = await early_api.client.ask(question="What is it?", images=[f"s3://{BUCKET}/it.png"])
     assert (reply.body["error"] or {}).get("code") == expected["code"], reply.body
     assert reply.body["attempts"] == expected["attempts"]
     assert expected.get("words", "") in (reply.body["error"] or {}).get("message", "")
-    assert hasty.worker.metric("vqa_model_requests_total", code=str(status)) == counted + 1
-    assert hasty.worker.metric("vqa_ambiguous_calls_total") == ambiguous
+    assert early_api.worker.metric("vqa_model_requests_total", code=str(status)) == counted + 1
+    assert early_api.worker.metric("vqa_ambiguous_calls_total") == ambiguous
     # The read of the image is cancelled.
-    await until(lambda: hasty.s3.at_once == 0, "the read is cancelled")
+    await until(lambda: early_api.s3.at_once == 0, "the read is cancelled")
     # The next job does not get a connection with an incomplete request.
-    reply = await hasty.client.ask(question="What is it?", images=[f"s3://{BUCKET}/it.png"])
+    reply = await early_api.client.ask(question="What is it?", images=[f"s3://{BUCKET}/it.png"])
     assert reply.body["answer"] == "A cat."
     sent = json.loads(api.bodies[-1])["messages"][0]["content"][0]["image_url"]["url"]
     assert sent == data_url(LARGE)

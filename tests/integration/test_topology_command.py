@@ -23,7 +23,7 @@ from tests.running import ROOT, Ended, until
 EXIT_CONFIG = 78
 QUEUES = ["vqa.jobs.dead", "vqa.results", "vqa.jobs", *(f"vqa.jobs.retry.{n}s" for n in (1, 5, 30, 120))]
 # A worker that leaves a copy of a job to the broker after two tries.
-IMPATIENT = """
+FEW_COPY_TRIES = """
 import sys
 from worker.__main__ import main
 from worker.rabbitmq import messages
@@ -348,7 +348,7 @@ async def test_a_deleted_jobs_exchange_is_created_again_and_no_job_is_lost(
     marker, exchange = uuid.uuid4().hex, f"back-{uuid.uuid4().hex}"
     stack.model.play(Error(status=500), marker=marker, times=2)
     worker = await start_worker(wait=False, VQA_JOBS_EXCHANGE=exchange)
-    worker.command = [sys.executable, "-c", IMPATIENT]
+    worker.command = [sys.executable, "-c", FEW_COPY_TRIES]
     await worker.start()
     client = await client_of(worker)
     async with await connect(stack.rabbitmq.url) as connection:

@@ -211,7 +211,7 @@ READABLE_ID = {
     "both forms": ('"question":"?","images":["x"],"messages":[{"role":"user","content":"?"}]', "short form"),
     "unknown field": ('"question":"?","images":["x"],"imagse":[]', "imagse: unknown field"),
     "wrong type": ('"question":7,"images":["x"]', "question: "),
-    "twice wrong": ('"question":7,"images":"x"', "; images: "),
+    "two wrong types": ('"question":7,"images":"x"', "; images: "),
 }
 
 
@@ -257,8 +257,8 @@ NO_READABLE_ID = {
     "id has controls": rb'{"id":"a\nb","question":"?","images":["https://example.com/"]}',
     "id is a list": b'{"id":["x"],"question":"?","images":["https://example.com/"]}',
     "id has a lone surrogate": rb'{"id":"\ud800","question":"?","images":["https://example.com/"]}',
-    "arrays to the moon": b"[" * 4000,
-    "objects to the moon": b'{"x":' * 900,
+    "deeply nested arrays": b"[" * 4000,
+    "deeply nested objects": b'{"x":' * 900,
     "nested and closed": b'{"id":"deep","question":"?","images":["x"],"metadata":{"x":%s}}'
     % (b"[" * 2000 + b"]" * 2000),
     "too long": b'{"question":"%s","images":["https://example.com/"]}' % (b"?" * MAX_JOB_BYTES),
@@ -424,9 +424,9 @@ FINE = {
     "time in the queue is far off": {
         "headers": table(("timestamp_in_ms", b"l" + struct.pack(">q", 2**63 - 1)))
     },
-    "tables in tables": {"headers": table(("deep", nested(300)))},
-    "tables to the moon": {"headers": table(("deep", nested(5000)))},
-    "deaths that never were": {
+    "nested tables": {"headers": table(("deep", nested(300)))},
+    "deeply nested tables": {"headers": table(("deep", nested(5000)))},
+    "malformed x-death": {
         "headers": table(
             ("x-death", b"S" + long(b"no")),
             ("x-delivery-count", b"S" + long(b"99")),
@@ -434,9 +434,7 @@ FINE = {
             ("vqa-copy", b"t\x01"),
         )
     },
-    "attempts between odd ones": {
-        "headers": table((b"\xff", b"t\x01"), ("vqa-attempts", b"T" + b"\xff" * 8))
-    },
+    "malformed attempts": {"headers": table((b"\xff", b"t\x01"), ("vqa-attempts", b"T" + b"\xff" * 8))},
 }
 
 

@@ -90,7 +90,7 @@ def fault(body: bytes | dict[str, Any], message_id: str | None = None) -> Invali
     return caught.value
 
 
-def words_about(body: bytes) -> str:
+def error_message(body: bytes) -> str:
     """Return why a body is not a job; an empty string if it is one."""
     try:
         decode(body, None, NO_LIMIT)
@@ -137,7 +137,7 @@ def test_all_bytes_are_a_job_or_an_invalid_one(body: bytes) -> None:
 
 @given(value=VALUES | st.fixed_dictionaries({}, optional=dict.fromkeys(Job.model_fields, VALUES)))
 def test_all_json_is_a_job_or_an_invalid_one(value: Any) -> None:
-    words_about(json.dumps(value).encode())
+    error_message(json.dumps(value).encode())
 
 
 def _refuse_constant(name: str) -> float:
@@ -517,7 +517,7 @@ ODD_JOBS = st.fixed_dictionaries(
 
 @given(fields=ODD_JOBS)
 def test_error_messages_do_not_contain_values_of_the_job(fields: dict[str, Any]) -> None:
-    words = words_about(json.dumps(fields).encode())
+    words = error_message(json.dumps(fields).encode())
     assert CANARY not in words
     assert str(NUMBER) not in words
 
@@ -527,7 +527,7 @@ def test_error_messages_about_invalid_json_do_not_contain_its_text(where: float,
     body = json.dumps({**SHORT, "question": CANARY * 5, "metadata": {CANARY: [CANARY]}})
     at = int(where * len(body))
     for damaged in (body[:at] + put + body[at:], body[:at] + put):
-        assert not re.search("CANA|NARY", words_about(damaged.encode()))
+        assert not re.search("CANA|NARY", error_message(damaged.encode()))
 
 
 def test_the_first_errors_are_named_and_the_rest_counted() -> None:

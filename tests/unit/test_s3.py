@@ -113,9 +113,9 @@ def test_the_ca_bundle_comes_from_the_usual_variables(
 async def test_an_unreadable_ca_bundle_is_reported_with_its_variable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    nonsense = tmp_path / "nonsense.pem"
-    nonsense.write_text("no certificate")
-    for path in (tmp_path / "missing.pem", nonsense, tmp_path):
+    invalid = tmp_path / "invalid.pem"
+    invalid.write_text("no certificate")
+    for path in (tmp_path / "missing.pem", invalid, tmp_path):
         monkeypatch.setenv(name, str(path))
         with pytest.raises(S3ConfigurationError, match=rf"{name}.*{path.name}"):
             S3(Aws(Endpoint("https://127.0.0.1:9", "auto")))

@@ -25,7 +25,7 @@ from worker.rabbitmq.connection import Broker, BrokerRefusedError
 
 # RabbitMQ 4.3.0 denies passive declarations to users without configure permission. Here the tests
 # declare actively, which every version denies to them.
-MAY_NOT_LOOK = """
+NO_PASSIVE_DECLARE = """
 import sys
 from worker.__main__ import main
 from worker.rabbitmq.topology import ExchangeSpec, QueueSpec
@@ -187,7 +187,7 @@ async def test_direct_replies_work_if_the_worker_may_write_to_the_default_exchan
 
 async def test_a_worker_that_may_not_check_its_queues_still_works(scene: Scene, tmp_path: Path) -> None:
     worker = Worker.of(scene.stack, tmp_path, **scene.realm.settings)
-    worker.command = [sys.executable, "-c", MAY_NOT_LOOK]
+    worker.command = [sys.executable, "-c", NO_PASSIVE_DECLARE]
 
     async def has_answered() -> bool:
         assert (await scene.client.ask(**job())).body["status"] == "succeeded"
@@ -297,7 +297,7 @@ ACTS: dict[str, tuple[Act, set[str]]] = {
     "publish a job": (publish(INTAKE), {PUBLISHER, OPERATOR}),
     "cancel a job": (publish(CONTROL), {PUBLISHER, OPERATOR}),
     "publish to a built-in exchange": (publish("amq.topic", "x"), set()),
-    "take a job": (get("vqa.jobs"), {WORKER, OPERATOR}),
+    "get a job": (get("vqa.jobs"), {WORKER, OPERATOR}),
     "read a result": (get("vqa.results"), {PUBLISHER, OPERATOR}),
     "read a dead letter": (get("vqa.jobs.dead"), {OPERATOR}),
     "read a retry queue": (get("vqa.jobs.retry.120s"), {OPERATOR}),
@@ -377,18 +377,18 @@ async def test_no_user_has_access_to_another_virtual_host(realm: Realm, user: st
 
 MANAGEMENT: dict[str, tuple[str, str, object]] = {
     "the jobs queue": ("GET", f"/api/queues/{VHOST}/vqa.jobs", None),
-    "its messages": (
+    "get its messages": (
         "POST",
         f"/api/queues/{VHOST}/vqa.jobs/get",
         {"count": 1, "ackmode": "ack_requeue_true", "encoding": "auto"},
     ),
-    "publishing": (
+    "publish a message": (
         "POST",
         f"/api/exchanges/{VHOST}/{INTAKE}/publish",
         {"properties": {}, "routing_key": "", "payload": "x", "payload_encoding": "string"},
     ),
-    "emptying a queue": ("DELETE", f"/api/queues/{VHOST}/vqa.jobs/contents", None),
-    "deleting a queue": ("DELETE", f"/api/queues/{VHOST}/vqa.jobs", None),
+    "purge a queue": ("DELETE", f"/api/queues/{VHOST}/vqa.jobs/contents", None),
+    "delete a queue": ("DELETE", f"/api/queues/{VHOST}/vqa.jobs", None),
     "a policy": ("PUT", f"/api/policies/{VHOST}/mine", {"pattern": ".*", "definition": {"max-length": 1}}),
     "the users": ("GET", "/api/users", None),
     "the definitions": ("GET", "/api/definitions", None),

@@ -267,15 +267,15 @@ async def test_each_missing_permission_has_the_documented_effect(
 Act = Callable[["S3Client", Buckets], object]
 ALLOWED: dict[str, Act] = {
     "read an image": lambda s3, at: s3.get_object(Bucket=at.images, Key="invoices/1.png"),
-    "look at its first bytes": lambda s3, at: s3.get_object(
+    "read its first bytes": lambda s3, at: s3.get_object(
         Bucket=at.images, Key="scans/1.png", Range="bytes=0-11"
     ),
     "keep": lambda s3, at: s3.put_object(Bucket=at.results, Key="answers/it", Body=b""),
-    "keep, if nobody has": lambda s3, at: s3.put_object(
+    "create if it does not exist": lambda s3, at: s3.put_object(
         Bucket=at.results, Key=f"answers/{uuid.uuid4()}", Body=b"", IfNoneMatch="*"
     ),
     "find": lambda s3, at: s3.get_object(Bucket=at.results, Key="answers/mine"),
-    "take away": lambda s3, at: s3.delete_object(Bucket=at.results, Key="answers/it"),
+    "delete an answer": lambda s3, at: s3.delete_object(Bucket=at.results, Key="answers/it"),
     "list": lambda s3, at: s3.list_objects_v2(Bucket=at.results, Prefix="answers/cancelled/"),
 }
 FORBIDDEN: dict[str, Act] = {
@@ -287,20 +287,24 @@ FORBIDDEN: dict[str, Act] = {
     "copy an image to itself": lambda s3, at: s3.copy_object(
         Bucket=at.images, Key="scans/2.png", CopySource=f"{at.images}/scans/1.png"
     ),
-    "open an image to all": lambda s3, at: s3.put_object_acl(
+    "make an image public": lambda s3, at: s3.put_object_acl(
         Bucket=at.images, Key="scans/1.png", ACL="public-read"
     ),
     "read an image's tags": lambda s3, at: s3.get_object_tagging(Bucket=at.images, Key="scans/1.png"),
-    "read what else is in the store's bucket": lambda s3, at: s3.get_object(
+    "read another object of the store's bucket": lambda s3, at: s3.get_object(
         Bucket=at.results, Key="somebody/else"
     ),
-    "write elsewhere in it": lambda s3, at: s3.put_object(Bucket=at.results, Key="somebody/else", Body=b""),
-    "delete elsewhere in it": lambda s3, at: s3.delete_object(Bucket=at.results, Key="somebody/else"),
+    "write another object of the store's bucket": lambda s3, at: s3.put_object(
+        Bucket=at.results, Key="somebody/else", Body=b""
+    ),
+    "delete another object of the store's bucket": lambda s3, at: s3.delete_object(
+        Bucket=at.results, Key="somebody/else"
+    ),
     "delete the bucket": lambda s3, at: s3.delete_bucket(Bucket=at.results),
-    "open the bucket": lambda s3, at: s3.put_bucket_policy(
+    "make the bucket public": lambda s3, at: s3.put_bucket_policy(
         Bucket=at.images, Policy=json.dumps({"Version": "2012-10-17", "Statement": []})
     ),
-    "make a bucket": lambda s3, _: s3.create_bucket(Bucket=f"new-{uuid.uuid4().hex}"),
+    "create a bucket": lambda s3, _: s3.create_bucket(Bucket=f"new-{uuid.uuid4().hex}"),
 }
 
 
