@@ -10,7 +10,7 @@ from PIL import Image
 
 from deploy.local.simulated_model import SimulatedModel
 from deploy.local.stack import Stack
-from tests.integration.local.asking import Ask, Inline, Plain, encoded
+from tests.integration.local.fixture_types import Ask, Inline, Plain, encoded
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from PIL import Image
 from deploy.local.model_simulator.image_analysis import look_at, main_colours
 from deploy.local.model_simulator.request import InlinePicture
 from deploy.local.sample_images import draw_bar_chart, draw_receipt, draw_seascape, draw_street_sign
-from tests.integration.local.asking import encoded
+from tests.integration.local.fixture_types import encoded
 
 
 @pytest.mark.parametrize(

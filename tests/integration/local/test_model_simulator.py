@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from deploy.local.simulated_model import SimulatedModel
-from tests.integration.local.asking import Ask, Inline, Plain, encoded
+from tests.integration.local.fixture_types import Ask, Inline, Plain, encoded
 
 
 def text_of(answer: dict[str, Any]) -> str:

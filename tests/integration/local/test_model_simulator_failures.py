@@ -11,7 +11,7 @@ import pytest
 from deploy.local.model_simulator.behavior import Answer, Error, Hang, Malformed, Reset, Rule
 from deploy.local.model_simulator.calls import Call
 from deploy.local.simulated_model import SimulatedModel
-from tests.integration.local.asking import Ask
+from tests.integration.local.fixture_types import Ask
 from tests.running import until
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.local.processes import ServiceStartError, SupervisedProcess
-from tests.integration.local.processes_seen import alive, wait_until_ended
+from tests.integration.local.proc import alive, wait_until_ended
 
 OWNER = """
 import os, sys, time

@@ -19,7 +19,7 @@ from deploy.local import stack as stack_module
 from deploy.local.install import Installation
 from deploy.local.processes import ServiceStartError
 from deploy.local.stack import Stack
-from tests.integration.local.processes_seen import alive, family, wait_until_ended
+from tests.integration.local.proc import alive, family, wait_until_ended
 
 SIGNALS = (signal.SIGINT, signal.SIGKILL)
 

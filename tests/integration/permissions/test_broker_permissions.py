@@ -19,7 +19,7 @@ from deploy.local.model_simulator.behavior import Answer, Error, Hang
 from deploy.local.stack import Stack
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
 from tests.breaking import administer, calls_begun, events, job, url_as
-from tests.integration.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
+from tests.integration.permissions.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Worker, calls_with, until
 from worker.rabbitmq.connection import Broker, BrokerRefusedError
 

@@ -10,7 +10,7 @@ from deploy.local.stack import Stack
 from deploy.rabbitmq.rights import OPERATOR, PUBLISHER, WORKER
 from tests.conftest import PutImage
 from tests.integration.cli.running import Cli
-from tests.integration.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, Realm
+from tests.integration.permissions.realm import PLAIN_FOLDER, STRICT_FOLDER, Realm
 from tests.running import Worker
 from worker.client import Client, Replies
 

@@ -77,7 +77,7 @@ class Realm:
         """Return the broker's URL for one of the users."""
         return url_as(self.stack, user, self.passwords[user], vhost)
 
-    def rights(self, user: str) -> Any:
+    def permissions(self, user: str) -> Any:
         """Return a user's permissions on the broker."""
         return administer(self.stack, "GET", f"/api/permissions/{VHOST}/{user}")
 

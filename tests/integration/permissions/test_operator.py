@@ -15,7 +15,7 @@ from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.stack import Stack
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
 from tests.breaking import BrokerUser, administer, job
-from tests.integration.rights.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
+from tests.integration.permissions.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Ended, Worker
 from worker.rabbitmq.connection import Broker, BrokerRefusedError
 
@@ -46,9 +46,9 @@ def bare(stack: Stack, request: pytest.FixtureRequest, tmp_path: Path) -> Iterat
     definitions: dict[str, Any] = json.loads((folder / "definitions.json").read_text())
     # Topic permissions belong to an exchange, which must exist on newer brokers.
     later = ("topic_permissions", "queues", "exchanges", "bindings")
-    rights = {kind: entries for kind, entries in definitions.items() if kind not in later}
-    (tmp_path / "rights.json").write_text(json.dumps(rights))
-    with Realm.of(stack, folder, definitions=tmp_path / "rights.json") as realm:
+    permissions = {kind: entries for kind, entries in definitions.items() if kind not in later}
+    (tmp_path / "permissions.json").write_text(json.dumps(permissions))
+    with Realm.of(stack, folder, definitions=tmp_path / "permissions.json") as realm:
         yield realm
 
 
@@ -165,4 +165,4 @@ async def test_the_strict_files_can_be_imported_over_the_others_and_back(
                 assert (await client.ask(**job())).body["status"] == "succeeded"
             assert "ACCESS_REFUSED" not in worker.output()
         realm.give(PLAIN_FOLDER / "definitions.json")
-        assert realm.rights(WORKER)["write"] == r"^(amq\.default|amq\.gen-.*)$"
+        assert realm.permissions(WORKER)["write"] == r"^(amq\.default|amq\.gen-.*)$"
