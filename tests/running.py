@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue, HeadersType
@@ -23,8 +23,10 @@ from yarl import URL
 
 from deploy.local.model_simulator.calls import Call
 from deploy.local.stack import Stack
+from tests.forked import ForkedRun
 
 ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "worker", "run"]
 PATIENCE_S = 90.0
 # More frequent polling would use CPU time that the worker needs.
 MAX_POLL_INTERVAL_S = 0.1
@@ -66,13 +68,16 @@ class Ended:
 class Worker:
     """Run `vqa-worker run` in its own process with its own queues."""
 
+    # Whether to fork a process that has imported the modules instead of starting the command.
+    forks: ClassVar[bool] = False
+
     def __init__(self, environment: Mapping[str, str], log_file: Path) -> None:
         self._environment = {**environment, "PYTHONUNBUFFERED": "1"}
         self._log_file = log_file
         self._log_bytes = 0
         self._log_lines: list[dict[str, Any]] = []
-        self.command = [sys.executable, "-m", "worker", "run"]
-        self.process: subprocess.Popen[bytes] | None = None
+        self.command = COMMAND
+        self.process: subprocess.Popen[bytes] | ForkedRun | None = None
         self.port = 0
 
     @classmethod
@@ -113,6 +118,9 @@ class Worker:
 
     def launch(self) -> None:
         """Start without waiting."""
+        if self.forks and self.command is COMMAND:
+            self.process = ForkedRun(self._environment, self._log_file.parent, self._log_file)
+            return
         # A working directory without a developer's `.env`.
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen(  # noqa: S603 - a test's own
@@ -156,7 +164,7 @@ class Worker:
         process = self.process
         assert process is not None
         await until(lambda: process.poll() is not None, "the worker exits", patience_s)
-        return process.returncode
+        return process.wait()
 
     @classmethod
     @contextlib.asynccontextmanager

@@ -53,13 +53,11 @@ def test_the_figures_of_a_worker_are_sums_over_its_models() -> None:
     metrics.DEPENDENCY_UP.labels("s3").set(0)
     metrics.DEPENDENCY_UP.labels("model").set(1)
     after = read_sample(metrics.exposition()[0].decode())
-    assert {name: after.counts[name] - before.counts.get(name, 0.0) for name in after.counts} == {
-        "succeeded": 2,
-        "failed": 2,
-        "prompt_tokens": 200,
-        "completion_tokens": 14,
-        "cost_usd": 1.0,
-    }
+    assert {
+        name: after.counts[name] - before.counts.get(name, 0.0) for name in after.counts
+    } == pytest.approx(
+        {"succeeded": 2, "failed": 2, "prompt_tokens": 200, "completion_tokens": 14, "cost_usd": 1.0}
+    )
     grown = {bound: count - before.buckets.get(bound, 0.0) for bound, count in after.buckets.items()}
     assert (grown[0.1], grown[0.25], grown[inf]) == (0, 2, 2)
     assert (after.in_flight, after.limit) == (3, 32)

@@ -1,0 +1,5 @@
+"""Integration tests start hundreds of workers."""
+
+from tests.running import Worker
+
+Worker.forks = True
