@@ -1136,6 +1136,20 @@ async def test_a_429_lowers_the_limit(scene: Scene) -> None:
     assert isinstance(await task, Succeeded)
 
 
+@pytest.mark.parametrize(
+    ("deed", "is_diagnosed"), [(ANSWER, False), (TransientError(MODEL, "http_5xx", "no"), True)]
+)
+async def test_only_a_transient_error_begins_the_stage_diagnose(
+    scene: Scene, deed: Deed, is_diagnosed: bool
+) -> None:
+    scene.model.deeds = [deed]
+    delivery = a_delivery(JOB)
+    attempt = Attempt.from_delivery(delivery)
+    await scene.processor.process(delivery, attempt)
+    assert attempt.has_entered("diagnose") is is_diagnosed
+    assert attempt.has_entered("model")
+
+
 async def test_endless_429s_requeue_the_job_after_its_timeout() -> None:
     scene = Scene(job_timeout_s=0.8)
     scene.model.deeds = [RateLimitedError(0.05)]
@@ -1146,7 +1160,7 @@ async def test_endless_429s_requeue_the_job_after_its_timeout() -> None:
     assert scene.detector.outages == {}
 
 
-async def test_a_long_pause_requeues_the_job_after_its_timeout() -> None:
+async def test_a_long_backoff_requeues_the_job_after_its_timeout() -> None:
     scene = Scene(job_timeout_s=0.5)
     scene.model.deeds = [RateLimitedError(3600.0)]
     assert isinstance(await scene.process(), Requeued)
