@@ -48,7 +48,7 @@ def test_the_figures_of_a_worker_are_sums_over_its_models() -> None:
         metrics.TOKENS.labels(model, "prompt").inc(100)
         metrics.TOKENS.labels(model, "completion").inc(7)
         metrics.COST.labels(model).inc(0.5)
-    metrics.JOBS_IN_FLIGHT.set(3)
+    metrics.JOBS_IN_FLIGHT.set_function(lambda: 3)
     metrics.CONCURRENCY_LIMIT.set(32)
     metrics.DEPENDENCY_UP.labels("s3").set(0)
     metrics.DEPENDENCY_UP.labels("model").set(1)
