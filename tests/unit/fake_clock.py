@@ -58,5 +58,11 @@ class FakeClock(Clock):
         """Advance the time without running anything: sleepers wake at the next `advance`."""
         self._monotonic += seconds
 
+    def expire(self, seconds: float) -> None:
+        """Advance the time and expire the timers that become due, but run no task yet."""
+        self._monotonic += seconds
+        while self._timers and self._timers[0][0] <= self._monotonic:
+            heapq.heappop(self._timers)[2]()
+
     def _at(self, seconds: float, wake: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (self._monotonic + seconds, next(self._numbers), wake))

@@ -72,6 +72,13 @@ async def test_the_success_of_a_call_begun_after_the_failure_clears_the_dependen
         assert await task is CLEARED
 
 
+async def test_an_outage_that_begins_as_the_wait_ends_is_the_diagnosis(scene: Scene) -> None:
+    async with scene.waiting() as task:
+        scene.clock.expire(MAX_WAIT_S)
+        scene.go_down()
+        assert await task is OUTAGE
+
+
 async def test_a_job_waits_for_two_seconds_while_other_calls_run(scene: Scene) -> None:
     async with scene.waiting() as task:
         await scene.clock.advance(MAX_WAIT_S - 0.1)

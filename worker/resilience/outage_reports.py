@@ -70,7 +70,8 @@ class OutageReports:
             async with self._clock.timeout(max_wait_s):
                 return await waiter
         except TimeoutError:
-            return Diagnosis.PENDING
+            # An outage may have begun after the timer expired and before this task ran.
+            return self._detector.diagnosis(dependency, failed_at)
         finally:
             del waiting[waiter]
 
