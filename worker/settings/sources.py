@@ -58,6 +58,10 @@ def _load(kind: type[Kind], env_file: Path | None) -> Kind:
         written = dotenv_values(env_file) if env_file else {}
     except (OSError, ValueError) as error:
         raise SettingsError([f"{env_file}: cannot be read: {_reason(error)}"]) from None
+    unknown = [
+        *_unknown_variables("the environment", os.environ),
+        *_unknown_variables(str(env_file), written),
+    ]
     named = os.environ.get(variable("secrets_dir")) or written.get(variable("secrets_dir")) or ""
     folder = named.strip() or None
     try:
@@ -66,7 +70,8 @@ def _load(kind: type[Kind], env_file: Path | None) -> Kind:
             settings = kind(_env_file=env_file, _secrets_dir=folder)
     except ValidationError as error:
         # The original is not chained: a traceback would show the values that it holds.
-        raise SettingsError([*fault_lines(error), *trace_faults(os.environ)]) from None
+        # A setting that is missing may be misspelt.
+        raise SettingsError([*fault_lines(error), *trace_faults(os.environ), *unknown]) from None
     except (OSError, ValueError) as error:
         raise SettingsError([f"VQA_SECRETS_DIR: {folder!r} cannot be read: {_reason(error)}"]) from None
     if doubts:
@@ -74,9 +79,7 @@ def _load(kind: type[Kind], env_file: Path | None) -> Kind:
         raise SettingsError([f"{variable('secrets_dir')}: {doubt.message}" for doubt in doubts])
     if faults := list(trace_faults(os.environ)):
         raise SettingsError(faults)
-    settings.unknown_variables.extend(
-        [*_unknown_variables("the environment", os.environ), *_unknown_variables(str(env_file), written)]
-    )
+    settings.unknown_variables.extend(unknown)
     return settings
 
 
