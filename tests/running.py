@@ -58,11 +58,16 @@ class Reply:
 
 @dataclass(frozen=True)
 class Ended:
-    """A finished process: its exit code, its stdout and the lines of its stderr."""
+    """A finished process: its exit code, its stdout and the lines of its stderr without `Error: `."""
 
     code: int
     output: str
     errors: list[str]
+
+    @classmethod
+    def of(cls, done: "subprocess.CompletedProcess[str]") -> "Ended":
+        errors = [line.removeprefix("Error: ") for line in done.stderr.splitlines()]
+        return cls(done.returncode, done.stdout, errors)
 
 
 class Worker:
@@ -189,7 +194,7 @@ class Worker:
             timeout=patience_s,
             check=False,
         )
-        return Ended(done.returncode, done.stdout, done.stderr.splitlines())
+        return Ended.of(done)
 
     def kill(self) -> None:
         """Send SIGKILL if the process still runs."""

@@ -12,7 +12,7 @@ from deploy.local.ports import PortBlock
 from tests.conftest import MakeClient, PutImage, StartWorker
 from tests.otlp import Receiver
 from tests.running import Client, Worker, until
-from worker.__main__ import EXIT_CONFIG
+from worker.cli.exit_codes import EXIT_CONFIG
 from worker.observability.log_sampling import MAX_SHOWN
 
 # Run the worker, then print the modules that it imported.

@@ -1,7 +1,9 @@
-"""The typer app with all commands; imported only where the extra `cli` is installed."""
+"""The typer app with all commands."""
 
+import os
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,13 +11,17 @@ import typer
 from worker import __version__
 from worker.cli.check import commands as check
 from worker.cli.dlq import commands as dlq
+from worker.cli.help import Group
 from worker.cli.results import results
-from worker.cli.shell import Json, add
+from worker.cli.shell import PROGRAM, Screen, add, execute, with_common_options
 from worker.cli.submit.commands import submit
 from worker.cli.top import commands as top
+from worker.cli.topology import apply, show
 
-# Runs `run`, `topology` and `schema`, which also work without typer: takes arguments, returns the exit code.
-Basics = Callable[[Sequence[str]], int]
+# Runs a worker with the settings of an env file; returns the exit code.
+Run = Callable[[Path], int]
+
+COMPLETION_VARIABLE = "_VQA_WORKER_COMPLETE"
 
 
 class Document(StrEnum):
@@ -26,87 +32,140 @@ class Document(StrEnum):
     ASYNCAPI = "asyncapi"
 
 
-DOCUMENT = typer.Argument(help="The document to print (default: all, in one JSON object).")
-TIMEOUT = typer.Option(metavar="SECONDS", help="Connection timeout in seconds (default: 60).")
+class Shell(StrEnum):
+    """The shells with completion."""
+
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
 
 
-def shell(arguments: Sequence[str], basics: Basics) -> int:
+def shell(arguments: Sequence[str], run: Run) -> int:
     """Run a command; return its exit code."""
-    app = build(basics)
-    try:
-        app(list(arguments), prog_name="vqa-worker")
-    except SystemExit as exited:
-        return exited.code if isinstance(exited.code, int) else 0
-    return 0
+    app = build(run)
+    if COMPLETION_VARIABLE in os.environ:
+        _complete(app)
+    return execute(app, arguments)
 
 
-def build(basics: Basics) -> typer.Typer:
+def build(run: Run) -> typer.Typer:
     """Build the app."""
-    app = typer.Typer(
-        no_args_is_help=True,
-        rich_markup_mode="markdown",
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.callback()(_main)
+    app = _group(_main.__doc__ or "")
+    app.callback()(with_common_options(_main))
     add(app, "submit", submit)
     add(app, "results", results)
-    _add_basics(app, basics)
-    for command in (check, dlq, top):
+    add(app, "run", _run_command(run))
+    add(app, "schema", schema)
+    add(app, "completion", _completion_command(app))
+    topology = _group("Show or create queues and exchanges.")
+    add(topology, "show", show)
+    add(topology, "apply", apply)
+    app.add_typer(topology, name="topology")
+    dead_letters = _group("Manage the dead-letter queue: list, show, replay, purge.")
+    dlq.register(dead_letters)
+    app.add_typer(dead_letters, name="dlq")
+    for command in (check, top):
         command.register(app)
     return app
 
 
+def schema(
+    screen: Screen,
+    document: Annotated[
+        Document | None,
+        typer.Argument(metavar="DOCUMENT", help="job, result or asyncapi (default: all)."),
+    ] = None,
+) -> None:
+    """Print JSON Schemas of jobs and results, and an AsyncAPI document.
+
+        vqa-worker schema job > job.schema.json
+        vqa-worker schema asyncapi > asyncapi.json
+
+    The AsyncAPI 3 document has the queue names of the settings. Does not connect to RabbitMQ. With --json,
+    the document is on one line.
+    """
+    from worker.cli.schema import show
+    from worker.settings import load_broker_settings
+
+    screen.write(show(screen.load(load_broker_settings), document, compact=screen.as_json))
+
+
+def _completion_command(app: typer.Typer) -> Callable[..., None]:
+    def completion(
+        screen: Screen,  # noqa: ARG001 - every command has it
+        shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
+    ) -> None:
+        """Print the completion script of a shell.
+
+            eval "$(vqa-worker completion bash)"    # in ~/.bashrc
+            eval "$(vqa-worker completion zsh)"     # in ~/.zshrc
+            vqa-worker completion fish > ~/.config/fish/completions/vqa-worker.fish
+
+        Completes commands, options, and names of submissions.
+        """
+        os.environ[COMPLETION_VARIABLE] = f"source_{shell}"
+        _complete(app)
+
+    return completion
+
+
+def _complete(app: typer.Typer) -> None:
+    """Answer the shell's completion request in the environment variable, then exit."""
+    # typer registers the shells with the options that the commands here do not have.
+    typer.main.get_command(typer.Typer(callback=lambda: None))
+    app([], prog_name=PROGRAM, complete_var=COMPLETION_VARIABLE)
+
+
+def _group(text: str) -> typer.Typer:
+    return typer.Typer(
+        cls=Group,
+        help=text,
+        add_completion=False,
+        # Help as plain text; see `worker.cli.help`.
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
 def _print_version(is_given: bool) -> None:
     if is_given:
-        typer.echo(f"vqa-worker {__version__}")
+        typer.echo(f"{PROGRAM} {__version__}")
         raise typer.Exit
 
 
 def _main(
+    screen: Screen,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Answer questions about images from RabbitMQ. VQA_* environment variables configure it."""
+    """Answer questions about images: jobs come from RabbitMQ, results go to RabbitMQ.
+
+        vqa-worker check
+        vqa-worker submit photo.jpg "What is this?" --bucket photos --wait
+        vqa-worker dlq list --since 2h
+
+    VQA_* environment variables, or an env file, configure all commands.
+    """
 
 
-def _add_basics(app: typer.Typer, basics: Basics) -> None:
-    def run() -> int:
-        """Run a worker until it receives SIGTERM or SIGINT."""
-        return basics(["run"])
+def _run_command(run: Run) -> Callable[[Screen], int]:
+    def command(screen: Screen) -> int:
+        """Run a worker until it receives SIGTERM or SIGINT.
 
-    def show(as_json: Json = False) -> int:
-        """Print the queues and exchanges of the settings; does not connect to RabbitMQ."""
-        return basics(["topology", "show", *_json_option(as_json)])
+            vqa-worker run
+            vqa-worker run --env-file worker.env --verbose
 
-    def apply(
-        as_json: Json = False,
-        timeout: Annotated[str | None, TIMEOUT] = None,
-    ) -> int:
-        """Create missing queues, exchanges and bindings; existing ones are not changed."""
-        options = [] if timeout is None else [f"--timeout={timeout}"]
-        return basics(["topology", "apply", *_json_option(as_json), *options])
-
-    add(app, "run", run)
-    topology = typer.Typer(no_args_is_help=True, help="Show or create queues and exchanges.")
-    add(topology, "show", show)
-    add(topology, "apply", apply)
-    app.add_typer(topology, name="topology")
-
-    def schema(document: Annotated[Document | None, DOCUMENT] = None, as_json: Json = False) -> int:
-        """Print the JSON Schemas of jobs and results, and an AsyncAPI 3 document of the worker.
-
-        - `vqa-worker schema job > job.schema.json`
-        - `vqa-worker schema asyncapi > asyncapi.json`
-
-        The AsyncAPI document has the queue names of the settings. Does not connect to RabbitMQ.
+        --json, --verbose and --quiet set VQA_LOG_FORMAT and VQA_LOG_LEVEL. The worker waits for RabbitMQ
+        without a timeout.
         """
-        return basics(["schema", *([document.value] if document else []), *_json_option(as_json)])
+        options = screen.options
+        if options.as_json:
+            os.environ["VQA_LOG_FORMAT"] = "json"
+        if options.verbose or options.quiet:
+            os.environ["VQA_LOG_LEVEL"] = "debug" if options.verbose else "warning"
+        return run(options.env_file or Path(".env"))
 
-    add(app, "schema", schema)
-
-
-def _json_option(as_json: bool) -> list[str]:
-    return ["--json"] if as_json else []
+    return command

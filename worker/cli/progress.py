@@ -42,7 +42,7 @@ class _Rate(ProgressColumn):
 @asynccontextmanager
 async def show_progress(screen: Screen, bars: Iterable[Bar]) -> AsyncIterator[None]:
     """Show progress bars while the context lasts."""
-    if not screen.is_terminal:
+    if not screen.shows_progress:
         yield
         return
     progress = Progress(

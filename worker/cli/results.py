@@ -6,18 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli import state_dir
-from worker.cli.shell import (
-    DEFAULT_CONNECT_TIMEOUT_S,
-    EXIT_OK,
-    CommandError,
-    ConnectTimeout,
-    Json,
-    Screen,
-    UsageError,
-    broker_of,
-    counted,
-    load,
-)
+from worker.cli.exit_codes import EXIT_OK
+from worker.cli.shell import CommandError, Screen, UsageError, broker_of, counted, seconds
 from worker.cli.submit.options import ErrorsPath, OutputForm, OutputPath
 
 if TYPE_CHECKING:
@@ -30,6 +20,7 @@ def _known_names() -> list[str]:
 
 
 async def results(
+    screen: Screen,
     name: Annotated[
         str | None,
         typer.Argument(
@@ -43,24 +34,21 @@ async def results(
     output_form: OutputForm = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Collect available results and exit.")] = False,
     wait_timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0.1, help="Maximum time to wait for results.")
+        float | None,
+        typer.Option(metavar="SECONDS", parser=seconds, help="Maximum time to wait for results."),
     ] = None,
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete the submission, its results and its queue.")
     ] = False,
-    as_json: Json = False,
-    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> int:
     """Collect the results of a submission, or list all submissions.
 
         vqa-worker results orders-3f9a1c2b7d -o results.csv
-
         vqa-worker results orders-3f9a1c2b7d --no-wait --json | jq .answer
 
     Each submission has its own reply queue. A result is acked after it is stored on the disk, so an
     interrupted command can be run again. Exit code 1 means that a job failed or a result is pending.
     """
-    screen = Screen(as_json=as_json)
     if name is None:
         return _list(screen)
     if no_wait and wait_timeout is not None:
@@ -69,16 +57,16 @@ async def results(
     from worker.cli.submit.collect import Collection
     from worker.settings import load_command_settings
 
-    settings = load(load_command_settings, screen)
+    settings = screen.load(load_command_settings)
     state = state_dir.find(name)
     try:
         broker = broker_of(settings)
         with state.locked("collecting"):
             if delete:
-                return await _delete(state, broker, screen, timeout)
+                return await _delete(state, broker, screen)
             _check(state, settings.rabbitmq_address, screen)
             output_to = Output(output, errors, output_form)
-            collection = Collection(state, broker, screen, output_to, timeout_s=timeout)
+            collection = Collection(state, broker, screen, output_to, timeout_s=screen.timeout_s)
             return await collection.run(no_wait=no_wait, wait_timeout_s=wait_timeout)
     finally:
         state.close()
@@ -129,13 +117,13 @@ def _check(state: "SubmissionState", broker: str, screen: Screen) -> None:
         )
 
 
-async def _delete(state: "SubmissionState", broker: "Broker", screen: Screen, timeout_s: float) -> int:
+async def _delete(state: "SubmissionState", broker: "Broker", screen: Screen) -> int:
     from worker.rabbitmq.replies import delete_queue
     from worker.rabbitmq.session import Session
 
     head, pending = state.head(), state.counts().pending
     if head["is_private"]:
-        await Session.once(broker, timeout_s, partial(delete_queue, name=head["reply_to"]))
+        await Session.once(broker, screen.timeout_s, partial(delete_queue, name=head["reply_to"]))
     state.delete()
     screen.emit({"name": head["name"], "pending": pending, "deleted": True})
     screen.print(f"Deleted {head['name']}; {counted(pending, 'result')} had not been collected.")

@@ -1,74 +1,64 @@
-"""Output, settings, errors and exit codes of all commands except `run`.
+"""Common options, output, settings, errors and exit codes of all commands.
 
-A command is a plain function, sync or async, in a module next to this one. It takes typer's parameters,
-prints through a `Screen` and returns its exit code (None: 0):
+A command is a plain function, sync or async, in a module next to this one. It gets a `Screen`, takes typer's
+parameters and returns its exit code (None: 0):
 
-    async def peek(
-        queue: Annotated[str, typer.Argument(help="…")], as_json: Json = False, timeout: ConnectTimeout = 15.0
-    ) -> int | None:
+    async def peek(screen: Screen, queue: Annotated[str, typer.Argument(help="…")]) -> int | None:
         '''Show the depth of a queue.
 
-        `--help` shows the whole docstring as Markdown; the list of commands shows its first line.
+            vqa-worker peek vqa.jobs
+
+        The list of commands shows the first line. Paragraphs that are indented, such as examples, stay as is.
         '''
-        screen = Screen(as_json=as_json)
-        settings = load(load_broker_settings, screen)      # only the settings that it uses
-        broker = broker_of(settings)
-        found = await Session.once(broker, timeout, lambda connection: …)
+        settings = screen.load(load_broker_settings)        # only the settings that it uses
+        found = await Session.once(broker_of(settings), screen.timeout_s, lambda connection: …)
         screen.emit({"queue": queue, "found": found})       # with --json: one object a line, on stdout
         screen.print(f"{queue}: {found}")                   # without --json: text on stdout
-        screen.note("…")                                    # always: text on stderr
+        screen.note("…")                                    # without --quiet: text on stderr
         raise CommandError("<what is wrong>. <What to do>.")
 
-`commands.py` registers it with `add(app, "peek", peek)`, which gives an async function its event loop and
-turns exceptions into messages on stderr and an exit code, never a traceback:
-
-    0 success · 1 failure, or a dependency is unreachable · 2 wrong usage · 78 wrong settings, or credentials
-    that RabbitMQ or S3 refuse · 130 Ctrl-C · 141 stdout was closed (`| head`)
+`commands.py` registers it with `add(app, "peek", peek)`, which adds the options `--url`, `--json`, ….
+`execute` turns exceptions into messages on stderr and the exit codes of `exit_codes.py`, never a traceback.
 
 Commands import slow modules (aio-pika, the SDKs) inside functions: `--help` and shell completion import
 every command.
 """
 
 import asyncio
-import functools
+import dataclasses
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
+import typer.main
 from rich.console import Console
+from rich.text import Text
+
+from worker.cli.exit_codes import (
+    EXIT_CLOSED_PIPE,
+    EXIT_CONFIG,
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USAGE,
+)
+from worker.cli.help import COMMON, Command
 
 if TYPE_CHECKING:
     from worker.rabbitmq.connection import Broker
     from worker.settings import BrokerSettings
 
-EXIT_OK: Final = 0
-EXIT_FAILURE: Final = 1
-EXIT_USAGE: Final = 2
-# sysexits.h: EX_CONFIG, a configuration error.
-EXIT_CONFIG: Final = 78
-# 128 + SIGINT and 128 + SIGPIPE, as shells report them.
-EXIT_INTERRUPTED: Final = 130
-EXIT_CLOSED_PIPE: Final = 141
-
 Kind = TypeVar("Kind", bound="BrokerSettings")
 Function = Callable[..., Any]
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
-ConnectTimeout = Annotated[
-    float,
-    typer.Option(
-        "--timeout",
-        metavar="SECONDS",
-        min=0.1,
-        help="Connection timeout in seconds.",
-    ),
-]
-DEFAULT_CONNECT_TIMEOUT_S: Final = 15.0
+PROGRAM: Final = "vqa-worker"
 
 
 class CommandError(Exception):
@@ -96,17 +86,78 @@ class _ClosedPipeError(Exception):
     """The reader of stdout has closed it."""
 
 
+def seconds(value: str | float) -> float:
+    """Parse a number of seconds; a `parser` for options."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise typer.BadParameter(f"{value} is not a number of seconds above 0.")
+    return number
+
+
+def count(value: str | int) -> int:
+    """Parse a number above 0; a `parser` for options."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise typer.BadParameter(f"{value} is not a whole number above 0.")
+    return number
+
+
+def _common(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's name
+    return typer.Option(*names, help=help, rich_help_panel=COMMON, **more)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """The options of all commands."""
+
+    url: Annotated[
+        str | None, _common("--url", metavar="URL", help="RabbitMQ URL, instead of VQA_RABBITMQ_URL.")
+    ] = None
+    env_file: Annotated[
+        Path | None,
+        _common(
+            "--env-file",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="File with settings (default: .env).",
+        ),
+    ] = None
+    timeout: Annotated[
+        float,
+        _common("--timeout", metavar="SECONDS", parser=seconds, help="Connection timeout in seconds."),
+    ] = 15
+    as_json: Annotated[bool, _common("--json", help="Print JSON, one object per line; errors too.")] = False
+    verbose: Annotated[bool, _common("--verbose", "-v", help="Log the libraries' messages.")] = False
+    quiet: Annotated[
+        bool, _common("--quiet", "-q", help="Print only results and errors, no notes or progress.")
+    ] = False
+    no_color: Annotated[bool, _common("--no-color", help="Print without colors (also: NO_COLOR).")] = False
+
+
+_COMMON: Final = inspect.signature(CommonOptions, eval_str=True).parameters
+
+
 class Screen:
-    """The output of a command: text, or JSON with `--json`.
+    """The output and the settings of a command.
 
     Attributes:
         as_json: whether stdout gets JSON.
-        progress: the console on stderr for progress bars, which it draws only on a terminal.
+        timeout_s: the connection timeout in seconds.
+        progress: the console on stderr for progress bars; draw them only if `shows_progress`.
     """
 
-    def __init__(self, *, as_json: bool = False) -> None:
-        self.as_json = as_json
-        self.progress = Console(stderr=True, soft_wrap=True, highlight=False)
+    def __init__(self, options: CommonOptions) -> None:
+        self.options = options
+        self.as_json = options.as_json
+        self.timeout_s = options.timeout
+        self.progress = Console(stderr=True, highlight=False)
 
     @property
     def is_terminal(self) -> bool:
@@ -117,6 +168,29 @@ class Screen:
     def is_interactive(self) -> bool:
         """Whether stdin and stderr are a terminal, so that it can ask for confirmation."""
         return self.is_terminal and sys.stdin.isatty()
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether to draw progress bars."""
+        return self.is_terminal and not self.options.quiet
+
+    def load(self, load_settings: Callable[..., Kind]) -> Kind:
+        """Load settings, warn about unknown variables, and silence the libraries' log lines.
+
+        Raises:
+            SettingsError: a setting is wrong.
+        """
+        from worker.observability.logs import configure_logging
+        from worker.observability.redaction import Redactor
+
+        settings = load_settings(env_file=self.options.env_file or Path(".env"))
+        self.note(*(f"Warning: {text}" for text in settings.unknown_variables))
+        redact = Redactor(settings.secret_values())
+        configure_logging("debug" if self.options.verbose else "error", None, redact, stream=sys.stderr)
+        if not self.options.verbose:
+            # Errors are printed as messages; log lines would repeat them.
+            logging.disable()
+        return settings
 
     def emit(self, value: Mapping[str, Any]) -> None:
         """With `--json`, print one object on one line."""
@@ -133,7 +207,7 @@ class Screen:
         if self.is_terminal and sys.stdout.isatty():
             # The console prints lines above the progress bars.
             for line in lines:
-                self.progress.print(line, markup=False, emoji=False)
+                self.progress.print(line, markup=False, emoji=False, soft_wrap=self.as_json)
             return
         try:
             sys.stdout.writelines(f"{line}\n" for line in lines)
@@ -142,9 +216,9 @@ class Screen:
             raise _ClosedPipeError from None
 
     def note(self, *lines: str) -> None:
-        """Print lines on stderr."""
-        for line in lines:
-            self.progress.print(line, markup=False, emoji=False)
+        """Without `--quiet`, print lines on stderr; on a terminal they wrap between words."""
+        for line in () if self.options.quiet else lines:
+            self.progress.print(line, markup=False, emoji=False, soft_wrap=not self.is_terminal)
 
     def confirm(self, question: str) -> bool:
         """Ask at the terminal; Enter means no."""
@@ -154,23 +228,6 @@ class Screen:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: `1 job`, `1,000 jobs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def load(load_settings: Callable[[], Kind], screen: Screen) -> Kind:
-    """Load settings, warn about unknown variables, and silence the libraries' log lines.
-
-    Raises:
-        SettingsError: a setting is wrong.
-    """
-    from worker.observability.logs import configure_logging
-    from worker.observability.redaction import Redactor
-
-    settings = load_settings()
-    screen.note(*settings.unknown_variables)
-    configure_logging("error", None, Redactor(settings.secret_values()), stream=sys.stderr)
-    # Errors are printed as messages; log lines would repeat them.
-    logging.disable()
-    return settings
 
 
 def broker_of(settings: "BrokerSettings") -> "Broker":
@@ -187,39 +244,45 @@ def broker_of(settings: "BrokerSettings") -> "Broker":
     )
 
 
-def add(app: typer.Typer, name: str, function: Function, **options: Any) -> None:
-    """Register a function as a command; `options` are those of typer's `command`."""
-    app.command(name, **options)(_wrapped(function))
+def add(app: typer.Typer, name: str, function: Function) -> None:
+    """Register a function as a command, with the common options."""
+    app.command(name, cls=Command)(with_common_options(function))
 
 
-def _wrapped(function: Function) -> Function:
-    @functools.wraps(function)
-    def command(*args: Any, **kwargs: Any) -> None:
-        raise typer.Exit(_run(functools.partial(function, *args, **kwargs)))
+def with_common_options(function: Function) -> Function:
+    """Return `function` with the common options as parameters in place of its first one, the `Screen`."""
+    _, *own = inspect.signature(function, eval_str=True).parameters.values()
+    context_parameter = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    parameters = [
+        context_parameter,
+        *(it.replace(kind=inspect.Parameter.KEYWORD_ONLY) for it in (*own, *_COMMON.values())),
+    ]
 
+    def command(context: typer.Context, **given: Any) -> Any:
+        options = CommonOptions(**{name: given.pop(name) for name in _COMMON})
+        # Options before the command's name apply too.
+        context.obj = options = _merged(context.obj, options)
+        if options.url is not None:
+            os.environ["VQA_RABBITMQ_URL"] = options.url
+        if options.no_color:
+            os.environ["NO_COLOR"] = "1"
+        returned = function(Screen(options), **given)
+        return _on_uvloop(returned) if inspect.iscoroutine(returned) else returned
+
+    command.__doc__ = function.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # functions may have one
+    command.__annotations__ = {it.name: it.annotation for it in parameters}
     return command
 
 
-def _run(function: Callable[[], Any]) -> int:
-    try:
-        returned = function()
-        code = _on_uvloop(returned) if inspect.iscoroutine(returned) else returned
-        sys.stdout.flush()
-    except (_ClosedPipeError, BrokenPipeError):
-        # Python flushes stdout again at exit and would print an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_CLOSED_PIPE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except typer.Abort:
-        return EXIT_INTERRUPTED
-    except typer.Exit:
-        raise
-    except BaseExceptionGroup as group:
-        return _report(_first(group))
-    except Exception as error:  # noqa: BLE001 - a command never ends in a traceback
-        return _report(error)
-    return code or EXIT_OK
+def _merged(before: Any, after: CommonOptions) -> CommonOptions:
+    if not isinstance(before, CommonOptions):
+        return after
+    given = {it.name: getattr(after, it.name) for it in dataclasses.fields(after)}
+    changed = {name: value for name, value in given.items() if value != _COMMON[name].default}
+    return dataclasses.replace(before, **changed)
 
 
 def _on_uvloop(main: Coroutine[Any, Any, Any]) -> Any:
@@ -230,27 +293,57 @@ def _on_uvloop(main: Coroutine[Any, Any, Any]) -> Any:
     return uvloop.run(main)
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the first exception of a task group."""
-    error: BaseException = group
+def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
+    """Run a command; return its exit code. Exceptions become messages on stderr."""
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context(PROGRAM, list(arguments)) as context:
+            code = command.invoke(context)
+        sys.stdout.flush()
+    except BaseException as error:  # noqa: BLE001 - a command never ends in a traceback
+        return _end(_first(error), as_json="--json" in arguments)
+    return code or EXIT_OK
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return the first exception of a task group, or the exception itself."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
-def _report(error: BaseException) -> int:
-    """Print an error on stderr; return the exit code."""
-    lines, code = _describe(error)
-    for line in lines:
-        print(line, file=sys.stderr)  # noqa: T201
+def _end(error: BaseException, *, as_json: bool) -> int:
+    """Report an error on stderr; return the exit code."""
+    match error:
+        case typer.Exit():
+            return error.exit_code
+        case SystemExit():
+            return int(error.code or EXIT_OK)
+        case KeyboardInterrupt() | typer.Abort():
+            return EXIT_INTERRUPTED
+        case _ClosedPipeError() | BrokenPipeError():
+            # Python flushes stdout again at exit and would print an error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_CLOSED_PIPE
+    errors, details, code = _describe(error)
+    if as_json:
+        text = "\n".join((*errors, *details))
+        print(json.dumps({"error": text, "exit_code": code}, ensure_ascii=False), file=sys.stderr)  # noqa: T201
+        return code
+    console = Console(stderr=True, highlight=False)
+    for line in errors:
+        message = Text.assemble(("Error:", "bold red"), f" {line}")
+        console.print(message, soft_wrap=not console.is_terminal)
+    for line in details:
+        console.print(line, markup=False, emoji=False, soft_wrap=not console.is_terminal)
     return code
 
 
-def _describe(error: BaseException) -> tuple[Sequence[str], int]:
-    """Return an error's message and exit code. Each line about a setting starts with the setting's name."""
-    if isinstance(error, CommandError):
-        first, *others = error.lines
-        return [f"Error: {first}", *others], error.code
+def _describe(error: BaseException) -> tuple[Sequence[str], Sequence[str], int]:
+    """Return the messages of an error, further lines and the exit code.
+
+    A message about a setting starts with the setting's name.
+    """
     from worker.errors import DependencyDownError
     from worker.observability.logs import describe_exception
     from worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachableError
@@ -260,16 +353,22 @@ def _describe(error: BaseException) -> tuple[Sequence[str], int]:
     from worker.settings import SettingsError
 
     match error:
+        case CommandError():
+            first, *details = error.lines
+            return [first], details, error.code
+        case typer.TyperException():
+            path = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
+            # Messages of `parser` functions come through pydantic.
+            message = error.format_message().replace("Value error, ", "")
+            return [message], [f"Run `{path} --help` for help."], EXIT_USAGE
         case SettingsError() | TopologyError():
-            return error.faults, EXIT_CONFIG
+            return error.faults, [], EXIT_CONFIG
         case BrokerRefusedError() | RefusedError() | S3ConfigurationError():
-            return [str(error)], EXIT_CONFIG
+            return [str(error)], [], EXIT_CONFIG
         case BrokerUnreachableError():
-            return [str(error)], EXIT_FAILURE
+            return [str(error)], [], EXIT_FAILURE
         case DependencyDownError():
-            return [f"Error: {error.message}"], EXIT_FAILURE
+            return [error.message], [], EXIT_FAILURE
         case OSError() if error.filename is not None:
-            return [f"Error: {error.filename}: {error.strerror}"], EXIT_FAILURE
-        case KeyboardInterrupt():
-            return [], EXIT_INTERRUPTED
-    return [f"Internal error (please report): {describe_exception(error)}"], EXIT_FAILURE
+            return [f"{error.filename}: {error.strerror}"], [], EXIT_FAILURE
+    return [f"internal error, please report it: {describe_exception(error)}"], [], EXIT_FAILURE

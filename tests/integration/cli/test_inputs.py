@@ -195,11 +195,14 @@ async def test_malformed_csv_files_are_errors(no_worker_cli: Cli) -> None:
     )
     for number, (text, _) in enumerate(tables):
         no_worker_cli.write(f"jobs{number}.csv", text)
-    runs = (no_worker_cli.run("submit", f"jobs{number}.csv", "-q", "What?") for number in range(len(tables)))
+    runs = (
+        no_worker_cli.run("submit", f"jobs{number}.csv", "--question", "What?")
+        for number in range(len(tables))
+    )
     for (_, reported), refused in zip(tables, await asyncio.gather(*runs), strict=True):
         assert refused.code == 2, refused
         assert reported in refused.err
     (no_worker_cli.folder / "latin.csv").write_bytes("image\nü".encode("latin-1"))
-    assert "is not UTF-8 text" in (await no_worker_cli.run("submit", "latin.csv", "-q", "What?")).err
+    assert "is not UTF-8 text" in (await no_worker_cli.run("submit", "latin.csv", "--question", "What?")).err
     missing = await no_worker_cli.run("submit", "missing.csv")
     assert (missing.code, missing.err) == (1, "Error: missing.csv: No such file or directory\n")

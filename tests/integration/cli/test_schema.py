@@ -1,8 +1,6 @@
-"""`vqa-worker schema`, with the extra `cli` and without."""
+"""`vqa-worker schema`."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +9,6 @@ from jsonschema import Draft202012Validator
 from docs import generate
 from tests.integration.cli.running import Cli
 from worker.cli.schema import job_schema, result_schema
-
-WITHOUT_TYPER = (
-    "import sys, worker.__main__ as it; it._has_shell = lambda: False; sys.exit(it.main(sys.argv[1:]))"
-)
 
 
 @pytest.fixture
@@ -40,27 +34,7 @@ async def test_invalid_settings_are_reported(cli: Cli) -> None:
     ended = await cli.with_settings(VQA_RETRY_DELAYS="soon", VQA_MAX_ATTEMPTS="many").run("schema")
     assert (ended.code, ended.out) == (78, "")
     (line,) = ended.err_lines
-    assert line.startswith("VQA_RETRY_DELAYS")
+    assert line.startswith("Error: VQA_RETRY_DELAYS")
     ended = await cli.run("schema", "answer")
     assert ended.code == 2
     assert "'answer' is not one of" in " ".join(ended.err_lines)
-
-
-def test_schema_works_without_the_extra(cli: Cli) -> None:
-    def no_extra_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(  # noqa: S603 - a test's own
-            [sys.executable, "-c", WITHOUT_TYPER, *arguments],
-            env=cli.environment,
-            cwd=cli.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    done = no_extra_cli("schema", "asyncapi")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == generate.asyncapi_document()
-    done = no_extra_cli("schema", "job", "--json")
-    assert (done.returncode, json.loads(done.stdout)) == (0, job_schema())
-    assert len(done.stdout.splitlines()) == 1
-    assert no_extra_cli("schema", "answer").returncode == 2

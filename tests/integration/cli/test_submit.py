@@ -50,7 +50,7 @@ async def test_options_are_passed_to_the_model(cli: Cli, stack: Stack, put_image
         "--system=Be brief.", "--model=simulated/vision-small", "--max-tokens=7",
         '--param=stop=["x"]', "--metadata=order=17", "--deadline=1h",
     ]  # fmt: skip
-    asked = await cli.run("submit", put_image(), "-q", question, *said, "--wait", "--json")
+    asked = await cli.run("submit", put_image(), "--question", question, *said, "--wait", "--json")
     (result,) = asked.objects
     assert result["model"] == "simulated/vision-small"
     assert result["metadata"]["order"] == "17"
@@ -109,7 +109,7 @@ async def test_invalid_images_are_reported_before_any_job_is_sent(cli: Cli, tmp_
         (("missing.png",), "missing.png: no such file (and not a URL)"),
         (("http://host/a.png",), "http://host/a.png: an image must be s3://bucket/key, https://…"),
     )
-    runs = (cli.run("submit", *arguments, "-q", "What?") for arguments, _ in wrong)
+    runs = (cli.run("submit", *arguments, "--question", "What?") for arguments, _ in wrong)
     for (_, reported), refused in zip(wrong, await asyncio.gather(*runs), strict=True):
         assert refused.code == 2
         assert reported in refused.err

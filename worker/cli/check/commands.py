@@ -6,18 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.check.finding import Finding, Report, Status, failed, ok, warning
-from worker.cli.shell import (
-    DEFAULT_CONNECT_TIMEOUT_S,
-    EXIT_CONFIG,
-    EXIT_FAILURE,
-    EXIT_OK,
-    ConnectTimeout,
-    Json,
-    Screen,
-    add,
-    broker_of,
-    load,
-)
+from worker.cli.exit_codes import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
+from worker.cli.shell import Screen, add, broker_of
 
 if TYPE_CHECKING:
     from worker.settings import BrokerSettings, Settings
@@ -29,6 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 async def check(
+    screen: Screen,
     image: Annotated[
         list[str] | None,
         typer.Option(metavar="URL", help="Test read access to this image: s3://bucket/key; repeatable."),
@@ -36,26 +27,23 @@ async def check(
     ask: Annotated[
         bool, typer.Option("--ask", help="Also send one test request to the model (billed).")
     ] = False,
-    as_json: Json = False,
-    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> int:
     """Check the configuration and every dependency, and suggest a fix for each problem.
 
-    - `vqa-worker check`
-    - `vqa-worker check --image s3://photos/2030/table.jpg --ask`
-    - `vqa-worker check --json | jq 'select(.status == "failed")'`
+        vqa-worker check
+        vqa-worker check --image s3://photos/2030/table.jpg --ask
+        vqa-worker check --json | jq 'select(.status == "failed")'
 
     Read-only: consumes no job, publishes no message, creates no queue; it writes and deletes one small object
     in the result store, if there is one. Exit codes: 0 no failures (warnings do not count), 1 a check failed,
     78 a setting is wrong.
     """
-    screen = Screen(as_json=as_json)
     report = Report(screen)
     settings, broker_settings = _settings(screen, report)
     if broker_settings is not None:
         from worker.cli.check.broker import broker_findings
 
-        await _add_all(report, broker_findings(broker_settings, broker_of(broker_settings), timeout))
+        await _add_all(report, broker_findings(broker_settings, broker_of(broker_settings), screen.timeout_s))
     if settings is not None:
         from worker.cli.check.api import api_findings
         from worker.cli.check.storage import storage_findings
@@ -78,18 +66,18 @@ def _settings(screen: Screen, report: Report) -> "tuple[Settings | None, BrokerS
     from worker.settings import SettingsError, load_broker_settings, load_settings
 
     try:
-        settings = load(load_settings, screen)
+        settings = screen.load(load_settings)
     except SettingsError as error:
         for fault in error.faults:
             report.add(failed("settings", fault))
     else:
         report.add(ok("settings", "valid"))
         for text in settings.warnings():
-            # `load` has printed the others.
+            # `Screen.load` has printed the others.
             if text not in settings.unknown_variables:
                 report.add(warning("settings", text))
         return settings, settings
     try:
-        return None, load(load_broker_settings, screen)
+        return None, screen.load(load_broker_settings)
     except SettingsError:
         return None, None

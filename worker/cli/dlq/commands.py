@@ -12,19 +12,8 @@ import typer
 from worker.cli.dlq import render
 from worker.cli.dlq.records import Lines
 from worker.cli.dlq.selection import Filter, matches_id, parse_time
-from worker.cli.shell import (
-    DEFAULT_CONNECT_TIMEOUT_S,
-    EXIT_OK,
-    CommandError,
-    ConnectTimeout,
-    Json,
-    Screen,
-    UsageError,
-    add,
-    broker_of,
-    counted,
-    load,
-)
+from worker.cli.exit_codes import EXIT_OK
+from worker.cli.shell import CommandError, Screen, UsageError, add, broker_of, counted
 
 if TYPE_CHECKING:
     from worker.cli.dlq.bulk import Step
@@ -104,35 +93,32 @@ class _Context(NamedTuple):
     timeout_s: float
 
 
-def register(app: typer.Typer) -> None:
-    """Add `dlq` and its commands."""
-    dlq = typer.Typer(no_args_is_help=True, help="Manage the dead-letter queue: list, show, replay, purge.")
+def register(dlq: typer.Typer) -> None:
+    """Add the commands."""
     add(dlq, "list", list_)
     add(dlq, "show", show)
     add(dlq, "replay", replay)
     add(dlq, "purge", purge)
-    app.add_typer(dlq, name="dlq")
 
 
 async def list_(
+    screen: Screen,
     code: Codes = None,
     model: Models = None,
     ids: Ids = None,
     since: Since = None,
     until: Until = None,
     limit: Limit = MAX_LISTED,
-    as_json: Json = False,
-    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> None:
     """List dead-lettered jobs (read-only).
 
-    - `vqa-worker dlq list`
-    - `vqa-worker dlq list --code attempts_exhausted --since 2h`
-    - `vqa-worker dlq list --json | jq -r .job_id`
+        vqa-worker dlq list
+        vqa-worker dlq list --code attempts_exhausted --since 2h
+        vqa-worker dlq list --json | jq -r .job_id
 
     While it reads, a few seconds per thousand messages, other consumers cannot fetch them.
     """
-    context = _context(Screen(as_json=as_json), timeout)
+    context = _context(screen)
     filters = _filter(code, model, ids, since, until)
     dead_letters = await _select(context, filters, limit)
     for dead_letter in dead_letters:
@@ -142,24 +128,23 @@ async def list_(
 
 
 async def show(
+    screen: Screen,
     name: Annotated[str, typer.Argument(metavar="ID", help="Job id, or name of the dead letter.")],
     limit: Limit = None,
-    as_json: Json = False,
-    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> None:
     """Show one dead-lettered job with its headers and body (read-only).
 
-    - `vqa-worker dlq show order-4711-photo`
-    - `vqa-worker dlq show 3f9a12c04b --json | jq -r .body > job.json`
+        vqa-worker dlq show order-4711-photo
+        vqa-worker dlq show 3f9a12c04b --json | jq -r .body > job.json
 
     Long data URLs are shortened; with `--json`, `body` is the complete message body.
     """
-    context = _context(Screen(as_json=as_json), timeout)
+    context = _context(screen)
 
     def pick(held: "FetchedDeadLetter") -> dict[str, Any] | list[str] | None:
         if not matches_id(held.record, name):
             return None
-        return render.full_json(held) if as_json else list(render.page(held))
+        return render.full_json(held) if screen.as_json else list(render.page(held))
 
     from worker.cli.dlq.bulk import select
 
@@ -178,6 +163,7 @@ async def show(
 
 
 async def replay(
+    screen: Screen,
     code: Codes = None,
     model: Models = None,
     ids: Ids = None,
@@ -190,20 +176,18 @@ async def replay(
     limit: Limit = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-    as_json: Json = False,
-    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> int | None:
     """Move dead letters back to the jobs queue.
 
-    - `vqa-worker dlq replay --dry-run`
-    - `vqa-worker dlq replay --code attempts_exhausted --since 2h --rate 5`
-    - `vqa-worker dlq replay --id order-4711-photo --yes`
+        vqa-worker dlq replay --dry-run
+        vqa-worker dlq replay --code attempts_exhausted --since 2h --rate 5
+        vqa-worker dlq replay --id order-4711-photo --yes
 
     Lists the jobs and asks for confirmation first. Attempts start again at 0. A message is removed from the
     dead-letter queue only after RabbitMQ has confirmed the job, so an interruption loses nothing; at worst
     one job is on both queues.
     """
-    context = _context(Screen(as_json=as_json), timeout)
+    context = _context(screen)
     dead_letters = await _select(context, _filter(code, model, ids, since, until), limit)
     context.screen.note(*_warnings(dead_letters))
     done = f"moved to {context.topology.jobs}"
@@ -218,6 +202,7 @@ async def replay(
 
 
 async def purge(
+    screen: Screen,
     code: Codes = None,
     model: Models = None,
     ids: Ids = None,
@@ -234,19 +219,19 @@ async def purge(
     limit: Limit = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-    as_json: Json = False,
-    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> int | None:
-    """Delete dead letters. This cannot be undone; use `--save` to keep a copy.
+    """Delete dead letters. This cannot be undone; use --save to keep a copy.
 
-    - `vqa-worker dlq purge --code invalid_job --dry-run`
-    - `vqa-worker dlq purge --until 30d --save dead-letters.jsonl`
-    - `vqa-worker dlq purge --all --yes`
+        vqa-worker dlq purge --code invalid_job --dry-run
+        vqa-worker dlq purge --until 30d --save dead-letters.jsonl
+        vqa-worker dlq purge --all --yes
+
+    Lists the messages and asks for confirmation first.
     """
     filters = _filter(code, model, ids, since, until)
     if filters.matches_all and not everything:
         raise UsageError("no filter. Give one, such as --code invalid_job or --until 30d, or use --all.")
-    context = _context(Screen(as_json=as_json), timeout)
+    context = _context(screen)
     dead_letters = await _select(context, filters, limit)
     if not _is_confirmed(context.screen, dead_letters, "purge", "deleted", dry_run=dry_run, yes=yes):
         return None
@@ -261,15 +246,15 @@ async def purge(
         return await _process(context, dead_letters, "purge", step, lines)
 
 
-def _context(screen: Screen, timeout_s: float) -> _Context:
+def _context(screen: Screen) -> _Context:
     from worker.settings import load_broker_settings
 
-    settings = load(load_broker_settings, screen)
+    settings = screen.load(load_broker_settings)
     from worker.rabbitmq.properties import install_tolerant_decoders
     from worker.rabbitmq.topology import Topology
 
     install_tolerant_decoders()
-    return _Context(screen, broker_of(settings), Topology.from_settings(settings), timeout_s)
+    return _Context(screen, broker_of(settings), Topology.from_settings(settings), screen.timeout_s)
 
 
 def _default_record(name: str) -> Path:

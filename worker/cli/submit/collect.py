@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any, Final
 
 from worker.cli import outputs
+from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.outputs import Output, Stream
 from worker.cli.progress import Bar, results_note, show_progress
-from worker.cli.shell import EXIT_FAILURE, EXIT_OK, CommandError, Screen
+from worker.cli.shell import CommandError, Screen
 from worker.cli.submit.sender import JobSender
 from worker.cli.submit.state import Counts, Received, SubmissionState
 from worker.rabbitmq.connection import Broker, BrokerUnreachableError

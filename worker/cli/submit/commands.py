@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.cli.shell import Screen, UsageError, load
+from worker.cli.shell import Screen, UsageError
 from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Arguments, File, Form, Listing, Source
 from worker.cli.submit.options import MAX_QUEUE, UPLOAD_PREFIX, Options
 
@@ -24,29 +24,18 @@ STDIN: Final = "-"
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
 
 
-async def submit(**given: Any) -> int:
-    """Submit jobs: one by hand, a file of jobs, or all images below an S3 prefix.
-
-    **One job:**
+async def submit(screen: Screen, **given: Any) -> int:
+    """Submit jobs: one, a file of jobs, or images below an S3 prefix.
 
         vqa-worker submit s3://photos/table.jpg "Which fruit is this?" --wait
-
         vqa-worker submit a.jpg b.jpg "What differs?" --bucket photos --wait
-
-    **All images below an S3 prefix, one question:**
-
-        vqa-worker submit --prefix s3://photos/2030/ "Is there a person?" --wait -o people.csv
-
-    **A file of jobs:** JSONL with one job per line, or CSV with the columns id, image (or image1, image2, …)
-    and question; other columns become metadata of the results:
-
+        vqa-worker submit --prefix s3://photos/2030/ "A person?" --wait -o people.csv
         vqa-worker submit orders.csv --question "Is the parcel damaged?" --dry-run
-
         generate-jobs | vqa-worker submit - --wait --json | jq .answer
-
-    **An input file of OpenAI's Batch API, unchanged:**
-
         vqa-worker submit batch.jsonl --wait -o output.jsonl --errors errors.jsonl
+
+    A file of jobs is JSONL with one job per line, an input file of OpenAI's Batch API, or CSV with the
+    columns id, image (or image1, image2, …) and question; other columns become metadata of the results.
 
     If interrupted, run the same command again to resume; no job is submitted twice.
     """
@@ -56,20 +45,24 @@ async def submit(**given: Any) -> int:
 
     options = Options(**given)
     options.check()
-    screen = Screen(as_json=options.as_json)
     images, question = options.images_and_question()
-    settings = load(load_command_settings, screen)
+    settings = screen.load(load_command_settings)
     async with AsyncExitStack() as stack:
         source = await _source(images, options, settings, stack)
-        submission = _submission(source, question, options)
+        submission = _submission(source, question, options, screen.timeout_s)
         return await (estimate if options.dry_run else submit_jobs)(submission, settings, screen)
 
 
 # typer reads the options from the signature.
-submit.__signature__ = inspect.signature(Options)  # type: ignore[attr-defined] # functions may have one
+submit.__signature__ = inspect.Signature(  # type: ignore[attr-defined] # functions may have one
+    [
+        inspect.Parameter("screen", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Screen),
+        *inspect.signature(Options).parameters.values(),
+    ]
+)
 
 
-def _submission(source: Source, question: str | None, options: Options) -> "Submission":
+def _submission(source: Source, question: str | None, options: Options, timeout_s: float) -> "Submission":
     from worker.cli.outputs import Output
     from worker.cli.submit.estimate import Assumptions
     from worker.cli.submit.submission import Submission
@@ -90,7 +83,7 @@ def _submission(source: Source, question: str | None, options: Options) -> "Subm
         asks=not options.yes,
         waits=options.wait,
         output=Output(options.output, options.errors, options.output_form),
-        timeout_s=options.timeout,
+        timeout_s=timeout_s,
     )
 
 

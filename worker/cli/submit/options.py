@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 import typer
 
-from worker.cli.shell import DEFAULT_CONNECT_TIMEOUT_S, ConnectTimeout, Json, UsageError
+from worker.cli.shell import UsageError
 from worker.cli.state_dir import check_name
 from worker.cli.submit.inputs import Form
 
@@ -73,7 +73,7 @@ Match = Annotated[
     ),
 ]
 Question = Annotated[
-    str | None, typer.Option("--question", "-q", help="Question for all images.", rich_help_panel=_JOBS)
+    str | None, typer.Option("--question", help="Question for all images.", rich_help_panel=_JOBS)
 ]
 Each = Annotated[
     bool,
@@ -229,8 +229,6 @@ class Options:
     output: OutputPath = None
     errors: ErrorsPath = None
     output_form: OutputForm = None
-    as_json: Json = False
-    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S
 
     def check(self) -> None:
         """Check options that exclude each other.

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from worker.cli import state_dir
+from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.outputs import Output
 from worker.cli.progress import Bar, show_progress
-from worker.cli.shell import EXIT_FAILURE, EXIT_OK, Screen, UsageError, broker_of, counted
+from worker.cli.shell import Screen, UsageError, broker_of, counted
 from worker.cli.submit.collect import Collection, Collector
 from worker.cli.submit.estimate import Assumptions, Estimate, dollars
 from worker.cli.submit.inputs import Source

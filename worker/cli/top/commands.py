@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from worker.cli.shell import (
-    DEFAULT_CONNECT_TIMEOUT_S,
-    CommandError,
-    ConnectTimeout,
-    Json,
-    Screen,
-    add,
-    broker_of,
-    load,
-)
+from worker.cli.shell import CommandError, Screen, add, broker_of
 from worker.cli.top.workers import WorkerUrl
 
 if TYPE_CHECKING:
@@ -41,6 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 async def top(
+    screen: Screen,
     worker: Annotated[
         list[WorkerUrl] | None,
         typer.Option(
@@ -53,22 +45,19 @@ async def top(
         float, typer.Option(metavar="SECONDS", min=MIN_INTERVAL_S, help="Refresh interval in seconds.")
     ] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print one line and exit.")] = False,
-    as_json: Json = False,
-    timeout: ConnectTimeout = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> None:
     """Show queue depth, throughput, latency and cost of a running fleet, live.
 
-    - `vqa-worker top --worker localhost:8080`
-    - `vqa-worker top --worker workers.prod.svc:8080` (every address of the name)
-    - `vqa-worker top --once --json | jq .queues.jobs`
+        vqa-worker top --worker localhost:8080
+        vqa-worker top --worker workers.prod.svc:8080
+        vqa-worker top --once --json | jq .queues.jobs
 
     Queue depths come from RabbitMQ, everything else from the workers' metrics: rates, latencies and tokens
     cover the last 30 seconds, the cost is since the workers' start. Without `--worker` only queue depths are
     shown. Press `q` or Ctrl-C to quit. Without a terminal, each interval prints one line.
     """
-    screen = Screen(as_json=as_json)
-    async with _watch(screen, worker or (), timeout) as watch:
-        if as_json or once or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    async with _watch(screen, worker or ()) as watch:
+        if screen.as_json or once or not (sys.stdin.isatty() and sys.stdout.isatty()):
             await _lines(screen, watch, interval, once=once)
             return
         quits = asyncio.Event()
@@ -146,10 +135,10 @@ def _queue_figures(topology: "Topology", found: "Mapping[str, Found | None]") ->
 
 
 @asynccontextmanager
-async def _watch(screen: Screen, workers: Sequence[WorkerUrl], timeout_s: float) -> AsyncIterator[_Watch]:
+async def _watch(screen: Screen, workers: Sequence[WorkerUrl]) -> AsyncIterator[_Watch]:
     from worker.settings import load_broker_settings
 
-    settings = load(load_broker_settings, screen)
+    settings = screen.load(load_broker_settings)
     from worker.cli.top.scraper import Scraper
     from worker.rabbitmq.permission_checks import QueueWatch
     from worker.rabbitmq.topology import Topology
@@ -161,7 +150,7 @@ async def _watch(screen: Screen, workers: Sequence[WorkerUrl], timeout_s: float)
         scraper = Scraper(workers) if workers else None
         if scraper is not None:
             stack.push_async_callback(scraper.close)
-        yield _Watch(topology, queues, scraper, timeout_s)
+        yield _Watch(topology, queues, scraper, screen.timeout_s)
 
 
 async def _lines(screen: Screen, watch: _Watch, interval_s: float, *, once: bool) -> None:

@@ -1,0 +1,94 @@
+"""Help texts: plain, at most 80 columns wide, examples unchanged, options by section."""
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from typer.core import TyperCommand, TyperGroup
+
+if TYPE_CHECKING:
+    # typer has no public name for the types of these arguments.
+    _Context = Any
+    _Formatter = Any
+    _Base = TyperCommand
+else:
+    _Base = object
+
+# What typer prints for the type of an option without a `metavar`.
+_METAVARS: Final = {
+    "str": "TEXT",
+    "int": "N",
+    "int range": "N",
+    "float range": "N",
+    "file": "FILE",
+    "list[str]": "",
+}
+_TYPE: Final = re.compile(r" <([^>]*)>$")
+_RANGE: Final = re.compile(r"(  \[|; )[\d.<=]*x[\d.<>=]+\]$")
+
+# The section of the common options: only the help of the program describes them.
+COMMON: Final = "Options for all commands"
+
+
+class _Help(_Base):
+    def format_help_text(self, ctx: "_Context", formatter: "_Formatter") -> None:  # noqa: ARG002 - typer's signature
+        """Write the docstring; an indented paragraph keeps its lines."""
+        for paragraph in (self.help or "").split("\n\n"):
+            formatter.write_paragraph()
+            with formatter.indentation():
+                if paragraph.startswith("    "):
+                    formatter.write("".join(f"{line}\n" for line in paragraph.split("\n")))
+                else:
+                    formatter.write_text(paragraph)
+
+    def format_options(self, ctx: "_Context", formatter: "_Formatter") -> None:
+        """Write a section for arguments, for options, and for each `rich_help_panel`."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            default = "Arguments" if param.param_type_name == "argument" else "Options"
+            section = getattr(param, "rich_help_panel", None) or default
+            if record := param.get_help_record(ctx):
+                sections.setdefault(section, []).append(_plain(*record))
+        common = sections.pop(COMMON, [])
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+        if ctx.parent is None:
+            with formatter.section(COMMON):
+                formatter.write_dl(common)
+        elif common:
+            names = " ".join(names.split(" ")[0].rstrip(",") for names, _ in common)
+            formatter.write_paragraph()
+            formatter.write_text(f"{COMMON} (see vqa-worker --help): {names}")
+
+
+def _plain(names: str, text: str) -> tuple[str, str]:
+    """Return the names and the description of a parameter without typer's notation for types and ranges."""
+    names = _TYPE.sub(lambda found: f" {_METAVARS.get(found[1], found[1])}".rstrip(), names)
+    return names, _RANGE.sub(lambda found: "" if "[" in found[1] else "]", text)
+
+
+class Command(_Help, TyperCommand):
+    """A command with this help."""
+
+
+class Group(_Help, TyperGroup):
+    """A group of commands with this help, which is printed if no command is given."""
+
+    def format_options(self, ctx: "_Context", formatter: "_Formatter") -> None:
+        """Write the commands, then the options."""
+        self.format_commands(ctx, formatter)
+        super().format_options(ctx, formatter)
+
+    def format_commands(self, ctx: "_Context", formatter: "_Formatter") -> None:
+        """Write the first line of each command's docstring."""
+        names = self.list_commands(ctx)
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, (self.commands[name].help or "").split("\n")[0]) for name in names])
+
+    def list_commands(self, ctx: "_Context") -> list[str]:  # noqa: ARG002 - typer's signature
+        """Return the names of the commands in the order of the alphabet."""
+        return sorted(self.commands)
+
+    def parse_args(self, ctx: "_Context", args: list[str]) -> list[str]:
+        """Parse the arguments; none means `--help`."""
+        return super().parse_args(ctx, args or ([] if ctx.resilient_parsing else ["--help"]))
