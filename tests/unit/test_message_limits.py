@@ -43,6 +43,7 @@ BODIES: dict[str, Callable[[int], bytes]] = {
     "numbers as images": repeated(SHORT + b"[", b"1,", b"1]}"),
     "empty strings as images": repeated(SHORT + b"[", b'"",', b'""]}'),
     "valid images": repeated(SHORT + b"[", b'"s3://b/k",', b'"s3://b/k"]}'),
+    "line breaks in the URL of an image": repeated(SHORT + b'["', rb"\n", b'"]}'),
     "objects as images": repeated(SHORT + b"[", b'{"url":"s3://b/k"},', b'"s3://b/k"]}'),
     "images with unknown fields": repeated(SHORT + b"[", b'{"x":1},', b"1]}"),
     "one image with many unknown fields": numbered(SHORT + b"[{", b"}]}"),

@@ -98,6 +98,8 @@ def display_url(url: str) -> str:
         return "data: URL"
     url = url[: 64 * 1024]
     shown = url if scheme == "s3://" else _without_secrets(url)
+    # Escaping only lengthens: one character more than fits is enough, and escaping all of it takes long.
+    shown = shown[: MAX_DISPLAY_CHARS + 1]
     return _cut(_CONTROL.sub(_escape, _SURROGATE.sub(_escape, shown)), MAX_DISPLAY_CHARS)
 
 
