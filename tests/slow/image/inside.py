@@ -20,7 +20,7 @@ import worker
 
 # Virtual file systems of the kernel.
 KERNELS = ("/dev", "/proc", "/sys")
-EXTRAS = ("opentelemetry", "rich", "typer")
+EXTRAS = ("opentelemetry",)
 SOURCES_OF_CREDENTIALS = ("s3", "signin", "sso", "sso-oidc", "sts")
 
 
