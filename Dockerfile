@@ -17,6 +17,7 @@ RUN find /app/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -
   ! -name s3 ! -name signin ! -name sso ! -name sso-oidc ! -name sts -exec rm -r {} +
 COPY LICENSE README.md pyproject.toml ./
 COPY worker worker
+COPY vqa_worker vqa_worker
 # Unchecked hashes: an image may lose the sources' times, with which Python compares compiled files by default.
 RUN pip --python /build/bin/python wheel --no-deps --no-build-isolation --wheel-dir /dist . \
   && pip --python /app/bin/python install --no-compile --no-deps --no-index /dist/*.whl \

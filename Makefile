@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH := .venv/.bench-installed
-SOURCES := worker deploy docs tests
+SOURCES := worker vqa_worker deploy docs tests
 # Without cached bytecode each process of the tests compiles all imports.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -74,7 +74,7 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/deptry worker
+	$(BIN)/deptry worker vqa_worker
 	$(BIN)/codespell
 	$(MAKE) --no-print-directory words IN="$(PLAIN)"
 	$(BIN)/yamllint --strict .
@@ -93,7 +93,7 @@ words: $(INSTALLED) ## list retired words and phrases that are still in use (IN=
 	  && exit $$words
 WITHOUT_PHRASES := ':!.codespell' ':!*.lock' ':!*.svg' ':!CHANGELOG.md'
 # Checked by `make lint`.
-PLAIN := README.md CONTRIBUTING.md Makefile pyproject.toml docs examples helm deploy worker tests
+PLAIN := README.md CONTRIBUTING.md Makefile pyproject.toml docs examples helm deploy worker vqa_worker tests
 
 format: $(INSTALLED) ## format the code
 	$(BIN)/ruff format

@@ -16,11 +16,13 @@ from pydantic import BaseModel, SecretStr
 
 from deploy.rabbitmq.__main__ import PLACE, STRICT, STRICT_SETTINGS, topology_with
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER, intake, users
+from vqa_worker.messages.error_codes import DESCRIPTIONS, ErrorCode
+from vqa_worker.messages.job import Job
+from vqa_worker.messages.result import Result
+from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER
 from worker.cli.schema import asyncapi
-from worker.errors import DESCRIPTIONS, SERVICE_FAILURES, ErrorCode
+from worker.errors import SERVICE_FAILURES
 from worker.jobs.cancellation import REMEMBERED
-from worker.messages.job import Job
-from worker.messages.result import Result
 from worker.observability.instruments import Declaration
 from worker.observability.metrics import DECLARED
 from worker.rabbitmq import messages, properties
@@ -219,7 +221,7 @@ def messages_page() -> str:
         control_exchange=Topology.from_settings(settings).control.name,
         cancellation=json.dumps({"cancel": SHORT_JOB["id"]}),
         remembered=f"{REMEMBERED:,}",
-        content_type=messages.CONTENT_TYPE,
+        content_type=CONTENT_TYPE,
         result_type=messages.RESULT_TYPE,
         app_id=messages.APP_ID,
         undeliverable_header=messages.UNDELIVERABLE_HEADER,
@@ -227,7 +229,7 @@ def messages_page() -> str:
         error_message_header=messages.ERROR_MESSAGE_HEADER,
         attempts_header=properties.ATTEMPTS_HEADER,
         died_at_header=properties.DIED_AT_HEADER,
-        enqueued_header=properties.ENQUEUED_HEADER,
+        enqueued_header=ENQUEUED_HEADER,
         traceparent=properties.TRACEPARENT,
         tracestate=properties.TRACESTATE,
     )

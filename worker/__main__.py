@@ -49,11 +49,10 @@ def run(env_file: Path = Path(".env")) -> int:
         return _report_config_errors(error.faults)
     import structlog
 
+    from vqa_worker.rabbitmq.connection import BrokerRefusedError, TopologyError
     from worker.app import runner as app
     from worker.observability.logs import configure_logging, describe_exception
     from worker.observability.redaction import Redactor
-    from worker.rabbitmq.connection import BrokerRefusedError
-    from worker.rabbitmq.topology import TopologyError
 
     redact = Redactor([*settings.secret_values(), *trace_secrets(os.environ)])
     configure_logging(settings.log_level, settings.log_format, redact)

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 import structlog
 
+from vqa_worker.messages.decoding import InvalidJobError
+from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import Clock
-from worker.errors import DependencyDownError, ErrorCode, JobError, RateLimitedError, TransientError
+from worker.errors import DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.jobs.attempt import Attempt, observe_stages
 from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome
 from worker.jobs.outcome_builder import OutcomeBuilder, requeued
 from worker.jobs.request import DeliveredTooOftenError, Request, RequestRules, check_job, read_job
-from worker.messages.decoding import InvalidJobError
 from worker.model.answer import Answer
 from worker.observability.logs import describe_exception
 from worker.observability.tenants import Tenants

@@ -19,7 +19,7 @@ from deploy.local.external import IncompleteConfigurationError, external_rabbitm
 from deploy.local.s3 import ObjectStore
 from deploy.local.sample_images import sample_images
 from deploy.local.terminal import print_status
-from worker.client import (
+from vqa_worker import (
     BrokerRefusedError,
     BrokerUnreachableError,
     Client,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from worker.rabbitmq.replies import PRIVATE_PREFIX
+from vqa_worker.rabbitmq.replies import PRIVATE_PREFIX
 from worker.rabbitmq.topology import Topology
 
 NOTHING = "^$"

@@ -7,7 +7,7 @@ import asyncio
 import os
 import sys
 
-from worker.client import Client
+from vqa_worker import Client
 
 RABBITMQ_URL = os.environ.get("VQA_RABBITMQ_URL", "amqp://guest:guest@localhost:5672/")
 JOBS_QUEUE = os.environ.get("VQA_JOBS_QUEUE", "vqa.jobs")

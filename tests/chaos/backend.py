@@ -16,7 +16,7 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMe
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, DeliveryError, PublishError
 
 from tests.chaos.jobs import ExpectedJob
-from worker.rabbitmq.connection import connection_losses
+from vqa_worker.rabbitmq.connection import connection_losses
 
 # Errors while the broker is down or restarting.
 _ERRORS: Final = (*CONNECTION_EXCEPTIONS, DeliveryError, PublishError, TimeoutError)

@@ -1,4 +1,4 @@
-"""`worker.client` on the real stack."""
+"""`vqa_worker` on the real stack."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from tests.conftest import PutImage, StartWorker
 from tests.integration.cli.running import depth
 from tests.proxy import Proxy
 from tests.running import ROOT, Worker, calls_with, until
-from worker.client import (
+from vqa_worker import (
     BrokerRefusedError,
     BrokerUnreachableError,
     Client,
@@ -318,7 +318,7 @@ async def test_unknown_fields_and_codes_of_a_newer_worker_are_accepted() -> None
 def test_mypy_checks_programs_that_use_the_client(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "from worker.client import Client\n"
+        "from vqa_worker import Client\n"
         "async def main() -> None:\n"
         "    async with Client('amqp://') as client:\n"
         "        result = await client.ask('s3://b/k', 'What?')\n"
@@ -337,13 +337,13 @@ def test_mypy_checks_programs_that_use_the_client(tmp_path: Path) -> None:
     )
     shown = checked.stdout
     assert '"str | None"' in shown, shown + checked.stderr
-    assert '"worker.client.client.Result"' in shown
+    assert '"vqa_worker.client.Result"' in shown
     assert 'Missing positional argument "question" in call to "ask" of "Client"' in shown
     assert "Found 1 error in 1 file" in shown
 
 
 def test_a_client_needs_no_settings_of_the_worker() -> None:
-    code = "import sys, worker.client; print([it for it in sys.modules if it in ('typer', 'botocore')])"
+    code = "import sys, vqa_worker; print([it for it in sys.modules if it in ('typer', 'botocore')])"
     done = subprocess.run(  # noqa: S603 - a test's own
         [sys.executable, "-c", code],
         capture_output=True,

@@ -15,10 +15,10 @@ from pydantic import BaseModel
 
 from deploy.local.stack import Stack
 from tests.running import ROOT, Worker
-from worker.errors import ErrorCode
-from worker.messages.decoding import InvalidJobError, decode
-from worker.messages.job import RESERVED_PARAMS, Job
-from worker.messages.result import JobFailure, Result, Timings, Usage
+from vqa_worker.messages.decoding import InvalidJobError, decode
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.job import RESERVED_PARAMS, Job
+from vqa_worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.observability import metrics
 from worker.rabbitmq.topology import QueueSpec, Topology
 

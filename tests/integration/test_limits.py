@@ -17,8 +17,8 @@ from tests.breaking import publish, results, statuses
 from tests.conftest import MakeClient, StartWorker
 from tests.running import Worker, calls_with, until
 from tests.unit.fakes import TOPOLOGY
+from vqa_worker.rabbitmq.connection import Broker
 from worker.jobs.delivery import Delivery
-from worker.rabbitmq.connection import Broker
 from worker.rabbitmq.consumer import Consumer
 from worker.rabbitmq.control import Control
 

@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from worker.observability.log_sampling import MAX_SHOWN
 from worker.observability.logs import (
     IN_FLIGHT_LOGGER,
+    PACKAGES,
     SENSITIVE_LIBRARIES,
     configure_logging,
     describe_exception,
@@ -46,7 +47,7 @@ def restored_logging(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monke
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-    for name in ("worker", IN_FLIGHT_LOGGER, *SENSITIVE_LIBRARIES):
+    for name in (*PACKAGES, IN_FLIGHT_LOGGER, *SENSITIVE_LIBRARIES):
         logging.getLogger(name).setLevel(logging.NOTSET)
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()

@@ -9,9 +9,9 @@ import pytest
 from deploy.local.stack import Stack
 from tests.running import until
 from tests.unit.fakes import cancel_all
-from worker.rabbitmq import requests
-from worker.rabbitmq.connection import Broker
-from worker.rabbitmq.requests import Replies, Requests
+from vqa_worker.rabbitmq import requests
+from vqa_worker.rabbitmq.connection import Broker
+from vqa_worker.rabbitmq.requests import Replies, Requests
 
 
 @pytest.mark.parametrize("replies", ["queue", "exclusive"])

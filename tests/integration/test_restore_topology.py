@@ -13,10 +13,11 @@ from structlog.testing import CapturingLogger
 from deploy.local.stack import Stack
 from tests.running import until
 from tests.unit.fakes import TOPOLOGY, a_delivery, cancel_all
+from vqa_worker.messages.result import Result, Timings
+from vqa_worker.rabbitmq import session
+from vqa_worker.rabbitmq.connection import Broker
 from worker.jobs.outcome import Succeeded
-from worker.messages.result import Result, Timings
-from worker.rabbitmq import publisher, session, settlement
-from worker.rabbitmq.connection import Broker
+from worker.rabbitmq import publisher, redeclaration, settlement
 from worker.rabbitmq.publisher import Publisher
 from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 from worker.rabbitmq.topology import QueueSpec, Topology, create
@@ -52,7 +53,7 @@ class Scene:
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
     log = CapturingLogger()
-    for module in (publisher, session, settlement):
+    for module in (publisher, redeclaration, session, settlement):
         monkeypatch.setattr(module, "log", log)
     return log
 
@@ -111,7 +112,7 @@ async def test_a_missing_queue_is_checked_rarely_and_logged_once(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settlement, "UNROUTABLE_DELAY_S", 0.1)
-    monkeypatch.setattr(session, "REDECLARE_INTERVAL_S", 1.0)
+    monkeypatch.setattr(redeclaration, "INTERVAL_S", 1.0)
     await scene.delete_results_queue()
     settling = scene.settle()
     await asyncio.sleep(4.5)

@@ -9,9 +9,8 @@ from deploy.local.stack import Stack
 from tests.proxy import Proxy
 from tests.running import until
 from tests.unit.fakes import cancel_all
-from worker.rabbitmq.connection import Broker, BrokerUnreachableError
-from worker.rabbitmq.session import Session
-from worker.rabbitmq.topology import TopologyError
+from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError, TopologyError
+from vqa_worker.rabbitmq.session import Session
 
 
 async def open_a_channel(connection: AbstractConnection) -> None:

@@ -6,9 +6,14 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from vqa_worker.rabbitmq.outgoing import (
+    OutgoingMessage,
+    PublishAbandonedError,
+    TooLargeError,
+    UnroutableError,
+)
 from worker.images.memory_budget import MemoryBudget
 from worker.jobs.delivery import Delivery
-from worker.rabbitmq.outgoing import OutgoingMessage, PublishAbandonedError, TooLargeError, UnroutableError
 from worker.rabbitmq.topology import Topology
 
 JOB: dict[str, Any] = {"id": "job-1", "question": "What is it?", "images": ["s3://photos/cat.png"]}

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from worker.errors import ErrorCode, JobError
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.errors import JobError
 from worker.jobs import cancellation
 from worker.jobs.cancellation import CancelledJobs, job_hash
 

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.unit.fakes import free, turns_of_the_loop
-from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.errors import Dependency, DependencyDownError, JobError, TransientError
 from worker.images.coalesced_reads import CoalescedReads
 from worker.images.memory_budget import MemoryBudget
 from worker.s3.aws import S3Object

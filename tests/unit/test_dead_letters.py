@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
+from vqa_worker.rabbitmq.outgoing import OutgoingMessage
 from worker.cli.dlq import render
 from worker.cli.dlq.records import Lines
 from worker.cli.dlq.selection import Filter, parse_time
@@ -26,7 +27,6 @@ from worker.cli.shell import CommandError
 from worker.rabbitmq import messages
 from worker.rabbitmq.dead_letter_record import DeadLetter
 from worker.rabbitmq.dead_letters import FetchedDeadLetter
-from worker.rabbitmq.outgoing import OutgoingMessage
 from worker.rabbitmq.properties import install_tolerant_decoders, is_encodable
 
 NOW = datetime(2030, 1, 31, 12, 0, tzinfo=UTC)

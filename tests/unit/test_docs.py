@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from docs import generate
-from worker.errors import DESCRIPTIONS, ErrorCode
-from worker.messages.job import Job
-from worker.messages.result import Result
+from vqa_worker.messages.error_codes import DESCRIPTIONS, ErrorCode
+from vqa_worker.messages.job import Job
+from vqa_worker.messages.result import Result
 from worker.settings import Settings, variable
 
 ROOT = Path(__file__).parents[2]

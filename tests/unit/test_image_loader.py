@@ -13,12 +13,12 @@ from aiohttp import web
 
 from tests.fake_s3 import Answer, FakeS3, give, head, say
 from tests.unit.fakes import turns_of_the_loop
+from vqa_worker.messages.conversation import ImageRef
 from worker.errors import TransientError
 from worker.http.client import proxy_options
 from worker.images.loader import ImageLoader, LinkPolicy, OpenImages, display_name
 from worker.images.source import ImageSource, SourcePolicy
 from worker.images.urls import BufferedUrl, StreamedUrl
-from worker.messages.conversation import ImageRef
 from worker.model.request import PLACEHOLDER, RequestBody, body_parts
 from worker.s3.aws import Aws, Endpoint
 from worker.s3.client import S3

@@ -11,7 +11,8 @@ import yarl
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from worker.errors import ErrorCode, JobError
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.errors import JobError
 from worker.images.source import (
     MAX_KEY_BYTES,
     Embedded,

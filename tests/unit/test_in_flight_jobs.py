@@ -11,11 +11,11 @@ from structlog.testing import CapturingLogger
 
 from tests.running import until
 from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
+from vqa_worker.messages.result import Result
 from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
 from worker.jobs.in_flight_jobs import LOST_ACK_S, InFlightJobs
 from worker.jobs.outcome import Outcome, Requeued, Retried, Succeeded
-from worker.messages.result import Result
 from worker.observability import metrics
 from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.messages.conversation import Conversation, ImageRef
-from worker.messages.decoding import InvalidJobError, decode
-from worker.messages.job import MAX_ID_CHARS, MAX_METADATA_BYTES, RESERVED_PARAMS, Job, valid_id
-from worker.messages.serialization import to_json
+from vqa_worker.messages.conversation import Conversation, ImageRef
+from vqa_worker.messages.decoding import InvalidJobError, decode
+from vqa_worker.messages.job import MAX_ID_CHARS, MAX_METADATA_BYTES, RESERVED_PARAMS, Job, valid_id
+from vqa_worker.messages.serialization import to_json
 
 SHORT: dict[str, Any] = {"id": "a", "question": "What is it?", "images": ["s3://b/k"]}
 LONG: dict[str, Any] = {"id": "a", "messages": [{"role": "user", "content": "Hello"}]}

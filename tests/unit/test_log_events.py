@@ -7,6 +7,7 @@ from typing import get_args
 
 from tests.running import ROOT
 from worker.jobs.attempt import Stage
+from worker.observability.logs import PACKAGES
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 # The client library logs in the user's program: its lines are not the worker's.
@@ -25,7 +26,7 @@ def _levels(call: ast.Call) -> set[str]:
 
 
 def _logged() -> Iterator[tuple[str, set[str]]]:
-    for path in sorted((ROOT / "worker").rglob("*.py")):
+    for path in sorted(it for package in PACKAGES for it in (ROOT / package).rglob("*.py")):
         source = path.read_text()
         if CLIENTS_LOG in source:
             continue

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vqa_worker.messages.conversation import Conversation
+from vqa_worker.messages.decoding import InvalidJobError, decode
 from worker.errors import JobError
 from worker.images.loader import display_name
 from worker.images.source import Embedded, SourcePolicy, parse_source
-from worker.messages.conversation import Conversation
-from worker.messages.decoding import InvalidJobError, decode
 from worker.model.request import PLACEHOLDER, body_parts, fingerprint
 
 MAX_JOB_BYTES = 16_000_000

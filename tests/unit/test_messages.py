@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from tests.unit.amqp import delivered, short
 from tests.unit.fakes import a_delivery
-from worker.errors import ErrorCode
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import Result
+from vqa_worker.rabbitmq.outgoing import OutgoingMessage
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import DeadLettered
-from worker.messages.result import Result
 from worker.rabbitmq import messages
-from worker.rabbitmq.outgoing import OutgoingMessage
 
 SENT = datetime(2030, 1, 1, tzinfo=UTC)
 TRACE = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "x=1"}

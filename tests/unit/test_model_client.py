@@ -19,14 +19,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.running import until
-from worker.errors import (
-    Dependency,
-    DependencyDownError,
-    ErrorCode,
-    JobError,
-    RateLimitedError,
-    TransientError,
-)
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.http.client import proxy_options
 from worker.model.client import Model
 from worker.model.errors import MAX_API_MESSAGE_CHARS, MAX_RETRY_AFTER_S

@@ -9,10 +9,11 @@ import pytest
 
 from tests.otlp import Receiver, Seen
 from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
-from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import Result, Usage
+from worker.errors import Dependency, DependencyDownError, JobError, TransientError
 from worker.jobs.in_flight_jobs import InFlightJobs
 from worker.jobs.outcome import Outcome, Requeued, Succeeded
-from worker.messages.result import Result, Usage
 from worker.observability import tracing
 from worker.observability.tracing.otlp import MAX_CHARS, Otlp, Scene
 from worker.rabbitmq.settlement import ReplyPolicy, Settlement

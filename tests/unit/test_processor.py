@@ -16,15 +16,11 @@ from hypothesis import strategies as st
 from structlog.testing import CapturingLogger
 
 from tests.unit.fakes import JOB, a_delivery, turns_of_the_loop
+from vqa_worker.messages.conversation import ImageRef
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import Usage
 from worker.clock import Clock
-from worker.errors import (
-    Dependency,
-    DependencyDownError,
-    ErrorCode,
-    JobError,
-    RateLimitedError,
-    TransientError,
-)
+from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.images.encoding import iterate_async
 from worker.images.memory_budget import MemoryBudget, Reservation
 from worker.images.source import Embedded, ImageSource, Link, Source
@@ -33,8 +29,6 @@ from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
 from worker.jobs.outcome_builder import OutcomeBuilder
 from worker.jobs.request import RequestRules
-from worker.messages.conversation import ImageRef
-from worker.messages.result import Usage
 from worker.model.answer import Answer
 from worker.model.request import RequestBody
 from worker.observability.redaction import Redactor

@@ -7,11 +7,11 @@ import pytest
 from pamqp.common import FieldValue
 
 from tests.unit.fakes import TOPOLOGY
-from worker.rabbitmq.connection import Broker
-from worker.rabbitmq.outgoing import OutgoingMessage
+from vqa_worker.rabbitmq.connection import Broker
+from vqa_worker.rabbitmq.outgoing import OutgoingMessage
+from vqa_worker.rabbitmq.requests import Requests
 from worker.rabbitmq.properties import is_encodable
 from worker.rabbitmq.publisher import Publisher
-from worker.rabbitmq.requests import Requests
 
 BROKER = Broker("amqp://127.0.0.1:1/", None, "test")
 

@@ -2,15 +2,15 @@
 
 import pytest
 
-from worker.rabbitmq import rate_limited_warnings
-from worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
+from vqa_worker.rabbitmq import rate_limited_warnings
+from vqa_worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the current time in a list of one element."""
     now = [1000.0]
-    monkeypatch.setattr("worker.rabbitmq.rate_limited_warnings.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vqa_worker.rabbitmq.rate_limited_warnings.time.monotonic", lambda: now[0])
     return now
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from tests.unit.fakes import a_delivery
+from vqa_worker.messages.conversation import ImageRef
 from worker.images.source import ImageSource, SourcePolicy, parse_source
 from worker.jobs.attempt import Attempt
 from worker.jobs.request import RequestRules, check_job, read_job
-from worker.messages.conversation import ImageRef
 
 RULES = RequestRules("m", {"m"}, 1_000_000, 3, send_image_detail=False, stores_results=True)
 ANYWHERE = SourcePolicy(["*"], ["*"])

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.unit.fakes import a_delivery
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.clock import Clock
-from worker.errors import ErrorCode
 from worker.jobs.attempt import Attempt
 from worker.jobs.outcome import Failed, Outcome, Succeeded
 from worker.jobs.outcome_builder import OutcomeBuilder
-from worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.model.answer import Answer, MalformedAnswerError, parse_answer
 from worker.observability.redaction import Redactor
 

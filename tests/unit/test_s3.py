@@ -18,7 +18,8 @@ from botocore.exceptions import NoCredentialsError
 from tests.authority import Authority
 from tests.fake_s3 import Answer, Asked, FakeS3, give, head, refuse, say
 from tests.running import until
-from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.errors import Dependency, DependencyDownError, JobError, TransientError
 from worker.http.client import proxy_options
 from worker.s3.aws import AddressingStyle, Aws, Endpoint, S3ConfigurationError, S3Object, ca_bundle
 from worker.s3.client import S3

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from jsonschema import Draft7Validator, Draft202012Validator
 
 from docs import generate
+from vqa_worker.messages.decoding import InvalidJobError, decode
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.job import RESERVED_PARAMS, Job
+from vqa_worker.messages.result import JobFailure, Result, Usage
 from worker.cli import schema
-from worker.errors import ErrorCode
-from worker.messages.decoding import InvalidJobError, decode
-from worker.messages.job import RESERVED_PARAMS, Job
-from worker.messages.result import JobFailure, Result, Usage
 from worker.settings import BrokerSettings, load_broker_settings
 
 TESTS = Path(__file__).parents[1]

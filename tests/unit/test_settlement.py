@@ -10,12 +10,12 @@ from structlog.testing import CapturingLogger
 
 from tests.running import until
 from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_loop
-from worker.errors import ErrorCode
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import JobFailure, Result, Timings, Usage
+from vqa_worker.rabbitmq.outgoing import OutgoingMessage
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
-from worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.observability import metrics
 from worker.rabbitmq import settlement
-from worker.rabbitmq.outgoing import OutgoingMessage
 from worker.rabbitmq.settlement import ReplyPolicy, Settlement
 from worker.rabbitmq.topology import Topology
 

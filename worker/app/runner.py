@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from vqa_worker.rabbitmq.connection import Broker
 from worker import __version__
 from worker.app.background import Background
 from worker.app.parts import Parts
@@ -23,7 +24,6 @@ from worker.observability import endpoints, metrics, tracing
 from worker.observability.endpoints import Heartbeat, Readiness
 from worker.observability.logs import IN_FLIGHT_LOGGER, log_suppressed_events
 from worker.observability.tenants import Tenants
-from worker.rabbitmq.connection import Broker
 from worker.rabbitmq.consumer import Consumer
 from worker.rabbitmq.control import Control
 from worker.rabbitmq.properties import install_tolerant_decoders

@@ -11,8 +11,8 @@ from worker.cli.shell import CommandError, Screen, UsageError, broker_of, counte
 from worker.cli.submit.options import ErrorsPath, OutputForm, OutputPath
 
 if TYPE_CHECKING:
+    from vqa_worker.rabbitmq.connection import Broker
     from worker.cli.submit.state import SubmissionState
-    from worker.rabbitmq.connection import Broker
 
 
 def _known_names() -> list[str]:
@@ -118,8 +118,8 @@ def _check(state: "SubmissionState", broker: str, screen: Screen) -> None:
 
 
 async def _delete(state: "SubmissionState", broker: "Broker", screen: Screen) -> int:
-    from worker.rabbitmq.replies import delete_queue
-    from worker.rabbitmq.session import Session
+    from vqa_worker.rabbitmq.replies import delete_queue
+    from vqa_worker.rabbitmq.session import Session
 
     head, pending = state.head(), state.counts().pending
     if head["is_private"]:

@@ -12,9 +12,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
 from pydantic_core import core_schema
 
+from vqa_worker.messages.job import Job
+from vqa_worker.messages.result import Result
+from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER
 from worker import __version__
-from worker.messages.job import Job
-from worker.messages.result import Result
 from worker.rabbitmq import messages, properties
 from worker.rabbitmq.topology import QueueSpec, Topology
 from worker.settings import BrokerSettings
@@ -28,7 +29,7 @@ _TRACE: Final = {
     properties.TRACESTATE: {"type": "string", "description": "W3C Trace Context."},
 }
 _ENQUEUED: Final = {
-    properties.ENQUEUED_HEADER: {
+    ENQUEUED_HEADER: {
         "type": "integer",
         "description": "When the job was published, in Unix milliseconds; set by RabbitMQ's interceptor.",
     }
@@ -81,7 +82,7 @@ def asyncapi(settings: BrokerSettings) -> dict[str, Any]:
             "description": "Answers questions about images. Jobs and results are RabbitMQ messages.",
             "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
         },
-        "defaultContentType": messages.CONTENT_TYPE,
+        "defaultContentType": CONTENT_TYPE,
         "servers": {"rabbitmq": _server(settings)},
         "channels": _channels(topology, _vhost(settings)),
         "operations": _operations(),

@@ -52,7 +52,7 @@ from worker.cli.exit_codes import (
 from worker.cli.help import COMMON, Command
 
 if TYPE_CHECKING:
-    from worker.rabbitmq.connection import Broker
+    from vqa_worker.rabbitmq.connection import Broker
     from worker.settings import BrokerSettings
 
 Kind = TypeVar("Kind", bound="BrokerSettings")
@@ -234,7 +234,7 @@ def broker_of(settings: "BrokerSettings") -> "Broker":
     """Return the broker of the settings."""
     import socket
 
-    from worker.rabbitmq.connection import Broker
+    from vqa_worker.rabbitmq.connection import Broker
     from worker.settings import broker_ssl_context
 
     return Broker(
@@ -344,11 +344,10 @@ def _describe(error: BaseException) -> tuple[Sequence[str], Sequence[str], int]:
 
     A message about a setting starts with the setting's name.
     """
+    from vqa_worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachableError, TopologyError
+    from vqa_worker.rabbitmq.outgoing import RefusedError
     from worker.errors import DependencyDownError
     from worker.observability.logs import describe_exception
-    from worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachableError
-    from worker.rabbitmq.outgoing import RefusedError
-    from worker.rabbitmq.topology import TopologyError
     from worker.s3.aws import S3ConfigurationError
     from worker.settings import SettingsError
 

@@ -36,7 +36,7 @@ async def apply(screen: Screen) -> None:
 
     Existing ones are not changed; one with other arguments is an error.
     """
-    from worker.rabbitmq.session import Session
+    from vqa_worker.rabbitmq.session import Session
     from worker.rabbitmq.topology import Topology, create
     from worker.settings import load_broker_settings
 

@@ -6,7 +6,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass
 from typing import Self, assert_never
 
-from worker.errors import Dependency, ErrorCode, JobError, TransientError
+from vqa_worker.messages.conversation import ImageRef
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.serialization import escape_json
+from worker.errors import Dependency, JobError, TransientError
 from worker.images.coalesced_reads import CoalescedReads
 from worker.images.content import SIGNATURE_BYTES, media_type
 from worker.images.encoding import decode_slices, encode, iterate_async
@@ -20,8 +23,6 @@ from worker.images.source import (
     parse_source,
 )
 from worker.images.urls import BufferedUrl, StreamedUrl
-from worker.messages.conversation import ImageRef
-from worker.messages.serialization import escape_json
 from worker.observability import metrics
 from worker.observability.redaction import display_url
 from worker.observability.tracing import spans

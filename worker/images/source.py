@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from worker.errors import ErrorCode, JobError
-from worker.messages.data_urls import payload
+from vqa_worker.messages.data_urls import payload
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.errors import JobError
 from worker.s3.aws import S3Object
 
 # S3: object keys are at most 1,024 bytes of UTF-8 (Amazon S3 user guide, "Naming objects").

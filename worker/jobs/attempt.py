@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Self, TypeAlias
 
+from vqa_worker.messages.job import Job
 from worker.jobs.delivery import Delivery
-from worker.messages.job import Job
 from worker.model.answer import Answer
 from worker.observability import metrics
 

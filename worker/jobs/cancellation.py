@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from worker.errors import ErrorCode, JobError
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.errors import JobError
 
 # Cancelled jobs that a worker remembers, at about a hundred bytes each.
 REMEMBERED = 100_000

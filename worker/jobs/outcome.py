@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from worker.errors import ErrorCode
-from worker.messages.result import Result
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import Result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

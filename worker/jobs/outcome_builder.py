@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vqa_worker.messages.decoding import InvalidJobError
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import JobFailure, Result, Timings
 from worker.clock import Clock
-from worker.errors import ErrorCode
 from worker.jobs.attempt import Attempt, Stage
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
-from worker.messages.decoding import InvalidJobError
-from worker.messages.result import JobFailure, Result, Timings
 from worker.model.answer import Answer
 
 _DIGITS = 6

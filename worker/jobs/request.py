@@ -4,13 +4,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from worker.errors import ErrorCode, JobError
+from vqa_worker.messages.conversation import Conversation, ImageRef
+from vqa_worker.messages.decoding import decode
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.job import Job
+from worker.errors import JobError
 from worker.images.source import Embedded, ImageSource
 from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
-from worker.messages.conversation import Conversation, ImageRef
-from worker.messages.decoding import decode
-from worker.messages.job import Job
 from worker.model.request import PLACEHOLDER, body_parts, fingerprint
 from worker.s3.aws import S3Object
 

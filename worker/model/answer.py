@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
-from worker.messages.result import Usage
-from worker.messages.serialization import to_json
+from vqa_worker.messages.result import Usage
+from vqa_worker.messages.serialization import to_json
 
 # The fields of a plain text message; any other field that is set needs the whole response.
 _PLAIN_MESSAGE_FIELDS = frozenset({"role", "content", "name"})

@@ -9,14 +9,8 @@ from collections.abc import Mapping
 import httpx2
 import openai
 
-from worker.errors import (
-    Dependency,
-    DependencyDownError,
-    ErrorCode,
-    JobError,
-    RateLimitedError,
-    TransientError,
-)
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.observability.redaction import Redactor
 
 # A wrong Retry-After header must not stop a worker for days.

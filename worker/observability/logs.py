@@ -23,6 +23,8 @@ from structlog.typing import EventDict, Processor
 
 from worker.observability.log_sampling import Kind, LogSampler, Suppressed
 
+PACKAGES: Final = ("worker", "vqa_worker")
+
 Format: TypeAlias = Literal["json", "console"]
 Redact: TypeAlias = Callable[[str], str]
 
@@ -93,7 +95,8 @@ def configure_logging(
     )
     others = number if number <= logging.DEBUG else max(number, logging.WARNING)
     logging.basicConfig(level=others, handlers=[handler], force=True)
-    logging.getLogger("worker").setLevel(number)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(number)
     logging.getLogger(IN_FLIGHT_LOGGER).setLevel(min(number, logging.INFO))
     # Not used here, and slow to collect ("Optimization" in the Logging HOWTO).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

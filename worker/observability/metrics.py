@@ -26,9 +26,9 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import Usage
 from worker import __version__
-from worker.errors import ErrorCode
-from worker.messages.result import Usage
 from worker.observability.instruments import Instruments, Label
 
 UNKNOWN_MODEL: Final = "unknown"

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from worker.messages.result import Usage
+from vqa_worker.messages.result import Usage
 from worker.observability import metrics
 
 OTHER: Final = "other"

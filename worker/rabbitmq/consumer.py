@@ -10,11 +10,11 @@ import structlog
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage, AbstractQueue
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
+from vqa_worker.rabbitmq.connection import Broker, channel_lost, connection_losses, raise_if_cancelled
+from vqa_worker.rabbitmq.session import Session
 from worker.jobs.delivery import Delivery
-from worker.rabbitmq.connection import Broker, channel_lost, connection_losses, raise_if_cancelled
 from worker.rabbitmq.control import Control
 from worker.rabbitmq.deliveries import ignoring_loss, to_delivery
-from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Topology, establish
 
 log = structlog.get_logger(__name__)

@@ -8,8 +8,8 @@ import structlog
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage, AbstractQueue
 from aio_pika.exceptions import ChannelClosed
 
-from worker.messages.job import valid_id
-from worker.rabbitmq.connection import broker_reason, connection_losses
+from vqa_worker.messages.job import valid_id
+from vqa_worker.rabbitmq.connection import broker_reason, connection_losses
 from worker.rabbitmq.topology import Topology
 
 log = structlog.get_logger(__name__)

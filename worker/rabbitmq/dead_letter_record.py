@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from vqa_worker.messages.decoding import parse_leniently
+from vqa_worker.messages.job import parse_deadline, valid_id
 from worker.jobs.delivery import Delivery
-from worker.messages.decoding import parse_leniently
-from worker.messages.job import parse_deadline, valid_id
 from worker.rabbitmq import messages, properties
 
 NAME_CHARS = 10

@@ -21,13 +21,13 @@ from aio_pika.exceptions import (
     PublishError,
 )
 
+from vqa_worker.rabbitmq.connection import Broker, ConnectionLostError, connection_losses, explain
+from vqa_worker.rabbitmq.outgoing import OutgoingMessage, send
+from vqa_worker.rabbitmq.session import Session
 from worker.rabbitmq import messages
-from worker.rabbitmq.connection import Broker, ConnectionLostError, connection_losses, explain
 from worker.rabbitmq.dead_letter_record import DeadLetter
 from worker.rabbitmq.deliveries import to_delivery
-from worker.rabbitmq.outgoing import OutgoingMessage, send
 from worker.rabbitmq.permission_checks import NotAllowedError, Probes
-from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Topology
 
 # A dead letter with this many returns is renewed the next time it is read. An administrator's policy can

@@ -8,9 +8,10 @@ import structlog
 from aio_pika.abc import AbstractIncomingMessage
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
+from vqa_worker.rabbitmq.connection import connection_losses
+from vqa_worker.rabbitmq.outgoing import ENQUEUED_HEADER
 from worker.jobs.delivery import Delivery
 from worker.rabbitmq import properties
-from worker.rabbitmq.connection import connection_losses
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +33,7 @@ def to_delivery(
 ) -> Delivery:
     """Return the message as a delivery; it keeps the body and no other part of the message."""
     headers = message.headers or {}
-    enqueued_ms = properties.count(headers.get(properties.ENQUEUED_HEADER), 2**53) or None
+    enqueued_ms = properties.count(headers.get(ENQUEUED_HEADER), 2**53) or None
     timestamp = message.timestamp if isinstance(message.timestamp, datetime) else None
     # Quorum queues count the deliveries before this one; copies of requeued jobs carry the sum.
     before = properties.count(headers.get("x-delivery-count"), properties.MAX_DELIVERIES_BELIEVED)

@@ -11,15 +11,14 @@ from datetime import UTC, datetime
 
 from pamqp.common import FieldValue
 
+from vqa_worker.messages.result import Result
+from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER, MAX_SHORT_BYTES, OutgoingMessage
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import DeadLettered
-from worker.messages.result import Result
 from worker.rabbitmq import properties
-from worker.rabbitmq.outgoing import OutgoingMessage
 
 APP_ID = "vqa-worker"
 RESULT_TYPE = "vqa.result.v1"
-CONTENT_TYPE = "application/json"
 UNDELIVERABLE_HEADER = "vqa-undeliverable-to"
 ERROR_CODE_HEADER = "vqa-error-code"
 ERROR_MESSAGE_HEADER = "vqa-error-message"
@@ -112,7 +111,7 @@ def renewed(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -
 def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> OutgoingMessage:
     kept: dict[str, FieldValue] = dict(delivery.trace)
     if delivery.enqueued_ms is not None:
-        kept[properties.ENQUEUED_HEADER] = delivery.enqueued_ms
+        kept[ENQUEUED_HEADER] = delivery.enqueued_ms
     copy = OutgoingMessage(
         body=delivery.body,
         routing_key=queue,
@@ -137,4 +136,4 @@ def rfc3339(moment: datetime) -> str:
 
 def _short(text: str | None) -> str | None:
     """Return `text` if it fits into an AMQP property (255 bytes), else None."""
-    return text if text is not None and len(text.encode()) <= properties.MAX_SHORT_BYTES else None
+    return text if text is not None and len(text.encode()) <= MAX_SHORT_BYTES else None

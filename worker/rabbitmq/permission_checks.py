@@ -14,8 +14,8 @@ from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelClosed, ChannelNotFoundEntity, ChannelPreconditionFailed
 from pamqp.commands import Basic
 
-from worker.rabbitmq.connection import Broker, explain, short_lived_channel
-from worker.rabbitmq.session import Session
+from vqa_worker.rabbitmq.connection import Broker, explain, short_lived_channel
+from vqa_worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import ExchangeSpec, Part, QueueSpec
 
 # A broker with a memory or disk alarm blocks publishers, without an answer.

@@ -19,8 +19,6 @@ from pamqp.common import FieldValue
 
 Decoder = Callable[[bytes], tuple[int, FieldValue]]
 
-# AMQP 0-9-1: the longest short string.
-MAX_SHORT_BYTES = 255
 MAX_ATTEMPTS_BELIEVED = 1000
 MAX_DELIVERIES_BELIEVED = 1_000_000
 
@@ -28,7 +26,6 @@ ATTEMPTS_HEADER = "vqa-attempts"
 DELIVERIES_HEADER = "vqa-deliveries"
 COPY_HEADER = "vqa-copy"
 DIED_AT_HEADER = "vqa-died-at"
-ENQUEUED_HEADER = "timestamp_in_ms"
 # W3C Trace Context, §3.2 and §3.3.
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 # Version 00 ends after its fields, later versions may add some, ff is invalid.

@@ -10,12 +10,14 @@ import structlog
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed, DeliveryError, PublishError
 
-from worker.errors import Dependency
-from worker.observability.metrics import DEPENDENCY_UP
-from worker.observability.tracing import spans
-from worker.rabbitmq import properties
-from worker.rabbitmq.connection import CONNECT_TIMEOUT_S, Broker, close, connection_losses, raise_if_cancelled
-from worker.rabbitmq.outgoing import (
+from vqa_worker.rabbitmq.connection import (
+    CONNECT_TIMEOUT_S,
+    Broker,
+    close,
+    connection_losses,
+    raise_if_cancelled,
+)
+from vqa_worker.rabbitmq.outgoing import (
     OutgoingMessage,
     PublishAbandonedError,
     UnroutableError,
@@ -24,8 +26,13 @@ from worker.rabbitmq.outgoing import (
     raise_if_too_large,
     send,
 )
-from worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
-from worker.rabbitmq.session import FIRST_DELAY_S, LONGEST_DELAY_S, Session
+from vqa_worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
+from vqa_worker.rabbitmq.session import FIRST_DELAY_S, LONGEST_DELAY_S, Session
+from worker.errors import Dependency
+from worker.observability.metrics import DEPENDENCY_UP
+from worker.observability.tracing import spans
+from worker.rabbitmq import properties
+from worker.rabbitmq.redeclaration import Redeclaration
 from worker.rabbitmq.topology import Topology
 
 log = structlog.get_logger(__name__)
@@ -37,7 +44,7 @@ class Publisher:
     def __init__(self, broker: Broker, topology: Topology, *, retry_refusals: bool = True) -> None:
         """`retry_refusals`: whether a missing permission is retried until it is granted, or raised."""
         self._session = Session(broker, "publish")
-        self._topology = topology
+        self._redeclaration = Redeclaration(self._session, topology)
         self._retry_refusals = retry_refusals
         self._channel: AbstractChannel | None = None
         self._connected = asyncio.Event()
@@ -82,8 +89,8 @@ class Publisher:
             await self._until_confirmed(message, message.to_amqp())
 
     async def restore_topology(self) -> None:
-        """Declare the queues again after one of them went missing, see `Session.redeclare`."""
-        await self._session.redeclare(self._topology)
+        """Declare the queues again after one of them went missing, see `Redeclaration`."""
+        await self._redeclaration.run()
 
     async def _until_confirmed(self, message: OutgoingMessage, amqp: aio_pika.Message) -> None:
         delay_s, tried = FIRST_DELAY_S, 0

@@ -9,15 +9,20 @@ from typing import Any, Protocol, assert_never
 
 import structlog
 
-from worker.errors import ErrorCode
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import JobFailure, Result
+from vqa_worker.rabbitmq.outgoing import (
+    OutgoingMessage,
+    PublishAbandonedError,
+    TooLargeError,
+    UnroutableError,
+)
+from vqa_worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
-from worker.messages.result import JobFailure, Result
 from worker.observability import metrics
 from worker.observability.tenants import Tenants
 from worker.rabbitmq import messages
-from worker.rabbitmq.outgoing import OutgoingMessage, PublishAbandonedError, TooLargeError, UnroutableError
-from worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
 from worker.rabbitmq.topology import Topology
 
 log = structlog.get_logger(__name__)

@@ -10,22 +10,10 @@ from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelClosed
 from pamqp.common import FieldValue
 
-from worker.rabbitmq.connection import broker_reason, short_lived_channel
+from vqa_worker.rabbitmq.connection import TopologyError, broker_reason, short_lived_channel
 from worker.settings import BROKER_DELIVERY_LIMIT, BrokerSettings, retry_queue
 
 log = structlog.get_logger(__name__)
-
-
-class TopologyError(Exception):
-    """Queues or exchanges are missing, or have other arguments than the worker needs.
-
-    Attributes:
-        faults: one line each, naming the queue or exchange and what to do.
-    """
-
-    def __init__(self, faults: Sequence[str]) -> None:
-        super().__init__("; ".join(faults))
-        self.faults = list(faults)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Decide the outcome of a failed attempt, from the diagnosis of its failure."""
 
+from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import TIMER_SLACK_S, Clock
-from worker.errors import Dependency, DependencyDownError, ErrorCode, TransientError
+from worker.errors import Dependency, DependencyDownError, TransientError
 from worker.jobs.attempt import Attempt
 from worker.jobs.outcome import Outcome, Retried
 from worker.jobs.outcome_builder import OutcomeBuilder, requeued, retried, retried_uncounted

@@ -4,13 +4,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
+from vqa_worker.messages.conversation import ImageRef
+from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import Clock
-from worker.errors import Dependency, ErrorCode, JobError, RateLimitedError
+from worker.errors import Dependency, JobError, RateLimitedError
 from worker.images.memory_budget import Reservation
 from worker.images.source import ImageSource
 from worker.jobs.attempt import Attempt
 from worker.jobs.request import Request
-from worker.messages.conversation import ImageRef
 from worker.model.answer import Answer
 from worker.model.request import ImageUrl, RequestBody
 from worker.resilience.admission import ImageMemory

@@ -17,7 +17,8 @@ from botocore.exceptions import (
     SSLError,
 )
 
-from worker.errors import Dependency, DependencyDownError, ErrorCode, JobError, TransientError
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.errors import Dependency, DependencyDownError, JobError, TransientError
 
 _NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "404"})
 # These concern the credentials, clock or configuration, so every request fails

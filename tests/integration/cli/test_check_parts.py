@@ -14,14 +14,15 @@ from deploy.local.stack import Stack
 from tests.breaking import BrokerUser, administer, own_vhost, url_as
 from tests.conftest import BUCKET, PutImage
 from tests.fake_s3 import Answer, FakeS3, give, refuse
+from vqa_worker.rabbitmq import connection
+from vqa_worker.rabbitmq.session import Session
 from worker.cli.check.api import api_findings, red_square
 from worker.cli.check.broker import broker_findings
 from worker.cli.check.finding import Finding
 from worker.cli.check.storage import storage_findings
 from worker.cli.shell import broker_of
-from worker.rabbitmq import connection, permission_checks
+from worker.rabbitmq import permission_checks
 from worker.rabbitmq.permission_checks import NotAllowedError, Probes
-from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Part, Topology, create
 from worker.settings import Settings, load_settings
 

@@ -11,7 +11,7 @@ from tests.breaking import BrokerUser
 from tests.conftest import StartWorker
 from tests.integration.cli.running import Cli, channel_of
 from tests.running import Worker
-from worker.client import Client, RefusedError, Replies, TopologyError
+from vqa_worker import Client, RefusedError, Replies, TopologyError
 
 # In the form of RabbitMQ's permissions.
 SUBMITTING = {"configure": r"^vqa\.results\..*$", "read": r"^vqa\.results\..*$"}

@@ -21,7 +21,7 @@ from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
 from tests.breaking import administer, calls_begun, events, job, url_as
 from tests.integration.permissions.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Worker, calls_with, until
-from worker.rabbitmq.connection import Broker, BrokerRefusedError
+from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError
 
 # RabbitMQ 4.3.0 denies passive declarations to users without configure permission. Here the tests
 # declare actively, which every version denies to them.

@@ -12,7 +12,7 @@ from tests.conftest import PutImage
 from tests.integration.cli.running import Cli
 from tests.integration.permissions.realm import PLAIN_FOLDER, STRICT_FOLDER, Realm
 from tests.running import Worker
-from worker.client import Client, Replies
+from vqa_worker import Client, Replies
 
 INTAKE = "vqa.jobs.intake"
 

@@ -17,7 +17,7 @@ from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
 from tests.breaking import BrokerUser, administer, job
 from tests.integration.permissions.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Ended, Worker
-from worker.rabbitmq.connection import Broker, BrokerRefusedError
+from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError
 
 EXIT_CONFIG = 78
 VARIANTS = {"plain": PLAIN_FOLDER, "strict": STRICT_FOLDER}

@@ -4,11 +4,11 @@ from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError
+from vqa_worker.rabbitmq.session import Session
 from worker.cli.check.finding import Finding, failed, ok, skipped, warning
 from worker.cli.shell import counted
-from worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError
 from worker.rabbitmq.permission_checks import BlockedError, Found, NotAllowedError, Probes
-from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Part, QueueSpec, Topology
 from worker.settings import BrokerSettings
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from worker.rabbitmq.connection import Broker, BrokerUnreachableError, ConnectionLostError
+from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError, ConnectionLostError
 from worker.rabbitmq.dead_letters import DeadLetters, FetchedDeadLetter
 from worker.rabbitmq.topology import Topology
 

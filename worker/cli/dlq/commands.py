@@ -16,8 +16,8 @@ from worker.cli.exit_codes import EXIT_OK
 from worker.cli.shell import CommandError, Screen, UsageError, add, broker_of, counted
 
 if TYPE_CHECKING:
+    from vqa_worker.rabbitmq.connection import Broker
     from worker.cli.dlq.bulk import Step
-    from worker.rabbitmq.connection import Broker
     from worker.rabbitmq.dead_letter_record import DeadLetter
     from worker.rabbitmq.dead_letters import DeadLetters, FetchedDeadLetter
     from worker.rabbitmq.topology import Topology

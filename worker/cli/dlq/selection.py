@@ -23,7 +23,7 @@ def parse_time(text: str) -> datetime:
     Raises:
         BadParameter: the text has another form.
     """
-    from worker.messages.job import parse_deadline
+    from vqa_worker.messages.job import parse_deadline
 
     try:
         if ago := _AGO.fullmatch(text):

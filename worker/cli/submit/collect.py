@@ -6,6 +6,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final
 
+from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError
+from vqa_worker.rabbitmq.replies import QueueMissingError, Reply, ReplyReader, delete_queue, depth
+from vqa_worker.rabbitmq.session import Session
 from worker.cli import outputs
 from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.outputs import Output, Stream
@@ -13,9 +16,6 @@ from worker.cli.progress import Bar, results_note, show_progress
 from worker.cli.shell import CommandError, Screen
 from worker.cli.submit.sender import JobSender
 from worker.cli.submit.state import Counts, Received, SubmissionState
-from worker.rabbitmq.connection import Broker, BrokerUnreachableError
-from worker.rabbitmq.replies import QueueMissingError, Reply, ReplyReader, delete_queue, depth
-from worker.rabbitmq.session import Session
 
 # An unused reply queue expires, so that its deletion need not be waited for any longer.
 DELETE_TIMEOUT_S: Final = 5.0

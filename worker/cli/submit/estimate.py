@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from vqa_worker.messages.job import ChatMessage, Job, TextPart
 from worker.cli.shell import counted
-from worker.messages.job import ChatMessage, Job, TextPart
 from worker.settings import Price
 
 # A rule of thumb for English text.

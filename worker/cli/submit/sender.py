@@ -11,13 +11,13 @@ from contextlib import aclosing
 from functools import partial
 from typing import Final
 
+from vqa_worker.rabbitmq.connection import Broker
+from vqa_worker.rabbitmq.outgoing import TooLargeError, UnroutableError
+from vqa_worker.rabbitmq.replies import QueueMissingError, depth, job_message
+from vqa_worker.rabbitmq.session import Session
 from worker.cli.shell import CommandError
 from worker.cli.submit.state import SubmissionState, ToSend
-from worker.rabbitmq.connection import Broker
-from worker.rabbitmq.outgoing import TooLargeError, UnroutableError
 from worker.rabbitmq.publisher import Publisher
-from worker.rabbitmq.replies import QueueMissingError, depth, job_message
-from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Topology
 
 # The jobs in flight at a time: at most so many lack a recorded confirm after a crash.

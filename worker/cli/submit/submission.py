@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from vqa_worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, prepare
+from vqa_worker.rabbitmq.session import Session
 from worker.cli import state_dir
 from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.outputs import Output
@@ -21,8 +23,6 @@ from worker.cli.submit.inputs import Source
 from worker.cli.submit.plan import Additions, Planner
 from worker.cli.submit.sender import JobSender, jobs_queue_missing
 from worker.cli.submit.state import SubmissionState
-from worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, prepare
-from worker.rabbitmq.session import Session
 from worker.rabbitmq.topology import Topology
 from worker.settings import CommandSettings, Price
 

@@ -100,7 +100,7 @@ class _Watch:
             self._fleet.observe(time.monotonic(), found.samples, found.unreachable)
 
     async def _read_queues(self) -> "tuple[QueueFigures | None, str]":
-        from worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachableError
+        from vqa_worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachableError
 
         try:
             found = await self._queues.read(self._timeout_s if self._is_first else RECONNECT_TIMEOUT_S)

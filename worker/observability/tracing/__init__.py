@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
+    from vqa_worker.messages.result import Usage
     from worker.jobs.delivery import Delivery
     from worker.jobs.outcome import Outcome
-    from worker.messages.result import Usage
 
 _NO_HEADERS: Mapping[str, str] = {}
 

@@ -25,11 +25,11 @@ from opentelemetry.trace import SpanKind, StatusCode, format_trace_id, set_span_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+from vqa_worker.messages.result import Usage
 from worker import __version__
 from worker.errors import DependencyDownError, JobError, TransientError
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
-from worker.messages.result import Usage
 
 log = structlog.get_logger(__name__)
 

@@ -19,17 +19,16 @@ from typing import Any, Final, Self
 
 from pydantic import Field, ValidationError
 
-from worker.errors import ErrorCode
-from worker.messages.decoding import InvalidJobError, decode
-from worker.messages.job import Job
-from worker.messages.result import JobFailure
-from worker.messages.result import Result as _Result
-from worker.messages.serialization import to_json
-from worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError
-from worker.rabbitmq.outgoing import RefusedError, TooLargeError, UnroutableError
-from worker.rabbitmq.replies import job_message
-from worker.rabbitmq.requests import Replies, Requests
-from worker.rabbitmq.topology import TopologyError
+from vqa_worker.messages.decoding import InvalidJobError, decode
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.job import Job
+from vqa_worker.messages.result import JobFailure
+from vqa_worker.messages.result import Result as _Result
+from vqa_worker.messages.serialization import to_json
+from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError, TopologyError
+from vqa_worker.rabbitmq.outgoing import RefusedError, TooLargeError, UnroutableError
+from vqa_worker.rabbitmq.replies import job_message
+from vqa_worker.rabbitmq.requests import Replies, Requests
 
 __all__ = [
     "BrokerRefusedError",

@@ -5,10 +5,10 @@ from typing import Any
 
 import pydantic_core
 
-from worker.messages.data_urls import extract, is_reference
-from worker.messages.job import ImagePart, Job, valid_id
-from worker.messages.limits import MAX_INTEGER_BITS, MAX_TEXT_BYTES, exceeded_limit, has_too_large_number
-from worker.messages.validation_errors import explain
+from vqa_worker.messages.data_urls import extract, is_reference
+from vqa_worker.messages.job import ImagePart, Job, valid_id
+from vqa_worker.messages.limits import MAX_INTEGER_BITS, MAX_TEXT_BYTES, exceeded_limit, has_too_large_number
+from vqa_worker.messages.validation_errors import explain
 
 # Of a rejected body, to read its id without parsing all of it.
 BEGINNING_BYTES = 64 * 1024

@@ -10,16 +10,16 @@ import structlog
 from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
-from worker.rabbitmq.connection import (
+from vqa_worker.rabbitmq.connection import (
     Broker,
     BrokerRefusedError,
     BrokerUnreachableError,
+    TopologyError,
     close,
     connection_losses,
     explain,
 )
-from worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
-from worker.rabbitmq.topology import Topology, TopologyError, establish
+from vqa_worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
 
 log = structlog.get_logger(__name__)
 
@@ -29,14 +29,10 @@ FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 3.0
 # After a connection that lasted this long, the next one is tried with the first delay again.
 STABLE_S = 2.0
-# aio-pika waits forever for a channel on a connection that is lost while the broker blocks it.
-REDECLARE_TIMEOUT_S = 60.0
-# Each redeclaration declares every queue; jobs that settle at the same time share one.
-REDECLARE_INTERVAL_S = 5.0
 
 
 class Session:
-    """Connect, connect again after each loss, declare, and report what is wrong.
+    """Connect, connect again after each loss, and report what is wrong.
 
     Three ways to use the connection: `run` serves it for as long as the process lives, `opened` lends it to
     a block, `call` makes one request. A refusal by the broker is raised until the session was ready once;
@@ -55,8 +51,6 @@ class Session:
         self._report_to = report
         self._warnings = RateLimitedWarnings()
         self._was_ready = False
-        self._redeclare: asyncio.Task[None] | None = None
-        self._redeclare_began = 0.0
         self.connection: AbstractConnection | None = None
         self.ready = asyncio.Event()
         self.problem = ""
@@ -152,32 +146,6 @@ class Session:
         if connection is not None:
             await close(connection)
 
-    async def redeclare(self, topology: Topology) -> None:
-        """Declare the queues again after one of them went missing.
-
-        One redeclaration at a time, shared by all callers: within `REDECLARE_INTERVAL_S` of its start they
-        get the outcome of the last one. A failure is logged, at most once a minute, and not raised.
-        """
-        now = time.monotonic()
-        is_due = now - self._redeclare_began > REDECLARE_INTERVAL_S
-        if self._redeclare is None or (self._redeclare.done() and is_due):
-            self._redeclare_began = now
-            self._redeclare = asyncio.create_task(self._declare_again(topology), name="redeclare")
-        await asyncio.shield(self._redeclare)
-
-    async def _declare_again(self, topology: Topology) -> None:
-        if self.connection is None:
-            return
-        try:
-            async with asyncio.timeout(REDECLARE_TIMEOUT_S):
-                with connection_losses():
-                    await establish(self.connection, topology)
-        except TopologyError as error:
-            self._report_mismatch(error)
-        except CONNECTION_EXCEPTIONS as error:
-            if self._warnings.should_log("redeclare", type(error).__name__):
-                log.warning("topology_redeclare_failed", reason=explain(error))
-
     async def _connect(self) -> AbstractConnection:
         self.connection = await self._broker.connect()
         return self.connection
@@ -217,15 +185,13 @@ class Session:
             self._report_to(self.problem)
             return
         match error:
+            case TopologyError() if self._warnings.should_log("topology", self.problem):
+                log.error("topology_mismatch", faults=error.faults)
             case TopologyError():
-                self._report_mismatch(error)
+                pass
             case BrokerUnreachableError() | BrokerRefusedError():
                 log.warning(
                     "rabbitmq_unreachable", purpose=self._purpose, reason=self.problem, next_try_s=delay_s
                 )
             case _ if self._warnings.should_log("connection", self.problem):
                 log.warning("rabbitmq_connection_lost", purpose=self._purpose, reason=self.problem)
-
-    def _report_mismatch(self, error: TopologyError) -> None:
-        if self._warnings.should_log("topology", str(error)):
-            log.error("topology_mismatch", faults=error.faults)

@@ -12,7 +12,7 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed, PublishError
 
-from worker.rabbitmq.connection import (
+from vqa_worker.rabbitmq.connection import (
     Broker,
     channel_lost,
     connection_losses,
@@ -20,22 +20,23 @@ from worker.rabbitmq.connection import (
     raise_if_cancelled,
     short_lived_channel,
 )
-from worker.rabbitmq.control import REBIND_INTERVAL_S
-from worker.rabbitmq.outgoing import (
+from vqa_worker.rabbitmq.outgoing import (
     OutgoingMessage,
     UnroutableError,
     raise_if_refused,
     raise_if_too_large,
     send,
 )
-from worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, queue_errors
-from worker.rabbitmq.session import FIRST_DELAY_S, LONGEST_DELAY_S, Session
+from vqa_worker.rabbitmq.replies import PRIVATE_PREFIX, QueueMissingError, ReplyQueue, queue_errors
+from vqa_worker.rabbitmq.session import FIRST_DELAY_S, LONGEST_DELAY_S, Session
 
 # A program that uses the client need not configure structlog.
 log = logging.getLogger(__name__)
 
 Replies: TypeAlias = Literal["queue", "exclusive", "direct"]
 
+# An exchange that was deleted and created again has lost its bindings, and AMQP reports neither.
+REBIND_INTERVAL_S = 10.0
 DIRECT: Final = "amq.rabbitmq.reply-to"
 
 

@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from worker.errors import ErrorCode
-from worker.messages.serialization import to_json
+from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.serialization import to_json
 
 
 class _Part(BaseModel):

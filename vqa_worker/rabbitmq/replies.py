@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import ChannelClosed, ChannelNotFoundEntity
 
-from worker.rabbitmq import properties
-from worker.rabbitmq.connection import (
+from vqa_worker.rabbitmq.connection import (
     Broker,
+    TopologyError,
     broker_reason,
     channel_lost,
     explain,
     raise_if_cancelled,
     short_lived_channel,
 )
-from worker.rabbitmq.messages import CONTENT_TYPE
-from worker.rabbitmq.outgoing import OutgoingMessage
-from worker.rabbitmq.session import Session
-from worker.rabbitmq.topology import TopologyError
+from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER, MAX_SHORT_BYTES, OutgoingMessage
+from vqa_worker.rabbitmq.session import Session
 
 if TYPE_CHECKING:
     from pamqp.common import FieldValue
@@ -55,9 +53,9 @@ def job_message(
         reply_to=reply_to,
         timestamp=now,
         # The timestamp counts in whole seconds only.
-        headers={properties.ENQUEUED_HEADER: int(now.timestamp() * 1000)},
+        headers={ENQUEUED_HEADER: int(now.timestamp() * 1000)},
     )
-    if len(job_id.encode()) > properties.MAX_SHORT_BYTES:
+    if len(job_id.encode()) > MAX_SHORT_BYTES:
         return message
     return replace(message, message_id=job_id, correlation_id=job_id)
 

@@ -2,14 +2,13 @@
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import parse_qs, urlsplit
 
 import aio_pika
 import pamqp.commands
-import structlog
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import (
     CONNECTION_EXCEPTIONS,
@@ -17,8 +16,6 @@ from aio_pika.exceptions import (
     ConnectionClosed,
     ProbableAuthenticationError,
 )
-
-log = structlog.get_logger(__name__)
 
 CONNECT_TIMEOUT_S = 15.0
 # aiormq closes a connection after a silence of three heartbeats; a minute is long for a queue of paid work.
@@ -39,6 +36,18 @@ class BrokerRefusedError(Exception):
 
 class BrokerUnreachableError(Exception):
     """The broker cannot be reached; the message gives the reason."""
+
+
+class TopologyError(Exception):
+    """Queues or exchanges are missing, or have other arguments than the worker needs.
+
+    Attributes:
+        faults: one line each, naming the queue or exchange and what to do.
+    """
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = list(faults)
 
 
 class ConnectionLostError(Exception):
@@ -196,9 +205,7 @@ async def channel_lost(channel: AbstractChannel) -> "asyncio.Future[str]":
 
 async def close(resource: AbstractConnection | AbstractChannel) -> None:
     """Close a connection or a channel in bounded time: a silent broker does not confirm that either."""
-    try:
+    with suppress(*CONNECTION_EXCEPTIONS, TimeoutError):
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             with connection_losses():
                 await resource.close()
-    except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
-        log.debug("rabbitmq_close_failed", reason=type(error).__name__)

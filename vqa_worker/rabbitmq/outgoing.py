@@ -11,8 +11,13 @@ from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import ChannelClosed, DeliveryError
 from pamqp.common import FieldValue
 
-from worker.rabbitmq.connection import broker_reason, connection_losses, explain
+from vqa_worker.rabbitmq.connection import broker_reason, connection_losses, explain
 
+CONTENT_TYPE = "application/json"
+# Set by RabbitMQ's interceptor of the same name as well, where it is enabled.
+ENQUEUED_HEADER = "timestamp_in_ms"
+# AMQP 0-9-1: the longest short string.
+MAX_SHORT_BYTES = 255
 # RabbitMQ's text when it closes the channel because of the size of a message (`max_message_size`: by default
 # 16 MiB in RabbitMQ 4, 128 MiB before). Messages published with it on that channel are lost as well.
 _TOO_LARGE = re.compile(r"message size (\d+) is larger than configured max size (\d+)")

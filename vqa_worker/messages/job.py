@@ -18,9 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from worker.messages.limits import text_chars
-from worker.messages.serialization import to_json
-from worker.messages.validation_errors import MAX_REPORTED_ERRORS, shorten
+from vqa_worker.messages.limits import text_chars
+from vqa_worker.messages.serialization import to_json
+from vqa_worker.messages.validation_errors import MAX_REPORTED_ERRORS, shorten
 
 MAX_ID_CHARS = 256
 MAX_METADATA_BYTES = 16 * 1024

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from worker.messages.job import ImageObject, ImagePart, Job
+from vqa_worker.messages.job import ImageObject, ImagePart, Job
 
 
 @dataclass(frozen=True, slots=True)

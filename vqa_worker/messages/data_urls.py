@@ -7,8 +7,8 @@ replaces the base64 with a reference to its position in the body, and `payload` 
 import re
 import uuid
 
-from worker.messages.limits import MAX_TEXT_BYTES, MAX_VALUES
-from worker.messages.serialization import escape_json
+from vqa_worker.messages.limits import MAX_TEXT_BYTES, MAX_VALUES
+from vqa_worker.messages.serialization import escape_json
 
 # Shorter data URLs are parsed with the rest of the message.
 MIN_EXTRACTED_BYTES = 1024

@@ -1,6 +1,6 @@
 """The Python client for programs that publish jobs."""
 
-from worker.client.client import (
+from vqa_worker.async_client import (
     BrokerRefusedError,
     BrokerUnreachableError,
     Client,

@@ -1,0 +1,57 @@
+"""The codes of errors in results."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Final
+
+
+class ErrorCode(StrEnum):
+    """The codes of `error.code` in a result. Readers must accept codes they don't know."""
+
+    INVALID_JOB = "invalid_job"
+    IMAGE_NOT_FOUND = "image_not_found"
+    IMAGE_FORBIDDEN = "image_forbidden"
+    IMAGE_SOURCE_NOT_ALLOWED = "image_source_not_allowed"
+    IMAGE_TOO_LARGE = "image_too_large"
+    IMAGE_UNSUPPORTED_TYPE = "image_unsupported_type"
+    IMAGE_CORRUPT = "image_corrupt"
+    TOO_MANY_IMAGES = "too_many_images"
+    MODEL_REJECTED = "model_rejected"
+    EMPTY_ANSWER = "empty_answer"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    ATTEMPTS_EXHAUSTED = "attempts_exhausted"
+    CANCELLED = "cancelled"
+    RESULT_TOO_LARGE = "result_too_large"
+
+
+# For docs/messages.md: when a code occurs, and what happens in addition to the failed result.
+DESCRIPTIONS: Final[Mapping[ErrorCode, str]] = {
+    ErrorCode.INVALID_JOB: "The message is not a valid job: not strict JSON, an invalid or unknown field, no"
+    " id, a model that is not allowed, control characters in an object key, too many JSON values, more than 1"
+    " MB apart from data URLs, or a body larger than `VQA_MAX_JOB_BYTES`. If the body has no readable id, a"
+    " copy goes to the dead-letter queue; a result is then published only if the message has a `message_id`,"
+    " a `reply_to` or a `correlation_id`.",
+    ErrorCode.IMAGE_NOT_FOUND: "S3 has no such object. (Without permission to list the bucket, S3 reports a"
+    " missing object as forbidden.)",
+    ErrorCode.IMAGE_FORBIDDEN: "S3 denies the worker access to this object.",
+    ErrorCode.IMAGE_SOURCE_NOT_ALLOWED: "The bucket is not in `VQA_ALLOWED_BUCKETS`, the link's host is not"
+    " in `VQA_ALLOWED_LINK_HOSTS`, or the URL has another scheme, `http://` included.",
+    ErrorCode.IMAGE_TOO_LARGE: "The image is larger than `VQA_MAX_IMAGE_BYTES`.",
+    ErrorCode.IMAGE_UNSUPPORTED_TYPE: "The content is not JPEG, PNG or WebP. With `VQA_IMAGE_DELIVERY=link`"
+    " the model API checks the type and size of S3 images, not the worker.",
+    ErrorCode.IMAGE_CORRUPT: "The image is empty, or its base64 is invalid.",
+    ErrorCode.TOO_MANY_IMAGES: "The job has more images than `VQA_MAX_IMAGES_PER_JOB`.",
+    ErrorCode.MODEL_REJECTED: "The model API rejects this request permanently (400, 413, 422, its content"
+    " policy; 403 for this job while others succeed). The message contains the error message of the API.",
+    ErrorCode.EMPTY_ANSWER: "The model API returned neither text nor a tool call: the token limit was spent"
+    " on reasoning, or a content filter removed the text. The request was billed and is not retried; the"
+    " result has `finish_reason` and `usage`.",
+    ErrorCode.DEADLINE_EXCEEDED: "The job's `deadline` passed before the model request, or is earlier than"
+    " the next attempt.",
+    ErrorCode.ATTEMPTS_EXHAUSTED: "Transient errors (a timeout, a lost connection, a 5xx response) exceeded"
+    " `VQA_MAX_ATTEMPTS`, or the job was delivered more than `VQA_DELIVERY_LIMIT` times without an outcome."
+    " The job also goes to the dead-letter queue.",
+    ErrorCode.RESULT_TOO_LARGE: "The result is larger than the broker's `max_message_size`. The request was"
+    " billed and the answer is lost; `usage` has its cost.",
+    ErrorCode.CANCELLED: "The job was cancelled. A running model request may have been billed.",
+}

@@ -1,0 +1,1 @@
+"""RabbitMQ: connections that are made again after losses, confirmed messages, reply queues."""
