@@ -337,7 +337,7 @@ def test_mypy_checks_programs_that_use_the_client(tmp_path: Path) -> None:
     )
     shown = checked.stdout
     assert '"str | None"' in shown, shown + checked.stderr
-    assert '"vqa_worker.client.Result"' in shown
+    assert '"vqa_worker.async_client.Result"' in shown
     assert 'Missing positional argument "question" in call to "ask" of "Client"' in shown
     assert "Found 1 error in 1 file" in shown
 
