@@ -22,7 +22,7 @@ from pamqp.header import ContentHeader
 from vqa_worker.rabbitmq.outgoing import OutgoingMessage
 from worker.cli.dlq import render
 from worker.cli.dlq.records import Lines
-from worker.cli.dlq.selection import Filter, parse_time
+from worker.cli.dlq.selection import Filters, parse_time
 from worker.cli.shell import CommandError
 from worker.rabbitmq import messages
 from worker.rabbitmq.dead_letter_record import DeadLetter
@@ -163,29 +163,29 @@ def a_dead_letter(
 
 def test_a_dead_letter_is_selected_by_one_value_of_each_option() -> None:
     one, other = a_dead_letter(body='{"model": "m/a"}'), a_dead_letter("invalid_job", body='{"model": "m/b"}')
-    assert one in Filter(codes=["attempts_*"])
-    assert other not in Filter(codes=["attempts_*"])
-    assert other in Filter(codes=["attempts_*", "invalid_job"], models=["m/*"])
-    assert one not in Filter(codes=["attempts_*"], models=["m/b"])
-    assert a_dead_letter() in Filter(models=["default"])
-    assert Filter().matches_all
-    assert not Filter(ids=["a"]).matches_all
+    assert one in Filters(codes=["attempts_*"])
+    assert other not in Filters(codes=["attempts_*"])
+    assert other in Filters(codes=["attempts_*", "invalid_job"], models=["m/*"])
+    assert one not in Filters(codes=["attempts_*"], models=["m/b"])
+    assert a_dead_letter() in Filters(models=["default"])
+    assert Filters().matches_all
+    assert not Filters(ids=["a"]).matches_all
 
 
 def test_time_ranges_include_their_ends_and_exclude_dead_letters_without_a_time() -> None:
-    assert a_dead_letter() in Filter(since=NOW, until=NOW)
-    assert a_dead_letter() not in Filter(since=NOW + timedelta(seconds=1))
-    assert a_dead_letter() not in Filter(until=NOW - timedelta(seconds=1))
-    assert a_dead_letter(died_at=None) not in Filter(since=NOW)
-    assert a_dead_letter(died_at=None) in Filter()
+    assert a_dead_letter() in Filters(since=NOW, until=NOW)
+    assert a_dead_letter() not in Filters(since=NOW + timedelta(seconds=1))
+    assert a_dead_letter() not in Filters(until=NOW - timedelta(seconds=1))
+    assert a_dead_letter(died_at=None) not in Filters(since=NOW)
+    assert a_dead_letter(died_at=None) in Filters()
 
 
 def test_a_dead_letter_is_selected_by_its_job_id_and_by_a_prefix_of_its_name() -> None:
     it = a_dead_letter(message_id="the-job")
     for name in ("the-job", it.name, it.name[:4]):
-        assert it in Filter(ids=["another", name])
+        assert it in Filters(ids=["another", name])
     for name in ("the", it.name[:3], ""):
-        assert it not in Filter(ids=[name])
+        assert it not in Filters(ids=[name])
 
 
 def test_a_time_has_several_formats() -> None:

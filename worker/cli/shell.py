@@ -17,6 +17,7 @@ parameters and returns its exit code (None: 0):
         screen.note("…")                                    # without --quiet: text on stderr
         raise CommandError("<what is wrong>. <What to do>.")
 
+Options that several commands share are a dataclass, which is one parameter: `filters: Filters`.
 `commands.py` registers it with `add(app, "peek", peek)`, which adds the options `--url`, `--json`, ….
 `execute` turns exceptions into messages on stderr and the exit codes of `exit_codes.py`, never a traceback.
 
@@ -252,6 +253,9 @@ def add(app: typer.Typer, name: str, function: Function) -> None:
 def with_common_options(function: Function) -> Function:
     """Return `function` with the common options as parameters in place of its first one, the `Screen`."""
     _, *own = inspect.signature(function, eval_str=True).parameters.values()
+    shared: dict[str, Any] = {it.name: it.annotation for it in own if dataclasses.is_dataclass(it.annotation)}
+    fields = {name: inspect.signature(kind, eval_str=True).parameters for name, kind in shared.items()}
+    own = [field for it in own for field in (fields[it.name].values() if it.name in fields else (it,))]
     context_parameter = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
     )
@@ -268,6 +272,8 @@ def with_common_options(function: Function) -> Function:
             os.environ["VQA_RABBITMQ_URL"] = options.url
         if options.no_color:
             os.environ["NO_COLOR"] = "1"
+        for name, kind in shared.items():
+            given[name] = kind(**{field: given.pop(field) for field in fields[name]})
         returned = function(Screen(options), **given)
         return _on_uvloop(returned) if inspect.iscoroutine(returned) else returned
 

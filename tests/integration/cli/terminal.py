@@ -12,12 +12,12 @@ from tests.running import PATIENCE_S, until
 class Terminal:
     """A command whose stdin and stderr are a terminal; its stdout too by default."""
 
-    def __init__(self, cli: Cli, *arguments: str, pipes: bool = False) -> None:
+    def __init__(self, cli: Cli, *arguments: str, pipes: bool = False, columns: int = 150) -> None:
         self._side, command_side = pty.openpty()
         self.shown = ""
         self.process = subprocess.Popen(  # noqa: S603 - a test's own
             [*cli.command, *arguments],
-            env={**cli.environment, "TERM": "xterm", "COLUMNS": "150"},
+            env={**cli.environment, "TERM": "xterm", "COLUMNS": str(columns)},
             cwd=cli.folder,
             stdin=command_side,
             stdout=subprocess.PIPE if pipes else command_side,

@@ -48,7 +48,7 @@ async def select(
     limit: int | None,
     timeout_s: float,
 ) -> Selection[T]:
-    """Call `pick` with each dead letter, at most `limit` of them, then requeue all.
+    """Call `pick` with each dead letter until it has picked `limit` of them, then requeue all.
 
     Raises:
         DeadLettersError: the queue does not exist, or the user lacks a permission.
@@ -67,7 +67,7 @@ async def _pick(
 ) -> Selection[T]:
     picked: list[T] = []
     examined = 0
-    while limit is None or examined < limit:
+    while limit is None or len(picked) < limit:
         if (fetched := await dead_letters.next()) is None:
             break
         examined += 1

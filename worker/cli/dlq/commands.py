@@ -1,5 +1,6 @@
 """The commands of `vqa-worker dlq`."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import ExitStack
@@ -11,13 +12,15 @@ import typer
 
 from worker.cli.dlq import render
 from worker.cli.dlq.records import Lines
-from worker.cli.dlq.selection import Filter, matches_id, parse_time
-from worker.cli.exit_codes import EXIT_OK
+from worker.cli.dlq.selection import ID_HELP, Filters, matches_id
+from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.shell import CommandError, Screen, UsageError, add, broker_of, counted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vqa_worker.rabbitmq.connection import Broker
-    from worker.cli.dlq.bulk import Step
+    from worker.cli.dlq.bulk import Selection, Step
     from worker.rabbitmq.dead_letter_record import DeadLetter
     from worker.rabbitmq.dead_letters import DeadLetters, FetchedDeadLetter
     from worker.rabbitmq.topology import Topology
@@ -25,72 +28,44 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_LISTED: Final = 1000
+# Before the confirmation.
 MAX_SHOWN: Final = 20
 # At a lower rate a dead letter would be held unacknowledged for more than a minute.
 MIN_RATE: Final = 0.02
 
-_FILTERS = "Filters"
-Codes = Annotated[
-    list[str] | None,
-    typer.Option("--code", metavar="GLOB", help="Filter by error code.", rich_help_panel=_FILTERS),
-]
-Models = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model",
-        metavar="GLOB",
-        help="Filter by model; `default`: the job names none, `unknown`: the job is unreadable.",
-        rich_help_panel=_FILTERS,
-    ),
-]
-Ids = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--id",
-        metavar="ID",
-        help="Filter by job id, or by name of the dead letter.",
-        rich_help_panel=_FILTERS,
-    ),
-]
-Since = Annotated[
-    datetime | None,
-    typer.Option(
-        "--since",
-        metavar="TIME",
-        parser=parse_time,
-        help="Dead-lettered at this time or later: `2h` (ago), `2030-01-31` or an RFC 3339 time.",
-        rich_help_panel=_FILTERS,
-    ),
-]
-Until = Annotated[
-    datetime | None,
-    typer.Option(
-        "--until",
-        metavar="TIME",
-        parser=parse_time,
-        help="Dead-lettered before this time.",
-        rich_help_panel=_FILTERS,
-    ),
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Maximum number of messages to read.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")]
-Record = Annotated[
-    Path | None,
-    typer.Option(
-        dir_okay=False,
-        help="Append one line per dead letter to this file (default: in ~/.local/state/vqa-worker).",
-    ),
-]
+
+def _rate(value: str | float) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = 0.0
+    if not rate >= MIN_RATE:
+        raise typer.BadParameter(f"{value} is not a number of at least {MIN_RATE:g}.")
+    return rate
 
 
-class _Context(NamedTuple):
-    """The common dependencies of the commands."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """How a command that changes the queue asks."""
 
-    screen: Screen
-    broker: "Broker"
-    topology: "Topology"
-    timeout_s: float
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")] = (
+        False
+    )
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False
+
+
+class _Action(NamedTuple):
+    """A change of the queue.
+
+    Attributes:
+        name: of the command.
+        done: what it does with the messages, for the confirmation.
+        record: the file in the state folder with a line for each message.
+    """
+
+    name: str
+    done: str
+    record: str
 
 
 def register(dlq: typer.Typer) -> None:
@@ -101,270 +76,247 @@ def register(dlq: typer.Typer) -> None:
     add(dlq, "purge", purge)
 
 
-async def list_(
-    screen: Screen,
-    code: Codes = None,
-    model: Models = None,
-    ids: Ids = None,
-    since: Since = None,
-    until: Until = None,
-    limit: Limit = MAX_LISTED,
-) -> None:
+async def list_(screen: Screen, filters: Filters) -> None:
     """List dead-lettered jobs (read-only).
 
         vqa-worker dlq list
         vqa-worker dlq list --code attempts_exhausted --since 2h
         vqa-worker dlq list --json | jq -r .job_id
 
-    While it reads, a few seconds per thousand messages, other consumers cannot fetch them.
+    Messages are held unacked while they are read (a few seconds per thousand); other consumers cannot get
+    them meanwhile. Without --limit, at most 1,000 are listed.
     """
-    context = _context(screen)
-    filters = _filter(code, model, ids, since, until)
-    dead_letters = await _select(context, filters, limit)
-    for dead_letter in dead_letters:
-        context.screen.emit(render.in_json(dead_letter))
-    if dead_letters:
-        context.screen.print(*render.table(dead_letters))
+    queue = _Queue(screen)
+    found = await queue.find(dataclasses.replace(filters, limit=filters.limit or MAX_LISTED))
+    for dead_letter in found:
+        screen.emit(render.in_json(dead_letter))
+    if found:
+        screen.print(*render.table(found))
 
 
-async def show(
-    screen: Screen,
-    name: Annotated[str, typer.Argument(metavar="ID", help="Job id, or name of the dead letter.")],
-    limit: Limit = None,
-) -> None:
-    """Show one dead-lettered job with its headers and body (read-only).
+async def show(screen: Screen, ids: Annotated[list[str], typer.Argument(metavar="ID", help=ID_HELP)]) -> None:
+    """Show dead-lettered jobs with headers and body (read-only).
 
         vqa-worker dlq show order-4711-photo
         vqa-worker dlq show 3f9a12c04b --json | jq -r .body > job.json
 
-    Long data URLs are shortened; with `--json`, `body` is the complete message body.
+    Long data URLs are shortened; with --json, `body` is the complete message body. Messages are held unacked
+    while they are read (a few seconds per thousand); other consumers cannot get them meanwhile.
     """
-    context = _context(screen)
 
-    def pick(held: "FetchedDeadLetter") -> dict[str, Any] | list[str] | None:
-        if not matches_id(held.record, name):
+    def pick(held: "FetchedDeadLetter") -> tuple["DeadLetter", dict[str, Any], list[str]] | None:
+        if not any(matches_id(held.record, name) for name in ids):
             return None
-        return render.full_json(held) if screen.as_json else list(render.page(held))
+        # A body may be large: only what is printed is kept.
+        full = render.full_json(held) if screen.as_json else {}
+        return held.record, full, [] if screen.as_json else list(render.page(held))
 
-    from worker.cli.dlq.bulk import select
-
-    found = await _translated(
-        select(context.broker, context.topology, pick, limit=limit, timeout_s=context.timeout_s)
-    )
-    if not found.picked:
-        raise CommandError(
-            f"no such dead letter: {name} ({found.examined:,} read). Run `vqa-worker dlq list`."
-        )
-    for number, dead_letter in enumerate(found.picked):
-        if isinstance(dead_letter, dict):
-            context.screen.emit(dead_letter)
-        else:
-            context.screen.print(*([""] if number else []), *dead_letter)
+    found = await _Queue(screen).select(pick, None)
+    for number, (_, full, page) in enumerate(found.picked):
+        screen.emit(full)
+        screen.print(*([""] if number else []), *page)
+    missing = [it for it in ids if not any(matches_id(record, it) for record, *_ in found.picked)]
+    if missing:
+        text = f"no such dead letter: {', '.join(missing)} ({found.examined:,} read)"
+        raise CommandError(f"{text}. Run `vqa-worker dlq list`.")
 
 
 async def replay(
     screen: Screen,
-    code: Codes = None,
-    model: Models = None,
-    ids: Ids = None,
-    since: Since = None,
-    until: Until = None,
+    filters: Filters,
+    confirmation: Confirmation,
     rate: Annotated[
-        float | None, typer.Option(min=MIN_RATE, metavar="N", help="Maximum number of jobs per second.")
+        float | None, typer.Option(metavar="N", parser=_rate, help="Maximum number of jobs per second.")
     ] = None,
-    record: Record = None,
-    limit: Limit = None,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-) -> int | None:
+) -> int:
     """Move dead letters back to the jobs queue.
 
         vqa-worker dlq replay --dry-run
         vqa-worker dlq replay --code attempts_exhausted --since 2h --rate 5
-        vqa-worker dlq replay --id order-4711-photo --yes
+        vqa-worker dlq replay order-4711-photo --yes
 
-    Lists the jobs and asks for confirmation first. Attempts start again at 0. A message is removed from the
-    dead-letter queue only after RabbitMQ has confirmed the job, so an interruption loses nothing; at worst
-    one job is on both queues.
+    Lists the jobs and asks for confirmation first. The attempt count is reset to 0. A message is removed
+    from the dead-letter queue only after RabbitMQ has confirmed the job, so an interruption loses nothing; at
+    worst one job is on both queues.
     """
-    context = _context(screen)
-    dead_letters = await _select(context, _filter(code, model, ids, since, until), limit)
-    context.screen.note(*_warnings(dead_letters))
-    done = f"moved to {context.topology.jobs}"
-    if not _is_confirmed(context.screen, dead_letters, "replay", done, dry_run=dry_run, yes=yes):
-        return None
+    queue = _Queue(screen)
+    found = await queue.find(filters)
+    screen.note(*_warnings(found))
+    action = _Action("replay", f"moved to {queue.topology.jobs}", "replayed.jsonl")
+    if (declined := _declined(screen, found, action, confirmation)) is not None:
+        return declined
 
     async def step(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
         await dead.replay(held)
 
-    with Lines(record or _default_record("replayed")) as lines:
-        return await _process(context, dead_letters, "replay", step, lines, rate=rate)
+    return await queue.process(found, action, step, rate=rate)
 
 
 async def purge(
     screen: Screen,
-    code: Codes = None,
-    model: Models = None,
-    ids: Ids = None,
-    since: Since = None,
-    until: Until = None,
+    filters: Filters,
+    confirmation: Confirmation,
     everything: Annotated[
-        bool, typer.Option("--all", help="Delete all of them.", rich_help_panel=_FILTERS)
+        bool, typer.Option("--all", help="Delete all of them.", rich_help_panel="Filters")
     ] = False,
     save: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Write the complete messages to this file first (JSONL)."),
+        typer.Option(dir_okay=False, help="Append the complete messages to this file first (JSONL)."),
     ] = None,
-    record: Record = None,
-    limit: Limit = None,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-) -> int | None:
+) -> int:
     """Delete dead letters. This cannot be undone; use --save to keep a copy.
 
         vqa-worker dlq purge --code invalid_job --dry-run
         vqa-worker dlq purge --until 30d --save dead-letters.jsonl
+        vqa-worker dlq purge order-4711-photo order-4712-photo
         vqa-worker dlq purge --all --yes
 
     Lists the messages and asks for confirmation first.
     """
-    filters = _filter(code, model, ids, since, until)
     if filters.matches_all and not everything:
-        raise UsageError("no filter. Give one, such as --code invalid_job or --until 30d, or use --all.")
-    context = _context(screen)
-    dead_letters = await _select(context, filters, limit)
-    if not _is_confirmed(context.screen, dead_letters, "purge", "deleted", dry_run=dry_run, yes=yes):
-        return None
+        raise UsageError(
+            "no filter. Give one, such as an ID, --code invalid_job or --until 30d, or use --all."
+        )
+    queue = _Queue(screen)
+    found = await queue.find(filters)
+    action = _Action("purge", "deleted", "purged.jsonl")
+    if (declined := _declined(screen, found, action, confirmation)) is not None:
+        return declined
     with ExitStack() as files:
-        lines = files.enter_context(Lines(record or _default_record("purged")))
+        # Synced, because the message is then deleted.
         saved = files.enter_context(Lines(save, fsync=True)) if save else None
 
         async def step(_: "DeadLetters", held: "FetchedDeadLetter") -> None:
             if saved is not None:
                 saved.add(render.full_json(held))
 
-        return await _process(context, dead_letters, "purge", step, lines)
+        return await queue.process(found, action, step)
 
 
-def _context(screen: Screen) -> _Context:
-    from worker.settings import load_broker_settings
+class _Queue:
+    """The dead-letter queue of the settings."""
 
-    settings = screen.load(load_broker_settings)
-    from worker.rabbitmq.properties import install_tolerant_decoders
-    from worker.rabbitmq.topology import Topology
+    topology: "Topology"
+    _broker: "Broker"
 
-    install_tolerant_decoders()
-    return _Context(screen, broker_of(settings), Topology.from_settings(settings), screen.timeout_s)
+    def __init__(self, screen: Screen) -> None:
+        from worker.rabbitmq.properties import install_tolerant_decoders
+        from worker.rabbitmq.topology import Topology
+        from worker.settings import load_broker_settings
+
+        settings = screen.load(load_broker_settings)
+        install_tolerant_decoders()
+        self._screen = screen
+        self._broker = broker_of(settings)
+        self.topology = Topology.from_settings(settings)
+
+    async def select(
+        self, pick: "Callable[[FetchedDeadLetter], T | None]", limit: int | None
+    ) -> "Selection[T]":
+        """Read dead letters, see `bulk.select`."""
+        from worker.cli.dlq.bulk import select
+
+        work = select(self._broker, self.topology, pick, limit=limit, timeout_s=self._screen.timeout_s)
+        return await _translated(work)
+
+    async def find(self, filters: Filters) -> Sequence["DeadLetter"]:
+        """Return the matching dead letters, oldest first; print how many there are in all."""
+
+        def pick(held: "FetchedDeadLetter") -> "DeadLetter | None":
+            return held.record if held.record in filters else None
+
+        found = await self.select(pick, filters.limit)
+        total = f"{self.topology.dead_letters}: {counted(found.total, 'dead letter')}"
+        read = f"{found.examined:,} read (--limit)" if found.examined < found.total else ""
+        matching = "" if filters.matches_all else f"{len(found.picked):,} matching"
+        self._screen.note(", ".join(filter(None, (total, read, matching))))
+        return sorted(found.picked, key=lambda it: it.died_at or datetime.min.replace(tzinfo=UTC))
+
+    async def process(
+        self, found: Sequence["DeadLetter"], action: _Action, step: "Step", *, rate: float | None = None
+    ) -> int:
+        """Run `step` for each dead letter, remove it from the queue, and record it."""
+        from worker.cli.dlq.bulk import process
+        from worker.cli.progress import Bar, show_progress
+
+        screen = self._screen
+        wanted = Counter(dead_letter.name for dead_letter in found)
+        planned, done, total = Counter(wanted), Counter[str](), len(found)
+
+        def processed() -> int:
+            # After a lost connection one dead letter can be processed twice.
+            return (done & planned).total()
+
+        with ExitStack() as files:
+            record = _record(screen, action.record, files)
+
+            async def process_one(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
+                await step(dead, held)
+                line = {"action": action.name, "done": True, **render.in_json(held.record)}
+                if record is not None:
+                    at = render.plain(datetime.now(UTC))
+                    record.add({"at": at, "queue": self.topology.dead_letters, **line})
+                screen.emit(line)
+                done[held.record.name] += 1
+
+            work = process(
+                self._broker, self.topology, wanted, process_one, rate=rate, timeout_s=screen.timeout_s
+            )
+            try:
+                async with show_progress(screen, [Bar(action.name, lambda: (processed(), total, ""))]):
+                    await _translated(work)
+            finally:
+                log = f"; log: {record.path}" if record is not None else ""
+                screen.note(f"{action.name}: {processed()} of {total} done{log}")
+        if left := wanted.total():
+            text = "not found: removed or held by another consumer meanwhile. Run the command again."
+            raise CommandError(f"{counted(left, 'dead letter')} {text}")
+        return EXIT_OK
 
 
-def _default_record(name: str) -> Path:
+def _record(screen: Screen, name: str, files: ExitStack) -> Lines | None:
+    """Open a file in the state folder; warn if it is not writable, as in a read-only container."""
     from worker.cli.state_dir import folder
 
-    return folder() / f"{name}.jsonl"
+    try:
+        return files.enter_context(Lines(folder() / name))
+    except CommandError as error:
+        screen.note(f"Warning: no log is kept: {error.lines[0]}")
+        return None
 
 
-def _filter(
-    code: list[str] | None,
-    model: list[str] | None,
-    ids: list[str] | None,
-    since: datetime | None,
-    until: datetime | None,
-) -> Filter:
-    return Filter(codes=code or (), models=model or (), ids=ids or (), since=since, until=until)
-
-
-async def _select(context: _Context, filters: Filter, limit: int | None) -> Sequence["DeadLetter"]:
-    """Return the matching dead letters, oldest first; print how many there are in all."""
-    from worker.cli.dlq.bulk import select
-
-    def pick(held: "FetchedDeadLetter") -> "DeadLetter | None":
-        return held.record if held.record in filters else None
-
-    found = await _translated(
-        select(context.broker, context.topology, pick, limit=limit, timeout_s=context.timeout_s)
-    )
-    total = f"{context.topology.dead_letters}: {counted(found.total, 'dead letter')}"
-    read = f"{found.examined:,} read (--limit)" if found.examined < found.total else ""
-    matching = "" if filters.matches_all else f"{len(found.picked):,} matching"
-    context.screen.note(", ".join(filter(None, (total, read, matching))))
-    return sorted(
-        found.picked, key=lambda dead_letter: dead_letter.died_at or datetime.min.replace(tzinfo=UTC)
-    )
-
-
-def _warnings(dead_letters: Sequence["DeadLetter"]) -> Iterator[str]:
+def _warnings(found: Sequence["DeadLetter"]) -> Iterator[str]:
     """Yield a warning for each kind of job that will fail again."""
     now = datetime.now(UTC)
-    if late := sum(
-        dead_letter.deadline is not None and dead_letter.deadline < now for dead_letter in dead_letters
-    ):
-        yield f"{counted(late, 'job')} past the deadline will fail again (deadline_exceeded)"
-    if wrong := sum(dead_letter.code == "invalid_job" for dead_letter in dead_letters):
-        yield f"{counted(wrong, 'invalid job')} will fail again unless the worker was upgraded (invalid_job)"
+    if late := sum(it.deadline is not None and it.deadline < now for it in found):
+        yield f"Warning: {counted(late, 'job')} past the deadline will fail again (deadline_exceeded)"
+    if wrong := sum(it.code == "invalid_job" for it in found):
+        text = "will fail again unless the worker was upgraded (invalid_job)"
+        yield f"Warning: {counted(wrong, 'invalid job')} {text}"
 
 
-def _is_confirmed(
-    screen: Screen, dead_letters: Sequence["DeadLetter"], action: str, done: str, *, dry_run: bool, yes: bool
-) -> bool:
-    """List the dead letters and ask for confirmation, as the options say."""
-    if not dead_letters:
+def _declined(
+    screen: Screen, found: Sequence["DeadLetter"], action: _Action, confirmation: Confirmation
+) -> int | None:
+    """List the dead letters and ask, as the options say; return the exit code if nothing is to be done."""
+    if not found:
         screen.note("No matching dead letters.")
-        return False
-    if dry_run or not yes:
-        for dead_letter in dead_letters if dry_run else ():
-            screen.emit({"action": action, "done": False, **render.in_json(dead_letter)})
-        screen.print(*render.table(dead_letters[:MAX_SHOWN]))
-        if len(dead_letters) > MAX_SHOWN:
-            screen.print(f"… and {len(dead_letters) - MAX_SHOWN} more")
-    count = f"{len(dead_letters)} ({render.summary(dead_letters)})"
-    if dry_run:
-        screen.note(f"{count} would be {done} (dry run)")
-        return False
-    if yes:
-        return True
+        return EXIT_OK
+    if confirmation.dry_run or not confirmation.yes:
+        for dead_letter in found if confirmation.dry_run else ():
+            screen.emit({"action": action.name, "done": False, **render.in_json(dead_letter)})
+        screen.print(*render.table(found[:MAX_SHOWN]))
+        if len(found) > MAX_SHOWN:
+            screen.print(f"… and {len(found) - MAX_SHOWN} more")
+    count = f"{len(found)} ({render.summary(found)})"
+    if confirmation.dry_run:
+        screen.note(f"{count} would be {action.done} (dry run)")
+        return EXIT_OK
+    if confirmation.yes:
+        return None
     if not screen.is_interactive:
-        raise UsageError(f"{count} would be {done}, but there is no terminal to ask at. Add --yes.")
-    return screen.confirm(f"{count} will be {done}. Continue?")
-
-
-async def _process(
-    context: _Context,
-    dead_letters: Sequence["DeadLetter"],
-    action: str,
-    step: "Step",
-    lines: Lines,
-    *,
-    rate: float | None = None,
-) -> int:
-    from worker.cli.dlq.bulk import process
-    from worker.cli.progress import Bar, show_progress
-
-    wanted = Counter(dead_letter.name for dead_letter in dead_letters)
-    planned, done, total = Counter(wanted), Counter[str](), len(dead_letters)
-
-    def processed() -> int:
-        # After a lost connection one dead letter can be processed twice.
-        return (done & planned).total()
-
-    async def process_one(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
-        await step(dead, held)
-        line = {"action": action, "done": True, **render.in_json(held.record)}
-        lines.add({"at": render.plain(datetime.now(UTC)), "queue": context.topology.dead_letters, **line})
-        context.screen.emit(line)
-        done[held.record.name] += 1
-
-    work = process(
-        context.broker, context.topology, wanted, process_one, rate=rate, timeout_s=context.timeout_s
-    )
-    try:
-        async with show_progress(context.screen, [Bar(action, lambda: (processed(), total, ""))]):
-            await _translated(work)
-    finally:
-        context.screen.note(f"{action}: {processed()} of {total} done; log: {lines.path}")
-    if left := wanted.total():
-        text = "not found: removed or held by another consumer meanwhile. Run the command again."
-        raise CommandError(f"{counted(left, 'dead letter')} {text}")
-    return EXIT_OK
+        raise UsageError(f"{count} would be {action.done}, but there is no terminal to ask at. Add --yes.")
+    return None if screen.confirm(f"{count} will be {action.done}. Continue?") else EXIT_FAILURE
 
 
 async def _translated(work: Awaitable[T]) -> T:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from worker.cli.private_files import make_private_folder, open_private
+from worker.cli.private_files import PRIVATE_FILE_MODE, make_private_folder, open_private
 from worker.cli.shell import CommandError
 
 
@@ -27,6 +27,9 @@ class Lines:
             make_private_folder(path.parent)
             # pathlib has no opener; `__exit__` closes the file.
             self._file = open(path, "ab", opener=open_private)  # noqa: SIM115 - see above
+            if path.is_file():
+                # It may exist with another mode. (The mode of a device such as /dev/stdout stays.)
+                os.fchmod(self._file.fileno(), PRIVATE_FILE_MODE)
         except OSError as error:
             raise self._write_error(error) from None
 

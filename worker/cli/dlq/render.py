@@ -4,19 +4,22 @@ import base64
 import json
 import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
+
+from rich.cells import cell_len, set_cell_size
 
 if TYPE_CHECKING:
     from worker.observability.redaction import Redactor
     from worker.rabbitmq.dead_letter_record import DeadLetter
     from worker.rabbitmq.dead_letters import FetchedDeadLetter
 
-HEADERS: Final = ("NAME", "DIED AT", "CODE", "MODEL", "ATTEMPTS", "JOB", "ERROR")
+HEADERS: Final = ("NAME", "AGE", "CODE", "JOB", "MODEL", "ERROR")
 GAP: Final = "  "
 LONG_TEXT_CHARS: Final = 200
 MAX_PLAIN_CHARS: Final = 2000
@@ -69,36 +72,44 @@ def plain(value: Any) -> Any:
 
 
 def table(dead_letters: Iterable["DeadLetter"]) -> Iterator[str]:
-    """Yield a header and one line per dead letter; a narrow terminal gets the error on a second line."""
-    from rich.cells import cell_len, set_cell_size
-
-    rows = [HEADERS, *map(_row, dead_letters)]
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    """Yield a header and one line per dead letter; a narrow terminal gets model and error below."""
+    now = datetime.now(UTC)
+    rows = [HEADERS, *(_row(dead_letter, now) for dead_letter in dead_letters)]
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    is_narrow = columns is not None and sum(widths) + len(GAP) * len(widths) > columns
-    for row in rows:
-        cells = [set_cell_size(cell, width) for cell, width in zip(row[:-1], widths, strict=False)]
-        if not is_narrow:
-            yield GAP.join([*cells, row[-1]])
-            continue
-        yield GAP.join(cells).rstrip()
+    lines = list(_aligned(rows))
+    if columns is None or max(map(cell_len, lines)) <= columns:
+        yield from lines
+        return
+    indent = " " * (cell_len(rows[-1][0]) + len(GAP))
+    for row, line in zip(rows, _aligned([row[:4] for row in rows]), strict=True):
+        yield line
         if row is not HEADERS:
-            yield f"{' ' * widths[0]}{GAP}{row[-1]}"
+            model, error = row[4:]
+            yield from textwrap.wrap(
+                f"{model}: {error}", columns, initial_indent=indent, subsequent_indent=indent
+            )
 
 
-def _row(dead_letter: "DeadLetter") -> Sequence[str]:
-    died_at = f"{dead_letter.died_at:%Y-%m-%d %H:%M:%S}" if dead_letter.died_at else "-"
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True))
+        yield GAP.join(cells).rstrip()
+
+
+def _row(dead_letter: "DeadLetter", now: datetime) -> Sequence[str]:
+    age = _age((now - dead_letter.died_at).total_seconds()) if dead_letter.died_at else "-"
     error = dead_letter.message or f"dead-lettered by RabbitMQ ({dead_letter.code})"
-    cells = (
-        dead_letter.name,
-        died_at,
-        dead_letter.code,
-        dead_letter.model,
-        str(dead_letter.attempts),
-        dead_letter.job_id or "-",
-        error,
-    )
+    cells = (dead_letter.name, age, dead_letter.code, dead_letter.job_id or "-", dead_letter.model, error)
     return [_clean(cell) for cell in cells]
+
+
+def _age(seconds: float) -> str:
+    """Return a duration as `--since` reads it: `45s`, `12m`, `3h`, `9d`."""
+    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f}{unit}"
+    return f"{max(0, seconds):.0f}s"
 
 
 def summary(dead_letters: Sequence["DeadLetter"]) -> str:

@@ -1,13 +1,15 @@
-"""Filters for dead letters."""
+"""The arguments and options that select dead letters."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+
+from worker.cli.shell import count
 
 if TYPE_CHECKING:
     from worker.rabbitmq.dead_letter_record import DeadLetter
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 _AGO: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DATE: Final = re.compile(r"\d{4}-\d\d-\d\d")
+# A shorter prefix could match by accident.
+MIN_PREFIX_CHARS: Final = 4
+ID_HELP: Final = "Job id, or the NAME printed by `dlq list`."
 
 
 def parse_time(text: str) -> datetime:
@@ -28,33 +33,50 @@ def parse_time(text: str) -> datetime:
     try:
         if ago := _AGO.fullmatch(text):
             return datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: float(ago[1])})
-        found = parse_deadline(f"{text}T00:00:00Z" if _DATE.fullmatch(text) else text)
+        if found := parse_deadline(f"{text}T00:00:00Z" if _DATE.fullmatch(text) else text):
+            return found.astimezone(UTC)
     except (ValueError, OverflowError):
-        found = None
-    if found is None:
-        raise typer.BadParameter(
-            f"{text!r} is not a time. Use 2h (ago; s, m, h, d or w), 2030-01-31 or 2030-01-31T12:00:00Z."
-        )
-    return found.astimezone(UTC)
+        pass
+    raise typer.BadParameter(
+        f"{text!r} is not a time. Use 2h (ago; s, m, h, d or w), 2030-01-31 or 2030-01-31T12:00:00Z."
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Filter:
-    """Conditions on dead letters: all that are given must match; of several codes, models or ids, one.
+def _filter(*names: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Filters", **more)
 
-    Attributes:
-        codes: globs on the error code.
-        models: globs on the model that the job names.
-        ids: job ids, or names of dead letters or prefixes of them.
-        since: dead-lettered at this time or later; excludes messages without a time.
-        until: dead-lettered at this time or earlier; excludes messages without a time.
-    """
 
-    codes: Sequence[str] = ()
-    models: Sequence[str] = ()
-    ids: Sequence[str] = ()
-    since: datetime | None = None
-    until: datetime | None = None
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """Conditions on dead letters: all that are given must match; of several values of one, any."""
+
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", show_default=False, help=ID_HELP)] = None
+    codes: Annotated[list[str] | None, _filter("--code", metavar="GLOB", help="Filter by error code.")] = None
+    models: Annotated[
+        list[str] | None,
+        _filter(
+            "--model",
+            metavar="GLOB",
+            help="Filter by model. `default` matches jobs without a model, `unknown` matches unreadable"
+            " messages.",
+        ),
+    ] = None
+    since: Annotated[
+        datetime | None,
+        _filter(
+            "--since",
+            metavar="TIME",
+            parser=parse_time,
+            help="Dead-lettered at this time or later: 2h (ago), 2030-01-31 or an RFC 3339 time.",
+        ),
+    ] = None
+    until: Annotated[
+        datetime | None,
+        _filter("--until", metavar="TIME", parser=parse_time, help="Dead-lettered before this time."),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", parser=count, help="Maximum number of messages.")
+    ] = None
 
     @property
     def matches_all(self) -> bool:
@@ -70,15 +92,10 @@ class Filter:
         )
 
     def _is_in_range(self, died_at: datetime | None) -> bool:
-        if self.since is None and self.until is None:
-            return True
+        """Return whether the time matches; an unknown time matches only without `since` and `until`."""
         if died_at is None:
-            return False
+            return self.since is None and self.until is None
         return (self.since is None or died_at >= self.since) and (self.until is None or died_at <= self.until)
-
-
-# A shorter prefix could match by accident.
-MIN_PREFIX_CHARS: Final = 4
 
 
 def matches_id(dead_letter: "DeadLetter", name: str) -> bool:
@@ -86,5 +103,5 @@ def matches_id(dead_letter: "DeadLetter", name: str) -> bool:
     return dead_letter.job_id == name or (len(name) >= MIN_PREFIX_CHARS and dead_letter.name.startswith(name))
 
 
-def _matches(text: str, globs: Sequence[str]) -> bool:
+def _matches(text: str, globs: Sequence[str] | None) -> bool:
     return not globs or any(fnmatchcase(text, glob) for glob in globs)

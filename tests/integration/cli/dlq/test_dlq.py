@@ -42,7 +42,7 @@ async def test_a_dead_lettered_job_is_listed_shown_replayed_and_answered(
     assert "data:image/png;base64,[" in shown.out or "data:image/png;base64," in shown.out
 
     client.replies.clear()
-    replayed = await cli.run("dlq", "replay", "--id", dead_letter["name"], "--yes")
+    replayed = await cli.run("dlq", "replay", dead_letter["name"], "--yes")
     assert (replayed.code, replayed.out) == (0, "")
     second = await client.result(dead["id"])
     assert (second.body["status"], second.body["attempts"]) == ("succeeded", 1)
@@ -81,7 +81,7 @@ async def test_a_dead_letter_without_an_id_is_replayed_without_one(cli: Cli, que
     await queues.dead_letter(b"no job", "invalid_job", message_id="made-up", headers={"vqa-copy": "made-up"})
     (dead_letter,) = await cli.run_json("dlq", "list")
     assert (dead_letter["job_id"], dead_letter["message_id"], dead_letter["model"]) == (None, None, "unknown")
-    assert (await cli.run("dlq", "replay", "--id", dead_letter["name"], "--yes")).code == 0
+    assert (await cli.run("dlq", "replay", dead_letter["name"], "--yes")).code == 0
     (message,) = await queues.drain(queues.jobs)
     assert message.headers["vqa-copy"] == message.message_id
 
@@ -92,7 +92,7 @@ async def test_purge_deletes_matching_dead_letters_and_saves_them_to_a_file(cli:
     ended = await cli.run("dlq", "purge", "--yes")
     assert ended.code == 2
     assert ended.err_lines == [
-        "Error: no filter. Give one, such as --code invalid_job or --until 30d, or use --all."
+        "Error: no filter. Give one, such as an ID, --code invalid_job or --until 30d, or use --all."
     ]
     done = await cli.run_json("dlq", "purge", "--code", "invalid_job", "--save", "saved.jsonl", "--yes")
     assert [(it["action"], it["done"], it["job_id"]) for it in done] == [("purge", True, "purged")]
@@ -103,12 +103,34 @@ async def test_purge_deletes_matching_dead_letters_and_saves_them_to_a_file(cli:
     assert ids_of(await queues.drain(queues.dead)) == kept
 
 
-async def test_purge_changes_nothing_if_its_files_cannot_be_written(cli: Cli, queues: Queues) -> None:
+async def test_purge_changes_nothing_if_its_copy_cannot_be_written(cli: Cli, queues: Queues) -> None:
     await add_dead_letters(queues, 1)
-    for option in ("--record", "--save"):
-        ended = await cli.run("dlq", "purge", "--all", "--yes", option, "/dev/null/saved.jsonl")
-        assert ended.code == 1
-        assert ended.err_lines[-1] == (
-            "Error: cannot write /dev/null/saved.jsonl: File exists. Choose another file."
-        )
+    ended = await cli.run("dlq", "purge", "--all", "--yes", "--save", "/dev/null/saved.jsonl")
+    assert ended.code == 1
+    assert ended.err_lines[-1] == (
+        "Error: cannot write /dev/null/saved.jsonl: File exists. Choose another file."
+    )
     assert await queues.depth(queues.dead) == 1
+
+
+async def test_without_a_writable_state_folder_a_replay_keeps_no_log(cli: Cli, queues: Queues) -> None:
+    ids = await add_dead_letters(queues, 1)
+    # As in a container with a read-only root file system.
+    ended = await cli.run("dlq", "replay", "--yes", XDG_STATE_HOME="/dev/null")
+    assert ended.code == 0
+    assert ended.err_lines[1].startswith("Warning: no log is kept: cannot write /dev/null/")
+    assert ended.err_lines[2] == "replay: 1 of 1 done"
+    assert ids_of(await queues.drain(queues.jobs)) == ids
+
+
+async def test_only_the_owner_can_read_the_files_also_if_they_existed(cli: Cli, queues: Queues) -> None:
+    state(cli).mkdir(parents=True)
+    written = (state(cli) / "replayed.jsonl", state(cli) / "purged.jsonl", cli.folder / "saved.jsonl")
+    for path in written:
+        path.touch(mode=0o644)
+        path.chmod(0o644)
+    for command in (["replay"], ["purge", "--all", "--save", "saved.jsonl"]):
+        await add_dead_letters(queues, 1)
+        assert (await cli.run("dlq", *command, "--yes")).code == 0
+    for path in written:
+        assert (len(path.read_text().splitlines()), oct(path.stat().st_mode & 0o777)) == (1, "0o600")

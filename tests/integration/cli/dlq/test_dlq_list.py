@@ -9,6 +9,7 @@ from deploy.local.stack import Stack
 from tests.breaking import BrokerUser, administer, job
 from tests.integration.cli.dlq.dead_letters import Queues, add_dead_letters, read_dead_letters
 from tests.integration.cli.running import Cli, kill
+from tests.integration.cli.terminal import Terminal
 from tests.proxy import Proxy
 from tests.running import until
 from worker.rabbitmq import dead_letters
@@ -27,11 +28,14 @@ async def test_list_filters_by_error_model_time_and_id(cli: Cli, queues: Queues)
     ]
     chosen = ("--code", "attempts_*", "--code", "missing", "--model", "m/*", "--since", "1d", "--until", "1h")
     assert [
-        dead_letter["job_id"] for dead_letter in await cli.run_json("dlq", "list", *chosen, "--id", "a")
+        dead_letter["job_id"] for dead_letter in await cli.run_json("dlq", "list", *chosen, "a", "b")
     ] == ["a"]
-    ended = await cli.run("dlq", "list", "--code", "nothing", "--limit", "3")
+    ended = await cli.run("dlq", "list", "--code", "nothing")
     assert (ended.code, ended.out) == (0, "")
-    assert ended.err_lines == [f"{queues.dead}: 4 dead letters, 3 read (--limit), 0 matching"]
+    assert ended.err_lines == [f"{queues.dead}: 4 dead letters, 0 matching"]
+    ended = await cli.run("dlq", "list", "--limit", "3", "--code", "*")
+    assert ended.err_lines == [f"{queues.dead}: 4 dead letters, 3 read (--limit), 3 matching"]
+    assert len(ended.lines) == 1 + 3
 
 
 async def test_an_unknown_id_and_a_malformed_time_are_errors(cli: Cli, queues: Queues) -> None:
@@ -39,9 +43,15 @@ async def test_an_unknown_id_and_a_malformed_time_are_errors(cli: Cli, queues: Q
     ended = await cli.run("dlq", "show", "nobody")
     assert (ended.code, ended.out) == (1, "")
     assert ended.err_lines == ["Error: no such dead letter: nobody (2 read). Run `vqa-worker dlq list`."]
-    ended = await cli.run("dlq", "list", "--since", "yesterday")
-    assert ended.code == 2
-    assert "'yesterday' is not a time" in " ".join(ended.err_lines)
+    for time in ("yesterday", "99999999999d", "9999-12-31T23:59:59-01:00"):
+        ended = await cli.run("dlq", "list", "--since", time)
+        assert ended.code == 2
+        assert f"'{time}' is not a time" in ended.err_lines[0]
+    ended = await cli.run("dlq", "replay", "--rate", "0")
+    assert (ended.code, ended.err_lines[0]) == (
+        2,
+        "Error: Invalid value for '--rate': 0 is not a number of at least 0.02.",
+    )
 
 
 async def test_control_characters_in_messages_are_escaped(cli: Cli, queues: Queues) -> None:
@@ -57,6 +67,26 @@ async def test_control_characters_in_messages_are_escaped(cli: Cli, queues: Queu
         assert ended.code == 0
         for line in [*ended.out.splitlines(), *ended.err_lines]:
             assert line.isprintable(), line
+
+
+async def test_show_prints_several_and_names_those_that_are_missing(cli: Cli, queues: Queues) -> None:
+    first, second = await add_dead_letters(queues, 2)
+    ended = await cli.run("dlq", "show", first, "nobody", second)
+    assert ended.code == 1
+    assert all(f"job_id: {it}" in ended.lines for it in (first, second))
+    assert ended.err_lines == ["Error: no such dead letter: nobody (2 read). Run `vqa-worker dlq list`."]
+
+
+async def test_a_list_fits_a_narrow_terminal_and_breaks_no_word(cli: Cli, queues: Queues) -> None:
+    error = "5 attempts failed, the last one because the API answered 500: overloaded, try again later"
+    await queues.dead_letter(job(id="order-4711"), headers={"vqa-error-message": error}, ago_s=7300)
+    shown = Terminal(cli, "dlq", "list", columns=80)
+    assert await shown.ended() == 0
+    header, row, *rest = shown.shown.splitlines()[1:]
+    assert header.split() == ["NAME", "AGE", "CODE", "JOB"]
+    assert row.split()[1:] == ["2h", "attempts_exhausted", "order-4711"]
+    assert " ".join(" ".join(rest).split()) == f"default: {error}"
+    assert all(len(line) <= 80 for line in (header, row, *rest))
 
 
 async def test_show_prints_the_complete_body_as_json(cli: Cli, queues: Queues) -> None:

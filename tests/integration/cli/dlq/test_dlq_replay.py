@@ -43,7 +43,7 @@ async def test_replay_and_purge_change_nothing_before_confirmation(cli: Cli, que
         asked = Terminal(cli, "dlq", action, "--code", "*")
         await asked.shows(r"Continue\? \[y/N\]")
         asked.type("\n")
-        assert await asked.ended() == 0
+        assert await asked.ended() == 1
     assert await queues.depth(queues.dead) == 2
     assert not state(cli).exists()
     asked = Terminal(cli, "dlq", "replay")
@@ -65,8 +65,8 @@ async def test_replay_moves_matching_jobs_and_warns_about_those_that_will_fail_a
     assert result.code == 0
     assert result.err_lines == [
         f"{queues.dead}: 4 dead letters, 2 matching",
-        "1 job past the deadline will fail again (deadline_exceeded)",
-        "1 invalid job will fail again unless the worker was upgraded (invalid_job)",
+        "Warning: 1 job past the deadline will fail again (deadline_exceeded)",
+        "Warning: 1 invalid job will fail again unless the worker was upgraded (invalid_job)",
         f"replay: 2 of 2 done; log: {state(cli)}/replayed.jsonl",
     ]
     assert sorted(ids_of(await queues.drain(queues.dead))) == sorted(kept)
