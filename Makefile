@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test test-slow bench bench-quick chaos soak image lint words format docs golden dashboard-preview scale-demo lock ci
+.PHONY: help setup demo stack test test-slow bench bench-quick chaos soak image lint words format docs docs-site golden dashboard-preview scale-demo lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -84,6 +84,7 @@ lint: $(INSTALLED) ## run the static checks
 	$(BIN)/python docs/chart.py --check
 	$(BIN)/python -m deploy.rabbitmq --check
 	$(BIN)/python -m deploy.grafana --check
+	$(MAKE) --no-print-directory docs-site
 
 # Words and phrases that this project replaced by standard terms, see .codespell/retired.txt.
 IN = .
@@ -104,6 +105,10 @@ docs: $(INSTALLED) ## regenerate pages of docs/, the dashboard, files of deploy/
 	$(BIN)/python -m deploy.grafana
 	$(BIN)/python docs/chart.py
 	$(BIN)/python -m deploy.rabbitmq
+
+# Broken links and anchors are errors. REPOSITORY_URL=https://… links to source files.
+docs-site: $(INSTALLED) ## build the documentation site into .local/site (REPOSITORY_URL=…)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 dashboard-preview: $(BENCH) ## draw the dashboard with a real load into docs/ (three minutes)
 	@$(BIN)/python -m tests.observability.preview
