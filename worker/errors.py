@@ -4,7 +4,7 @@ Exceptions of libraries are translated into these where the library is called.
 """
 
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from vqa_worker.messages.error_codes import ErrorCode
 
@@ -32,27 +32,68 @@ class Dependency(StrEnum):
         return Dependency.S3.value if self is Dependency.RESULT_STORE else self.value
 
 
-class JobError(Exception):
+class Explanation(NamedTuple):
+    """Why a job failed, for a person.
+
+    Attributes:
+        message: for the result; may quote the API and name the image's URL.
+        log_message: for the log; only the worker's own words.
+    """
+
+    message: str
+    log_message: str
+
+    @classmethod
+    def loggable(cls, text: str) -> "Explanation":
+        """Return the explanation for a text of the worker's own words."""
+        return cls(text, text)
+
+    def after(self, introduction: str) -> "Explanation":
+        """Return the explanation with an introduction of the worker's own words."""
+        return Explanation(f"{introduction}{self.message}", f"{introduction}{self.log_message}")
+
+    def about_image(self, name: str) -> "Explanation":
+        """Return the explanation with an image's name; only its place in the job is for the log."""
+        place = name.partition(" ")[0]
+        return Explanation(f"{name}: {self.message}", f"{place}: {self.log_message}")
+
+
+class _ExplainedError(Exception):
+    """An error whose message can have words of others, which are not logged."""
+
+    def __init__(self, message: str, log_message: str | None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.log_message = message if log_message is None else log_message
+
+    @property
+    def explanation(self) -> Explanation:
+        """Why the job failed."""
+        return Explanation(self.message, self.log_message)
+
+
+class JobError(_ExplainedError):
     """A permanent error of the job: a retry would fail the same way.
 
     Attributes:
         code: the `error.code` of the result.
         message: for a person: what is wrong, naming the image or field, and what to do.
+        log_message: the same without words of the API or the job.
     """
 
-    def __init__(self, code: ErrorCode, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, code: ErrorCode, message: str, *, log_message: str | None = None) -> None:
+        super().__init__(message, log_message)
         self.code = code
-        self.message = message
 
 
-class TransientError(Exception):
+class TransientError(_ExplainedError):
     """The attempt failed and a retry may succeed; the attempt is counted.
 
     Attributes:
         dependency: that failed.
         reason: a short name from a closed set, used as a metric label.
         message: what happened, for a person.
+        log_message: the same without words of the API or the job.
         forbidden: the API answered 403, for this job or for all.
         is_duplicate: another job reports the same failure, so this is not further evidence of an outage.
     """
@@ -63,13 +104,13 @@ class TransientError(Exception):
         reason: str,
         message: str,
         *,
+        log_message: str | None = None,
         forbidden: bool = False,
         is_duplicate: bool = False,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, log_message)
         self.dependency = dependency
         self.reason = reason
-        self.message = message
         self.forbidden = forbidden
         self.is_duplicate = is_duplicate
 
@@ -80,7 +121,9 @@ class TransientError(Exception):
 
     def duplicate(self) -> "TransientError":
         """Return the same error for another job."""
-        return TransientError(self.dependency, self.reason, self.message, is_duplicate=True)
+        return TransientError(
+            self.dependency, self.reason, self.message, log_message=self.log_message, is_duplicate=True
+        )
 
 
 class RateLimitedError(Exception):

@@ -8,7 +8,7 @@ import structlog
 from vqa_worker.messages.decoding import InvalidJobError
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import Clock
-from worker.errors import DependencyDownError, JobError, RateLimitedError, TransientError
+from worker.errors import DependencyDownError, Explanation, JobError, RateLimitedError, TransientError
 from worker.jobs.attempt import Attempt, observe_stages
 from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.delivery import Delivery
@@ -72,9 +72,11 @@ class Processor:
         except InvalidJobError as error:
             return self._deps.outcomes.invalid(attempt, error)
         except DeliveredTooOftenError as error:
-            return self._deps.outcomes.dead_lettered(attempt, ErrorCode.ATTEMPTS_EXHAUSTED, str(error))
+            return self._deps.outcomes.dead_lettered(
+                attempt, ErrorCode.ATTEMPTS_EXHAUSTED, Explanation.loggable(str(error))
+            )
         except JobError as error:
-            return self._deps.outcomes.failed(attempt, error.code, error.message)
+            return self._deps.outcomes.failed(attempt, error.code, error.explanation)
         except NotAdmittedError as error:
             return requeued(attempt, str(error))
         except DependencyDownError as error:
@@ -134,5 +136,5 @@ class Processor:
     def _internal_error(self, attempt: Attempt, error: Exception) -> Outcome:
         # The description leaves out the exception's text, which may quote the job.
         log.error("internal_error", job_id=attempt.job_id, exception=describe_exception(error))
-        text = f"internal error: {type(error).__name__}"
-        return self._failures.after_counted_failure(attempt, "internal_error", text)
+        why = Explanation.loggable(f"internal error: {type(error).__name__}")
+        return self._failures.after_counted_failure(attempt, "internal_error", why)

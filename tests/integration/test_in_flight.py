@@ -29,9 +29,9 @@ import worker.__main__ as main
 import worker.settings as settings
 
 def asking(function):
-    def asked():
+    def asked(**options):
         os.kill(os.getpid(), signal.SIGUSR1)
-        return function()
+        return function(**options)
     return asked
 
 settings.load_settings = asking(settings.load_settings)

@@ -23,7 +23,9 @@ from pydantic import SecretStr
 
 from worker.observability.log_sampling import MAX_SHOWN
 from worker.observability.logs import (
+    DOUBLING_LIBRARIES,
     IN_FLIGHT_LOGGER,
+    LIBRARY_EVENT,
     PACKAGES,
     SENSITIVE_LIBRARIES,
     configure_logging,
@@ -34,6 +36,7 @@ from worker.observability.redaction import MARK, Redactor
 
 SECRET = "sk-very-secret"
 QUESTION = "what is on this picture of mine?"
+FIXED = ["timestamp", "level", "event", "message", "logger"]
 
 Lines = Callable[[], list[dict[str, Any]]]
 
@@ -81,12 +84,12 @@ class Terminal(io.StringIO):
 # The format of a line
 
 
-def test_a_line_begins_with_the_four_fixed_fields(lines: Lines) -> None:
+def test_a_line_begins_with_the_fixed_fields(lines: Lines) -> None:
     our_log().info("job done", job="a", attempts=2, cost=0.5, ok=True, error=None)
     (line,) = lines()
-    assert list(line) == ["timestamp", "level", "event", "logger", "job", "attempts", "cost", "ok", "error"]
+    assert list(line) == [*FIXED, "job", "attempts", "cost", "ok", "error"]
     assert line["level"] == "info"
-    assert line["event"] == "job done"
+    assert line["event"] == line["message"] == "job done"
     assert line["logger"] == "worker.tests"
     assert (line["job"], line["attempts"], line["cost"], line["ok"], line["error"]) == (
         "a",
@@ -113,12 +116,9 @@ def test_the_timestamp_is_the_current_time(lines: Lines) -> None:
 def test_records_of_libraries_have_the_same_format(lines: Lines) -> None:
     logging.getLogger("aiohttp.server").warning("lost %s", "the broker")
     (line,) = lines()
-    assert list(line) == ["timestamp", "level", "event", "logger"]
-    assert (line["level"], line["event"], line["logger"]) == (
-        "warning",
-        "lost the broker",
-        "aiohttp.server",
-    )
+    assert list(line) == FIXED
+    assert (line["level"], line["event"], line["logger"]) == ("warning", LIBRARY_EVENT, "aiohttp.server")
+    assert line["message"] == "lost the broker"
 
 
 def test_context_variables_are_on_every_line(lines: Lines) -> None:
@@ -183,7 +183,64 @@ def test_a_terminal_gets_coloured_text() -> None:
     line = terminal.getvalue()
     assert "\x1b[" in line
     plain = re.sub(r"\x1b\[\d*m", "", line)
-    assert re.search(r"Z \[warning *\] careful +\[worker\.tests\] job='a b' n=1 key=\[redacted\]\n$", plain)
+    fields = "event=careful job='a b' n=1 key=[redacted]\n"
+    assert re.search(rf"Z \[warning *\] careful \[worker\.tests\] {re.escape(fields)}$", plain)
+
+
+def test_the_text_format_shows_the_message_before_the_event(stream: io.StringIO) -> None:
+    configure_logging("info", "console", Redactor([]), stream=stream)
+    our_log().info("consumption_resumed", after_s=1.23456)
+    assert "] Consumption resumed after 1.235 s. [worker.tests] event=" in stream.getvalue()
+
+
+# Messages and figures
+
+
+def test_figures_are_rounded(lines: Lines) -> None:
+    our_log().info("x", model_s=1.23456789, cost_usd=0.000514123456789, n=123456789, large=1234567.89)
+    (line,) = lines()
+    assert (line["model_s"], line["cost_usd"]) == (1.235, 0.000514123)
+    assert (line["n"], line["large"]) == (123456789, 1234570.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"job_id": "a", "outcome": "succeeded", "attempts": 1, "total_s": 1.95049, "total_tokens": 1467}
+            | {"cost_usd": 0.000514},
+            "Job a succeeded in 1.95 s, 1 attempt, 1467 tokens, 0.000514 USD.",
+        ),
+        (
+            {"job_id": "a", "outcome": "succeeded", "attempts": 2, "total_s": 2.0},
+            "Job a succeeded in 2 s, 2 attempts.",
+        ),
+        (
+            {"job_id": "a", "outcome": "failed", "attempts": 1, "total_s": 0.0214, "error": "image_not_found"}
+            | {"reason": "images[0]: S3 has no such object"},
+            "Job a failed in 0.021 s, 1 attempt (image_not_found): images[0]: S3 has no such object.",
+        ),
+        (
+            {"job_id": None, "outcome": "dead_lettered", "attempts": 5, "total_s": 1, "error": "invalid_job"}
+            | {"reason": f"no {SECRET}"},
+            "A job without a readable id was dead-lettered in 1 s, 5 attempts (invalid_job): no [redacted].",
+        ),
+        ({"job_id": "a"}, "job finished"),
+        ({"job_id": "a", "outcome": "failed", "total_s": "soon", "attempts": None}, "job finished"),
+    ],
+)
+def test_the_message_about_a_finished_job_says_why(
+    lines: Lines, fields: dict[str, Any], message: str
+) -> None:
+    our_log().info("job_finished", **fields)
+    assert lines()[0]["message"] == message
+
+
+def test_a_list_in_a_message_is_readable_text(lines: Lines) -> None:
+    our_log().error("topology_mismatch", faults=["queue a is missing", "queue b is missing"])
+    assert lines()[0]["message"] == (
+        "The queues or exchanges are not as configured: queue a is missing; queue b is missing."
+    )
 
 
 def test_a_pipe_gets_json(stream: io.StringIO) -> None:
@@ -231,10 +288,27 @@ def test_lines_below_the_level_are_not_written(lines: Lines) -> None:
 
 
 def test_libraries_log_warnings_and_errors(lines: Lines) -> None:
-    for name in ("aiohttp.access", "asyncio", *SENSITIVE_LIBRARIES):
+    names = {"aiohttp.access", "asyncio", *SENSITIVE_LIBRARIES} - DOUBLING_LIBRARIES
+    for name in names:
         logging.getLogger(name).info("no")
         logging.getLogger(name).warning("yes")
-    assert {line["event"] for line in lines()} == {"yes"}
+    assert {(line["logger"], line["message"]) for line in lines()} == {(name, "yes") for name in names}
+
+
+@pytest.mark.parametrize("library", sorted(DOUBLING_LIBRARIES))
+def test_a_library_does_not_double_the_worker_s_own_lines(lines: Lines, library: str) -> None:
+    log = logging.getLogger(f"{library}.connection")
+    for _ in range(MAX_SHOWN + 1):
+        log.warning("Connection closed")
+        log.error("Connection closed: %s", "reset")
+    log_suppressed_events(flush=True)
+    assert lines() == []
+    log.error("Consumer callback failed", exc_info=caught(fail))
+    log.warning("Connection %r was blocked by: %r", "amqp", "low on memory")
+    assert [line["message"] for line in lines()] == [
+        "Consumer callback failed",
+        "Connection 'amqp' was blocked by: 'low on memory'",
+    ]
 
 
 def test_at_level_error_warnings_of_libraries_are_not_written(stream: io.StringIO) -> None:
@@ -269,7 +343,8 @@ def test_a_second_configuration_also_applies_to_loggers_in_use(lines: Lines) -> 
     configure_logging("debug", "json", Redactor(["first-secret"]), stream=second)
     log.debug("first-secret")
     assert len(lines()) == 1
-    assert json.loads(second.getvalue())["event"] == MARK
+    line = json.loads(second.getvalue())
+    assert line["event"] == line["message"] == MARK
 
 
 def test_the_handler_of_a_library_does_not_duplicate_lines(
@@ -303,6 +378,10 @@ def test_a_repeated_error_is_logged_a_few_times_and_then_counted(lines: Lines) -
     reported = lines()[-1]
     assert reported.pop("timestamp")
     assert reported.pop("window_s") < 60
+    assert re.fullmatch(
+        r"5 more records of job_retried \(http_5xx\) within [\d.]+ s were not logged\.",
+        reported.pop("message"),
+    )
     assert reported == {
         "level": "warning",
         "event": "events_suppressed",
@@ -448,7 +527,7 @@ def test_arguments_that_do_not_fit_the_format_are_reported_but_not_logged(
 ) -> None:
     logging.getLogger("lib").error("%d pictures", SECRET)
     our_log().info("%d", x=SECRET)
-    assert [line["event"] for line in lines()] == ["%d"]
+    assert [line["message"] for line in lines()] == ["%d"]
     assert capsys.readouterr().err == "a log line of lib could not be written: TypeError\n"
 
 
@@ -597,7 +676,7 @@ async def test_asyncio_s_message_about_a_failed_task_does_not_contain_the_except
         {"message": "Task exception was never retrieved", "exception": task.exception(), "future": task}
     )
     (line,) = lines()
-    assert line["event"] == "Task exception was never retrieved"
+    assert line["message"] == "Task exception was never retrieved"
     assert "fail" in line["exception"]
     assert QUESTION not in stream.getvalue()
 

@@ -80,14 +80,20 @@ async def test_the_level_of_a_line_depends_on_the_outcome(scene: Scene, put_imag
     exhausted = a_job(marker, put_image())
     dead = await scene.line(job=exhausted)
     assert (dead["level"], dead["outcome"], dead["error"]) == ("error", "dead_lettered", "attempts_exhausted")
+    assert dead["reason"] == "2 attempts failed, the last one because the API answered 500"
+    assert dead["message"].endswith(f"2 attempts (attempts_exhausted): {dead['reason']}.")
     refused = await scene.line(job=a_job("What?", f"s3://{BUCKET}/missing"))
     assert (refused["level"], refused["outcome"], refused["error"]) == (
         "warning",
         "failed",
         "image_not_found",
     )
+    assert refused["reason"] == "images[0]: S3 has no such object (NoSuchKey)"
+    assert refused["reason"] in refused["message"]
     (retry,) = (line for line in events(scene.worker, "job_retried") if line["job_id"] == exhausted["id"])
     assert (retry["level"], retry["reason"], retry["attempts"]) == ("warning", "http_5xx", 1)
+    failed = f"Job {exhausted['id']} failed with a transient error (http_5xx)"
+    assert retry["message"] == f"{failed}; it is retried in 1 s, attempts so far: 1."
 
 
 async def test_earlier_lines_have_the_trace_id_too(scene: Scene, put_image: PutImage) -> None:
@@ -134,5 +140,7 @@ async def test_the_content_of_a_job_is_not_logged_even_at_level_debug(
     assert len(events(scene.worker, "job_retried")) >= 2
     output = scene.worker.output()
     assert SECRET not in output
+    reasons = {line["reason"] for line in events(scene.worker, "job_finished") if "reason" in line}
+    assert {"the model refused to answer", "the API answered 400"} <= reasons
     assert scene.stack.s3.secret_key not in output
     assert scene.stack.model.api_key not in output

@@ -119,7 +119,7 @@ async def test_a_collector_that_rejects_spans_affects_no_job_and_logs_few_lines(
             reply = await client.ask(question="What?", images=[image])
             assert reply.body["status"] == "succeeded"
         assert await worker.stop() == 0, worker.output()
-    lines = Counter(line["event"] for line in worker.log() if line["logger"].startswith("opentelemetry."))
+    lines = Counter(line["message"] for line in worker.log() if line["logger"].startswith("opentelemetry."))
     (failures,) = (event for event in lines if event.startswith("Failed to export spans batch code: 500"))
     assert lines[failures] == MAX_SHOWN
     (repeated,) = (line for line in worker.log() if line["event"] == "events_suppressed")

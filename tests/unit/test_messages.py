@@ -27,6 +27,7 @@ DIED = DeadLettered(
     result=Result(id="job-1", status="failed"),
     code=ErrorCode.ATTEMPTS_EXHAUSTED,
     message="5 attempts failed",
+    reason="5 attempts failed",
     attempts=5,
 )
 FULL: dict[str, Any] = {

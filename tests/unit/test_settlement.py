@@ -29,9 +29,15 @@ FAILED = Result(
     id="j", status="failed", error=JobFailure(code=ErrorCode.INVALID_JOB, message=ANSWER, retryable=False)
 )
 ANSWERED = Succeeded(job_id="j", model="m", result=SUCCEEDED)
-REFUSED = Failed(job_id="j", model="m", result=FAILED, code=ErrorCode.MODEL_REJECTED)
+REFUSED = Failed(job_id="j", model="m", result=FAILED, code=ErrorCode.MODEL_REJECTED, reason="refused")
 DEAD = DeadLettered(
-    job_id="j", model="m", result=FAILED, code=ErrorCode.ATTEMPTS_EXHAUSTED, message="why", attempts=5
+    job_id="j",
+    model="m",
+    result=FAILED,
+    code=ErrorCode.ATTEMPTS_EXHAUSTED,
+    message="why",
+    reason="exhausted",
+    attempts=5,
 )
 UNREADABLE = replace(
     DEAD, job_id=None, code=ErrorCode.INVALID_JOB, result=FAILED.model_copy(update={"id": None})

@@ -276,10 +276,17 @@ def _errors_name(name: str) -> Iterator[None]:
     try:
         yield
     except JobError as error:
-        raise JobError(error.code, f"{name}: {error.message}") from None
+        message, log_message = error.explanation.about_image(name)
+        raise JobError(error.code, message, log_message=log_message) from None
     except TransientError as error:
-        text = f"{name}: {error.message}"
-        raise TransientError(error.dependency, error.reason, text, is_duplicate=error.is_duplicate) from None
+        message, log_message = error.explanation.about_image(name)
+        raise TransientError(
+            error.dependency,
+            error.reason,
+            message,
+            log_message=log_message,
+            is_duplicate=error.is_duplicate,
+        ) from None
 
 
 def _data_url_prefix(beginning: bytes) -> bytes:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from vqa_worker.messages.data_urls import payload
 from vqa_worker.messages.error_codes import ErrorCode
-from worker.errors import JobError
+from worker.errors import Explanation, JobError
 from worker.s3.aws import S3Object
 
 # S3: object keys are at most 1,024 bytes of UTF-8 (Amazon S3 user guide, "Naming objects").
@@ -89,53 +89,53 @@ def parse_source(url: str, name: str, policy: SourcePolicy, body: bytes) -> Sour
     if len(url) > (
         MAX_S3_URL_CHARS if scheme.startswith("s3://") else MAX_LINK_CHARS
     ) and not scheme.startswith("data:"):
-        raise JobError(ErrorCode.INVALID_JOB, f"{name}: the URL is too long")
+        raise _error(name, ErrorCode.INVALID_JOB, "the URL is too long")
     if scheme.startswith("s3://"):
         return _parse_s3(url, name, policy.allowed_buckets)
     if scheme.startswith("https://"):
         return _parse_link(url, name, policy.allowed_link_hosts)
     if scheme.startswith("data:"):
         return _parse_data(url, name, body)
-    raise JobError(
-        ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
-        f"{name}: must be an s3://bucket/key, https:// or data: URL",
+    raise _error(
+        name, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, "must be an s3://bucket/key, https:// or data: URL"
     )
+
+
+def _error(name: str, code: ErrorCode, text: str) -> JobError:
+    message, log_message = Explanation.loggable(text).about_image(name)
+    return JobError(code, message, log_message=log_message)
 
 
 def _parse_s3(url: str, name: str, allowed: Sequence[str]) -> S3Object:
     match = _S3.fullmatch(url)
     bucket, key = (match["bucket"], match["key"]) if match else ("", "")
     if not _BUCKET.fullmatch(bucket) or not key:
-        raise JobError(ErrorCode.INVALID_JOB, f"{name}: must be s3://bucket/key with a bucket and a key")
+        raise _error(name, ErrorCode.INVALID_JOB, "must be s3://bucket/key with a bucket and a key")
     if _CONTROL.search(key):
-        raise JobError(ErrorCode.INVALID_JOB, f"{name}: the object key contains control characters")
+        raise _error(name, ErrorCode.INVALID_JOB, "the object key contains control characters")
     if len(key.encode()) > MAX_KEY_BYTES:
-        raise JobError(ErrorCode.INVALID_JOB, f"{name}: the object key is longer than {MAX_KEY_BYTES} bytes")
+        raise _error(name, ErrorCode.INVALID_JOB, f"the object key is longer than {MAX_KEY_BYTES} bytes")
     if not _matches(bucket, allowed):
-        raise JobError(
-            ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
-            f"{name}: bucket {bucket} is not in VQA_ALLOWED_BUCKETS",
-        )
+        text = f"bucket {bucket} is not in VQA_ALLOWED_BUCKETS"
+        raise _error(name, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, text)
     return S3Object(bucket, key)
 
 
 def _parse_link(url: str, name: str, allowed: Sequence[str]) -> Link:
     match = _LINK.fullmatch(url)
     if match is None:
-        raise JobError(ErrorCode.INVALID_JOB, f"{name}: must be a valid https:// URL")
+        raise _error(name, ErrorCode.INVALID_JOB, "must be a valid https:// URL")
     # Globs contain IPv6 addresses without brackets, since brackets are a character class in a glob.
     host = match["host"].lower().strip("[]").rstrip(".")
     if not _matches(host, [pattern.lower() for pattern in allowed]):
-        raise JobError(
-            ErrorCode.IMAGE_SOURCE_NOT_ALLOWED,
-            f"{name}: host {host} is not in VQA_ALLOWED_LINK_HOSTS",
-        )
+        text = f"host {host} is not in VQA_ALLOWED_LINK_HOSTS"
+        raise _error(name, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, text)
     return Link(url)
 
 
 def _parse_data(url: str, name: str, body: bytes) -> Embedded:
     if _DATA.match(url) is None:
-        raise JobError(ErrorCode.INVALID_JOB, f"{name}: a data: URL must have the form data:image/…;base64,…")
+        raise _error(name, ErrorCode.INVALID_JOB, "a data: URL must have the form data:image/…;base64,…")
     return Embedded(payload(url, body))
 
 

@@ -29,23 +29,33 @@ class Succeeded(_Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(_Outcome):
-    """The job failed permanently; the result has the error."""
+    """The job failed permanently; the result has the error.
+
+    Attributes:
+        reason: why, for the log: the message of the error without words of the API or the job.
+    """
 
     name: ClassVar[str] = "failed"
 
     result: Result
     code: ErrorCode
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLettered(_Outcome):
-    """The job failed permanently and is dead-lettered; its result is published if it has a recipient."""
+    """The job failed permanently and is dead-lettered; its result is published if it has a recipient.
+
+    Attributes:
+        message: the message of the error; `reason`: the same for the log, as in `Failed`.
+    """
 
     name: ClassVar[str] = "dead_lettered"
 
     result: Result
     code: ErrorCode
     message: str
+    reason: str
     attempts: int
 
 

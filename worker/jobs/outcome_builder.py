@@ -8,6 +8,7 @@ from vqa_worker.messages.decoding import InvalidJobError
 from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.result import JobFailure, Result, Timings
 from worker.clock import Clock
+from worker.errors import Explanation
 from worker.jobs.attempt import Attempt, Stage
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
 from worker.model.answer import Answer
@@ -40,20 +41,27 @@ class OutcomeBuilder:
         result = self._result(attempt, status="succeeded", answer=answer.text, **billed)
         return Succeeded(job_id=attempt.job_id, model=attempt.model, result=result)
 
-    def failed(self, attempt: Attempt, code: ErrorCode, message: str, **billed: Any) -> Outcome:
+    def failed(self, attempt: Attempt, code: ErrorCode, why: Explanation, **billed: Any) -> Outcome:
         """Return the outcome of a job that failed permanently."""
-        result = self._failure(attempt, code, message, retryable=False, **billed)
-        return Failed(job_id=attempt.job_id, model=attempt.model, result=result, code=code)
+        result = self._failure(attempt, code, why.message, retryable=False, **billed)
+        return Failed(
+            job_id=attempt.job_id,
+            model=attempt.model,
+            result=result,
+            code=code,
+            reason=self.redact(why.log_message),
+        )
 
-    def dead_lettered(self, attempt: Attempt, code: ErrorCode, message: str) -> Outcome:
+    def dead_lettered(self, attempt: Attempt, code: ErrorCode, why: Explanation) -> Outcome:
         """Return the outcome of a job that failed permanently and goes to the dead-letter queue."""
         is_exhausted = code is ErrorCode.ATTEMPTS_EXHAUSTED
         return DeadLettered(
             job_id=attempt.job_id,
             model=attempt.model,
-            result=self._failure(attempt, code, message, retryable=is_exhausted),
+            result=self._failure(attempt, code, why.message, retryable=is_exhausted),
             code=code,
-            message=self.redact(message),
+            message=self.redact(why.message),
+            reason=self.redact(why.log_message),
             # No attempt was made at a message that is not a job.
             attempts=attempt.number if is_exhausted else attempt.counted_before,
         )
@@ -62,7 +70,7 @@ class OutcomeBuilder:
         """Return the outcome of a message that is not a job: a dead letter if its body has no readable id."""
         attempt.job_id = error.job_id
         fail = self.failed if error.id_in_body else self.dead_lettered
-        return fail(attempt, ErrorCode.INVALID_JOB, error.message)
+        return fail(attempt, ErrorCode.INVALID_JOB, Explanation.loggable(error.message))
 
     def _failure(
         self, attempt: Attempt, code: ErrorCode, message: str, *, retryable: bool, **billed: Any
@@ -116,11 +124,14 @@ def _seconds(attempt: Attempt, stage: Stage, now: float) -> float | None:
     return round(attempt.seconds_in(stage, now), _DIGITS) if attempt.has_entered(stage) else None
 
 
-def _why_empty(answer: Answer) -> str:
+def _why_empty(answer: Answer) -> Explanation:
     if answer.refusal is not None:
-        return f"the model refused to answer: {answer.refusal}"
+        refused = "the model refused to answer"
+        return Explanation(f"{refused}: {answer.refusal}", refused)
     if answer.finish_reason == "length":
-        return "the token limit was reached before any text: raise params.max_tokens"
-    if answer.finish_reason == "content_filter":
-        return "the API's content filter removed the whole answer"
-    return f"the API answered with neither text nor a tool call (finish_reason {answer.finish_reason})"
+        text = "the token limit was reached before any text: raise params.max_tokens"
+    elif answer.finish_reason == "content_filter":
+        text = "the API's content filter removed the whole answer"
+    else:
+        text = f"the API answered with neither text nor a tool call (finish_reason {answer.finish_reason})"
+    return Explanation.loggable(text)

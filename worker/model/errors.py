@@ -40,14 +40,15 @@ def translate_status(error: openai.APIStatusError, redact: Redactor) -> Exceptio
         return _down(f"the API answered {status}: {_CONFIGURATION_ERRORS[status]}", may_be_partial=is_partial)
     if status < httpx2.codes.BAD_REQUEST:
         return _down(f"the API answered with a redirect ({status}): check VQA_MODEL_BASE_URL")
-    message = f"the API answered {status}: {redact(_api_message(error))[:MAX_API_MESSAGE_CHARS]}"
+    answered = f"the API answered {status}"
+    message = f"{answered}: {redact(_api_message(error))[:MAX_API_MESSAGE_CHARS]}"
     if status == httpx2.codes.FORBIDDEN:
-        return TransientError(Dependency.MODEL, "http_403", message, forbidden=True)
+        return TransientError(Dependency.MODEL, "http_403", message, log_message=answered, forbidden=True)
     if status in _TRANSIENT_STATUS:
-        return TransientError(Dependency.MODEL, f"http_{status}", message)
+        return TransientError(Dependency.MODEL, f"http_{status}", message, log_message=answered)
     if status >= httpx2.codes.INTERNAL_SERVER_ERROR:
-        return TransientError(Dependency.MODEL, "http_5xx", message)
-    return JobError(ErrorCode.MODEL_REJECTED, message)
+        return TransientError(Dependency.MODEL, "http_5xx", message, log_message=answered)
+    return JobError(ErrorCode.MODEL_REJECTED, message, log_message=answered)
 
 
 def unreachable(error: Exception) -> DependencyDownError:
@@ -57,8 +58,11 @@ def unreachable(error: Exception) -> DependencyDownError:
 
 def connection_lost(error: Exception) -> TransientError:
     """Return the error for a connection that was lost during a request."""
-    text = f"the connection to the API was lost: {_describe(error)}"
-    return TransientError(Dependency.MODEL, "connection_error", text)
+    text = "the connection to the API was lost"
+    log_message = f"{text} ({type(error.__cause__ or error).__name__})"
+    return TransientError(
+        Dependency.MODEL, "connection_error", f"{text}: {_describe(error)}", log_message=log_message
+    )
 
 
 def was_never_sent(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import httpx2
 import pydantic_core
 
-from worker.errors import Dependency, DependencyDownError, TransientError
+from worker.errors import Dependency, DependencyDownError, Explanation, TransientError
 
 # Replaces the URLs of images while the JSON is created. Publishers cannot know it.
 PLACEHOLDER = uuid.uuid4().hex
@@ -109,8 +109,9 @@ class RequestBody(httpx2.AsyncByteStream):
         """The error for a timeout now: a slow image, or None if no image is being read."""
         if self._reading is None:
             return None
-        text = f"{self._names[self._reading[0]]}: the timeout expired while S3 was still sending it"
-        return TransientError(Dependency.S3, "timeout", text)
+        name, text = self._names[self._reading[0]], "the timeout expired while S3 was still sending it"
+        message, log_message = Explanation.loggable(text).about_image(name)
+        return TransientError(Dependency.S3, "timeout", message, log_message=log_message)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the body in pieces; a small one in one piece, to send it in one write.

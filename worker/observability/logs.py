@@ -21,6 +21,7 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, Processor
 
+from worker.observability.log_messages import message_of
 from worker.observability.log_sampling import Kind, LogSampler, Suppressed
 
 PACKAGES: Final = ("worker", "vqa_worker")
@@ -44,12 +45,22 @@ SENSITIVE_LIBRARIES: Final = frozenset(
         "urllib3",
     ]
 )
+# The worker has its own records of what these report: a lost connection, a failed request.
+DOUBLING_LIBRARIES: Final = frozenset(
+    ["aio_pika", "aiormq", "boto3", "botocore", "httpx2", "openai", "s3transfer", "urllib3"]
+)
+# Except for this format of aiormq's: RabbitMQ blocked or unblocked a connection (a memory or disk alarm).
+_NOT_DOUBLED: Final = "Connection %r was "
+# The event of a library's record; its text is the message.
+LIBRARY_EVENT: Final = "library_message"
 # Records that an operator requested with SIGUSR1: logged at any level.
 IN_FLIGHT_LOGGER: Final = "worker.in_flight"
 MAX_REASON_CHARS: Final = 300
 # Every finished job is logged.
 NEVER_SUPPRESSED: Final = frozenset(["job_finished", "events_suppressed"])
-FIRST_KEYS: Final = ("timestamp", "level", "event", "logger")
+FIRST_KEYS: Final = ("timestamp", "level", "event", "message", "logger")
+SECONDS_DIGITS: Final = 3
+SIGNIFICANT_DIGITS: Final = 6  # of other fractions, such as a cost
 SHORT_CHARS: Final = 64
 MAX_FRAMES: Final = 12  # of one exception, the innermost ones
 MAX_CAUSES: Final = 5
@@ -65,8 +76,8 @@ def configure_logging(
 
     Args:
         level: debug, info, warning or error: for this program. Libraries log from `warning` on, with `debug`
-            all records, except for `SENSITIVE_LIBRARIES`. Unless it is `debug`, repeated warnings and errors
-            are suppressed: see `log_suppressed_events`.
+            all records, except for `SENSITIVE_LIBRARIES`; the `DOUBLING_LIBRARIES` log only with `debug`.
+            Unless it is `debug`, repeated warnings and errors are suppressed: see `log_suppressed_events`.
         fmt: None: `console` on a terminal, else `json`.
         redact: applied to every string before it is written.
         stream: replaces stdout.
@@ -84,7 +95,7 @@ def configure_logging(
     handler = _Handler(target, None if number <= logging.DEBUG else LogSampler())
     handler.setFormatter(
         ProcessorFormatter(
-            foreign_pre_chain=[*described, _only_first_line_of_asyncio],
+            foreign_pre_chain=[*described, _library_record],
             processors=[
                 ProcessorFormatter.remove_processors_meta,
                 structlog.processors.ExceptionRenderer(lambda exc_info: describe_exception(exc_info[1])),
@@ -145,6 +156,8 @@ class _Handler(logging.StreamHandler[TextIO]):
         super().__init__(stream)
         self._sampler = sampler
         self.addFilter(_is_safe)
+        if sampler is not None:
+            self.addFilter(_is_not_doubled)
         self.addFilter(self._passes_sampling)
 
     def suppressed(self, *, flush: bool) -> list[Suppressed]:
@@ -169,6 +182,14 @@ def _is_safe(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.INFO or record.name.split(".", 1)[0] not in SENSITIVE_LIBRARIES
 
 
+def _is_not_doubled(record: logging.LogRecord) -> bool:
+    """Return False for a record that doubles the worker's own; an error with an exception may be a bug."""
+    if record.name.split(".", 1)[0] not in DOUBLING_LIBRARIES:
+        return True
+    is_bug = record.levelno >= logging.ERROR and record.exc_info
+    return bool(is_bug) or str(record.msg).startswith(_NOT_DOUBLED)
+
+
 def _kind_of(record: logging.LogRecord) -> Kind:
     """Return the event and reason of a record, without values that differ between jobs."""
     if not isinstance(record.msg, dict):
@@ -185,14 +206,19 @@ def _renderer(fmt: Format, *, colors: bool) -> Processor:
             serializer=json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":")
         )
     return structlog.dev.ConsoleRenderer(
-        colors=colors, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
+        colors=colors,
+        sort_keys=False,
+        event_key="message",
+        pad_event_to=0,
+        exception_formatter=structlog.dev.plain_traceback,
     )
 
 
-def _only_first_line_of_asyncio(_: object, __: str, entry: EventDict) -> EventDict:
-    """Drop the rest, in which asyncio prints the task and its exception with its message."""
-    if entry["logger"] == "asyncio":
-        entry["event"] = entry["event"].split("\n", 1)[0]
+def _library_record(_: object, __: str, entry: EventDict) -> EventDict:
+    """Make the text of a library's record its message."""
+    text, entry["event"] = entry["event"], LIBRARY_EVENT
+    # In the other lines asyncio prints the task and its exception with its message.
+    entry["message"] = text.split("\n", 1)[0] if entry["logger"] == "asyncio" else text
     return entry
 
 
@@ -204,11 +230,20 @@ def _plain_entry(redact: Redact) -> Processor:
         return short(text) if len(text) <= SHORT_CHARS else redact(text)
 
     def process(_: object, __: str, entry: EventDict) -> EventDict:
-        """Put the common keys first, and convert all values to strict JSON."""
+        """Put the common keys first, convert all values to strict JSON, and add the message."""
         keys = dict.fromkeys((*FIRST_KEYS, *entry))
-        return {key: _shown(entry.get(key), shown) for key in keys}
+        plain = {key: _shown(_rounded(key, entry.get(key)), shown) for key in keys}
+        if "message" not in entry:
+            plain["message"] = message_of(plain["event"], plain)
+        return plain
 
     return process
+
+
+def _rounded(key: str, value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return round(value, SECONDS_DIGITS) if key.endswith("_s") else float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
 
 def _shown(value: Any, redact: Redact) -> Any:

@@ -217,7 +217,9 @@ def _failed_as_too_large(outcome: Outcome, why: str) -> Outcome:
     failure = JobFailure(code=ErrorCode.RESULT_TOO_LARGE, message=text, retryable=False)
     failed = {"status": "failed", "answer": None, "response": None, "error": failure}
     result = outcome.result.model_copy(update=failed)
-    return Failed(job_id=outcome.job_id, model=outcome.model, result=result, code=failure.code)
+    return Failed(
+        job_id=outcome.job_id, model=outcome.model, result=result, code=failure.code, reason=failure.message
+    )
 
 
 def _log_outcome(delivery: Delivery, outcome: Outcome, took_s: float) -> None:
@@ -225,14 +227,14 @@ def _log_outcome(delivery: Delivery, outcome: Outcome, took_s: float) -> None:
     match outcome:
         case Succeeded(result=result):
             log.info("job_finished", **fields, **_details(result))
-        case Failed(result=result, code=code):
-            log.warning("job_finished", **fields, error=code, **_details(result))
-        case DeadLettered(result=result, code=code):
-            log.error("job_finished", **fields, error=code, dead_letter=True, **_details(result))
+        case Failed(result=result, code=code, reason=why):
+            log.warning("job_finished", **fields, error=code, reason=why, **_details(result))
+        case DeadLettered(result=result, code=code, reason=why):
+            log.error("job_finished", **fields, error=code, reason=why, dead_letter=True, **_details(result))
         case Retried(delay_s=delay_s, attempts=attempts, reason=reason):
             log.warning("job_retried", **fields, reason=reason, attempts=attempts, delay_s=delay_s)
         case Requeued(reason=reason):
-            log.debug("job_requeued", **fields, reason=reason, total_s=round(took_s, 3))
+            log.debug("job_requeued", **fields, reason=reason, total_s=took_s)
         case _:
             assert_never(outcome)
 

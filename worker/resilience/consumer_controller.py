@@ -117,7 +117,7 @@ class ConsumerController:
         await self._apply(0)
         await self._probe_until_recovered(logged)
         self._limiter.open()
-        log.info("consumption_resumed", after_s=round(self._clock.monotonic() - started, 3))
+        log.info("consumption_resumed", after_s=self._clock.monotonic() - started)
 
     def _log_outages(self, logged: set[Dependency]) -> set[Dependency]:
         """Log the outages that are not yet logged; return all of them."""

@@ -2,7 +2,7 @@
 
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import TIMER_SLACK_S, Clock
-from worker.errors import Dependency, DependencyDownError, TransientError
+from worker.errors import Dependency, DependencyDownError, Explanation, TransientError
 from worker.jobs.attempt import Attempt
 from worker.jobs.outcome import Outcome, Retried
 from worker.jobs.outcome_builder import OutcomeBuilder, requeued, retried, retried_uncounted
@@ -44,10 +44,10 @@ class FailureOutcomes:
             return requeued(attempt, f"{error.dependency} is down")
         if diagnosis is Diagnosis.CLEARED and error.forbidden:
             self._detector.end_job(error.dependency, job)
-            return self._outcomes.failed(attempt, ErrorCode.MODEL_REJECTED, error.message)
+            return self._outcomes.failed(attempt, ErrorCode.MODEL_REJECTED, error.explanation)
         if diagnosis is Diagnosis.PENDING:
             self._detector.count_attempt(error.dependency, job, failed_at)
-        return self._counted(attempt, error.dependency, error.reason, error.message)
+        return self._counted(attempt, error.dependency, error.reason, error.explanation)
 
     def after_unavailable(self, attempt: Attempt, error: DependencyDownError) -> Outcome:
         """Return the outcome of a job whose dependency is unreachable or rejects every request.
@@ -58,38 +58,38 @@ class FailureOutcomes:
         diagnosis = self._outage_reports.report_unavailable(attempt.decoded_job_id, error)
         if diagnosis is not Diagnosis.CLEARED:
             return requeued(attempt, error.message)
-        reason = f"{error.dependency}_unavailable"
+        reason, why = f"{error.dependency}_unavailable", Explanation.loggable(error.message)
         if error.may_be_partial:
-            return self._uncounted(attempt, reason, error.message)
-        return self._counted(attempt, error.dependency, reason, error.message)
+            return self._uncounted(attempt, reason, why)
+        return self._counted(attempt, error.dependency, reason, why)
 
-    def after_counted_failure(self, attempt: Attempt, reason: str, message: str) -> Outcome:
+    def after_counted_failure(self, attempt: Attempt, reason: str, why: Explanation) -> Outcome:
         """Return the outcome of a counted attempt: a retry, if attempts and time are left."""
         match next_step(attempt.number, self._retry, attempt.deadline, self._clock.now()):
             case RetryAfter(delay_s):
                 return retried(attempt, delay_s, reason)
             case Exhausted():
-                text = f"{attempt.number} attempts failed, the last one because {message}"
-                return self._outcomes.dead_lettered(attempt, ErrorCode.ATTEMPTS_EXHAUSTED, text)
+                why = why.after(f"{attempt.number} attempts failed, the last one because ")
+                return self._outcomes.dead_lettered(attempt, ErrorCode.ATTEMPTS_EXHAUSTED, why)
             case PastDeadline():
-                return self._past_deadline(attempt, message)
+                return self._past_deadline(attempt, why)
 
-    def _uncounted(self, attempt: Attempt, reason: str, message: str) -> Outcome:
+    def _uncounted(self, attempt: Attempt, reason: str, why: Explanation) -> Outcome:
         match check_deadline(self._retry.longest_delay_s, attempt.deadline, self._clock.now()):
             case RetryAfter(delay_s):
                 return retried_uncounted(attempt, delay_s, reason)
             case PastDeadline():
-                return self._past_deadline(attempt, message)
+                return self._past_deadline(attempt, why)
 
-    def _counted(self, attempt: Attempt, dependency: Dependency, reason: str, message: str) -> Outcome:
-        outcome = self.after_counted_failure(attempt, reason, message)
+    def _counted(self, attempt: Attempt, dependency: Dependency, reason: str, why: Explanation) -> Outcome:
+        outcome = self.after_counted_failure(attempt, reason, why)
         if not isinstance(outcome, Retried):
             self._detector.end_job(dependency, attempt.decoded_job_id)
         return outcome
 
-    def _past_deadline(self, attempt: Attempt, message: str) -> Outcome:
-        text = f"the deadline comes before the next attempt; the last one failed because {message}"
-        return self._outcomes.failed(attempt, ErrorCode.DEADLINE_EXCEEDED, text)
+    def _past_deadline(self, attempt: Attempt, why: Explanation) -> Outcome:
+        why = why.after("the deadline comes before the next attempt; the last one failed because ")
+        return self._outcomes.failed(attempt, ErrorCode.DEADLINE_EXCEEDED, why)
 
     def _max_wait_s(self, attempt: Attempt) -> float:
         """Return how long the diagnosis may take, so that a retry still comes before the deadline."""
