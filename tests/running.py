@@ -366,3 +366,11 @@ class Client:
         """Return the number of ready messages in a queue."""
         queue = await self._channel.declare_queue(queue_name, passive=True)
         return queue.declaration_result.message_count or 0
+
+
+def build_wheel(project: Path, folder: Path) -> Path:
+    """Build the wheel of the folder of a pyproject.toml."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=project, check=True, capture_output=True)  # noqa: S603
+    (wheel,) = folder.glob("*.whl")
+    return wheel

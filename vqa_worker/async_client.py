@@ -1,8 +1,4 @@
-"""A client for programs that ask questions about images and wait for the answers.
-
-    async with Client("amqp://user:password@rabbitmq/") as client:
-        result = await client.ask("s3://photos/table.jpg", "Which fruit is on the table?")
-        print(result.answer)
+"""A client for asyncio programs that ask questions about images and wait for the answers.
 
 It needs a broker with workers, and none of their settings. Each client has its own reply queue, so it never
 takes the results of another program.
@@ -15,37 +11,20 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Self
+from os import PathLike
+from typing import Any, Final, Self, TypedDict, Unpack
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from vqa_worker.messages.decoding import InvalidJobError, decode
-from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.local_images import Image, embed_local_images, has_local_images
+from vqa_worker.messages.decoding import decode
 from vqa_worker.messages.job import Job
-from vqa_worker.messages.result import JobFailure
-from vqa_worker.messages.result import Result as _Result
 from vqa_worker.messages.serialization import to_json
-from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError, TopologyError
-from vqa_worker.rabbitmq.outgoing import RefusedError, TooLargeError, UnroutableError
+from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError
+from vqa_worker.rabbitmq.outgoing import UnroutableError
 from vqa_worker.rabbitmq.replies import job_message
 from vqa_worker.rabbitmq.requests import Replies, Requests
-
-__all__ = [
-    "BrokerRefusedError",
-    "BrokerUnreachableError",
-    "Client",
-    "ErrorCode",
-    "Failure",
-    "InvalidJobError",
-    "Job",
-    "NoSuchQueueError",
-    "RefusedError",
-    "Replies",
-    "ReplyLostError",
-    "Result",
-    "TooLargeError",
-    "TopologyError",
-]
+from vqa_worker.results import Result
 
 # A program that uses the client need not configure structlog.
 log = logging.getLogger(__name__)
@@ -55,22 +34,30 @@ MAX_JOB_BYTES: Final = 16_000_000
 CANCEL_TIMEOUT_S: Final = 5.0
 
 
-class Failure(JobFailure):
-    """Why there is no answer."""
+class ClientOptions(TypedDict, total=False):
+    """The options of a client, see `AsyncClient`."""
 
-    # A newer worker can have codes that this client does not know.
-    code: ErrorCode | str = Field(union_mode="left_to_right")  # type: ignore[assignment]  # wider on purpose
+    jobs_queue: str
+    jobs_exchange: str
+    replies: Replies
+    reply_exchange: str
+    max_in_flight: int
+    connect_timeout: float
+    keep_replies: int
+    ssl_context: ssl.SSLContext | None
+    name: str
 
 
-class Result(_Result):
-    """A job's result: an `answer` or an `error`. Unknown fields of a newer worker are dropped."""
+class JobOptions(TypedDict, total=False):
+    """The options of a question, see `AsyncClient.ask`."""
 
-    error: Failure | None = None
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether there is an answer (None where the model only called tools: see `response`)."""
-        return self.status == "succeeded"
+    id: str | None
+    system: str | None
+    model: str | None
+    params: Mapping[str, Any] | None
+    metadata: Mapping[str, Any] | None
+    deadline: datetime | None
+    timeout: float | None
 
 
 class NoSuchQueueError(Exception):
@@ -85,8 +72,12 @@ class ReplyLostError(Exception):
     """
 
 
-class Client:
+class AsyncClient:
     """Publish jobs and wait for their results. An async context manager, for many tasks of one event loop.
+
+        async with AsyncClient("amqp://user:password@rabbitmq/") as client:
+            result = await client.ask("photo.jpg", "Which fruit is on the table?")
+            print(result.raise_for_error().answer)
 
     Args:
         url: the broker's, `amqp://user:password@host:port/vhost`, or `amqps://`.
@@ -134,17 +125,24 @@ class Client:
         self._jobs_queue = jobs_queue
         self._jobs_exchange = jobs_exchange
         self._connect_timeout = connect_timeout
-        self._max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight
         self._slots = asyncio.Semaphore(max_in_flight)
         self._waiting: dict[str, asyncio.Future[Result]] = {}
         # The ids of waiting jobs that may be in the queue, and of jobs that the broker has confirmed.
         self._sent: set[str] = set()
         self._confirmed: set[str] = set()
         self._session: asyncio.Task[None] | None = None
+        self._ends_of_calls: set[asyncio.Future[None]] = set()
         self._cancellations: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        """Connect.
+        return await self.connect()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def connect(self) -> Self:
+        """Connect; `async with` does this.
 
         Raises:
             BrokerUnreachableError: there was no connection within `connect_timeout`.
@@ -174,68 +172,69 @@ class Client:
             reason = self._requests.problem or "it does not answer"
             raise BrokerUnreachableError(f"the broker cannot be reached: {reason}")
 
-    async def __aexit__(self, *_: object) -> None:
-        """Close the connection; calls that still wait get a ConnectionError."""
-        if self._cancellations:
-            await asyncio.wait(self._cancellations)
+    async def close(self) -> None:
+        """Cancel the jobs of calls that still wait, which get a ConnectionError, and close the connection."""
+        self._fail_all()
+        for job_id in self._waiting:
+            self._cancel_abandoned(job_id)
+        await _wait_for(self._cancellations)
         await self._requests.close()
         await self._stop()
+        await _wait_for(self._ends_of_calls)
 
     async def ask(
-        self,
-        images: str | Sequence[str],
-        question: str,
-        *,
-        id: str | None = None,  # noqa: A002 - the job's own name for it
-        system: str | None = None,
-        model: str | None = None,
-        params: Mapping[str, Any] | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        deadline: datetime | None = None,
-        timeout: float | None = None,
+        self, images: Image | Sequence[Image], question: str, **options: Unpack[JobOptions]
     ) -> Result:
-        """Ask a question about one or more images (`s3://…`, `https://…` or `data:…`).
+        """Ask a question about one or more images.
 
-        Args and Raises: as `ask_job`, and those of a job.
+        Args:
+            images: URLs (`s3://…`, `https://…`, `data:…`), paths of local files, or the contents of such as
+                bytes. Local images are sent inside the job: JPEG, PNG or WebP, at most 11 MB together.
+            question: about the images.
+            options: the fields `id`, `system`, `model`, `params`, `metadata` and `deadline` of a job, and
+                `timeout`, as for `ask_job`.
+
+        Raises: as `ask_job`.
         """
-        fields = {
-            "id": id,
+        timeout, deadline = options.get("timeout"), options.get("deadline")
+        fields: dict[str, Any] = {
+            **options,
             "question": question,
-            "images": [images] if isinstance(images, str) else list(images),
-            "system": system,
-            "model": model,
-            "params": params and dict(params),
-            "metadata": metadata and dict(metadata),
+            "images": [images] if isinstance(images, str | bytes | PathLike) else list(images),
             "deadline": deadline and _rfc3339(deadline),
         }
-        job = {name: value for name, value in fields.items() if value is not None}
+        job = {name: value for name, value in fields.items() if name != "timeout" and value is not None}
         return await self.ask_job(job, timeout=timeout)
 
     async def ask_job(self, job: Job | Mapping[str, Any], *, timeout: float | None = None) -> Result:
         """Publish a job and return its result; a job without an id gets one.
 
-        A failed job is a result, not an exception. After `timeout`, or when the calling task is cancelled,
-        the job is cancelled. With a `timeout`, a job without a deadline gets that as its deadline.
+        A failed job is a result, not an exception: see `Result.raise_for_error`. After `timeout`, or when the
+        calling task is cancelled, the job is cancelled. With a `timeout`, a job without a deadline gets that
+        as its deadline.
 
         Args:
-            job: its fields, or a `Job`.
+            job: its fields, or a `Job`. Its `images` may also be local, as for `ask`.
             timeout: seconds for everything.
 
         Raises:
-            InvalidJobError: the job is invalid.
+            InvalidJobError: the job is invalid, or a local image is.
+            OSError: a local image cannot be read.
             TimeoutError: no result arrived in time.
             NoSuchQueueError: the jobs queue does not exist.
             RefusedError: this user may not publish jobs.
             TooLargeError: the job is larger than the broker accepts.
             ReplyLostError: the connection was lost, and with it the result.
         """
-        job_id, body = _encoded(job, timeout)
+        job_id, body = await _encoded(job, timeout)
         if self._session is None or self._session.done():
             raise RuntimeError("the client is not open: use it as an async context manager")
         if job_id in self._waiting:
             raise ValueError(f"a job with the id {job_id} is already in flight")
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting[job_id] = answer
+        end = asyncio.get_running_loop().create_future()
+        self._ends_of_calls.add(end)
         try:
             async with asyncio.timeout(timeout), self._slots:
                 return await self._ask(job_id, body, answer)
@@ -246,6 +245,8 @@ class Client:
             text = f"the queue {self._jobs_queue} does not exist: no worker has run for it yet"
             raise NoSuchQueueError(text) from None
         finally:
+            self._ends_of_calls.discard(end)
+            end.set_result(None)
             del self._waiting[job_id]
             self._sent.discard(job_id)
             self._confirmed.discard(job_id)
@@ -272,7 +273,7 @@ class Client:
         taking: asyncio.Task[Job | Mapping[str, Any] | None] | None = _take(source)
         try:
             while asking or taking is not None:
-                may_take = taking is not None and len(asking) < self._max_in_flight
+                may_take = taking is not None and len(asking) < self.max_in_flight
                 tasks: set[asyncio.Task[Any]] = {*asking, *([taking] if may_take and taking else [])}
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if taking in done and taking is not None:
@@ -336,6 +337,7 @@ class Client:
         """Cancel a job that nobody waits for, in another task because this one is being cancelled."""
         if job_id not in self._sent or self._requests.problem:
             return
+        self._sent.discard(job_id)
         cancellation = asyncio.create_task(self._publish_cancellation(job_id))
         self._cancellations.add(cancellation)
         cancellation.add_done_callback(self._cancellations.discard)
@@ -347,10 +349,13 @@ class Client:
 
     def _end(self, session: "asyncio.Task[None]") -> None:
         """Fail all waiting jobs: the session ended, because of a bug or because the client closes."""
-        for waiting in self._waiting.values():
-            _fail(waiting, ConnectionError("the client is closed"))
+        self._fail_all()
         if not session.cancelled() and (error := session.exception()) is not None:
             log.debug("the session has ended: %s", error)
+
+    def _fail_all(self) -> None:
+        for waiting in self._waiting.values():
+            _fail(waiting, ConnectionError("the client is closed"))
 
     async def _stop(self) -> None:
         if self._session is not None:
@@ -358,22 +363,32 @@ class Client:
             await asyncio.wait({self._session})
 
 
+async def _wait_for(futures: "Iterable[asyncio.Future[None]]") -> None:
+    if waiting := set(futures):
+        await asyncio.wait(waiting)
+
+
 def _fail(waiting: "asyncio.Future[Result]", error: Exception) -> None:
     if not waiting.done():
         waiting.set_exception(error)
+        # Marks it as retrieved: asyncio logs an exception that no caller is left for.
+        waiting.exception()
 
 
-def _encoded(job: Job | Mapping[str, Any], timeout: float | None) -> tuple[str, bytes]:
+async def _encoded(job: Job | Mapping[str, Any], timeout: float | None) -> tuple[str, bytes]:
     """Return a job's id and its message body.
 
     Raises:
-        InvalidJobError: the job is invalid.
+        InvalidJobError: the job is invalid, or a local image is.
+        OSError: a local image cannot be read.
     """
     fields = job.model_dump(mode="json", exclude_unset=True) if isinstance(job, Job) else dict(job)
     if fields.get("id") is None:
         fields["id"] = uuid.uuid4().hex
     if fields.get("deadline") is None and timeout is not None:
         fields["deadline"] = _rfc3339(datetime.now(UTC) + timedelta(seconds=timeout))
+    if has_local_images(fields):
+        fields = await asyncio.to_thread(embed_local_images, fields)
     body = to_json(fields)
     return str(decode(body, None, MAX_JOB_BYTES).id), body
 

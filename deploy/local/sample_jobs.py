@@ -20,9 +20,9 @@ from deploy.local.s3 import ObjectStore
 from deploy.local.sample_images import sample_images
 from deploy.local.terminal import print_status
 from vqa_worker import (
+    AsyncClient,
     BrokerRefusedError,
     BrokerUnreachableError,
-    Client,
     NoSuchQueueError,
     ReplyLostError,
     Result,
@@ -111,7 +111,7 @@ async def _results(
     """Submit the jobs and return their results by id."""
     console.print(f"[bold]Submitting[/bold] {len(jobs)} jobs to the queue {jobs_queue}")
     with console.status("Waiting for the answers"):
-        async with Client(rabbitmq_url, jobs_queue=jobs_queue, replies="exclusive") as client:
+        async with AsyncClient(rabbitmq_url, jobs_queue=jobs_queue, replies="exclusive") as client:
             results = client.ask_many(jobs, timeout=ANSWER_TIMEOUT_S)
             return {result.id: result async for result in results}
 

@@ -1,10 +1,11 @@
-"""`vqa_worker` on the real stack."""
+"""`AsyncClient` on the real stack, and the package `vqa_worker`."""
 
 import asyncio
 import json
 import subprocess
 import sys
 import uuid
+import zipfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
@@ -14,26 +15,29 @@ from typing import Any
 import aio_pika
 import pytest
 
+import vqa_worker
 from deploy.local.model_simulator.behavior import Answer
 from deploy.local.stack import Stack
 from tests.breaking import BrokerUser, url_as
-from tests.conftest import PutImage, StartWorker
+from tests.conftest import PutImage, StartWorker, picture
 from tests.integration.cli.running import depth
 from tests.proxy import Proxy
-from tests.running import ROOT, Worker, calls_with, until
+from tests.running import ROOT, Worker, build_wheel, calls_with, until
 from vqa_worker import (
+    AsyncClient,
     BrokerRefusedError,
     BrokerUnreachableError,
-    Client,
     ErrorCode,
     InvalidJobError,
     Job,
+    JobFailedError,
     NoSuchQueueError,
     Replies,
     ReplyLostError,
     Result,
     TopologyError,
 )
+from worker import __version__ as worker_version
 
 MODES: tuple[Replies, ...] = ("queue", "exclusive", "direct")
 
@@ -43,12 +47,12 @@ def text_job(text: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **fields}
 
 
-def client_of(stack: Stack, worker: Worker, **options: Any) -> Client:
-    return Client(stack.rabbitmq.url, jobs_queue=worker.jobs_queue, **options)
+def client_of(stack: Stack, worker: Worker, **options: Any) -> AsyncClient:
+    return AsyncClient(stack.rabbitmq.url, jobs_queue=worker.jobs_queue, **options)
 
 
 @pytest.fixture
-async def asking(stack: Stack, worker: Worker) -> AsyncIterator[Client]:
+async def asking(stack: Stack, worker: Worker) -> AsyncIterator[AsyncClient]:
     async with client_of(stack, worker) as client:
         yield client
 
@@ -70,7 +74,7 @@ async def test_a_question_is_answered(
 
 
 async def test_every_field_of_a_job_reaches_the_worker(
-    asking: Client, stack: Stack, put_image: PutImage
+    asking: AsyncClient, stack: Stack, put_image: PutImage
 ) -> None:
     marker = uuid.uuid4().hex
     result = await asking.ask(
@@ -90,18 +94,20 @@ async def test_every_field_of_a_job_reaches_the_worker(
     assert [part["type"] for part in call.messages[1]["content"]] == ["image_url", "image_url", "text"]
 
 
-async def test_a_job_that_fails_is_a_result_too(asking: Client) -> None:
+async def test_a_job_that_fails_is_a_result_too(asking: AsyncClient) -> None:
     result = await asking.ask("s3://no-such-bucket/key", "What?")
     assert not result.succeeded
     assert result.answer is None
     assert result.error is not None
     assert result.error.code is ErrorCode.IMAGE_NOT_FOUND
+    with pytest.raises(JobFailedError, match=r"^image_not_found: images\[0\]"):
+        result.raise_for_error()
     past = await asking.ask("s3://b/k", "What?", deadline=datetime.now(UTC) - timedelta(seconds=1))
     assert past.error is not None
     assert past.error.code == "deadline_exceeded"
 
 
-async def test_an_invalid_job_is_rejected_at_once(asking: Client) -> None:
+async def test_an_invalid_job_is_rejected_at_once(asking: AsyncClient) -> None:
     for job, text in (
         ({}, "needs question and images"),
         (text_job("?", imags=[]), "imags: unknown field"),
@@ -109,6 +115,18 @@ async def test_an_invalid_job_is_rejected_at_once(asking: Client) -> None:
     ):
         with pytest.raises(InvalidJobError, match=text):
             await asking.ask_job(job)
+
+
+async def test_jobs_may_have_local_images(asking: AsyncClient, tmp_path: Path) -> None:
+    path = tmp_path / "photo"
+    path.write_bytes(picture("JPEG"))
+    jobs = [{"question": "?", "images": [image]} for image in (str(path), path, picture("JPEG"))]
+    async with aclosing(asking.ask_many(jobs, timeout=60)) as results:
+        answers = [str(result.raise_for_error().answer) async for result in results]
+    assert ["JPEG" in answer for answer in answers] == [True] * 3
+    for image, error in (("nowhere.png", FileNotFoundError), (b"GIF89a", InvalidJobError)):
+        with pytest.raises(error):
+            await asking.ask(image, "?")
 
 
 async def test_many_jobs_are_published_some_at_a_time(stack: Stack, worker: Worker) -> None:
@@ -131,7 +149,7 @@ async def test_many_jobs_are_published_some_at_a_time(stack: Stack, worker: Work
     assert all(result.succeeded for result in seen)
 
 
-async def test_jobs_may_be_produced_one_by_one(asking: Client) -> None:
+async def test_jobs_may_be_produced_one_by_one(asking: AsyncClient) -> None:
     """Results are returned before the next job is available."""
     more = asyncio.Event()
 
@@ -147,7 +165,7 @@ async def test_jobs_may_be_produced_one_by_one(asking: Client) -> None:
         assert await anext(results, None) is None
 
 
-async def test_an_id_can_be_in_flight_only_once(asking: Client, stack: Stack) -> None:
+async def test_an_id_can_be_in_flight_only_once(asking: AsyncClient, stack: Stack) -> None:
     marker = uuid.uuid4().hex
     stack.model.play(Answer(after=1.0), marker=marker, times=None)
     first = asyncio.create_task(asking.ask_job(text_job(marker, id=marker)))
@@ -188,7 +206,21 @@ async def test_jobs_in_flight_are_cancelled_when_the_iteration_ends_early(
     await until(lambda: worker.metric("vqa_jobs_total", error="cancelled") == 3, "they are cancelled")
 
 
-async def test_a_job_can_be_cancelled_by_its_id(asking: Client, stack: Stack) -> None:
+async def test_a_job_whose_task_is_cancelled_just_before_the_end_is_cancelled(
+    stack: Stack, start_worker: StartWorker
+) -> None:
+    worker = await start_worker()
+    marker = uuid.uuid4().hex
+    stack.model.play(Answer(after=60), marker=marker, times=None)
+    async with client_of(stack, worker) as client:
+        asking = asyncio.create_task(client.ask_job(text_job(marker)))
+        await until(lambda: calls_with(stack, marker), "the call")
+        asking.cancel()
+    await until(lambda: worker.metric("vqa_jobs_total", error="cancelled") == 1, "it is cancelled")
+    assert asking.cancelled()
+
+
+async def test_a_job_can_be_cancelled_by_its_id(asking: AsyncClient, stack: Stack) -> None:
     marker = uuid.uuid4().hex
     stack.model.play(Answer(after=60), marker=marker, times=None)
     answer = asyncio.create_task(asking.ask_job(text_job(marker, id=marker)))
@@ -204,7 +236,7 @@ async def test_a_timeout_is_the_job_s_deadline(stack: Stack) -> None:
     async with await aio_pika.connect(stack.rabbitmq.url) as connection:
         channel = await connection.channel()
         declared = await channel.declare_queue(queue, exclusive=True)
-        async with Client(stack.rabbitmq.url, jobs_queue=queue) as client:
+        async with AsyncClient(stack.rabbitmq.url, jobs_queue=queue) as client:
             before = datetime.now(UTC)
             with pytest.raises(TimeoutError):
                 await client.ask_job(text_job("?"), timeout=1.0)
@@ -225,7 +257,7 @@ async def test_jobs_survive_a_lost_connection(stack: Stack, worker: Worker) -> N
     stack.model.play(Answer(after=2.0), marker=marker, times=None)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
         url = proxy.url(stack.rabbitmq.url)
-        async with Client(url, jobs_queue=worker.jobs_queue) as client:
+        async with AsyncClient(url, jobs_queue=worker.jobs_queue) as client:
             answers = [asyncio.create_task(client.ask_job(text_job(f"{marker} {n}"))) for n in range(5)]
             await until(lambda: len(calls_with(stack, marker)) == 5, "all calls")
             await proxy.refuse()
@@ -246,7 +278,7 @@ async def test_a_result_that_is_lost_with_the_connection_raises(
     stack.model.play(Answer(after=1.0), marker=marker, times=None)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
         url = proxy.url(stack.rabbitmq.url)
-        async with Client(url, jobs_queue=worker.jobs_queue, replies=replies) as client:
+        async with AsyncClient(url, jobs_queue=worker.jobs_queue, replies=replies) as client:
             answer = asyncio.create_task(client.ask_job(text_job(marker)))
             await until(lambda: calls_with(stack, marker), "the call")
             # An unconfirmed job would be published again, and answered.
@@ -288,16 +320,16 @@ async def test_the_reply_queue_is_deleted_with_the_client(stack: Stack, worker: 
 
 async def test_a_client_that_cannot_publish_raises_at_once(stack: Stack) -> None:
     with pytest.raises(BrokerUnreachableError, match="the broker cannot be reached"):
-        async with Client("amqp://guest:guest@127.0.0.1:1/", connect_timeout=0.5):
+        async with AsyncClient("amqp://guest:guest@127.0.0.1:1/", connect_timeout=0.5):
             pass
     with pytest.raises(BrokerRefusedError, match="the broker's URL: the broker refuses this user name"):
-        async with Client(url_as(stack, "guest", "wr0ng")):
+        async with AsyncClient(url_as(stack, "guest", "wr0ng")):
             pass
     with BrokerUser.of(stack, configure="^$") as user:
         with pytest.raises(TopologyError, match="lacks a permission"):
-            async with Client(user.url):
+            async with AsyncClient(user.url):
                 pass
-        async with Client(user.url, replies="direct", jobs_queue="no-such-queue") as client:
+        async with AsyncClient(user.url, replies="direct", jobs_queue="no-such-queue") as client:
             with pytest.raises(NoSuchQueueError, match="no-such-queue"):
                 await client.ask_job(text_job("?"))
 
@@ -318,17 +350,24 @@ async def test_unknown_fields_and_codes_of_a_newer_worker_are_accepted() -> None
 def test_mypy_checks_programs_that_use_the_client(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "from vqa_worker import Client\n"
+        "from vqa_worker import AsyncClient, Client\n"
         "async def main() -> None:\n"
-        "    async with Client('amqp://') as client:\n"
+        "    async with AsyncClient('amqp://') as client:\n"
         "        result = await client.ask('s3://b/k', 'What?')\n"
         "        reveal_type(result.answer)\n"
         "        async for one in client.ask_many([{'question': '?'}]):\n"
         "            reveal_type(one)\n"
         "        await client.ask('s3://b/k')\n"
+        "with Client('amqp://', max_in_flight='1') as client:\n"
+        "    reveal_type(client.ask(b'', '?', id='x').raise_for_error())\n"
     )
+    # The types of third-party libraries do not matter here, and take most of the time.
+    quick = ("--no-site-packages", "--follow-imports=silent", "--ignore-missing-imports")
     checked = subprocess.run(  # noqa: S603 - a test's own
-        [sys.executable, "-m", "mypy", "--strict", "--config-file=", str(program)],
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--config-file=", *quick),
+            *(f"--cache-dir={ROOT / '.mypy_cache/programs'}", str(program)),
+        ],
         capture_output=True,
         text=True,
         env={"MYPYPATH": str(ROOT), "PATH": ""},
@@ -337,18 +376,50 @@ def test_mypy_checks_programs_that_use_the_client(tmp_path: Path) -> None:
     )
     shown = checked.stdout
     assert '"str | None"' in shown, shown + checked.stderr
-    assert '"vqa_worker.async_client.Result"' in shown
-    assert 'Missing positional argument "question" in call to "ask" of "Client"' in shown
-    assert "Found 1 error in 1 file" in shown
+    assert shown.count('"vqa_worker.results.Result"') == 2
+    assert 'Missing positional argument "question" in call to "ask" of "AsyncClient"' in shown
+    assert 'Argument "max_in_flight" to "Client" has incompatible type "str"' in shown
+    assert "Found 2 errors in 1 file" in shown
 
 
-def test_a_client_needs_no_settings_of_the_worker() -> None:
-    code = "import sys, vqa_worker; print([it for it in sys.modules if it in ('typer', 'botocore')])"
+# Packaging
+
+# Prints an answer, and the modules that must not have been imported.
+OWN_PROGRAM = """\
+import sys
+sys.modules.update(dict.fromkeys(("aiohttp", "boto3", "botocore", "openai", "pydantic_settings", "typer")))
+import vqa_worker
+with vqa_worker.Client(sys.argv[1], jobs_queue=sys.argv[2]) as client:
+    print(client.ask(sys.argv[3], "What is this?").raise_for_error().answer)
+print(vqa_worker.__file__, "worker" in sys.modules)
+import worker
+"""
+
+
+def test_the_client_s_wheel_works_in_a_program_with_a_module_named_worker(
+    stack: Stack, worker: Worker, tmp_path: Path
+) -> None:
+    wheel = build_wheel(ROOT / "vqa_worker", tmp_path)
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    assert {path.name for path in installed.iterdir()} == {
+        "vqa_worker",
+        f"vqa_worker_client-{worker_version}.dist-info",
+    }
+    assert vqa_worker.__version__ == worker_version
+    assert (installed / "vqa_worker/py.typed").exists()
+    (tmp_path / "photo.png").write_bytes(picture())
+    (tmp_path / "worker.py").write_text("print('my own worker')")
+    (tmp_path / "program.py").write_text(OWN_PROGRAM)
     done = subprocess.run(  # noqa: S603 - a test's own
-        [sys.executable, "-c", code],
+        [sys.executable, "program.py", stack.rabbitmq.url, worker.jobs_queue, "photo.png"],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(ROOT), "VQA_RABBITMQ_URL": "not looked at"},
-        check=True,
+        env={"PYTHONPATH": str(installed)},
+        cwd=tmp_path,
+        check=False,
     )
-    assert done.stdout == "[]\n"
+    assert (done.returncode, done.stderr) == (0, "")
+    answer, *others = done.stdout.splitlines()
+    assert "PNG" in answer
+    assert others == [f"{installed}/vqa_worker/__init__.py False", "my own worker"]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import picture
-from worker.images.content import media_type
+from vqa_worker.messages.image_types import media_type
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+from vqa_worker.messages.image_types import media_type
 from worker.cli.shell import CommandError
 from worker.cli.submit.state import SubmissionState
-from worker.images.content import media_type
 from worker.s3.aws import Aws, Endpoint, S3Object
 from worker.s3.client import S3
 from worker.s3.uploads import upload_if_missing

@@ -8,10 +8,10 @@ from typing import Self, assert_never
 
 from vqa_worker.messages.conversation import ImageRef
 from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.image_types import SIGNATURE_BYTES, media_type
 from vqa_worker.messages.serialization import escape_json
 from worker.errors import Dependency, JobError, TransientError
 from worker.images.coalesced_reads import CoalescedReads
-from worker.images.content import SIGNATURE_BYTES, media_type
 from worker.images.encoding import decode_slices, encode, iterate_async
 from worker.images.memory_budget import MemoryBudget, Reservation
 from worker.images.source import (

@@ -11,7 +11,7 @@ from tests.breaking import BrokerUser
 from tests.conftest import StartWorker
 from tests.integration.cli.running import Cli, channel_of
 from tests.running import Worker
-from vqa_worker import Client, RefusedError, Replies, TopologyError
+from vqa_worker import AsyncClient, RefusedError, Replies, TopologyError
 
 # In the form of RabbitMQ's permissions.
 SUBMITTING = {"configure": r"^vqa\.results\..*$", "read": r"^vqa\.results\..*$"}
@@ -93,7 +93,7 @@ async def test_a_missing_read_permission_is_reported(cli: Cli, user: BrokerUser)
     assert "lacks a permission: ACCESS_REFUSED" in unread.err
     for replies in ("queue", "exclusive"):
         with pytest.raises(TopologyError, match="lacks a permission: ACCESS_REFUSED"):
-            async with Client(user.url, replies=replies):
+            async with AsyncClient(user.url, replies=replies):
                 pass
 
 
@@ -102,14 +102,14 @@ async def test_the_client_needs_only_the_documented_permissions(
 ) -> None:
     ways = {"configure": r"^vqa\.results\.client-.*$", "read": r"^vqa\.results\.client-.*$"}
     user.permit(**ways, write=f"^{intake}$")
-    async with Client(user.url, jobs_queue=worker.jobs_queue, jobs_exchange=intake) as client:
+    async with AsyncClient(user.url, jobs_queue=worker.jobs_queue, jobs_exchange=intake) as client:
         assert (await client.ask_job(QUESTION, timeout=60)).succeeded
         user.permit(**ways, write="^$")
-    async with Client(user.url, jobs_queue=worker.jobs_queue, jobs_exchange=intake) as client:
+    async with AsyncClient(user.url, jobs_queue=worker.jobs_queue, jobs_exchange=intake) as client:
         with pytest.raises(RefusedError, match="the client's user may not publish jobs"):
             await client.ask_job(QUESTION, timeout=60)
     user.permit(configure=r"^amq\.gen-.*$", read=r"^amq\.gen-.*$", write=r"^amq\.default$")
-    async with Client(user.url, jobs_queue=worker.jobs_queue, replies="exclusive") as client:
+    async with AsyncClient(user.url, jobs_queue=worker.jobs_queue, replies="exclusive") as client:
         assert (await client.ask_job(QUESTION, timeout=60)).succeeded
 
 
@@ -125,7 +125,7 @@ async def test_reply_queues_are_bound_to_the_reply_exchange(
     done = await no_worker_cli.run("submit", "jobs.jsonl", "--wait", "--json")
     assert done.code == 0, done.err
     for replies in REPLIES:
-        async with Client(
+        async with AsyncClient(
             stack.rabbitmq.url,
             jobs_queue=no_worker_cli.jobs_queue,
             reply_exchange=exchange,

@@ -12,7 +12,7 @@ from tests.conftest import PutImage
 from tests.integration.cli.running import Cli
 from tests.integration.permissions.realm import PLAIN_FOLDER, STRICT_FOLDER, Realm
 from tests.running import Worker
-from vqa_worker import Client, Replies
+from vqa_worker import AsyncClient, Replies
 
 INTAKE = "vqa.jobs.intake"
 
@@ -89,6 +89,8 @@ async def test_the_publisher_s_client_gets_answers(
 ) -> None:
     reply_exchange = "vqa.replies" if realm.is_strict else ""
     url = realm.url(PUBLISHER)
-    async with Client(url, jobs_exchange=INTAKE, reply_exchange=reply_exchange, replies=replies) as client:
+    async with AsyncClient(
+        url, jobs_exchange=INTAKE, reply_exchange=reply_exchange, replies=replies
+    ) as client:
         result = await client.ask(put_image(), "What is it?", timeout=30)
     assert result.succeeded

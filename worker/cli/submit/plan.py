@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from vqa_worker.messages.decoding import InvalidJobError, decode
 from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.image_types import media_type
 from vqa_worker.messages.job import valid_id
 from vqa_worker.messages.result import JobFailure, Result
 from vqa_worker.messages.serialization import to_json
@@ -24,7 +25,6 @@ from worker.cli.shell import UsageError
 from worker.cli.submit.estimate import Estimate
 from worker.cli.submit.inputs import Entry, InvalidEntry, Source
 from worker.cli.submit.state import Planned, Received, SubmissionState
-from worker.images.content import media_type
 
 # Enough to see what is wrong with a file.
 MAX_ERRORS_SHOWN: Final = 10
