@@ -69,18 +69,24 @@ async def test_the_figures_are_those_of_rabbitmq_and_of_all_workers(
         "consumers": begun["queues"]["consumers"],
     }
     assert begun["queues"]["consumers"] >= 2
-    assert (begun["workers"]["up"], begun["workers"]["unreachable"]) == (2, [])
-    assert begun["workers"]["per_s"] == dict.fromkeys(
+    assert begun["fleet"]["up"] == 2
+    assert [it["error"] for it in begun["workers"]] == [None, None]
+    assert begun["fleet"]["per_s"] == dict.fromkeys(
         ("jobs_succeeded", "jobs_failed", "prompt_tokens", "completion_tokens", "cost_usd"), 0.0
     )
     for _ in range(4):
         await client.ask(**job())
     await client.ask(**job(image="s3://nowhere/to-be-found"))
-    reported = (await first(process, workers=lambda it: it["per_s"]["jobs_failed"] > 0))["workers"]
+    shown = await first(process, fleet=lambda it: it["per_s"]["jobs_failed"] > 0)
+    reported = shown["fleet"]
     assert min(reported["per_s"]["prompt_tokens"], reported["per_s"]["completion_tokens"]) > 0
     assert 0 < reported["latency_s"]["p50"] <= reported["latency_s"]["p99"]
     assert reported["limit"] == sum(it.metric("vqa_concurrency_limit") for it in (busy, other))
     assert reported["cost_usd"] == pytest.approx(sum(it.metric("vqa_cost_usd_total") for it in (busy, other)))
+    by_address = {it["address"]: it for it in shown["workers"]}
+    for it in (busy, other):
+        assert by_address[f"127.0.0.1:{it.port}"]["cost_usd"] == it.metric("vqa_cost_usd_total")
+    assert sum(it["cost_usd"] for it in shown["models"]) == pytest.approx(reported["cost_usd"])
     process.send_signal(signal.SIGINT)
     done = await ended(process)
     assert (done.code, done.err) == (130, "")
@@ -92,11 +98,11 @@ async def test_a_stopped_worker_is_unreachable_and_its_cost_is_kept(
     await client.ask(**job())
     cost = busy.metric("vqa_cost_usd_total")
     process = cli.start("top", "--interval", "0.3", "--json", f"--worker=127.0.0.1:{busy.port}")
-    assert (await first(process))["workers"]["cost_usd"] == pytest.approx(cost)
+    assert (await first(process))["fleet"]["cost_usd"] == pytest.approx(cost)
     busy.kill()
-    stopped = (await first(process, workers=lambda it: not it["up"]))["workers"]
-    assert stopped["unreachable"] == [f"127.0.0.1:{busy.port}"]
-    assert stopped["cost_usd"] == pytest.approx(cost)
+    stopped = await first(process, fleet=lambda it: not it["up"])
+    assert stopped["workers"] == [{"address": f"127.0.0.1:{busy.port}", "error": "connection refused"}]
+    assert stopped["fleet"]["cost_usd"] == pytest.approx(cost)
 
 
 async def test_top_survives_a_lost_broker(stack: Stack, cli: Cli, busy: Worker) -> None:
@@ -108,7 +114,7 @@ async def test_top_survives_a_lost_broker(stack: Stack, cli: Cli, busy: Worker) 
             await proxy.refuse()
             proxy.reset()
             alone = await first(process, queues=None)
-            assert alone["workers"]["up"] == 1
+            assert alone["fleet"]["up"] == 1
             await proxy.accept()
             assert await first(process, queues=lambda it: it is not None)
         finally:
@@ -125,7 +131,8 @@ async def test_paused_dependencies_are_shown(
     (reported,) = await cli.run_json(
         "top", "--once", "--interval", "0.2", f"--worker=127.0.0.1:{paused.port}"
     )
-    assert reported["workers"]["paused"] == {"model": 1}
+    assert reported["fleet"]["paused"] == {"model": 1}
+    assert [it["paused"] for it in reported["workers"]] == [["model"]]
 
 
 async def test_without_workers_only_queues_are_shown(cli: Cli, client: Client, busy: Worker) -> None:
@@ -134,16 +141,20 @@ async def test_without_workers_only_queues_are_shown(cli: Cli, client: Client, b
     (reported,) = await cli.run_json("top", "--once", "--interval", "9999")
     assert reported["workers"] is None
     assert reported["queues"]["jobs"] == 1
-    line = await cli.run("top", "--once")
-    assert " queues 1 ready, 0 in retry, 0 dead-lettered, " in line.out
-    assert len(line.lines) == 1
+    assert reported["fleet"] is None
+    shown = await cli.run("top", "--once")
+    assert "queues  1 ready, 0 in retry, 0 dead-lettered, 0 results, 0 consumers" in shown.lines
 
 
 async def test_the_live_view_refreshes_and_a_key_quits(cli: Cli, busy: Worker, client: Client) -> None:
-    seen = Terminal(cli, "top", "--interval", "0.3", f"--worker=127.0.0.1:{busy.port}")
-    await seen.shows(r"1 up")
+    seen = Terminal(
+        cli, "top", "--interval", "0.3", f"--worker=127.0.0.1:{busy.port}", "--worker=127.0.0.1:1", columns=80
+    )
+    await seen.shows(r"1 up, 1 unreachable")
+    await seen.shows(r"127\.0\.0\.1:1 .* unreachable:\s+connection\s+refused")
     await client.ask(**job())
-    await seen.shows(r"0\.\d/s, 0\.0/s failed")
+    await seen.shows(r"0\.[1-9]/s, 0\.0/s failed")
+    await seen.shows(rf"127\.0\.0\.1:{busy.port} +0\.[1-9] +0\.0 .* up")
     seen.type("xq")
     assert await seen.ended() == 0
     seen = Terminal(cli, "top", "--interval", "9999")
@@ -169,10 +180,12 @@ async def test_a_missing_queue_or_broker_at_the_start_is_an_error(cli: Cli) -> N
 async def test_a_server_that_is_not_a_worker_is_unreachable(cli: Cli, stack: Stack) -> None:
     other = stack.rabbitmq.management_url
     (reported,) = await cli.run_json("top", "--once", "--worker", other, "--worker", "no.such.host.invalid")
-    assert reported["workers"]["up"] == 0
-    assert reported["workers"]["unreachable"] == sorted(
-        [other.removeprefix("http://"), "no.such.host.invalid:8080"]
-    )
+    assert reported["fleet"]["up"] == 0
+    no_metrics, no_host = reported["workers"]
+    assert no_metrics == {"address": other.removeprefix("http://"), "error": no_metrics["error"]}
+    assert no_metrics["error"] in {"no metrics of a vqa-worker", "HTTP 404"}
+    assert no_host["address"] == "no.such.host.invalid:8080"
+    assert no_host["error"]
 
 
 # Gives several local addresses one name, for one command.
@@ -198,5 +211,5 @@ async def test_each_address_of_a_name_is_a_worker(cli: Cli, busy: Worker, start_
     hosts.write_text("127.0.0.1 localhost fleet\n127.0.0.2 fleet\n127.0.0.3 fleet\n")
     cli.command = ["sh", "-c", NAMED, "sh", str(hosts), *cli.command]
     (reported,) = await cli.run_json("top", "--once", "--interval", "0.2", f"--worker=fleet:{busy.port}")
-    assert reported["workers"]["up"] == 2
-    assert reported["workers"]["unreachable"] == [f"127.0.0.3:{busy.port}"]
+    assert reported["fleet"]["up"] == 2
+    assert [it["address"] for it in reported["workers"] if it["error"]] == [f"127.0.0.3:{busy.port}"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from worker.cli.shell import CommandError, Screen, add, broker_of
+from worker.cli.shell import CommandError, Screen, add, broker_of, seconds
 from worker.cli.top.workers import WorkerUrl
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from worker.rabbitmq.permission_checks import Found, QueueWatch
     from worker.rabbitmq.topology import Topology
 
-MIN_INTERVAL_S: Final = 0.2
 # After the first read, a broker that is unreachable must not delay the workers' metrics.
 RECONNECT_TIMEOUT_S: Final = 1.0
 QUIT_KEYS: Final = frozenset(b"qQ\x03\x04\x1b")
@@ -42,23 +41,23 @@ async def top(
         ),
     ] = None,
     interval: Annotated[
-        float, typer.Option(metavar="SECONDS", min=MIN_INTERVAL_S, help="Refresh interval in seconds.")
-    ] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Print one line and exit.")] = False,
+        float, typer.Option(metavar="SECONDS", parser=seconds, help="Refresh interval in seconds.")
+    ] = 2,
+    once: Annotated[bool, typer.Option("--once", help="Print the figures once and exit.")] = False,
 ) -> None:
-    """Show queue depth, throughput, latency and cost of a running fleet, live.
+    """Show queue depth, throughput, latency and cost, live.
 
         vqa-worker top --worker localhost:8080
         vqa-worker top --worker workers.prod.svc:8080
         vqa-worker top --once --json | jq .queues.jobs
 
     Queue depths come from RabbitMQ, everything else from the workers' metrics: rates, latencies and tokens
-    cover the last 30 seconds, the cost is since the workers' start. Without `--worker` only queue depths are
-    shown. Press `q` or Ctrl-C to quit. Without a terminal, each interval prints one line.
+    cover the last 30 seconds, the cost is since the workers' start. Without --worker only queue depths are
+    shown. Press q or Ctrl-C to quit. Without a terminal, each interval prints one line.
     """
-    async with _watch(screen, worker or ()) as watch:
+    async with _watching(screen, worker or ()) as watch:
         if screen.as_json or once or not (sys.stdin.isatty() and sys.stdout.isatty()):
-            await _lines(screen, watch, interval, once=once)
+            await _print(screen, watch, interval, once=once)
             return
         quits = asyncio.Event()
         with _quit_keys(quits):
@@ -105,11 +104,7 @@ class _Watch:
         try:
             found = await self._queues.read(self._timeout_s if self._is_first else RECONNECT_TIMEOUT_S)
             return _queue_figures(self._topology, found), ""
-        except (BrokerRefusedError, BrokerUnreachableError) as error:
-            if self._is_first:
-                raise
-            return None, str(error)
-        except CommandError as error:
+        except (BrokerRefusedError, BrokerUnreachableError, CommandError) as error:
             if self._is_first:
                 raise
             return None, str(error)
@@ -135,7 +130,7 @@ def _queue_figures(topology: "Topology", found: "Mapping[str, Found | None]") ->
 
 
 @asynccontextmanager
-async def _watch(screen: Screen, workers: Sequence[WorkerUrl]) -> AsyncIterator[_Watch]:
+async def _watching(screen: Screen, workers: Sequence[WorkerUrl]) -> AsyncIterator[_Watch]:
     from worker.settings import load_broker_settings
 
     settings = screen.load(load_broker_settings)
@@ -153,8 +148,8 @@ async def _watch(screen: Screen, workers: Sequence[WorkerUrl]) -> AsyncIterator[
         yield _Watch(topology, queues, scraper, screen.timeout_s)
 
 
-async def _lines(screen: Screen, watch: _Watch, interval_s: float, *, once: bool) -> None:
-    """Print one line or JSON object per interval."""
+async def _print(screen: Screen, watch: _Watch, interval_s: float, *, once: bool) -> None:
+    """Print one line or JSON object per interval; with `once`, the tables or one object."""
     from worker.cli.top import render
 
     figures = await watch.read()
@@ -162,7 +157,7 @@ async def _lines(screen: Screen, watch: _Watch, interval_s: float, *, once: bool
         if figures.has_rates:
             now = datetime.now(UTC)
             screen.emit(render.in_json(figures, now))
-            screen.print(render.line(figures, now))
+            screen.print(render.text(figures, now) if once else render.line(figures, now))
             if once:
                 return
         await asyncio.sleep(interval_s)
@@ -170,7 +165,7 @@ async def _lines(screen: Screen, watch: _Watch, interval_s: float, *, once: bool
 
 
 async def _live(watch: _Watch, interval_s: float, quits: asyncio.Event) -> None:
-    """Refresh a table until `quits` is set; the last one stays on the screen."""
+    """Refresh the tables until `quits` is set; the last ones stay on the screen."""
     from rich.console import Console
     from rich.live import Live
 
@@ -178,7 +173,9 @@ async def _live(watch: _Watch, interval_s: float, quits: asyncio.Event) -> None:
 
     with Live(console=Console(highlight=False), auto_refresh=False) as live:
         while not quits.is_set():
-            live.update(render.table(await watch.read(), datetime.now(UTC)), refresh=True)
+            figures = await watch.read()
+            view = render.view(figures, datetime.now(UTC), hint="   (q or Ctrl-C to quit)")
+            live.update(view, refresh=True)
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
                     await quits.wait()

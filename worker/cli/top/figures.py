@@ -21,16 +21,22 @@ class Sample:
     """The metrics of one worker at one time.
 
     Attributes:
-        counts: counters `succeeded` and `failed` (jobs), `prompt_tokens`, `completion_tokens`, `cost_usd`.
-        buckets: the job duration histogram: cumulative counts by upper bound in seconds.
+        counts: by model and counter: `succeeded` and `failed` (jobs), `prompt_tokens`, `completion_tokens`,
+            `cost_usd`.
+        buckets: the job duration histogram: cumulative counts by model and upper bound in seconds.
         paused: the dependencies that it has paused consumption for.
     """
 
-    counts: Mapping[str, float]
-    buckets: Mapping[float, float]
+    counts: Mapping[tuple[str, str], float]
+    buckets: Mapping[tuple[str, float], float]
     in_flight: float
     limit: float
     paused: frozenset[str]
+
+    @property
+    def costs(self) -> Mapping[str, float]:
+        """The cost in USD by model."""
+        return {model: value for (model, name), value in self.counts.items() if name == "cost_usd"}
 
 
 def read_sample(exposition: str) -> Sample:
@@ -39,21 +45,21 @@ def read_sample(exposition: str) -> Sample:
     Raises:
         ValueError: it has no metrics of a vqa-worker.
     """
-    counts: dict[str, float] = defaultdict(float)
-    buckets: dict[float, float] = defaultdict(float)
+    counts: dict[tuple[str, str], float] = defaultdict(float)
+    buckets: dict[tuple[str, float], float] = defaultdict(float)
     gauges: dict[str, float] = {}
     paused = set()
     for family in text_string_to_metric_families(exposition):
         for name, labels, value, *_ in family.samples:
             match name:
                 case "vqa_jobs_total":
-                    counts[labels["status"]] += value
+                    counts[labels["model"], labels["status"]] += value
                 case "vqa_tokens_total":
-                    counts[f"{labels['type']}_tokens"] += value
+                    counts[labels["model"], f"{labels['type']}_tokens"] += value
                 case "vqa_cost_usd_total":
-                    counts["cost_usd"] += value
+                    counts[labels["model"], "cost_usd"] += value
                 case "vqa_job_duration_seconds_bucket":
-                    buckets[float(labels["le"])] += value
+                    buckets[labels["model"], float(labels["le"])] += value
                 case "vqa_jobs_in_flight" | "vqa_concurrency_limit":
                     gauges[name] = value
                 case "vqa_dependency_up" if not value:
@@ -68,38 +74,105 @@ def read_sample(exposition: str) -> Sample:
 class Latencies:
     """Quantiles of the job duration, from delivery to ack, in seconds; None without jobs."""
 
-    p50: float | None
-    p90: float | None
-    p99: float | None
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The figures of one worker, of one model, or of all.
+
+    Attributes:
+        per_s: the rate of each counter per second; None before the second sample.
+        cost_usd: the cost since the workers' start; of models and of all, including stopped workers.
+    """
+
+    per_s: Mapping[str, float] | None = None
+    latencies: Latencies = Latencies()
+    cost_usd: float = 0.0
+
+    def rate(self, name: str) -> float:
+        """Return the rate of a counter; 0 if it is unknown."""
+        return (self.per_s or {}).get(name, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFigures:
+    """The figures of one worker.
+
+    Attributes:
+        error: why it is unreachable; empty if it is up.
+        paused: the dependencies that it has paused consumption for.
+    """
+
+    address: str
+    error: str = ""
+    load: Load = Load()
+    in_flight: int = 0
+    limit: int = 0
+    paused: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class FleetFigures:
-    """The figures of all workers together.
+    """The figures of all workers together, of each worker, and of each model."""
 
-    Attributes:
-        workers: the number of workers that are up.
-        unreachable: the addresses of the others.
-        per_s: the rate of each counter per second; None before the second sample.
-        cost_usd: the cost since the workers' start, including workers that have stopped meanwhile.
-        paused: the number of workers that have paused for each dependency.
-    """
+    total: Load
+    workers: Sequence[WorkerFigures]
+    models: Mapping[str, Load]
 
-    workers: int
-    unreachable: Sequence[str]
-    per_s: Mapping[str, float] | None
-    latencies: Latencies
-    in_flight: int
-    limit: int
-    cost_usd: float
-    paused: Mapping[str, int]
+    @property
+    def up(self) -> Sequence[WorkerFigures]:
+        """The workers that are reachable."""
+        return [it for it in self.workers if not it.error]
+
+    @property
+    def in_flight(self) -> int:
+        """The jobs in flight."""
+        return sum(it.in_flight for it in self.workers)
+
+    @property
+    def limit(self) -> int:
+        """The sum of the concurrency limits."""
+        return sum(it.limit for it in self.workers)
+
+    @property
+    def paused(self) -> Mapping[str, int]:
+        """The number of workers that have paused for each dependency."""
+        return Counter(name for it in self.workers for name in it.paused)
 
 
 @dataclass(slots=True)
 class _Worker:
     samples: deque[tuple[float, Sample]] = field(default_factory=deque)
-    # The cost before its restarts.
-    spent_usd: float = 0.0
+    # The cost by model before its restarts.
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+    def add(self, now: float, sample: Sample) -> None:
+        """Add a sample; a lower cost means a restart."""
+        if self.samples and sum(sample.costs.values()) < sum(self.samples[-1][1].costs.values()):
+            self.spent = self.costs
+        self.samples.append((now, sample))
+        # The last sample before the window stays, as the base of increases.
+        while len(self.samples) > 1 and self.samples[1][0] <= now - WINDOW_S:
+            self.samples.popleft()
+
+    @property
+    def costs(self) -> Mapping[str, float]:
+        return _sum([self.spent, self.samples[-1][1].costs])
+
+    @property
+    def rates(self) -> Mapping[tuple[str, str], float] | None:
+        """The rate of each counter per second, by model; None before the second sample."""
+        if len(self.samples) < 2:  # noqa: PLR2004 - a rate needs two
+            return None
+        seconds = self.samples[-1][0] - self.samples[0][0]
+        return {key: value / seconds for key, value in _increase(it.counts for _, it in self.samples).items()}
+
+    @property
+    def buckets(self) -> Mapping[tuple[str, float], float]:
+        return _increase(it.buckets for _, it in self.samples)
 
 
 class Fleet:
@@ -107,47 +180,62 @@ class Fleet:
 
     def __init__(self) -> None:
         self._workers: dict[str, _Worker] = {}
-        self._up: set[str] = set()
-        self._unreachable: Collection[str] = ()
+        self._up: Collection[str] = ()
+        self._unreachable: Mapping[str, str] = {}
 
-    def observe(self, now: float, samples: Mapping[str, Sample], unreachable: Collection[str]) -> None:
-        """Add the samples of one scrape."""
+    def observe(self, now: float, samples: Mapping[str, Sample], unreachable: Mapping[str, str]) -> None:
+        """Add the samples of one scrape, and the errors of unreachable workers by address."""
         self._up, self._unreachable = set(samples), unreachable
         for address, sample in samples.items():
-            worker = self._workers.setdefault(address, _Worker())
-            if worker.samples and _cost(sample) < _cost(worker.samples[-1][1]):
-                worker.spent_usd += _cost(worker.samples[-1][1])
-            worker.samples.append((now, sample))
-            # The last sample before the window stays, as the base of increases.
-            while len(worker.samples) > 1 and worker.samples[1][0] <= now - WINDOW_S:
-                worker.samples.popleft()
+            self._workers.setdefault(address, _Worker()).add(now, sample)
 
     def figures(self) -> FleetFigures:
         """Return the figures of the window."""
-        seen = [self._workers[address] for address in self._up]
-        last = [worker.samples[-1][1] for worker in seen]
-        measured = [worker.samples for worker in seen if len(worker.samples) > 1]
-        paused = Counter(name for sample in last for name in sample.paused)
+        up = [self._workers[address] for address in self._up]
+        rates = [it.rates for it in up if it.rates is not None]
+        by_key = _sum(rates) if rates else None
+        buckets = _sum(it.buckets for it in up)
+        costs = _sum(it.costs for it in self._workers.values())
+        models = sorted({*costs, *(model for model, _ in by_key or ())})
+        workers = [*map(self._worker, self._up), *self._errors()]
         return FleetFigures(
-            workers=len(seen),
-            unreachable=sorted(self._unreachable),
-            per_s=_sum(map(_per_s, measured)) if measured else None,
-            latencies=_latencies(_sum(_increase(s.buckets for _, s in samples) for samples in measured)),
-            in_flight=round(sum(sample.in_flight for sample in last)),
-            limit=round(sum(sample.limit for sample in last)),
-            cost_usd=sum(it.spent_usd + _cost(it.samples[-1][1]) for it in self._workers.values()),
-            paused=dict(paused),
+            total=_load(by_key, buckets, costs),
+            workers=sorted(workers, key=lambda it: it.address),
+            models={model: _load(by_key, buckets, costs, model) for model in models},
         )
 
+    def _worker(self, address: str) -> WorkerFigures:
+        worker = self._workers[address]
+        last = worker.samples[-1][1]
+        return WorkerFigures(
+            address=address,
+            load=_load(worker.rates, worker.buckets, worker.costs),
+            in_flight=round(last.in_flight),
+            limit=round(last.limit),
+            paused=sorted(last.paused),
+        )
 
-def _cost(sample: Sample) -> float:
-    return sample.counts.get("cost_usd", 0.0)
+    def _errors(self) -> Iterable[WorkerFigures]:
+        return (WorkerFigures(address=it, error=error) for it, error in self._unreachable.items())
 
 
-def _per_s(samples: Sequence[tuple[float, Sample]]) -> Mapping[str, float]:
-    seconds = samples[-1][0] - samples[0][0]
-    increases = _increase(sample.counts for _, sample in samples)
-    return {name: value / seconds for name, value in increases.items()}
+def _load(
+    rates: Mapping[tuple[str, str], float] | None,
+    buckets: Mapping[tuple[str, float], float],
+    costs: Mapping[str, float],
+    only: str | None = None,
+) -> Load:
+    """Return the figures of one model, or of all."""
+
+    def of_model(values: Mapping[tuple[str, Key], float]) -> Mapping[Key, float]:
+        return _sum({key: value} for (model, key), value in values.items() if only in (None, model))
+
+    shares = of_model(buckets)
+    return Load(
+        per_s=None if rates is None else of_model(rates),
+        latencies=Latencies(*(quantile(share, shares) for share in QUANTILES)),
+        cost_usd=sum(value for model, value in costs.items() if only in (None, model)),
+    )
 
 
 def _increase(counts: Iterable[Mapping[Key, float]]) -> Mapping[Key, float]:
@@ -166,10 +254,6 @@ def _sum(parts: Iterable[Mapping[Key, float]]) -> Mapping[Key, float]:
         for key, value in part.items():
             whole[key] = whole.get(key, 0.0) + value
     return whole
-
-
-def _latencies(buckets: Mapping[float, float]) -> Latencies:
-    return Latencies(*(quantile(share, buckets) for share in QUANTILES))
 
 
 def quantile(share: float, buckets: Mapping[float, float]) -> float | None:

@@ -1,15 +1,21 @@
 """Render the figures of a fleet as a table, as a line and as JSON."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from worker.cli.shell import counted
-from worker.cli.top.figures import FleetFigures
+from worker.cli.top.figures import FleetFigures, Load, WorkerFigures
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
+
+
+# Enough for the widest table with a long name of a model.
+WIDE_COLUMNS: Final = 110
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +54,14 @@ class Figures:
     @property
     def has_rates(self) -> bool:
         """Whether the rates are known: they need two samples of a worker."""
-        return self.fleet is None or self.fleet.per_s is not None or not self.fleet.workers
+        return self.fleet is None or self.fleet.total.per_s is not None or not self.fleet.up
 
     @property
     def eta_s(self) -> float | None:
         """Seconds until the queues are empty at the present rate, if no jobs are added."""
-        if self.queues is None or self.fleet is None or self.fleet.per_s is None:
+        if self.queues is None or self.fleet is None:
             return None
-        rate = self.fleet.per_s.get("succeeded", 0.0) + self.fleet.per_s.get("failed", 0.0)
+        rate = self.fleet.total.rate("succeeded") + self.fleet.total.rate("failed")
         waiting = self.queues.jobs + (self.queues.retries or 0) + self.fleet.in_flight
         return waiting / rate if waiting and rate else None
 
@@ -66,80 +72,152 @@ def in_json(figures: Figures, now: datetime) -> dict[str, Any]:
     return {
         "at": now.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "queues": asdict(figures.queues) if figures.queues else None,
-        "workers": _workers(fleet) if fleet else None,
+        "fleet": _fleet_json(fleet) if fleet else None,
+        "workers": [_worker_json(it) for it in fleet.workers] if fleet else None,
+        "models": [{"model": name, **_load_json(load)} for name, load in fleet.models.items()]
+        if fleet
+        else None,
     }
 
 
-def _workers(fleet: FleetFigures) -> dict[str, Any]:
+def _fleet_json(fleet: FleetFigures) -> dict[str, Any]:
+    counts = {"up": len(fleet.up), "in_flight": fleet.in_flight, "limit": fleet.limit}
+    return {**counts, **_load_json(fleet.total), "paused": dict(fleet.paused)}
+
+
+def _worker_json(worker: WorkerFigures) -> dict[str, Any]:
+    error = {"address": worker.address, "error": worker.error or None}
+    if worker.error:
+        return error
+    counts = {"in_flight": worker.in_flight, "limit": worker.limit}
+    return {**error, **counts, **_load_json(worker.load), "paused": list(worker.paused)}
+
+
+def _load_json(load: Load) -> dict[str, Any]:
     rates = {"succeeded": "jobs_succeeded", "failed": "jobs_failed"}
     names = ("succeeded", "failed", "prompt_tokens", "completion_tokens", "cost_usd")
-    per_s = fleet.per_s
+    per_s = {rates.get(name, name): round(load.rate(name), 6) for name in names}
     return {
-        "up": fleet.workers,
-        "unreachable": list(fleet.unreachable),
-        "in_flight": fleet.in_flight,
-        "limit": fleet.limit,
-        "per_s": None
-        if per_s is None
-        else {rates.get(name, name): round(per_s.get(name, 0.0), 6) for name in names},
-        "latency_s": asdict(fleet.latencies),
-        "cost_usd": fleet.cost_usd,
-        "paused": dict(fleet.paused),
+        "per_s": None if load.per_s is None else per_s,
+        "latency_s": asdict(load.latencies),
+        "cost_usd": load.cost_usd,
     }
 
 
 def line(figures: Figures, now: datetime) -> str:
     """Return the figures as one line."""
-    cells = (f"{name} {text}" for name, text, _ in _rows(figures))
+    cells = (f"{name} {text}" for name, text, _ in _rows(figures, names_unreachable=True))
     return f"{now.astimezone():%H:%M:%S} {' · '.join(cells)}"
 
 
-def table(figures: Figures, now: datetime) -> "Table":
-    """Return the figures as a table for the live view."""
+def view(figures: Figures, now: datetime, hint: str = "") -> "Group":
+    """Return the figures as tables: queues and totals, models, workers; `hint` is at the top."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     grid = Table.grid(padding=(0, 2))
-    title = Text(f"{figures.queue}  {now.astimezone():%H:%M:%S}", style="bold")
-    grid.add_row(title, Text("q or Ctrl-C to quit", style="dim"))
-    for name, text, style in _rows(figures):
+    grid.add_row(Text("queue", style="cyan"), Text(f"{figures.queue}  {now.astimezone():%H:%M:%S}{hint}"))
+    for name, text, style in _rows(figures, names_unreachable=False):
         grid.add_row(Text(name, style="cyan"), Text(text, style=style))
-    return grid
+    if figures.fleet is None:
+        return Group(grid)
+    return Group(grid, "", _models(figures.fleet), "", _workers(figures.fleet))
 
 
-def _rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
-    """Yield label, text and style of each row."""
-    yield ("queues", *_queues(figures))
+def text(figures: Figures, now: datetime) -> str:
+    """Return the tables as plain text."""
+    from rich.console import Console
+
+    console = Console(highlight=False, color_system=None)
+    with console.capture() as captured:
+        console.print(view(figures, now))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _models(fleet: FleetFigures) -> "Table":
+    table = _table("MODEL", "JOBS/S", "FAILED/S", "TOKENS/S", "P90", "COST", "$/H", flexible="MODEL")
+    for name, load in fleet.models.items():
+        tokens = load.rate("prompt_tokens") + load.rate("completion_tokens")
+        table.add_row(
+            name,
+            f"{load.rate('succeeded'):,.1f}",
+            f"{load.rate('failed'):,.1f}",
+            f"{tokens:,.0f}",
+            _seconds(load.latencies.p90),
+            f"{load.cost_usd:,.2f}",
+            f"{load.rate('cost_usd') * 3600:,.2f}",
+        )
+    return table
+
+
+def _workers(fleet: FleetFigures) -> "Table":
+    from rich.text import Text
+
+    table = _table("WORKER", "JOBS/S", "FAILED/S", "IN FLIGHT", "P90", flexible="STATE")
+    for worker in fleet.workers:
+        if worker.error:
+            table.add_row(worker.address, *"----", Text(f"unreachable: {worker.error}", style="yellow"))
+            continue
+        state = Text(f"paused for {', '.join(worker.paused)}", style="red") if worker.paused else Text("up")
+        table.add_row(
+            worker.address,
+            f"{worker.load.rate('succeeded'):,.1f}",
+            f"{worker.load.rate('failed'):,.1f}",
+            f"{worker.in_flight:,} of {worker.limit:,}",
+            _seconds(worker.load.latencies.p90),
+            state,
+        )
+    return table
+
+
+def _table(first: str, *numbers: str, flexible: str) -> "Table":
+    """Return a table; on a narrow terminal the column `flexible` gets what the others leave."""
+    from rich.table import Table
+
+    is_narrow = shutil.get_terminal_size().columns < WIDE_COLUMNS
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="cyan", expand=is_narrow)
+    for name in (first, *numbers, *([flexible] if flexible != first else [])):
+        table.add_column(
+            name,
+            justify="right" if name in numbers else "left",
+            no_wrap=name in {first, *numbers},
+            overflow="ellipsis",
+            ratio=1 if is_narrow and name == flexible else None,
+        )
+    return table
+
+
+def _rows(figures: Figures, *, names_unreachable: bool) -> Iterator[tuple[str, str, str]]:
+    """Yield label, text and style of the figures of the queues and of all workers."""
+    queues = figures.queues
+    style = "red" if queues is None else "" if queues.consumers else "yellow"
+    yield "queues", figures.error if queues is None else _queues(queues), style
     fleet = figures.fleet
     if fleet is None:
         return
-    addresses = ", ".join(fleet.unreachable)
-    unreachable = f", {len(fleet.unreachable)} unreachable ({addresses})" if addresses else ""
-    yield "workers", f"{fleet.workers} up{unreachable}", "yellow" if unreachable else ""
+    total = fleet.total
+    errors = [f"{it.address}: {it.error}" for it in fleet.workers if it.error]
+    names = f" ({', '.join(errors)})" if names_unreachable else ""
+    unreachable = f", {len(errors)} unreachable{names}" if errors else ""
+    yield "workers", f"{len(fleet.up)} up{unreachable}", "yellow" if errors else ""
     yield "jobs", _jobs(figures, fleet), ""
-    times = (_seconds(value) for value in (fleet.latencies.p50, fleet.latencies.p90, fleet.latencies.p99))
+    times = (_seconds(value) for value in (total.latencies.p50, total.latencies.p90, total.latencies.p99))
     yield "latency", "p50 {}, p90 {}, p99 {}".format(*times), ""
-    per_s = fleet.per_s or {}
-    prompt, completion = per_s.get("prompt_tokens", 0.0), per_s.get("completion_tokens", 0.0)
+    prompt, completion = total.rate("prompt_tokens"), total.rate("completion_tokens")
     yield "tokens", f"{prompt:,.0f} + {completion:,.0f}/s", ""
-    hourly = per_s.get("cost_usd", 0.0) * 3600
-    yield "cost", f"${fleet.cost_usd:,.4f} so far, ${hourly:,.2f}/h", ""
+    yield "cost", f"${total.cost_usd:,.4f} so far, ${total.rate('cost_usd') * 3600:,.2f}/h", ""
     if fleet.paused:
-        paused = (f"{name} ({count} of {fleet.workers})" for name, count in sorted(fleet.paused.items()))
+        paused = (f"{name} ({count} of {len(fleet.up)})" for name, count in sorted(fleet.paused.items()))
         yield "paused", f"for {', '.join(paused)}", "red"
 
 
-def _queues(figures: Figures) -> tuple[str, str]:
-    queues = figures.queues
-    if queues is None:
-        return figures.error, "red"
-    text = (
+def _queues(queues: QueueFigures) -> str:
+    return (
         f"{queues.jobs:,} ready, {_or_unknown(queues.retries)} in retry,"
-        f" {_or_unknown(queues.dead_letters)} dead-lettered,"
-        f" {_or_unknown(queues.results)} on the results queue,"
+        f" {_or_unknown(queues.dead_letters)} dead-lettered, {_or_unknown(queues.results)} results,"
         f" {counted(queues.consumers, 'consumer')}"
     )
-    return text, "" if queues.consumers else "yellow"
 
 
 def _or_unknown(count: int | None) -> str:
@@ -147,8 +225,7 @@ def _or_unknown(count: int | None) -> str:
 
 
 def _jobs(figures: Figures, fleet: FleetFigures) -> str:
-    per_s = fleet.per_s or {}
-    rates = f"{per_s.get('succeeded', 0.0):,.1f}/s, {per_s.get('failed', 0.0):,.1f}/s failed"
+    rates = f"{fleet.total.rate('succeeded'):,.1f}/s, {fleet.total.rate('failed'):,.1f}/s failed"
     eta = "" if figures.eta_s is None else f", ETA {_duration(figures.eta_s)}"
     return f"{rates}, {fleet.in_flight:,} in flight of {fleet.limit:,}{eta}"
 

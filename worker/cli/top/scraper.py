@@ -1,6 +1,7 @@
 """Scrape the `/metrics` of all workers concurrently."""
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -40,7 +41,7 @@ class Scraper:
                     name = f"{f'[{address}]' if ':' in address else address}:{url.port}"
                     targets[name] = f"http://{name}{url.path}"
             except OSError as error:
-                unreachable[f"{url.host}:{url.port}"] = error.strerror or type(error).__name__
+                unreachable[f"{url.host}:{url.port}"] = (error.strerror or type(error).__name__).lower()
         answers = await asyncio.gather(*map(self._scrape_one, targets.values()))
         samples = {}
         for name, answer in zip(targets, answers, strict=True):
@@ -66,6 +67,7 @@ class Scraper:
         except ValueError:
             return "no metrics of a vqa-worker"
         except TimeoutError:
-            return "timeout"
+            return f"no response in {READ_TIMEOUT_S:g} s"
         except (aiohttp.ClientError, OSError) as error:
-            return type(error).__name__
+            number = getattr(error, "errno", None)
+            return os.strerror(number).lower() if number else type(error).__name__
