@@ -1,24 +1,19 @@
-"""Ask a question about an image in S3 and print the answer.
+"""Ask a question about an image and print the answer. The image is a file, or a URL of S3 or the web.
 
-python ask_with_client.py s3://photos/table.jpg "Which fruit is on the table?"
+python ask_with_client.py photo.jpg "Which fruit is on the table?"
 """
 
-import asyncio
 import os
 import sys
 
-from vqa_worker import Client
+from vqa_worker import Client, JobFailedError
 
 RABBITMQ_URL = os.environ.get("VQA_RABBITMQ_URL", "amqp://guest:guest@localhost:5672/")
 JOBS_QUEUE = os.environ.get("VQA_JOBS_QUEUE", "vqa.jobs")
 
-
-async def main(image: str, question: str) -> None:
-    async with Client(RABBITMQ_URL, jobs_queue=JOBS_QUEUE) as client:
-        result = await client.ask(image, question, timeout=60)
-    if result.error:
-        sys.exit(f"{result.error.code}: {result.error.message}")
-    print(result.answer)
-
-
-asyncio.run(main(*sys.argv[1:]))
+image, question = sys.argv[1:]
+with Client(RABBITMQ_URL, jobs_queue=JOBS_QUEUE) as client:
+    try:
+        print(client.ask(image, question, timeout=60).raise_for_error().answer)
+    except JobFailedError as error:
+        sys.exit(str(error))

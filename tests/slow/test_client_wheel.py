@@ -38,16 +38,14 @@ def python(tmp_path: Path) -> Path:
 
 
 def test_a_job_is_answered_without_the_libraries_of_the_worker(
-    stack: Stack, worker: Worker, put_image: PutImage, python: Path
+    stack: Stack, worker: Worker, put_image: PutImage, python: Path, tmp_path: Path
 ) -> None:
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [str(python), "-c", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)  # noqa: S603
+
     for library in ("boto3", "openai", "aiohttp", "worker"):
-        found = subprocess.run([str(python), "-c", f"import {library}"], capture_output=True, check=False)  # noqa: S603
-        assert b"ModuleNotFoundError" in found.stderr, library
-    done = subprocess.run(  # noqa: S603 - a test's own
-        [str(python), "-c", ASK, stack.rabbitmq.url, worker.jobs_queue, put_image()],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        assert "ModuleNotFoundError" in run(f"import {library}").stderr, library
+    done = run(ASK, stack.rabbitmq.url, worker.jobs_queue, put_image())
     assert (done.returncode, done.stderr) == (0, "")
     assert "PNG" in done.stdout
