@@ -122,7 +122,7 @@ async def run_shown(shown: str, stack: Stack, worker: Worker, folder: Path) -> s
 
 def test_the_quickstart_contains_the_tested_examples() -> None:
     shown = re.findall(r"```python\n(.*?)```", QUICKSTART.read_text(encoding="utf-8"), re.DOTALL)
-    files = ("ask_with_client.py", "ask_with_pika.py")
+    files = ("ask_with_client.py", "ask_with_pika.py", "ask_with_aio_pika.py")
     assert shown == [(PYTHON_EXAMPLES / file).read_text(encoding="utf-8") for file in files]
 
 
@@ -145,12 +145,10 @@ async def run_example(
     )
 
 
-@pytest.mark.parametrize("name", ["ask_with_client.py", "ask_with_pika.py"])
+@pytest.mark.parametrize("name", ["ask_with_client.py", "ask_with_pika.py", "ask_with_aio_pika.py"])
 async def test_the_examples_of_the_quickstart_print_an_answer_or_an_error(
     stack: Stack, worker: Worker, put_image: PutImage, name: str
 ) -> None:
-    if "pika" in name:
-        pytest.importorskip("pika")
     answered = await run_example(name, stack, worker, put_image())
     assert (answered.returncode, answered.stderr) == (0, "")
     assert "PNG" in answered.stdout
