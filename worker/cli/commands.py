@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from worker import __version__
+from worker.cli import config
 from worker.cli.check import commands as check
 from worker.cli.dlq import commands as dlq
 from worker.cli.help import Group
@@ -61,6 +62,9 @@ def build(run: Run) -> typer.Typer:
     add(topology, "show", show)
     add(topology, "apply", apply)
     app.add_typer(topology, name="topology")
+    configuration = _group("Show the effective settings.")
+    add(configuration, "show", config.show)
+    app.add_typer(configuration, name="config")
     dead_letters = _group("Manage the dead-letter queue: list, show, replay, purge.")
     dlq.register(dead_letters)
     app.add_typer(dead_letters, name="dlq")
@@ -76,7 +80,7 @@ def schema(
         typer.Argument(metavar="DOCUMENT", help="job, result or asyncapi (default: all)."),
     ] = None,
 ) -> None:
-    """Print JSON Schemas of jobs and results, and an AsyncAPI document.
+    """Print the JSON Schemas of the messages, or AsyncAPI.
 
         vqa-worker schema job > job.schema.json
         vqa-worker schema asyncapi > asyncapi.json
@@ -141,13 +145,13 @@ def _main(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Answer questions about images: jobs come from RabbitMQ, results go to RabbitMQ.
+    """Answer questions about images: jobs and results are RabbitMQ messages.
 
         vqa-worker check
         vqa-worker submit photo.jpg "What is this?" --bucket photos --wait
         vqa-worker dlq list --since 2h
 
-    VQA_* environment variables, or an env file, configure all commands.
+    VQA_* environment variables configure all commands, see `config show`.
     """
 
 

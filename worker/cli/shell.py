@@ -187,7 +187,8 @@ class Screen:
         settings = load_settings(env_file=self.options.env_file or Path(".env"))
         self.note(*(f"Warning: {text}" for text in settings.unknown_variables))
         redact = Redactor(settings.secret_values())
-        configure_logging("debug" if self.options.verbose else "error", None, redact, stream=sys.stderr)
+        level = "debug" if self.options.verbose else "error"
+        configure_logging(level, "json" if self.as_json else "console", redact, stream=sys.stderr)
         if not self.options.verbose:
             # Errors are printed as messages; log lines would repeat them.
             logging.disable()
@@ -371,7 +372,7 @@ def _describe(error: BaseException) -> tuple[Sequence[str], Sequence[str], int]:
         case BrokerRefusedError() | RefusedError() | S3ConfigurationError():
             return [str(error)], [], EXIT_CONFIG
         case BrokerUnreachableError():
-            return [str(error)], [], EXIT_FAILURE
+            return [f"{error}. Check that RabbitMQ is running and reachable."], [], EXIT_FAILURE
         case DependencyDownError():
             return [error.message], [], EXIT_FAILURE
         case OSError() if error.filename is not None:

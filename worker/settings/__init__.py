@@ -10,7 +10,12 @@ from worker.settings.broker import BrokerSettings
 from worker.settings.commands import CommandSettings
 from worker.settings.faults import SettingsError, variable
 from worker.settings.model import BROKER_DELIVERY_LIMIT, Price, Settings
-from worker.settings.sources import load_broker_settings, load_command_settings, load_settings
+from worker.settings.sources import (
+    load_broker_settings,
+    load_command_settings,
+    load_settings,
+    setting_sources,
+)
 from worker.settings.tls import tls_context
 from worker.settings.traces import trace_secrets, wants_traces
 from worker.settings.values import retry_queue
@@ -27,6 +32,7 @@ __all__ = [
     "load_command_settings",
     "load_settings",
     "retry_queue",
+    "setting_sources",
     "trace_secrets",
     "variable",
     "wants_traces",

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from dotenv import dotenv_values
 from pydantic import ValidationError
@@ -53,11 +53,48 @@ def load_command_settings(*, env_file: Path | None = Path(".env")) -> CommandSet
     return _load(CommandSettings, env_file)
 
 
-def _load(kind: type[Kind], env_file: Path | None) -> Kind:
+class Source(NamedTuple):
+    """Where a setting comes from: `environment`, the env file or the folder of secrets; and its text."""
+
+    name: str
+    text: str
+
+
+def setting_sources(*, env_file: Path = Path(".env")) -> Mapping[str, Source]:
+    """Return the source of each field of `Settings` that is set, in the precedence of `load_settings`.
+
+    Raises:
+        SettingsError: the env file cannot be read.
+    """
+    written = _written(env_file)
+    named = os.environ.get(variable("secrets_dir")) or written.get(variable("secrets_dir")) or ""
+    places: list[tuple[str, Mapping[str, str | None]]] = [
+        ("environment", os.environ),
+        (str(env_file), written),
+    ]
+    folder = Path(named.strip())
+    if named.strip() and folder.is_dir():
+        files = [it for it in folder.iterdir() if it.name.upper() in KNOWN_VARIABLES and it.is_file()]
+        places.append((str(folder), {it.name: it.read_text(errors="replace") for it in files}))
+    found: dict[str, Source] = {}
+    for place, texts in places:
+        given = {name.upper(): text for name, text in texts.items()}
+        for field in Settings.model_fields:
+            text = given.get(variable(field))
+            if text is not None and (text.strip() or field in Settings.MAY_BE_EMPTY):
+                found.setdefault(field, Source(place, text.strip()))
+    return found
+
+
+def _written(env_file: Path | None) -> Mapping[str, str | None]:
     try:
-        written = dotenv_values(env_file) if env_file else {}
+        return dotenv_values(env_file) if env_file else {}
     except (OSError, ValueError) as error:
         raise SettingsError([f"{env_file}: cannot be read: {_reason(error)}"]) from None
+
+
+def _load(kind: type[Kind], env_file: Path | None) -> Kind:
+    written = _written(env_file)
     unknown = [
         *_unknown_variables("the environment", os.environ),
         *_unknown_variables(str(env_file), written),

@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import subprocess
+from collections.abc import Mapping
 
 from tests.integration.cli.running import Cli
 from tests.running import PATIENCE_S, until
@@ -12,12 +13,20 @@ from tests.running import PATIENCE_S, until
 class Terminal:
     """A command whose stdin and stderr are a terminal; its stdout too by default."""
 
-    def __init__(self, cli: Cli, *arguments: str, pipes: bool = False, columns: int = 150) -> None:
+    def __init__(
+        self,
+        cli: Cli,
+        *arguments: str,
+        pipes: bool = False,
+        columns: int = 150,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._side, command_side = pty.openpty()
-        self.shown = ""
+        # With and without escape sequences.
+        self.raw = self.shown = ""
         self.process = subprocess.Popen(  # noqa: S603 - a test's own
             [*cli.command, *arguments],
-            env={**cli.environment, "TERM": "xterm", "COLUMNS": str(columns)},
+            env={**cli.environment, "TERM": "xterm", "COLUMNS": str(columns), **(environment or {})},
             cwd=cli.folder,
             stdin=command_side,
             stdout=subprocess.PIPE if pipes else command_side,
@@ -50,7 +59,7 @@ class Terminal:
     def _read(self) -> str:
         try:
             while some := os.read(self._side, 65536):
-                # Without escape sequences.
+                self.raw += some.decode(errors="replace")
                 self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", some.decode(errors="replace"))
         except OSError:
             pass  # no data now, or the other side is closed

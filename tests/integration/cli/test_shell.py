@@ -1,16 +1,24 @@
 """Behaviour of all commands: help, completion, exit codes, error messages, pipes, Ctrl-C."""
 
 import asyncio
+import json
+import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+import typer.main
 
 from deploy.local.stack import Stack
 from tests.breaking import url_as
 from tests.integration.cli.running import Cli, Completed, ended
+from tests.integration.cli.terminal import Terminal
 from tests.running import until
+from worker.cli.commands import build
 
 NOBODY = "amqp://guest:guest@127.0.0.1:1/"
 # Arguments with which each command connects to the broker.
@@ -20,15 +28,114 @@ REACHING_OUT = (
 )
 
 
-async def test_the_help_lists_every_command(cli: Cli) -> None:
-    shown = await cli.run("--help")
-    assert shown.code == 0
-    for command in ("run", "topology", "submit", "results"):
-        assert f"\n  {command} " in shown.out
-    for helped in await _side_by_side(cli, ("submit", "--help"), ("results", "--help")):
-        assert helped.code == 0
+def _commands() -> Iterator[tuple[str, ...]]:
+    """Yield the arguments of each command and each group."""
+
+    def walk(command: Any, *names: str) -> Iterator[tuple[str, ...]]:
+        yield names
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk(inner, *names, name)
+
+    return walk(typer.main.get_command(build(lambda _: 0)))
+
+
+COMMANDS = sorted(_commands())
+# `submit` has too many options for one screen.
+LONG_HELP = {("submit",)}
+
+
+@pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
+async def test_help_fits_a_screen_and_begins_with_examples(cli: Cli, names: tuple[str, ...]) -> None:
+    helped = await cli.run(*names, "--help", COLUMNS="80")
+    assert (helped.code, helped.err) == (0, "")
+    if names not in LONG_HELP:
+        assert max(map(len, helped.lines)) <= 80
+        assert len(helped.lines) <= 36
+    assert not re.search(r"<\w|[x>]=?\d|`{2}|\.\.\.$", helped.out.partition("\n")[2])
+    if not any(inner[:-1] == names for inner in COMMANDS if inner):
+        example = f"    vqa-worker {' '.join(names)}"
+        assert next(line for line in helped.lines[4:] if line).lstrip().startswith(("vqa-worker", "eval"))
+        assert example in helped.out or "completion" in names
         assert "--json" in helped.out
-        assert "\n    vqa-worker " in helped.out.split("Arguments")[0]
+
+
+async def test_the_common_options_may_come_before_and_after_the_command(cli: Cli) -> None:
+    (cli.folder / "other.env").write_text("VQA_JOBS_QUEUE=from-the-file\n")
+    del cli.settings["VQA_JOBS_QUEUE"]
+    for arguments in (
+        ("--env-file", "other.env", "topology", "show", "--json"),
+        ("--json", "topology", "show", "--env-file", "other.env"),
+        ("--json", "--env-file", "nothing.env", "topology", "show"),
+    ):
+        ended = await cli.run(*arguments)
+        if "nothing.env" in arguments:
+            assert (ended.code, ended.out) == (2, "")
+            assert "'nothing.env' does not exist" in ended.err
+        else:
+            assert (ended.code, ended.err) == (0, "")
+            assert "from-the-file" in {queue["name"] for queue in json.loads(ended.out)["queues"]}
+
+
+async def test_the_url_option_overrides_the_setting(cli: Cli) -> None:
+    for arguments in (("dlq", "list", "--url", NOBODY), ("--url", NOBODY, "dlq", "list")):
+        ended = await cli.run(*arguments, "--timeout", "0.5")
+        assert (ended.code, len(ended.err_lines)) == (1, 1)
+        assert "the broker was unreachable for 0.5 s" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reported"),
+    [
+        (
+            ("dlq", "list", "--url", NOBODY, "--timeout", "0.5"),
+            1,
+            "VQA_RABBITMQ_URL: the broker was unreachable",
+        ),
+        (("dlq", "list", "--nothing"), 2, "No such option"),
+        (("dlq", "purge"), 2, "no filter"),
+        (("dlq", "list", "--url", "rabbit"), 78, "VQA_RABBITMQ_URL: must begin with amqp://"),
+    ],
+)
+async def test_with_json_an_error_is_one_object(
+    cli: Cli, arguments: tuple[str, ...], code: int, reported: str
+) -> None:
+    ended = await cli.run(*arguments, "--json")
+    assert (ended.code, ended.out) == (code, "")
+    error = json.loads(ended.err)
+    assert error["exit_code"] == code
+    assert error["error"].startswith(reported)
+
+
+async def test_quiet_prints_no_notes_and_verbose_prints_the_libraries_log_lines(no_worker_cli: Cli) -> None:
+    noted = await no_worker_cli.run("dlq", "list")
+    assert (noted.code, len(noted.err_lines)) == (0, 1)
+    for option in ("-q", "--quiet"):
+        quiet = await no_worker_cli.run("dlq", "list", option)
+        assert (quiet.code, quiet.err) == (0, "")
+    # In its own process, because the tests replace the logging of commands.
+    verbose = await no_worker_cli.run_process("dlq", "list", "-v", "--url", NOBODY, "--timeout", "0.5")
+    assert verbose.code == 1
+    assert "aiormq.connection" in verbose.err
+    assert not verbose.err.startswith("{")
+
+
+async def test_errors_have_color_only_on_a_terminal_that_wants_it(cli: Cli) -> None:
+    for options, environment, is_red in (
+        ((), {"NO_COLOR": ""}, True),
+        ((), {"NO_COLOR": "1"}, False),
+        (("--no-color",), {"NO_COLOR": ""}, False),
+    ):
+        shown = Terminal(cli, "dlq", "purge", *options, environment=environment)
+        assert await shown.ended() == 2
+        assert ("\x1b[1;31mError:" in shown.raw) is is_red
+        assert "Error: no filter." in shown.shown
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+async def test_the_completion_script_calls_the_command(cli: Cli, shell: str) -> None:
+    printed = await cli.run("completion", shell)
+    assert (printed.code, printed.err) == (0, "")
+    assert f"_VQA_WORKER_COMPLETE=complete_{shell}" in printed.out
 
 
 async def test_a_worker_starts_without_importing_the_command_line_s_libraries(cli: Cli) -> None:
