@@ -12,7 +12,9 @@ from string import Template
 from typing import Any, Final
 from unittest.mock import patch
 
+import typer.main
 from pydantic import BaseModel, SecretStr
+from typer.core import TyperCommand, TyperGroup
 
 from deploy.rabbitmq.__main__ import PLACE, STRICT, STRICT_SETTINGS, topology_with
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER, intake, users
@@ -20,6 +22,7 @@ from vqa_worker.messages.error_codes import DESCRIPTIONS, ErrorCode
 from vqa_worker.messages.job import Job
 from vqa_worker.messages.result import Result
 from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER
+from worker.cli.commands import build
 from worker.cli.schema import asyncapi
 from worker.errors import SERVICE_FAILURES
 from worker.jobs.cancellation import REMEMBERED
@@ -72,6 +75,14 @@ the folder `VQA_SECRETS_DIR`, which has one file per variable.
 - S3 credentials and region: the AWS SDK's default chain (variables, files, roles). Proxies and certificates:
   `HTTPS_PROXY`, `NO_PROXY`, `SSL_CERT_FILE`.
 - Tracing is configured with the standard `OTEL_*` variables, in the environment only: [traces](tracing.md).
+"""
+
+COMMANDS_INTRODUCTION: Final = """\
+# Commands
+
+<!-- Generated from worker/cli/ by docs/generate.py: change the source and run `make docs`. -->
+
+The help of every command. [Command line](cli.md) describes how to use them.
 """
 
 # Added by the Prometheus client library, on Linux.
@@ -200,6 +211,23 @@ def default_settings() -> Settings:
     # Without the variables of this machine.
     with patch.dict(os.environ, {"VQA_ALLOWED_BUCKETS": "any", "VQA_MODEL_API_KEY": "any"}, clear=True):
         return Settings(_env_file=None)
+
+
+def commands_page() -> str:
+    """Return the reference of commands."""
+    app = typer.main.get_command(build(lambda _: 0))
+    return COMMANDS_INTRODUCTION + "".join(_help_sections(app, None, "vqa-worker"))
+
+
+def _help_sections(command: TyperCommand, parent: Any, path: str) -> Iterator[str]:
+    """Yield a section with the help of a command, and those of the commands in a group."""
+    context = command.make_context(
+        path.rpartition(" ")[2], [], parent=parent, resilient_parsing=True, terminal_width=80
+    )
+    yield f"\n## {path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
+    if isinstance(command, TyperGroup):
+        for name in command.list_commands(context):
+            yield from _help_sections(command.commands[name], context, f"{path} {name}")
 
 
 def messages_page() -> str:
@@ -370,6 +398,7 @@ def _queues_table(topology: Topology) -> str:
 
 
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
+    "commands.md": commands_page,
     "settings.md": settings_page,
     "messages.md": messages_page,
     "permissions.md": permissions_page,
