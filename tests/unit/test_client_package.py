@@ -1,0 +1,19 @@
+"""The client's distribution matches the worker's, which contains the same package."""
+
+import tomllib
+
+import vqa_worker
+from tests.running import ROOT
+from worker import __version__
+
+
+def _dependencies(file: str) -> set[str]:
+    return set(tomllib.loads((ROOT / file).read_text())["project"]["dependencies"])
+
+
+def test_both_distributions_have_one_version() -> None:
+    assert vqa_worker.__version__ == __version__
+
+
+def test_the_client_requires_a_part_of_what_the_worker_requires() -> None:
+    assert _dependencies("vqa_worker/pyproject.toml") < _dependencies("pyproject.toml")
