@@ -77,7 +77,9 @@ def test_every_command_of_a_page_has_valid_options(page: Path) -> None:
         except (MissingParameter, Exit):
             pass  # only the name of the command, or its help
         except UsageError as error:
-            problems.append(f"{arguments}: {error}")
+            # The files of the examples do not exist here.
+            if not str(error).endswith("does not exist."):
+                problems.append(f"{arguments}: {error}")
     assert problems == []
 
 
