@@ -18,11 +18,11 @@ setup: $(INSTALLED) ## create .venv with all dependencies, from the hashed lock
 $(INSTALLED): requirements-dev.lock pyproject.toml deploy/local/setup.sh
 	@bash deploy/local/setup.sh
 
-demo: $(INSTALLED) ## start RabbitMQ, S3 and a simulated model, and answer sample jobs
+demo: $(INSTALLED) ## start RabbitMQ, S3, a simulated model and a worker, and answer sample jobs
 	@$(BIN)/python -m deploy.local.demo
 
-stack: $(INSTALLED) ## start RabbitMQ, S3 and a model simulator locally (stop with Ctrl-C)
-	@$(BIN)/python -m deploy.local
+stack: $(INSTALLED) ## start RabbitMQ, S3, a model simulator and a worker, until Ctrl-C (WORKER=no: without a worker)
+	@$(BIN)/python -m deploy.local $(if $(filter no,$(WORKER)),--no-worker)
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -30,7 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    with Stack.start(use_environment=False) as stack:
+    with Stack.start() as stack:
         stack.s3.client().create_bucket(Bucket=BUCKET)
         yield stack
 
@@ -38,7 +38,7 @@ def stack() -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def own_stack() -> Iterator[Stack]:
     """A separate stack, for tests that stop, kill or overload its services."""
-    with Stack.start(use_environment=False) as stack:
+    with Stack.start() as stack:
         stack.s3.client().create_bucket(Bucket=BUCKET)
         yield stack
 

@@ -1,28 +1,47 @@
-"""`python -m deploy.local`: run the local stack in the foreground until Ctrl-C.
+"""`make stack`: run RabbitMQ, S3, a model and a worker in the foreground until Ctrl-C.
 
-Prints the environment variables with which the worker uses it.
+Writes a file with the environment variables that lead to them, and prints a command to try.
 """
 
+import argparse
+import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
+from deploy.local.sample_images import sample_images
 from deploy.local.stack import Stack
 from deploy.local.terminal import print_status, raise_keyboard_interrupt
+from deploy.local.worker import LocalWorker, running_worker
 
 _CHECK_SECONDS = 0.5
+_REPOSITORY = Path(__file__).parents[2]
+_MODEL_VARIABLES = ("VQA_MODEL", "DEEPINFRA_TOKEN", "OPENAI_API_KEY")
 
 
 def main() -> int:
     """Run the stack; return the exit code."""
+    options = _parser().parse_args()
     # Also if they were ignored before, as in the background of a script.
     signal.signal(signal.SIGINT, raise_keyboard_interrupt)
     signal.signal(signal.SIGTERM, raise_keyboard_interrupt)
-    print_status("Starting the local stack …")
+    print_status("Starting RabbitMQ, S3 and a model …")
+    # RabbitMQ and S3 are always local: the worker must not consume the jobs of a real system.
+    given = {name: value for name, value in os.environ.items() if name.startswith(_MODEL_VARIABLES)}
     try:
-        with Stack.start(on_progress=print_status) as stack:
-            return _run(stack)
+        with ExitStack() as running:
+            stack = running.enter_context(Stack.start(given, on_progress=print_status))
+            variables = {"VQA_ALLOWED_BUCKETS": stack.s3.bucket}
+            running.enter_context(_env_file(options.env_file, stack.environment() | variables))
+            _upload_samples(stack)
+            worker = None if options.no_worker else running.enter_context(_worker(stack))
+            _print_ready(stack, worker, options.env_file)
+            return _wait(stack, worker)
     except KeyboardInterrupt:
         return 0
     except RuntimeError as error:
@@ -30,15 +49,74 @@ def main() -> int:
         return 1
 
 
-def _run(stack: Stack) -> int:
-    for name, value in stack.environment().items():
-        print(f"export {name}={shlex.quote(value)}")
-    sys.stdout.flush()
-    print_status(
-        f"Ready. Bucket: {stack.s3.bucket}. RabbitMQ management: {stack.rabbitmq.management_url}\n"
-        "Paste the lines above into another shell to use the stack. Ctrl-C stops it and deletes its data."
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deploy.local", description=__doc__)
+    parser.add_argument("--no-worker", action="store_true", help="start no worker")
+    parser.add_argument(
+        "--env-file",
+        type=Path,
+        default=_REPOSITORY / ".local" / "stack.env",
+        help="file for the environment variables (default: .local/stack.env); deleted at the end",
     )
-    services = {"RabbitMQ": stack.rabbitmq, "S3": stack.s3, "the model simulator": stack.model}
+    return parser
+
+
+@contextmanager
+def _env_file(path: Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """Write the variables as lines for a shell, readable by their owner only; delete the file at the end."""
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
+    lines.append(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"\n')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.writelines(lines)
+    written = path.stat()
+    try:
+        yield
+    finally:
+        # Another stack may have replaced it.
+        if path.exists() and path.stat().st_ino == written.st_ino:
+            path.unlink()
+
+
+def _upload_samples(stack: Stack) -> None:
+    client = stack.s3.client()
+    for sample in sample_images():
+        client.put_object(Bucket=stack.s3.bucket, Key=sample.name, Body=sample.content)
+    client.close()
+
+
+@contextmanager
+def _worker(stack: Stack) -> Iterator[LocalWorker]:
+    with (
+        tempfile.TemporaryDirectory(prefix="vqa-worker-") as folder,
+        running_worker(stack, Path(folder), VQA_LOG_FORMAT="console") as worker,
+    ):
+        yield worker
+
+
+def _print_ready(stack: Stack, worker: LocalWorker | None, env_file: Path) -> None:
+    """Print what runs to standard error, and the command to try to standard output."""
+    model = stack.model_api
+    kind = "simulated: it only describes the image file" if model.is_simulated else "real, costs money"
+    sample = sample_images()[0]
+    path = Path(os.path.relpath(env_file))
+    command = f'vqa-worker submit s3://{stack.s3.bucket}/{sample.name} "{sample.question}" --wait'
+    start = "" if worker else "Start a worker in another shell: `source` the file, then `vqa-worker run`.\n"
+    log = f"Worker:   {worker.address}/metrics; log: {worker.log}\n" if worker else ""
+    print_status(
+        f"\nModel:    {model.models[0]} ({kind})\n"
+        f"RabbitMQ: {stack.rabbitmq.management_url} (user and password: guest)\n"
+        f"S3:       bucket {stack.s3.bucket} with sample images\n"
+        f"{log}"
+        f"\nReady; Ctrl-C stops everything and deletes its data. {start}Try it in another shell:\n"
+    )
+    print(f"  source {shlex.quote(str(path))} && {command}\n", flush=True)
+
+
+def _wait(stack: Stack, worker: LocalWorker | None) -> int:
+    services = {"RabbitMQ": stack.rabbitmq, "S3": stack.s3, "the model": stack.model_api}
+    services |= {"the worker": worker} if worker else {}
     while not (stopped := [name for name, service in services.items() if not service.running]):
         time.sleep(_CHECK_SECONDS)
     print_status(f"Stopped unexpectedly: {', '.join(stopped)}. Stopping the rest.")

@@ -74,6 +74,16 @@ def ask(rabbitmq_url: str, jobs_queue: str, s3: ObjectStore) -> None:
     for job in jobs:
         table.add_row(job["metadata"]["name"], job["question"], *_cells(results[job["id"]]))
     console.print(table)
+    console.print(_summary(list(results.values())), highlight=False)
+
+
+def _summary(results: Sequence[Result]) -> str:
+    succeeded = sum(result.error is None for result in results)
+    usages = [result.usage for result in results if result.usage]
+    tokens = sum(usage.total_tokens for usage in usages)
+    cost_usd = sum(usage.cost_usd or 0 for usage in usages)
+    failed = f", {len(results) - succeeded} failed (its image is missing)" if succeeded < len(results) else ""
+    return f"{succeeded} jobs succeeded{failed}. Tokens: {tokens}. Cost: {cost_usd:.6f} USD."
 
 
 def _upload(s3: ObjectStore) -> list[dict[str, Any]]:

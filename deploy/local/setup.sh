@@ -33,7 +33,7 @@ if [ ! -x .venv/bin/pip ]; then
   fi
 fi
 
-echo "Installing into .venv (the first time takes half a minute)"
+echo "Installing into .venv"
 install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 "${install[@]}" --require-hashes -r requirements-dev.lock
 "${install[@]}" --no-deps --no-build-isolation --editable .

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from deploy.local.container import RabbitMQContainer
@@ -34,8 +35,8 @@ class Stack(AbstractContextManager["Stack"]):
     @classmethod
     def start(
         cls,
+        given: Mapping[str, str] = MappingProxyType({}),
         *,
-        use_environment: bool = False,
         simulator: Behavior | None = None,
         s3_certificate: Certificate | None = None,
         on_progress: Callable[[str], None] = lambda _: None,
@@ -43,7 +44,7 @@ class Stack(AbstractContextManager["Stack"]):
         """Start all services at the same time, and wait until they are ready.
 
         Args:
-            use_environment: Use the servers and the model API that the environment names, not local ones
+            given: Environment variables. Use the servers and the model API that they name, not local ones
                 (`VQA_RABBITMQ_URL`, `VQA_S3_ENDPOINT_URL`, `VQA_MODEL_BASE_URL` with a key, or only a key:
                 `VQA_MODEL_API_KEY`, `DEEPINFRA_TOKEN`, `OPENAI_API_KEY`). A real model costs money.
             simulator: How the model simulator behaves at first.
@@ -55,7 +56,6 @@ class Stack(AbstractContextManager["Stack"]):
             IncompleteConfigurationError: A variable that an external server or API needs is missing.
             RabbitMQNotInstalledError: RabbitMQ is not installed and cannot be installed.
         """
-        given = os.environ if use_environment else {}
         with ExitStack() as resources:
             root = _temporary_folder(resources)
             ports = PortBlock()

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,26 @@ def test_the_demo_names_a_missing_setting(
     assert "Traceback" not in output
 
 
+def test_the_demo_ends_with_the_answers_the_cost_and_what_to_do_next(stack: Stack) -> None:
+    names = ("VQA_", "AWS_", "DEEPINFRA_TOKEN", "OPENAI_API_KEY")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "deploy.local.demo"],
+        env={**inherited, **stack.environment(), "COLUMNS": "100"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    answers, _, rest = ran.stdout.partition("jobs succeeded, 1 failed (its image is missing). Tokens: ")
+    assert "image_not_found" in answers
+    assert re.match(r"\d+\. Cost: 0\.\d*[1-9]\d* USD\.\n", rest)
+    assert "make stack" in rest
+    assert len(rest.splitlines()) < 8
+
+
 def test_the_model_is_one_of_the_providers() -> None:
     openai = external_model({"OPENAI_API_KEY": "o"})
     chosen = external_model({"OPENAI_API_KEY": "o", "VQA_MODEL": "mine"})
@@ -172,7 +193,7 @@ def test_a_stack_uses_external_services_and_starts_only_the_rest(
         monkeypatch.setenv(name, stack.environment()[name])
     for name in ("VQA_MODEL_BASE_URL", "VQA_MODEL_API_KEY", "DEEPINFRA_TOKEN", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    with Stack.start(use_environment=True) as second:
+    with Stack.start(os.environ) as second:
         assert second.rabbitmq.url == stack.rabbitmq.url
         assert stack.s3.bucket in [bucket["Name"] for bucket in second.s3.client().list_buckets()["Buckets"]]
         assert second.rabbitmq.pids == second.s3.pids == []

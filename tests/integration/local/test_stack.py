@@ -20,8 +20,10 @@ from deploy.local.install import Installation
 from deploy.local.processes import ServiceStartError
 from deploy.local.stack import Stack
 from tests.integration.local.proc import alive, family, wait_until_ended
+from tests.running import ROOT
 
-SIGNALS = (signal.SIGINT, signal.SIGKILL)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+WITHOUT_WORKER = signal.SIGTERM
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Up:
 
     process: subprocess.Popen[str]
     folder: Path
+    env_file: Path
+    output: str
     environment: dict[str, str]
     pids: list[int]
 
@@ -38,11 +42,14 @@ class Up:
 def ups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[signal.Signals, Up]]:
     """Start one stack for each signal, all at the same time."""
     folders = {number: tmp_path_factory.mktemp(number.name) for number in SIGNALS}
-    processes = {number: start_up(folder) for number, folder in folders.items()}
+    files = {number: tmp_path_factory.mktemp(f"{number.name}-env") / "stack.env" for number in SIGNALS}
+    processes = {
+        number: start_up(folders[number], files[number], without_worker=number == WITHOUT_WORKER)
+        for number in SIGNALS
+    }
     try:
         yield {
-            number: Up(process, folders[number], read_exports(process), family(process.pid))
-            for number, process in processes.items()
+            number: wait_for(process, folders[number], files[number]) for number, process in processes.items()
         }
     finally:
         for process in processes.values():
@@ -50,25 +57,38 @@ def ups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[signal.Signal
             process.communicate()
 
 
-def start_up(folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "deploy.local"],
-        env={**os.environ, "TMPDIR": str(folder)},
+def start_up(folder: Path, env_file: Path, *, without_worker: bool) -> subprocess.Popen[str]:
+    names = ("VQA_MODEL", "DEEPINFRA_TOKEN", "OPENAI_API_KEY")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    options = ["--no-worker"] if without_worker else []
+    return subprocess.Popen(  # noqa: S603 - our own command
+        [sys.executable, "-m", "deploy.local", f"--env-file={env_file}", *options],
+        env={**inherited, "TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def read_exports(process: subprocess.Popen[str]) -> dict[str, str]:
+def wait_for(process: subprocess.Popen[str], folder: Path, env_file: Path) -> Up:
+    """Read the output up to the command to try."""
     assert process.stdout is not None
-    exports = {}
+    output = ""
     for line in process.stdout:
+        output += line
+        if line.startswith("  source "):
+            break
+    assert env_file.exists(), output
+    return Up(process, folder, env_file, output, read_exports(env_file), family(process.pid))
+
+
+def read_exports(env_file: Path) -> dict[str, str]:
+    exports = {}
+    for line in env_file.read_text().splitlines():
         [word, assignment] = shlex.split(line)
         name, _, value = assignment.partition("=")
         assert word == "export"
         exports[name] = value
-        if name == "VQA_ALLOWED_MODELS":
-            break
     return exports
 
 
@@ -82,7 +102,26 @@ def test_several_stacks_run_concurrently(stack: Stack, ups: dict[signal.Signals,
         assert alive(up.pids) == up.pids
 
 
-async def test_the_printed_exports_lead_to_working_services(ups: dict[signal.Signals, Up]) -> None:
+def test_the_printed_command_is_answered(ups: dict[signal.Signals, Up]) -> None:
+    up = ups[signal.SIGINT]
+    command = up.output.rstrip().splitlines()[-1]
+    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607 - as a reader does
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("[simulated model] I see a JPEG picture")
+    assert "log: " in up.output
+
+
+def test_without_a_worker_the_output_says_how_to_start_one(ups: dict[signal.Signals, Up]) -> None:
+    output = ups[WITHOUT_WORKER].output
+    assert "`vqa-worker run`" in output
+    assert "Worker:" not in output
+
+
+def test_the_file_is_for_its_owner_only(ups: dict[signal.Signals, Up]) -> None:
+    assert {up.env_file.stat().st_mode & 0o777 for up in ups.values()} == {0o600}
+
+
+async def test_the_variables_of_the_file_lead_to_working_services(ups: dict[signal.Signals, Up]) -> None:
     environment = ups[signal.SIGINT].environment
     async with await aio_pika.connect(environment["VQA_RABBITMQ_URL"]) as connection:
         assert not connection.is_closed
@@ -105,7 +144,8 @@ def test_a_foreground_stack_leaves_nothing_after_every_kind_of_end(
     pids = family(up.process.pid)
     up.process.send_signal(number)
     code = up.process.wait(20)
-    assert code == (0 if number == signal.SIGINT else -number)
+    assert code == (-number if number == signal.SIGKILL else 0)
+    assert up.env_file.exists() == (number == signal.SIGKILL)
     assert wait_until_ended(pids) == []
     assert wait_until_empty(up.folder) == []
     port = up.environment["VQA_S3_ENDPOINT_URL"].rpartition(":")[2]
