@@ -27,9 +27,9 @@ SIMULATED_LATENCY_S = 0.8
 
 NEXT_STEPS = """
 Next:
-   make stack                      the same services and a worker, for your own questions
-   DEEPINFRA_TOKEN=… make demo     a real model (or OPENAI_API_KEY=…); costs a few cents
-   .venv/bin/vqa-worker --help     the command line; docs/quickstart.md explains it step by step"""
+   make stack                     keep it running, and ask your own questions
+   DEEPINFRA_TOKEN=… make demo    ask a real model (or OPENAI_API_KEY=…)
+   .venv/bin/vqa-worker --help    the command line; see docs/quickstart.md"""
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 
 from deploy.local.external import IncompleteConfigurationError, external_rabbitmq, external_s3
@@ -65,16 +65,23 @@ def ask(rabbitmq_url: str, jobs_queue: str, s3: ObjectStore) -> None:
         raise JobsUnansweredError("Not all jobs were answered in time: does a worker run?") from None
     except (BrokerUnreachableError, BrokerRefusedError, NoSuchQueueError, ReplyLostError) as error:
         raise JobsUnansweredError(str(error)) from None
-    table = Table(title="Questions and answers", show_lines=True, expand=True)
-    table.add_column("image", no_wrap=True)
-    table.add_column("question", ratio=2)
-    table.add_column("answer", ratio=5, overflow="fold")
-    for heading in ("tokens", "USD", "s"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for job in jobs:
-        table.add_row(job["metadata"]["name"], job["question"], *_cells(results[job["id"]]))
-    console.print(table)
+        _print(job, results[job["id"]])
     console.print(_summary(list(results.values())), highlight=False)
+
+
+def _print(job: Mapping[str, Any], result: Result) -> None:
+    """Print the question, the answer or error, and what they cost."""
+    console.print(f"\n[bold]{job['metadata']['name']}[/bold]: {job['question']}", highlight=False)
+    answer, style = (
+        (str(result.answer), "green")
+        if result.error is None
+        else (f"{result.error.code}: {result.error.message}", "red")
+    )
+    console.print(Padding(Text(answer, style), (0, 0, 0, 3)))
+    usage = result.usage
+    figures = f"{usage.total_tokens} tokens, {usage.cost_usd or 0:.6f} USD, " if usage else ""
+    console.print(f"   {figures}{result.timings.total_s:.2f} s", style="dim", highlight=False)
 
 
 def _summary(results: Sequence[Result]) -> str:
@@ -83,7 +90,7 @@ def _summary(results: Sequence[Result]) -> str:
     tokens = sum(usage.total_tokens for usage in usages)
     cost_usd = sum(usage.cost_usd or 0 for usage in usages)
     failed = f", {len(results) - succeeded} failed (its image is missing)" if succeeded < len(results) else ""
-    return f"{succeeded} jobs succeeded{failed}. Tokens: {tokens}. Cost: {cost_usd:.6f} USD."
+    return f"\n{succeeded} jobs succeeded{failed}. {tokens} tokens, {cost_usd:.6f} USD."
 
 
 def _upload(s3: ObjectStore) -> list[dict[str, Any]]:
@@ -124,20 +131,6 @@ async def _results(
         async with AsyncClient(rabbitmq_url, jobs_queue=jobs_queue, replies="exclusive") as client:
             results = client.ask_many(jobs, timeout=ANSWER_TIMEOUT_S)
             return {result.id: result async for result in results}
-
-
-def _cells(result: Result) -> tuple[str | Text, ...]:
-    answer = Text(str(result.answer))
-    if result.error:
-        answer = Text(f"{result.error.code}: {result.error.message}", style="red")
-    usage = result.usage
-    cost_usd = usage.cost_usd if usage else None
-    return (
-        answer,
-        str(usage.total_tokens) if usage else "-",
-        "-" if cost_usd is None else f"{cost_usd:.6f}",
-        f"{result.timings.total_s:.2f}",
-    )
 
 
 if __name__ == "__main__":
