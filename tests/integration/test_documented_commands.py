@@ -22,9 +22,9 @@ PAGES = [
 ]
 # The beginning of each command that is not run here, and the reason.
 NOT_RUN = {
-    "make demo": "tests/integration/local starts the stack; the demo's model answers are not checked here",
-    "make setup": "has created the environment of this test",
-    "make stack": "runs until Ctrl-C; tests/integration/local starts and stops the same services",
+    "make demo": "tests/integration/local runs it",
+    "make stack": "runs until Ctrl-C; tests/integration/local runs it",
+    "source .local/stack.env": "`make stack` writes it; tests/integration/local uses it",
     "pip install": "would change the environment of the other tests",
     "vqa-worker run": "runs until SIGTERM; the fixture `worker` is this command",
     "vqa-worker top --worker": "needs a terminal: tests/integration/cli/test_top.py has one",

@@ -90,7 +90,7 @@ async def test_traces_without_the_extra_are_an_error(start_worker: StartWorker) 
     assert ended.code == EXIT_CONFIG
     (line,) = ended.errors
     assert line.startswith("OTEL_EXPORTER_OTLP_ENDPOINT: ")
-    assert "pip install 'vqa-worker[tracing]'" in line
+    assert "install vqa-worker with its extra `tracing`" in line
 
 
 async def test_variables_that_the_library_rejects_are_an_error(start_worker: StartWorker) -> None:

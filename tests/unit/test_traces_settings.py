@@ -71,7 +71,7 @@ def test_a_missing_library_is_reported_with_the_install_command(
     for environment in ({ENDPOINT: URL}, {"OTEL_TRACES_EXPORTER": "otlp"}):
         (fault,) = trace_faults(environment)
         assert fault.startswith(f"{next(iter(environment))}: ")
-        assert "pip install 'vqa-worker[tracing]'" in fault
+        assert "install vqa-worker with its extra `tracing`" in fault
         assert "OTEL_TRACES_EXPORTER=none" in fault
 
 

@@ -46,7 +46,7 @@ def trace_faults(environment: Mapping[str, str]) -> Iterator[str]:
         wanted = name if endpoint else EXPORTER
         yield (
             f"{wanted}: enables traces, but OpenTelemetry is not installed:"
-            f" pip install 'vqa-worker[tracing]'; or disable traces: {EXPORTER}=none"
+            f" install vqa-worker with its extra `tracing`; or disable traces: {EXPORTER}=none"
         )
 
 
