@@ -110,6 +110,8 @@ class AsyncClient:
         ssl_context: ssl.SSLContext | None = None,
         name: str = "vqa-client",
     ) -> None:
+        if not url.startswith(("amqp://", "amqps://")):
+            raise ValueError("the broker's URL must begin with amqp:// or amqps://")
         if ssl_context is None and url.startswith("amqps:"):
             ssl_context = ssl.create_default_context()
         broker = Broker(url, ssl_context, name, setting="the broker's URL")

@@ -317,6 +317,12 @@ async def test_the_reply_queue_is_deleted_with_the_client(stack: Stack, worker: 
         await client.ask_job(text_job("Hello?"))
 
 
+@pytest.mark.parametrize("url", ["", "rabbitmq:5672", "http://rabbitmq:15672/"])
+def test_a_url_of_another_kind_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^the broker's URL must begin with amqp:// or amqps://$"):
+        AsyncClient(url)
+
+
 async def test_a_client_that_cannot_publish_raises_at_once(stack: Stack) -> None:
     with pytest.raises(BrokerUnreachableError, match="the broker cannot be reached"):
         async with AsyncClient("amqp://guest:guest@127.0.0.1:1/", connect_timeout=0.5):
