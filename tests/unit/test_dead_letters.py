@@ -199,7 +199,7 @@ def test_a_time_has_several_formats() -> None:
     "text", ["", "2", "h", "2030-02-30", "2030-01-31T12:00:00", "999999999w", "-2h", "2 h"]
 )
 def test_an_invalid_time_is_rejected(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is not a time"):
+    with pytest.raises(typer.BadParameter, match=r"is not a time|is too long"):
         parse_time(text)
 
 

@@ -445,6 +445,7 @@ def test_a_deadline_is_an_rfc_3339_time(text: str, expected: datetime) -> None:
         "tomorrow", "", "1893456000",
         "2030-02-30T12:00:00Z", "2030-13-01T12:00:00Z", "2030-01-31T24:00:00Z", "2030-01-31T12:60:00Z",
         "2030-01-31T12:00:61Z", "2030-01-31T12:00:00+24:00", "2029-02-29T00:00:00Z",
+        "9999-12-31T23:59:59-01:00", "0001-01-01T00:00:00+01:00",
     ],
 )  # fmt: skip
 def test_every_other_time_format_is_rejected(text: str) -> None:
@@ -545,12 +546,12 @@ def test_an_unsupported_part_type_is_reported_with_the_supported_ones() -> None:
     ("images", "message"),
     [
         ([{"url": "u", "sharpness": 1}], "images.0.sharpness: unknown field"),
-        (["u", {}], "images.1.url: Field required"),
-        ([{"url": 5, "str": 1}], "images.0.url: Input should be a valid string; images.0.str: unknown field"),
-        ([5], "images.0: Input should be a valid string; images.0: Input should be a valid object"),
+        (["u", {}], "images.1.url: missing"),
+        ([{"url": 5, "str": 1}], "images.0.url: must be a string; images.0.str: unknown field"),
+        ([5], "images.0: must be a string or an object with url"),
         (
             [5, {}],
-            ("images.0: Input should be a valid string; images.0: Input should be a valid object"),
+            "images.0: must be a string or an object with url",
         ),
     ],
 )
@@ -561,24 +562,42 @@ def test_errors_of_an_image_are_those_of_its_form(images: list[Any], message: st
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"type": "text"}], "messages.0.content.0.text: Field required"),
-        ([{"type": "image_url", "image_url": {}}], "messages.0.content.0.image_url.url: Field required"),
+        ([{"type": "text"}], "messages.0.content.0.text: missing"),
+        ([{"type": "image_url", "image_url": {}}], "messages.0.content.0.image_url.url: missing"),
         (
             [{"type": "image_url", "image_url": "u"}],
-            "messages.0.content.0.image_url: Input should be a valid object",
+            "messages.0.content.0.image_url: must be an object with url",
         ),
-        (["text"], "messages.0.content.0: Input should be a valid object"),
+        (["text"], "messages.0.content.0: must be an object"),
         (
             5,
-            (
-                "messages.0.content: Input should be a valid string; "
-                "messages.0.content: Input should be a valid list"
-            ),
+            "messages.0.content: must be a string or a list",
         ),
     ],
 )
 def test_errors_of_a_messages_content_are_those_of_its_form(content: Any, message: str) -> None:
     assert fault({"id": "a", "messages": [{"role": "user", "content": content}]}).message == message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"question": 5}, "question: must be a string"),
+        ({"images": "u"}, "images: must be a list"),
+        ({"images": []}, "images: must not be empty"),
+        ({"params": []}, "params: must be an object"),
+        ({"metadata": "m"}, "metadata: must be an object"),
+        ({"model": {}}, "model: must be a string"),
+        ({"messages": [5]}, "messages.0: must be an object with role and content"),
+        ({"messages": []}, "messages: must not be empty"),
+        ({"messages": [{"role": ""}]}, "messages.0.role: must not be empty"),
+        ({"messages": [{}]}, "messages.0.role: missing"),
+        ({"messages": [{"role": "user", "content": [{}]}]}, "messages.0.content.0: type: missing"),
+    ],
+)
+def test_errors_use_plain_words(fields: dict[str, Any], message: str) -> None:
+    own = {"id": "a", **fields} if "messages" in fields else {**SHORT, **fields}
+    assert fault(own).message == message
 
 
 @pytest.mark.parametrize("field", ["str", "ImageObject", "TextPart", "list[x]"])

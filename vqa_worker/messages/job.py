@@ -4,7 +4,7 @@ A job has a short form (`question` and `images`) or a long form (`messages`); `C
 """
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -47,7 +47,7 @@ def _check_id(value: object) -> object:
 
 
 def parse_deadline(value: object) -> datetime | None:
-    """Parse the deadline of a job, an RFC 3339 time.
+    """Parse the deadline of a job, an RFC 3339 time; return it in UTC.
 
     Raises:
         ValueError: it is not such a time; the message says why.
@@ -61,8 +61,9 @@ def parse_deadline(value: object) -> datetime | None:
         # Python does not support leap seconds (RFC 3339 §5.7); use the second before.
         text = f"{text[:17]}59{text[19:]}"
     try:
-        return datetime.fromisoformat(text)
-    except ValueError:
+        # Near the years 1 and 9999 the same time in UTC can be out of range.
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
         raise ValueError("is not a valid time") from None
 
 

@@ -8,6 +8,25 @@ from pydantic import ValidationError
 MAX_REPORTED_ERRORS = 5
 MAX_NAME_CHARS = 100
 
+_TYPE = "must be "
+# By pydantic's type of error; its own messages are written for programmers.
+_TEXTS = {
+    "extra_forbidden": "unknown field",
+    "missing": "missing",
+    "string_type": f"{_TYPE}a string",
+    "list_type": f"{_TYPE}a list",
+    "dict_type": f"{_TYPE}an object",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+    "union_tag_not_found": "type: missing",
+}
+# By the name of the class, the object that is expected.
+_OBJECTS = {
+    "ImageUrl": "an object with url",
+    "ImageObject": "an object with url",
+    "ChatMessage": "an object with role and content",
+}
+
 _Location = tuple[int | str, ...]
 
 
@@ -15,7 +34,10 @@ def explain(error: Exception) -> str:
     """Return what is wrong with a message: a ValidationError, RecursionError or ValueError of its reading."""
     if isinstance(error, ValidationError):
         details = error.errors(include_input=False, include_url=False)
-        errors = [_explain_one(detail) for detail in _without_other_types(details)]
+        texts: dict[str, list[str]] = {}
+        for detail in _without_other_types(details):
+            texts.setdefault(_field_path(detail["loc"]), []).append(_explain_one(detail))
+        errors = [f"{path}: {_joined(found)}" if path else _joined(found) for path, found in texts.items()]
         more = len(errors) - MAX_REPORTED_ERRORS
         return "; ".join(errors[:MAX_REPORTED_ERRORS]) + (f"; and {more} more" if more > 0 else "")
     if isinstance(error, RecursionError):
@@ -68,15 +90,18 @@ def _field_path(location: _Location) -> str:
     return ".".join(shorten(str(name)) for name in names)
 
 
+def _joined(texts: Sequence[str]) -> str:
+    """Join the texts about one value; the types that it can have are alternatives."""
+    first, *others = dict.fromkeys(texts)
+    if all(text.startswith(_TYPE) for text in (first, *others)):
+        return " or ".join((first, *(text.removeprefix(_TYPE) for text in others)))
+    return "; ".join((first, *others))
+
+
 def _explain_one(detail: Any) -> str:
-    path = _field_path(detail["loc"])
-    match detail["type"]:
-        case "extra_forbidden":
-            text = "unknown field"
-        case "model_type" | "model_attributes_type":  # pydantic's message names the Python class
-            text = "Input should be a valid object"
-        case "union_tag_invalid":  # pydantic's message quotes the job's value
-            text = f"type must be one of {detail['ctx']['expected_tags']}"
-        case _:
-            text = detail["msg"].removeprefix("Value error, ")
-    return f"{path}: {text}" if path else text
+    kind = detail["type"]
+    if kind == "union_tag_invalid":  # pydantic's message quotes the job's value
+        return f"type must be one of {detail['ctx']['expected_tags']}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{_TYPE}{_OBJECTS.get(detail.get('ctx', {}).get('class_name'), 'an object')}"
+    return _TEXTS.get(kind) or detail["msg"].removeprefix("Value error, ")

@@ -72,6 +72,16 @@ async def depth(connection: AbstractConnection, queue: str) -> int:
     return found.declaration_result.message_count or 0
 
 
+async def consumer_count(connection: AbstractConnection, queue: str) -> int:
+    """Return the number of consumers of a queue.
+
+    Raises: as `depth`.
+    """
+    async with _queue_channel(connection, queue) as channel:
+        found = await channel.declare_queue(queue, durable=True, passive=True)
+    return found.declaration_result.consumer_count or 0
+
+
 @asynccontextmanager
 async def _queue_channel(connection: AbstractConnection, queue: str) -> AsyncIterator[AbstractChannel]:
     with queue_errors(queue):

@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 from worker import __version__
-from worker.cli import config
+from worker.cli import config, submissions
 from worker.cli.check import commands as check
 from worker.cli.dlq import commands as dlq
 from worker.cli.help import Group
-from worker.cli.results import results
 from worker.cli.shell import PROGRAM, Screen, add, execute, with_common_options
 from worker.cli.submit.commands import submit
 from worker.cli.top import commands as top
@@ -54,7 +53,9 @@ def build(run: Run) -> typer.Typer:
     app = _group(_main.__doc__ or "")
     app.callback()(with_common_options(_main))
     add(app, "submit", submit)
-    add(app, "results", results)
+    group = _group("Manage submissions: list, show, collect, cancel, delete.")
+    submissions.register(app, group)
+    app.add_typer(group, name="submissions")
     add(app, "run", _run_command(run))
     add(app, "schema", schema)
     add(app, "completion", _completion_command(app))

@@ -30,6 +30,10 @@ COMMON: Final = "Options for all commands"
 
 
 class _Help(_Base):
+    def collect_usage_pieces(self, ctx: "_Context") -> list[str]:
+        """Return the arguments as `NAME`; typer writes `{NAME}`."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
     def format_help_text(self, ctx: "_Context", formatter: "_Formatter") -> None:  # noqa: ARG002 - typer's signature
         """Write the docstring; an indented paragraph keeps its lines."""
         for paragraph in (self.help or "").split("\n\n"):
@@ -64,6 +68,9 @@ class _Help(_Base):
 def _plain(names: str, text: str) -> tuple[str, str]:
     """Return the names and the description of a parameter without typer's notation for types and ranges."""
     names = _TYPE.sub(lambda found: f" {_METAVARS.get(found[1], found[1])}".rstrip(), names)
+    if "-" not in names:
+        # A required argument.
+        names, text = names.removesuffix(" TEXT"), text.removesuffix("  [required]")
     return names, _RANGE.sub(lambda found: "" if "[" in found[1] else "]", text)
 
 

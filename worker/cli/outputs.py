@@ -7,15 +7,17 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+from vqa_worker.messages.decoding import parse_leniently
 from worker.cli.shell import Screen
 from worker.cli.submit import batch
 from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Form
+from worker.cli.submit.results import failure, parse
 from worker.cli.submit.state import Received, StoredResult, SubmissionState
 
 _COLUMNS: Final = (
@@ -76,25 +78,36 @@ class Stream:
             self._print(self._state.result(received.id))
 
     def _print(self, stored: StoredResult) -> None:
-        self._screen.write(self._text(stored) if self._as_text else line_of(stored, self._form))
-
-    def _text(self, stored: StoredResult) -> str:
-        result = json.loads(stored.body)
-        error = result.get("error")
-        text = f"failed: {error.get('message')} ({error.get('code')})" if error else result.get("answer")
-        if text is None:
-            text = "the model called tools; use --json to see them"
-        if not self._has_many:
-            return str(text)
-        return f"{(result.get('metadata') or {}).get('image') or stored.custom_id or stored.id}: {text}"
+        if not self._as_text:
+            self._screen.write(line_of(stored, self._form))
+            return
+        result = parse(stored.body)
+        own = result["metadata"].get("image") or stored.custom_id or stored.id
+        title = f"{own}: " if self._has_many else ""
+        if stored.failed:
+            code, message = failure(result)
+            self._screen.note(encodable(f"{title}failed: {message} ({code})"))
+        else:
+            answer = result["answer"] or "the model called tools; use --json to see them"
+            self._screen.write(encodable(f"{title}{answer}"))
 
 
 def line_of(stored: StoredResult, form: Form) -> str:
     """Format a result as a line of JSONL or of a Batch API file."""
-    result = json.loads(stored.body)
     if form == "batch":
-        result = batch.line_of(stored.custom_id or stored.id, result, stored.at)
-    return json.dumps(result, ensure_ascii=False)
+        return _json(batch.line_of(stored.custom_id or stored.id, parse(stored.body), stored.at))
+    return _json(parse_leniently(stored.body))
+
+
+def _json(value: Any) -> str:
+    line = json.dumps(value, ensure_ascii=False)
+    # Half of a surrogate pair, which JSON can contain and UTF-8 cannot.
+    return line if line == encodable(line) else json.dumps(value)
+
+
+def encodable(text: str) -> str:
+    """Return the text with `?` in place of characters that UTF-8 cannot encode."""
+    return text.encode(errors="replace").decode()
 
 
 def write(state: SubmissionState, form: Form, path: Path, errors: Path | None) -> list[Path]:
@@ -111,14 +124,14 @@ def write(state: SubmissionState, form: Form, path: Path, errors: Path | None) -
             _write_lines(state.results(), form, file)
         return [path]
     with _atomic(path) as file:
-        _write_lines((stored for stored in state.results() if not stored.failed), form, file)
+        _write_lines(state.results(failed=False), form, file)
     errors = errors or path.with_name(f"{path.stem}.errors{path.suffix}")
-    if not any(stored.failed for stored in state.results()):
+    if not state.counts().failed:
         # A file of an earlier run would list errors that no longer exist.
         errors.unlink(missing_ok=True)
         return [path]
     with _atomic(errors) as file:
-        _write_lines((stored for stored in state.results() if stored.failed), form, file)
+        _write_lines(state.results(failed=True), form, file)
     return [path, errors]
 
 
@@ -133,33 +146,23 @@ def _write_lines(results: Iterable[StoredResult], form: Form, file: TextIO) -> N
 
 def _write_csv(state: SubmissionState, file: TextIO) -> None:
     metadata: dict[str, None] = {}
-    for result in _results(state):
-        metadata.update(dict.fromkeys(result.get("metadata") or {}))
+    for stored in state.results():
+        metadata.update(dict.fromkeys(parse(stored.body)["metadata"]))
     names = [name for name in metadata if name not in _COLUMNS]
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*_COLUMNS, *names])
-    for result in _results(state):
-        own = result.get("metadata") or {}
-        writer.writerow([*_cells(result), *(_cell(own.get(name)) for name in names)])
-
-
-def _results(state: SubmissionState) -> Iterator[dict[str, Any]]:
-    """Yield the results; those of a batch have the `custom_id` as id."""
+    writer.writerow(map(encodable, [*_COLUMNS, *names]))
     for stored in state.results():
-        result = json.loads(stored.body)
-        yield {**result, "id": stored.custom_id or result.get("id")}
-
-
-def _cells(result: Mapping[str, Any]) -> Iterator[str]:
-    usage, error = result.get("usage") or {}, result.get("error") or {}
-    flat = {**result, **usage, "error_code": error.get("code"), "error_message": error.get("message")}
-    return (_cell(flat.get(name)) for name in _COLUMNS)
+        result = parse(stored.body)
+        flat = {**result, **result["usage"], "id": stored.custom_id or stored.id}
+        if stored.failed:
+            flat["error_code"], flat["error_message"] = failure(result)
+        own = result["metadata"]
+        cells = [*(flat.get(name) for name in _COLUMNS), *(own.get(name) for name in names)]
+        writer.writerow(map(_cell, cells))
 
 
 def _cell(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return json.dumps(value, ensure_ascii=False)
+    return encodable(value or "") if value is None or isinstance(value, str) else _json(value)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Progress bars on stderr, drawn only on a terminal."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
+from rich.console import RenderableType
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,6 +25,8 @@ from worker.cli.submit.estimate import dollars
 from worker.cli.submit.state import Counts
 
 REFRESH_INTERVAL_S: Final = 0.25
+# In a narrower terminal the bars are shorter and have no rates.
+WIDE_COLUMNS: Final = 110
 
 
 @dataclass
@@ -39,17 +43,24 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.1f}/s" if task.speed else "", style="progress.data.speed")
 
 
+class _Progress(Progress):
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Leave room at the right: `^C`, which the terminal prints there, must not start a new line."""
+        yield Padding(self.make_tasks_table(self.tasks), (0, 3, 0, 0), expand=False)
+
+
 @asynccontextmanager
 async def show_progress(screen: Screen, bars: Iterable[Bar]) -> AsyncIterator[None]:
     """Show progress bars while the context lasts."""
     if not screen.shows_progress:
         yield
         return
-    progress = Progress(
+    is_wide = screen.progress.width >= WIDE_COLUMNS
+    progress = _Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=24 if is_wide else 10),
         MofNCompleteColumn(),
-        _Rate(),
+        *([_Rate()] if is_wide else []),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
         console=screen.progress,

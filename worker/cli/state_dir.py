@@ -1,12 +1,15 @@
-"""The state folder: one file for each submission, named after it."""
+"""The state folder: one file for each submission, named after it, and its lock."""
 
+import fcntl
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from worker.cli.private_files import make_private_folder, open_private
 from worker.cli.shell import CommandError
-from worker.cli.submit.state import SubmissionState
 
 SUFFIX: Final = ".submission"
 # The name is part of a queue name, which is limited to 255 bytes.
@@ -24,28 +27,67 @@ def path_of(name: str) -> Path:
     return folder() / f"{name}{SUFFIX}"
 
 
-def find(name: str) -> SubmissionState:
-    """Open the state file of a submission, by name or by path.
+def find(name: str) -> Path:
+    """Return the path of an existing submission's state file.
 
     Raises:
         CommandError: there is no such submission.
     """
-    path = Path(name)
-    if not path.is_file():
-        path = path_of(name)
-        if not path.is_file():
-            known = ", ".join(names()) or "none"
-            raise CommandError(
-                f"no such submission: {name} (known: {known}). Run `vqa-worker results` for a list."
-            )
-    return SubmissionState.open(path)
+    path = path_of(name)
+    if "/" in name or not path.is_file():
+        raise CommandError(f"no such submission: {name}. `vqa-worker submissions list` shows all.")
+    return path
+
+
+@contextmanager
+def locked(name: str) -> Iterator[Path]:
+    """Hold the lock of a submission, which need not exist; yield the path of its state file.
+
+    Only the holder creates, changes or deletes the state file. The kernel releases the lock when the process
+    ends.
+
+    Raises:
+        CommandError: another process holds it.
+    """
+    make_private_folder(folder())
+    path = folder() / f"{name}.lock"
+    descriptor = _lock(path)
+    if descriptor is None:
+        raise CommandError(
+            f"another vqa-worker command is using the submission {name}. Wait until it has finished, or stop"
+            " it."
+        )
+    try:
+        yield path_of(name)
+    finally:
+        # Nobody else can hold a lock on this file now; `_lock` detects that it was deleted.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """Return the descriptor that holds the lock, or None if another process holds it.
+
+    `flock` belongs to the descriptor. A POSIX lock would end when the process closes any descriptor of the
+    file.
+    """
+    while True:
+        descriptor = open_private(str(path), os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return descriptor
+        # The last holder has deleted this file, and another process may have created the next one.
+        os.close(descriptor)
 
 
 def names() -> list[str]:
-    """Return the names of all submissions, newest first."""
-    found = [path for path in folder().glob(f"*{SUFFIX}") if not path.name.startswith(".")]
-    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.name.removesuffix(SUFFIX) for path in found]
+    """Return the names of all submissions."""
+    return sorted(path.name.removesuffix(SUFFIX) for path in folder().glob(f"[!.]*{SUFFIX}"))
 
 
 def to_name(title: str) -> str:

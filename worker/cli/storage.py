@@ -2,14 +2,13 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 from vqa_worker.messages.image_types import media_type
 from worker.cli.shell import CommandError
-from worker.cli.submit.state import SubmissionState
 from worker.s3.aws import Aws, Endpoint, S3Object
 from worker.s3.client import S3
 from worker.s3.uploads import upload_if_missing
@@ -34,49 +33,46 @@ async def open_s3(settings: CommandSettings) -> AsyncIterator[S3]:
 
 
 class Uploads:
-    """Upload the files of a submission to S3, each once."""
+    """Upload files to S3, each once."""
 
-    def __init__(self, state: SubmissionState, s3: S3) -> None:
-        self._state = state
+    def __init__(self, files: Mapping[str, Path], s3: S3) -> None:
+        """`files`: by the URL of the object."""
+        self._files = files
         self._s3 = s3
-        self._todo = state.pending_uploads()
         self._done = 0
         self._new = 0
 
     def progress(self) -> tuple[int, int, str]:
         """Return the numbers of finished and of all uploads, and a note with the number of new objects."""
-        return self._done, len(self._todo), f"{self._new:,} new"
+        return self._done, len(self._files), f"{self._new:,} new"
 
     async def run(self) -> None:
-        """Upload all files that are not uploaded yet.
+        """Upload all files that are not in S3 yet.
 
         Raises:
             CommandError: a file is unreadable or has changed.
             DependencyDownError: S3 is unreachable or refuses access.
         """
-        todo = iter(self._todo)
+        todo = iter(self._files.items())
         async with asyncio.TaskGroup() as group:
             for _ in range(MAX_CONCURRENT_UPLOADS):
                 group.create_task(self._work(todo))
 
-    async def _work(self, todo: Iterator[tuple[str, str]]) -> None:
+    async def _work(self, todo: Iterator[tuple[str, Path]]) -> None:
         for url, path in todo:
             bucket, _, key = url.removeprefix("s3://").partition("/")
             content = await asyncio.to_thread(_read, path, key)
             kind = media_type(content) or "application/octet-stream"
             is_new = await upload_if_missing(self._s3, S3Object(bucket, key), content, kind)
             self._new += is_new
-            self._state.set_uploaded(url)
             self._done += 1
 
 
-def _read(path: str, key: str) -> bytes:
+def _read(path: Path, key: str) -> bytes:
     try:
-        content = Path(path).read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise CommandError(f"cannot read {path}: {error.strerror}.") from None
     if hashlib.sha256(content).hexdigest() not in key:
-        raise CommandError(
-            f"{path} has changed since it was submitted. Restore it, or submit with another --name."
-        )
+        raise CommandError(f"{path} is being changed. Run the command again when it is complete.")
     return content

@@ -10,6 +10,7 @@ from aio_pika.exceptions import ChannelClosed
 
 from vqa_worker.messages.job import valid_id
 from vqa_worker.rabbitmq.connection import broker_reason, connection_losses
+from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, OutgoingMessage
 from worker.rabbitmq.topology import Topology
 
 log = structlog.get_logger(__name__)
@@ -18,6 +19,16 @@ log = structlog.get_logger(__name__)
 REBIND_INTERVAL_S = 10.0
 # Each refusal is an error line in RabbitMQ's log.
 RETRY_INTERVAL_S = 60.0
+
+
+def cancellation(exchange: str, job_id: str) -> OutgoingMessage:
+    """Build the message that cancels a job; the broker returns it if no worker listens."""
+    return OutgoingMessage(
+        body=json.dumps({"cancel": job_id}).encode(),
+        exchange=exchange,
+        routing_key="",
+        content_type=CONTENT_TYPE,
+    )
 
 
 class Control:

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from worker.settings.broker import BrokerSettings
-from worker.settings.model import Price, Settings
+from worker.settings.model import AllowedModels, Price, Settings
 from worker.settings.urls import HttpUrl
 from worker.settings.values import AnyCase, Count, JsonObject, Printable
 
@@ -18,5 +18,6 @@ class CommandSettings(BrokerSettings):
         "s3_addressing_style"
     ]
     model: Printable = _DEFAULTS["model"]
+    allowed_models: AllowedModels = _DEFAULTS["allowed_models"]
     prices: Annotated[dict[str, Price], JsonObject] = _DEFAULTS["prices"]
     max_job_bytes: Count = _DEFAULTS["max_job_bytes"]

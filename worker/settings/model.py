@@ -5,7 +5,7 @@ They are validated together before the first connection.
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -61,6 +61,13 @@ def _model_is_allowed(models: tuple[str, ...], info: ValidationInfo) -> tuple[st
             f"does not include {shown(model)}, the value of {variable('model')}: add it, or change that one"
         )
     return models
+
+
+AllowedModels: TypeAlias = Annotated[
+    CommaList,
+    AfterValidator(_model_is_allowed),
+    default(lambda above: (above["model"],) if "model" in above else ()),
+]
 
 
 def _at_most_max_concurrency(initial: int, info: ValidationInfo) -> int:
@@ -159,11 +166,7 @@ class Settings(BrokerSettings):
     key. Secret."""
     model: Printable = "meta-llama/Llama-3.2-90B-Vision-Instruct"
     """Model for jobs without `model`."""
-    allowed_models: Annotated[
-        CommaList,
-        AfterValidator(_model_is_allowed),
-        default(lambda above: (above["model"],) if "model" in above else ()),
-    ] = DERIVED
+    allowed_models: AllowedModels = DERIVED
     """Comma-separated models that jobs may use; must include `VQA_MODEL`."""
     model_timeout: Seconds = 120
     """Timeout of one model request in seconds. Raise it for long answers or slow models."""

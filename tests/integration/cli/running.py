@@ -26,7 +26,7 @@ import structlog
 from deploy.local.stack import Stack
 from tests.running import ROOT, Worker
 from worker.__main__ import main
-from worker.cli.submit.state import Counts, SubmissionState
+from worker.cli.submit.state import Counts, read_state
 
 PATIENCE_S = 60.0
 COMMAND = [sys.executable, "-m", "worker"]
@@ -175,11 +175,8 @@ class Cli:
         return sorted((self.folder / "state" / "vqa-worker").glob("*.submission"))
 
     def counts(self) -> Counts | None:
-        """Return the progress of the only submission; None before it is planned."""
-        if not self.state_files:
-            return None
-        with contextlib.closing(SubmissionState.open(self.state_files[0])) as state:
-            return state.counts() if "planned" in state.head() else None
+        """Return the progress of the only submission; None before there is one."""
+        return read_state(self.state_files[0])[1] if self.state_files else None
 
     def end_all(self) -> None:
         """Kill all processes that still run."""

@@ -35,14 +35,13 @@ async def test_a_file_of_jobs_is_submitted_unchanged(cli: Cli, stack: Stack, put
     name = submitted.summary["name"]
     assert submitted.summary == {
         "name": name,
-        "state_file": str(cli.state_files[0]),
         "jobs": 2,
         "submitted": 2,
         "queue": cli.jobs_queue,
         "reply_to": submitted.summary["reply_to"],
     }
     assert submitted.summary["reply_to"].startswith(f"vqa.results.{name}-")
-    collected = await cli.run("results", name, "--json")
+    collected = await cli.run("submissions", "collect", name, "--json")
     assert sorted(result["id"] for result in collected.objects) == sorted([f"{name}-2", "one"])
     (call,) = calls_with(stack, "Größe? \u2028")
     assert call.ended

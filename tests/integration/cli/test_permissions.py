@@ -68,8 +68,8 @@ async def test_a_missing_permission_is_reported_and_the_submission_can_be_resume
     user.permit(**SUBMITTING, write="^$")
     no_writing = await cli.run("submit", "jobs.jsonl")
     for refused, reported in (
-        (no_queue, "queue vqa.results.jobs-"),
-        (no_writing, "the user of VQA_RABBITMQ_URL may not publish jobs: ACCESS_REFUSED"),
+        (no_queue, "Error: queue vqa.results.jobs-"),
+        (no_writing, "Error: the user of VQA_RABBITMQ_URL may not publish jobs: ACCESS_REFUSED"),
     ):
         assert (refused.code, refused.out) == (78, "")
         assert any(line.startswith(reported) for line in refused.err.splitlines()), refused.err
@@ -87,9 +87,9 @@ async def test_a_missing_read_permission_is_reported(cli: Cli, user: BrokerUser)
     cli.settings["VQA_RABBITMQ_URL"] = user.url
     cli.write("jobs.jsonl", QUESTION)
     submitted = await cli.run("submit", "jobs.jsonl", "--name", "unread")
-    unread = await cli.run("results", "unread")
+    unread = await cli.run("submissions", "collect", "unread")
     assert (submitted.code, unread.code, unread.out) == (0, 78, "")
-    assert unread.err.startswith("queue vqa.results.unread-")
+    assert unread.err.startswith("Error: queue vqa.results.unread-")
     assert "lacks a permission: ACCESS_REFUSED" in unread.err
     for replies in ("queue", "exclusive"):
         with pytest.raises(TopologyError, match="lacks a permission: ACCESS_REFUSED"):

@@ -1,9 +1,11 @@
-"""`vqa-worker results` and `submit --wait`: collecting from the submission's reply queue, output formats."""
+"""`vqa-worker submissions`, `cancel` and `submit --wait`: collecting results, output formats."""
 
+import asyncio
 import csv
 import json
 import re
 import uuid
+from collections import Counter
 from typing import Any
 
 import aio_pika
@@ -80,6 +82,32 @@ async def test_a_batch_gets_an_output_and_an_error_file(cli: Cli) -> None:
     assert second["id"].startswith("batch_req_")
 
 
+async def test_the_error_file_has_the_status_and_error_of_the_api(cli: Cli, stack: Stack) -> None:
+    stack.model.play(Error(status=400, message="too long"), marker="Rejected?")
+    cli.write("batch.jsonl", request("request-1", "Rejected?"), request("request-2", "Fine?"))
+    done = await cli.run("submit", "batch.jsonl", "--wait", "-o", "out.jsonl")
+    assert done.code == 1
+    (rejected,) = cli.read("out.errors.jsonl")
+    assert rejected["error"] is None
+    assert rejected["response"]["status_code"] == 400
+    assert rejected["response"]["body"]["error"]["code"] == "model_rejected"
+    assert "too long" in rejected["response"]["body"]["error"]["message"]
+
+
+async def test_malformed_results_do_not_stop_the_collection(no_worker_cli: Cli, stack: Stack) -> None:
+    wrong = ["text", ["x"], {"total_tokens": "7"}, {"total_tokens": 10**400, "cost_usd": "free"}, 10**30]
+    ids = [f"{number}" for number in range(len(wrong) + 1)]
+    no_worker_cli.write("jobs.jsonl", *({"id": job_id, **question("?")} for job_id in ids))
+    submitted = (await no_worker_cli.run("submit", "jobs.jsonl", "--json")).summary
+    async with channel_of(stack) as channel:
+        for job_id, usage in zip(ids, [*wrong, None], strict=True):
+            body = json.dumps({**json.loads(_result(job_id)), "usage": usage}).encode()
+            await _publish(channel, submitted["reply_to"], body)
+    done = await no_worker_cli.run("submissions", "collect", submitted["name"], "-o", "out.csv", "--json")
+    assert done.code == 0, done.err
+    assert done.summary["succeeded"] == len(ids)
+
+
 async def test_the_output_file_has_the_api_s_response_if_workers_include_it(
     start_worker: StartWorker, cli: Cli
 ) -> None:
@@ -151,13 +179,13 @@ async def test_only_own_results_are_collected_and_the_queue_is_deleted_at_the_en
     other = uuid.uuid4().hex
     await client.publish({"id": other, **question("Theirs?")})
     name, queue = submitted.summary["name"], submitted.summary["reply_to"]
-    collected = await cli.run("results", name, "--json")
+    collected = await cli.run("submissions", "collect", name, "--json")
     assert collected.code == 0
     assert len(collected.objects) == 5
     assert await depth(stack, queue) is None
     assert (await client.result(other)).body["status"] == "succeeded"
     # The results are in the state file and can be printed again without the broker.
-    again = await cli.run("results", name, "--json", VQA_RABBITMQ_URL="amqp://127.0.0.1:1/")
+    again = await cli.run("submissions", "collect", name, "--json", VQA_RABBITMQ_URL="amqp://127.0.0.1:1/")
     assert again.code == 0
     assert re.fullmatch(
         r"Warning: submitted to amqp://\S+, but VQA_RABBITMQ_URL is amqp://127.0.0.1:1/.\n", again.err
@@ -171,7 +199,7 @@ async def test_duplicate_and_unknown_results_are_ignored(no_worker_cli: Cli, sta
     async with channel_of(stack) as channel:
         for body in (_result("a"), _result("a"), b"no JSON", b"[]", _result("c"), _result("b")):
             await _publish(channel, submitted["reply_to"], body)
-    collected = await no_worker_cli.run("results", submitted["name"], "--json")
+    collected = await no_worker_cli.run("submissions", "collect", submitted["name"], "--json")
     assert collected.code == 0
     assert [result["id"] for result in collected.objects] == ["a", "b"]
     assert collected.err == "Ignored 3 unexpected results (unknown job id).\n"
@@ -179,7 +207,7 @@ async def test_duplicate_and_unknown_results_are_ignored(no_worker_cli: Cli, sta
 
 async def test_a_deleted_reply_queue_is_reported(no_worker_cli: Cli, stack: Stack) -> None:
     submitted = (await no_worker_cli.run("submit", "s3://b/k", "What?", "--json")).summary
-    waiting = no_worker_cli.start("results", submitted["name"])
+    waiting = no_worker_cli.start("submissions", "collect", submitted["name"])
     async with channel_of(stack) as channel:
 
         async def is_read() -> bool:
@@ -189,10 +217,11 @@ async def test_a_deleted_reply_queue_is_reported(no_worker_cli: Cli, stack: Stac
         await until(is_read, "the queue is read")
         await channel.queue_delete(submitted["reply_to"])
     deleted = await ended(waiting)
-    for end in (deleted, await no_worker_cli.run("results", submitted["name"])):
+    for end in (deleted, await no_worker_cli.run("submissions", "collect", submitted["name"])):
         assert (end.code, end.out) == (1, "")
-        (sentence,) = end.err.splitlines()
-        assert sentence.startswith(f"Error: the queue {submitted['reply_to']} does not exist any more")
+        assert end.err_lines[-1].startswith(
+            f"Error: the queue {submitted['reply_to']} does not exist any more"
+        )
 
 
 # Waiting
@@ -214,10 +243,10 @@ async def test_a_collector_that_is_killed_loses_and_repeats_no_result(
 
     name = cli.state_files[0].name.removesuffix(".submission")
     assert (await cli.run("submit", "jobs.jsonl")).code == 0  # jobs that are not submitted yet
-    collecting = cli.start("results", name, "-o", "out.jsonl")
+    collecting = cli.start("submissions", "collect", name, "-o", "out.jsonl")
     await until(lambda: far(cli).received >= before.received + 40, "more results are collected")
     await kill(collecting)
-    done = await cli.run("results", name, "-o", "out.jsonl", "--json")
+    done = await cli.run("submissions", "collect", name, "-o", "out.jsonl", "--json")
     assert done.code == 0, done.err
     assert [result["id"] for result in cli.read("out.jsonl")] == ids
     assert done.summary["succeeded"] == 400
@@ -230,33 +259,109 @@ async def test_available_results_are_collected_without_waiting(no_worker_cli: Cl
     submitted = (await no_worker_cli.run("submit", "jobs.jsonl", "--json")).summary
     async with channel_of(stack) as channel:
         await _publish(channel, submitted["reply_to"], _result("b"))
-    now = await no_worker_cli.run("results", submitted["name"], "--no-wait", "-o", "out.jsonl", "--json")
+    now = await no_worker_cli.run(
+        "submissions", "collect", submitted["name"], "--no-wait", "-o", "out.jsonl", "--json"
+    )
     assert now.code == 1
     assert now.summary["pending"] == 2
     assert [result["id"] for result in no_worker_cli.read("out.jsonl")] == ["b"]
-    late = await no_worker_cli.run("results", submitted["name"], "--wait-timeout", "0.5")
+    late = await no_worker_cli.run("submissions", "collect", submitted["name"], "--wait-timeout", "0.5")
     assert late.code == 1
     assert late.lines == ["b: an answer"]
     assert "2 results pending after 0.5 s." in late.err
     assert await depth(stack, submitted["reply_to"]) == 0
 
 
-async def test_submissions_are_listed_and_deleted(no_worker_cli: Cli, stack: Stack) -> None:
-    assert (await no_worker_cli.run("results")).err.startswith("No submissions in ")
+async def test_submissions_are_listed_shown_and_deleted(no_worker_cli: Cli, stack: Stack) -> None:
+    assert (await no_worker_cli.run("submissions", "list")).err.startswith("No submissions in ")
     first = (await no_worker_cli.run("submit", "s3://b/k", "What?", "--name", "first", "--json")).summary
     await no_worker_cli.run("submit", "s3://b/k", "What?", "--name", "second")
-    listed = await no_worker_cli.run("results", "--json")
-    assert {it["name"]: (it["jobs"], it["submitted"], it["pending"]) for it in listed.objects} == {
+    listed = await no_worker_cli.run_json("submissions", "list")
+    assert {it["name"]: (it["jobs"], it["submitted"], it["pending"]) for it in listed} == {
         "first": (1, 1, 1),
         "second": (1, 1, 1),
     }
-    unknown = await no_worker_cli.run("results", "third")
-    assert (unknown.code, unknown.out) == (1, "")
-    assert unknown.err.startswith("Error: no such submission: third (known: ")
-    deleted = await no_worker_cli.run("results", "first", "--delete")
-    assert deleted.lines == ["Deleted first; 1 result had not been collected."]
+    table = await no_worker_cli.run("submissions", "list", "--limit", "1")
+    heading, row = table.lines
+    assert heading.split() == ["CREATED", "JOBS", "PENDING", "SUCCEEDED", "FAILED", "NAME"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d  1 +1 +0 +0 +(first|second)", row)
+    assert table.err == "1 more (--limit)\n"
+    (shown,) = await no_worker_cli.run_json("submissions", "show", "first")
+    assert (shown["reply_to"], shown["pending"]) == (first["reply_to"], 1)
+    assert "results     0 succeeded" in (await no_worker_cli.run("submissions", "show", "first")).out
+    for command in ("show", "collect", "cancel"):
+        unknown = await no_worker_cli.run("submissions", command, "third")
+        assert (unknown.code, unknown.out) == (1, "")
+        assert unknown.err.startswith("Error: no such submission: third. ")
+
+    unasked = await no_worker_cli.run("submissions", "delete", "first")
+    assert unasked.code == 2
+    assert "1 submission with 1 pending result would be deleted" in unasked.err
+    deleted = await no_worker_cli.run("submissions", "delete", "first", "--yes")
+    assert deleted.lines == ["Deleted first."]
     assert await depth(stack, first["reply_to"]) is None
-    assert [it["name"] for it in (await no_worker_cli.run("results", "--json")).objects] == ["second"]
+    recent = await no_worker_cli.run("submissions", "delete", "--older-than", "1d", "--yes")
+    assert (recent.code, recent.err) == (0, "No matching submissions.\n")
+    assert [it["name"] for it in await no_worker_cli.run_json("submissions", "list")] == ["second"]
+    await no_worker_cli.run("submissions", "delete", "--older-than", "0s", "--yes")
+    assert no_worker_cli.state_files == []
+    for wrong in ((), ("second", "--older-than", "1d"), ("--older-than", "soon")):
+        assert (await no_worker_cli.run("submissions", "delete", *wrong)).code == 2
+
+
+# Cancelling
+
+
+async def test_a_cancelled_submission_gets_failed_results(start_worker: StartWorker, cli: Cli) -> None:
+    worker = await start_worker(VQA_MAX_CONCURRENCY="1")
+    cli.settings.update(VQA_JOBS_QUEUE=worker.jobs_queue, VQA_RESULTS_QUEUE=worker.results_queue)
+    cli.write("jobs.jsonl", *({"id": f"cancel-{n}", **question("Cancelled?")} for n in range(300)))
+    assert (await cli.run("submit", "jobs.jsonl", "--name", "mine")).code == 0
+    assert (await cli.run("submissions", "cancel", "mine")).code == 0
+    done = await cli.run("submissions", "collect", "mine", "--json")
+    codes = Counter((it["error"] or {}).get("code") for it in done.objects)
+    assert codes["cancelled"] > 0
+    assert codes["cancelled"] + codes[None] == 300
+    again = await cli.run("cancel", "--submission", "mine")
+    assert again.out == "Cancelled 0 jobs.\n"
+
+
+async def test_jobs_that_were_not_sent_are_cancelled_without_a_worker(no_worker_cli: Cli) -> None:
+    no_worker_cli.write("jobs.jsonl", *({"id": f"{n}", **question("?")} for n in range(20)))
+    submitting = no_worker_cli.start("submit", "jobs.jsonl", "--name", "mine", "--max-queue", "5")
+    await until(lambda: far(no_worker_cli).confirmed == 5, "the submission waits")
+    await kill(submitting)
+    cancelled = await no_worker_cli.run("submissions", "cancel", "mine")
+    assert cancelled.code == 1
+    assert "no worker listens on the exchange" in cancelled.err
+    assert (far(no_worker_cli).failed, far(no_worker_cli).pending) == (15, 5)
+    assert (await no_worker_cli.run("submit", "jobs.jsonl", "--name", "mine", "--json")).code == 0
+    assert far(no_worker_cli).failed == 15
+
+
+async def test_jobs_are_cancelled_by_id(cli: Cli, no_worker_cli: Cli) -> None:
+    cancelled = await cli.run("cancel", "a", "b", "--json")
+    assert (cancelled.code, cancelled.summary) == (0, {"cancelled": 2})
+    nobody = await no_worker_cli.run("cancel", "a")
+    assert nobody.code == 1
+    assert "no worker listens on the exchange" in nobody.err
+    for wrong in ((), ("a", "--submission", "b")):
+        assert (await cli.run("cancel", *wrong)).code == 2
+
+
+# Without a worker
+
+
+async def test_a_missing_consumer_is_reported_while_waiting(no_worker_cli: Cli) -> None:
+    waiting = no_worker_cli.start("submit", "s3://b/k", "What?", "--wait", "--name", "mine")
+    assert waiting.stderr is not None
+    line = await asyncio.to_thread(waiting.stderr.readline)
+    assert line.startswith(f"No worker is consuming from the queue {no_worker_cli.jobs_queue}: none runs, or")
+    await kill(waiting)
+    limited = await no_worker_cli.run("submissions", "collect", "mine", "--wait-timeout", "2")
+    assert limited.code == 1
+    assert "No worker is consuming from the queue" in limited.err
+    assert "1 results pending after 2 s." in limited.err
 
 
 async def test_results_are_collected_while_jobs_are_submitted(cli: Cli, stack: Stack) -> None:

@@ -1,7 +1,10 @@
 """Interrupted submissions: no job is lost and no job is submitted twice."""
 
 import asyncio
+import contextlib
 import json
+import sqlite3
+import uuid
 from collections import Counter
 
 from deploy.local.stack import Stack
@@ -10,6 +13,7 @@ from tests.integration.cli.running import Cli, depth, drain, ended, kill
 from tests.proxy import Proxy
 from tests.running import until
 from worker.cli.submit.sender import CHUNK_JOBS
+from worker.cli.submit.state import Counts
 
 
 def many(cli: Cli, count: int) -> list[str]:
@@ -54,21 +58,21 @@ async def test_a_submission_waits_for_a_full_queue_and_resumes_after_a_kill(
 async def test_a_submission_killed_while_sending_resends_only_unconfirmed_jobs(
     no_worker_cli: Cli, stack: Stack
 ) -> None:
-    ids = many(no_worker_cli, 6000)
+    ids = many(no_worker_cli, 3000)
     submitting = no_worker_cli.start("submit", "jobs.jsonl")
 
     async def is_half_way() -> bool:
-        return (await depth(stack, no_worker_cli.jobs_queue) or 0) > 1000
+        return (await depth(stack, no_worker_cli.jobs_queue) or 0) > 500
 
     await until(is_half_way, "some jobs are in the queue")
     await kill(submitting)
     counts = no_worker_cli.counts()
     assert counts is not None
-    assert counts.confirmed < 6000, "it was over before it was killed"
+    assert counts.confirmed < 3000, "it was over before it was killed"
 
     again = await no_worker_cli.run("submit", "jobs.jsonl", "--json")
     assert again.code == 0, again.err
-    assert again.summary["submitted"] == 6000 - counts.confirmed
+    assert again.summary["submitted"] == 3000 - counts.confirmed
     if counts.sent:
         assert "sent without a confirm before the interruption" in again.err
         assert f"0 answered, {counts.sent:,} sent again with the same ids" in again.err
@@ -105,6 +109,40 @@ def _answered(stack: Stack, question: str) -> list[object]:
     return [call for call in stack.model.calls() if call.question == question and call.ended]
 
 
+async def test_resumptions_at_the_same_time_submit_no_job_twice(no_worker_cli: Cli, stack: Stack) -> None:
+    """The submitter was killed in the middle of a chunk; three commands then resume at once."""
+    ids = many(no_worker_cli, 1200)
+    submitting = no_worker_cli.start("submit", "jobs.jsonl", "--max-queue", "300")
+    await until(lambda: (no_worker_cli.counts() or Counts()).confirmed == 300, "the submission waits")
+    await kill(submitting)
+    # As a kill between the publish and the record of the confirms leaves it.
+    with contextlib.closing(sqlite3.connect(no_worker_cli.state_files[0])) as file, file:
+        file.execute("UPDATE jobs SET state = 1 WHERE state = 0 AND ordinal <= 500")
+    resuming = [no_worker_cli.start("submit", "jobs.jsonl") for _ in range(3)]
+    done = await asyncio.gather(*map(ended, resuming))
+    refused = [it for it in done if it.code]
+    for it in refused:
+        assert "another vqa-worker command is using the submission jobs-" in it.err
+    assert len(refused) < 3
+    assert await in_queue(no_worker_cli, stack) == Counter(ids)
+
+
+async def test_a_submission_cannot_be_deleted_while_it_is_submitted(no_worker_cli: Cli, stack: Stack) -> None:
+    ids = many(no_worker_cli, 20)
+    submitting = no_worker_cli.start("submit", "jobs.jsonl", "--name", "busy", "--max-queue", "10")
+    await until(lambda: (no_worker_cli.counts() or Counts()).confirmed == 10, "the submission waits")
+    for command in (("delete", "busy", "--yes"), ("collect", "busy", "--no-wait")):
+        refused = await no_worker_cli.run("submissions", *command)
+        assert refused.code == 1
+        assert "another vqa-worker command is using the submission busy" in refused.err
+    sent = await in_queue(no_worker_cli, stack)
+    assert (await ended(submitting)).code == 0
+    assert sent + await in_queue(no_worker_cli, stack) == Counter(ids)
+    counts = no_worker_cli.counts()
+    assert counts is not None
+    assert counts.confirmed == 20
+
+
 async def test_the_same_command_again_submits_no_job_twice(no_worker_cli: Cli, stack: Stack) -> None:
     ids = many(no_worker_cli, 30)
     first = await no_worker_cli.run("submit", "jobs.jsonl", "--json")
@@ -121,20 +159,7 @@ async def test_the_same_command_again_submits_no_job_twice(no_worker_cli: Cli, s
     assert other.summary["name"] != first.summary["name"]
     taken = await no_worker_cli.run("submit", "s3://b/k", "What?", "--name", "again")
     assert taken.code == 2
-    assert "belongs to another submission (jobs). Choose another --name" in taken.err
-
-
-async def test_a_state_file_can_be_chosen_and_resumed(no_worker_cli: Cli) -> None:
-    many(no_worker_cli, 3)
-    where = ("--state-file", str(no_worker_cli.folder / "my.state"))
-    first = await no_worker_cli.run("submit", "jobs.jsonl", *where)
-    assert first.lines[-1] == f"Collect the results with: vqa-worker results {where[1]}"
-    assert "Already submitted: 3 jobs" in (await no_worker_cli.run("submit", "jobs.jsonl", *where)).err
-    assert no_worker_cli.state_files == []
-    no_worker_cli.write("my.state", "something else")
-    spoilt = await no_worker_cli.run("submit", "jobs.jsonl", *where)
-    assert (spoilt.code, len(spoilt.err.splitlines())) == (1, 1)
-    assert "is not the state file of a submission" in spoilt.err
+    assert "the name again belongs to another submission (jobs). Choose another --name" in taken.err
 
 
 async def test_two_processes_cannot_submit_the_same_submission(no_worker_cli: Cli, stack: Stack) -> None:
@@ -147,7 +172,7 @@ async def test_two_processes_cannot_submit_the_same_submission(no_worker_cli: Cl
     await until(waits, "the submission waits for the queue")
     second = await no_worker_cli.run("submit", "jobs.jsonl")
     assert second.code == 1
-    assert "another process is submitting with" in second.err
+    assert "another vqa-worker command is using the submission jobs-" in second.err
     sent = await in_queue(no_worker_cli, stack)
     assert (await ended(submitting)).code == 0
     assert sent + await in_queue(no_worker_cli, stack) == Counter(ids)
@@ -170,23 +195,28 @@ async def test_a_submission_continues_after_a_lost_connection(no_worker_cli: Cli
     assert sum(sent.values()) - len(ids) <= CHUNK_JOBS
 
 
-async def test_failed_uploads_are_resumed(no_worker_cli: Cli, stack: Stack) -> None:
+async def test_a_submission_that_fails_before_it_publishes_leaves_no_state(
+    no_worker_cli: Cli, stack: Stack
+) -> None:
     contents = [picture() for _ in range(6)]
     for number, content in enumerate(contents):
         (no_worker_cli.folder / f"{number}.png").write_bytes(content)
     no_worker_cli.write(
         "jobs.jsonl", *({"question": "What?", "image": f"{number}.png"} for number in range(6))
     )
-    submit = ("submit", "jobs.jsonl", "--bucket", BUCKET)
-    failed = await no_worker_cli.run(*submit, AWS_SECRET_ACCESS_KEY="wrong")
-    assert failed.code == 1
+    name = f"failing-{uuid.uuid4().hex}"
+    submit = ("submit", "jobs.jsonl", "--name", name, "--bucket", BUCKET)
+    for settings, options in (
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, ()),
+        ({"VQA_JOBS_QUEUE": "no-such-queue"}, ()),
+        ({}, ("--exchange", "no-such-exchange")),
+        ({}, ("--exchange", "amq.topic")),
+    ):
+        failed = await no_worker_cli.run(*submit, *options, **settings)
+        assert failed.code != 0
+        assert list((no_worker_cli.folder / "state" / "vqa-worker").iterdir()) == [], failed
     assert await depth(stack, no_worker_cli.jobs_queue) == 0
-    # The planned image is uploaded: a changed file would be another image.
-    (no_worker_cli.folder / "3.png").write_bytes(picture())
-    changed = await no_worker_cli.run(*submit)
-    assert changed.code == 1
-    assert "3.png has changed since it was submitted" in changed.err
-    (no_worker_cli.folder / "3.png").write_bytes(contents[3])
+    assert f"vqa.results.{name}-" not in stack.rabbitmq.ctl("list_queues", "name")
     assert (await no_worker_cli.run(*submit)).code == 0
     bodies = [json.loads(message.body) for message in await drain(stack, no_worker_cli.jobs_queue)]
     s3 = stack.s3.client()

@@ -24,7 +24,7 @@ NOBODY = "amqp://guest:guest@127.0.0.1:1/"
 # Arguments with which each command connects to the broker.
 REACHING_OUT = (
     ("submit", "s3://bucket/key", "What?"),
-    ("results", "known"),
+    ("submissions", "collect", "known"),
 )
 
 
@@ -162,11 +162,11 @@ async def test_completion_offers_commands_and_submissions(cli: Cli, put_image_ur
         )
         return asked.lines
 
-    assert await complete("sub") == ["submit"]
+    assert sorted(await complete("sub")) == ["submissions", "submit"]
     assert "--dry-run" in await complete("submit", "--d")
     assert await complete("topology", "a") == ["apply"]
     await cli.run("submit", put_image_url, "What?", "--name", "mine")
-    assert await complete("results", "") == ["mine"]
+    assert await complete("submissions", "collect", "") == ["mine"]
 
 
 async def test_an_unreachable_broker_is_one_message(cli: Cli) -> None:
@@ -174,7 +174,7 @@ async def test_an_unreachable_broker_is_one_message(cli: Cli) -> None:
     cli.settings["VQA_RABBITMQ_URL"] = NOBODY
     for end in await _side_by_side(cli, *((*command, "--timeout", "0.5") for command in REACHING_OUT)):
         assert (end.code, end.out) == (1, "")
-        # `results` first warns that the jobs were submitted to another broker.
+        # `submissions collect` first warns that the jobs were submitted to another broker.
         *noted, line = end.err.splitlines()
         assert len(noted) <= 1
         assert line.startswith("Error: VQA_RABBITMQ_URL: the broker was unreachable for 0.5 s")
@@ -223,16 +223,12 @@ async def test_wrong_usage_exits_with_2(cli: Cli) -> None:
             ("submit", "--prefix", "photos/", "What?"),
             "--prefix: photos/ is not of the form s3://bucket/prefix",
         ),
-        (
-            ("submit", "s3://b/k", "What?", "--param", "top_p=high"),
-            "--param: the value of top_p is not JSON",
-        ),
-        (("submit", "s3://b/k", "What?", "--price", "much"), "--price: much is not two numbers"),
-        (("submit", "s3://b/k", "What?", "--deadline", "soon"), "--deadline: soon is not a time"),
+        (("submit", "s3://b/k", "What?", "--param", "top_p"), "--param: top_p is not of the form NAME=VALUE"),
+        (("submit", "s3://b/k", "What?", "--wait-timeout", "5"), "--wait-timeout requires --wait"),
         (("submit", "s3://b/k", "What?", "--name", "a/b"), "must consist of"),
         (("submit", "--nothing"), "No such option"),
         (
-            ("results", "x", "--no-wait", "--wait-timeout", "3"),
+            ("submissions", "collect", "x", "--no-wait", "--wait-timeout", "3"),
             "--no-wait and --wait-timeout cannot be combined",
         ),
         (("nothing",), "No such command"),
@@ -247,7 +243,7 @@ async def test_a_closed_pipe_is_not_an_error(cli: Cli, put_image_url: str) -> No
     lines = [{"id": f"{n}", "question": "What?", "images": [put_image_url]} for n in range(50)]
     cli.write("jobs.jsonl", *lines)
     await cli.run("submit", "jobs.jsonl", "--name", "many", "--wait", "-o", "out.jsonl")
-    process = cli.start("results", "many", "--json")
+    process = cli.start("submissions", "collect", "many", "--json")
     assert process.stdout is not None
     process.stdout.close()
     process.stdout = None

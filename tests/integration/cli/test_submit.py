@@ -1,21 +1,19 @@
 """`vqa-worker submit`: single questions, local files, S3 prefixes, cost estimates, reply queues."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from deploy.local.stack import Stack
 from tests.conftest import BUCKET, PutImage, picture
-from tests.integration.cli.running import Cli, depth, drain
+from tests.integration.cli.running import PATIENCE_S, Cli, depth, drain, kill
 from tests.running import calls_with
 
-ASSUMED = (
-    "assuming 500 tokens per image (--image-tokens), 4 characters of text per token,"
-    " 200 tokens per answer (--answer-tokens) unless the job limits it"
-)
 PRICES = {"VQA_PRICES": json.dumps({"simulated/vision": [2.0, 10.0]})}
 
 
@@ -47,8 +45,8 @@ async def test_several_images_are_one_job_or_one_job_each(cli: Cli, put_image: P
 async def test_options_are_passed_to_the_model(cli: Cli, stack: Stack, put_image: PutImage) -> None:
     question = "Is it 17?"
     said = [
-        "--system=Be brief.", "--model=simulated/vision-small", "--max-tokens=7",
-        '--param=stop=["x"]', "--metadata=order=17", "--deadline=1h",
+        "--system=Be brief.", "--model=simulated/vision-small", "--param=max_tokens=7",
+        "--param=stop=END", "--metadata=order=17", "--deadline=1h",
     ]  # fmt: skip
     asked = await cli.run("submit", put_image(), "--question", question, *said, "--wait", "--json")
     (result,) = asked.objects
@@ -56,14 +54,15 @@ async def test_options_are_passed_to_the_model(cli: Cli, stack: Stack, put_image
     assert result["metadata"]["order"] == "17"
     (call,) = calls_with(stack, question)
     assert call.messages[0] == {"role": "system", "content": "Be brief."}
-    assert call.params == {"max_tokens": 7, "stop": ["x"]}
+    assert call.params == {"max_tokens": 7, "stop": "END"}
 
 
 async def test_a_failed_job_is_printed_and_exits_with_1(cli: Cli) -> None:
     asked = await cli.run("submit", f"s3://{BUCKET}/nothing.png", "What?", "--wait")
     assert asked.code == 1
-    assert asked.out.startswith("failed: images[0] (s3://")
-    assert asked.out.endswith("(image_not_found)\n")
+    assert asked.out == ""
+    assert asked.err.startswith("failed: images[0] (s3://")
+    assert asked.err.endswith("(image_not_found)\n")
 
 
 # Local files
@@ -152,6 +151,79 @@ async def test_a_prefix_is_submitted_and_a_later_run_submits_only_new_objects(
     assert matched.summary["images"] == 1
 
 
+async def test_a_listing_holds_no_lock_on_the_state_of_the_submission(cli: Cli, put_image: PutImage) -> None:
+    """S3 does not answer the second listing of the prefix; another command works meanwhile."""
+    put_image(key="slow/1.png")
+    asked = ("submit", "--prefix", f"s3://{BUCKET}/slow/", "Slow?", "--name", "slow")
+    assert (await cli.run(*asked, "--wait")).code == 0
+    put_image(key="slow/2.png")
+    async with await asyncio.start_server(lambda *_: listing.set(), "127.0.0.1", 0) as silent:
+        listing = asyncio.Event()
+        port = silent.sockets[0].getsockname()[1]
+        stuck = cli.with_settings(VQA_S3_ENDPOINT_URL=f"http://127.0.0.1:{port}").start(*asked)
+        await asyncio.wait_for(listing.wait(), PATIENCE_S)
+        (state,) = cli.state_files
+        with contextlib.closing(sqlite3.connect(state, timeout=0)) as file, file:
+            file.execute("BEGIN IMMEDIATE")
+        shown = await cli.run_json("submissions", "list")
+        await kill(stuck)
+    assert [it["jobs"] for it in shown] == [1]
+    # An interrupted listing is repeated.
+    done = await cli.run(*asked, "--wait", "--json")
+    assert len(done.objects) == 2, done
+
+
+async def test_a_folder_is_submitted_and_a_later_run_submits_only_new_images(cli: Cli, stack: Stack) -> None:
+    folder = cli.folder / "photos"
+    (folder / "a b").mkdir(parents=True)
+    for name in ("1.png", "a b/2.PNG", "notes.txt"):
+        (folder / name).write_bytes(picture())
+    asked = ("submit", "photos/", "Whose folder?", "--bucket", BUCKET, "--wait", "--json")
+    first = await cli.run(*asked)
+    assert sorted(it["metadata"]["image"] for it in first.objects) == ["photos/1.png", "photos/a b/2.PNG"]
+    (folder / "3.png").write_bytes(picture())
+    assert len((await cli.run(*asked)).objects) == 3
+    assert len(calls_with(stack, "Whose folder?")) == 3
+    matched = await cli.run(*asked[:-2], "--match", "a b/*", "--dry-run", "--json")
+    assert matched.summary["images"] == 1
+    for arguments, reported in (
+        (("photos/", "--bucket", BUCKET), "the question is missing"),
+        (("photos/", "a.png", "What?", "--bucket", BUCKET), "photos/ is a folder. Submit it without other"),
+        (("a.png", "b.png", "--bucket", BUCKET), "the question is missing"),
+        (("--prefix", "s3://photos/"), "--prefix takes one question and no images."),
+        (("--prefix", "s3://photos/", "a.png", "What?"), "--prefix takes one question and no images."),
+    ):
+        refused = await cli.run("submit", *arguments)
+        assert refused.code == 2
+        assert refused.err.count(reported) == 1, refused.err
+        assert len(refused.err.splitlines()) == 1
+
+
+async def test_a_model_that_is_not_allowed_is_refused(no_worker_cli: Cli, stack: Stack) -> None:
+    allowed = {"VQA_MODEL": "a", "VQA_ALLOWED_MODELS": "a,b"}
+    a, b, c = [
+        await no_worker_cli.run("submit", "s3://b/k", "What?", "--model", model, **allowed) for model in "abc"
+    ]
+    assert (a.code, b.code, c.code) == (0, 0, 2)
+    assert "model: c is not among VQA_ALLOWED_MODELS" in c.err
+    assert await depth(stack, no_worker_cli.jobs_queue) == 2
+
+
+@pytest.mark.parametrize(
+    "deadline",
+    ["99999999999d", "9999-12-31T23:59:59-01:00", "2030-01-31T12:00:00", "soon", "2020-01-31T12:00:00Z"],
+)
+async def test_an_invalid_deadline_is_wrong_usage(no_worker_cli: Cli, deadline: str) -> None:
+    no_worker_cli.write("jobs.jsonl", {"question": "What?", "images": ["s3://b/k"]})
+    refused = await no_worker_cli.run("submit", "jobs.jsonl", "--skip-invalid", "--deadline", deadline)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.startswith(f"Error: --deadline: '{deadline}' ")
+    assert len(refused.err.splitlines()) == 1
+    no_worker_cli.write("own.jsonl", {"question": "What?", "images": ["s3://b/k"], "deadline": deadline})
+    own = await no_worker_cli.run("submit", "own.jsonl", "--skip-invalid")
+    assert own.code == (0 if deadline.startswith("2020") else 2)
+
+
 # Costs
 
 
@@ -162,25 +234,23 @@ async def test_a_dry_run_prints_the_cost_and_sends_nothing(no_worker_cli: Cli, s
         {"question": "x" * 400, "images": ["s3://b/k"], "system": "x" * 40},
     ]
     no_worker_cli.write("jobs.jsonl", *jobs)
-    asked = ("submit", "jobs.jsonl", "--bucket", BUCKET, "--dry-run", "--image-tokens=500")
+    asked = ("submit", "jobs.jsonl", "--bucket", BUCKET, "--dry-run")
     reported = await no_worker_cli.run(*asked, **PRICES)
     assert reported.code == 0, reported.err
     assert reported.lines == [
-        "2 jobs with 3 images for simulated/vision",
         "1 local file to upload, except those already in S3",
-        "about 1,710 prompt and 250 completion tokens",
-        "about $0.005920",
-        ASSUMED,
+        "2 jobs with 3 images for simulated/vision",
+        "about 3,210 prompt and 250 completion tokens, $0.008920",
+        "assuming 1,000 tokens per image and at most 200 per answer",
         "Nothing submitted (dry run).",
     ]
     estimate = (await no_worker_cli.run(*asked, "--json", **PRICES)).summary
-    assert estimate["prompt_tokens"] == 3 * 500 + 100 + 110
+    assert estimate["prompt_tokens"] == 3 * 1000 + 100 + 110
     assert estimate["completion_tokens"] == 50 + 200
-    assert estimate["cost_usd"] == pytest.approx((1710 * 2 + 250 * 10) / 1e6)
+    assert estimate["cost_usd"] == pytest.approx((3210 * 2 + 250 * 10) / 1e6)
     unknown = await no_worker_cli.run(*asked)
-    assert "cost unknown: VQA_PRICES has no price for simulated/vision" in unknown.out
-    given = await no_worker_cli.run(*asked, "--json", "--price", "1,1")
-    assert given.summary["cost_usd"] == pytest.approx(1960 / 1e6)
+    assert "completion tokens, cost unknown" in unknown.out
+    assert "VQA_PRICES has no price for simulated/vision" in unknown.out
     assert await depth(stack, no_worker_cli.jobs_queue) == 0
     assert no_worker_cli.state_files == []
 
@@ -197,6 +267,6 @@ async def test_results_can_be_sent_to_another_program_s_queue(no_worker_cli: Cli
     ]
     (message,) = await drain(stack, no_worker_cli.jobs_queue)
     assert message.reply_to == queue
-    collected = await no_worker_cli.run("results", "mine")
+    collected = await no_worker_cli.run("submissions", "collect", "mine")
     assert collected.code == 1
     assert "the results of mine are sent to the queue" in collected.err

@@ -79,7 +79,7 @@ async def test_answers_in_a_pipe_have_no_progress_bars(cli: Cli) -> None:
 async def test_a_waiting_submission_prints_the_reason(no_worker_cli: Cli) -> None:
     no_worker_cli.write("jobs.jsonl", *[{"question": "What?", "images": ["s3://b/k"]}] * 5)
     shown = Terminal(no_worker_cli, "submit", "jobs.jsonl", "--max-queue", "2")
-    await shown.shows(r"waiting: queue depth is 2 \(--max-queue 2\)")
+    await shown.shows(r"paused: 2 jobs on the queue \(--max-queue\)")
     shown.process.send_signal(signal.SIGINT)
     assert await shown.ended() == 130
     assert "Interrupted. Run the same command again" in shown.shown

@@ -78,7 +78,7 @@ async def test_the_publisher_submits_a_job_and_collects_its_result(
     (waited_for,) = await cli.run_json(*job, "--wait")
     assert waited_for["status"] == "succeeded"
     await cli.run_json(*job, "--name", "collected-later")
-    (collected,) = await cli.run_json("results", "collected-later")
+    (collected,) = await cli.run_json("submissions", "collect", "collected-later")
     assert collected["status"] == "succeeded"
 
 

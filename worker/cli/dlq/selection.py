@@ -1,22 +1,19 @@
 """The arguments and options that select dead letters."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from worker.cli import times
 from worker.cli.shell import count
 
 if TYPE_CHECKING:
     from worker.rabbitmq.dead_letter_record import DeadLetter
 
-_AGO: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
-_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_DATE: Final = re.compile(r"\d{4}-\d\d-\d\d")
 # A shorter prefix could match by accident.
 MIN_PREFIX_CHARS: Final = 4
 ID_HELP: Final = "Job id, or the NAME printed by `dlq list`."
@@ -28,18 +25,10 @@ def parse_time(text: str) -> datetime:
     Raises:
         BadParameter: the text has another form.
     """
-    from vqa_worker.messages.job import parse_deadline
-
     try:
-        if ago := _AGO.fullmatch(text):
-            return datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: float(ago[1])})
-        if found := parse_deadline(f"{text}T00:00:00Z" if _DATE.fullmatch(text) else text):
-            return found.astimezone(UTC)
-    except (ValueError, OverflowError):
-        pass
-    raise typer.BadParameter(
-        f"{text!r} is not a time. Use 2h (ago; s, m, h, d or w), 2030-01-31 or 2030-01-31T12:00:00Z."
-    )
+        return times.parse_time(text, from_now=-1)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from None
 
 
 def _filter(*names: str, **more: Any) -> Any:

@@ -4,13 +4,20 @@ The formats are `BatchRequestInput` and `BatchRequestOutput` of OpenAI's API spe
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any, Final
+
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.cli.submit.results import TOKENS, failure
 
 URL: Final = "/v1/chat/completions"
 # Fields that the worker sets itself, with the values that a request may have.
 _IGNORED: Final = {"stream": (None, False), "n": (None, 1)}
 _OK: Final = 200
+_SERVER_ERROR: Final = 500
+# In the message of a failed result, if the API rejected the request: see `worker.model.errors`.
+_API_ANSWER: Final = re.compile(r"the API answered (\d{3})(?:: (.*))?", re.DOTALL)
 
 
 def is_request(line: Mapping[str, Any]) -> bool:
@@ -40,41 +47,46 @@ def job_of(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def line_of(custom_id: str, result: Mapping[str, Any], created: int) -> dict[str, Any]:
-    """Convert a result to a line of the output file or, if the job failed, of the error file.
+    """Convert a parsed result to a line of the output file or, if the job failed, of the error file.
 
     `created`: when the result arrived, in Unix seconds; used if the result lacks the API's response.
     """
-    job_id = result.get("id") or custom_id
-    line = {"id": f"batch_req_{_digest(job_id)}", "custom_id": custom_id}
-    if error := result.get("error"):
-        return {**line, "response": None, "error": {name: error.get(name) for name in ("code", "message")}}
-    body = result.get("response") or _completion(result, created)
-    response = {"status_code": _OK, "request_id": f"req_{_digest(job_id)}", "body": body}
+    digest = hashlib.sha256((result["id"] or custom_id).encode(errors="replace")).hexdigest()[:24]
+    line = {"id": f"batch_req_{digest}", "custom_id": custom_id}
+    response: dict[str, Any] = {"status_code": _OK, "request_id": f"req_{digest}"}
+    if result["status"] == "succeeded":
+        body = result["response"] or _completion(digest, result, created)
+        return {**line, "response": {**response, "body": body}, "error": None}
+    code, message = failure(result)
+    error = {"code": code, "message": message}
+    if code == ErrorCode.EMPTY_ANSWER:
+        return {
+            **line,
+            "response": {**response, "body": _completion(digest, result, created)},
+            "error": error,
+        }
+    if (answered := _API_ANSWER.search(message)) is None:
+        return {**line, "response": None, "error": error}
+    status = int(answered[1])
+    kind = "server_error" if status >= _SERVER_ERROR else "invalid_request_error"
+    refusal = {"message": answered[2] or message, "type": kind, "param": None, "code": code}
+    response |= {"status_code": status, "body": {"error": refusal}}
     return {**line, "response": response, "error": None}
 
 
-def _completion(result: Mapping[str, Any], created: int) -> dict[str, Any]:
+def _completion(digest: str, result: Mapping[str, Any], created: int) -> dict[str, Any]:
     """Rebuild the API's response from a result (`VQA_INCLUDE_RESPONSE` keeps the original)."""
-    message = {"role": "assistant", "content": result.get("answer"), "refusal": None}
-    usage = result.get("usage") or {}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": result["answer"], "refusal": None},
+        "logprobs": None,
+        "finish_reason": result["finish_reason"] or "stop",
+    }
     return {
-        "id": f"chatcmpl-{_digest(result.get('id') or '')}",
+        "id": f"chatcmpl-{digest}",
         "object": "chat.completion",
         "created": created,
-        "model": result.get("model"),
-        "choices": [
-            {
-                "index": 0,
-                "message": message,
-                "logprobs": None,
-                "finish_reason": result.get("finish_reason") or "stop",
-            }
-        ],
-        "usage": {
-            name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
-        },
+        "model": result["model"],
+        "choices": [choice],
+        "usage": {name: result["usage"].get(name, 0) for name in TOKENS},
     }
-
-
-def _digest(job_id: str) -> str:
-    return hashlib.sha256(job_id.encode()).hexdigest()[:24]

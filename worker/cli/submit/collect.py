@@ -1,19 +1,26 @@
 """Collect a submission's results: read its reply queue, store them in the state file, print or write them."""
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final
 
-from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError
-from vqa_worker.rabbitmq.replies import QueueMissingError, Reply, ReplyReader, delete_queue, depth
+from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError, TopologyError
+from vqa_worker.rabbitmq.replies import (
+    QueueMissingError,
+    Reply,
+    ReplyReader,
+    consumer_count,
+    delete_queue,
+    depth,
+)
 from vqa_worker.rabbitmq.session import Session
 from worker.cli import outputs
 from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.outputs import Output, Stream
 from worker.cli.progress import Bar, results_note, show_progress
 from worker.cli.shell import CommandError, Screen
+from worker.cli.submit.results import received
 from worker.cli.submit.sender import JobSender
 from worker.cli.submit.state import Counts, Received, SubmissionState
 
@@ -21,6 +28,8 @@ from worker.cli.submit.state import Counts, Received, SubmissionState
 DELETE_TIMEOUT_S: Final = 5.0
 # The queue counts as empty after so long without a result.
 QUIET_S: Final = 1.0
+CONSUMERS_POLL_S: Final = 1.0
+NO_CONSUMER: Final = "waiting: no worker is consuming"
 
 
 class Collector:
@@ -29,6 +38,7 @@ class Collector:
     Attributes:
         counts: the progress of the submission.
         unknown: the number of results that belong to no job of this submission.
+        waits_for: why no result can arrive, for the progress; empty if unknown.
     """
 
     def __init__(
@@ -47,12 +57,13 @@ class Collector:
         self._is_reading = False
         self.counts = state.counts()
         self.unknown = 0
+        self.waits_for = ""
 
     def progress(self) -> tuple[int, int, str]:
         """Return the numbers of results and of jobs, and a note with failures, tokens and cost."""
-        note = results_note(self.counts)
-        waits = ", waiting for RabbitMQ" if self._is_reading and not self._reader.is_connected else ""
-        return self.counts.received, self.counts.total, note + waits
+        is_lost = self._is_reading and not self._reader.is_connected
+        note = "waiting for RabbitMQ" if is_lost else self.waits_for or results_note(self.counts)
+        return self.counts.received, self.counts.total, note
 
     async def until_complete(self) -> None:
         """Collect until every job has a result.
@@ -102,10 +113,10 @@ class Collector:
                     return
 
     def _take(self, replies: Sequence[Reply]) -> None:
-        new, unknown = self._state.store([_received(reply) for reply in replies])
+        new, unknown = self._state.store([received(reply) for reply in replies])
         self.unknown += len(unknown)
-        for received in new:
-            self.counts.add(received)
+        for one in new:
+            self.counts.add(one)
         self._on_new(new)
         self._arrived.set()
 
@@ -120,15 +131,15 @@ class Collection:
         screen: Screen,
         output: Output,
         *,
-        timeout_s: float,
+        wait_timeout_s: float | None = None,
         is_temporary: bool = False,
     ) -> None:
-        """`is_temporary`: delete the state file when all results are there."""
+        """`wait_timeout_s`: stop after so many seconds. `is_temporary`: delete the state file at the end."""
         self._state = state
         self._broker = broker
         self._screen = screen
         self._output = output
-        self._timeout_s = timeout_s
+        self._wait_timeout_s = wait_timeout_s
         self._is_temporary = is_temporary
         self._head = state.head()
         self._form = output.form_for(self._head["form"])
@@ -137,12 +148,10 @@ class Collection:
             as_text = not screen.as_json and output.form is None
             self._stream = Stream(state, self._form, screen, as_text=as_text)
 
-    async def run(
-        self, sender: JobSender | None = None, *, no_wait: bool = False, wait_timeout_s: float | None = None
-    ) -> int:
+    async def run(self, sender: JobSender | None = None, *, no_wait: bool = False) -> int:
         """Collect until every job has a result, while `sender` submits them; return the exit code.
 
-        `no_wait`: collect only what is there now. `wait_timeout_s`: stop after so many seconds.
+        `no_wait`: collect only what is there now.
         """
         if self._stream is not None:
             self._stream.print_all()
@@ -155,7 +164,7 @@ class Collection:
             if sender is not None:
                 bars.insert(0, Bar("submitted", sender.progress))
             async with show_progress(self._screen, bars):
-                await self._collect(collector, sender, no_wait=no_wait, wait_timeout_s=wait_timeout_s)
+                await self._collect(collector, sender, no_wait=no_wait)
         if collector.unknown:
             self._screen.note(f"Ignored {collector.unknown:,} unexpected results (unknown job id).")
         await self._finish(collector.counts)
@@ -165,23 +174,43 @@ class Collection:
         """Check that the queue exists, with a timeout: the collector itself would wait for the broker."""
         queue = self._head["reply_to"]
         try:
-            await Session.once(self._broker, self._timeout_s, partial(depth, queue=queue))
+            await Session.once(self._broker, self._screen.timeout_s, partial(depth, queue=queue))
         except QueueMissingError:
             raise _reply_queue_missing(queue) from None
 
-    async def _collect(
-        self, collector: Collector, sender: JobSender | None, *, no_wait: bool, wait_timeout_s: float | None
-    ) -> None:
+    async def _collect(self, collector: Collector, sender: JobSender | None, *, no_wait: bool) -> None:
         if no_wait:
             await collector.until_quiet()
             return
         try:
-            async with asyncio.timeout(wait_timeout_s), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(self._wait_timeout_s), asyncio.TaskGroup() as group:
                 if sender is not None:
                     group.create_task(sender.run(), name="sender")
-                group.create_task(collector.until_complete(), name="collector")
+                watching = group.create_task(self._watch_consumers(collector), name="consumers")
+                await collector.until_complete()
+                watching.cancel()
         except TimeoutError:
-            self._screen.note(f"{collector.counts.pending:,} results pending after {wait_timeout_s:g} s.")
+            pending = collector.counts.pending
+            self._screen.note(f"{pending:,} results pending after {self._wait_timeout_s:g} s.")
+
+    async def _watch_consumers(self, collector: Collector) -> None:
+        """Report when no worker consumes from the jobs queue."""
+        queue, was_reported = self._head["jobs_queue"], False
+        async with Session(self._broker, "consumers") as session:
+            while True:
+                # Results that are there already arrive before.
+                await asyncio.sleep(CONSUMERS_POLL_S)
+                try:
+                    count = await session.call(partial(consumer_count, queue=queue))
+                except (QueueMissingError, TopologyError):
+                    return
+                collector.waits_for = "" if count else NO_CONSUMER
+                if not count and not was_reported:
+                    was_reported = True
+                    self._screen.note(
+                        f"No worker is consuming from the queue {queue}: none runs, or all are paused; see"
+                        " `vqa-worker top` or /readyz."
+                    )
 
     async def _finish(self, counts: Counts) -> None:
         files = []
@@ -190,66 +219,51 @@ class Collection:
         elif self._form == "csv":
             outputs.write_csv_to_stdout(self._state)
         if not counts.pending:
-            await self._clean_up()
+            await delete_replies(self._state, self._broker, self._screen)
+            if self._is_temporary:
+                self._state.delete()
         self._print_summary(counts, [str(file) for file in files])
-
-    async def _clean_up(self) -> None:
-        """Delete the reply queue, and the state file of a question asked by hand."""
-        if not self._head.get("is_queue_deleted"):
-            delete = partial(delete_queue, name=self._head["reply_to"])
-            try:
-                await Session.once(self._broker, DELETE_TIMEOUT_S, delete)
-                self._state.set_head({"is_queue_deleted": "1"})
-            except BrokerUnreachableError:
-                queue = self._head["reply_to"]
-                self._screen.note(f"Could not delete the queue {queue}; RabbitMQ deletes it when it expires.")
-        if self._is_temporary:
-            self._state.delete()
 
     def _print_summary(self, counts: Counts, files: list[str]) -> None:
         pending = f"; {counts.pending:,} pending" if counts.pending else ""
         if self._stream is None or self._screen.is_terminal:
             self._screen.note(f"{counts.succeeded:,} succeeded, {results_note(counts)}{pending}")
         if files or (self._stream is None and self._form != "csv"):
-            self._screen.emit(_summary(self._head["name"], counts, files))
+            self._screen.emit(
+                {**summary(counts), "name": self._head["name"], "total_tokens": counts.tokens, "files": files}
+            )
         if files:
             self._screen.note(f"Wrote {', '.join(files)}")
 
 
-def _summary(name: str, counts: Counts, files: list[str]) -> dict[str, Any]:
+async def delete_replies(state: SubmissionState, broker: Broker, screen: Screen) -> None:
+    """Delete the reply queue of a submission, unless another program reads it or it is deleted."""
+    head = state.head()
+    if not head["is_private"] or head.get("is_queue_deleted"):
+        return
+    try:
+        await Session.once(broker, DELETE_TIMEOUT_S, partial(delete_queue, name=head["reply_to"]))
+    except (BrokerUnreachableError, TopologyError):
+        queue = head["reply_to"]
+        screen.note(f"Could not delete the queue {queue}; RabbitMQ deletes it when it expires.")
+    else:
+        state.set_head({"is_queue_deleted": "1"})
+
+
+def summary(counts: Counts) -> dict[str, Any]:
+    """Return the progress for `--json`."""
     return {
-        "name": name,
         "jobs": counts.total,
+        "submitted": counts.confirmed,
         "succeeded": counts.succeeded,
         "failed": counts.failed,
         "pending": counts.pending,
-        "total_tokens": counts.tokens,
         "cost_usd": counts.cost if counts.knows_cost else None,
-        "files": files,
     }
 
 
 def _reply_queue_missing(queue: str) -> CommandError:
     return CommandError(
-        f"the queue {queue} does not exist any more: it was deleted, or it expired (--keep-days). Later"
-        " results are on the workers' results queue, with the header vqa-undeliverable-to."
-    )
-
-
-def _received(reply: Reply) -> Received:
-    """Read from a result what the progress shows; a malformed result counts as failed."""
-    try:
-        result = json.loads(reply.body)
-    except ValueError:
-        result = None
-    if not isinstance(result, dict):
-        result = {}
-    usage = result.get("usage") or {}
-    return Received(
-        id=str(result.get("id")),
-        body=reply.body,
-        at=reply.at,
-        failed=result.get("status") != "succeeded",
-        tokens=usage.get("total_tokens") or 0,
-        cost=usage.get("cost_usd"),
+        f"the queue {queue} does not exist any more: it was deleted, or it expired. Later results are on the"
+        " workers' results queue, with the header vqa-undeliverable-to."
     )

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shutil
 import sys
 from collections.abc import AsyncIterator
@@ -12,23 +13,23 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.cli.shell import Screen, UsageError
-from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Arguments, File, Form, Listing, Source
-from worker.cli.submit.options import MAX_QUEUE, UPLOAD_PREFIX, Options
+from worker.cli.submit.inputs import FORMS_BY_SUFFIX, IMAGE_SUFFIXES, Arguments, File, Form, Listing, Source
+from worker.cli.submit.inputs import looks_like_image as is_image
+from worker.cli.submit.options import UPLOAD_PREFIX, Options
 
 if TYPE_CHECKING:
     from worker.cli.submit.plan import Additions, Bucket
-    from worker.cli.submit.submission import Submission
-    from worker.settings import CommandSettings, Price
+    from worker.settings import CommandSettings
 
 STDIN: Final = "-"
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
 
 
 async def submit(screen: Screen, **given: Any) -> int:
-    """Submit jobs: one, a file of jobs, or images below an S3 prefix.
+    """Submit jobs: a file of jobs, or images and a question.
 
         vqa-worker submit s3://photos/table.jpg "Which fruit is this?" --wait
         vqa-worker submit a.jpg b.jpg "What differs?" --bucket photos --wait
+        vqa-worker submit photos/ "A person?" --bucket photos --wait -o people.csv
         vqa-worker submit --prefix s3://photos/2030/ "A person?" --wait -o people.csv
         vqa-worker submit orders.csv --question "Is the parcel damaged?" --dry-run
         generate-jobs | vqa-worker submit - --wait --json | jq .answer
@@ -40,7 +41,7 @@ async def submit(screen: Screen, **given: Any) -> int:
     If interrupted, run the same command again to resume; no job is submitted twice.
     """
     # These imports load aio-pika and the S3 SDK.
-    from worker.cli.submit.submission import estimate, submit_jobs
+    from worker.cli.submit.submission import Submission, estimate, submit_jobs
     from worker.settings import load_command_settings
 
     options = Options(**given)
@@ -48,8 +49,8 @@ async def submit(screen: Screen, **given: Any) -> int:
     images, question = options.images_and_question()
     settings = screen.load(load_command_settings)
     async with AsyncExitStack() as stack:
-        source = await _source(images, options, settings, stack)
-        submission = _submission(source, question, options, screen.timeout_s)
+        source = await _source(images, question, options, settings, stack)
+        submission = Submission(source, _additions(question, options), options)
         return await (estimate if options.dry_run else submit_jobs)(submission, settings, screen)
 
 
@@ -62,57 +63,57 @@ submit.__signature__ = inspect.Signature(  # type: ignore[attr-defined] # functi
 )
 
 
-def _submission(source: Source, question: str | None, options: Options, timeout_s: float) -> "Submission":
-    from worker.cli.outputs import Output
-    from worker.cli.submit.estimate import Assumptions
-    from worker.cli.submit.submission import Submission
-
-    default_max_queue = 0 if options.exchange else MAX_QUEUE
-    return Submission(
-        source=source,
-        additions=_additions(question, options),
-        assumptions=Assumptions(options.image_tokens, options.answer_tokens),
-        price=_price(options.price) if options.price else None,
-        name=options.name,
-        state_file=options.state_file,
-        exchange=options.exchange,
-        reply_to=options.reply_to,
-        keep_days=options.keep_days,
-        max_queue=default_max_queue if options.max_queue is None else options.max_queue,
-        skips_invalid=options.skip_invalid,
-        asks=not options.yes,
-        waits=options.wait,
-        output=Output(options.output, options.errors, options.output_form),
-        timeout_s=timeout_s,
-    )
-
-
 def _additions(question: str | None, options: Options) -> "Additions":
     from worker.cli.submit.plan import Additions
 
-    max_tokens = {"max_tokens": options.max_tokens} if options.max_tokens else {}
     return Additions(
         question=question,
         system=options.system,
         model=options.model,
         deadline=options.deadline,
-        params={**max_tokens, **dict(map(_param, options.param or []))},
+        params=dict(map(_param, options.param or [])),
         metadata=dict(_pair("--metadata", text) for text in options.metadata or []),
         uploads_to=_bucket(options.bucket) if options.bucket else None,
     )
 
 
 async def _source(
-    images: list[str], options: Options, settings: "CommandSettings", stack: AsyncExitStack
+    images: list[str],
+    question: str | None,
+    options: Options,
+    settings: "CommandSettings",
+    stack: AsyncExitStack,
 ) -> Source:
+    """Return the source of the jobs.
+
+    Raises:
+        UsageError: there is none, or the question is missing.
+    """
     if options.prefix is not None:
-        return await _listing(options.prefix, options.match, settings, stack)
-    if not images:
-        raise UsageError("nothing to submit. Give a file of jobs, images and a question, or --prefix.")
-    form = options.input_form
-    if len(images) == 1 and (form or images[0] == STDIN or Path(images[0]).suffix.lower() in FORMS_BY_SUFFIX):
-        return _file(images[0], form, stack)
-    return Arguments(images, each=options.each)
+        return await _prefix(options.prefix, options.match, settings, stack)
+    match images:
+        case []:
+            raise UsageError("nothing to submit. Give a file of jobs, images and a question, or --prefix.")
+        case [path] if _is_file_of_jobs(path, question, options.input_form):
+            return _file(path, options.input_form, stack)
+    if question is None:
+        raise UsageError(f'the question is missing. Add it: vqa-worker submit {images[0]} "What is this?"')
+    return _images(images, options)
+
+
+def _images(images: list[str], options: Options) -> Source:
+    folders = [image for image in images if Path(image).is_dir()]
+    if not folders:
+        return Arguments(images, each=options.each)
+    if len(images) > 1:
+        raise UsageError(f"{folders[0]} is a folder. Submit it without other images.")
+    return _folder(folders[0], options.match)
+
+
+def _is_file_of_jobs(path: str, question: str | None, form: Form | None) -> bool:
+    if form or path == STDIN or Path(path).suffix.lower() in FORMS_BY_SUFFIX:
+        return True
+    return question is None and not is_image(path) and not Path(path).is_dir()
 
 
 def _file(path: str, form: Form | None, stack: AsyncExitStack) -> File:
@@ -125,9 +126,21 @@ def _file(path: str, form: Form | None, stack: AsyncExitStack) -> File:
     return File(Path(spool.name), form, title="stdin", folder=Path())
 
 
-async def _listing(
-    url: str, match: str | None, settings: "CommandSettings", stack: AsyncExitStack
-) -> Listing:
+def _folder(name: str, match: str | None) -> Listing:
+    folder = Path(name)
+
+    async def images() -> AsyncIterator[tuple[str, str]]:
+        for parent, folders, files in os.walk(folder):
+            folders.sort()
+            for file in sorted(files):
+                path = (Path(parent) / file).relative_to(folder).as_posix()
+                if _matches(path, match):
+                    yield str(folder / path), path
+
+    return Listing(f"{folder.resolve()} {match or ''}", images(), title=folder.resolve().name)
+
+
+async def _prefix(url: str, match: str | None, settings: "CommandSettings", stack: AsyncExitStack) -> Listing:
     from worker.cli.storage import open_s3
     from worker.s3.uploads import list_keys
 
@@ -136,12 +149,16 @@ async def _listing(
         raise UsageError(f"--prefix: {url} is not of the form s3://bucket/prefix.")
     s3 = await stack.enter_async_context(open_s3(settings))
 
-    async def urls() -> AsyncIterator[str]:
+    async def images() -> AsyncIterator[tuple[str, str]]:
         async for key in list_keys(s3, bucket, prefix):
-            if fnmatchcase(key, match) if match else key.lower().endswith(IMAGE_SUFFIXES):
-                yield f"s3://{bucket}/{key}"
+            if _matches(key, match):
+                yield f"s3://{bucket}/{key}", f"s3://{bucket}/{key}"
 
-    return Listing(f"{url} {match or ''}", urls(), title=prefix or bucket)
+    return Listing(f"{url} {match or ''}", images(), title=prefix or bucket)
+
+
+def _matches(name: str, match: str | None) -> bool:
+    return fnmatchcase(name, match) if match else name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _bucket(text: str) -> "Bucket":
@@ -163,14 +180,4 @@ def _param(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except ValueError:
-        raise UsageError(f"--param: the value of {name} is not JSON. Put strings in double quotes.") from None
-
-
-def _price(text: str) -> "Price":
-    from worker.settings import Price
-
-    try:
-        prompt, completion = (float(figure) for figure in text.split(","))
-    except ValueError:
-        raise UsageError(f"--price: {text} is not two numbers with a comma, such as 0.35,0.4.") from None
-    return Price(prompt, completion)
+        return name, value

@@ -1,4 +1,4 @@
-"""Read jobs from the command line, from files (JSONL, CSV, Batch API) and from an S3 prefix.
+"""Read jobs from the command line, from files (JSONL, CSV, Batch API), from a folder and from an S3 prefix.
 
 Each source yields entries: a job as written, and its position for error messages.
 """
@@ -17,6 +17,9 @@ from worker.cli.shell import CommandError, UsageError
 from worker.cli.submit import batch
 
 Form: TypeAlias = Literal["jsonl", "csv", "batch"]
+
+IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SCHEMES: Final = ("s3://", "https://", "data:")
 
 FORMS_BY_SUFFIX: Final[dict[str, Form]] = {
     ".jsonl": "jsonl",
@@ -58,6 +61,11 @@ class InvalidEntry:
     where: str
     reason: str
     custom_id: str | None = None
+
+
+def looks_like_image(word: str) -> bool:
+    """Return whether an argument is the URL or the file name of an image."""
+    return word[:8].lower().startswith(IMAGE_SCHEMES) or word.lower().endswith(IMAGE_SUFFIXES)
 
 
 class Source(Protocol):
@@ -252,9 +260,9 @@ def _images_in(cell: str, *, several: bool) -> list[Any]:
 
 
 class Listing:
-    """One job per object below an S3 prefix.
+    """One job per image in a folder or below an S3 prefix.
 
-    The job ids are derived from the URLs, so that a later run submits only new objects.
+    The job ids are derived from the images' names, so that a later run submits only new images.
     """
 
     form: Form | None = None
@@ -262,20 +270,21 @@ class Listing:
     is_ad_hoc = False
     may_grow = True
 
-    def __init__(self, identity: str, urls: AsyncIterable[str], *, title: str) -> None:
-        """`identity`: prefix and pattern of the listing."""
+    def __init__(self, identity: str, images: AsyncIterable[tuple[str, str]], *, title: str) -> None:
+        """`identity`: folder or prefix, and pattern; `images`: each with the name that identifies it."""
         self._identity = identity
-        self._urls = urls
+        self._images = images
         self.title = title.strip("/").rpartition("/")[2]
 
     def digest(self) -> str:
-        """Hash the prefix and pattern, not the listed objects."""
-        return hashlib.sha256(self._identity.encode()).hexdigest()
+        """Hash the folder or prefix and the pattern, not the listed images."""
+        return hashlib.sha256(self._identity.encode(errors="replace")).hexdigest()
 
     async def __aiter__(self) -> AsyncIterator[Entry | InvalidEntry]:
         """Yield the jobs in order."""
-        async for url in self._urls:
-            yield _entry_for([url], f"{_last_part(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
+        async for image, name in self._images:
+            digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:12]
+            yield _entry_for([image], f"{_last_part(image)}-{digest}")
 
 
 def _entry_for(images: list[str], key: str) -> Entry:

@@ -1,4 +1,4 @@
-"""Plan a submission: complete each job, validate it as a worker does, and add it to the state file.
+"""Plan a submission: complete each job and validate it as a worker does.
 
 Jobs are sent only after all of them are planned.
 """
@@ -6,11 +6,10 @@ Jobs are sent only after all of them are planned.
 import asyncio
 import hashlib
 import json
-import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -18,22 +17,21 @@ from typing import Any, Final
 from vqa_worker.messages.decoding import InvalidJobError, decode
 from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.image_types import media_type
-from vqa_worker.messages.job import valid_id
+from vqa_worker.messages.job import Job, valid_id
 from vqa_worker.messages.result import JobFailure, Result
 from vqa_worker.messages.serialization import to_json
 from worker.cli.shell import UsageError
 from worker.cli.submit.estimate import Estimate
-from worker.cli.submit.inputs import Entry, InvalidEntry, Source
-from worker.cli.submit.state import Planned, Received, SubmissionState
+from worker.cli.submit.inputs import IMAGE_SCHEMES, Entry, InvalidEntry, Source
+from worker.cli.submit.state import Plan, Planned, Received
+from worker.cli.times import parse_time
+from worker.settings import CommandSettings
 
 # Enough to see what is wrong with a file.
 MAX_ERRORS_SHOWN: Final = 10
 # After so many jobs the event loop runs, so that Ctrl-C works.
 YIELD_EVERY_JOBS: Final = 200
 
-_SCHEMES: Final = ("s3://", "https://", "data:")
-_SPAN: Final = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SUFFIXES: Final = {"image/jpeg": "jpg", "image/png": "png", "image/webp": "webp"}
 
 
@@ -62,22 +60,20 @@ class Additions:
     uploads_to: Bucket | None = None
 
     def resolved(self) -> "Additions":
-        """Replace a span as deadline by a time: `2h` is two hours from now.
+        """Return these additions with the deadline as a time: `2h` is two hours from now.
 
         Raises:
-            UsageError: the deadline is not a time or span.
+            UsageError: the deadline is not a time or duration, or has passed.
         """
         if self.deadline is None:
             return self
-        if found := _SPAN.fullmatch(self.deadline):
-            span = timedelta(seconds=float(found[1]) * _SECONDS[found[2]])
-            return replace(self, deadline=(datetime.now(UTC) + span).isoformat(timespec="seconds"))
         try:
-            datetime.fromisoformat(self.deadline)
-        except ValueError:
-            known = "a time (2030-01-31T12:00:00Z) or a span (90s, 30m, 2h, 1d)"
-            raise UsageError(f"--deadline: {self.deadline} is not {known}.") from None
-        return self
+            deadline = parse_time(self.deadline, from_now=1)
+        except ValueError as error:
+            raise UsageError(f"--deadline: {error}.") from None
+        if deadline <= datetime.now(UTC):
+            raise UsageError(f"--deadline: {self.deadline!r} has passed.")
+        return replace(self, deadline=deadline.isoformat(timespec="seconds"))
 
     def digest(self) -> str:
         """Identify these additions."""
@@ -100,39 +96,41 @@ class Additions:
 
 
 class Planner:
-    """Add the jobs of a source to a state file.
+    """Plan the jobs of a source.
 
     Attributes:
+        plan: the jobs that are not in the submission yet.
+        estimate: of these jobs' cost.
         errors: one message per invalid job, at most `MAX_ERRORS_SHOWN`.
         error_count: the number of invalid jobs.
     """
 
     def __init__(
         self,
-        state: SubmissionState,
         name: str,
         additions: Additions,
-        estimate: Estimate,
+        settings: CommandSettings,
         *,
-        max_job_bytes: int,
-        skips_invalid: bool,
+        is_known: Callable[[str], bool] | None = None,
     ) -> None:
-        """`skips_invalid`: add a failed result for each invalid job."""
-        self._state = state
+        """`is_known`: whether the submission already has a job, if it can; with it, ids may repeat.
+
+        Raises:
+            UsageError: an addition is invalid.
+        """
         self._name = name
-        self._additions = additions
-        self._estimate = estimate
-        self._max_job_bytes = max_job_bytes
-        self._skips_invalid = skips_invalid
+        self._additions = additions.resolved()
+        self._is_known = is_known
+        self._settings = settings
         self._number = 0
-        self._may_exist = False
+        self.plan = Plan()
+        self.estimate = Estimate(settings.model, settings.prices)
         self.errors: list[str] = []
         self.error_count = 0
 
-    async def plan(self, source: Source) -> None:
-        """Add all jobs of the source that are not in the state file. Call it in a transaction."""
+    async def run(self, source: Source) -> None:
+        """Plan all jobs; invalid ones become failed results."""
         files = _LocalFiles(source.folder, self._additions.uploads_to)
-        self._may_exist = source.may_grow
         async for item in source:
             self._number += 1
             if self._number % YIELD_EVERY_JOBS == 0:
@@ -148,21 +146,29 @@ class Planner:
     def _add(self, item: Entry, files: "_LocalFiles") -> None:
         job = self._additions.applied(item.job)
         job.setdefault("id", self._id(item.key))
+        if self._is_known is not None and self._is_known(job["id"]):
+            return
         for holder, key in _images(job):
             holder[key] = self._upload_url(files, holder[key])
         body = to_json(job)
-        checked = decode(body, None, self._max_job_bytes)
-        if self._state.add(Planned(str(checked.id), body, item.custom_id)):
-            self._estimate.add(checked)
-        elif not self._may_exist:
+        checked = decode(body, None, self._settings.max_job_bytes)
+        self._check_model(checked)
+        if self.plan.add(Planned(str(checked.id), body, item.custom_id)):
+            self.estimate.add(checked)
+        elif self._is_known is None:
             raise ValueError(f"duplicate {'custom_id' if item.custom_id else 'id'}")
 
+    def _check_model(self, job: Job) -> None:
+        # Only if the setting is there: the workers' settings need not be those of the command.
+        is_set = "allowed_models" in self._settings.model_fields_set
+        if is_set and job.model is not None and job.model not in self._settings.allowed_models:
+            raise ValueError(f"model: {job.model} is not among VQA_ALLOWED_MODELS")
+
     def _upload_url(self, files: "_LocalFiles", image: Any) -> Any:
-        if not isinstance(image, str) or image[:8].lower().startswith(_SCHEMES):
+        if not isinstance(image, str) or image[:8].lower().startswith(IMAGE_SCHEMES):
             return image
         url, path = files.locate(image)
-        if self._state.add_upload(url, str(path)):
-            self._estimate.uploads += 1
+        self.plan.uploads[url] = path
         return url
 
     def _id(self, key: str | None) -> str:
@@ -173,15 +179,14 @@ class Planner:
     def _reject(self, invalid: InvalidEntry, item: Entry | None = None) -> None:
         self.error_count += 1
         if len(self.errors) < MAX_ERRORS_SHOWN:
-            self.errors.append(f"{invalid.where}: {invalid.reason}")
-        if self._skips_invalid:
-            given = valid_id(item.job.get("id")) if item is not None else None
-            own = given or self._id(invalid.custom_id)
-            # A duplicate id fails too; its result needs another id than the first job's.
-            for job_id in (own,) if self._may_exist else (own, f"{self._name}-{self._number}-invalid"):
-                failed = _failed(job_id, invalid.reason)
-                if self._state.add(Planned(job_id, None, invalid.custom_id, failed)):
-                    break
+            where = "" if invalid.reason.startswith(f"{invalid.where}: ") else f"{invalid.where}: "
+            self.errors.append(f"{where}{invalid.reason}")
+        own = (valid_id(item.job.get("id")) if item else None) or self._id(invalid.custom_id)
+        # A duplicate id fails too; its result needs another id than the first job's.
+        for job_id in (own,) if self._is_known else (own, f"{self._name}-{self._number}-invalid"):
+            failed = _failed(job_id, invalid.reason)
+            if self.plan.add(Planned(job_id, None, invalid.custom_id, failed)):
+                break
 
 
 def _failed(job_id: str, reason: str) -> Received:

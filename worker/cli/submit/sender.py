@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from vqa_worker.rabbitmq.connection import Broker
-from vqa_worker.rabbitmq.outgoing import TooLargeError, UnroutableError
+from vqa_worker.rabbitmq.outgoing import RefusedError, TooLargeError, UnroutableError
 from vqa_worker.rabbitmq.replies import QueueMissingError, depth, job_message
 from vqa_worker.rabbitmq.session import Session
 from worker.cli.shell import CommandError
@@ -51,9 +51,15 @@ class JobSender:
         self._max_queue = max_queue
         self._full_queue_depth = 0
         self._confirmed_at = time.monotonic()
+        self._was_refused = False
         counts = state.counts()
-        self.confirmed = counts.confirmed
+        self._confirmed_before = self.confirmed = counts.confirmed
         self.total = counts.total
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether RabbitMQ refused or returned a job, and has confirmed none."""
+        return self._was_refused and self.confirmed == self._confirmed_before
 
     def progress(self) -> tuple[int, int, str]:
         """Return the numbers of confirmed and of all jobs, and a note with what it waits for."""
@@ -63,9 +69,9 @@ class JobSender:
         if not self._publisher.is_connected:
             return "waiting for RabbitMQ"
         if self._full_queue_depth:
-            return f"waiting: queue depth is {self._full_queue_depth:,} (--max-queue {self._max_queue:,})"
+            return f"paused: {self._full_queue_depth:,} jobs on the queue (--max-queue)"
         if time.monotonic() - self._confirmed_at > NO_CONFIRM_S:
-            return "waiting: RabbitMQ is not confirming (queue full or resource alarm)"
+            return "waiting for confirms (queue full or alarm)"
         return ""
 
     async def run(self) -> None:
@@ -126,7 +132,11 @@ class JobSender:
             await self._publisher.publish(
                 job_message(job.id, job.body, self._queue, reply_to=self._reply_to, exchange=self._exchange)
             )
+        except RefusedError:
+            self._was_refused = True
+            raise
         except UnroutableError:
+            self._was_refused = True
             if self._exchange:
                 text = (
                     f"no queue is bound to the exchange {self._exchange} with the routing key {self._queue}."

@@ -3,29 +3,31 @@
 It makes a submission resumable. A job is `PLANNED`, then `SENT` just before it is published, then `CONFIRMED`
 when the broker's confirm is recorded; a job found `SENT` by a later run may be on the queue or not. A result
 is acked only after it is committed here, and commits are on the disk.
+
+The holder of `state_dir.locked` writes the file; other processes only read it.
 """
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Self
 
-from worker.cli.private_files import make_private_folder, open_private
+from worker.cli.private_files import open_private
 from worker.cli.shell import CommandError
 
-PLANNED, SENT, CONFIRMED = range(3)
+# An invalid job is `UNSENT`: it has a failed result from the beginning.
+PLANNED, SENT, CONFIRMED, UNSENT = range(4)
 
-_FORMAT: Final = "1"
+_FORMAT: Final = "2"
 _BUSY_TIMEOUT_S: Final = 30.0
 _ROWS_AT_ONCE: Final = 500
-_SCHEMA: Final = """
-    CREATE TABLE head (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE jobs (
+_TABLES: Final = (
+    "CREATE TABLE IF NOT EXISTS {file}.head (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE IF NOT EXISTS {file}.jobs (
         ordinal INTEGER PRIMARY KEY,
         id TEXT NOT NULL UNIQUE,
         custom_id TEXT,
@@ -36,10 +38,10 @@ _SCHEMA: Final = """
         failed INTEGER,
         tokens INTEGER,
         cost REAL
-    );
-    CREATE INDEX unconfirmed ON jobs (ordinal) WHERE state < 2;
-    CREATE TABLE uploads (url TEXT PRIMARY KEY, path TEXT NOT NULL, is_done INTEGER NOT NULL) WITHOUT ROWID;
-"""
+    )""",
+    "CREATE INDEX IF NOT EXISTS {file}.unconfirmed ON jobs (ordinal) WHERE state < 2",
+)
+_RESULT_COLUMNS: Final = "ordinal, id, custom_id, result, received_at, failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,11 @@ class Counts:
         """The number of jobs without a result."""
         return self.total - self.received
 
+    @property
+    def unconfirmed(self) -> int:
+        """The number of jobs without a recorded confirm."""
+        return self.total - self.confirmed
+
     def add(self, received: Received) -> None:
         """Count one more result."""
         self.failed += received.failed
@@ -118,39 +125,71 @@ class Counts:
             self.knows_cost = True
 
 
+class Plan:
+    """Planned jobs that are in no state file yet: in memory, or in a temporary file if there are many.
+
+    Attributes:
+        uploads: the local files to upload first, by URL.
+    """
+
+    def __init__(self) -> None:
+        # An empty name means a temporary file, which SQLite uses only when its cache is full.
+        self._db = sqlite3.connect("", isolation_level=None)
+        # It is not kept after a crash.
+        self._db.execute("PRAGMA journal_mode = OFF")
+        _create_tables(self._db, "main")
+        self.uploads: dict[str, Path] = {}
+
+    def close(self) -> None:
+        """Delete the plan."""
+        self._db.close()
+
+    def add(self, job: Planned) -> bool:
+        """Add a job unless its id exists; return whether it was added."""
+        found = job.result
+        row = (UNSENT, found.body, found.at, found.failed) if found else (PLANNED, None, None, None)
+        added = self._db.execute(
+            "INSERT OR IGNORE INTO jobs (id, custom_id, body, state, result, received_at, failed)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (job.id, job.custom_id, job.body, *row),
+        )
+        return added.rowcount == 1
+
+    def counts(self) -> Counts:
+        """Return the numbers of jobs."""
+        return _counts(self._db)
+
+    def save(self, path: Path, head: Mapping[str, str]) -> None:
+        """Create the state file with these jobs, or add them to it: all of them or none."""
+        if path.exists():
+            self._copy_to(path, {})
+            return
+        draft = path.with_name(f".{path.name}.draft")
+        for suffix in ("", "-journal"):
+            Path(f"{draft}{suffix}").unlink(missing_ok=True)
+        os.close(open_private(str(draft), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        self._copy_to(draft, {"format": _FORMAT, **head})
+        draft.rename(path)
+
+    def _copy_to(self, path: Path, head: Mapping[str, str]) -> None:
+        columns = "id, custom_id, body, state, result, received_at, failed"
+        self._db.execute("ATTACH ? AS file", (str(path),))
+        with _transaction(self._db):
+            _create_tables(self._db, "file")
+            self._db.executemany("INSERT INTO file.head VALUES (?, ?)", head.items())
+            self._db.execute(
+                f"INSERT OR IGNORE INTO file.jobs ({columns})"  # noqa: S608 - constants
+                f" SELECT {columns} FROM main.jobs ORDER BY ordinal"
+            )
+        self._db.execute("DETACH file")
+
+
 class SubmissionState:
     """An open state file. Not thread-safe."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path | None) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._db = connection
         self.path = path
-
-    @classmethod
-    def temporary(cls) -> Self:
-        """Create a temporary state that is deleted with the process."""
-        # An empty name means a temporary file, which SQLite uses only when its cache is full.
-        connection = sqlite3.connect("", isolation_level=None)
-        connection.executescript(_SCHEMA)
-        return cls(connection, None)
-
-    @classmethod
-    def create(cls, path: Path, head: Mapping[str, str]) -> Self:
-        """Create a state file with mode 0600 in a folder with mode 0700; open one that exists."""
-        make_private_folder(path.parent)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.unlink(missing_ok=True)
-        os.close(open_private(str(draft), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        try:
-            connection = sqlite3.connect(draft, isolation_level=None)
-            connection.executescript(_SCHEMA)
-            cls(connection, draft).set_head({"format": _FORMAT, **head})
-            connection.close()
-            with suppress(FileExistsError):
-                # Unlike a rename, a link does not replace a file that another process created meanwhile.
-                path.hardlink_to(draft)
-        finally:
-            draft.unlink(missing_ok=True)
-        return cls.open(path)
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -159,10 +198,11 @@ class SubmissionState:
         Raises:
             CommandError: it does not exist, or is not a state file of this version.
         """
-        if not path.is_file():
-            raise CommandError(f"no such state file: {path}.")
         try:
-            connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S)
+            # Without `mode=rw` SQLite would create a missing file.
+            connection = sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S
+            )
             state = cls(connection, path)
             is_ours = state.head().get("format") == _FORMAT
             # Readers in other processes do not block, and each commit is on the disk.
@@ -183,9 +223,8 @@ class SubmissionState:
     def delete(self) -> None:
         """Close and delete the file."""
         self.close()
-        if self.path is not None:
-            for suffix in ("", "-wal", "-shm", ".lock"):
-                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
     def head(self) -> dict[str, str]:
         """Return the fields of the submission as a whole."""
@@ -195,39 +234,15 @@ class SubmissionState:
         """Set fields of the submission as a whole."""
         self._db.executemany("INSERT OR REPLACE INTO head VALUES (?, ?)", values.items())
 
-    @contextmanager
-    def locked(self, what: str) -> Iterator[None]:
-        """Hold the lock for `what` (submitting or collecting).
-
-        Raises:
-            CommandError: another process holds it.
-        """
-        if self.path is None:
-            yield
-            return
-        with open(f"{self.path}.lock", "w", opener=open_private) as lock:
-            try:
-                # One byte per kind of lock; the kernel releases it when the process ends.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, ord(what[0]))
-            except OSError:
-                raise CommandError(
-                    f"another process is {what} with {self.path}. Wait until it has finished."
-                ) from None
-            yield
-
     # Jobs
 
-    def add(self, job: Planned) -> bool:
-        """Add a job unless its id exists; return whether it was added. Call it in a transaction."""
-        result = job.result
-        added = self._db.execute(
-            "INSERT OR IGNORE INTO jobs (id, custom_id, body, state, result, received_at, failed)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (job.id, job.custom_id, job.body, PLANNED, None, None, None)
-            if result is None
-            else (job.id, job.custom_id, None, CONFIRMED, result.body, result.at, result.failed),
-        )
-        return added.rowcount == 1
+    def has(self, job_id: str) -> bool:
+        """Return whether there is such a job."""
+        return self._db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone() is not None
+
+    def is_unsent(self) -> bool:
+        """Return whether no job was ever sent."""
+        return not self._db.execute("SELECT 1 FROM jobs WHERE state IN (1, 2) LIMIT 1").fetchone()
 
     def unconfirmed(self, after: int, limit: int) -> list[ToSend]:
         """Return at most `limit` unconfirmed jobs after an ordinal, in order."""
@@ -239,35 +254,24 @@ class SubmissionState:
 
     def set_sent(self, jobs: Sequence[ToSend]) -> None:
         """Record that jobs are about to be published."""
-        self._set_state(SENT, jobs)
+        self._update("state = 1", jobs)
 
     def set_confirmed(self, jobs: Sequence[ToSend]) -> None:
         """Record confirms, and delete the bodies of the jobs."""
-        with self.transaction():
-            self._db.executemany(
-                "UPDATE jobs SET state = 2, body = NULL WHERE ordinal = ?", ((job.ordinal,) for job in jobs)
-            )
+        self._update("state = 2, body = NULL", jobs)
 
-    def _set_state(self, state: int, jobs: Sequence[ToSend]) -> None:
-        with self.transaction():
-            self._db.executemany(
-                "UPDATE jobs SET state = ? WHERE ordinal = ?", ((state, job.ordinal) for job in jobs)
-            )
+    def _update(self, values: str, jobs: Sequence[ToSend]) -> None:
+        ordinals = [(job.ordinal,) for job in jobs]
+        with _transaction(self._db):
+            self._db.executemany(f"UPDATE jobs SET {values} WHERE ordinal = ?", ordinals)  # noqa: S608 - constants
 
-    # Uploads
-
-    def add_upload(self, url: str, path: str) -> bool:
-        """Add a file to upload before jobs are sent; return whether it is new. Call it in a transaction."""
-        added = self._db.execute("INSERT OR IGNORE INTO uploads VALUES (?, ?, 0)", (url, path))
-        return added.rowcount == 1
-
-    def pending_uploads(self) -> list[tuple[str, str]]:
-        """Return URL and path of the files that are not uploaded yet."""
-        return self._db.execute("SELECT url, path FROM uploads WHERE NOT is_done").fetchall()
-
-    def set_uploaded(self, url: str) -> None:
-        """Record that a file is uploaded."""
-        self._db.execute("UPDATE uploads SET is_done = 1 WHERE url = ?", (url,))
+    def pending(self) -> tuple[list[str], list[str]]:
+        """Return the ids of the jobs without a result: those that were sent, and those that were not."""
+        rows = self._db.execute("SELECT id, state FROM jobs WHERE result IS NULL ORDER BY ordinal").fetchall()
+        return (
+            [job_id for job_id, state in rows if state != PLANNED],
+            [job_id for job_id, state in rows if state == PLANNED],
+        )
 
     # Results
 
@@ -277,7 +281,7 @@ class SubmissionState:
         A second result of a job is ignored.
         """
         new, unknown = [], []
-        with self.transaction():
+        with _transaction(self._db):
             for one in received:
                 # A result also proves that its job was on the queue.
                 stored = self._db.execute(
@@ -287,15 +291,16 @@ class SubmissionState:
                 )
                 if stored.rowcount:
                     new.append(one)
-                elif not self._db.execute("SELECT 1 FROM jobs WHERE id = ?", (one.id,)).fetchone():
+                elif not self.has(one.id):
                     unknown.append(one)
         return new, unknown
 
-    def results(self) -> Iterator[StoredResult]:
-        """Yield the results in the order of the jobs."""
+    def results(self, *, failed: bool | None = None) -> Iterator[StoredResult]:
+        """Yield the results in the order of the jobs: all, or those that failed or did not."""
         rows = self._db.execute(
-            "SELECT ordinal, id, custom_id, result, received_at, failed FROM jobs"
-            " WHERE result IS NOT NULL ORDER BY ordinal"
+            f"SELECT {_RESULT_COLUMNS} FROM jobs"  # noqa: S608 - constants
+            " WHERE result IS NOT NULL AND failed = ifnull(?, failed) ORDER BY ordinal",
+            (failed,),
         )
         while some := list(islice(rows, _ROWS_AT_ONCE)):
             yield from map(_stored_result, some)
@@ -303,29 +308,50 @@ class SubmissionState:
     def result(self, job_id: str) -> StoredResult:
         """Return the result of a job that has one."""
         row = self._db.execute(
-            "SELECT ordinal, id, custom_id, result, received_at, failed FROM jobs WHERE id = ?", (job_id,)
-        ).fetchone()
-        return _stored_result(row)
+            f"SELECT {_RESULT_COLUMNS} FROM jobs WHERE id = ?",  # noqa: S608 - constants
+            (job_id,),
+        )
+        return _stored_result(row.fetchone())
 
     def counts(self) -> Counts:
         """Return the progress."""
-        row: tuple[Any, ...] = self._db.execute(
-            "SELECT count(*), coalesce(sum(state = 1), 0), coalesce(sum(state = 2), 0),"
-            " coalesce(sum(failed = 0), 0), coalesce(sum(failed), 0), coalesce(sum(tokens), 0),"
-            " coalesce(sum(cost), 0), count(cost) > 0 FROM jobs"
-        ).fetchone()
-        return Counts(*row)
+        return _counts(self._db)
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Commit everything done in the context, or nothing."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+
+def read_state(path: Path) -> tuple[dict[str, str], Counts]:
+    """Return the head and the progress of a submission.
+
+    Raises:
+        CommandError: as `SubmissionState.open`.
+    """
+    with closing(SubmissionState.open(path)) as state:
+        return state.head(), state.counts()
+
+
+def _create_tables(connection: sqlite3.Connection, file: str) -> None:
+    for statement in _TABLES:
+        connection.execute(statement.format(file=file))
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commit everything done in the context, or nothing."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def _counts(connection: sqlite3.Connection) -> Counts:
+    row: tuple[Any, ...] = connection.execute(
+        "SELECT count(*), coalesce(sum(state = 1), 0), coalesce(sum(state >= 2), 0),"
+        " coalesce(sum(failed = 0), 0), coalesce(sum(failed), 0), coalesce(sum(tokens), 0),"
+        " coalesce(sum(cost), 0), count(cost) > 0 FROM jobs"
+    ).fetchone()
+    return Counts(*row)
 
 
 def _stored_result(row: tuple[Any, ...]) -> StoredResult:

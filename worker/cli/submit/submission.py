@@ -4,8 +4,10 @@ import asyncio
 import hashlib
 import json
 import uuid
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -17,60 +19,36 @@ from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.outputs import Output
 from worker.cli.progress import Bar, show_progress
 from worker.cli.shell import Screen, UsageError, broker_of, counted
-from worker.cli.submit.collect import Collection, Collector
-from worker.cli.submit.estimate import Assumptions, Estimate, dollars
+from worker.cli.submit.collect import Collection, Collector, delete_replies
+from worker.cli.submit.estimate import Estimate, dollars
 from worker.cli.submit.inputs import Source
+from worker.cli.submit.options import MAX_QUEUE, Options
 from worker.cli.submit.plan import Additions, Planner
 from worker.cli.submit.sender import JobSender, jobs_queue_missing
-from worker.cli.submit.state import SubmissionState
+from worker.cli.submit.state import Plan, SubmissionState
 from worker.rabbitmq.topology import Topology
-from worker.settings import CommandSettings, Price
+from worker.settings import CommandSettings
 
 # A submission larger than this asks for confirmation.
 CONFIRM_ABOVE_JOBS: Final = 1000
 CONFIRM_ABOVE_USD: Final = 10.0
+# Days without a reader after which a reply queue expires.
+REPLIES_EXPIRE_DAYS: Final = 14
 SECONDS_PER_DAY: Final = 86_400
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Submission:
-    """The jobs to submit, and how.
-
-    Attributes:
-        additions: fields that all jobs get.
-        price: USD per million tokens of every model; None: the prices of the settings.
-        name: None: derived from the source.
-        state_file: None: in the state folder.
-        exchange: the exchange to publish to; empty: the default exchange.
-        reply_to: a queue that another program reads; None: a new queue for this submission.
-        keep_days: days without a reader after which the new queue expires.
-        max_queue: the depth of the jobs queue at which sending waits; 0: any.
-        skips_invalid: turn invalid lines into failed results.
-        asks: ask for confirmation of large submissions.
-        waits: collect the results at once.
-        timeout_s: the connection timeout in seconds.
-    """
+    """The jobs to submit, the fields that all of them get, and how to submit them."""
 
     source: Source
     additions: Additions
-    assumptions: Assumptions
-    price: Price | None = None
-    name: str | None = None
-    state_file: Path | None = None
-    exchange: str = ""
-    reply_to: str | None = None
-    keep_days: int = 7
-    max_queue: int = 0
-    skips_invalid: bool = False
-    asks: bool = True
-    waits: bool = False
-    output: Output = field(default_factory=Output)
-    timeout_s: float = 15.0
+    options: Options
 
     @property
     def is_temporary(self) -> bool:
         """Whether it is a question asked by hand, which nobody will resume."""
-        return self.source.is_ad_hoc and self.name is None and self.state_file is None
+        return self.source.is_ad_hoc and self.options.name is None
 
     def digest(self, settings: CommandSettings) -> str:
         """Identify the submission: the same jobs for another broker or queue are another submission."""
@@ -81,249 +59,271 @@ class Submission:
             self.additions.digest(),
             settings.rabbitmq_address,
             settings.jobs_queue,
-            self.reply_to,
+            self.options.reply_to,
         ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts).encode(errors="replace")).hexdigest()
 
 
 async def estimate(submission: Submission, settings: CommandSettings, screen: Screen) -> int:
     """`--dry-run`: validate the jobs and print the estimated cost; return the exit code."""
-    planned = await _plan(submission, settings, SubmissionState.temporary(), "dry-run")
-    screen.emit(planned.as_json())
-    screen.print(*planned.lines(), "Nothing submitted (dry run).")
+    planner = Planner("dry-run", submission.additions, settings)
+    await planner.run(submission.source)
+    with closing(planner.plan) as plan:
+        _check(planner, submission, screen)
+        screen.emit({**planner.estimate.as_json(), "uploads": len(plan.uploads)})
+        if plan.uploads:
+            screen.print(f"{counted(len(plan.uploads), 'local file')} to upload, except those already in S3")
+        screen.print(*planner.estimate.lines(), "Nothing submitted (dry run).")
     return EXIT_OK
 
 
 async def submit_jobs(submission: Submission, settings: CommandSettings, screen: Screen) -> int:
     """Submit the jobs, and with `waits` collect the results; return the exit code."""
     digest = submission.digest(settings)
-    name = submission.name or f"{state_dir.to_name(submission.source.title)}-{digest[:10]}"
-    path = submission.state_file or state_dir.path_of(name)
-    if path.is_file():
-        state = SubmissionState.open(path)
-    else:
-        state = SubmissionState.create(path, _head(submission, settings, name, digest))
-    with ExitStack() as stack:
-        stack.callback(state.close)
-        stack.enter_context(state.locked("submitting"))
-        head = state.head()
-        if head.get("digest") != digest:
-            text = f"{path} belongs to another submission ({head.get('source')}). Choose another --name."
-            raise UsageError(text)
-        if not await _is_confirmed(submission, settings, state, screen):
-            return EXIT_FAILURE
-        run = _Run(submission, settings, state, screen)
+    name = submission.options.name or f"{state_dir.to_name(submission.source.title)}-{digest[:10]}"
+    with state_dir.locked(name) as path:
+        run = _Run(submission, settings, screen, name, path)
+        head = _head(submission, settings, name, digest)
         try:
-            return await run.run()
+            if not await run.prepare(head):
+                return EXIT_FAILURE
+            return await run.send_and_collect()
         except asyncio.CancelledError:
-            screen.note(f"Interrupted. {_resume_hint(submission, run.name)}")
+            screen.note(f"Interrupted. {run.resume_hint()}")
             raise
-
-
-def _resume_hint(submission: Submission, name: str) -> str:
-    if submission.is_temporary:
-        return f"Collect the results with: vqa-worker results {name}"
-    return f"Run the same command again to resume {name}; no job is submitted twice."
+        finally:
+            run.close()
 
 
 def _head(submission: Submission, settings: CommandSettings, name: str, digest: str) -> dict[str, str]:
     return {
         "name": name,
         "digest": digest,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": submission.source.title,
         "form": submission.source.form or "",
         "broker": settings.rabbitmq_address,
         "jobs_queue": settings.jobs_queue,
         # Two users may submit the same file; each gets their results on a separate queue.
-        "reply_to": submission.reply_to or f"{PRIVATE_PREFIX}{name}-{uuid.uuid4().hex[:8]}",
-        "is_private": "" if submission.reply_to else "1",
+        "reply_to": submission.options.reply_to or f"{PRIVATE_PREFIX}{name}-{uuid.uuid4().hex[:8]}",
+        "is_private": "" if submission.options.reply_to else "1",
     }
 
 
-async def _is_confirmed(
-    submission: Submission, settings: CommandSettings, state: SubmissionState, screen: Screen
-) -> bool:
-    """Plan the jobs unless they are planned; ask for confirmation if there are many."""
-    head = state.head()
-    usd = float(head["usd"]) if head.get("usd") else None
-    if "planned" not in head or submission.source.may_grow:
-        planned = await _plan_or_delete(submission, settings, state)
-        usd = planned.usd()
-        if submission.asks and screen.is_interactive and not _is_small(planned.jobs, usd):
-            screen.note(*planned.lines())
-    counts = state.counts()
-    unsent = counts.total - counts.confirmed
-    if not submission.asks or not screen.is_interactive or _is_small(unsent, usd):
-        return True
-    price = f", about {dollars(usd)}" if usd is not None else ""
-    if screen.confirm(f"Submit {counted(unsent, 'job')}{price}?"):
-        return True
-    if not counts.sent + counts.confirmed:
-        state.delete()
-    screen.note("Nothing submitted.")
-    return False
+def _check(planner: Planner, submission: Submission, screen: Screen) -> None:
+    """Check that there are jobs to submit; print what is skipped.
+
+    Raises:
+        UsageError: there are none, or some are invalid.
+    """
+    if planner.error_count and submission.options.skip_invalid and planner.estimate.jobs:
+        screen.note(f"Skipped {counted(planner.error_count, 'invalid job')}:", *_errors(planner))
+    elif planner.error_count:
+        hint = ["Use --skip-invalid to submit the valid jobs and report these as failed."]
+        raise UsageError(
+            f"{counted(planner.error_count, 'invalid job')}; nothing submitted.",
+            *_errors(planner),
+            *(hint if planner.estimate.jobs else []),
+        )
 
 
-def _is_small(jobs: int, usd: float | None) -> bool:
-    return jobs <= CONFIRM_ABOVE_JOBS and (usd or 0.0) <= CONFIRM_ABOVE_USD
-
-
-async def _plan_or_delete(
-    submission: Submission, settings: CommandSettings, state: SubmissionState
-) -> Estimate:
-    """Plan the jobs; on failure delete a state file that is new."""
-    head = state.head()
-    try:
-        return await _plan(submission, settings, state, head["name"])
-    except BaseException:
-        if "planned" not in head:
-            state.delete()
-        raise
-
-
-async def _plan(
-    submission: Submission, settings: CommandSettings, state: SubmissionState, name: str
-) -> Estimate:
-    planned = Estimate(submission.assumptions, settings.model, settings.prices, submission.price)
-    planner = Planner(
-        state,
-        name,
-        submission.additions.resolved(),
-        planned,
-        max_job_bytes=settings.max_job_bytes,
-        skips_invalid=submission.skips_invalid,
-    )
-    with state.transaction():
-        await planner.plan(submission.source)
-        if planner.error_count and not submission.skips_invalid:
-            raise UsageError(*_planning_errors(planner))
-        if not state.counts().total:
-            raise UsageError(f"{submission.source.title} contains no jobs.")
-        usd = planned.usd()
-        state.set_head({"planned": "1", "usd": "" if usd is None else str(usd)})
-    return planned
-
-
-def _planning_errors(planner: Planner) -> list[str]:
-    more = planner.error_count - len(planner.errors)
-    return [
-        f"{counted(planner.error_count, 'invalid job')}; nothing submitted.",
-        *planner.errors,
-        *([f"… and {more:,} more"] if more else []),
-        "Use --skip-invalid to submit the valid jobs and report these as failed.",
-    ]
+def _errors(planner: Planner) -> Iterator[str]:
+    yield from planner.errors
+    if more := planner.error_count - len(planner.errors):
+        yield f"… and {more:,} more"
 
 
 class _Run:
-    """One run of `submit` with the jobs of a state file."""
+    """One run of `submit`, which holds the lock of its submission.
+
+    The state file is created when everything is ready to send, and deleted if nothing was sent.
+    """
 
     def __init__(
-        self, submission: Submission, settings: CommandSettings, state: SubmissionState, screen: Screen
+        self, submission: Submission, settings: CommandSettings, screen: Screen, name: str, path: Path
     ) -> None:
         self._submission = submission
+        self._options = submission.options
         self._settings = settings
-        self._state = state
         self._screen = screen
-        self._head = state.head()
+        self._name = name
+        self._path = path
         self._broker = broker_of(settings)
         self._topology = Topology.from_settings(settings)
-        self.name = self._head["name"]
+        self._state: SubmissionState | None = None
 
-    async def run(self) -> int:
-        """Upload, send and collect what is left; return the exit code."""
-        counts = self._state.counts()
-        unsent = counts.total - counts.confirmed
-        if unsent:
-            await self._upload()
-            await self._prepare_queues()
-        else:
-            self._screen.note(f"Already submitted: {counted(counts.total, 'job')} (submission {self.name}).")
-        if counts.sent:
-            await self._resolve_unconfirmed(counts.sent)
-        if not self._submission.waits:
-            await self._send()
-            return self._print_submitted(unsent)
-        with self._state.locked("collecting"):
-            collection = Collection(
-                self._state,
-                self._broker,
-                self._screen,
-                self._submission.output,
-                timeout_s=self._submission.timeout_s,
-                is_temporary=self._submission.is_temporary,
-            )
-            return await collection.run(self._sender() if unsent else None)
+    def close(self) -> None:
+        """Close the state file."""
+        if self._state is not None:
+            self._state.close()
 
-    async def _upload(self) -> None:
-        if not self._state.pending_uploads():
+    def resume_hint(self) -> str:
+        """Return what to do after an interruption."""
+        if self._state is None:
+            return "Nothing was submitted."
+        if self._submission.is_temporary:
+            return f"Collect the results with: vqa-worker submissions collect {self._name}"
+        return f"Run the same command again to resume {self._name}; no job is submitted twice."
+
+    async def prepare(self, head: Mapping[str, str]) -> bool:
+        """Plan, upload and save what is not in the state file yet; return whether to go on.
+
+        Raises:
+            UsageError: the name belongs to another submission, or there are no jobs.
+        """
+        if self._path.exists():
+            self._state = SubmissionState.open(self._path)
+            head = self._own_head(self._state, head["digest"])
+            if not self._submission.source.may_grow:
+                await self._declare_queues(head, self._state.counts().unconfirmed)
+                return True
+        known = self._state.has if self._state is not None else None
+        planner = Planner(self._name, self._submission.additions, self._settings, is_known=known)
+        with closing(planner.plan) as plan:
+            await planner.run(self._submission.source)
+            _check(planner, self._submission, self._screen)
+            if not plan.counts().total and self._state is None:
+                raise UsageError(f"{self._submission.source.title} contains no jobs.")
+            if not self._is_confirmed(planner.estimate):
+                self._screen.note("Nothing submitted.")
+                return False
+            await self._save(plan, head)
+        return True
+
+    def _own_head(self, state: SubmissionState, digest: str) -> dict[str, str]:
+        head = state.head()
+        if head["digest"] != digest:
+            text = f"the name {self._name} belongs to another submission ({head['source']})."
+            raise UsageError(f"{text} Choose another --name.")
+        return head
+
+    async def _save(self, plan: Plan, head: Mapping[str, str]) -> None:
+        """Upload the images and declare the queues, then save the jobs."""
+        await self._upload(plan)
+        left = 0 if self._state is None else self._state.counts().unconfirmed
+        await self._declare_queues(head, plan.counts().unconfirmed + left)
+        plan.save(self._path, head)
+        if self._state is None:
+            self._state = SubmissionState.open(self._path)
+
+    def _is_confirmed(self, planned: Estimate) -> bool:
+        """Ask for confirmation if there are many new jobs."""
+        usd = planned.usd()
+        is_small = planned.jobs <= CONFIRM_ABOVE_JOBS and (usd or 0.0) <= CONFIRM_ABOVE_USD
+        if is_small or self._options.yes or not self._screen.is_interactive:
+            return True
+        self._screen.note(*planned.lines())
+        price = "" if usd is None else f", about {dollars(usd)}"
+        return self._screen.confirm(f"Submit {counted(planned.jobs, 'job')}{price}?")
+
+    async def _upload(self, plan: Plan) -> None:
+        if not plan.uploads:
             return
         from worker.cli.storage import Uploads, open_s3
 
         async with open_s3(self._settings) as s3:
-            uploads = Uploads(self._state, s3)
+            uploads = Uploads(plan.uploads, s3)
             async with show_progress(self._screen, [Bar("uploaded", uploads.progress)]):
                 await uploads.run()
 
-    async def _prepare_queues(self) -> None:
-        """Check that the jobs queue exists and declare the reply queue."""
+    async def _declare_queues(self, head: Mapping[str, str], unconfirmed: int) -> None:
+        """If jobs are to be sent, check that the jobs queue exists and declare the reply queue."""
+        if not unconfirmed:
+            return
         replies = ReplyQueue(
-            self._head["reply_to"],
+            head["reply_to"],
             self._settings.reply_exchange,
-            expires_s=self._submission.keep_days * SECONDS_PER_DAY,
+            expires_s=REPLIES_EXPIRE_DAYS * SECONDS_PER_DAY,
         )
         prepare_all = partial(
             prepare,
             # A user that publishes to an exchange may have no permission on the queue.
-            jobs_queue=None if self._submission.exchange else self._topology.jobs,
-            replies=replies if self._head["is_private"] else None,
+            jobs_queue=None if self._options.exchange else self._topology.jobs,
+            replies=replies if head["is_private"] else None,
         )
         try:
-            await Session.once(self._broker, self._submission.timeout_s, prepare_all)
+            await Session.once(self._broker, self._screen.timeout_s, prepare_all)
         except QueueMissingError:
             raise jobs_queue_missing(self._topology.jobs) from None
-        self._state.set_head({"is_queue_deleted": ""})
+        if self._state is not None:
+            self._state.set_head({"is_queue_deleted": ""})
 
-    async def _resolve_unconfirmed(self, unconfirmed: int) -> None:
+    async def send_and_collect(self) -> int:
+        """Send and collect what is left; return the exit code."""
+        assert self._state is not None  # noqa: S101 - `prepare` opens it
+        state, counts = self._state, self._state.counts()
+        if not counts.unconfirmed:
+            self._screen.note(f"Already submitted: {counted(counts.total, 'job')} (submission {self._name}).")
+        if counts.sent:
+            await self._resolve_unconfirmed(state, counts.sent)
+        sender = self._sender(state)
+        is_new = state.is_unsent()
+        try:
+            if self._options.wait:
+                return await self._collection(state).run(sender if counts.unconfirmed else None)
+            async with show_progress(self._screen, [Bar("submitted", sender.progress)]):
+                await sender.run()
+        except BaseException:
+            if is_new and (state.is_unsent() or sender.is_refused):
+                await self._discard(state)
+            raise
+        return self._print_submitted(state, counts.unconfirmed)
+
+    async def _discard(self, state: SubmissionState) -> None:
+        """Delete a submission of which no job was published."""
+        await delete_replies(state, self._broker, self._screen)
+        state.delete()
+        self._state = None
+
+    async def _resolve_unconfirmed(self, state: SubmissionState, unconfirmed: int) -> None:
         """Collect the results that are there: jobs without a confirm but with a result are not sent again."""
-        if self._head["is_private"]:
-            with self._state.locked("collecting"):
-                await Collector(self._state, self._broker, self._head["reply_to"]).until_quiet()
-        left = self._state.counts().sent
+        head = state.head()
+        if head["is_private"]:
+            await Collector(state, self._broker, head["reply_to"]).until_quiet()
+        left = state.counts().sent
         self._screen.note(
             f"{counted(unconfirmed, 'job')} sent without a confirm before the interruption:"
             f" {unconfirmed - left:,} answered, {left:,} sent again with the same ids."
         )
 
-    def _sender(self) -> JobSender:
+    def _sender(self, state: SubmissionState) -> JobSender:
+        max_queue = self._options.max_queue
+        if max_queue is None:
+            # A user that publishes to an exchange may have no permission on the queue.
+            max_queue = 0 if self._options.exchange else MAX_QUEUE
         return JobSender(
-            self._state,
+            state,
             self._broker,
             self._topology,
-            exchange=self._submission.exchange,
-            reply_to=self._head["reply_to"],
-            max_queue=self._submission.max_queue,
+            exchange=self._options.exchange,
+            reply_to=state.head()["reply_to"],
+            max_queue=max_queue,
         )
 
-    async def _send(self) -> None:
-        sender = self._sender()
-        async with show_progress(self._screen, [Bar("submitted", sender.progress)]):
-            await sender.run()
+    def _collection(self, state: SubmissionState) -> Collection:
+        return Collection(
+            state,
+            self._broker,
+            self._screen,
+            Output(self._options.output, self._options.errors, self._options.output_form),
+            wait_timeout_s=self._options.wait_timeout,
+            is_temporary=self._submission.is_temporary,
+        )
 
-    def _print_submitted(self, sent: int) -> int:
+    def _print_submitted(self, state: SubmissionState, sent: int) -> int:
+        head = state.head()
         self._screen.emit(
             {
-                "name": self.name,
-                "state_file": str(self._state.path),
-                "jobs": self._state.counts().total,
+                "name": self._name,
+                "jobs": state.counts().total,
                 "submitted": sent,
                 "queue": self._topology.jobs,
-                "reply_to": self._head["reply_to"],
+                "reply_to": head["reply_to"],
             }
         )
-        self._screen.print(f"Submitted {counted(sent, 'job')} (submission {self.name}).")
-        if self._head["is_private"]:
-            name = self.name if self._submission.state_file is None else self._submission.state_file
-            self._screen.print(f"Collect the results with: vqa-worker results {name}")
+        self._screen.print(f"Submitted {counted(sent, 'job')} (submission {self._name}).")
+        if head["is_private"]:
+            self._screen.print(f"Collect the results with: vqa-worker submissions collect {self._name}")
         else:
-            self._screen.print(f"Results are sent to the queue {self._head['reply_to']}.")
+            self._screen.print(f"Results are sent to the queue {head['reply_to']}.")
         return EXIT_OK
