@@ -216,19 +216,6 @@ MODEL = "meta-llama/Llama-3.2-90B-Vision-Instruct"
 FLEET = FleetFigures(BUSY, WORKERS, {MODEL: BUSY})
 
 
-def test_a_line_has_all_figures() -> None:
-    line = render.line(render.Figures("vqa.jobs", QUEUES, "", FLEET), NOW)
-    assert line.partition(" ")[2].split(" · ") == [
-        "queues 1,200 ready, 3 in retry, 2 dead-lettered, 1 results, 4 consumers",
-        "workers 2 up, 1 unreachable (10.0.0.9:8080: connection refused)",
-        "jobs 10.0/s, 0.5/s failed, 60 in flight of 96, ETA 2 min",
-        "latency p50 250 ms, p90 1.2 s, p99 -",
-        "tokens 1,234 + 0/s",
-        "cost $1.5000 so far, $3.60/h",
-        "paused for model (1 of 2)",
-    ]
-
-
 def test_the_tables_have_a_row_for_each_worker_and_each_model_and_fit_80_columns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -249,13 +236,29 @@ def test_the_tables_have_a_row_for_each_worker_and_each_model_and_fit_80_columns
     ]
 
 
+def text(queues: render.QueueFigures | None, fleet: FleetFigures | None, error: str = "") -> list[str]:
+    return render.text(render.Figures("vqa.jobs", queues, error, fleet), NOW).split("\n")[1:]
+
+
+def test_the_first_lines_are_the_queues_and_the_totals() -> None:
+    assert text(QUEUES, FLEET)[:7] == [
+        "queues   1,200 ready, 3 in retry, 2 dead-lettered, 1 results, 4 consumers",
+        "workers  2 up, 1 unreachable",
+        "jobs     10.0/s, 0.5/s failed, 60 in flight of 96, ETA 2 min",
+        "latency  p50 250 ms, p90 1.2 s, p99 -",
+        "tokens   1,234 + 0/s",
+        "cost     $1.5000 so far, $3.60/h",
+        "paused   for model (1 of 2)",
+    ]
+
+
 def test_without_workers_only_the_queues_are_shown_and_a_broker_error_is_shown() -> None:
-    assert render.line(render.Figures("q", QUEUES, "", None), NOW).count("·") == 0
-    unseen = render.line(render.Figures("q", render.QueueFigures(jobs=7), "", None), NOW)
-    assert "queues 7 ready, ? in retry, ? dead-lettered, ? results, 0 consumers" in unseen
-    line = render.line(render.Figures("q", None, "it is away", FLEET), NOW)
-    assert "queues it is away · workers" in line
-    assert "ETA" not in line
+    assert text(render.QueueFigures(jobs=7), None) == [
+        "queues  7 ready, ? in retry, ? dead-lettered, ? results, 0 consumers"
+    ]
+    lines = text(None, FLEET, "it is away")
+    assert lines[0] == "queues   it is away"
+    assert "ETA" not in "".join(lines)
 
 
 def test_json_output_has_numbers() -> None:

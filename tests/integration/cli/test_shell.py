@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aio_pika
 import pytest
 import typer
 import typer.main
 
 from deploy.local.stack import Stack
 from tests.breaking import url_as
-from tests.integration.cli.running import Cli, Completed, ended
+from tests.integration.cli.running import Cli, Completed, channel_of, ended
 from tests.integration.cli.terminal import Terminal
 from tests.running import until
 from worker.cli.commands import build
@@ -251,14 +252,48 @@ async def test_a_closed_pipe_is_not_an_error(cli: Cli, put_image_url: str) -> No
     assert (closed.code, closed.err) == (141, "")
 
 
-@pytest.mark.parametrize("arguments", [("topology", "show"), ("schema",), ("--help",)])
-async def test_a_closed_pipe_is_not_an_error_of_other_commands(cli: Cli, arguments: tuple[str, ...]) -> None:
-    process = cli.start(*arguments)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("topology", "show"),
+        ("topology", "apply", "--json"),
+        ("schema",),
+        ("config", "show"),
+        ("completion", "bash"),
+        ("check",),
+        ("top", "--json"),
+        ("dlq", "list"),
+        ("dlq", "show", "it"),
+        ("dlq", "replay", "--dry-run"),
+    ],
+    ids=" ".join,
+)
+async def test_a_closed_pipe_is_not_an_error_of_other_commands(
+    no_worker_cli: Cli, stack: Stack, arguments: tuple[str, ...]
+) -> None:
+    async with channel_of(stack) as channel:
+        dead = aio_pika.Message(b"{}", message_id="it")
+        await channel.default_exchange.publish(dead, f"{no_worker_cli.jobs_queue}.dead")
+    process = no_worker_cli.with_settings(VQA_ALLOWED_BUCKETS="b", VQA_MODEL_API_KEY="k").start(*arguments)
     assert process.stdout is not None
     process.stdout.close()
     process.stdout = None
     closed = await ended(process)
-    assert (closed.code, closed.err) == (141, "")
+    assert closed.code == 141
+    assert not re.search("Error|Traceback|Exception", closed.err)
+
+
+async def test_run_takes_settings_from_a_file_and_options(cli: Cli) -> None:
+    (cli.folder / "worker.env").write_text(
+        "VQA_MAX_ATTEMPTS=many\nVQA_ALLOWED_BUCKETS=b\nVQA_MODEL_API_KEY=k\n"
+    )
+    ended = await cli.run_process("run", "--env-file", "worker.env", "--url", "rabbit")
+    assert ended.code == 78
+    assert [line.split(":")[:2] for line in ended.err_lines] == [
+        ["Error", " VQA_RABBITMQ_URL"],
+        ["Error", " VQA_MAX_ATTEMPTS"],
+    ]
 
 
 async def test_ctrl_c_exits_at_once_and_prints_how_to_resume(no_worker_cli: Cli) -> None:

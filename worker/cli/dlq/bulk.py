@@ -16,9 +16,6 @@ T = TypeVar("T")
 # The maximum time for which a round holds skipped dead letters, which no other consumer can read meanwhile.
 # RabbitMQ closes a channel after 30 minutes without an ack.
 HOLD_S = 60.0
-# After a lost connection.
-PAUSE_S = 0.5
-MAX_FRUITLESS_CONNECTIONS = 3
 # After Ctrl-C, the step under way may take this long.
 LAST_STEP_S = 5.0
 
@@ -88,62 +85,39 @@ async def process(
     """Run `step` for each dead letter whose name is in `wanted`, then ack it.
 
     At most `rate` of them a second. Names are counted down in `wanted`; those left at the end were not found.
-    If the connection is lost between the step and the ack, the step runs once more.
 
     Raises:
         DeadLettersError, BrokerRefusedError, BrokerUnreachableError: as `select`. Everything else is still in
-            the queue.
+            the queue, and at most the last one too, if its ack was lost.
     """
-    pace = _Pace(rate)
-    fruitless = 0
-    # Acks are not confirmed: after a lost connection it is unknown whether the broker received the last ones.
-    unconfirmed: Counter[str] = Counter()
-    while wanted.total():
-        before, acked = wanted.total(), Counter[str]()
-        try:
+    pace, is_useful = _Pace(rate), True
+    try:
+        while wanted.total() and is_useful:
             async with DeadLetters.opened(broker, topology, timeout_s) as dead_letters:
-                is_useful = await _round(dead_letters, wanted, acked, step, pace)
-        except ConnectionLostError as error:
-            unconfirmed |= acked
-            fruitless = 0 if wanted.total() < before else fruitless + 1
-            if fruitless >= MAX_FRUITLESS_CONNECTIONS:
-                text = f"the connection was lost {fruitless} times in a row ({error})"
-                raise BrokerUnreachableError(text) from None
-            await asyncio.sleep(PAUSE_S)
-        else:
-            if not is_useful:
-                # The broker has received the acks of the others.
-                wanted -= unconfirmed
-                return
+                is_useful = await _round(dead_letters, wanted, step, pace)
+    except ConnectionLostError as error:
+        text = f"the connection to the broker was lost ({error}). Run the command again for the rest"
+        raise BrokerUnreachableError(text) from None
 
 
-async def _round(
-    dead_letters: DeadLetters, wanted: Counter[str], acked: Counter[str], step: Step, pace: "_Pace"
-) -> bool:
-    """Read the queue for at most `HOLD_S`; return whether it had a wanted dead letter.
-
-    `acked` gets each ack until the broker has answered a later request; then it counts.
-    """
+async def _round(dead_letters: DeadLetters, wanted: Counter[str], step: Step, pace: "_Pace") -> bool:
+    """Read the queue for at most `HOLD_S`; return whether it had a wanted dead letter."""
     ends, is_useful = time.monotonic() + HOLD_S, False
-    while (wanted - acked).total() and (fetched := await dead_letters.next()) is not None:
-        wanted -= acked
-        acked.clear()
-        if wanted[fetched.record.name]:
+    while wanted.total() and (fetched := await dead_letters.next()) is not None:
+        if wanted[fetched.record.name] > 0:
             await pace.turn()
-            await _finish(_take(dead_letters, fetched, acked, step))
+            await _finish(_take(dead_letters, fetched, step))
+            wanted[fetched.record.name] -= 1
             is_useful = True
         if is_useful and time.monotonic() > ends:
             break
+    # Acks are not confirmed: the answer to a later request confirms them.
     await dead_letters.sync()
-    wanted -= acked
     return is_useful
 
 
-async def _take(
-    dead_letters: DeadLetters, fetched: FetchedDeadLetter, acked: Counter[str], step: Step
-) -> None:
+async def _take(dead_letters: DeadLetters, fetched: FetchedDeadLetter, step: Step) -> None:
     await step(dead_letters, fetched)
-    acked[fetched.record.name] = 1
     await fetched.ack()
 
 

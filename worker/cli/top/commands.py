@@ -53,7 +53,7 @@ async def top(
 
     Queue depths come from RabbitMQ, everything else from the workers' metrics: rates, latencies and tokens
     cover the last 30 seconds, the cost is since the workers' start. Without --worker only queue depths are
-    shown. Press q or Ctrl-C to quit. Without a terminal, each interval prints one line.
+    shown. Press q or Ctrl-C to quit. Without a terminal, the figures are printed in each interval.
     """
     async with _watching(screen, worker or ()) as watch:
         if screen.as_json or once or not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -149,7 +149,7 @@ async def _watching(screen: Screen, workers: Sequence[WorkerUrl]) -> AsyncIterat
 
 
 async def _print(screen: Screen, watch: _Watch, interval_s: float, *, once: bool) -> None:
-    """Print one line or JSON object per interval; with `once`, the tables or one object."""
+    """Print the tables or a JSON object in each interval."""
     from worker.cli.top import render
 
     figures = await watch.read()
@@ -157,7 +157,7 @@ async def _print(screen: Screen, watch: _Watch, interval_s: float, *, once: bool
         if figures.has_rates:
             now = datetime.now(UTC)
             screen.emit(render.in_json(figures, now))
-            screen.print(render.text(figures, now) if once else render.line(figures, now))
+            screen.print(render.text(figures, now))
             if once:
                 return
         await asyncio.sleep(interval_s)

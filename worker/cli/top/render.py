@@ -104,12 +104,6 @@ def _load_json(load: Load) -> dict[str, Any]:
     }
 
 
-def line(figures: Figures, now: datetime) -> str:
-    """Return the figures as one line."""
-    cells = (f"{name} {text}" for name, text, _ in _rows(figures, names_unreachable=True))
-    return f"{now.astimezone():%H:%M:%S} {' · '.join(cells)}"
-
-
 def view(figures: Figures, now: datetime, hint: str = "") -> "Group":
     """Return the figures as tables: queues and totals, models, workers; `hint` is at the top."""
     from rich.console import Group
@@ -118,7 +112,7 @@ def view(figures: Figures, now: datetime, hint: str = "") -> "Group":
 
     grid = Table.grid(padding=(0, 2))
     grid.add_row(Text("queue", style="cyan"), Text(f"{figures.queue}  {now.astimezone():%H:%M:%S}{hint}"))
-    for name, text, style in _rows(figures, names_unreachable=False):
+    for name, text, style in _rows(figures):
         grid.add_row(Text(name, style="cyan"), Text(text, style=style))
     if figures.fleet is None:
         return Group(grid)
@@ -188,7 +182,7 @@ def _table(first: str, *numbers: str, flexible: str) -> "Table":
     return table
 
 
-def _rows(figures: Figures, *, names_unreachable: bool) -> Iterator[tuple[str, str, str]]:
+def _rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
     """Yield label, text and style of the figures of the queues and of all workers."""
     queues = figures.queues
     style = "red" if queues is None else "" if queues.consumers else "yellow"
@@ -197,10 +191,9 @@ def _rows(figures: Figures, *, names_unreachable: bool) -> Iterator[tuple[str, s
     if fleet is None:
         return
     total = fleet.total
-    errors = [f"{it.address}: {it.error}" for it in fleet.workers if it.error]
-    names = f" ({', '.join(errors)})" if names_unreachable else ""
-    unreachable = f", {len(errors)} unreachable{names}" if errors else ""
-    yield "workers", f"{len(fleet.up)} up{unreachable}", "yellow" if errors else ""
+    missing = len(fleet.workers) - len(fleet.up)
+    unreachable = f", {missing} unreachable" if missing else ""
+    yield "workers", f"{len(fleet.up)} up{unreachable}", "yellow" if missing else ""
     yield "jobs", _jobs(figures, fleet), ""
     times = (_seconds(value) for value in (total.latencies.p50, total.latencies.p90, total.latencies.p99))
     yield "latency", "p50 {}, p90 {}, p99 {}".format(*times), ""
