@@ -325,7 +325,7 @@ async def test_a_200_without_a_completion_is_a_transient_malformed_response(
 # Each status
 
 
-@pytest.mark.parametrize("status", [400, 405, 406, 410, 411, 413, 414, 415, 418, 421, 422, 424, 431, 451])
+@pytest.mark.parametrize("status", [400, 406, 410, 411, 413, 414, 415, 418, 421, 422, 424, 431, 451])
 async def test_a_permanently_rejected_request_fails_the_job(api: Api, model: Model, status: int) -> None:
     api.says = response(status, {"error": {"message": "no such luck", "code": "x"}})
     before, before_ambiguous = calls(str(status)), ambiguous()
@@ -338,7 +338,8 @@ async def test_a_permanently_rejected_request_fails_the_job(api: Api, model: Mod
 
 
 @pytest.mark.parametrize(
-    ("status", "hint"), [(401, "VQA_MODEL_API_KEY"), (402, "credit"), (404, "VQA_MODEL_BASE_URL")]
+    ("status", "hint"),
+    [(401, "VQA_MODEL_API_KEY"), (402, "credit"), (404, "VQA_MODEL_BASE_URL"), (405, "VQA_MODEL_BASE_URL")],
 )
 async def test_a_rejection_that_concerns_all_jobs_is_an_outage(
     api: Api, model: Model, status: int, hint: str

@@ -79,7 +79,7 @@ class Broker:
             with connection_losses():
                 return await self._connect()
         except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
-            raise BrokerUnreachableError(f"{type(error).__name__}: {error}") from None
+            raise BrokerUnreachableError(_explain_unreachable(self.url, error)) from None
 
     async def _connect(self) -> AbstractConnection:
         try:
@@ -111,6 +111,13 @@ def _heartbeat_s(url: str) -> int:
     """Return the seconds between heartbeats: `heartbeat=` in the URL, which aio-pika would overwrite."""
     value = parse_qs(urlsplit(url).query).get("heartbeat", [""])[-1]
     return int(value) if value.isdecimal() else HEARTBEAT_S
+
+
+def _explain_unreachable(url: str, error: BaseException) -> str:
+    text = f"{type(error).__name__}: {error}"
+    if "unexpectedly closed" in text and url.startswith("amqp:"):
+        return f"{text}: is it RabbitMQ, and does the port need amqps://?"
+    return text
 
 
 def _explain_tls(setting: str, error: ssl.SSLError) -> str:

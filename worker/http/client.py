@@ -1,5 +1,6 @@
 """HTTP sessions and proxies for the S3 and model clients."""
 
+import os
 import ssl
 from collections.abc import Mapping
 from functools import lru_cache
@@ -45,6 +46,30 @@ def open_session(
         skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
         read_bufsize=READ_BUFFER_BYTES,
     )
+
+
+def describe_failure(error: BaseException) -> str:
+    """Say in words why a request got no answer; without the URL, which may name an image."""
+    cause: BaseException | None = error
+    while cause is not None:
+        match cause:
+            case aiohttp.ClientProxyConnectionError():
+                return "the proxy cannot be reached"
+            case aiohttp.ClientConnectorCertificateError():
+                reason = getattr(cause.certificate_error, "verify_message", "") or "verification failed"
+                return f"its certificate is not trusted ({reason}): set SSL_CERT_FILE"
+            case aiohttp.ClientConnectorSSLError():
+                return "no TLS at this port: does it need http://?"
+            case aiohttp.ClientConnectorDNSError():
+                return "the host name cannot be resolved"
+            case aiohttp.ClientConnectorError() if cause.os_error.errno:
+                return os.strerror(cause.os_error.errno)
+            case aiohttp.ClientHttpProxyError():
+                return f"the proxy answered {cause.status}"
+            case aiohttp.ClientResponseError():
+                return "the answer is not HTTP"
+        cause = cause.__cause__
+    return type(error).__name__
 
 
 @lru_cache(maxsize=1024)

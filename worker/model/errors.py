@@ -11,6 +11,7 @@ import openai
 
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError, TransientError
+from worker.http.client import describe_failure
 from worker.observability.redaction import Redactor
 
 # A wrong Retry-After header must not stop a worker for days.
@@ -24,6 +25,7 @@ _CONFIGURATION_ERRORS = {
     401: "check the key in VQA_MODEL_API_KEY",
     402: "the account has no credit left",
     404: "check VQA_MODEL_BASE_URL and that the model still exists",
+    405: "check VQA_MODEL_BASE_URL",
 }
 
 
@@ -38,8 +40,8 @@ def translate_status(error: openai.APIStatusError, redact: Redactor) -> Exceptio
         # 404 can concern one of several models.
         is_partial = status == httpx2.codes.NOT_FOUND
         return _down(f"the API answered {status}: {_CONFIGURATION_ERRORS[status]}", may_be_partial=is_partial)
-    if status < httpx2.codes.BAD_REQUEST:
-        return _down(f"the API answered with a redirect ({status}): check VQA_MODEL_BASE_URL")
+    if text := _wrong_address(error):
+        return _down(text)
     answered = f"the API answered {status}"
     message = f"{answered}: {redact(_api_message(error))[:MAX_API_MESSAGE_CHARS]}"
     if status == httpx2.codes.FORBIDDEN:
@@ -51,18 +53,26 @@ def translate_status(error: openai.APIStatusError, redact: Redactor) -> Exceptio
     return JobError(ErrorCode.MODEL_REJECTED, message, log_message=answered)
 
 
+def _wrong_address(error: openai.APIStatusError) -> str:
+    """Return the error of a response that is not the API's; empty for any other."""
+    status = error.status_code
+    if status < httpx2.codes.BAD_REQUEST:
+        return f"the API answered with a redirect ({status}): check VQA_MODEL_BASE_URL"
+    # A TLS server (of Go, nginx or Apache) answers http:// with a text or a page.
+    if status == httpx2.codes.BAD_REQUEST and isinstance(error.body, str) and "HTTPS" in error.body:
+        return "the port expects TLS: change VQA_MODEL_BASE_URL to https://"
+    return ""
+
+
 def unreachable(error: Exception) -> DependencyDownError:
     """Return the error for a connection that could not be opened."""
-    return _down(f"the model API cannot be reached: {_describe(error)}")
+    return _down(f"the model API cannot be reached: {describe_failure(error)}")
 
 
 def connection_lost(error: Exception) -> TransientError:
     """Return the error for a connection that was lost during a request."""
-    text = "the connection to the API was lost"
-    log_message = f"{text} ({type(error.__cause__ or error).__name__})"
-    return TransientError(
-        Dependency.MODEL, "connection_error", f"{text}: {_describe(error)}", log_message=log_message
-    )
+    text = f"the connection to the API was lost: {describe_failure(error)}"
+    return TransientError(Dependency.MODEL, "connection_error", text)
 
 
 def was_never_sent(error: Exception) -> bool:
@@ -72,11 +82,6 @@ def was_never_sent(error: Exception) -> bool:
 
 def _down(message: str, *, may_be_partial: bool = False) -> DependencyDownError:
     return DependencyDownError(Dependency.MODEL, message, may_be_partial=may_be_partial)
-
-
-def _describe(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}"
 
 
 def _api_message(error: openai.APIStatusError) -> str:

@@ -1,22 +1,23 @@
 """Find out what exists at the broker and what this user may do, without changing anything.
 
 Permissions are checked with invalid requests: RabbitMQ checks the permission first and the request's other
-parts afterwards (measured on 3.10.8, 4.0.5 and 4.3.6). So the error for an invalid message or consumer shows
-whether a valid one would be allowed.
+parts afterwards (measured on 3.10.8, 4.0.5 and 4.3.6). So the error for an invalid message, queue or consumer
+shows whether a valid one would be allowed, also where the queue or exchange does not exist.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelClosed, ChannelNotFoundEntity, ChannelPreconditionFailed
 from pamqp.commands import Basic
+from pamqp.common import FieldValue
 
 from vqa_worker.rabbitmq.connection import Broker, explain, short_lived_channel
 from vqa_worker.rabbitmq.session import Session
-from worker.rabbitmq.topology import ExchangeSpec, Part, QueueSpec
+from worker.rabbitmq.topology import Part, QueueSpec
 
 # A broker with a memory or disk alarm blocks publishers, without an answer.
 ANSWER_TIMEOUT_S = 5.0
@@ -25,6 +26,10 @@ BLOCKED = "the broker accepts no messages now: it has a memory or disk alarm (se
 
 class NotAllowedError(Exception):
     """The broker does not allow it, or it is not possible; the message says what is missing."""
+
+
+class NotFoundError(NotAllowedError):
+    """The user has the permission, but the queue or exchange does not exist."""
 
 
 class BlockedError(NotAllowedError):
@@ -91,19 +96,33 @@ class Probes:
             raise NotAllowedError(explain(error)) from None
         return None
 
-    async def may_listen(self, exchange: ExchangeSpec) -> None:
-        """Check whether the user may create an exclusive queue and bind it to an exchange; it is deleted.
+    async def may_declare(self, queue: str, arguments: Mapping[str, FieldValue] | None = None) -> None:
+        """Check whether the user may create a queue that does not exist; empty: the broker names it.
 
         Raises:
             NotAllowedError: the user may not.
         """
-        try:
-            async with self._channel() as channel:
-                queue = await channel.declare_queue(exclusive=True)
-                await queue.bind(exchange.name)
-                await queue.delete()
-        except ChannelClosed as error:
-            raise NotAllowedError(explain(error)) from None
+
+        async def declare(channel: AbstractChannel) -> None:
+            invalid: dict[str, FieldValue] = {**(arguments or {}), "x-expires": -1}
+            underlay = await channel.get_underlay_channel()
+            await underlay.queue_declare(queue, durable=bool(queue), exclusive=not queue, arguments=invalid)
+
+        await self._check_with(declare, f"configure on queue {queue or 'amq.gen-*'}")
+
+    async def may_bind(self, queue: str, exchange: str) -> None:
+        """Check whether the user may bind a queue that does not exist to an exchange.
+
+        Raises:
+            NotFoundError: the user may.
+            NotAllowedError: the user may not.
+        """
+
+        async def bind(channel: AbstractChannel) -> None:
+            underlay = await channel.get_underlay_channel()
+            await underlay.queue_bind(queue, exchange)
+
+        await self._check_with(bind, f"write on queue {queue} and read on exchange {exchange}")
 
     async def may_publish(self, exchange: str, routing_key: str) -> None:
         """Check whether the user may publish to an exchange for this queue; nothing is published.
@@ -119,7 +138,9 @@ class Probes:
                 b"", exchange=exchange, routing_key=routing_key, properties=properties
             )
 
-        await self._check_with(publish)
+        await self._check_with(
+            publish, f"write on {f'exchange {exchange}' if exchange else 'the default exchange'}"
+        )
 
     async def may_consume(self, queue: str) -> None:
         """Check whether the user may consume from a queue; nothing is consumed.
@@ -132,17 +153,21 @@ class Probes:
             underlay = await channel.get_underlay_channel()
             await underlay.basic_consume(queue, _never, arguments={"x-priority": "none"})
 
-        await self._check_with(consume)
+        await self._check_with(consume, f"read on queue {queue}")
 
-    async def _check_with(self, invalid_request: Callable[[AbstractChannel], Awaitable[None]]) -> None:
+    async def _check_with(
+        self, invalid_request: Callable[[AbstractChannel], Awaitable[None]], needed: str
+    ) -> None:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S), self._channel() as channel:
                 await invalid_request(channel)
         except ChannelPreconditionFailed:
             # The permission was granted; only the invalid part of the request was refused.
             return
+        except ChannelNotFoundEntity as error:
+            raise NotFoundError(explain(error)) from None
         except ChannelClosed as error:
-            raise NotAllowedError(explain(error)) from None
+            raise NotAllowedError(f"{explain(error)} (needed: {needed})") from None
         except TimeoutError:
             raise BlockedError(BLOCKED) from None
         raise NotAllowedError("the broker accepted an invalid request: is it RabbitMQ?")

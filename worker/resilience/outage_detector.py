@@ -225,7 +225,8 @@ class OutageDetector:
         if not self._enough_jobs_failed(state):
             return Diagnosis.PENDING
         count = len(state.failing | state.exhausted)
-        return self._begin_outage(dependency, f"{count} different jobs in a row failed: {error.reason}", now)
+        cause = f"{error.reason}, {error.log_message}"
+        return self._begin_outage(dependency, f"{count} different jobs in a row failed: {cause}", now)
 
     def _unavailable(
         self, dependency: Dependency, job: str, error: DependencyDownError, now: float

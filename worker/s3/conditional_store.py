@@ -119,8 +119,8 @@ class ConditionalStore:
         if error.is_wrong_endpoint:
             where = f" ({error.region})" if error.region else ""
             text = f"the bucket is in another region{where} than the worker's S3 ({what})"
-        elif error.is_unavailable:
-            text = f"S3 answered {what}"
+        elif isinstance(known := translate(error), DependencyDownError):
+            text = known.message
         else:
             text = (
                 f"S3 answered {what}: the worker must be allowed to get, put, delete and list objects there"

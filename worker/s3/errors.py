@@ -19,6 +19,7 @@ from botocore.exceptions import (
 
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.errors import Dependency, DependencyDownError, JobError, TransientError
+from worker.http.client import describe_failure
 
 _NOT_FOUND = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "404"})
 # These concern the credentials, clock or configuration, so every request fails
@@ -32,6 +33,8 @@ _CONFIGURATION_ERRORS = {
     "InvalidSecurity": "the credentials are not valid",
     "AccountProblem": "the AWS account has a problem",
     "AllAccessDisabled": "access to this S3 has been disabled",
+    # Cloudflare R2's code for a wrong access key.
+    "Unauthorized": "check the AWS credentials",
     "NotSignedUp": "the account is not signed up for S3",
     "RequestTimeTooSkewed": "this machine's clock is wrong",
     "AuthorizationHeaderMalformed": "the signature's region is wrong: set AWS_REGION",
@@ -94,7 +97,8 @@ class S3ResponseError(Exception):
     @property
     def is_wrong_endpoint(self) -> bool:
         """Whether the bucket is at another endpoint or in another region."""
-        return self.status in _REDIRECTS or self.code in _WRONG_ENDPOINT_CODES
+        is_redirect = self.status in _REDIRECTS and bool(self.code or self.region)
+        return is_redirect or self.code in _WRONG_ENDPOINT_CODES
 
     @property
     def is_temporary_redirect(self) -> bool:
@@ -124,6 +128,10 @@ def _from_response(error: S3ResponseError) -> Exception:
     if code in _CONFIGURATION_ERRORS:
         text = f"S3 answered {code}: {_CONFIGURATION_ERRORS[code]}"
         return DependencyDownError(Dependency.S3, text, may_be_partial=error.is_wrong_endpoint)
+    if not code and not error.is_unavailable:
+        hint = "is VQA_S3_ENDPOINT_URL an S3 server and does it need https://?"
+        text = f"the server answered {error.status} without an S3 error code: {hint}"
+        return DependencyDownError(Dependency.S3, text)
     if error.is_unavailable or error.status in _REDIRECTS:
         # S3 throttles single buckets and prefixes.
         text = f"S3 answered {error.status} {code}".rstrip()
@@ -148,12 +156,13 @@ def _from_failure(error: Exception) -> Exception:
             text = "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
             return DependencyDownError(Dependency.S3, text)
         case _ if isinstance(error, _UNREACHABLE):
-            return DependencyDownError(Dependency.S3, f"S3 cannot be reached ({kind})")
+            text = f"S3 cannot be reached: {describe_failure(error)}"
+            return DependencyDownError(Dependency.S3, text)
         case TimeoutError() | ReadTimeoutError():
             return TransientError(Dependency.S3, "timeout", f"S3 timed out ({kind})")
         case _ if isinstance(error, _CONNECTION_LOST):
             return TransientError(
-                Dependency.S3, "connection_error", f"the connection to S3 was lost ({kind})"
+                Dependency.S3, "connection_error", f"the connection to S3 was lost: {describe_failure(error)}"
             )
         case _:
             return DependencyDownError(

@@ -1,16 +1,15 @@
 """Checks of the model API at `VQA_MODEL_BASE_URL`."""
 
-import base64
 import difflib
-import struct
 import time
-import zlib
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack
 from typing import Final
 
+import pydantic_core
+
 from worker.app.assembly import open_model
-from worker.cli.check.finding import Finding, failed, ok, skipped
+from worker.cli.check.finding import Finding, Status, failed, ok, skipped, warning
 from worker.errors import DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.model.answer import Answer
 from worker.model.client import Model
@@ -18,30 +17,78 @@ from worker.model.request import RequestBody, body_parts
 from worker.observability.redaction import Redactor
 from worker.settings import Settings
 
-QUESTION: Final = "Which colour is this? Answer with one word."
-# Some models refuse images smaller than their patches, which have up to 32 pixels.
-SIDE_PIXELS: Final = 64
 CHECK: Final = "model API"
+TIMEOUT_S: Final = 30.0
+CHAT_COMPLETIONS: Final = "/chat/completions"
+# What providers have between the host and `/chat/completions`.
+PATHS: Final = ("/v1", "/openai", "/v1/openai", "/openai/v1", "/api/v1")
+QUESTION: Final = "Which color is this? Answer with one word."
+# A red PNG of 64 by 64 pixels: some models refuse images smaller than their patches of up to 32 pixels.
+RED_PNG: Final = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJAAAAb0lEQVR4nO3PAQkAAAyEwO9feoshgnABdLep8QUNyP"
+    "EFDcjxBQ3I8QUNyPEFDcjxBQ3I8QUNyPEFDcjxBQ3I8QUNyPEFDcjxBQ3I8QUNyPEFDcjxBQ3I8QUNyPEFDcjxBQ3I"
+    "8QUNyPEFDcjxBQ3IPanc8OLDQitxAAAAAElFTkSuQmCC"
+)
 
 
 async def api_findings(settings: Settings, *, ask: bool) -> AsyncIterator[Finding]:
-    """Check the list of models; with `ask`, send a question."""
+    """Check URL, key and models without a billed request; with `ask`, send a question."""
+    url = settings.model_base_url
     async with AsyncExitStack() as stack:
         model = open_model(settings, Redactor(settings.secret_values()), stack)
         try:
             names = await model.list_models()
         except DependencyDownError as error:
-            yield failed(CHECK, f"{settings.model_base_url}: {error.message}")
+            yield failed(CHECK, f"{url}: {error.message}")
             return
-        if names is None:
-            text = f"{settings.model_base_url}: GET /models returned 404; URL and key not verified"
-            yield skipped(CHECK, text if ask else f"{text}. Use --ask.")
-        else:
-            yield ok(CHECK, f"{settings.model_base_url} lists {len(names)} models")
-            for name in settings.allowed_models:
-                yield _listed(name, names)
+        access = await _access(model, settings, names)
+        if names is None and access.status is Status.FAILED and (better := await _base_url(settings)):
+            text = f"{access.message}. The API is at {better}: set VQA_MODEL_BASE_URL={better}"
+            access = failed(CHECK, text)
+        yield access
+        for name in settings.allowed_models if names else ():
+            yield _listed(name, names or ())
         if ask:
             yield await _asked(model, settings)
+
+
+async def _base_url(settings: Settings) -> str | None:
+    """Return a URL on the same host that has a list of models."""
+    url = settings.model_base_url
+    for other in (url.removesuffix(CHAT_COMPLETIONS), *(f"{url}{path}" for path in PATHS)):
+        async with AsyncExitStack() as stack:
+            changed = settings.model_copy(update={"model_base_url": other})
+            model = open_model(changed, Redactor(settings.secret_values()), stack)
+            try:
+                if await model.list_models() is not None:
+                    return other
+            except DependencyDownError as error:
+                # The URL is right and the key is not.
+                if "answered 401" in error.message:
+                    return other
+    return None
+
+
+async def _access(model: Model, settings: Settings, names: Collection[str] | None) -> Finding:
+    """Send a request without messages: an API checks the key, then refuses it, and bills nothing."""
+    url = settings.model_base_url
+    name = settings.model if not names or settings.model in names else min(names)
+    try:
+        await model.complete(
+            name, RequestBody([pydantic_core.to_json({"model": name})], []), time_left_s=TIMEOUT_S
+        )
+    except (JobError, RateLimitedError):
+        pass
+    except TransientError as error:
+        if error.reason == "http_5xx":
+            text = f"{url}: {error.message} (to a request without messages). Check the key with --ask."
+            return warning(CHECK, text)
+        return failed(CHECK, f"{url}: {error.message}")
+    except DependencyDownError as error:
+        return failed(CHECK, f"{url}: {error.message}")
+    if names is None:
+        return skipped(CHECK, f"{url} accepts the key, but lists no models. Check the model with --ask.")
+    return ok(CHECK, f"{url} accepts the key and lists {len(names)} models")
 
 
 def _listed(name: str, names: Collection[str]) -> Finding:
@@ -70,8 +117,8 @@ async def _asked(model: Model, settings: Settings) -> Finding:
 
 
 def _question(model: str) -> RequestBody:
-    url = f"data:image/png;base64,{base64.b64encode(red_square(SIDE_PIXELS)).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    image = {"url": f"data:image/png;base64,{RED_PNG}"}
+    content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": QUESTION}]
     return RequestBody(body_parts(model, [{"role": "user", "content": content}], {}), [])
 
 
@@ -85,18 +132,3 @@ def _cost(answer: Answer) -> str:
 
 def _empty_note(answer: Answer) -> str:
     return f" (empty answer: finish_reason {answer.finish_reason})" if answer.is_empty else ""
-
-
-def red_square(side: int) -> bytes:
-    """Return a PNG (RFC 2083) of a red square with this side in pixels."""
-    row = b"\0" + b"\xff\0\0" * side
-    parts = (
-        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(row * side)),
-        (b"IEND", b""),
-    )
-    chunks = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in parts
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

@@ -1,165 +1,158 @@
 """Checks of RabbitMQ: connection, topology, permissions. They change nothing."""
 
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Final, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError
+from vqa_worker.rabbitmq.replies import PRIVATE_PREFIX
 from vqa_worker.rabbitmq.session import Session
 from worker.cli.check.finding import Finding, failed, ok, skipped, warning
 from worker.cli.shell import counted
-from worker.rabbitmq.permission_checks import BlockedError, Found, NotAllowedError, Probes
+from worker.rabbitmq.permission_checks import BlockedError, Found, NotAllowedError, NotFoundError, Probes
 from worker.rabbitmq.topology import Part, QueueSpec, Topology
 from worker.settings import BrokerSettings
 
-DEFAULT: Final = "the default exchange"
+# Names of queues that do not exist: like those of `submit`, and like those that RabbitMQ names.
+REPLY_QUEUE: Final = f"{PRIVATE_PREFIX}check"
+PRIVATE_QUEUE: Final = "amq.gen-check"
+Probe: TypeAlias = Callable[[], Awaitable[None]]
+Problem: TypeAlias = Callable[[str, str], Finding]
+
+CREATE: Final = "Run `vqa-worker topology apply`."
 
 
 async def broker_findings(
     settings: BrokerSettings, broker: Broker, timeout_s: float
 ) -> AsyncIterator[Finding]:
     """Check the connection, queues, exchanges and permissions."""
+    name = urlsplit(settings.rabbitmq_url.get_secret_value()).username
+    user = f", as user {unquote(name)}" if name else ""
     try:
         async with Session(broker, "check").opened(timeout_s) as connection:
-            probes = Probes(connection)
-            yield ok("broker", f"{probes.version} at {settings.rabbitmq_address}{_user(settings)}")
-            async for finding in _topology_findings(probes, Topology.from_settings(settings)):
+            probes, topology = Probes(connection), Topology.from_settings(settings)
+            yield ok("broker", f"{probes.version} at {settings.rabbitmq_address}{user}")
+            parts: list[Part] = [*topology.queues(), topology.control, *topology.exchanges()]
+            for part in parts:
+                async for finding in _part(probes, topology, part):
+                    yield finding
+            async for finding in _permissions(probes, topology):
                 yield finding
     except (BrokerRefusedError, BrokerUnreachableError) as error:
         yield failed("broker", f"{settings.rabbitmq_address}: {error}")
     except ConnectionError as error:
-        yield failed(
-            "broker", f"the connection was lost during the check ({type(error).__name__}). Try again."
-        )
+        text = f"the connection was lost during the check ({type(error).__name__}). Try again."
+        yield failed("broker", text)
 
 
-def _user(settings: BrokerSettings) -> str:
-    name = urlsplit(settings.rabbitmq_url.get_secret_value()).username
-    return f", as user {unquote(name)}" if name else ""
-
-
-async def _topology_findings(probes: Probes, topology: Topology) -> AsyncIterator[Finding]:
-    queues: dict[str, Found] = {}
-    exchanges: set[str] = set()
-    hidden: set[str] = set()
-    parts: list[Part] = [*topology.queues(), topology.control, *topology.exchanges()]
-    for part in parts:
-        try:
-            found = await probes.find(part)
-        except NotAllowedError as error:
-            # Permissions can be checked without seeing it.
-            hidden.add(part.name)
-            yield _hidden_part(topology, part, str(error))
-            continue
-        if found is not None and isinstance(part, QueueSpec):
-            queues[part.name] = found
-        elif found is not None:
-            exchanges.add(part.name)
-        yield await _part(probes, topology, part, found)
-    for finding in _activity(topology, queues):
-        yield finding
-    async for finding in _permissions(probes, topology, {*queues, *exchanges, *hidden}):
-        yield finding
-
-
-async def _part(probes: Probes, topology: Topology, part: Part, found: Found | None) -> Finding:
-    check = str(part)
-    if found is None:
-        return _missing(topology, part)
-    state = "exists"
-    if isinstance(part, QueueSpec):
-        state = f"{found.messages} ready, {counted(found.consumers, 'consumer')}"
-    if part.may_differ:
-        return ok(check, state)
+async def _part(probes: Probes, topology: Topology, part: Part) -> AsyncIterator[Finding]:
+    """Check that a queue or exchange exists as the worker needs it, or that the worker can create it."""
+    check, is_optional = str(part), part == topology.control
+    is_declared = topology.declare and not part.may_differ
+    state = ""
     try:
-        difference = await probes.compare(part)
+        found = await probes.find(part)
+        if found is None:
+            yield await _missing(probes, part, is_needed=not is_declared and not is_optional)
+            return
+        state = "exists"
+        if isinstance(part, QueueSpec):
+            state = f"{found.messages} ready, {counted(found.consumers, 'consumer')}"
+            for finding in _activity(topology, part, found):
+                yield finding
+        difference = None if part.may_differ else await probes.compare(part)
     except NotAllowedError as error:
-        if topology.declare and part == topology.control:
-            # A worker runs without it.
-            return warning(check, f"the worker will not receive cancellations: {error}")
-        if topology.declare:
-            return failed(check, f"{error}; or set VQA_DECLARE_TOPOLOGY=false")
-        return ok(check, f"{state}; arguments not checked (the user has no permission to declare it)")
-    if difference is None:
-        return ok(check, f"{state}; arguments OK")
-    text = f"arguments differ from the worker's: {difference}"
-    return (failed if topology.declare else warning)(
-        check, f"{text}. Delete it, change it with a policy, or configure another name."
-    )
-
-
-def _hidden_part(topology: Topology, part: Part, reason: str) -> Finding:
-    """RabbitMQ 4.3 hides a queue from a user without permissions on it; a user that declares it has one."""
-    if topology.declare and not part.may_differ and part != topology.control:
-        return failed(str(part), f"{reason}; or set VQA_DECLARE_TOPOLOGY=false")
-    return skipped(str(part), f"hidden from this user: {reason}")
-
-
-def _missing(topology: Topology, part: Part) -> Finding:
-    if part.may_differ:
-        return failed(str(part), "does not exist. Run `vqa-worker topology apply`.")
-    if not topology.declare and part != topology.control:
-        return failed(str(part), "does not exist. Run `vqa-worker topology apply`.")
-    return warning(str(part), "does not exist yet. Start a worker or run `vqa-worker topology apply`.")
-
-
-def _activity(topology: Topology, found: Mapping[str, Found]) -> list[Finding]:
-    """Check for consumers and dead letters."""
-    findings = []
-    jobs, dead = found.get(topology.jobs), found.get(topology.dead_letters)
-    if jobs is not None and not jobs.consumers:
-        findings.append(warning("workers", f"no consumers on {topology.jobs}"))
-    if dead is not None and dead.messages:
-        text = f"{counted(dead.messages, 'message')} on {topology.dead_letters}. Run `vqa-worker dlq list`."
-        findings.append(warning("dead letters", text))
-    return findings
-
-
-async def _permissions(
-    probes: Probes, topology: Topology, existing: Collection[str]
-) -> AsyncIterator[Finding]:
-    """Check the user's permissions without consuming or publishing."""
-    if topology.jobs in existing:
-        yield await _permission("permission to consume jobs", probes.may_consume(topology.jobs))
-    if topology.control.name in existing:
-        try:
-            await probes.may_listen(topology.control)
-        except NotAllowedError as error:
-            yield warning("cancellations", f"the worker will not receive them: {error}")
+        # RabbitMQ 4.3 hides a queue from a user without permissions on it; to declare it, a worker needs one.
+        if is_declared and is_optional:
+            yield warning(check, f"the worker will not receive cancellations: {error}")
+        elif is_declared:
+            yield failed(check, f"{error}; or set VQA_DECLARE_TOPOLOGY=false")
+        elif state:
+            yield ok(check, f"{state}; arguments not checked (this user may not declare it)")
         else:
-            yield ok("cancellations", "permission granted")
-    # Last, because a broker with a resource alarm blocks a connection that publishes.
+            yield skipped(check, f"hidden from this user: {error}")
+        return
+    if difference is None:
+        yield ok(check, state if part.may_differ else f"{state}; arguments OK")
+    else:
+        fix = "Delete it, change it with a policy, or configure another name."
+        text = f"arguments differ from the worker's: {difference}. {fix}"
+        yield failed(check, text) if topology.declare else warning(check, text)
+
+
+async def _missing(probes: Probes, part: Part, *, is_needed: bool) -> Finding:
+    if is_needed:
+        return failed(str(part), f"does not exist. {CREATE}")
+    if isinstance(part, QueueSpec):
+        try:
+            await probes.may_declare(part.name, part.arguments)
+        except NotAllowedError as error:
+            return failed(str(part), f"does not exist, and the worker cannot create it: {error}. {CREATE}")
+    return warning(str(part), f"does not exist yet. Start a worker or run {CREATE[4:]}")
+
+
+def _activity(topology: Topology, part: QueueSpec, found: Found) -> list[Finding]:
+    """Check for consumers and dead letters."""
+    if part.name == topology.jobs and not found.consumers:
+        return [warning("workers", f"no consumers on {part.name}")]
+    if part.name == topology.dead_letters and found.messages:
+        text = f"{counted(found.messages, 'message')} on {part.name}. Run `vqa-worker dlq list`."
+        return [warning("dead letters", text)]
+    return []
+
+
+async def _permissions(probes: Probes, topology: Topology) -> AsyncIterator[Finding]:
+    """Check the user's permissions without consuming or publishing."""
+    declare, bind, consume, publish = (
+        probes.may_declare,
+        probes.may_bind,
+        probes.may_consume,
+        probes.may_publish,
+    )
+    control, replies = topology.control.name, topology.reply_exchange
+    bound = [partial(bind, REPLY_QUEUE, replies)] if replies else []
+    # Publishing last: a broker with a resource alarm blocks a connection that publishes.
+    checks: list[tuple[Problem, str, list[Probe]]] = [
+        (failed, "consume jobs", [partial(consume, topology.jobs)]),
+        (
+            warning,
+            "receive cancellations",
+            [partial(declare, ""), partial(bind, PRIVATE_QUEUE, control), partial(consume, PRIVATE_QUEUE)],
+        ),
+        (failed, "publish results", [partial(publish, replies, topology.results)]),
+        (failed, "requeue jobs", [partial(publish, topology.jobs_exchange, topology.jobs)]),
+        (warning, f"publish to {PRIVATE_PREFIX}*", [partial(publish, replies, REPLY_QUEUE)]),
+        (
+            skipped,
+            "submit jobs",
+            [
+                partial(declare, REPLY_QUEUE),
+                *bound,
+                partial(consume, REPLY_QUEUE),
+                partial(publish, "", topology.jobs),
+            ],
+        ),
+    ]
     try:
-        for what, exchange, queue in (
-            ("results", topology.reply_exchange, topology.results),
-            ("requeued jobs", topology.jobs_exchange, topology.jobs),
-        ):
-            if not exchange or exchange in existing:
-                by = f"on exchange {exchange}" if exchange else f"on {DEFAULT}"
-                yield await _permission(
-                    f"permission to publish {what}", probes.may_publish(exchange, queue), by
-                )
-        if topology.reply_exchange and topology.jobs_exchange:
-            yield await _direct_replies(probes)
+        for problem, action, needed in checks:
+            refusal = await _refusal(needed)
+            check = f"permission to {action}"
+            yield problem(check, refusal) if refusal else ok(check, "granted")
     except BlockedError as error:
         yield failed("publishing", str(error))
 
 
-async def _direct_replies(probes: Probes) -> Finding:
-    try:
-        await probes.may_publish("", "amq.rabbitmq.reply-to")
-    except BlockedError:
-        raise
-    except NotAllowedError:
-        return skipped("direct reply-to", f"no write permission on {DEFAULT}")
-    return ok("direct reply-to", f"granted on {DEFAULT}")
-
-
-async def _permission(check: str, probe: Awaitable[None], how: str = "") -> Finding:
-    try:
-        await probe
-    except BlockedError:
-        raise
-    except NotAllowedError as error:
-        return failed(check, str(error))
-    return ok(check, f"granted {how}".rstrip())
+async def _refusal(needed: Sequence[Probe]) -> str:
+    """Return the first refusal; an empty string if the user may do all of it."""
+    for probe in needed:
+        try:
+            await probe()
+        except BlockedError:
+            raise
+        except NotFoundError:
+            # Reported as missing.
+            continue
+        except NotAllowedError as error:
+            return str(error)
+    return ""

@@ -1,7 +1,7 @@
 """The command `vqa-worker check`."""
 
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,9 +34,8 @@ async def check(
         vqa-worker check --image s3://photos/2030/table.jpg --ask
         vqa-worker check --json | jq 'select(.status == "failed")'
 
-    Read-only: consumes no job, publishes no message, creates no queue; it writes and deletes one small object
-    in the result store, if there is one. Exit codes: 0 no failures (warnings do not count), 1 a check failed,
-    78 a setting is wrong.
+    Consumes no job, publishes no message, creates no queue. Writes and deletes one test object in the result
+    store, if configured. Exit codes: 0 success or warnings only, 1 a check failed, 78 invalid configuration.
     """
     report = Report(screen)
     settings, broker_settings = _settings(screen, report)
@@ -65,19 +64,31 @@ def _settings(screen: Screen, report: Report) -> "tuple[Settings | None, BrokerS
     """Load all settings; if one is wrong, at least the settings of the broker."""
     from worker.settings import SettingsError, load_broker_settings, load_settings
 
+    warnings: list[str] = []
+
+    def load_all(**given: Any) -> "Settings":
+        settings = load_settings(**given)
+        warnings.extend(settings.warnings())
+        # They are findings; `Screen.load` would print them too.
+        settings.unknown_variables.clear()
+        return settings
+
+    def load_broker(**given: Any) -> "BrokerSettings":
+        settings = load_broker_settings(**given)
+        settings.unknown_variables.clear()
+        return settings
+
     try:
-        settings = screen.load(load_settings)
+        settings = screen.load(load_all)
     except SettingsError as error:
         for fault in error.faults:
             report.add(failed("settings", fault))
     else:
         report.add(ok("settings", "valid"))
-        for text in settings.warnings():
-            # `Screen.load` has printed the others.
-            if text not in settings.unknown_variables:
-                report.add(warning("settings", text))
+        for text in warnings:
+            report.add(warning("settings", text))
         return settings, settings
     try:
-        return None, screen.load(load_broker_settings)
+        return None, screen.load(load_broker)
     except SettingsError:
         return None, None

@@ -3,9 +3,9 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Final
 
 import typer
@@ -14,7 +14,7 @@ from worker.cli.shell import Screen
 
 
 class Status(StrEnum):
-    """The outcome of a check."""
+    """The outcome of a check; with a warning a worker still runs, what is skipped cannot be checked."""
 
     OK = "ok"
     WARNING = "warning"
@@ -22,47 +22,28 @@ class Status(StrEnum):
     SKIPPED = "skipped"
 
 
-MARKS: Final[Mapping[Status, str]] = {
-    Status.OK: "✓",
-    Status.WARNING: "!",
-    Status.FAILED: "✗",
-    Status.SKIPPED: "–",
-}
-COLOURS: Final[Mapping[Status, str]] = {
-    Status.OK: "green",
-    Status.WARNING: "yellow",
-    Status.FAILED: "red",
-    Status.SKIPPED: "blue",
+# A mark and a color.
+_STYLES: Final = {
+    Status.OK: ("✓", "green"),
+    Status.WARNING: ("!", "yellow"),
+    Status.FAILED: ("✗", "red"),
+    Status.SKIPPED: ("–", "blue"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check: its name, status, and a message with a fix if there is a problem."""
+    """A check's name and status, and a message with a fix if there is a problem."""
 
-    check: str
     status: Status
+    check: str
     message: str
 
 
-def ok(check: str, message: str) -> Finding:
-    """Return a finding without a problem."""
-    return Finding(check, Status.OK, message)
-
-
-def warning(check: str, message: str) -> Finding:
-    """Return a finding for a problem with which a worker still runs."""
-    return Finding(check, Status.WARNING, message)
-
-
-def failed(check: str, message: str) -> Finding:
-    """Return a finding for a problem that prevents a worker from running."""
-    return Finding(check, Status.FAILED, message)
-
-
-def skipped(check: str, message: str) -> Finding:
-    """Return a finding for a check that is not possible."""
-    return Finding(check, Status.SKIPPED, message)
+ok = partial(Finding, Status.OK)
+warning = partial(Finding, Status.WARNING)
+failed = partial(Finding, Status.FAILED)
+skipped = partial(Finding, Status.SKIPPED)
 
 
 class Report:
@@ -72,27 +53,26 @@ class Report:
         from worker.observability.redaction import Redactor
 
         self._screen = screen
-        self._clean = Redactor(())
+        self._redact = Redactor(())
         self.count: Counter[Status] = Counter()
 
     def add(self, finding: Finding) -> None:
         """Print and count a finding."""
         self.count[finding.status] += 1
-        message = self._clean(finding.message)
+        message = self._redact(finding.message)
         self._screen.emit({"check": finding.check, "status": finding.status, "message": message})
         self._screen.print(f"{_mark(finding.status)} {finding.check}: {message}")
 
     def print_summary(self) -> None:
         """Print the number of findings per status."""
-        counts = [f"{count} {status}" for status in Status if (count := self.count[status])]
-        self._screen.note(", ".join(counts))
+        self._screen.note(", ".join(f"{self.count[it]} {it}" for it in Status if self.count[it]))
 
 
 def _mark(status: Status) -> str:
+    mark, color = _STYLES[status]
     try:
-        mark = MARKS[status]
         mark.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
         mark = f"[{status}]"
-    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return typer.style(mark, fg=COLOURS[status]) if coloured else mark
+    is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return typer.style(mark, fg=color) if is_colored else mark

@@ -1,4 +1,4 @@
-"""Checks of S3: credentials, buckets, images, the result store."""
+"""Checks of S3: buckets, images, the result store."""
 
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -30,48 +30,53 @@ async def storage_findings(settings: Settings, images: Sequence[str]) -> AsyncIt
         except S3ConfigurationError as error:
             yield failed("S3", str(error))
             return
-        yield await _credentials(s3, settings)
-        for bucket in settings.allowed_buckets:
-            if not _GLOB & set(bucket):
-                yield await _bucket(s3, bucket)
         globs = [bucket for bucket in settings.allowed_buckets if _GLOB & set(bucket)]
-        if globs and not images:
-            named = ", ".join(globs)
-            yield skipped(
-                "buckets", f"{named}: cannot check wildcards. Name an object with --image s3://bucket/key."
-            )
+        buckets = [bucket for bucket in settings.allowed_buckets if bucket not in globs]
+        if not buckets and not any(image.startswith("s3://") for image in images):
+            yield await _credentials(s3, settings.s3_endpoint_url or "AWS")
+        for bucket in buckets:
+            yield await _bucket(s3, bucket)
         for image in images:
             yield await _image(s3, settings, image)
+        if globs and not images:
+            text = f"{', '.join(globs)}: wildcards. To check a bucket, use --image s3://bucket/key."
+            yield skipped("buckets", text)
         if settings.result_store is not None:
             yield await _store(conditional_store_at(settings.result_store, s3))
 
 
-async def _credentials(s3: "S3", settings: Settings) -> Finding:
-    """Sign a URL, which needs credentials but no request."""
-    try:
-        await s3.link(S3Object("bucket", "key"), 1)
-    except DependencyDownError as error:
-        return failed("S3", error.message)
-    return ok("S3", f"{settings.s3_endpoint_url or 'AWS'}; credentials found (not verified)")
+async def _credentials(s3: "S3", server: str) -> Finding:
+    """Read from a bucket that does not exist: S3 checks the credentials first."""
+    problem = await _problem(s3, f"vqa-worker-check-{uuid.uuid4().hex}")
+    if not problem or "NoSuchBucket" in problem:
+        return ok("S3", f"{server} accepts the credentials")
+    if "AccessDenied" in problem:
+        return warning("S3", f"{server} denies access to a bucket that does not exist. Use --image to check.")
+    return failed("S3", f"{server}: {problem}")
 
 
 async def _bucket(s3: "S3", bucket: str) -> Finding:
-    """Read an object that does not exist: S3 answers 404, or why access is denied."""
-    check = f"bucket {bucket}"
+    check, problem = f"bucket {bucket}", await _problem(s3, bucket)
+    if not problem:
+        return ok(check, "readable")
+    if "NoSuchBucket" in problem:
+        return failed(check, "does not exist. Check VQA_ALLOWED_BUCKETS and VQA_S3_ENDPOINT_URL.")
+    if "AccessDenied" in problem:
+        text = "S3 denies access to an object that does not exist: the permission to list or read is missing."
+        return warning(check, f"{text} Check an object that exists with --image s3://{bucket}/key.")
+    return failed(check, problem)
+
+
+async def _problem(s3: "S3", bucket: str) -> str:
+    """Read an object that does not exist; return the error, or an empty string if S3 reports it missing."""
     try:
         await s3.read_beginning(S3Object(bucket, f"vqa-worker-check/{uuid.uuid4().hex}"), 1)
     except JobError as error:
-        if "NoSuchBucket" in error.message:
-            return failed(check, "does not exist. Check VQA_ALLOWED_BUCKETS and VQA_S3_ENDPOINT_URL.")
-        if error.code == ErrorCode.IMAGE_FORBIDDEN:
-            return warning(
-                check,
-                "S3 denies access to an object that does not exist: the permission to list the bucket (or to"
-                f" read it) is missing. Check an object that exists with --image s3://{bucket}/key.",
-            )
+        is_missing = error.code == ErrorCode.IMAGE_NOT_FOUND and "NoSuchBucket" not in error.message
+        return "" if is_missing else error.message
     except (TransientError, DependencyDownError) as error:
-        return failed(check, error.message)
-    return ok(check, "readable")
+        return error.message
+    return "the server returns content for an object that does not exist: check VQA_S3_ENDPOINT_URL"
 
 
 async def _image(s3: "S3", settings: Settings, url: str) -> Finding:
