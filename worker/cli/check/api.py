@@ -79,13 +79,10 @@ async def _access(model: Model, settings: Settings, names: Collection[str] | Non
         )
     except (JobError, RateLimitedError):
         pass
-    except TransientError as error:
-        if error.reason == "http_5xx":
-            text = f"{url}: {error.message} (to a request without messages). Check the key with --ask."
-            return warning(CHECK, text)
-        return failed(CHECK, f"{url}: {error.message}")
-    except DependencyDownError as error:
-        return failed(CHECK, f"{url}: {error.message}")
+    except (TransientError, DependencyDownError) as error:
+        if isinstance(error, TransientError) and error.reason == "http_5xx":
+            return warning(CHECK, f"{url}: {error} (to a request without messages). Use --ask.")
+        return failed(CHECK, f"{url}: {error}")
     if names is None:
         return skipped(CHECK, f"{url} accepts the key, but lists no models. Check the model with --ask.")
     return ok(CHECK, f"{url} accepts the key and lists {len(names)} models")
@@ -102,24 +99,15 @@ def _listed(name: str, names: Collection[str]) -> Finding:
 
 async def _asked(model: Model, settings: Settings) -> Finding:
     """Send one billed request with a small image."""
-    check = f"question to {settings.model}"
-    started = time.monotonic()
-    try:
-        answer = await model.complete(
-            settings.model, _question(settings.model), time_left_s=settings.model_timeout
-        )
-    except (JobError, TransientError, DependencyDownError) as error:
-        return failed(check, error.message)
-    except RateLimitedError as error:
-        return failed(check, f"{error}. Try again later.")
-    took_s = time.monotonic() - started
-    return ok(check, f"answered in {took_s:.2f} s{_cost(answer)}{_empty_note(answer)}")
-
-
-def _question(model: str) -> RequestBody:
+    check, name, started = f"question to {settings.model}", settings.model, time.monotonic()
     image = {"url": f"data:image/png;base64,{RED_PNG}"}
     content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": QUESTION}]
-    return RequestBody(body_parts(model, [{"role": "user", "content": content}], {}), [])
+    body = RequestBody(body_parts(name, [{"role": "user", "content": content}], {}), [])
+    try:
+        answer = await model.complete(name, body, time_left_s=settings.model_timeout)
+    except (JobError, TransientError, DependencyDownError, RateLimitedError) as error:
+        return failed(check, str(error))
+    return ok(check, f"answered in {time.monotonic() - started:.2f} s{_cost(answer)}")
 
 
 def _cost(answer: Answer) -> str:
@@ -128,7 +116,3 @@ def _cost(answer: Answer) -> str:
     tokens = f", {answer.usage.prompt_tokens} + {answer.usage.completion_tokens} tokens"
     cost = answer.usage.cost_usd
     return tokens if cost is None else f"{tokens}, ${cost:.6f}"
-
-
-def _empty_note(answer: Answer) -> str:
-    return f" (empty answer: finish_reason {answer.finish_reason})" if answer.is_empty else ""

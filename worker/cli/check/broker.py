@@ -42,8 +42,7 @@ async def broker_findings(
     except (BrokerRefusedError, BrokerUnreachableError) as error:
         yield failed("broker", f"{settings.rabbitmq_address}: {error}")
     except ConnectionError as error:
-        text = f"the connection was lost during the check ({type(error).__name__}). Try again."
-        yield failed("broker", text)
+        yield failed("broker", f"the connection was lost ({type(error).__name__}). Try again.")
 
 
 async def _part(probes: Probes, topology: Topology, part: Part) -> AsyncIterator[Finding]:
@@ -104,35 +103,24 @@ def _activity(topology: Topology, part: QueueSpec, found: Found) -> list[Finding
 
 async def _permissions(probes: Probes, topology: Topology) -> AsyncIterator[Finding]:
     """Check the user's permissions without consuming or publishing."""
-    declare, bind, consume, publish = (
-        probes.may_declare,
-        probes.may_bind,
-        probes.may_consume,
-        probes.may_publish,
-    )
-    control, replies = topology.control.name, topology.reply_exchange
-    bound = [partial(bind, REPLY_QUEUE, replies)] if replies else []
+    jobs, exchange = topology.jobs, topology.reply_exchange
+    bind, consume, publish = probes.may_bind, probes.may_consume, probes.may_publish
+    listening = [
+        partial(probes.may_declare, ""),
+        partial(bind, PRIVATE_QUEUE, topology.control.name),
+        partial(consume, PRIVATE_QUEUE),
+    ]
+    reading = [partial(probes.may_declare, REPLY_QUEUE), partial(consume, REPLY_QUEUE)]
+    bound = [partial(bind, REPLY_QUEUE, exchange)] if exchange else []
+    replying = [partial(publish, exchange, REPLY_QUEUE)]
     # Publishing last: a broker with a resource alarm blocks a connection that publishes.
-    checks: list[tuple[Problem, str, list[Probe]]] = [
-        (failed, "consume jobs", [partial(consume, topology.jobs)]),
-        (
-            warning,
-            "receive cancellations",
-            [partial(declare, ""), partial(bind, PRIVATE_QUEUE, control), partial(consume, PRIVATE_QUEUE)],
-        ),
-        (failed, "publish results", [partial(publish, replies, topology.results)]),
-        (failed, "requeue jobs", [partial(publish, topology.jobs_exchange, topology.jobs)]),
-        (warning, f"publish to {PRIVATE_PREFIX}*", [partial(publish, replies, REPLY_QUEUE)]),
-        (
-            skipped,
-            "submit jobs",
-            [
-                partial(declare, REPLY_QUEUE),
-                *bound,
-                partial(consume, REPLY_QUEUE),
-                partial(publish, "", topology.jobs),
-            ],
-        ),
+    checks: list[tuple[Problem, str, Sequence[Probe]]] = [
+        (failed, "consume jobs", [partial(consume, jobs)]),
+        (warning, "receive cancellations", listening),
+        (failed, "publish results", [partial(publish, exchange, topology.results)]),
+        (failed, "requeue jobs", [partial(publish, topology.jobs_exchange, jobs)]),
+        *([(warning, f"publish to {PRIVATE_PREFIX}*", replying)] if exchange else []),
+        (skipped, "submit jobs", [*reading, *bound, partial(publish, "", jobs)]),
     ]
     try:
         for problem, action, needed in checks:
@@ -148,11 +136,10 @@ async def _refusal(needed: Sequence[Probe]) -> str:
     for probe in needed:
         try:
             await probe()
+        except NotFoundError:
+            continue
         except BlockedError:
             raise
-        except NotFoundError:
-            # Reported as missing.
-            continue
         except NotAllowedError as error:
             return str(error)
     return ""

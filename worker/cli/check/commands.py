@@ -1,6 +1,7 @@
 """The command `vqa-worker check`."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -64,31 +65,26 @@ def _settings(screen: Screen, report: Report) -> "tuple[Settings | None, BrokerS
     """Load all settings; if one is wrong, at least the settings of the broker."""
     from worker.settings import SettingsError, load_broker_settings, load_settings
 
-    warnings: list[str] = []
+    texts: list[str] = []
 
-    def load_all(**given: Any) -> "Settings":
-        settings = load_settings(**given)
-        warnings.extend(settings.warnings())
-        # They are findings; `Screen.load` would print them too.
-        settings.unknown_variables.clear()
-        return settings
-
-    def load_broker(**given: Any) -> "BrokerSettings":
-        settings = load_broker_settings(**given)
+    def quietly(load: Any, **given: Any) -> Any:
+        settings = load(**given)
+        texts[:] = settings.warnings() if load is load_settings else []
+        # `Screen.load` would print these findings too.
         settings.unknown_variables.clear()
         return settings
 
     try:
-        settings = screen.load(load_all)
+        settings = screen.load(partial(quietly, load_settings))
     except SettingsError as error:
         for fault in error.faults:
             report.add(failed("settings", fault))
     else:
         report.add(ok("settings", "valid"))
-        for text in warnings:
+        for text in texts:
             report.add(warning("settings", text))
         return settings, settings
     try:
-        return None, screen.load(load_broker)
+        return None, screen.load(partial(quietly, load_broker_settings))
     except SettingsError:
         return None, None
