@@ -242,7 +242,7 @@ def test_bad_jobs_that_end_one_after_another_are_an_outage_only_after_five() -> 
         detector.end_job(MODEL, job)
     detector.end_job(MODEL, "unknown")
     assert detector.fail("fifth", 9.0) is OUTAGE
-    assert detector.outages[MODEL].reason == "5 different jobs in a row failed: http_5xx"
+    assert detector.outages[MODEL].reason.startswith("5 different jobs in a row failed: http_5xx, ")
 
 
 def test_a_success_clears_jobs_that_have_ended() -> None:

@@ -121,7 +121,6 @@ S3_STATES = [
         lambda it: s3_at(f"http://{urlsplit(it.stack.rabbitmq.url).netloc.rpartition('@')[2]}"),
         "S3",
         "the answer is not HTTP",
-        "different jobs in a row failed: connection_error",
     ),
 ]
 MODEL_STATES = [
