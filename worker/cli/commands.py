@@ -2,9 +2,8 @@
 
 import os
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,22 +21,6 @@ from worker.cli.topology import apply, show
 Run = Callable[[Path], int]
 
 COMPLETION_VARIABLE = "_VQA_WORKER_COMPLETE"
-
-
-class Document(StrEnum):
-    """The documents that `schema` prints."""
-
-    JOB = "job"
-    RESULT = "result"
-    ASYNCAPI = "asyncapi"
-
-
-class Shell(StrEnum):
-    """The shells with completion."""
-
-    BASH = "bash"
-    ZSH = "zsh"
-    FISH = "fish"
 
 
 def shell(arguments: Sequence[str], run: Run) -> int:
@@ -77,7 +60,7 @@ def build(run: Run) -> typer.Typer:
 def schema(
     screen: Screen,
     document: Annotated[
-        Document | None,
+        Literal["job", "result", "asyncapi"] | None,
         typer.Argument(metavar="DOCUMENT", help="job, result or asyncapi (default: all)."),
     ] = None,
 ) -> None:
@@ -98,7 +81,9 @@ def schema(
 def _completion_command(app: typer.Typer) -> Callable[..., None]:
     def completion(
         screen: Screen,  # noqa: ARG001 - every command has it
-        shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
+        shell: Annotated[
+            Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="bash, zsh or fish.")
+        ],
     ) -> None:
         """Print the completion script of a shell.
 

@@ -109,7 +109,7 @@ async def collect(
     """Wait for the results of a submission, and print or write them.
 
         vqa-worker submissions collect orders-3f9a1c2b7d -o results.csv
-        vqa-worker submissions collect orders-3f9a1c2b7d --no-wait --json | jq .answer
+        vqa-worker submissions collect orders-3f9a1c2b7d --no-wait --json | jq .id
 
     A result is acked only after it is written to disk; after an interruption, run the command again.
     Exit code 1: a job failed or results are pending.

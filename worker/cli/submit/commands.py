@@ -30,7 +30,7 @@ async def submit(screen: Screen, **given: Any) -> int:
         vqa-worker submit s3://photos/table.jpg "Which fruit is this?" --wait
         vqa-worker submit a.jpg b.jpg "What differs?" --bucket photos --wait
         vqa-worker submit photos/ "A person?" --bucket photos --wait -o people.csv
-        vqa-worker submit --prefix s3://photos/2030/ "A person?" --wait -o people.csv
+        vqa-worker submit --prefix s3://photos/2030/ "A person?" --wait -o all.csv
         vqa-worker submit orders.csv --question "Is the parcel damaged?" --dry-run
         generate-jobs | vqa-worker submit - --wait --json | jq .answer
         vqa-worker submit batch.jsonl --wait -o output.jsonl --errors errors.jsonl
