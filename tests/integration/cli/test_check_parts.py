@@ -238,7 +238,7 @@ async def test_an_unusable_result_store_is_reported_with_the_reason(doctor: Chec
         missing = await doctor.storage(**store)
         assert missing["result store"][1].startswith("VQA_RESULT_STORE: S3 answered 404 NoSuchBucket")
         # Like a store that ignores preconditions.
-        s3.answer = give(b"", ETag='"1"')
+        s3.answer = give(b"check", ETag='"1"')
         findings = await doctor.storage(**store)
         assert findings["result store"][1].startswith("VQA_RESULT_STORE: it ignores If-None-Match")
         assert s3.asked[-1].method == "DELETE"
@@ -247,8 +247,8 @@ async def test_an_unusable_result_store_is_reported_with_the_reason(doctor: Chec
 @pytest.mark.parametrize(
     ("answers", "reported"),
     [
-        ({"PUT": refuse(412, "PreconditionFailed")}, "creating a new object fails with 412"),
-        ({"GET": give(b"other", ETag='"1"')}, "it returns another object than was written"),
+        ({"PUT": refuse(412, "PreconditionFailed")}, "it does not return the object that was written"),
+        ({"GET": give(b"other", ETag='"1"')}, "it does not return the object that was written"),
         ({"list": give(b"<ListBucketResult/>")}, "a new object is not listed"),
     ],
 )
