@@ -64,3 +64,24 @@ class Terminal:
         except OSError:
             pass  # no data now, or the other side is closed
         return self.shown
+
+
+def rows(raw: str, columns: int) -> list[str]:
+    """Return what a terminal of this width shows after the output of text and progress bars."""
+    lines: list[list[str]] = [[]]
+    row = column = 0
+    for token in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|.|\n", raw, re.DOTALL):
+        if token[-1] == "A" and len(token) > 1:
+            row -= int(token[2:-1] or 1)
+        elif token == "\x1b[2K":
+            lines[row] = []
+        elif token == "\r":
+            column = 0
+        elif token == "\n" or (len(token) == 1 and column == columns):
+            row, column = row + 1, 0 if token != "\n" else column
+            lines += [[]] if row == len(lines) else []
+        if len(token) == 1 and token.isprintable():
+            lines[row] += [" "] * (column + 1 - len(lines[row]))
+            lines[row][column] = token
+            column += 1
+    return ["".join(line).rstrip() for line in lines]

@@ -111,13 +111,13 @@ def _answered(stack: Stack, question: str) -> list[object]:
 
 async def test_resumptions_at_the_same_time_submit_no_job_twice(no_worker_cli: Cli, stack: Stack) -> None:
     """The submitter was killed in the middle of a chunk; three commands then resume at once."""
-    ids = many(no_worker_cli, 1200)
-    submitting = no_worker_cli.start("submit", "jobs.jsonl", "--max-queue", "300")
-    await until(lambda: (no_worker_cli.counts() or Counts()).confirmed == 300, "the submission waits")
+    ids = many(no_worker_cli, 400)
+    submitting = no_worker_cli.start("submit", "jobs.jsonl", "--max-queue", "100")
+    await until(lambda: (no_worker_cli.counts() or Counts()).confirmed == 100, "the submission waits")
     await kill(submitting)
     # As a kill between the publish and the record of the confirms leaves it.
     with contextlib.closing(sqlite3.connect(no_worker_cli.state_files[0])) as file, file:
-        file.execute("UPDATE jobs SET state = 1 WHERE state = 0 AND ordinal <= 500")
+        file.execute("UPDATE jobs SET state = 1 WHERE state = 0 AND ordinal <= 300")
     resuming = [no_worker_cli.start("submit", "jobs.jsonl") for _ in range(3)]
     done = await asyncio.gather(*map(ended, resuming))
     refused = [it for it in done if it.code]

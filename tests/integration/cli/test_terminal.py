@@ -8,7 +8,7 @@ import signal
 from deploy.local.stack import Stack
 from tests.conftest import BUCKET, picture
 from tests.integration.cli.running import Cli, depth
-from tests.integration.cli.terminal import Terminal
+from tests.integration.cli.terminal import Terminal, rows
 
 
 async def test_a_large_submission_asks_for_confirmation(no_worker_cli: Cli, stack: Stack) -> None:
@@ -23,16 +23,19 @@ async def test_a_large_submission_asks_for_confirmation(no_worker_cli: Cli, stac
     assert refused.shown.endswith("Nothing submitted.\r\n")
     assert (await depth(stack, no_worker_cli.jobs_queue), no_worker_cli.state_files) == (0, [])
 
+    # Few jobs, but expensive.
+    no_worker_cli.write("jobs.jsonl", *[job] * 2)
+    no_worker_cli.settings["VQA_PRICES"] = json.dumps({"m": [10_000, 10_000]})
     agreed = Terminal(no_worker_cli, "submit", "jobs.jsonl")
-    await agreed.shows(r"\[y/N\]")
+    await agreed.shows(r"Submit 2 jobs, about \$24\.\d\d\? \[y/N\]")
     agreed.type("y\n")
     assert await agreed.ended() == 0
-    assert re.search(r"submitted .*1001/1001", agreed.shown)
-    assert await depth(stack, no_worker_cli.jobs_queue) == 1001
+    assert re.search(r"submitted .*2/2", agreed.shown)
 
     unasked = Terminal(no_worker_cli, "submit", "jobs.jsonl", "--name", "other", "--yes")
     assert await unasked.ended() == 0
     assert "[y/N]" not in unasked.shown
+    assert await depth(stack, no_worker_cli.jobs_queue) == 4
 
 
 async def test_progress_bars_show_results_failures_and_cost(cli: Cli) -> None:
@@ -76,10 +79,18 @@ async def test_answers_in_a_pipe_have_no_progress_bars(cli: Cli) -> None:
     assert "results" in shown.shown
 
 
-async def test_a_waiting_submission_prints_the_reason(no_worker_cli: Cli) -> None:
+async def test_a_waiting_submission_prints_the_reason_and_its_bars_once(no_worker_cli: Cli) -> None:
     no_worker_cli.write("jobs.jsonl", *[{"question": "What?", "images": ["s3://b/k"]}] * 5)
-    shown = Terminal(no_worker_cli, "submit", "jobs.jsonl", "--max-queue", "2")
+    asked = ("submit", "jobs.jsonl", "--max-queue", "2", "--wait")
+    shown = Terminal(no_worker_cli, *asked, columns=80)
     await shown.shows(r"paused: 2 jobs on the queue \(--max-queue\)")
+    await shown.shows("waiting: no worker is consuming")
+    # The terminal shows the key, and the kernel sends the signal.
+    shown.type("^C")
+    await shown.shows(r"\^C")
     shown.process.send_signal(signal.SIGINT)
     assert await shown.ended() == 130
-    assert "Interrupted. Run the same command again" in shown.shown
+    lines = [line for line in rows(shown.raw, 80) if line]
+    assert [line.split()[0] for line in lines if "/5" in line] == ["submitted", "results"], lines
+    assert " ".join(lines[-2:]).startswith("Interrupted. Run the same command again to resume jobs-"), lines
+    assert max(map(len, lines)) <= 80
