@@ -1,6 +1,7 @@
 """Build the container image and run it as in a cluster."""
 
 import asyncio
+import json
 import platform
 import re
 import signal
@@ -145,7 +146,7 @@ def test_it_has_the_aws_services_that_it_uses(inside: dict[str, Any]) -> None:
     [
         ("native libraries", "native"),
         ("compiled Python of the worker", "compiled"),
-        ("sources", "sources"),
+        ("their sources", "sources"),
         ("data", "data"),
         ("compiled Python of the standard", "standard library"),
     ],
@@ -184,6 +185,21 @@ async def test_the_container_answers_a_job_and_drains_when_the_engine_stops_it(
         assert (await client.result(running["id"])).body["status"] == "succeeded"
         await stopping
         assert await worker.ended() == 0, worker.output()
+
+
+async def test_the_command_line_works_in_the_container(
+    engine: Engine, start_container: StartContainer
+) -> None:
+    """As in the runbook: with the settings and the read-only folders of the worker."""
+    worker = await start_container()
+    shown = await asyncio.to_thread(engine, "exec", worker.jobs_queue, "vqa-worker", "check", "--json")
+    findings = [json.loads(line) for line in shown.splitlines()]
+    assert len(findings) > 10
+    assert "failed" not in {finding["status"] for finding in findings}
+    listed = await asyncio.to_thread(engine, "exec", worker.jobs_queue, "vqa-worker", "dlq", "list", "--json")
+    assert listed == ""
+    help_page = await asyncio.to_thread(engine, "exec", worker.jobs_queue, "vqa-worker", "--help")
+    assert "Usage: vqa-worker" in help_page
 
 
 async def test_the_compose_healthcheck_reports_readiness(
