@@ -196,14 +196,8 @@ async def delete(
     if not chosen:
         screen.note("No matching submissions.")
         return EXIT_OK
-    pending = sum(counts.pending for _, counts in chosen)
-    what = f"{counted(len(chosen), 'submission')} with {counted(pending, 'pending result')}"
-    if not yes:
-        screen.note(*(head["name"] for head, _ in chosen))
-        if not screen.is_interactive:
-            raise UsageError(f"{what} would be deleted, but there is no terminal to ask at. Add --yes.")
-        if not screen.confirm(f"{what} will be deleted. Continue?"):
-            return EXIT_FAILURE
+    if not (yes or _is_confirmed(screen, chosen)):
+        return EXIT_FAILURE
     from worker.cli.submit.collect import delete_replies
     from worker.cli.submit.state import SubmissionState
 
@@ -216,6 +210,20 @@ async def delete(
         screen.emit({"name": head["name"], "pending": counts.pending, "deleted": True})
         screen.print(f"Deleted {head['name']}.")
     return EXIT_OK
+
+
+def _is_confirmed(screen: Screen, chosen: Sequence[tuple[dict[str, str], "Counts"]]) -> bool:
+    """Ask whether to delete these submissions.
+
+    Raises:
+        UsageError: there is no terminal to ask at.
+    """
+    pending = sum(counts.pending for _, counts in chosen)
+    what = f"{counted(len(chosen), 'submission')} with {counted(pending, 'pending result')}"
+    screen.note(*(head["name"] for head, _ in chosen))
+    if not screen.is_interactive:
+        raise UsageError(f"{what} would be deleted, but there is no terminal to ask at. Add --yes.")
+    return screen.confirm(f"{what} will be deleted. Continue?")
 
 
 def _settings(screen: Screen) -> "CommandSettings":
