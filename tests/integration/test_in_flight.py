@@ -123,7 +123,8 @@ async def test_the_oldest_jobs_are_logged_and_the_others_counted(scene: Scene) -
     assert secret not in scene.worker.output()
     scene.model.thaw()
     assert statuses(await results(scene.client, ids)) == {"succeeded": jobs}
-    assert (await asked(scene.worker)).state["jobs"] == 0
+    # A result can arrive before the worker has the confirm.
+    assert (await scene.has({})).state["jobs"] == 0
 
 
 async def test_the_attempt_and_the_trace_are_logged(scene: Scene) -> None:
