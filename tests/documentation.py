@@ -19,8 +19,9 @@ from tests.running import ROOT
 from worker.settings import Settings, load_settings
 
 HOW_TO = ROOT / "docs" / "how-to"
-# The image in S3 that the examples use.
+# The images in S3 that the examples use.
 EXAMPLE_IMAGE = "s3://invoices/2025/4711.jpg"
+EXAMPLE_IMAGES = (EXAMPLE_IMAGE, "s3://photos/2030/table.png")
 NOT_WRITTEN_HERE = {"templates", "decisions"}
 
 SHELL = {"sh", "bash", "shell"}
@@ -52,13 +53,14 @@ class Section:
         return url
 
 
-def put_example_image(stack: Stack) -> None:
-    """Upload the image of the examples."""
-    bucket, key = EXAMPLE_IMAGE.removeprefix("s3://").split("/", 1)
+def put_example_images(stack: Stack) -> None:
+    """Upload the images of the examples."""
     s3 = stack.s3.client()
-    with contextlib.suppress(s3.exceptions.BucketAlreadyOwnedByYou):
-        s3.create_bucket(Bucket=bucket)
-    s3.put_object(Bucket=bucket, Key=key, Body=picture("JPEG"))
+    for url in EXAMPLE_IMAGES:
+        bucket, key = url.removeprefix("s3://").split("/", 1)
+        with contextlib.suppress(s3.exceptions.BucketAlreadyOwnedByYou):
+            s3.create_bucket(Bucket=bucket)
+        s3.put_object(Bucket=bucket, Key=key, Body=picture("PNG" if key.endswith(".png") else "JPEG"))
 
 
 def pages() -> list[Path]:
@@ -74,21 +76,24 @@ def sections(page: Path) -> list[Section]:
 
 
 def shell_blocks(page: Path) -> list[list[str]]:
-    """Return the commands of each shell block of a page: a fence with its language, or an indented block."""
-    text = page.read_text(encoding="utf-8")
-    return [_lines(block) for kind, block in _blocks(text) if kind in {*SHELL, "indented"}]
+    """Return the commands of each shell block of a page.
+
+    A shell block is a fence with its language, an indented block, or a console: then its lines with a prompt.
+    """
+    found = []
+    for kind, block in _blocks(page.read_text(encoding="utf-8")):
+        lines = _lines(block)
+        if kind in {*SHELL, "indented"}:
+            found.append(lines)
+        elif lines and lines[0].startswith(PROMPT):
+            found.append([line.removeprefix(PROMPT) for line in lines if line.startswith(PROMPT)])
+    return found
 
 
 def calls(page: Path, program: str) -> list[list[str]]:
     """Return the arguments of every command of a program in a page's blocks and in its text."""
-    text = page.read_text(encoding="utf-8")
-    commands = [
-        command.removeprefix(PROMPT)
-        for kind, block in _blocks(text)
-        if kind in {*SHELL, "indented"} or PROMPT in block
-        for command in _lines(block)
-    ]
-    commands += re.findall(r"(?<!`)`([^`\n]+)`", text)
+    commands = [command for block in shell_blocks(page) for command in block]
+    commands += re.findall(r"(?<!`)`([^`\n]+)`", page.read_text(encoding="utf-8"))
     found = (re.search(rf"^(?:[A-Z_]+=\S* )*(?:.* -- )?{program}( .*|$)", command) for command in commands)
     return [_arguments(match[1]) for match in found if match]
 

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from deploy.local.stack import Stack
-from tests.documentation import EXAMPLE_IMAGE, HOW_TO, Section, put_example_image, sections, settings_with
+from tests.documentation import EXAMPLE_IMAGE, HOW_TO, Section, put_example_images, sections, settings_with
 from tests.integration.cli.running import Cli, commands
 from worker.s3.aws import Aws, Endpoint, S3Object
 
@@ -113,7 +113,7 @@ async def test_the_recipe_of_a_store_reads_objects_from_the_documented_url(
     key, _, region, *_ = parse_qs(link.query)["X-Amz-Credential"][0].split("/")
     assert (key, region) == (variables["AWS_ACCESS_KEY_ID"], variables["AWS_REGION"])
 
-    put_example_image(stack)
+    put_example_images(stack)
     server = {
         name: cli.settings[name]
         for name in ("VQA_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
