@@ -44,6 +44,8 @@ NOT_RUN = {
 }
 # These ask for confirmation; tests/integration/cli/dlq answers.
 ASKING = ("vqa-worker dlq replay", "vqa-worker dlq purge")
+# Commands that need another one first.
+AFTER = {"vqa-worker cancel --submission": "vqa-worker submit batch.jsonl --name orders-3f9a1c2b7d"}
 DEAD_LETTERS = ("order-4711-photo", "order-4712-photo")
 
 
@@ -65,9 +67,10 @@ async def test_every_command_of_a_page_succeeds(
         if command.startswith("vqa-worker dlq"):
             await put_dead_letters(stack, worker)
         shown = f"{command} --yes" if command.startswith(ASKING) else command
+        first = "".join(f"{before} && " for start, before in AFTER.items() if command.startswith(start))
         done = await asyncio.to_thread(
             subprocess.run,
-            ["/bin/bash", "-c", shown.replace("localhost:8080", f"localhost:{worker.port}")],
+            ["/bin/bash", "-c", first + shown.replace("localhost:8080", f"localhost:{worker.port}")],
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -86,6 +89,8 @@ def prepare(folder: Path, stack: Stack) -> Path:
     (folder / "examples").symlink_to(ROOT / "examples")
     for name in ("photo.jpg", "before.jpg", "after.jpg"):
         (folder / name).write_bytes(picture("JPEG"))
+    (folder / "photos").mkdir()
+    (folder / "photos" / "table.jpg").write_bytes(picture("JPEG"))
     (folder / "worker.env").write_text("VQA_MODEL_TIMEOUT=90\n", encoding="utf-8")
     question = {"type": "text", "text": "What is the total?"}
     image = {"type": "image_url", "image_url": {"url": EXAMPLE_IMAGE}}
@@ -108,8 +113,11 @@ async def put_dead_letters(stack: Stack, worker: Worker) -> None:
         channel = await connection.channel()
         for name in DEAD_LETTERS:
             job = {"id": name, "question": "What is the total?", "images": [EXAMPLE_IMAGE]}
-            headers = {"vqa-error-code": "attempts_exhausted", "vqa-attempts": 5}
-            message = aio_pika.Message(json.dumps(job).encode(), message_id=name, headers=headers)
+            message = aio_pika.Message(
+                json.dumps(job).encode(),
+                message_id=name,
+                headers={"vqa-error-code": "attempts_exhausted", "vqa-attempts": 5},
+            )
             await channel.default_exchange.publish(message, worker.dead_letter_queue)
 
 

@@ -32,7 +32,7 @@ NOT_RUN = {
     ".venv/bin/python": "is the benchmark, which takes minutes; tests/slow runs its parts",
     "/usr/bin/time": "measures 100,000 jobs, which takes minutes",
 }
-RUN_OR_CHECKED = {"vqa-worker", "make", "python", "export"}
+RUN_OR_CHECKED = {"vqa-worker", "make", "python", "export", "source"}
 KEYWORDS = {"for", "done"}
 
 PAGES = [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages()]
