@@ -129,9 +129,10 @@ def _from_response(error: S3ResponseError) -> Exception:
         text = f"S3 answered {code}: {_CONFIGURATION_ERRORS[code]}"
         return DependencyDownError(Dependency.S3, text, may_be_partial=error.is_wrong_endpoint)
     if not code and not error.is_unavailable:
+        # A proxy in front of S3 may answer like this for one object.
         hint = "is VQA_S3_ENDPOINT_URL an S3 server and does it need https://?"
         text = f"the server answered {error.status} without an S3 error code: {hint}"
-        return DependencyDownError(Dependency.S3, text)
+        return DependencyDownError(Dependency.S3, text, may_be_partial=True)
     if error.is_unavailable or error.status in _REDIRECTS:
         # S3 throttles single buckets and prefixes.
         text = f"S3 answered {error.status} {code}".rstrip()
