@@ -7,17 +7,17 @@ if os.getpid() == 1:
     # Linux ignores a signal that process 1 of a container has no handler for.
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
-import asyncio
 import faulthandler
 import gc
 import logging
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from worker.cli.exit_codes import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
+from worker.event_loop import run_coroutine
 
 # For idle threads to finish.
 THREADS_GRACE_S = 0.5
@@ -57,7 +57,7 @@ def run(env_file: Path = Path(".env")) -> int:
     redact = Redactor([*settings.secret_values(), *trace_secrets(os.environ)])
     configure_logging(settings.log_level, settings.log_format, redact)
     try:
-        _on_uvloop(app.run(settings))
+        run_coroutine(app.run(settings))
     except BaseExceptionGroup as group:
         match cause := app.unwrap(group):
             case TopologyError():
@@ -93,14 +93,6 @@ def _report_config_errors(faults: Sequence[str]) -> int:
     for fault in faults:
         print(f"Error: {fault}", file=sys.stderr)  # noqa: T201
     return EXIT_CONFIG
-
-
-def _on_uvloop(main: Coroutine[None, None, bool]) -> bool:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ Commands import slow modules (aio-pika, the SDKs) inside functions: `--help` and
 every command.
 """
 
-import asyncio
 import dataclasses
 import inspect
 import json
@@ -33,7 +32,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
@@ -51,6 +50,7 @@ from worker.cli.exit_codes import (
     EXIT_USAGE,
 )
 from worker.cli.help import COMMON, Command
+from worker.event_loop import run_coroutine
 
 if TYPE_CHECKING:
     from vqa_worker.rabbitmq.connection import Broker
@@ -276,7 +276,7 @@ def with_common_options(function: Function) -> Function:
         for name, kind in shared.items():
             given[name] = kind(**{field: given.pop(field) for field in fields[name]})
         returned = function(Screen(options), **given)
-        return _on_uvloop(returned) if inspect.iscoroutine(returned) else returned
+        return run_coroutine(returned) if inspect.iscoroutine(returned) else returned
 
     command.__doc__ = function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # functions may have one
@@ -290,14 +290,6 @@ def _merged(before: Any, after: CommonOptions) -> CommonOptions:
     given = {it.name: getattr(after, it.name) for it in dataclasses.fields(after)}
     changed = {name: value for name, value in given.items() if value != _COMMON[name].default}
     return dataclasses.replace(before, **changed)
-
-
-def _on_uvloop(main: Coroutine[Any, Any, Any]) -> Any:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
 
 
 def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
