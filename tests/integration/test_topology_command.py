@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -17,8 +15,9 @@ from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
 from tests.breaking import BrokerUser, administer, events, job, own_vhost, url_as
 from tests.conftest import MakeClient, StartWorker
+from tests.integration.cli.running import Cli
 from tests.proxy import Proxy
-from tests.running import ROOT, Ended, until
+from tests.running import Ended, until
 
 EXIT_CONFIG = 78
 QUEUES = ["vqa.jobs.dead", "vqa.results", "vqa.jobs", *(f"vqa.jobs.retry.{n}s" for n in (1, 5, 30, 120))]
@@ -46,18 +45,7 @@ def url(stack: Stack, vhost: str) -> str:
 
 async def run(folder: Path, *arguments: str, **settings: str) -> Ended:
     """Run `vqa-worker topology …` with these settings and no others."""
-    inherited = {name: text for name, text in os.environ.items() if not name.startswith(("VQA_", "AWS_"))}
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "worker", "topology", *arguments],
-        env={**inherited, "PYTHONPATH": str(ROOT), **settings},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return Ended.of(done)
+    return (await Cli(folder, settings).run("topology", *arguments)).as_ended()
 
 
 async def shown(folder: Path, *arguments: str, **settings: str) -> dict[str, list[dict[str, Any]]]:

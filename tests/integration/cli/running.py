@@ -24,7 +24,7 @@ import aio_pika
 import structlog
 
 from deploy.local.stack import Stack
-from tests.running import ROOT, Worker
+from tests.running import ROOT, Ended, Worker
 from worker.__main__ import main
 from worker.cli.submit.state import Counts, read_state
 
@@ -63,6 +63,10 @@ class Completed:
     def summary(self) -> dict[str, Any]:
         """Return the last object."""
         return self.objects[-1]
+
+    def as_ended(self) -> Ended:
+        """Return the exit code, stdout and the lines of stderr without `Error: `."""
+        return Ended(self.code, self.out, [line.removeprefix("Error: ") for line in self.err_lines])
 
 
 class Cli:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from deploy.local.rabbitmq import RabbitMQ
 from deploy.local.stack import Stack
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
 from tests.breaking import BrokerUser, administer, job
+from tests.integration.cli.running import Cli
 from tests.integration.permissions.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Ended, Worker
 from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError
@@ -25,9 +25,8 @@ VARIANTS = {"plain": PLAIN_FOLDER, "strict": STRICT_FOLDER}
 
 async def apply_as(user: str, realm: Realm, folder: Path) -> Ended:
     """Run `vqa-worker topology apply` as one of the users."""
-    command = Worker.of(realm.stack, folder, **{**realm.settings, "VQA_RABBITMQ_URL": realm.url(user)})
-    command.command = [sys.executable, "-m", "worker", "topology", "apply"]
-    return await command.run_to_end()
+    cli = Cli(folder, {**realm.settings, "VQA_RABBITMQ_URL": realm.url(user)})
+    return (await cli.run("topology", "apply")).as_ended()
 
 
 async def refused_a_connection(realm: Realm, user: str) -> bool:
