@@ -14,6 +14,9 @@ SERVICE_FAILURES: Final = frozenset({ErrorCode.ATTEMPTS_EXHAUSTED, ErrorCode.DEA
 # Codes that are excluded from every error ratio.
 NEUTRAL_FAILURES: Final = frozenset({ErrorCode.CANCELLED})
 
+# The reason of a failed attempt after the status 500, which an API also answers for a job that it cannot take.
+HTTP_500: Final = "http_500"
+
 
 class Dependency(StrEnum):
     """A service that the worker depends on.
@@ -94,7 +97,8 @@ class TransientError(_ExplainedError):
         reason: a short name from a closed set, used as a metric label.
         message: what happened, for a person.
         log_message: the same without words of the API or the job.
-        forbidden: the API answered 403, for this job or for all.
+        refused: the API refuses this job, or every job: a 403, or an answer that no rule knows.
+        model: only this model is concerned; empty: all.
         is_duplicate: another job reports the same failure, so this is not further evidence of an outage.
     """
 
@@ -105,14 +109,21 @@ class TransientError(_ExplainedError):
         message: str,
         *,
         log_message: str | None = None,
-        forbidden: bool = False,
+        refused: bool = False,
+        model: str = "",
         is_duplicate: bool = False,
     ) -> None:
         super().__init__(message, log_message)
         self.dependency = dependency
         self.reason = reason
-        self.forbidden = forbidden
+        self.refused = refused
+        self.model = model
         self.is_duplicate = is_duplicate
+
+    @property
+    def can_be_the_jobs(self) -> bool:
+        """Whether the job itself can have caused it: an answer, but no timeout, lost connection or gateway."""
+        return self.refused or self.reason == HTTP_500
 
     def without_traceback(self) -> "TransientError":
         """Return the error without its frames, which would keep the images in memory."""
@@ -122,20 +133,36 @@ class TransientError(_ExplainedError):
     def duplicate(self) -> "TransientError":
         """Return the same error for another job."""
         return TransientError(
-            self.dependency, self.reason, self.message, log_message=self.log_message, is_duplicate=True
+            self.dependency,
+            self.reason,
+            self.message,
+            log_message=self.log_message,
+            model=self.model,
+            is_duplicate=True,
         )
 
 
 class RateLimitedError(Exception):
-    """The model API answered 429. The attempt is not counted.
+    """The model API takes no more requests now. The attempt is not counted.
 
     Attributes:
         retry_after_s: seconds to wait, if the API reports them.
+        message: what the API said, for an operator; redacted.
+        is_overloaded: it said that it is overloaded (503, 529), not that this account is limited (429). If
+            nothing succeeds for a while, it is down.
     """
 
-    def __init__(self, retry_after_s: float | None) -> None:
-        super().__init__("the model API limits the rate of requests")
+    def __init__(
+        self,
+        retry_after_s: float | None,
+        message: str = "the model API limits the rate of requests",
+        *,
+        is_overloaded: bool = False,
+    ) -> None:
+        super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.message = message
+        self.is_overloaded = is_overloaded
 
 
 class DependencyDownError(Exception):
@@ -144,7 +171,8 @@ class DependencyDownError(Exception):
     Attributes:
         dependency: that failed.
         message: what happened and what to do, for an operator.
-        may_be_partial: only one bucket or model may be affected.
+        model: only this model is concerned; empty: all.
+        may_be_partial: only one bucket may be affected.
         is_duplicate: another job reports the same failure, so this is not further evidence of an outage.
     """
 
@@ -153,17 +181,23 @@ class DependencyDownError(Exception):
         dependency: Dependency,
         message: str,
         *,
+        model: str = "",
         may_be_partial: bool = False,
         is_duplicate: bool = False,
     ) -> None:
         super().__init__(message)
         self.dependency = dependency
         self.message = message
+        self.model = model
         self.may_be_partial = may_be_partial
         self.is_duplicate = is_duplicate
 
     def duplicate(self) -> "DependencyDownError":
         """Return the same error for another job."""
         return DependencyDownError(
-            self.dependency, self.message, may_be_partial=self.may_be_partial, is_duplicate=True
+            self.dependency,
+            self.message,
+            model=self.model,
+            may_be_partial=self.may_be_partial,
+            is_duplicate=True,
         )

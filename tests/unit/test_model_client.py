@@ -312,7 +312,7 @@ async def test_a_200_without_a_completion_is_a_transient_malformed_response(
     before, unclear = calls("malformed"), ambiguous()
     error = await fault(model)
     assert isinstance(error, TransientError)
-    assert (error.dependency, error.reason, error.forbidden) == (
+    assert (error.dependency, error.reason, error.refused) == (
         Dependency.MODEL,
         "malformed_response",
         False,
@@ -354,7 +354,7 @@ async def test_a_rejection_that_concerns_all_jobs_is_an_outage(
 
 
 @pytest.mark.parametrize(
-    ("status", "reason", "forbidden"),
+    ("status", "reason", "refused"),
     [
         (403, "http_403", True), (408, "http_408", False), (409, "http_409", False), (500, "http_5xx", False),
         (501, "http_5xx", False),
@@ -364,12 +364,12 @@ async def test_a_rejection_that_concerns_all_jobs_is_an_outage(
     ],
 )  # fmt: skip
 async def test_a_transient_status_is_retried(
-    api: Api, model: Model, status: int, reason: str, forbidden: bool
+    api: Api, model: Model, status: int, reason: str, refused: bool
 ) -> None:
     api.says = response(status, {"error": {"message": "busy"}}, Retry_After="7")
     error = await fault(model)
     assert isinstance(error, TransientError)
-    assert (error.reason, error.forbidden) == (reason, forbidden)
+    assert (error.reason, error.refused) == (reason, refused)
     assert error.message == f"the API answered {status}: busy"
     # The SDK's own retries are disabled.
     assert len(api.requests) == 1

@@ -34,8 +34,8 @@ def transient(dependency: Dependency = MODEL, reason: str = "http_5xx") -> Trans
     return TransientError(dependency, reason, "it failed")
 
 
-def forbidden() -> TransientError:
-    return TransientError(MODEL, "http_403", "it is forbidden", forbidden=True)
+def refused() -> TransientError:
+    return TransientError(MODEL, "http_403", "it is forbidden", refused=True)
 
 
 def unavailable(dependency: Dependency = MODEL, reason: str = "the key is wrong") -> DependencyDownError:
@@ -104,23 +104,23 @@ TABLE = [
     pytest.param([], Success(95), CLEARED, id="success, without an outage"),
     pytest.param([DOWN], transient(), OUTAGE, id="transient error, during an outage"),
     pytest.param([DOWN], unavailable(), OUTAGE, id="unavailable, during an outage"),
-    pytest.param([DOWN], forbidden(), OUTAGE, id="403, during an outage"),
+    pytest.param([DOWN], refused(), OUTAGE, id="403, during an outage"),
     pytest.param([DOWN], DUPLICATE, OUTAGE, id="duplicate, during an outage"),
     pytest.param(OTHERS_FAIL, DUPLICATE, PENDING, id="duplicate"),
-    pytest.param([], forbidden(), PENDING, id="403, the first"),
-    pytest.param([SUCCESS], forbidden(), PENDING, id="403, the first, after a success"),
+    pytest.param([], refused(), PENDING, id="403, the first"),
+    pytest.param([SUCCESS], refused(), PENDING, id="403, the first, after a success"),
     pytest.param(
-        [Observed(80, "job", forbidden()), SUCCESS], forbidden(), CLEARED, id="403, a later request succeeded"
+        [Observed(80, "job", refused()), SUCCESS], refused(), CLEARED, id="403, a later request succeeded"
     ),
     pytest.param(
-        [Observed(89.5, "job", forbidden()), SUCCESS],
-        forbidden(),
+        [Observed(89.5, "job", refused()), SUCCESS],
+        refused(),
         PENDING,
         id="403, a request begun before it succeeded",
     ),
     pytest.param(
-        [Observed(80, "job", forbidden()), SUCCESS, Observed(91, "other", transient())],
-        forbidden(),
+        [Observed(80, "job", refused()), SUCCESS, Observed(91, "other", transient())],
+        refused(),
         PENDING,
         id="403, another job fails too",
     ),
@@ -408,10 +408,10 @@ def test_a_failing_object_is_cleared_after_four_repeats() -> None:
 def test_the_number_of_remembered_failing_jobs_is_bounded() -> None:
     detector = Detector(10**6)
     for n in range(REMEMBERED_JOBS + 1):
-        detector.observe(MODEL, f"job {n}", forbidden(), float(n))
+        detector.observe(MODEL, f"job {n}", refused(), float(n))
     detector.succeed(1e6, 1e6)
-    assert detector.observe(MODEL, "job 1", forbidden(), 2e6) is CLEARED
-    assert detector.observe(MODEL, "job 0", forbidden(), 2e6) is PENDING
+    assert detector.observe(MODEL, "job 1", refused(), 2e6) is CLEARED
+    assert detector.observe(MODEL, "job 0", refused(), 2e6) is PENDING
 
 
 # The later diagnosis of a failure

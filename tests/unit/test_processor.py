@@ -261,9 +261,9 @@ def refusal(outcome: Outcome) -> tuple[ErrorCode, str]:
 
 
 def transient(
-    reason: str = "http_5xx", *, dependency: Dependency = MODEL, forbidden: bool = False
+    reason: str = "http_5xx", *, dependency: Dependency = MODEL, refused: bool = False
 ) -> TransientError:
-    return TransientError(dependency, reason, f"it said {reason}", forbidden=forbidden)
+    return TransientError(dependency, reason, f"it said {reason}", refused=refused)
 
 
 # Successful jobs
@@ -704,7 +704,7 @@ async def test_a_failure_of_a_single_job_is_counted_permanently(scene: Scene) ->
 
 @pytest.mark.usefixtures("patiently")
 async def test_a_403_fails_the_job_as_soon_as_another_succeeds(scene: Scene) -> None:
-    scene.model.deeds = [transient("http_403", forbidden=True)]
+    scene.model.deeds = [transient("http_403", refused=True)]
     async with pending_job(scene) as task:
         succeeds(scene)
         assert refusal(await task) == (ErrorCode.MODEL_REJECTED, "it said http_403")
@@ -862,12 +862,12 @@ async def test_only_a_response_of_s3_shows_that_it_is_up(
 
 
 async def test_a_403_fails_the_job_once_others_have_succeeded(scene: Scene) -> None:
-    scene.model.deeds = [transient("http_403", forbidden=True)]
+    scene.model.deeds = [transient("http_403", refused=True)]
     assert isinstance(await scene.process(), Retried)
     assert isinstance(await scene.process(delivery={"counted_attempts": 1}), Retried)
     scene.model.deeds = [ANSWER]
     await scene.process(id="another")
-    scene.model.deeds = [transient("http_403", forbidden=True)]
+    scene.model.deeds = [transient("http_403", refused=True)]
     assert refusal(await scene.process(delivery={"counted_attempts": 1})) == (
         ErrorCode.MODEL_REJECTED,
         "it said http_403",
@@ -875,9 +875,9 @@ async def test_a_403_fails_the_job_once_others_have_succeeded(scene: Scene) -> N
 
 
 async def test_permanently_rejected_jobs_are_not_an_outage(scene: Scene) -> None:
-    forbidden = transient("http_403", forbidden=True)
+    refused = transient("http_403", refused=True)
     for n in range(4):
-        scene.model.deeds = [forbidden, ANSWER, forbidden]
+        scene.model.deeds = [refused, ANSWER, refused]
         assert isinstance(await scene.process(id=f"job-{n}"), Retried)
         assert isinstance(await scene.process(id=f"good-{n}"), Succeeded)
         assert refusal(await scene.process(id=f"job-{n}"))[0] is ErrorCode.MODEL_REJECTED
@@ -885,7 +885,7 @@ async def test_permanently_rejected_jobs_are_not_an_outage(scene: Scene) -> None
 
 async def test_a_key_that_is_revoked_while_idle_fails_no_job(scene: Scene) -> None:
     succeeds(scene)
-    scene.model.deeds = [transient("http_403", forbidden=True)]
+    scene.model.deeds = [transient("http_403", refused=True)]
     outcomes = [
         await scene.process(id=f"job-{n}", delivery={"counted_attempts": a}) for n in range(5) for a in (0, 1)
     ]
@@ -897,7 +897,7 @@ async def test_an_outage_that_continues_with_403_fails_no_job(scene: Scene) -> N
     succeeds(scene)
     scene.model.deeds = [DependencyDownError(MODEL, "cannot be reached")]
     assert isinstance(await scene.process(), Requeued)
-    scene.model.deeds = [transient("http_403", forbidden=True)]
+    scene.model.deeds = [transient("http_403", refused=True)]
     for _ in range(3):
         assert isinstance(await scene.process(), Requeued)
     assert set(scene.detector.outages) == {MODEL}
@@ -1089,7 +1089,7 @@ async def test_past_its_deadline_a_job_fails_if_the_store_has_no_answer(
 
 
 async def test_a_403_for_everyone_is_an_outage(scene: Scene) -> None:
-    scene.model.deeds = [transient("http_403", forbidden=True)]
+    scene.model.deeds = [transient("http_403", refused=True)]
     outcomes = [await scene.process(id=f"job-{n}") for n in range(5)]
     assert isinstance(outcomes[-1], Requeued)
     assert set(scene.detector.outages) == {MODEL}
@@ -1230,7 +1230,7 @@ DEEDS: st.SearchStrategy[Deed] = st.sampled_from(
         ANSWER,
         replace(ANSWER, text=None),
         transient("timeout"),
-        transient("http_403", forbidden=True),
+        transient("http_403", refused=True),
         transient("timeout", dependency=S3),
         DependencyDownError(MODEL, "unreachable"),
         DependencyDownError(S3, "unreachable"),

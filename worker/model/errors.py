@@ -45,7 +45,7 @@ def translate_status(error: openai.APIStatusError, redact: Redactor) -> Exceptio
     answered = f"the API answered {status}"
     message = f"{answered}: {redact(_api_message(error))[:MAX_API_MESSAGE_CHARS]}"
     if status == httpx2.codes.FORBIDDEN:
-        return TransientError(Dependency.MODEL, "http_403", message, log_message=answered, forbidden=True)
+        return TransientError(Dependency.MODEL, "http_403", message, log_message=answered, refused=True)
     if status in _TRANSIENT_STATUS:
         return TransientError(Dependency.MODEL, f"http_{status}", message, log_message=answered)
     if status >= httpx2.codes.INTERNAL_SERVER_ERROR:

@@ -42,7 +42,7 @@ class FailureOutcomes:
         diagnosis = await self._outage_reports.diagnose(job, error, self._max_wait_s(attempt))
         if diagnosis is Diagnosis.OUTAGE:
             return requeued(attempt, f"{error.dependency} is down")
-        if diagnosis is Diagnosis.CLEARED and error.forbidden:
+        if diagnosis is Diagnosis.CLEARED and error.refused:
             self._detector.end_job(error.dependency, job)
             return self._outcomes.failed(attempt, ErrorCode.MODEL_REJECTED, error.explanation)
         if diagnosis is Diagnosis.PENDING:

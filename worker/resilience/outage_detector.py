@@ -70,12 +70,12 @@ class _JobRecord:
     Attributes:
         last_failed_at: the time of the last failure.
         failures_despite_successes: failures after another job's success.
-        forbidden_at: the time of the first 403.
+        refused_at: the time of the first refusal.
     """
 
     last_failed_at: float
     failures_despite_successes: int = 0
-    forbidden_at: float | None = None
+    refused_at: float | None = None
 
 
 @dataclass(slots=True)
@@ -123,7 +123,7 @@ class OutageDetector:
     | success | otherwise | cleared; ends the outage |
     | any failure | an outage lasts | outage |
     | any failure | a duplicate of another job's failure | pending |
-    | 403 | a request begun after this job's first 403 succeeded, and no other job fails | cleared |
+    | 403 | a request begun after this job's first refusal succeeded, and no other job fails | cleared |
     | transient error | more than 3 failures after another job's success | cleared |
     | unavailable | the same, and the last such success is after the job's last failure | cleared |
     | transient error | 3 distinct jobs failed in a row (see below) | outage |
@@ -166,7 +166,7 @@ class OutageDetector:
             return self._succeeded(dependency, result.started, now)
         if result.is_duplicate:
             return Diagnosis.OUTAGE if state.outage else Diagnosis.PENDING
-        if isinstance(result, TransientError) and result.forbidden and _is_forbidden_alone(state, job, now):
+        if isinstance(result, TransientError) and result.refused and _is_refused_alone(state, job, now):
             return Diagnosis.CLEARED
         others_succeeded = _record_failure(state, job, now)
         if state.outage:
@@ -261,15 +261,15 @@ class OutageDetector:
         self.changed.set()
 
 
-def _is_forbidden_alone(state: _State, job: str, now: float) -> bool:
+def _is_refused_alone(state: _State, job: str, now: float) -> bool:
     """Record a 403; return whether the API denies only this job. Never for the first one, nor in an outage.
 
     Until the retry, the results of other jobs show whether they are denied too.
     """
     record = _record_of(state, job, now)
-    if record.forbidden_at is None:
-        record.forbidden_at = now
-    return not state.outage and state.last_success_started_at > record.forbidden_at and state.failing <= {job}
+    if record.refused_at is None:
+        record.refused_at = now
+    return not state.outage and state.last_success_started_at > record.refused_at and state.failing <= {job}
 
 
 def _record_failure(state: _State, job: str, now: float) -> bool:
