@@ -14,7 +14,7 @@ SERVICE_FAILURES: Final = frozenset({ErrorCode.ATTEMPTS_EXHAUSTED, ErrorCode.DEA
 # Codes that are excluded from every error ratio.
 NEUTRAL_FAILURES: Final = frozenset({ErrorCode.CANCELLED})
 
-# The reason of a failed attempt after the status 500, which an API also answers for a job that it cannot take.
+# The reason of an attempt that failed with the status 500, which APIs also answer to a job they cannot take.
 HTTP_500: Final = "http_500"
 
 
@@ -122,7 +122,7 @@ class TransientError(_ExplainedError):
 
     @property
     def can_be_the_jobs(self) -> bool:
-        """Whether the job itself can have caused it: an answer, but no timeout, lost connection or gateway."""
+        """Whether the job itself can have caused it, unlike a timeout or a gateway's answer."""
         return self.refused or self.reason == HTTP_500
 
     def without_traceback(self) -> "TransientError":
