@@ -16,6 +16,8 @@ NEUTRAL_FAILURES: Final = frozenset({ErrorCode.CANCELLED})
 
 # The reason of an attempt that failed with the status 500, which APIs also answer to a job they cannot take.
 HTTP_500: Final = "http_500"
+# The reason of an attempt whose answer was billed, but cannot be read.
+MALFORMED_RESPONSE: Final = "malformed_response"
 
 
 class Dependency(StrEnum):
@@ -119,11 +121,6 @@ class TransientError(_ExplainedError):
         self.refused = refused
         self.model = model
         self.is_duplicate = is_duplicate
-
-    @property
-    def can_be_the_jobs(self) -> bool:
-        """Whether the job itself can have caused it, unlike a timeout or a gateway's answer."""
-        return self.refused or self.reason == HTTP_500
 
     def without_traceback(self) -> "TransientError":
         """Return the error without its frames, which would keep the images in memory."""

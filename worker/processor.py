@@ -13,7 +13,7 @@ from worker.jobs.attempt import Attempt, observe_stages
 from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome
-from worker.jobs.outcome_builder import OutcomeBuilder, requeued
+from worker.jobs.outcome_builder import OutcomeBuilder
 from worker.jobs.request import DeliveredTooOftenError, Request, RequestRules, check_job, read_job
 from worker.model.answer import Answer
 from worker.observability.logs import describe_exception
@@ -78,7 +78,7 @@ class Processor:
         except JobError as error:
             return self._deps.outcomes.failed(attempt, error.code, error.explanation)
         except NotAdmittedError as error:
-            return requeued(attempt, str(error))
+            return self._failures.after_refused_admission(attempt, error)
         except DependencyDownError as error:
             return self._failures.after_unavailable(attempt, error)
         except TransientError as error:
@@ -127,7 +127,7 @@ class Processor:
             try:
                 answer = attempt.answer = await self._requests.send(request, attempt, images)
             except RateLimitedError as error:
-                grant.slot.rate_limited(error.retry_after_s)
+                grant.slot.rate_limited(error)
                 return None
         grant.slot.succeeded()
         self._deps.tenants.billed(attempt.metadata, request.model, answer.usage)

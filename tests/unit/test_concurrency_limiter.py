@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import cancel_all, turns_of_the_loop
+from worker.errors import RateLimitedError
 from worker.observability import metrics
 from worker.resilience.concurrency_limiter import (
+    LASTING_LIMIT_S,
     PREFETCH_DURING_BACKOFF,
     PREFETCH_HORIZON_S,
     ConcurrencyLimiter,
@@ -199,7 +201,7 @@ async def test_a_running_probe_counts_when_the_limiter_opens() -> None:
 
 async def meet_429(limiter: ConcurrencyLimiter, retry_after_s: float | None, model: str = "m") -> None:
     async with limiter.slot(model) as slot:
-        slot.rate_limited(retry_after_s)
+        slot.rate_limited(RateLimitedError(retry_after_s))
 
 
 async def test_after_a_429_no_job_starts_before_the_end_of_retry_after() -> None:
@@ -219,9 +221,9 @@ async def test_a_longer_retry_after_extends_a_backoff() -> None:
     limiter = a_limiter(5, clock)
     async with jobs_of(limiter) as jobs:
         await jobs.start(1, 2)
-        jobs.slots[1].rate_limited(30.0)
+        jobs.slots[1].rate_limited(RateLimitedError(30.0))
         await jobs.start(3)
-        jobs.slots[2].rate_limited(60.0)
+        jobs.slots[2].rate_limited(RateLimitedError(60.0))
         await jobs.finish(1, 2)
         await clock.advance(59.9)
         assert jobs.running == []
@@ -233,7 +235,7 @@ async def test_a_waiting_job_starts_at_the_end_of_a_backoff_although_others_ende
     clock = FakeClock()
     async with jobs_of(a_limiter(1, clock)) as jobs:
         await jobs.start(1, 2)
-        jobs.slots[1].rate_limited(5.0)
+        jobs.slots[1].rate_limited(RateLimitedError(5.0))
         await jobs.finish(1)
         assert jobs.running == []
         await clock.advance(5.1)
@@ -264,10 +266,10 @@ async def test_retry_after_also_stops_calls_that_have_a_slot_but_did_not_begin()
         await jobs.start(1, 2)
         await jobs.start(3, model="another")
         assert not jobs.slots[1].must_wait
-        jobs.slots[2].rate_limited(None)
+        jobs.slots[2].rate_limited(RateLimitedError(None))
         # The worker's own backoff concerns new jobs only.
         assert not jobs.slots[1].must_wait
-        jobs.slots[2].rate_limited(60.0)
+        jobs.slots[2].rate_limited(RateLimitedError(60.0))
         assert jobs.slots[1].must_wait
         assert not jobs.slots[3].must_wait
 
@@ -286,7 +288,7 @@ async def test_a_lower_limit_stops_no_running_job() -> None:
     clock = FakeClock()
     async with jobs_of(a_limiter(4, clock)) as jobs:
         await jobs.start(*range(6))
-        jobs.slots[0].rate_limited(None)
+        jobs.slots[0].rate_limited(RateLimitedError(None))
         assert published_limit() == 2
         for finished, running in ((0, [1, 2, 3]), (1, [2, 3])):
             await jobs.finish(finished)
@@ -301,7 +303,7 @@ async def test_a_429_for_one_model_does_not_slow_another() -> None:
     async with jobs_of(limiter) as jobs:
         await jobs.start(*range(5), model="busy")
         for n in range(5):
-            jobs.slots[n].rate_limited(3600.0)
+            jobs.slots[n].rate_limited(RateLimitedError(3600.0))
         await jobs.start(5, model="busy")
         await jobs.start(*range(6, 38), model="idle")
         assert jobs.running == [*range(5), *range(6, 38)]
@@ -369,7 +371,7 @@ async def test_after_a_429_at_most_twice_the_limit_is_wanted() -> None:
         clock.jump(0.1)
         jobs.slots[0].succeeded()
         for n in range(12):
-            jobs.slots[n].rate_limited(None)
+            jobs.slots[n].rate_limited(RateLimitedError(None))
             await jobs.finish(n)
         assert len(jobs.running) == 20
         assert 36 <= jobs.limiter.target_prefetch() <= 42
@@ -433,7 +435,9 @@ async def test_no_sequence_of_operations_loses_or_adds_a_slot(
                     probes += 1
                 case "succeed" | "rate_limit" if jobs.running:
                     slot = jobs.slots[jobs.running[which % len(jobs.running)]]
-                    slot.succeeded() if operation == "succeed" else slot.rate_limited(which / 100)
+                    slot.succeeded() if operation == "succeed" else slot.rate_limited(
+                        RateLimitedError(which / 100)
+                    )
                 case "wait":
                     await clock.advance(which / 100)
             await turns_of_the_loop(turns)
@@ -448,3 +452,27 @@ async def test_no_sequence_of_operations_loses_or_adds_a_slot(
         new = range(1000, 1000 + maximum + 1)
         await jobs.start(*new, model="c")
         assert jobs.running == list(new)[:-1]
+
+
+async def test_the_oldest_request_is_the_slot_held_longest() -> None:
+    clock = FakeClock()
+    limiter = a_limiter(4, clock)
+    assert limiter.oldest_request() == float("inf")
+    async with limiter.slot("m") as first:
+        await clock.advance(5.0)
+        async with limiter.slot("m"):
+            assert limiter.oldest_request() == first.started
+    assert limiter.oldest_request() == float("inf")
+
+
+async def test_a_rate_limit_lasts_until_a_request_succeeds() -> None:
+    clock = FakeClock()
+    limiter = a_limiter(4, clock)
+    async with limiter.slot("m") as slot:
+        slot.rate_limited(RateLimitedError(None, "slow down"))
+        assert limiter.lasting_limits() == {}
+        await clock.advance(LASTING_LIMIT_S)
+        slot.rate_limited(RateLimitedError(None, "the daily quota is used up"))
+        assert limiter.lasting_limits() == {"m": "the daily quota is used up"}
+        slot.succeeded()
+        assert limiter.lasting_limits() == {}

@@ -12,7 +12,7 @@ from structlog.testing import CapturingLogger
 
 from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import a_delivery, cancel_all, turns_of_the_loop
-from worker.errors import Dependency, DependencyDownError, TransientError
+from worker.errors import Dependency, DependencyDownError, RateLimitedError, TransientError
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome, Requeued, Retried
 from worker.resilience import consumer_controller
@@ -127,7 +127,7 @@ class Worker:
 
     async def meet_429(self, retry_after_s: float | None) -> None:
         async with self.limiter.slot("m") as slot:
-            slot.rate_limited(retry_after_s)
+            slot.rate_limited(RateLimitedError(retry_after_s))
 
 
 @pytest.fixture(autouse=True)

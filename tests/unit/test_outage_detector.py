@@ -1,6 +1,7 @@
 """The outage detector: the effect of each result of a call."""
 
 from collections import Counter
+from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
@@ -8,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.errors import Dependency, DependencyDownError, TransientError
+from worker.errors import HTTP_500, Dependency, DependencyDownError, RateLimitedError, TransientError
 from worker.observability import metrics
 from worker.resilience.outage_detector import (
     DISTINCT_JOBS,
+    FREE_PROBES,
     MAX_FAILURES_DESPITE_SUCCESSES,
+    MAX_MODEL_PROBE_S,
     RECENT_SUCCESS_S,
     RELAPSE_S,
     REMEMBERED_JOBS,
@@ -94,6 +97,7 @@ def again(times: int, failure: RequestResult) -> list[Observed]:
 
 
 DUPLICATE = TransientError(MODEL, "http_5xx", "it failed", is_duplicate=True)
+OVERLOADED = RateLimitedError(None, "it says 503", is_overloaded=True)
 OTHERS_FAIL = [Observed(90, job, transient()) for job in jobs(2)]
 SUCCESS = Observed(90, "other", Success(89))
 DOWN = Observed(95, "other", unavailable())
@@ -104,25 +108,53 @@ TABLE = [
     pytest.param([], Success(95), CLEARED, id="success, without an outage"),
     pytest.param([DOWN], transient(), OUTAGE, id="transient error, during an outage"),
     pytest.param([DOWN], unavailable(), OUTAGE, id="unavailable, during an outage"),
-    pytest.param([DOWN], refused(), OUTAGE, id="403, during an outage"),
+    pytest.param([DOWN], refused(), OUTAGE, id="refusal, during an outage"),
+    pytest.param(
+        [DOWN, *[Observed(96, "job", transient(reason=HTTP_500))] * (FREE_PROBES - 1)],
+        transient(reason=HTTP_500),
+        OUTAGE,
+        id="500, the third probe of this job",
+    ),
+    pytest.param(
+        [DOWN, *[Observed(96, "job", transient(reason=HTTP_500))] * FREE_PROBES],
+        transient(reason=HTTP_500),
+        CLEARED,
+        id="500, the fourth probe of this job",
+    ),
+    pytest.param(
+        [DOWN, *[Observed(96, "job", transient())] * 9],
+        transient(),
+        OUTAGE,
+        id="another 5xx, the tenth probe of this job",
+    ),
+    pytest.param([DOWN], OVERLOADED, OUTAGE, id="overloaded, during an outage"),
+    pytest.param([], OVERLOADED, PENDING, id="overloaded, for the first time"),
+    pytest.param([Observed(95.1, "other", OVERLOADED)], OVERLOADED, PENDING, id="overloaded, for 4.9 s"),
+    pytest.param([Observed(95, "job", OVERLOADED)], OVERLOADED, OUTAGE, id="overloaded, for 5 s"),
+    pytest.param(
+        [Observed(80, "job", OVERLOADED), Observed(99, "other", Success(70))],
+        OVERLOADED,
+        PENDING,
+        id="overloaded, a request succeeded",
+    ),
     pytest.param([DOWN], DUPLICATE, OUTAGE, id="duplicate, during an outage"),
     pytest.param(OTHERS_FAIL, DUPLICATE, PENDING, id="duplicate"),
-    pytest.param([], refused(), PENDING, id="403, the first"),
-    pytest.param([SUCCESS], refused(), PENDING, id="403, the first, after a success"),
+    pytest.param([], refused(), PENDING, id="refusal, the first"),
+    pytest.param([SUCCESS], refused(), PENDING, id="refusal, the first, after a success"),
     pytest.param(
-        [Observed(80, "job", refused()), SUCCESS], refused(), CLEARED, id="403, a later request succeeded"
+        [Observed(80, "job", refused()), SUCCESS], refused(), CLEARED, id="refusal, a later request succeeded"
     ),
     pytest.param(
         [Observed(89.5, "job", refused()), SUCCESS],
         refused(),
         PENDING,
-        id="403, a request begun before it succeeded",
+        id="refusal, a request begun before it succeeded",
     ),
     pytest.param(
         [Observed(80, "job", refused()), SUCCESS, Observed(91, "other", transient())],
         refused(),
         PENDING,
-        id="403, another job fails too",
+        id="refusal, another job fails too",
     ),
     pytest.param(
         again(MOST_FAILURES, transient()),
@@ -195,6 +227,77 @@ def test_each_row_of_the_table(history: list[Observed], result: RequestResult, d
     for observed in history:
         detector.observe(MODEL, observed.job, observed.result, observed.now)
     assert detector.observe(MODEL, "job", result, 100.0) is diagnosis
+
+
+def test_an_overload_is_no_outage_while_a_request_begun_before_runs() -> None:
+    oldest = 89.0
+    detector = OutageDetector(oldest_request=lambda: oldest)
+    assert detector.observe(MODEL, "job", OVERLOADED, 90.0) is PENDING
+    assert detector.observe(MODEL, "job", OVERLOADED, 120.0) is PENDING
+    oldest = 90.0
+    assert detector.observe(MODEL, "job", OVERLOADED, 121.0) is OUTAGE
+    assert detector.outages[MODEL].reason == "nothing succeeded for 5 s: it says 503"
+
+
+# One of several models
+
+
+def of_model(model: str = "m") -> DependencyDownError:
+    return DependencyDownError(MODEL, f"{model} is gone", model=model)
+
+
+def several_models() -> OutageDetector:
+    return OutageDetector(has_several_models=True)
+
+
+def test_an_outage_of_one_of_several_models_pauses_only_this_model() -> None:
+    detector = several_models()
+    assert detector.observe(MODEL, "job", of_model(), 1.0) is OUTAGE
+    assert (detector.outages, up(MODEL)) == ({}, 1)
+    assert {name: it.reason for name, it in detector.paused_models.items()} == {"m": "m is gone"}
+    assert detector.changed.is_set()
+    assert detector.may_request("other", 1.0)
+    detector.observe(MODEL, "another", Success(2.0, "other"), 3.0)
+    assert set(detector.paused_models) == {"m"}
+    detector.observe(MODEL, "another", Success(4.0, "m"), 5.0)
+    assert detector.paused_models == {}
+    assert detector.may_request("m", 5.0)
+
+
+def test_an_outage_of_the_only_model_is_one_of_the_api() -> None:
+    detector = OutageDetector()
+    assert detector.observe(MODEL, "job", of_model(), 1.0) is OUTAGE
+    assert (set(detector.outages), detector.paused_models) == ({MODEL}, {})
+
+
+def test_a_paused_model_is_tried_at_growing_intervals() -> None:
+    detector = several_models()
+    detector.observe(MODEL, "job", of_model(), 0.0)
+    tried = [now for now in range(200) if detector.may_request("m", float(now))]
+    intervals = [later - earlier for earlier, later in pairwise(tried)]
+    assert (tried[0], intervals[:4]) == (1, [2, 4, 8, 16])
+    assert set(intervals[4:]) == {MAX_MODEL_PROBE_S}
+
+
+def test_jobs_refused_for_one_model_pause_this_model_after_three() -> None:
+    detector = several_models()
+    failure = TransientError(MODEL, "http_404", "no images", refused=True, model="m")
+    detector.observe(MODEL, "another", Success(0.0, "other"), 0.5)
+    found = [detector.observe(MODEL, job, failure, 1.0) for job in jobs(3)]
+    assert found == [PENDING, PENDING, OUTAGE]
+    assert (set(detector.paused_models), detector.outages) == ({"m"}, {})
+    assert detector.diagnosis(MODEL, 1.0, "m") is OUTAGE
+    assert detector.diagnosis(MODEL, 1.0) is PENDING
+
+
+def test_a_job_refused_for_a_model_that_answers_others_is_cleared() -> None:
+    detector = several_models()
+    failure = TransientError(MODEL, "http_404", "no tools", refused=True, model="m")
+    assert detector.observe(MODEL, "job", failure, 1.0) is PENDING
+    detector.observe(MODEL, "another", Success(2.0, "other"), 3.0)
+    assert detector.observe(MODEL, "job", failure, 4.0) is PENDING
+    detector.observe(MODEL, "another", Success(5.0, "m"), 6.0)
+    assert detector.observe(MODEL, "job", failure, 7.0) is CLEARED
 
 
 # How many jobs are an outage

@@ -180,13 +180,18 @@ class Scene:
         include_response: bool = False,
         job_timeout_s: float = JOB_TIMEOUT_S,
         retry: RetryPolicy = RETRY,
+        has_several_models: bool = False,
         **rules: Any,
     ) -> None:
         self.images = Images()
         self.model = Model()
         clock = Clock()
         self.limiter = ConcurrencyLimiter(limit, initial=limit, clock=clock)
-        self.detector = OutageDetector(lambda: self.limiter.slots_in_use)
+        self.detector = OutageDetector(
+            lambda: self.limiter.slots_in_use,
+            self.limiter.oldest_request,
+            has_several_models=has_several_models,
+        )
         self.outage_reports = OutageReports(self.detector, self.limiter, clock)
         self.cancelled_jobs = CancelledJobs()
         dependencies = ProcessorDependencies(
@@ -919,6 +924,48 @@ async def test_an_outage_of_one_model_delays_its_jobs_without_a_counted_attempt(
     await scene.process(id="another")
     late = await scene.process(deadline=in_(3), delivery={"counted_attempts": 1})
     assert refusal(late)[0] is ErrorCode.DEADLINE_EXCEEDED
+
+
+async def test_jobs_of_a_paused_model_wait_without_a_request_or_a_counted_attempt() -> None:
+    scene = Scene(has_several_models=True)
+    scene.model.deeds = [DependencyDownError(MODEL, "it is gone", model="usual"), ANSWER]
+    paused = Retried(job_id="job-1", model="usual", delay_s=5, attempts=1, reason="model_paused")
+    for _ in range(3):
+        assert await scene.process(delivery={"counted_attempts": 1}) == paused
+    assert len(scene.model.asked) == 1
+    assert isinstance(await scene.process(id="another", model="other"), Succeeded)
+    assert (scene.detector.outages, set(scene.detector.paused_models)) == ({}, {"usual"})
+    late = await scene.process(deadline=in_(3))
+    assert refusal(late)[0] is ErrorCode.DEADLINE_EXCEEDED
+    assert await scene.is_free()
+
+
+async def test_an_overloaded_api_is_asked_again_like_one_that_limits_the_rate(scene: Scene) -> None:
+    busy = RateLimitedError(0.01, "it says 503", is_overloaded=True)
+    scene.model.deeds = [busy, busy, ANSWER]
+    outcome = await scene.process()
+    assert isinstance(outcome, Succeeded)
+    assert (outcome.result.attempts, len(scene.model.asked)) == (1, 3)
+    assert scene.detector.outages == {}
+
+
+async def test_an_api_that_stays_overloaded_is_an_outage(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.resilience.outage_detector.OVERLOAD_S", 0.0)
+    # Its own request began before its answer.
+    monkeypatch.setattr(scene.detector, "_oldest_request", lambda: float("inf"))
+    scene.model.deeds = [RateLimitedError(None, "it says 503", is_overloaded=True)]
+    assert isinstance(await scene.process(), Requeued)
+    assert "it says 503" in scene.detector.outages[MODEL].reason
+
+
+async def test_a_malformed_answer_is_bought_twice_at_most(scene: Scene) -> None:
+    scene.model.deeds = [transient("malformed_response")]
+    assert isinstance(await scene.process(), Retried)
+    outcome = await scene.process(delivery={"counted_attempts": 1})
+    assert isinstance(outcome, DeadLettered)
+    assert outcome.code is ErrorCode.ATTEMPTS_EXHAUSTED
 
 
 # The result store

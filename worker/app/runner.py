@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -141,7 +141,11 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         models=len(settings.allowed_models),
         clock=clock,
     )
-    detector = OutageDetector(lambda: limiter.slots_in_use)
+    detector = OutageDetector(
+        lambda: limiter.slots_in_use,
+        limiter.oldest_request,
+        has_several_models=len(settings.allowed_models) > 1,
+    )
     outage_reports = OutageReports(detector, limiter, clock)
     publisher = Publisher(broker, topology)
     tenants = Tenants(settings.tenant_key, settings.tenants)
@@ -252,10 +256,22 @@ def _readiness(parts: Parts, *, stopping: bool) -> Readiness:
     if outages := parts.detector.outages:
         reasons = tuple(f"{dependency.label}: {outage.reason}" for dependency, outage in outages.items())
         return Readiness(is_ready=True, status="paused", reasons=reasons)
-    # A rate limit is not an outage, but the worker consumes no jobs meanwhile.
-    waits = parts.limiter.backoffs().items()
-    reasons = tuple(f"model: {model} may not be called for {seconds:.0f} s" for model, seconds in waits)
-    return Readiness(is_ready=True, status="ready", reasons=reasons)
+    return Readiness(is_ready=True, status="ready", reasons=tuple(_restrictions(parts)))
+
+
+def _restrictions(parts: Parts) -> Iterator[str]:
+    """Yield what keeps a worker that is not paused from requests."""
+    for model, outage in parts.detector.paused_models.items():
+        yield f"model: {model} is paused: {outage.reason}"
+    lasting = parts.limiter.lasting_limits()
+    for model, seconds in parts.limiter.backoffs().items():
+        yield f"model: {model} may not be called for {seconds:.0f} s{_said(lasting.pop(model, ''))}"
+    for model, message in lasting.items():
+        yield f"model: {model} is rate-limited{_said(message)}"
+
+
+def _said(message: str) -> str:
+    return f" ({message})" if message else ""
 
 
 def _handle_status_signal(parts: Parts, stop: asyncio.Event) -> None:

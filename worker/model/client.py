@@ -12,7 +12,7 @@ import httpx2
 import openai
 
 from worker import __version__
-from worker.errors import Dependency, DependencyDownError, TransientError
+from worker.errors import MALFORMED_RESPONSE, Dependency, DependencyDownError, TransientError
 from worker.http.client import open_session
 from worker.model.answer import Answer, MalformedAnswerError, Price, parse_answer, parse_model_list
 from worker.model.errors import connection_lost, translate_status, unreachable, was_never_sent
@@ -136,7 +136,7 @@ class Model:
                 # The request has probably been billed.
                 observer.failed("malformed", ambiguous=True)
                 text = f"the API answered 200, but {error}"
-                return TransientError(Dependency.MODEL, "malformed_response", text)
+                return TransientError(Dependency.MODEL, MALFORMED_RESPONSE, text)
             case _ if was_never_sent(error):
                 observer.failed("connection")
                 return unreachable(error)

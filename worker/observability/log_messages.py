@@ -84,6 +84,9 @@ MESSAGES: Final[Mapping[str, str | Callable[[Fields], str]]] = {
     "job_requeued": "Job {job_id} was requeued without counting an attempt: {reason}.",
     "job_retried": "Job {job_id} failed with a transient error ({reason}); it is retried in {delay_s} s,"
     " attempts so far: {attempts}.",
+    "model_paused": "The model {model} is paused, because it is unavailable: {reason}. Jobs for other models"
+    " continue.",
+    "model_resumed": "The model {model} is used again after {after_s:g} s.",
     "out_of_memory": "The worker is out of memory and exits; RabbitMQ redelivers its jobs.",
     "prefetch_changed": "The prefetch changed from {before} to {allowed}.",
     "publish_failed": "A message to {routing_key} was not published: {reason}; retrying.",
@@ -94,6 +97,8 @@ MESSAGES: Final[Mapping[str, str | Callable[[Fields], str]]] = {
     "rabbitmq_request_lost": "A request to RabbitMQ was lost with its connection.",
     "rabbitmq_shutdown_timeout": "RabbitMQ did not answer during the shutdown: {what}.",
     "rabbitmq_unreachable": "RabbitMQ is unreachable ({purpose}): {reason}; next try in {next_try_s:g} s.",
+    "rate_limit_lasts": "For {after_s:g} s the model API has limited the rate of every request for {model}:"
+    " {reason}.",
     "result_store_unreachable": "The result store is unreachable: {reason}; retrying.",
     "result_store_write_failed": _result_store_write_failed,
     "settlement_failed": "Settling a job raised an unexpected exception; RabbitMQ moves the job to the"

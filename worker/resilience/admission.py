@@ -15,7 +15,12 @@ from worker.images.source import ImageSource
 from worker.jobs.attempt import Attempt
 from worker.jobs.request import Request
 from worker.model.answer import Answer, deserialize_answer, serialize_answer
-from worker.resilience.concurrency_limiter import ConcurrencyLimiter, NotAdmittedError, Slot
+from worker.resilience.concurrency_limiter import (
+    ConcurrencyLimiter,
+    ModelPausedError,
+    NotAdmittedError,
+    Slot,
+)
 from worker.resilience.outage_reports import OutageReports
 
 log = structlog.get_logger(__name__)
@@ -105,6 +110,7 @@ class Admission:
 
         Raises:
             NotAdmittedError: the worker is paused or stopping, or the wait timed out.
+            ModelPausedError: only the job's model is paused.
             DependencyDownError: the result store is unreachable or denies access.
             JobError: the deadline passed, or passes before the end of the model's backoff.
         """
@@ -175,6 +181,8 @@ class Admission:
 
     async def _slot_and_memory(self, grant: Grant) -> None:
         request, half = grant.request, _half(grant.attempt)
+        if not self._outage_reports.may_request(request.model):
+            raise ModelPausedError(f"the model {request.model} is paused")
         try:
             async with self._until(min(half, grant.slot_until), request, _NO_SLOT):
                 grant.slot = await grant.per_request.enter_async_context(self._limiter.slot(request.model))

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from worker.clock import TIMER_SLACK_S, Clock
+from worker.errors import RateLimitedError
 from worker.observability import metrics
 from worker.resilience.adaptive_limit import AdaptiveLimit
 
@@ -18,10 +19,16 @@ MIN_PREFETCH_FRACTION = 0.25
 PREFETCH_DURING_BACKOFF = 8
 # A model without jobs for this long does not count in the prefetch and in the gauge of the limit.
 IDLE_MODEL_S = 60.0
+# A rate limit is reported if nothing succeeds for so long.
+LASTING_LIMIT_S = 30.0
 
 
 class NotAdmittedError(Exception):
     """The job was not admitted: the worker is paused or stopping, or the wait timed out."""
+
+
+class ModelPausedError(NotAdmittedError):
+    """The job's model is paused, while others are available."""
 
 
 class _ModelQueue:
@@ -35,6 +42,15 @@ class _ModelQueue:
         self.waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self.timer: asyncio.Task[None] | None = None
         self.used_at = clock.monotonic()
+        # Since when the API refuses requests for their rate without a success, and what it said at last.
+        self.limited_since: float | None = None
+        self.limit_message = ""
+
+    def limited_by(self, message: str) -> None:
+        """Record what the API said when it limited the rate of requests."""
+        if self.limited_since is None:
+            self.limited_since = self._clock.monotonic()
+        self.limit_message = message
 
     @property
     def backoff_left_s(self) -> float:
@@ -75,13 +91,15 @@ class Slot:
 
     def succeeded(self) -> None:
         """Record that the API answered the request."""
+        self._queue.limited_since = None
         self._queue.limit.succeeded(self._queue.slots_in_use, self._clock.monotonic() - self.started)
         self._limiter.limit_changed()
 
-    def rate_limited(self, retry_after_s: float | None) -> None:
-        """Record that the request received a 429."""
+    def rate_limited(self, error: RateLimitedError) -> None:
+        """Record that the API takes no more requests now."""
         others = self._queue.slots_in_use - 1
-        self._queue.limit.rate_limited(others, self.started, self._clock.monotonic(), retry_after_s)
+        self._queue.limit.rate_limited(others, self.started, self._clock.monotonic(), error.retry_after_s)
+        self._queue.limited_by(error.message)
         self._limiter.limit_changed()
 
 
@@ -112,6 +130,7 @@ class ConcurrencyLimiter:
         self._queues: dict[str, _ModelQueue] = {}
         self._sequence = 0
         self._slots_in_use = 0
+        self._held: set[Slot] = set()
         self._closed: str | None = None
         self._probes = 0
         self.update_gauge()
@@ -122,6 +141,10 @@ class ConcurrencyLimiter:
         """Return how many jobs hold a slot."""
         return self._slots_in_use
 
+    def oldest_request(self) -> float:
+        """Return when the slot that is held for the longest time was taken; infinity if none is held."""
+        return min((slot.started for slot in self._held), default=math.inf)
+
     @asynccontextmanager
     async def slot(self, model: str) -> AsyncIterator[Slot]:
         """Wait for a slot and hold it.
@@ -131,9 +154,12 @@ class ConcurrencyLimiter:
         """
         queue = self._queue(model)
         await self._enter(queue)
+        slot = Slot(self, queue, self._clock)
+        self._held.add(slot)
         try:
-            yield Slot(self, queue, self._clock)
+            yield slot
         finally:
+            self._held.remove(slot)
             self._leave(queue)
 
     def close(self, reason: str) -> None:
@@ -173,6 +199,15 @@ class ConcurrencyLimiter:
         """Return the models whose backoff is longer than PREFETCH_HORIZON_S, with the seconds left."""
         waits = {name: queue.backoff_left_s for name, queue in self._queues.items()}
         return {name: seconds for name, seconds in waits.items() if seconds > PREFETCH_HORIZON_S}
+
+    def lasting_limits(self) -> dict[str, str]:
+        """Return the models of which every request was limited for LASTING_LIMIT_S, and what the API said."""
+        since = self._clock.monotonic() - LASTING_LIMIT_S
+        return {
+            name: queue.limit_message
+            for name, queue in self._queues.items()
+            if queue.limited_since is not None and queue.limited_since <= since
+        }
 
     def slots_and_waiting(self) -> int:
         """Return how many jobs hold a slot or wait for one."""

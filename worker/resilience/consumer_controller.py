@@ -11,8 +11,8 @@ from worker.clock import Clock
 from worker.errors import Dependency
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome, Requeued
-from worker.resilience.concurrency_limiter import ConcurrencyLimiter
-from worker.resilience.outage_detector import OutageDetector
+from worker.resilience.concurrency_limiter import LASTING_LIMIT_S, ConcurrencyLimiter
+from worker.resilience.outage_detector import Outage, OutageDetector
 
 log = structlog.get_logger(__name__)
 
@@ -80,6 +80,9 @@ class ConsumerController:
         # adjustments count, because many jobs that are requeued at once are soon settled.
         self._without_slot: deque[int] = deque([0], maxlen=REMEMBERED_ADJUSTMENTS)
         self._probe_interval_s = FIRST_PROBE_DELAY_S
+        # As logged.
+        self._paused_models: dict[str, Outage] = {}
+        self._limited_models: set[str] = set()
 
     async def run(self) -> None:
         """Control the consumer until cancelled."""
@@ -88,6 +91,7 @@ class ConsumerController:
                 async with self._clock.timeout(ADJUST_INTERVAL_S):
                     await self._detector.changed.wait()
             self._detector.changed.clear()
+            self._log_models()
             if self._detector.outages:
                 await self._pause()
             self._limiter.update_gauge()
@@ -125,6 +129,20 @@ class ConsumerController:
         for dependency in outages.keys() - logged:
             log.error("consumption_paused", dependency=dependency.label, reason=outages[dependency].reason)
         return set(outages)
+
+    def _log_models(self) -> None:
+        """Log which models were paused or resumed, or are limited without an end."""
+        paused = self._detector.paused_models
+        for model in paused.keys() - self._paused_models.keys():
+            log.error("model_paused", model=model, reason=paused[model].reason)
+        for model in self._paused_models.keys() - paused.keys():
+            after_s = self._clock.monotonic() - self._paused_models[model].since
+            log.info("model_resumed", model=model, after_s=after_s)
+        self._paused_models = dict(paused)
+        limits = self._limiter.lasting_limits()
+        for model in limits.keys() - self._limited_models:
+            log.warning("rate_limit_lasts", model=model, after_s=LASTING_LIMIT_S, reason=limits[model])
+        self._limited_models = set(limits)
 
     async def _probe_until_recovered(self, logged: set[Dependency]) -> None:
         """Probe with one job after another at growing intervals, until no outage is left."""

@@ -1,11 +1,15 @@
 """Decide the outcome of a failed attempt, from the diagnosis of its failure."""
 
+from dataclasses import replace
+from typing import Final
+
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import TIMER_SLACK_S, Clock
-from worker.errors import Dependency, DependencyDownError, Explanation, TransientError
+from worker.errors import MALFORMED_RESPONSE, DependencyDownError, Explanation, TransientError
 from worker.jobs.attempt import Attempt
 from worker.jobs.outcome import Outcome, Retried
 from worker.jobs.outcome_builder import OutcomeBuilder, requeued, retried, retried_uncounted
+from worker.resilience.concurrency_limiter import ModelPausedError, NotAdmittedError
 from worker.resilience.outage_detector import Diagnosis, OutageDetector
 from worker.resilience.outage_reports import OutageReports
 from worker.resilience.retry_policy import (
@@ -16,6 +20,11 @@ from worker.resilience.retry_policy import (
     check_deadline,
     next_step,
 )
+
+# The reason of a retry because the job's model is paused.
+MODEL_PAUSED: Final = "model_paused"
+# A malformed answer is billed, and the same request is likely to get it again.
+MAX_MALFORMED: Final = 2
 
 
 class FailureOutcomes:
@@ -41,13 +50,16 @@ class FailureOutcomes:
         attempt.enter("diagnose", failed_at)
         diagnosis = await self._outage_reports.diagnose(job, error, self._max_wait_s(attempt))
         if diagnosis is Diagnosis.OUTAGE:
-            return requeued(attempt, f"{error.dependency} is down")
+            return self._stopped_by_outage(attempt, error.model, f"{error.dependency} is down")
         if diagnosis is Diagnosis.CLEARED and error.refused:
-            self._detector.end_job(error.dependency, job)
+            self._detector.end_job(error.dependency, job, error.model)
             return self._outcomes.failed(attempt, ErrorCode.MODEL_REJECTED, error.explanation)
         if diagnosis is Diagnosis.PENDING:
-            self._detector.count_attempt(error.dependency, job, failed_at)
-        return self._counted(attempt, error.dependency, error.reason, error.explanation)
+            self._detector.count_attempt(error.dependency, job, failed_at, error.model)
+        outcome = self.after_counted_failure(attempt, error.reason, error.explanation)
+        if not isinstance(outcome, Retried):
+            self._detector.end_job(error.dependency, job, error.model)
+        return outcome
 
     def after_unavailable(self, attempt: Attempt, error: DependencyDownError) -> Outcome:
         """Return the outcome of a job whose dependency is unreachable or rejects every request.
@@ -57,15 +69,27 @@ class FailureOutcomes:
         """
         diagnosis = self._outage_reports.report_unavailable(attempt.decoded_job_id, error)
         if diagnosis is not Diagnosis.CLEARED:
-            return requeued(attempt, error.message)
+            return self._stopped_by_outage(attempt, error.model, error.message)
         reason, why = f"{error.dependency}_unavailable", Explanation.loggable(error.message)
         if error.may_be_partial:
             return self._uncounted(attempt, reason, why)
-        return self._counted(attempt, error.dependency, reason, why)
+        outcome = self.after_counted_failure(attempt, reason, why)
+        if not isinstance(outcome, Retried):
+            self._detector.end_job(error.dependency, attempt.decoded_job_id)
+        return outcome
+
+    def after_refused_admission(self, attempt: Attempt, error: NotAdmittedError) -> Outcome:
+        """Requeue a job that was not admitted, or retry it later while its model is paused."""
+        if isinstance(error, ModelPausedError):
+            return self._while_model_paused(attempt, str(error))
+        return requeued(attempt, str(error))
 
     def after_counted_failure(self, attempt: Attempt, reason: str, why: Explanation) -> Outcome:
         """Return the outcome of a counted attempt: a retry, if attempts and time are left."""
-        match next_step(attempt.number, self._retry, attempt.deadline, self._clock.now()):
+        policy = self._retry
+        if reason == MALFORMED_RESPONSE:
+            policy = replace(policy, max_attempts=min(policy.max_attempts, MAX_MALFORMED))
+        match next_step(attempt.number, policy, attempt.deadline, self._clock.now()):
             case RetryAfter(delay_s):
                 return retried(attempt, delay_s, reason)
             case Exhausted():
@@ -81,11 +105,15 @@ class FailureOutcomes:
             case PastDeadline():
                 return self._past_deadline(attempt, why)
 
-    def _counted(self, attempt: Attempt, dependency: Dependency, reason: str, why: Explanation) -> Outcome:
-        outcome = self.after_counted_failure(attempt, reason, why)
-        if not isinstance(outcome, Retried):
-            self._detector.end_job(dependency, attempt.decoded_job_id)
-        return outcome
+    def _stopped_by_outage(self, attempt: Attempt, model: str, reason: str) -> Outcome:
+        """Requeue the job; if only its model is paused, it must wait elsewhere than in the queue's front."""
+        if self._detector.one_model(model):
+            return self._while_model_paused(attempt, reason)
+        return requeued(attempt, reason)
+
+    def _while_model_paused(self, attempt: Attempt, reason: str) -> Outcome:
+        """Return the outcome of a job whose model is paused: a later try, so that others take its place."""
+        return self._uncounted(attempt, MODEL_PAUSED, Explanation.loggable(reason))
 
     def _past_deadline(self, attempt: Attempt, why: Explanation) -> Outcome:
         why = why.after("the deadline comes before the next attempt; the last one failed because ")

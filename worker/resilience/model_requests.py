@@ -7,7 +7,7 @@ from typing import Protocol
 from vqa_worker.messages.conversation import ImageRef
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import Clock
-from worker.errors import Dependency, JobError, RateLimitedError
+from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError
 from worker.images.memory_budget import Reservation
 from worker.images.source import ImageSource
 from worker.jobs.attempt import Attempt
@@ -15,6 +15,7 @@ from worker.jobs.request import Request
 from worker.model.answer import Answer
 from worker.model.request import ImageUrl, RequestBody
 from worker.resilience.admission import ImageMemory
+from worker.resilience.outage_detector import Diagnosis
 from worker.resilience.outage_reports import OutageReports
 
 
@@ -89,12 +90,15 @@ class ModelRequests:
         attempt.enter("model", started)
         try:
             answer = await self._model.complete(request.model, body, time_left_s=attempt.time_left_s(started))
-        except (JobError, RateLimitedError):
-            # The model API works, although it rejects this request or this rate.
+        except RateLimitedError as error:
+            self._report_limit(job, error, started)
+            raise
+        except JobError:
+            # The model API works, although it rejects this request.
             self._outage_reports.report_success(Dependency.MODEL, job, started)
             raise
         else:
-            self._outage_reports.report_success(Dependency.MODEL, job, started)
+            self._outage_reports.report_success(Dependency.MODEL, job, started, request.model)
             return answer
         finally:
             # Record the stage's time so far.
@@ -102,3 +106,14 @@ class ModelRequests:
             attempt.reassign("model", "fetch", body.waited_s)
             if body.is_sent and request.reads_s3:
                 self._outage_reports.report_success(Dependency.S3, job, fetch_started)
+
+    def _report_limit(self, job: str, error: RateLimitedError, started: float) -> None:
+        """Report that the API limits the rate, which shows that it works, or that it is overloaded.
+
+        Raises:
+            DependencyDownError: it has been overloaded for so long that it is down.
+        """
+        if not error.is_overloaded:
+            self._outage_reports.report_success(Dependency.MODEL, job, started)
+        elif self._outage_reports.report_overload(job, error) is Diagnosis.OUTAGE:
+            raise DependencyDownError(Dependency.MODEL, error.message) from None

@@ -2,12 +2,12 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, TypeAlias
 
-from worker.errors import Dependency, DependencyDownError, TransientError
+from worker.errors import HTTP_500, Dependency, DependencyDownError, RateLimitedError, TransientError
 from worker.observability import metrics
 
 # This many distinct failing jobs in a row are an outage. Fewer would report an outage for two bad jobs; with
@@ -28,6 +28,14 @@ RECENT_SUCCESS_S = 60.0
 # An outage is a relapse if it began shortly after the last one ended, before this many requests succeeded.
 RELAPSE_S = 5.0
 SUCCESSES_TO_RECOVER = 3
+# An API that says that it is overloaded is down if nothing succeeds for so long.
+OVERLOAD_S = 5.0
+# So many probes of a job may be answered 500 in one outage. After them the job itself is the likely cause and
+# its attempts count: a job must not be probed for ever.
+FREE_PROBES = 3
+# A paused model is tried with one job at growing intervals.
+FIRST_MODEL_PROBE_S = 1.0
+MAX_MODEL_PROBE_S = 30.0
 
 _NEVER = float("-inf")
 _WATCHED = (Dependency.MODEL, Dependency.S3, Dependency.RESULT_STORE)
@@ -46,12 +54,13 @@ class Diagnosis(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Success:
-    """A request that began at `started` showed that the dependency works."""
+    """A request that began at `started` showed that the dependency works; `model`: the one that answered."""
 
     started: float
+    model: str = ""
 
 
-RequestResult: TypeAlias = Success | TransientError | DependencyDownError
+RequestResult: TypeAlias = Success | TransientError | DependencyDownError | RateLimitedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +80,14 @@ class _JobRecord:
         last_failed_at: the time of the last failure.
         failures_despite_successes: failures after another job's success.
         refused_at: the time of the first refusal.
+        outage_since, probes: the last outage in which it was answered 500, and how often.
     """
 
     last_failed_at: float
     failures_despite_successes: int = 0
     refused_at: float | None = None
+    outage_since: float = _NEVER
+    probes: int = 0
 
 
 @dataclass(slots=True)
@@ -88,7 +100,7 @@ class _CountedAttempts:
 
 @dataclass(slots=True)
 class _State:
-    """What is known about one dependency.
+    """What is known about one dependency, or about one of several models.
 
     Attributes:
         outage: the current outage.
@@ -99,6 +111,8 @@ class _State:
         exhausted: those of them that have no retry left.
         records: each job's failures, the latest last.
         counted: attempts that are restored if the failures turn out to be an outage.
+        overloaded_since: the first answer that the API is overloaded, since the last success.
+        probe_at, probe_interval_s: when a paused model is tried next, and how long after the last time.
     """
 
     outage: Outage | None = None
@@ -110,6 +124,9 @@ class _State:
     exhausted: set[str] = field(default_factory=set)
     records: OrderedDict[str, _JobRecord] = field(default_factory=OrderedDict)
     counted: OrderedDict[str, _CountedAttempts] = field(default_factory=OrderedDict)
+    overloaded_since: float | None = None
+    probe_at: float = _NEVER
+    probe_interval_s: float = FIRST_MODEL_PROBE_S
 
 
 class OutageDetector:
@@ -121,15 +138,21 @@ class OutageDetector:
     |---|---|---|
     | success | begun before the outage | outage |
     | success | otherwise | cleared; ends the outage |
+    | 500 | an outage lasts, and more than 3 probes of this job were answered 500 in it | cleared |
     | any failure | an outage lasts | outage |
     | any failure | a duplicate of another job's failure | pending |
-    | 403 | a request begun after this job's first refusal succeeded, and no other job fails | cleared |
+    | overloaded | nothing succeeded for 5 s, and no request begun before is running | outage |
+    | overloaded | otherwise | pending |
+    | refusal | a request begun after this job's first refusal succeeded, and no other job fails | cleared |
     | transient error | more than 3 failures after another job's success | cleared |
     | unavailable | the same, and the last such success is after the job's last failure | cleared |
     | transient error | 3 distinct jobs failed in a row (see below) | outage |
     | transient error | otherwise | pending |
     | unavailable | may be isolated (see below) | pending |
     | unavailable | otherwise | outage |
+
+    Refusal: a 403, or an answer that no rule knows. A failure that concerns one of several models is
+    diagnosed among the results of this model, and its outage pauses this model only.
 
     In a row: without a success in between. With more than 12 slots in use, one job for each 4 of them must
     fail; if some of the failing jobs have no retry left, two more. May be isolated: may concern one bucket or
@@ -140,14 +163,26 @@ class OutageDetector:
 
     Args:
         slots_in_use: returns how many jobs hold a slot.
+        oldest_request: returns when the oldest running request began; infinity without one.
+        has_several_models: whether jobs may use more than one model.
 
     Attributes:
         changed: set when an outage begins or ends.
     """
 
-    def __init__(self, slots_in_use: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        slots_in_use: Callable[[], int] = lambda: 0,
+        oldest_request: Callable[[], float] = lambda: float("inf"),
+        *,
+        has_several_models: bool = False,
+    ) -> None:
         self._slots_in_use = slots_in_use
+        self._oldest_request = oldest_request
+        self._has_several_models = has_several_models
         self._states = {name: _State() for name in _WATCHED}
+        # Of models that failed on their own.
+        self._models: dict[str, _State] = {}
         # Attempts not to count, by job.
         self._restored: OrderedDict[str, int] = OrderedDict()
         self.changed = asyncio.Event()
@@ -159,42 +194,65 @@ class OutageDetector:
         """Return the current outages."""
         return {name: state.outage for name, state in self._states.items() if state.outage}
 
+    @property
+    def paused_models(self) -> Mapping[str, Outage]:
+        """Return the outages of single models, while others are available."""
+        return {name: state.outage for name, state in self._models.items() if state.outage}
+
+    def one_model(self, model: str) -> str:
+        """Return the model if a failure concerns only it; empty if it is the only one, which all jobs use."""
+        return model if self._has_several_models else ""
+
+    def may_request(self, model: str, now: float) -> bool:
+        """Return whether a job may use a model: it is not paused, or this job is its next probe."""
+        state = self._models.get(model)
+        if state is None or state.outage is None:
+            return True
+        if now < state.probe_at:
+            return False
+        state.probe_interval_s = min(2 * state.probe_interval_s, MAX_MODEL_PROBE_S)
+        state.probe_at = now + state.probe_interval_s
+        return True
+
     def observe(self, dependency: Dependency, job: str, result: RequestResult, now: float) -> Diagnosis:
         """Record the result of a job's request, and return the diagnosis: see the table above."""
-        state = self._states[dependency]
         if isinstance(result, Success):
-            return self._succeeded(dependency, result.started, now)
+            return self._succeeded(dependency, result, now)
+        if isinstance(result, RateLimitedError):
+            return self._overloaded(dependency, result, now)
+        state = self._state(dependency, result.model)
         if result.is_duplicate:
             return Diagnosis.OUTAGE if state.outage else Diagnosis.PENDING
         if isinstance(result, TransientError) and result.refused and _is_refused_alone(state, job, now):
             return Diagnosis.CLEARED
         others_succeeded = _record_failure(state, job, now)
         if state.outage:
-            return Diagnosis.OUTAGE
+            return _diagnose_probe(state.records[job], state.outage, result)
         is_bad_job = state.records[job].failures_despite_successes > MAX_FAILURES_DESPITE_SUCCESSES
         if isinstance(result, TransientError):
-            return Diagnosis.CLEARED if is_bad_job else self._transient(dependency, job, result, now)
+            return Diagnosis.CLEARED if is_bad_job else self._transient(state, job, result, now)
         if is_bad_job and others_succeeded:
             return Diagnosis.CLEARED
-        return self._unavailable(dependency, job, result, now)
+        return self._unavailable(state, job, result, now)
 
-    def diagnosis(self, dependency: Dependency, failed_at: float) -> Diagnosis:
+    def diagnosis(self, dependency: Dependency, failed_at: float, model: str = "") -> Diagnosis:
         """Return what is known by now about a failure at `failed_at`."""
-        state = self._states[dependency]
+        state = self._state(dependency, model)
         if state.outage:
             return Diagnosis.OUTAGE
         return Diagnosis.CLEARED if state.last_success_started_at >= failed_at else Diagnosis.PENDING
 
-    def count_attempt(self, dependency: Dependency, job: str, failed_at: float) -> None:
+    def count_attempt(self, dependency: Dependency, job: str, failed_at: float, model: str = "") -> None:
         """Record that an attempt is counted while the diagnosis is pending; an outage restores it."""
-        counted = self._states[dependency].counted.setdefault(job, _CountedAttempts())
+        state = self._state(dependency, model)
+        counted = state.counted.setdefault(job, _CountedAttempts())
         counted.count += 1
         counted.last_failed_at = failed_at
-        _forget_oldest(self._states[dependency].counted)
+        _forget_oldest(state.counted)
 
-    def end_job(self, dependency: Dependency, job: str) -> None:
+    def end_job(self, dependency: Dependency, job: str, model: str = "") -> None:
         """Record that a job has no retry left after its failure, without an outage."""
-        state = self._states[dependency]
+        state = self._state(dependency, model)
         if job in state.failing:
             state.failing.remove(job)
             state.exhausted.add(job)
@@ -203,12 +261,21 @@ class OutageDetector:
         """Return how many of a job's counted attempts an outage caused, and forget them."""
         return self._restored.pop(job, 0)
 
-    def _succeeded(self, dependency: Dependency, started: float, now: float) -> Diagnosis:
-        state = self._states[dependency]
+    def _state(self, dependency: Dependency, model: str) -> _State:
+        one = self.one_model(model)
+        return self._models.setdefault(one, _State()) if one else self._states[dependency]
+
+    def _succeeded(self, dependency: Dependency, success: Success, now: float) -> Diagnosis:
+        if success.model in self._models:
+            self._record_success(self._models[success.model], success.started, now)
+        return self._record_success(self._states[dependency], success.started, now)
+
+    def _record_success(self, state: _State, started: float, now: float) -> Diagnosis:
         if state.outage and started < state.outage.since:
             return Diagnosis.OUTAGE
         state.failing.clear()
         state.exhausted.clear()
+        state.overloaded_since = None
         state.succeeded_at = now
         state.last_success_started_at = max(state.last_success_started_at, started)
         for job in [job for job, counted in state.counted.items() if counted.last_failed_at <= started]:
@@ -216,27 +283,33 @@ class OutageDetector:
         state.successes += 1
         if state.outage:
             state.outage, state.recovered_at, state.successes = None, now, 1
-            self._update_gauge(dependency)
+            self._outages_changed()
         return Diagnosis.CLEARED
 
-    def _transient(self, dependency: Dependency, job: str, error: TransientError, now: float) -> Diagnosis:
+    def _overloaded(self, dependency: Dependency, error: RateLimitedError, now: float) -> Diagnosis:
         state = self._states[dependency]
+        if state.outage:
+            return Diagnosis.OUTAGE
+        if state.overloaded_since is None:
+            state.overloaded_since = now
+        if now - state.overloaded_since < OVERLOAD_S or self._oldest_request() < state.overloaded_since:
+            return Diagnosis.PENDING
+        return self._begin_outage(state, f"nothing succeeded for {OVERLOAD_S:g} s: {error.message}", now)
+
+    def _transient(self, state: _State, job: str, error: TransientError, now: float) -> Diagnosis:
         state.failing.add(job)
         if not self._enough_jobs_failed(state):
             return Diagnosis.PENDING
         count = len(state.failing | state.exhausted)
         cause = f"{error.reason}, {error.log_message}"
-        return self._begin_outage(dependency, f"{count} different jobs in a row failed: {cause}", now)
+        return self._begin_outage(state, f"{count} different jobs in a row failed: {cause}", now)
 
-    def _unavailable(
-        self, dependency: Dependency, job: str, error: DependencyDownError, now: float
-    ) -> Diagnosis:
-        state = self._states[dependency]
+    def _unavailable(self, state: _State, job: str, error: DependencyDownError, now: float) -> Diagnosis:
         may_be_isolated = job not in state.failing and now - state.succeeded_at < RECENT_SUCCESS_S
         state.failing.add(job)
         if error.may_be_partial and may_be_isolated and not self._enough_jobs_failed(state):
             return Diagnosis.PENDING
-        return self._begin_outage(dependency, error.message, now)
+        return self._begin_outage(state, error.message, now)
 
     def _enough_jobs_failed(self, state: _State) -> bool:
         """Return whether enough distinct jobs have failed in a row."""
@@ -244,25 +317,38 @@ class OutageDetector:
         with_exhausted = len(state.failing | state.exhausted)
         return len(state.failing) >= enough or with_exhausted >= enough + EXTRA_IF_EXHAUSTED
 
-    def _begin_outage(self, dependency: Dependency, reason: str, now: float) -> Diagnosis:
-        state = self._states[dependency]
+    def _begin_outage(self, state: _State, reason: str, now: float) -> Diagnosis:
         is_relapse = now - state.recovered_at < RELAPSE_S and state.successes < SUCCESSES_TO_RECOVER
         state.outage = Outage(now, reason, is_relapse)
+        if not is_relapse:
+            state.probe_interval_s = FIRST_MODEL_PROBE_S
+        state.probe_at = now + state.probe_interval_s
         for job, counted in state.counted.items():
             self._restored[job] = self._restored.get(job, 0) + counted.count
         state.counted.clear()
         _forget_oldest(self._restored)
-        self._update_gauge(dependency)
+        self._outages_changed()
         return Diagnosis.OUTAGE
 
-    def _update_gauge(self, dependency: Dependency) -> None:
-        is_up = dependency.label not in {down.label for down in self.outages}
-        metrics.DEPENDENCY_UP.labels(dependency.label).set(is_up)
+    def _outages_changed(self) -> None:
+        down = {dependency.label for dependency in self.outages}
+        for dependency in self._states:
+            metrics.DEPENDENCY_UP.labels(dependency.label).set(dependency.label not in down)
         self.changed.set()
 
 
+def _diagnose_probe(record: _JobRecord, outage: Outage, result: RequestResult) -> Diagnosis:
+    """Diagnose a failure during an outage: a job whose probes are all answered 500 is the likely cause."""
+    if not isinstance(result, TransientError) or result.reason != HTTP_500:
+        return Diagnosis.OUTAGE
+    if record.outage_since != outage.since:
+        record.outage_since, record.probes = outage.since, 0
+    record.probes += 1
+    return Diagnosis.CLEARED if record.probes > FREE_PROBES else Diagnosis.OUTAGE
+
+
 def _is_refused_alone(state: _State, job: str, now: float) -> bool:
-    """Record a 403; return whether the API denies only this job. Never for the first one, nor in an outage.
+    """Record a refusal; return whether the API refuses only this job. Never at first, nor in an outage.
 
     Until the retry, the results of other jobs show whether they are denied too.
     """

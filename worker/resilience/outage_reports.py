@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from worker.clock import Clock
-from worker.errors import Dependency, DependencyDownError, TransientError
+from worker.errors import Dependency, DependencyDownError, RateLimitedError, TransientError
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
 from worker.resilience.outage_detector import Diagnosis, OutageDetector, RequestResult, Success
 
@@ -23,12 +23,17 @@ class OutageReports:
         self._limiter = limiter
         self._clock = clock
         # The jobs that wait, with the times of their failures.
-        self._waiting: defaultdict[Dependency, dict[asyncio.Future[Diagnosis], float]] = defaultdict(dict)
+        self._waiting: defaultdict[tuple[Dependency, str], dict[asyncio.Future[Diagnosis], float]]
+        self._waiting = defaultdict(dict)
         self._is_stopped = False
 
-    def report_success(self, dependency: Dependency, job: str, started: float) -> None:
-        """Report that a request begun at `started` showed that the dependency works."""
-        self._observe(dependency, job, Success(started))
+    def report_success(self, dependency: Dependency, job: str, started: float, model: str = "") -> None:
+        """Report that a request begun at `started` showed that the dependency, and the model, works."""
+        self._observe(dependency, job, Success(started, model))
+
+    def report_overload(self, job: str, error: RateLimitedError) -> Diagnosis:
+        """Report that the model API says that it is overloaded; return the diagnosis."""
+        return self._observe(Dependency.MODEL, job, error)
 
     def report_unavailable(self, job: str, error: DependencyDownError) -> Diagnosis:
         """Report that a dependency is unreachable or rejects every request; return the diagnosis."""
@@ -39,8 +44,12 @@ class OutageReports:
         failed_at = self._clock.monotonic()
         diagnosis = self._observe(error.dependency, job, error)
         if diagnosis is Diagnosis.PENDING:
-            return await self._wait(error.dependency, failed_at, max_wait_s)
+            return await self._wait(error.dependency, error.model, failed_at, max_wait_s)
         return diagnosis
+
+    def may_request(self, model: str) -> bool:
+        """Return whether a job may use a model: it is not paused, or this job is its next probe."""
+        return self._detector.may_request(model, self._clock.monotonic())
 
     def stop(self) -> None:
         """End all waits, now and in future."""
@@ -50,15 +59,18 @@ class OutageReports:
 
     def _observe(self, dependency: Dependency, job: str, result: RequestResult) -> Diagnosis:
         diagnosis = self._detector.observe(dependency, job, result, self._clock.monotonic())
-        for waiter, failed_at in self._waiting[dependency].items():
-            known = self._detector.diagnosis(dependency, failed_at)
-            if known is not Diagnosis.PENDING:
-                _resolve([waiter], known)
+        for (waits_for, model), waiting in self._waiting.items():
+            for waiter, failed_at in waiting.items() if waits_for is dependency else ():
+                known = self._detector.diagnosis(dependency, failed_at, model)
+                if known is not Diagnosis.PENDING:
+                    _resolve([waiter], known)
         return diagnosis
 
-    async def _wait(self, dependency: Dependency, failed_at: float, max_wait_s: float) -> Diagnosis:
+    async def _wait(
+        self, dependency: Dependency, model: str, failed_at: float, max_wait_s: float
+    ) -> Diagnosis:
         """Return what requests begun after a failure show about it; pending if they show nothing in time."""
-        waiting = self._waiting[dependency]
+        waiting = self._waiting[dependency, model]
         # Jobs that fail together are retried together: each of them waits for the others.
         is_alone = not waiting and not self._limiter.slots_in_use
         max_wait_s = min(max_wait_s, MAX_WAIT_ALONE_S if is_alone else MAX_WAIT_S)
@@ -71,7 +83,7 @@ class OutageReports:
                 return await waiter
         except TimeoutError:
             # An outage may have begun after the timer expired and before this task ran.
-            return self._detector.diagnosis(dependency, failed_at)
+            return self._detector.diagnosis(dependency, failed_at, model)
         finally:
             del waiting[waiter]
 
