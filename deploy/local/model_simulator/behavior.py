@@ -93,9 +93,10 @@ class Behavior(_Strict):
     latency: float = Field(default=0.0, ge=0)
     """Seconds before every usual answer."""
     max_concurrent: int | None = Field(default=None, ge=0)
-    """The number of concurrent calls beyond which calls get 429."""
+    """The number of concurrent calls beyond which calls get `busy_status`."""
+    busy_status: int = 429
     retry_after: str | None = None
-    """The `Retry-After` of those 429; DeepInfra is not known to send one."""
+    """The `Retry-After` of those answers; DeepInfra is not known to send one."""
     decode: bool = True
     """Whether images are decoded completely; if not, only their headers are read."""
     rules: list[Rule] = []

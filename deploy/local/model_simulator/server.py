@@ -138,7 +138,7 @@ class ModelSimulator:
         if is_busy:
             call.error = _BUSY["error"]["message"]
             headers = {"Retry-After": self._behavior.retry_after} if self._behavior.retry_after else {}
-            return web.json_response(_BUSY, status=429, headers=headers)
+            return web.json_response(_BUSY, status=self._behavior.busy_status, headers=headers)
         outcome = self._behavior.next_outcome(conversation.text)
         call.played = outcome.kind if outcome else None
         call.images = await self._look_at(conversation)
