@@ -58,6 +58,7 @@ def a_delivery(
         "enqueued_ms": None,
         "queued_s": None,
         "counted_attempts": 0,
+        "malformed_answers": 0,
         "deliveries": 1,
         "redelivered": False,
         "copy": None,

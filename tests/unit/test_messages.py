@@ -1,6 +1,7 @@
 """Messages that the worker publishes: properties, and the only headers that it copies from a job."""
 
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,8 +16,10 @@ from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.result import Result
 from vqa_worker.rabbitmq.outgoing import OutgoingMessage
 from worker.jobs.delivery import Delivery
-from worker.jobs.outcome import DeadLettered
+from worker.jobs.outcome import DeadLettered, Retried
 from worker.rabbitmq import messages
+
+RETRIED = Retried(job_id="j", model="m", delay_s=1, attempts=3, reason="timeout")
 
 SENT = datetime(2030, 1, 1, tzinfo=UTC)
 TRACE = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "x=1"}
@@ -47,7 +50,7 @@ FULL: dict[str, Any] = {
 
 def copies_of(delivery: Delivery) -> list[OutgoingMessage]:
     return [
-        messages.retry_copy(delivery, "q", 3),
+        messages.retry_copy(delivery, "q", RETRIED),
         messages.requeued_copy(delivery, "q"),
         messages.dead_letter(delivery, "q", DIED),
     ]
@@ -129,7 +132,7 @@ def own_headers(message: OutgoingMessage) -> dict[str, Any]:
 
 
 def test_a_retry_carries_the_attempts_and_resets_the_delivery_count() -> None:
-    headers = own_headers(messages.retry_copy(a_delivery(**FULL), "q", 3))
+    headers = own_headers(messages.retry_copy(a_delivery(**FULL), "q", RETRIED))
     assert headers.pop("vqa-copy") not in {None, "an older copy"}
     assert headers == {"vqa-attempts": 3}
 
@@ -194,7 +197,7 @@ def test_requeueing_any_number_of_times_keeps_the_counts(attempts: int, deliveri
 
 
 def test_a_retry_arrives_with_its_attempts_as_a_first_delivery() -> None:
-    again = wired(messages.retry_copy(a_delivery(counted_attempts=2, deliveries=4), "q", 3))
+    again = wired(messages.retry_copy(a_delivery(counted_attempts=2, deliveries=4), "q", RETRIED))
     assert (again.counted_attempts, again.deliveries) == (3, 1)
 
 
@@ -244,3 +247,13 @@ def test_only_the_documented_headers_of_a_job_are_copied(headers: dict[str, Any]
             "vqa-error-code", "vqa-error-message", "vqa-died-at",
         }  # fmt: skip
         assert not {"expiration", "user_id", "priority"} & set(OutgoingMessage.__dataclass_fields__)
+
+
+def test_copies_carry_the_number_of_malformed_answers() -> None:
+    for copy, expected in (
+        (messages.retry_copy(a_delivery(), "q", RETRIED), 0),
+        (messages.retry_copy(a_delivery(), "q", replace(RETRIED, malformed_answers=1)), 1),
+        (messages.requeued_copy(a_delivery(malformed_answers=1), "q"), 1),
+        (messages.replayed(a_delivery(malformed_answers=1), "q"), 0),
+    ):
+        assert wired(copy).malformed_answers == expected

@@ -963,7 +963,11 @@ async def test_an_api_that_stays_overloaded_is_an_outage(
 async def test_a_malformed_answer_is_bought_twice_at_most(scene: Scene) -> None:
     scene.model.deeds = [transient("malformed_response")]
     assert isinstance(await scene.process(), Retried)
-    outcome = await scene.process(delivery={"counted_attempts": 1})
+    later = {"counted_attempts": 1}
+    first = await scene.process(delivery=later)
+    assert isinstance(first, Retried)
+    assert first.malformed_answers == 1
+    outcome = await scene.process(delivery={**later, "malformed_answers": 1})
     assert isinstance(outcome, DeadLettered)
     assert outcome.code is ErrorCode.ATTEMPTS_EXHAUSTED
 

@@ -23,6 +23,7 @@ class Attempt:
         received_at: when the delivery arrived; `ends_at`: when it must be settled (`VQA_JOB_TIMEOUT`).
         queued_s: seconds in the queue, where known; `trace_id`: of the message's trace, in hexadecimal.
         counted_before: counted attempts before this one, from the header `vqa-attempts`.
+        malformed_before: how many of those were billed for an answer that cannot be read.
         restored_attempts: how many of those no longer count, because an outage caused them.
         job_id, allowed_model, deadline, metadata: from the job, as soon as it is decoded.
         stage: the current stage; `stage_started_at`: when it began.
@@ -36,6 +37,7 @@ class Attempt:
     stage_started_at: float
     trace_id: str | None = None
     ends_at: float = float("inf")
+    malformed_before: int = 0
     restored_attempts: int = 0
     job_id: str | None = None
     allowed_model: str | None = None
@@ -55,6 +57,7 @@ class Attempt:
             counted_before=delivery.counted_attempts,
             stage_started_at=delivery.received_at,
             trace_id=delivery.trace_id,
+            malformed_before=delivery.malformed_answers,
         )
 
     @property

@@ -16,7 +16,8 @@ class Delivery:
         message_id: AMQP property, like `correlation_id`, `reply_to`, `content_type` and `timestamp`.
         trace: the W3C headers `traceparent` and `tracestate`, if present and well-formed.
         enqueued_ms: the header `timestamp_in_ms` of RabbitMQ's own interceptor, in Unix milliseconds.
-        queued_s: seconds since the message's timestamp, if any; `counted_attempts`: before this one.
+        queued_s: seconds since the message's timestamp, if any; `counted_attempts`: before this one;
+            `malformed_answers`: how many of them were billed for an answer that cannot be read.
         deliveries: number of deliveries without an outcome, this one included.
         redelivered: whether the broker may have delivered the message before.
         copy: identifies a copy that a worker published; None for the publisher's original.
@@ -38,6 +39,7 @@ class Delivery:
     enqueued_ms: int | None
     queued_s: float | None
     counted_attempts: int
+    malformed_answers: int
     deliveries: int
     redelivered: bool
     copy: str | None

@@ -64,7 +64,8 @@ class Retried(_Outcome):
     """The attempt failed; the broker holds the job for `delay_s` whole seconds.
 
     Attributes:
-        attempts: the number of attempts that count.
+        attempts: the number of attempts that count; `malformed_answers`: those billed for an answer that
+            cannot be read.
     """
 
     name: ClassVar[str] = "retried"
@@ -72,6 +73,7 @@ class Retried(_Outcome):
     delay_s: int
     attempts: int
     reason: str
+    malformed_answers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from vqa_worker.messages.decoding import InvalidJobError
 from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.result import JobFailure, Result, Timings
 from worker.clock import Clock
-from worker.errors import Explanation
+from worker.errors import MALFORMED_RESPONSE, Explanation
 from worker.jobs.attempt import Attempt, Stage
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
 from worker.model.answer import Answer
@@ -98,15 +98,24 @@ class OutcomeBuilder:
 def retried(attempt: Attempt, delay_s: int, reason: str) -> Outcome:
     """Return the outcome of an attempt that failed and counts; the next one follows after `delay_s`."""
     return Retried(
-        job_id=attempt.job_id, model=attempt.model, delay_s=delay_s, attempts=attempt.number, reason=reason
+        job_id=attempt.job_id,
+        model=attempt.model,
+        delay_s=delay_s,
+        attempts=attempt.number,
+        reason=reason,
+        malformed_answers=attempt.malformed_before + (reason == MALFORMED_RESPONSE),
     )
 
 
 def retried_uncounted(attempt: Attempt, delay_s: int, reason: str) -> Outcome:
     """Return the outcome of an attempt that does not count; the next one follows after `delay_s`."""
-    attempts = attempt.number - 1
     return Retried(
-        job_id=attempt.job_id, model=attempt.model, delay_s=delay_s, attempts=attempts, reason=reason
+        job_id=attempt.job_id,
+        model=attempt.model,
+        delay_s=delay_s,
+        attempts=attempt.number - 1,
+        reason=reason,
+        malformed_answers=attempt.malformed_before,
     )
 
 

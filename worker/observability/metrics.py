@@ -75,8 +75,17 @@ _GEN_AI_SECONDS: Final = tuple(0.01 * 2**n for n in range(19))
 
 # Reasons of failed attempts: see `TransientError.reason`.
 RETRY_REASONS: Final = (
-    *("timeout", "connection_error", "malformed_response", "http_5xx", "http_408", "http_409", "http_403"),
-    *("model_unavailable", "s3_unavailable", "result_store_unavailable", "internal_error"),
+    *(
+        "timeout",
+        "connection_error",
+        "malformed_response",
+        "http_5xx",
+        "http_500",
+        "http_408",
+        "http_409",
+        "http_403",
+    ),
+    *("model_unavailable", "model_paused", "s3_unavailable", "result_store_unavailable", "internal_error"),
 )
 DEAD_LETTER_REASONS: Final = (ErrorCode.ATTEMPTS_EXHAUSTED, ErrorCode.INVALID_JOB)
 

@@ -53,7 +53,8 @@ def to_delivery(
         trace=properties.trace_headers(headers),
         enqueued_ms=enqueued_ms,
         queued_s=properties.queued_s(enqueued_ms, timestamp, datetime.now(UTC)),
-        counted_attempts=_attempts(headers),
+        counted_attempts=_count(headers, properties.ATTEMPTS_HEADER),
+        malformed_answers=_count(headers, properties.MALFORMED_HEADER),
         deliveries=carried + before + 1,
         redelivered=bool(message.redelivered),
         copy=copy,
@@ -66,8 +67,8 @@ def to_delivery(
     )
 
 
-def _attempts(headers: Mapping[str, object]) -> int:
-    """Return the number of counted attempts so far; a replayed dead letter starts at 0."""
+def _count(headers: Mapping[str, object], name: str) -> int:
+    """Return a number of attempts so far; a replayed dead letter starts at 0."""
     if properties.DIED_AT_HEADER in headers:
         return 0
-    return properties.count(headers.get(properties.ATTEMPTS_HEADER), properties.MAX_ATTEMPTS_BELIEVED)
+    return properties.count(headers.get(name), properties.MAX_ATTEMPTS_BELIEVED)

@@ -14,7 +14,7 @@ from pamqp.common import FieldValue
 from vqa_worker.messages.result import Result
 from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER, MAX_SHORT_BYTES, OutgoingMessage
 from worker.jobs.delivery import Delivery
-from worker.jobs.outcome import DeadLettered
+from worker.jobs.outcome import DeadLettered, Retried
 from worker.rabbitmq import properties
 
 APP_ID = "vqa-worker"
@@ -63,11 +63,15 @@ def undeliverable(message: OutgoingMessage, results_queue: str) -> OutgoingMessa
     return replace(message, routing_key=results_queue, headers=headers, message_id=str(uuid.uuid4()))
 
 
-def retry_copy(delivery: Delivery, queue: str, attempts: int) -> OutgoingMessage:
+def retry_copy(delivery: Delivery, queue: str, outcome: Retried) -> OutgoingMessage:
     """Build the copy of the job for a retry queue; its deliveries count from zero."""
-    return _copy(
-        delivery, queue, {properties.COPY_HEADER: uuid.uuid4().hex, properties.ATTEMPTS_HEADER: attempts}
-    )
+    headers: dict[str, FieldValue] = {
+        properties.COPY_HEADER: uuid.uuid4().hex,
+        properties.ATTEMPTS_HEADER: outcome.attempts,
+    }
+    if outcome.malformed_answers:
+        headers[properties.MALFORMED_HEADER] = outcome.malformed_answers
+    return _copy(delivery, queue, headers)
 
 
 def requeued_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) -> OutgoingMessage:
@@ -78,6 +82,8 @@ def requeued_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) ->
     headers: dict[str, FieldValue] = {properties.COPY_HEADER: uuid.uuid4().hex}
     if delivery.counted_attempts > restored_attempts:
         headers[properties.ATTEMPTS_HEADER] = delivery.counted_attempts - restored_attempts
+    if delivery.malformed_answers:
+        headers[properties.MALFORMED_HEADER] = delivery.malformed_answers
     if delivery.deliveries > 1:
         headers[properties.DELIVERIES_HEADER] = delivery.deliveries - 1
     return _copy(delivery, queue, headers)

@@ -23,6 +23,7 @@ MAX_ATTEMPTS_BELIEVED = 1000
 MAX_DELIVERIES_BELIEVED = 1_000_000
 
 ATTEMPTS_HEADER = "vqa-attempts"
+MALFORMED_HEADER = "vqa-malformed-answers"
 DELIVERIES_HEADER = "vqa-deliveries"
 COPY_HEADER = "vqa-copy"
 DIED_AT_HEADER = "vqa-died-at"

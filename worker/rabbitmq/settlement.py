@@ -93,8 +93,8 @@ class Settlement:
                 return await self._reply(delivery, result)
             case DeadLettered():
                 return await self._dead_letter(delivery, outcome)
-            case Retried(delay_s=delay_s, attempts=attempts):
-                copy = messages.retry_copy(delivery, self._topology.retry(delay_s), attempts)
+            case Retried(delay_s=delay_s):
+                copy = messages.retry_copy(delivery, self._topology.retry(delay_s), outcome)
             case Requeued(restored_attempts=restored_attempts):
                 await delivery.wait_until_requeue_is_safe()
                 copy = messages.requeued_copy(delivery, self._topology.jobs, restored_attempts)

@@ -87,8 +87,8 @@ class FailureOutcomes:
     def after_counted_failure(self, attempt: Attempt, reason: str, why: Explanation) -> Outcome:
         """Return the outcome of a counted attempt: a retry, if attempts and time are left."""
         policy = self._retry
-        if reason == MALFORMED_RESPONSE:
-            policy = replace(policy, max_attempts=min(policy.max_attempts, MAX_MALFORMED))
+        if reason == MALFORMED_RESPONSE and attempt.malformed_before + 1 >= MAX_MALFORMED:
+            policy = replace(policy, max_attempts=attempt.number)
         match next_step(attempt.number, policy, attempt.deadline, self._clock.now()):
             case RetryAfter(delay_s):
                 return retried(attempt, delay_s, reason)
