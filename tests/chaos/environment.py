@@ -112,7 +112,12 @@ class Environment:
 
     def reset_model(self, *first: Rule, **behaviour: object) -> None:
         """Reset the simulator to its defaults, except for the given rules and settings."""
-        usual: dict[str, object] = {"latency": LATENCY_S, "max_concurrent": None, "retry_after": None}
+        usual: dict[str, object] = {
+            "latency": LATENCY_S,
+            "max_concurrent": None,
+            "busy_status": 429,
+            "retry_after": None,
+        }
         rules = [*first, *jobs.MARKER_RULES]
         self.stack.model.configure(**{**usual, **behaviour, "rules": rules})
 

@@ -310,6 +310,7 @@ INJECTED: Final[dict[str, Inject]] = {
     "model resets connections": _model_rule(lambda _: Reset()),
     "model malformed": _model_rule(_malformed),
     "model limits concurrency": _model_behaviour(max_concurrent=lambda fault: fault.value),
+    "model overloaded": _model_behaviour(max_concurrent=lambda fault: fault.value, busy_status=lambda _: 503),
     "model sends Retry-After": _model_rule(_rate_limited),
     "model slow": _model_behaviour(latency=lambda fault: fault.value),
     "model restarted": _model_restarted,
