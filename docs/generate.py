@@ -257,6 +257,7 @@ def messages_page() -> str:
         error_message_header=messages.ERROR_MESSAGE_HEADER,
         attempts_header=properties.ATTEMPTS_HEADER,
         died_at_header=properties.DIED_AT_HEADER,
+        expires_at_header=properties.EXPIRES_AT_HEADER,
         enqueued_header=ENQUEUED_HEADER,
         traceparent=properties.TRACEPARENT,
         tracestate=properties.TRACESTATE,

@@ -14,7 +14,7 @@ from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome
 from worker.jobs.outcome_builder import OutcomeBuilder
-from worker.jobs.request import DeliveredTooOftenError, Request, RequestRules, check_job, read_job
+from worker.jobs.request import DeliveredTooOftenError, Request, RequestRules, check_job, decompress, read_job
 from worker.model.answer import Answer
 from worker.observability.logs import describe_exception
 from worker.observability.tenants import Tenants
@@ -66,7 +66,7 @@ class Processor:
         """
         attempt.ends_at = attempt.received_at + self._deps.job_timeout_s
         try:
-            request = self._decode(delivery, attempt)
+            request = await self._decode(delivery, attempt)
             with self._deps.cancelled_jobs.cancellable(attempt.decoded_job_id):
                 answer = await self._answer(request, attempt)
         except InvalidJobError as error:
@@ -94,7 +94,8 @@ class Processor:
         # After the `try`, so that the traceback no longer keeps the images in memory.
         return await self._failures.after_transient_error(attempt, failure)
 
-    def _decode(self, delivery: Delivery, attempt: Attempt) -> Request:
+    async def _decode(self, delivery: Delivery, attempt: Attempt) -> Request:
+        delivery = await decompress(delivery, attempt, self._deps.rules)
         job = read_job(delivery, attempt, self._deps.rules)
         attempt.restore_attempts(self._deps.detector.take_restored_attempts(attempt.decoded_job_id))
         return check_job(job, delivery, attempt, self._deps.rules, self._deps.images.check)

@@ -1,6 +1,8 @@
 """Dead letters are read with any content, and commands select and show them."""
 
 import asyncio
+import base64
+import gzip
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -219,6 +221,21 @@ def test_a_body_that_is_not_json_is_shown_escaped_and_shortened() -> None:
     page = list(render.page(arrived(b"\x1b[31m\xff" + b"x" * 5000, Basic.Properties())))
     assert page[-1] == "… (5009 characters)"
     assert page[-2].startswith("\\x1b[31m\\xffxxx")
+
+
+def test_a_compressed_body_is_read_and_shown_decompressed_and_saved_unchanged() -> None:
+    body = gzip.compress(b'{"id": "a", "model": "m"}')
+    held = arrived(body, Basic.Properties(content_encoding="gzip"))
+    assert (held.record.job_id, held.record.model, held.record.size) == ("a", "m", len(body))
+    assert '  "id": "a",' in render.page(held)
+    full = render.full_json(held)
+    assert (base64.b64decode(full["body_base64"]), full["content_encoding"]) == (body, "gzip")
+
+
+@pytest.mark.parametrize(("encoding", "body"), [("gzip", b"damaged"), ("br", b"{}")])
+def test_a_body_that_cannot_be_decompressed_is_shown_unchanged(encoding: str, body: bytes) -> None:
+    held = arrived(body, Basic.Properties(content_encoding=encoding))
+    assert list(render.page(held))[-1] == body.decode()
 
 
 # Records

@@ -1,8 +1,8 @@
-"""Messages that the worker publishes: properties, and the only headers that it copies from a job."""
+"""Messages that the worker publishes: their properties, and the headers that they have of a job."""
 
 import uuid
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pamqp.encode
@@ -39,6 +39,12 @@ FULL: dict[str, Any] = {
     "correlation_id": "c-1",
     "reply_to": "results.a",
     "content_type": "application/x-job",
+    "content_encoding": "gzip",
+    "type": "a.job",
+    "app_id": "backend",
+    "priority": 7,
+    "expires_at": SENT + timedelta(days=10_000),
+    "headers": {"tenant": "a", "x-request-id": "r-1", "nested": {"CC": [1]}},
     "timestamp": SENT,
     "trace": TRACE,
     "enqueued_ms": 1234,
@@ -120,11 +126,17 @@ def test_a_direct_reply_uses_the_default_exchange_and_is_not_mandatory() -> None
 def test_a_copy_of_a_job_has_its_body_and_properties(nth: int) -> None:
     copy = copies_of(a_delivery(**FULL))[nth]
     assert (copy.exchange, copy.routing_key, copy.mandatory) == ("", "q", True)
-    for name in ("body", "message_id", "correlation_id", "reply_to", "content_type", "timestamp"):
+    for name in (
+        "body", "message_id", "correlation_id", "reply_to", "content_type", "content_encoding", "timestamp",
+        "type", "app_id", "priority",
+    ):  # fmt: skip
         assert getattr(copy, name) == FULL[name]
-    assert (copy.type, copy.app_id) == (None, None)
+    assert FULL["headers"].items() <= copy.headers.items()
     assert TRACE.items() <= copy.headers.items()
     assert copy.headers["timestamp_in_ms"] == 1234
+
+
+EXPIRES_AT = messages.rfc3339(FULL["expires_at"])
 
 
 def own_headers(message: OutgoingMessage) -> dict[str, Any]:
@@ -134,7 +146,7 @@ def own_headers(message: OutgoingMessage) -> dict[str, Any]:
 def test_a_retry_carries_the_attempts_and_resets_the_delivery_count() -> None:
     headers = own_headers(messages.retry_copy(a_delivery(**FULL), "q", RETRIED))
     assert headers.pop("vqa-copy") not in {None, "an older copy"}
-    assert headers == {"vqa-attempts": 3}
+    assert headers == {"vqa-attempts": 3, "vqa-expires-at": EXPIRES_AT}
 
 
 @pytest.mark.parametrize(
@@ -168,12 +180,14 @@ def test_a_dead_letter_has_the_reason_and_the_time() -> None:
 
 def wired(message: OutgoingMessage) -> Delivery:
     """Return the message as a consumer receives it."""
-    properties = {
-        name: value
-        for name in ("message_id", "correlation_id", "reply_to")
-        if (value := getattr(message, name))
+    properties = message.to_amqp().properties
+    raw = {
+        name: short(value.encode())
+        for name in ("message_id", "correlation_id", "reply_to", "content_encoding", "expiration", "app_id")
+        if (value := getattr(properties, name))
     }
-    raw = {name: short(value.encode()) for name, value in properties.items()}
+    if properties.priority is not None:
+        raw["priority"] = bytes([properties.priority])
     return delivered({**raw, "headers": pamqp.encode.field_table(dict(message.headers))})
 
 
@@ -215,38 +229,123 @@ def test_the_copy_of_a_job_without_a_message_id_has_none(nth: int) -> None:
     assert wired(copies_of(wired(copy))[nth]).message_id is None
 
 
-DANGEROUS = [
+# Expiration
+
+
+def test_a_requeued_job_keeps_the_rest_of_its_expiration() -> None:
+    expires_at = datetime.now(UTC) + timedelta(seconds=60)
+    copy = messages.requeued_copy(a_delivery(expires_at=expires_at), "q")
+    assert copy.expires_in_s is not None
+    assert 30 < copy.expires_in_s <= 60
+    assert own_headers(copy)["vqa-expires-at"] == messages.rfc3339(expires_at)
+
+
+def test_a_job_in_a_retry_queue_must_not_leave_it_early() -> None:
+    assert messages.retry_copy(a_delivery(**FULL), "q", RETRIED).expires_in_s is None
+
+
+@pytest.mark.parametrize(
+    "expires_at", [None, datetime(2020, 1, 1, tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
+)
+def test_a_requeued_job_has_no_expiration_that_rabbitmq_would_refuse(expires_at: datetime | None) -> None:
+    copy = messages.requeued_copy(a_delivery(expires_at=expires_at), "q")
+    assert copy.expires_in_s is None
+    assert ("vqa-expires-at" in copy.headers) == (expires_at is not None)
+
+
+def test_a_dead_letter_and_its_replay_do_not_expire() -> None:
+    dead_letter = messages.dead_letter(a_delivery(**FULL), "q", DIED)
+    by_broker = a_delivery(**FULL)
+    for message in (dead_letter, messages.replayed(by_broker, "q")):
+        assert message.expires_in_s is None
+        assert "vqa-expires-at" not in message.headers
+        assert wired(message).expires_at is None
+
+
+@given(times=st.integers(1, 5), retried=st.booleans())
+def test_the_expiry_stays_the_same_in_all_copies(times: int, *, retried: bool) -> None:
+    delivery = a_delivery(expires_at=datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1))
+    for _ in range(times):
+        copy = (
+            messages.retry_copy(delivery, "q", RETRIED) if retried else messages.requeued_copy(delivery, "q")
+        )
+        assert wired(copy).expires_at == delivery.expires_at
+        delivery = wired(copy)
+
+
+@pytest.mark.parametrize("nth", range(3))
+@pytest.mark.parametrize("priority", [None, 1, 255])
+def test_a_job_without_a_priority_gets_none(priority: int | None, nth: int) -> None:
+    copy = copies_of(a_delivery(priority=priority))[nth]
+    assert copy.to_amqp().properties.priority == priority
+    assert wired(copy).priority == priority
+
+
+# Headers
+
+FORBIDDEN = [
     "CC",
     "BCC",
+    "cc",
     "x-death",
+    "x-first-death-queue",
+    "x-last-death-reason",
     "x-delivery-count",
-    "x-match",
-    "user_id",
-    "expiration",
+    "x-acquired-count",
+    "x-received-from",
+    "x-opt-count",
+    "x-stream-offset",
     "vqa-undeliverable-to",
+    "vqa-anything",
 ]
+WORKERS = {
+    "traceparent", "tracestate", "timestamp_in_ms", "vqa-attempts", "vqa-deliveries", "vqa-copy",
+    "vqa-error-code", "vqa-error-message", "vqa-died-at", "vqa-expires-at", "vqa-malformed-answers",
+}  # fmt: skip
 
 
 @given(
     headers=st.dictionaries(
-        st.sampled_from(
-            [*DANGEROUS, "vqa-attempts", "vqa-deliveries", "vqa-copy", "traceparent", "tracestate"]
-        )
-        | st.text(max_size=10),
+        st.sampled_from([*FORBIDDEN, *WORKERS]) | st.text(max_size=10),
         st.text(max_size=10) | st.integers(0, 9) | st.lists(st.text(max_size=3), max_size=2),
         max_size=6,
     )
 )
-def test_only_the_documented_headers_of_a_job_are_copied(headers: dict[str, Any]) -> None:
+def test_copies_have_the_publishers_headers_and_a_result_has_none(headers: dict[str, Any]) -> None:
     delivery = delivered({"headers": pamqp.encode.field_table(headers), "expiration": short(b"1000")})
     reply = messages.reply(delivery, RESULT, "results", exchange="")
     assert set(reply.headers) <= {"traceparent", "tracestate"}
+    own = {
+        name: value for name, value in headers.items() if name not in WORKERS and name not in FORBIDDEN
+        and not name.lower().startswith("vqa-")
+    }  # fmt: skip
     for copy in copies_of(delivery):
-        assert set(copy.headers) <= {
-            "traceparent", "tracestate", "timestamp_in_ms", "vqa-attempts", "vqa-deliveries", "vqa-copy",
-            "vqa-error-code", "vqa-error-message", "vqa-died-at",
-        }  # fmt: skip
-        assert not {"expiration", "user_id", "priority"} & set(OutgoingMessage.__dataclass_fields__)
+        assert {name: value for name, value in copy.headers.items() if name not in WORKERS} == own
+        assert copy.to_amqp().user_id is None
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {f"header {n}": n for n in range(1001)},
+        {"list": list(range(1000))},
+        {"nested": [[1] * 10] * 100},
+        {"long": "x" * 70_000},
+        {f"long {n}": "x" * 1000 for n in range(70)},
+    ],
+)
+def test_headers_that_would_not_fit_are_not_copied(headers: dict[str, Any]) -> None:
+    delivery = delivered({"headers": pamqp.encode.field_table({**headers, "vqa-attempts": 2})})
+    for copy in copies_of(delivery):
+        assert set(copy.headers) <= WORKERS
+    assert messages.requeued_copy(delivery, "q").headers["vqa-attempts"] == 2
+
+
+def test_a_header_that_cannot_be_encoded_again_is_left_out() -> None:
+    delivery = a_delivery(headers={"set": {1}, "fine": "x"})
+    for copy in copies_of(delivery):
+        assert "set" not in copy.headers
+        assert copy.headers["fine"] == "x"
 
 
 def test_copies_carry_the_number_of_malformed_answers() -> None:

@@ -475,6 +475,56 @@ async def test_a_retry_that_would_come_after_the_deadline_is_not_waited_for() ->
     assert "it said timeout" in message
 
 
+def expiring_in(seconds: float) -> dict[str, Any]:
+    return {"expires_at": datetime.now(UTC) + timedelta(seconds=seconds)}
+
+
+@pytest.mark.parametrize("deadline", [None, in_(1000)])
+async def test_an_expired_message_fails_without_a_call(scene: Scene, deadline: str | None) -> None:
+    code, message = refusal(await scene.process(deadline=deadline, delivery=expiring_in(-1)))
+    assert code is ErrorCode.DEADLINE_EXCEEDED
+    assert "the message's expiration" in message
+    assert (scene.images.loaded, scene.model.asked) == (0, [])
+
+
+async def test_the_deadline_counts_if_it_comes_before_the_expiration(scene: Scene) -> None:
+    code, message = refusal(await scene.process(deadline=in_(-1), delivery=expiring_in(1000)))
+    assert (code, "the deadline" in message) == (ErrorCode.DEADLINE_EXCEEDED, True)
+    assert isinstance(await scene.process(delivery=expiring_in(1000)), Succeeded)
+
+
+async def test_a_message_that_expires_while_waiting_for_a_slot_fails() -> None:
+    scene = Scene(limit=1)
+    async with scene.limiter.slot("usual"):
+        code, _ = refusal(await scene.process(delivery=expiring_in(0.2)))
+    assert code is ErrorCode.DEADLINE_EXCEEDED
+    assert scene.model.asked == []
+
+
+async def test_a_retry_that_would_come_after_the_expiration_is_not_waited_for() -> None:
+    scene = Scene(retry=RetryPolicy(max_attempts=3, delays_s=(200,)))
+    scene.model.deeds = [transient("timeout")]
+    assert refusal(await scene.process(delivery=expiring_in(100)))[0] is ErrorCode.DEADLINE_EXCEEDED
+
+
+async def test_a_message_that_expires_during_its_call_is_answered(scene: Scene) -> None:
+    expiring = expiring_in(0.2)
+
+    async def slowly() -> None:
+        while datetime.now(UTC) <= expiring["expires_at"]:  # noqa: ASYNC110 - it is the clock that is waited for
+            await asyncio.sleep(0.01)
+
+    scene.model.deeds = [slowly]
+    assert isinstance(await scene.process(delivery=expiring), Succeeded)
+
+
+async def test_an_expired_message_whose_answer_is_stored_is_answered() -> None:
+    scene = Scene(store=FakeResultStore())
+    assert isinstance(await scene.process(), Succeeded)
+    assert isinstance(await scene.process(delivery=expiring_in(-1)), Succeeded)
+    assert len(scene.model.asked) == 1
+
+
 # Transient errors
 
 

@@ -262,3 +262,43 @@ def test_an_invalid_trace_state_does_not_drop_the_trace(tracestate: Any) -> None
     traceparent = f"00-{TRACE}-{PARENT}-01"
     headers = {"traceparent": traceparent, "tracestate": tracestate}
     assert properties.trace_headers(headers) == {"traceparent": traceparent}
+
+
+# Expiration
+
+
+def expiring(expiration: bytes | None = None, **raw: Any) -> datetime | None:
+    headers = pamqp.encode.field_table({k.replace("_", "-"): v for k, v in raw.pop("headers", {}).items()})
+    found = {"headers": headers, **raw}
+    return delivered({**found, "expiration": short(expiration)} if expiration else found).expires_at
+
+
+def seconds_from_now(moment: datetime | None) -> float:
+    assert moment is not None
+    return (moment - datetime.now(UTC)).total_seconds()
+
+
+def test_an_expiration_counts_from_the_moment_when_the_job_was_sent() -> None:
+    sent = struct.pack(">Q", int(datetime.now(UTC).timestamp()) - 40)
+    assert 10 < seconds_from_now(expiring(b"60000", timestamp=sent)) <= 20
+    assert 50 < seconds_from_now(expiring(b"60000")) <= 60
+    assert expiring() is None
+
+
+@pytest.mark.parametrize("seconds", [-3600, 60, 70])
+def test_a_delivered_job_has_not_expired_so_its_timestamp_is_not_when_it_was_sent(seconds: int) -> None:
+    sent = struct.pack(">Q", int(datetime.now(UTC).timestamp()) - seconds)
+    assert 50 < seconds_from_now(expiring(b"60000", timestamp=sent)) <= 60
+
+
+@pytest.mark.parametrize("expiration", [None, b"60000"])
+def test_a_copy_carries_when_the_job_expires(expiration: bytes | None) -> None:
+    headers = {"vqa_expires_at": "2030-01-31T12:00:00.500Z"}
+    expected = datetime(2030, 1, 31, 12, 0, 0, 500_000, UTC)
+    assert expiring(expiration, headers=headers) == expected
+
+
+@pytest.mark.parametrize("value", [7, "soon", "", None, [1], "9999-99-99T00:00:00Z"])
+def test_an_invalid_time_of_expiry_is_ignored(value: Any) -> None:
+    assert expiring(headers={"vqa_expires_at": value}) is None
+    assert 50 < seconds_from_now(expiring(b"60000", headers={"vqa_expires_at": value})) <= 60

@@ -1,10 +1,12 @@
 """Decode the body of a message into a job."""
 
 import json
+import re
 from typing import Any
 
 import pydantic_core
 
+from vqa_worker.messages.content_encoding import ContentEncodingError, decompress
 from vqa_worker.messages.data_urls import extract, is_reference
 from vqa_worker.messages.job import ImagePart, Job, valid_id
 from vqa_worker.messages.limits import MAX_INTEGER_BITS, MAX_TEXT_BYTES, exceeded_limit, has_too_large_number
@@ -12,6 +14,14 @@ from vqa_worker.messages.validation_errors import explain
 
 # Of a rejected body, to read its id without parsing all of it.
 BEGINNING_BYTES = 64 * 1024
+# RFC 8259, §8.1: a parser may ignore it.
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What a JSON value begins with, if it is an object, an array or a string.
+_JSON_BEGINNING = re.compile(r"\ufeff?[ \t\r\n]*[{\[\"]")
+# An object in a string, possibly in a string again.
+_ENCODED_TWICE = re.compile(rb'[ \t\r\n]*"(?:[ \\"]|\\[nrt])*\{')
+# Far more white space than any encoder writes.
+_SNIFFED_BYTES = 1024
 
 
 class InvalidJobError(Exception):
@@ -49,12 +59,15 @@ def decode(body: bytes, message_id: str | None, max_bytes: int) -> Job:
         too_large = f"the body has {len(body)} bytes; VQA_MAX_JOB_BYTES allows {max_bytes}"
         raise _invalid(too_large, _id_of_beginning(body[:max_bytes]), fallback)
     text, references = extract(body)
+    text = text.removeprefix(BYTE_ORDER_MARK)
+    if (wrong := _wrong_encoding(text[:_SNIFFED_BYTES])) is not None:
+        raise _invalid(wrong, None, fallback)
     if (excess := exceeded_limit(text)) is not None:
         raise _invalid(excess, _id_of_beginning(text), fallback)
     try:
         job = Job.model_validate(_parse(text))
         if references != _count_references(job):
-            job = Job.model_validate(_parse_whole(body))
+            job = Job.model_validate(_parse_whole(body.removeprefix(BYTE_ORDER_MARK)))
     except (ValueError, RecursionError) as error:
         raise _invalid(explain(error), _id_of(text), fallback) from None
     if job.id is not None:
@@ -64,11 +77,30 @@ def decode(body: bytes, message_id: str | None, max_bytes: int) -> Job:
     return job.model_copy(update={"id": fallback})
 
 
+def decompressed(body: bytes, content_encoding: str, message_id: str | None, max_bytes: int) -> bytes:
+    """Return the body of a message without its `content_encoding`, for `decode`.
+
+    It can take up to 0.1 s: do not call it in an event loop.
+
+    Raises:
+        InvalidJobError: the encoding is unknown, the body is damaged, or the result exceeds `max_bytes`.
+    """
+    if len(body) > max_bytes:
+        # `decode` rejects it.
+        return body
+    try:
+        return decompress(body, content_encoding, max_bytes)
+    except ContentEncodingError as error:
+        own_id = _id_of_beginning(error.beginning)
+        raise _invalid(str(error), own_id, valid_id(message_id)) from None
+
+
 def parse_leniently(body: bytes) -> dict[str, Any] | None:
     """Return the JSON object of a body that need not be a valid job; None if it is not a JSON object."""
     try:
         # Invalid UTF-8 becomes lone surrogates, which a valid id does not contain.
-        value = json.loads(body.decode(errors="surrogateescape"), parse_int=_parse_int)
+        text = body.removeprefix(BYTE_ORDER_MARK).decode(errors="surrogateescape")
+        value = json.loads(text, parse_int=_parse_int)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -80,6 +112,17 @@ def _parse_int(text: str) -> int | float:
 
 def _invalid(message: str, own_id: str | None, fallback: str | None) -> InvalidJobError:
     return InvalidJobError(message, job_id=own_id or fallback, id_in_body=own_id is not None)
+
+
+def _wrong_encoding(beginning: bytes) -> str | None:
+    """Return how a body is encoded that cannot be a job because of that, or None."""
+    encoding = json.detect_encoding(beginning)
+    if encoding != "utf-8" and _JSON_BEGINNING.match(beginning.decode(encoding, errors="replace")):
+        name = encoding.upper().removesuffix("-LE").removesuffix("-BE")
+        return f"the body is {name}: publish it in UTF-8 (RFC 8259)"
+    if _ENCODED_TWICE.match(beginning):
+        return "the body is a JSON string that contains JSON: encode the job only once"
+    return None
 
 
 def _parse(body: bytes) -> dict[str, Any]:

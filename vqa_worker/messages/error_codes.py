@@ -26,9 +26,10 @@ class ErrorCode(StrEnum):
 
 # For docs/messages.md: when a code occurs, and what happens in addition to the failed result.
 DESCRIPTIONS: Final[Mapping[ErrorCode, str]] = {
-    ErrorCode.INVALID_JOB: "The message is not a valid job: not strict JSON, an invalid or unknown field, no"
-    " id, a model that is not allowed, control characters in an object key, too many JSON values, more than 1"
-    " MB apart from data URLs, or a body larger than `VQA_MAX_JOB_BYTES`. If the body has no readable id, a"
+    ErrorCode.INVALID_JOB: "The message is not a valid job: not strict JSON in UTF-8 (JSON in a JSON string,"
+    " UTF-16 or an unknown `content_encoding`, for example), an invalid or unknown field, no id, a model that"
+    " is not allowed, control characters in an object key, too many JSON values, more than 1 MB apart from"
+    " data URLs, or a body larger than `VQA_MAX_JOB_BYTES`. If the body has no readable id, a"
     " copy goes to the dead-letter queue; a result is then published only if the message has a `message_id`,"
     " a `reply_to` or a `correlation_id`.",
     ErrorCode.IMAGE_NOT_FOUND: "S3 has no such object. (Without permission to list the bucket, S3 reports a"
@@ -46,8 +47,8 @@ DESCRIPTIONS: Final[Mapping[ErrorCode, str]] = {
     ErrorCode.EMPTY_ANSWER: "The model API returned neither text nor a tool call: the token limit was spent"
     " on reasoning, or a content filter removed the text. The request was billed and is not retried; the"
     " result has `finish_reason` and `usage`.",
-    ErrorCode.DEADLINE_EXCEEDED: "The job's `deadline` passed before the model request, or is earlier than"
-    " the next attempt.",
+    ErrorCode.DEADLINE_EXCEEDED: "The job's `deadline` or the `expiration` of its message passed before the"
+    " model request, or is earlier than the next attempt.",
     ErrorCode.ATTEMPTS_EXHAUSTED: "Transient errors (a timeout, a lost connection, a 5xx response) exceeded"
     " `VQA_MAX_ATTEMPTS`, or the job was delivered more than `VQA_DELIVERY_LIMIT` times without an outcome."
     " The job also goes to the dead-letter queue.",

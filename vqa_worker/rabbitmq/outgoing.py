@@ -50,6 +50,7 @@ class OutgoingMessage:
         mandatory: whether the broker returns the message if no queue takes it.
         tries: the number of refusals and lost connections after which to stop; None: no limit.
         message_id: of the message; each publish gets a new one unless it is given.
+        expires_in_s: seconds after which the broker drops or dead-letters the message, in whole milliseconds.
     """
 
     body: bytes
@@ -58,8 +59,11 @@ class OutgoingMessage:
     mandatory: bool = True
     tries: int | None = None
     content_type: str | None = None
+    content_encoding: str | None = None
     type: str | None = None
     app_id: str | None = None
+    priority: int | None = None
+    expires_in_s: float | None = None
     message_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     correlation_id: str | None = None
     reply_to: str | None = None
@@ -68,10 +72,13 @@ class OutgoingMessage:
 
     def to_amqp(self) -> aio_pika.Message:
         """Return the message in aio-pika's form."""
-        return aio_pika.Message(
+        message = aio_pika.Message(
             self.body,
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
             content_type=self.content_type,
+            content_encoding=self.content_encoding,
+            priority=self.priority,
+            expiration=self.expires_in_s,
             type=self.type,
             app_id=self.app_id,
             message_id=self.message_id,
@@ -80,6 +87,9 @@ class OutgoingMessage:
             timestamp=self.timestamp,
             headers=dict(self.headers),
         )
+        # aio-pika publishes 0 for none, which is not the same for every type of queue.
+        message.priority = self.priority
+        return message
 
 
 async def send(channel: AbstractChannel, message: OutgoingMessage, amqp: aio_pika.Message) -> None:

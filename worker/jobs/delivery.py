@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from typing import Any
 
 
 @dataclass(eq=False)
@@ -13,7 +14,8 @@ class Delivery:
 
     Attributes:
         body: the message's body, unchanged.
-        message_id: AMQP property, like `correlation_id`, `reply_to`, `content_type` and `timestamp`.
+        message_id: AMQP property, like `correlation_id`, `reply_to`, `content_type`, `content_encoding`,
+            `timestamp`, `type`, `app_id` and `priority` (None also for 0).
         trace: the W3C headers `traceparent` and `tracestate`, if present and well-formed.
         enqueued_ms: the header `timestamp_in_ms` of RabbitMQ's own interceptor, in Unix milliseconds.
         queued_s: seconds since the message's timestamp, if any; `counted_attempts`: before this one;
@@ -27,6 +29,8 @@ class Delivery:
         can_ack: whether the broker still waits for the ack of this delivery.
         wait_until_requeue_is_safe: wait until no consumer is being cancelled (RabbitMQ up to 4.2 counts a
             delivery to a cancelled consumer).
+        expires_at: when the message expires, if its publisher set an `expiration`.
+        headers: the publisher's headers that copies of the job keep.
     """
 
     body: bytes
@@ -49,6 +53,12 @@ class Delivery:
     requeue: Callable[[], Awaitable[None]]
     can_ack: Callable[[], bool]
     wait_until_requeue_is_safe: Callable[[], Awaitable[None]]
+    content_encoding: str | None = None
+    type: str | None = None
+    app_id: str | None = None
+    priority: int | None = None
+    expires_at: datetime | None = None
+    headers: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> bytes:

@@ -1,11 +1,13 @@
 """The request: a decoded and validated job, without image data."""
 
+import asyncio
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
+from vqa_worker.messages.content_encoding import is_encoded
 from vqa_worker.messages.conversation import Conversation, ImageRef
-from vqa_worker.messages.decoding import decode
+from vqa_worker.messages.decoding import decode, decompressed
 from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.job import Job
 from worker.errors import JobError
@@ -55,8 +57,10 @@ class Request:
         model: the name of the model.
         body_parts: the JSON body of the model request, split at the image URLs.
         images: where the images are, in order.
-        deadline: the job fails if the model request does not start before.
+        deadline: the job fails if the model request does not start before: its own, or when its message
+            expires.
         store_key: identifies the job in the result store; empty without one.
+        is_expiration: whether `deadline` is when the message expires.
     """
 
     model: str
@@ -64,6 +68,7 @@ class Request:
     images: Sequence[ImageSource]
     deadline: datetime | None
     store_key: str = ""
+    is_expiration: bool = False
 
     @property
     def reads_s3(self) -> bool:
@@ -78,21 +83,45 @@ class Request:
         """
         if self.deadline is not None and now + timedelta(seconds=in_s) >= self.deadline:
             when = "comes before the API may be called again" if in_s else "has passed"
-            raise JobError(ErrorCode.DEADLINE_EXCEEDED, f"the deadline {self.deadline.isoformat()} {when}")
+            raise JobError(ErrorCode.DEADLINE_EXCEEDED, f"{self._deadline_name} {when}")
+
+    @property
+    def _deadline_name(self) -> str:
+        name = "message's expiration" if self.is_expiration else "deadline"
+        return f"the {name} {self.deadline and self.deadline.isoformat()}"
+
+
+async def decompress(delivery: Delivery, attempt: Attempt, rules: RequestRules) -> Delivery:
+    """Return the delivery with a body without its `content_encoding`.
+
+    Raises:
+        InvalidJobError: the encoding is unknown, or the body is damaged or too large.
+        DeliveredTooOftenError: it was delivered so often that it is not decoded again.
+    """
+    encoding = delivery.content_encoding
+    if encoding is None or not is_encoded(encoding):
+        return delivery
+    _check_decodes(delivery, attempt, rules)
+    # In a thread: it takes longer than the event loop may be blocked.
+    body = await asyncio.to_thread(
+        decompressed, delivery.body, encoding, delivery.message_id, rules.max_job_bytes
+    )
+    return replace(delivery, body=body)
 
 
 def read_job(delivery: Delivery, attempt: Attempt, rules: RequestRules) -> Job:
     """Decode the message, and set the attempt's job id, deadline and metadata.
 
+    An expired message is like a job past its deadline.
+
     Raises:
         InvalidJobError: it is not a job.
         DeliveredTooOftenError: it was delivered so often that it is not decoded again.
     """
-    if delivery.deliveries > rules.delivery_limit + MAX_DECODES_OVER_LIMIT:
-        attempt.job_id = delivery.message_id
-        raise DeliveredTooOftenError(delivery.deliveries)
+    _check_decodes(delivery, attempt, rules)
     job = decode(delivery.body, delivery.message_id, rules.max_job_bytes)
     attempt.set_job(job)
+    attempt.deadline = _earlier(job.deadline, delivery.expires_at)
     return job
 
 
@@ -119,9 +148,20 @@ def check_job(
         model=model,
         body_parts=body_parts(model, messages, job.params or {}),
         images=images,
-        deadline=job.deadline,
+        deadline=(deadline := _earlier(job.deadline, delivery.expires_at)),
         store_key=_store_key(job, images, model, rules),
+        is_expiration=deadline != job.deadline,
     )
+
+
+def _earlier(deadline: datetime | None, expires_at: datetime | None) -> datetime | None:
+    return min((it for it in (deadline, expires_at) if it is not None), default=None)
+
+
+def _check_decodes(delivery: Delivery, attempt: Attempt, rules: RequestRules) -> None:
+    if delivery.deliveries > rules.delivery_limit + MAX_DECODES_OVER_LIMIT:
+        attempt.job_id = delivery.message_id
+        raise DeliveredTooOftenError(delivery.deliveries)
 
 
 def _model_of(job: Job, rules: RequestRules) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from vqa_worker.messages.content_encoding import ContentEncodingError, decompress, is_encoded
 from vqa_worker.messages.decoding import parse_leniently
 from vqa_worker.messages.job import parse_deadline, valid_id
 from worker.jobs.delivery import Delivery
@@ -13,6 +14,8 @@ from worker.rabbitmq import messages, properties
 
 NAME_CHARS = 10
 UNKNOWN, DEFAULT = "unknown", "default"
+# Of a decompressed body: a larger one is shown as it is.
+MAX_READ_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,7 @@ class DeadLetter:
     @classmethod
     def of(cls, delivery: Delivery, headers: Mapping[str, Any]) -> "DeadLetter":
         """Read a dead letter; what cannot be read is unknown."""
-        job = parse_leniently(delivery.body)
+        job = parse_leniently(readable_body(delivery))
         code, died_at = _cause(headers)
         return cls(
             name=_name(delivery, code, died_at),
@@ -72,6 +75,16 @@ class DeadLetter:
             cause[properties.DIED_AT_HEADER] = messages.rfc3339(self.died_at)
         kept = {name: value for name, value in headers.items() if properties.is_encodable(name, value)}
         return {**cause, **kept}
+
+
+def readable_body(delivery: Delivery) -> bytes:
+    """Return the body without its `content_encoding`; unchanged if that is not possible."""
+    if delivery.content_encoding is None or not is_encoded(delivery.content_encoding):
+        return delivery.body
+    try:
+        return decompress(delivery.body, delivery.content_encoding, MAX_READ_BYTES)
+    except ContentEncodingError:
+        return delivery.body
 
 
 def _cause(headers: Mapping[str, Any]) -> tuple[str, datetime | None]:

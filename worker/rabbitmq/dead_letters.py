@@ -25,7 +25,7 @@ from vqa_worker.rabbitmq.connection import Broker, ConnectionLostError, connecti
 from vqa_worker.rabbitmq.outgoing import OutgoingMessage, send
 from vqa_worker.rabbitmq.session import Session
 from worker.rabbitmq import messages
-from worker.rabbitmq.dead_letter_record import DeadLetter
+from worker.rabbitmq.dead_letter_record import DeadLetter, readable_body
 from worker.rabbitmq.deliveries import to_delivery
 from worker.rabbitmq.permission_checks import NotAllowedError, Probes
 from worker.rabbitmq.topology import Topology
@@ -52,6 +52,11 @@ class FetchedDeadLetter:
     def body(self) -> bytes:
         """The job's body."""
         return self.delivery.body
+
+    @property
+    def readable_body(self) -> bytes:
+        """The job's body without its `content_encoding`, if it can be decompressed."""
+        return readable_body(self.delivery)
 
     @property
     def headers(self) -> Mapping[str, Any]:

@@ -31,10 +31,12 @@ def to_delivery(
     can_ack: Callable[[], bool],
     wait_until_requeue_is_safe: Callable[[], Awaitable[None]],
 ) -> Delivery:
-    """Return the message as a delivery; it keeps the body and no other part of the message."""
-    headers = message.headers or {}
+    """Return the message as a delivery; it keeps no reference to the message."""
+    headers, now = message.headers or {}, datetime.now(UTC)
     enqueued_ms = properties.count(headers.get(ENQUEUED_HEADER), 2**53) or None
     timestamp = message.timestamp if isinstance(message.timestamp, datetime) else None
+    queued_s = properties.queued_s(enqueued_ms, timestamp, now)
+    expiration_s = message.expiration if isinstance(message.expiration, float) else None
     # Quorum queues count the deliveries before this one; copies of requeued jobs carry the sum.
     before = properties.count(headers.get("x-delivery-count"), properties.MAX_DELIVERIES_BELIEVED)
     carried = properties.count(headers.get(properties.DELIVERIES_HEADER), properties.MAX_DELIVERIES_BELIEVED)
@@ -49,10 +51,17 @@ def to_delivery(
         correlation_id=properties.text(message.correlation_id),
         reply_to=properties.text(message.reply_to),
         content_type=properties.text(message.content_type),
+        content_encoding=properties.text(message.content_encoding),
+        type=properties.text(message.type),
+        app_id=properties.text(message.app_id),
+        # aio-pika reads 0 where there is none.
+        priority=message.priority or None,
+        expires_at=properties.expires_at(headers, expiration_s, queued_s, now),
+        headers=properties.publisher_headers(headers),
         timestamp=timestamp,
         trace=properties.trace_headers(headers),
         enqueued_ms=enqueued_ms,
-        queued_s=properties.queued_s(enqueued_ms, timestamp, datetime.now(UTC)),
+        queued_s=queued_s,
         counted_attempts=_count(headers, properties.ATTEMPTS_HEADER),
         malformed_answers=_count(headers, properties.MALFORMED_HEADER),
         deliveries=carried + before + 1,

@@ -1,7 +1,8 @@
-"""Build the messages that the worker publishes from a delivery. No unknown header of a job is copied.
+"""Build the messages that the worker publishes from a delivery.
 
-RabbitMQ routes by `CC` and `BCC` headers, and refuses a `user_id` that isn't the connection's own, so a
-copied header could send a message anywhere or end the channel.
+A result has no header of its job. A copy of the job has its publisher's headers, except those that RabbitMQ
+routes by (`CC` and `BCC` could send it anywhere) or sets. It has no `user_id`: RabbitMQ closes the channel
+of a user with another name.
 """
 
 import uuid
@@ -64,11 +65,12 @@ def undeliverable(message: OutgoingMessage, results_queue: str) -> OutgoingMessa
 
 
 def retry_copy(delivery: Delivery, queue: str, outcome: Retried) -> OutgoingMessage:
-    """Build the copy of the job for a retry queue; its deliveries count from zero."""
-    headers: dict[str, FieldValue] = {
-        properties.COPY_HEADER: uuid.uuid4().hex,
-        properties.ATTEMPTS_HEADER: outcome.attempts,
-    }
+    """Build the copy of the job for a retry queue; its deliveries count from zero.
+
+    The time when it expires is in a header: with an `expiration`, it would leave the retry queue then.
+    """
+    headers = _expires_at(delivery)
+    headers |= {properties.COPY_HEADER: uuid.uuid4().hex, properties.ATTEMPTS_HEADER: outcome.attempts}
     if outcome.malformed_answers:
         headers[properties.MALFORMED_HEADER] = outcome.malformed_answers
     return _copy(delivery, queue, headers)
@@ -79,18 +81,21 @@ def requeued_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) ->
 
     Not a nack, because RabbitMQ before 4.3 counts that towards the delivery limit.
     """
-    headers: dict[str, FieldValue] = {properties.COPY_HEADER: uuid.uuid4().hex}
+    headers = _expires_at(delivery) | {properties.COPY_HEADER: uuid.uuid4().hex}
     if delivery.counted_attempts > restored_attempts:
         headers[properties.ATTEMPTS_HEADER] = delivery.counted_attempts - restored_attempts
     if delivery.malformed_answers:
         headers[properties.MALFORMED_HEADER] = delivery.malformed_answers
     if delivery.deliveries > 1:
         headers[properties.DELIVERIES_HEADER] = delivery.deliveries - 1
-    return _copy(delivery, queue, headers)
+    return replace(_copy(delivery, queue, headers), expires_in_s=_expires_in_s(delivery))
 
 
 def dead_letter(delivery: Delivery, queue: str, outcome: DeadLettered) -> OutgoingMessage:
-    """Build the dead letter: the job as it came, and the cause in headers, so that it can be replayed."""
+    """Build the dead letter: the job as it came, and the cause in headers, so that it can be replayed.
+
+    It does not expire, like a message that RabbitMQ dead-letters.
+    """
     return _copy(
         delivery,
         queue,
@@ -115,13 +120,17 @@ def renewed(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -
 
 
 def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> OutgoingMessage:
-    kept: dict[str, FieldValue] = dict(delivery.trace)
+    kept = {**properties.encodable(delivery.headers), **delivery.trace}
     if delivery.enqueued_ms is not None:
         kept[ENQUEUED_HEADER] = delivery.enqueued_ms
     copy = OutgoingMessage(
         body=delivery.body,
         routing_key=queue,
         content_type=delivery.content_type,
+        content_encoding=delivery.content_encoding,
+        type=delivery.type,
+        app_id=delivery.app_id,
+        priority=delivery.priority,
         correlation_id=delivery.correlation_id,
         reply_to=delivery.reply_to,
         timestamp=delivery.timestamp,
@@ -133,6 +142,20 @@ def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> 
     # aio-pika gives every message an id. The header marks one that is not the publisher's: the replay of a
     # dead letter without an id must not add one that its publisher does not know.
     return replace(copy, headers={**copy.headers, properties.COPY_HEADER: copy.message_id})
+
+
+def _expires_at(delivery: Delivery) -> dict[str, FieldValue]:
+    if delivery.expires_at is None:
+        return {}
+    return {properties.EXPIRES_AT_HEADER: rfc3339(delivery.expires_at)}
+
+
+def _expires_in_s(delivery: Delivery) -> float | None:
+    """Return the rest of the `expiration`; None if there is none, or if the next worker must end the job."""
+    if delivery.expires_at is None:
+        return None
+    left_s = (delivery.expires_at - datetime.now(UTC)).total_seconds()
+    return left_s if 0 < left_s < properties.MAX_EXPIRATION_S else None
 
 
 def rfc3339(moment: datetime) -> str:

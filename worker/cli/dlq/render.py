@@ -43,7 +43,7 @@ def in_json(dead_letter: "DeadLetter") -> dict[str, Any]:
 
 
 def full_json(held: "FetchedDeadLetter") -> dict[str, Any]:
-    """Return a dead letter with headers and body: `body` if it is UTF-8, otherwise `body_base64`."""
+    """Return a dead letter with headers and its body: `body` if that is UTF-8, otherwise `body_base64`."""
     try:
         body = {"body": held.body.decode()}
     except UnicodeDecodeError:
@@ -52,7 +52,12 @@ def full_json(held: "FetchedDeadLetter") -> dict[str, Any]:
 
 
 def _rest(held: "FetchedDeadLetter") -> dict[str, Any]:
-    return {"timestamp": plain(held.delivery.timestamp), "headers": plain(dict(held.headers))}
+    encoding = held.delivery.content_encoding
+    return {
+        **({} if encoding is None else {"content_encoding": encoding}),
+        "timestamp": plain(held.delivery.timestamp),
+        "headers": plain(dict(held.headers)),
+    }
 
 
 def plain(value: Any) -> Any:
@@ -126,7 +131,7 @@ def page(held: "FetchedDeadLetter") -> Iterator[str]:
         elif value is not None:
             yield f"{name}: {printable(_as_text(value))}"
     yield ""
-    yield from map(printable, _body(held.body))
+    yield from map(printable, _body(held.readable_body))
 
 
 def _as_text(value: Any) -> str:
