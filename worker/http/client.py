@@ -2,20 +2,27 @@
 
 import os
 import ssl
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Literal, TypedDict
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import Any, Literal, TypedDict
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
+
+from worker.http.connection import Connection
+from worker.http.resolver import Resolver
 
 # The receive buffer of a response; aiohttp stops reading at twice this size.
 READ_BUFFER_BYTES = 64 * 1024
 # Close idle connections before common load balancers do (60 s). A request on a connection that is being
 # closed fails, and may have been processed.
 KEEP_ALIVE_S = 30.0
+# Gateways add long headers, and S3 objects may have hundreds of metadata headers.
+MAX_HEADER_BYTES = 64 * 1024
+MAX_HEADERS = 1000
 
 
 class ProxyOptions(TypedDict, total=False):
@@ -39,13 +46,27 @@ def open_session(
         A session with an unlimited number of connections, because the number of jobs is limited.
     """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ssl=tls, keepalive_timeout=KEEP_ALIVE_S, ttl_dns_cache=60),
+        connector=_Connector(
+            limit=0, ssl=tls, keepalive_timeout=KEEP_ALIVE_S, ttl_dns_cache=60, resolver=Resolver()
+        ),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
         read_bufsize=READ_BUFFER_BYTES,
+        max_line_size=MAX_HEADER_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
+        max_headers=MAX_HEADERS,
     )
+
+
+class _Connector(aiohttp.TCPConnector):
+    """A connector whose connections do not lose an answer that came before the end of the request."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        make: Callable[..., ResponseHandler] = Connection
+        self._factory = partial(make, loop=self._loop)
 
 
 def describe_failure(error: BaseException) -> str:
@@ -62,8 +83,9 @@ def describe_failure(error: BaseException) -> str:
                 return "no TLS at this port: does it need http://?"
             case aiohttp.ClientConnectorDNSError():
                 return "the host name cannot be resolved"
-            case aiohttp.ClientConnectorError() if cause.os_error.errno:
-                return os.strerror(cause.os_error.errno)
+            case aiohttp.ClientConnectorError():
+                code = cause.os_error.errno
+                return os.strerror(code) if code else "none of its addresses can be reached"
             case aiohttp.ClientHttpProxyError():
                 return f"the proxy answered {cause.status}"
             case aiohttp.ClientResponseError():
