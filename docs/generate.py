@@ -151,6 +151,8 @@ SUCCESS: Final = {
     "model": Settings.model_fields["model"].default,
     "finish_reason": "stop",
     "usage": {"prompt_tokens": 1624, "completion_tokens": 5, "total_tokens": 1629, "cost_usd": 0.00057},
+    "provider": "deepinfra",
+    "answered_model": Settings.model_fields["model"].default,
     "timings": {"queued_s": 0.42, "fetch_s": 0.031, "model_s": 2.18, "total_s": 2.22},
     "metadata": SHORT_JOB["metadata"],
 }

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import Usage
 
 # Codes that count as failures of the service in the service level indicator. The others are the job's own
 # errors and count as neither success nor failure of the service, except for NEUTRAL_FAILURES.
@@ -64,7 +65,13 @@ class Explanation(NamedTuple):
 
 
 class _ExplainedError(Exception):
-    """An error whose message can have words of others, which are not logged."""
+    """An error whose message can have words of others, which are not logged.
+
+    Attributes:
+        usage: tokens and cost of an answer of the model API that cannot be used, if it reports them.
+    """
+
+    usage: Usage | None = None
 
     def __init__(self, message: str, log_message: str | None) -> None:
         super().__init__(message)

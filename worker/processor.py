@@ -7,6 +7,7 @@ import structlog
 
 from vqa_worker.messages.decoding import InvalidJobError
 from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import Usage
 from worker.clock import Clock
 from worker.errors import DependencyDownError, Explanation, JobError, RateLimitedError, TransientError
 from worker.jobs.attempt import Attempt, observe_stages
@@ -76,12 +77,14 @@ class Processor:
                 attempt, ErrorCode.ATTEMPTS_EXHAUSTED, Explanation.loggable(str(error))
             )
         except JobError as error:
+            self._record_unusable(attempt, error.usage)
             return self._deps.outcomes.failed(attempt, error.code, error.explanation)
         except NotAdmittedError as error:
             return self._failures.after_refused_admission(attempt, error)
         except DependencyDownError as error:
             return self._failures.after_unavailable(attempt, error)
         except TransientError as error:
+            self._record_unusable(attempt, error.usage)
             failure = error.without_traceback()
         except MemoryError:
             raise
@@ -108,9 +111,10 @@ class Processor:
                     return grant.answer
                 while True:
                     answer = await self._send_request(request, attempt, grant)
-                    if answer is not None:
+                    if isinstance(answer, Answer):
                         return await self._admission.store(grant, answer)
                     # Rate-limited: release slot and memory, wait, send the request again.
+                    request = answer
                     observe_stages(attempt, self._deps.clock.monotonic())
                     await self._admission.readmit(grant)
         except asyncio.CancelledError:
@@ -119,20 +123,28 @@ class Processor:
             # The answer is billed: publish it. Requeueing the job would bill it again.
             return attempt.answer
 
-    async def _send_request(self, request: Request, attempt: Attempt, grant: Grant) -> Answer | None:
-        """Open the images and send the model request; return None if it is rate-limited."""
+    async def _send_request(self, request: Request, attempt: Attempt, grant: Grant) -> Answer | Request:
+        """Open the images and send the model request; if it is rate-limited, return the one to send next."""
         async with self._requests.open_images(request, attempt, grant.memory) as images:
             request.check_deadline(self._deps.clock.now())
             if grant.slot.must_wait:
-                return None
+                return request
             try:
                 answer = attempt.answer = await self._requests.send(request, attempt, images)
             except RateLimitedError as error:
+                if request.fallback is not None:
+                    # Only its tier has no capacity.
+                    return request.fallback
                 grant.slot.rate_limited(error)
-                return None
+                return request
         grant.slot.succeeded()
         self._deps.tenants.billed(attempt.metadata, request.model, answer.usage)
         return answer
+
+    def _record_unusable(self, attempt: Attempt, usage: Usage | None) -> None:
+        """Record the usage of an answer that cannot be used, and was billed all the same."""
+        attempt.unusable = usage
+        self._deps.tenants.billed(attempt.metadata, attempt.model, usage)
 
     def _internal_error(self, attempt: Attempt, error: Exception) -> Outcome:
         # The description leaves out the exception's text, which may quote the job.

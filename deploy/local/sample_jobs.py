@@ -80,14 +80,14 @@ def _print(job: Mapping[str, Any], result: Result) -> None:
     )
     console.print(Padding(Text(answer, style), (0, 0, 0, 3)))
     usage = result.usage
-    figures = f"{usage.total_tokens} tokens, {usage.cost_usd or 0:.6f} USD, " if usage else ""
+    figures = f"{usage.total_tokens or 0} tokens, {usage.cost_usd or 0:.6f} USD, " if usage else ""
     console.print(f"   {figures}{result.timings.total_s:.2f} s", style="dim", highlight=False)
 
 
 def _summary(results: Sequence[Result]) -> str:
     succeeded = sum(result.error is None for result in results)
     usages = [result.usage for result in results if result.usage]
-    tokens = sum(usage.total_tokens for usage in usages)
+    tokens = sum(usage.total_tokens or 0 for usage in usages)
     cost_usd = sum(usage.cost_usd or 0 for usage in usages)
     failed = f", {len(results) - succeeded} failed (its image is missing)" if succeeded < len(results) else ""
     return f"\n{succeeded} jobs succeeded{failed}. {tokens} tokens, {cost_usd:.6f} USD."

@@ -69,7 +69,7 @@ async def test_a_question_is_answered(
         assert result.error is None
         assert "PNG" in str(result.answer)
         assert result.usage is not None
-        assert result.usage.total_tokens > 0
+        assert result.usage.total_tokens
 
 
 async def test_every_field_of_a_job_reaches_the_worker(

@@ -93,6 +93,8 @@ def _job_with(params: dict[str, int]) -> bytes:
 def test_the_fields_of_a_result() -> None:
     (text,) = re.findall(r"```json\n(.*?)```", CONTRACT.read_text(), re.DOTALL)
     example = json.loads(text)
+    assert "`usage` gains `cached_tokens`, `reasoning_tokens`" in CONTRACT.read_text()
+    example["usage"] |= {"cached_tokens": 0, "reasoning_tokens": 0}
     for name, model in (("usage", Usage), ("timings", Timings)):
         example[name] = _built(example[name], model)
     example = _built(example, Result)

@@ -470,12 +470,29 @@ async def test_without_the_provider_s_cost_the_price_list_is_used(
     assert listless.body["usage"]["cost_usd"] is None
 
 
-@pytest.mark.parametrize("usage", [None, {}, [], "many", {"prompt_tokens": "7"}, {"prompt_tokens": -1}])
+@pytest.mark.parametrize("usage", [None, {}, [], "many", {"prompt_tokens": "many"}, {"prompt_tokens": -1}])
 async def test_missing_usage_is_null(client: Client, stack: Stack, usage: Any) -> None:
     reply = await _meet(client, stack, Answer(text="42", usage="none", extra={"usage": usage}))
     assert reply.body["status"] == "succeeded"
     assert reply.body["answer"] == "42"
     assert reply.body["usage"] is None
+
+
+async def test_usage_that_is_clear_is_reported_and_the_rest_is_null(client: Client, stack: Stack) -> None:
+    usage = {
+        "prompt_tokens": "7",
+        "completion_tokens": None,
+        "total_tokens": 9.0,
+        "cost": "0.25",
+        "prompt_tokens_details": {"cached_tokens": 5},
+    }
+    extra = {"usage": usage, "model": "renamed", "service_tier": "flex"}
+    body = (await _meet(client, stack, Answer(text="42", usage="none", extra=extra))).body
+    assert body["usage"] == {
+        "prompt_tokens": 7, "completion_tokens": None, "total_tokens": 9, "cost_usd": 0.25, "cached_tokens": 5
+    }  # fmt: skip
+    assert (body["answered_model"], body["service_tier"]) == ("renamed", "flex")
+    assert body["provider"]
 
 
 @pytest.mark.parametrize(

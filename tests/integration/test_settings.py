@@ -483,6 +483,8 @@ GOOD: list[tuple[str, str, Any]] = [
     ("model_base_url", "https://[::1]:8000/v1/", "https://[::1]:8000/v1"),
     ("prices", '{"m": [0.35, 1]}', {"m": Price(prompt=0.35, completion=1)}),
     ("prices", '{"m": {"prompt": 0, "completion": 2.5}}', {"m": Price(prompt=0, completion=2.5)}),
+    ("prices", '{"m": {"prompt": 1, "completion": 2, "cached_prompt": 0.5}}', {"m": Price(1, 2, 0.5)}),
+    ("prices", '{"m": [1, 2, 0.5]}', {"m": Price(1, 2, 0.5)}),
 ]  # fmt: skip
 
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from vqa_worker.messages.conversation import Conversation, ImageRef
 from vqa_worker.messages.decoding import InvalidJobError, decode
-from vqa_worker.messages.job import MAX_ID_CHARS, MAX_METADATA_BYTES, RESERVED_PARAMS, Job, valid_id
+from vqa_worker.messages.job import (
+    MAX_ID_CHARS,
+    MAX_METADATA_BYTES,
+    RESERVED_PARAMS,
+    Job,
+    PromptOrder,
+    valid_id,
+)
 from vqa_worker.messages.serialization import to_json
 
 SHORT: dict[str, Any] = {"id": "a", "question": "What is it?", "images": ["s3://b/k"]}
@@ -230,6 +237,7 @@ def test_a_moderately_nested_body_is_read_and_echoed() -> None:
         ("images", [{"url": None}]),
         ("images", [{"url": "u", "detail": 1}]), ("images", [{"url": "u", "details": "low"}]),
         ("system", 1), ("system", ["s"]),
+        ("prompt_order", "images"), ("prompt_order", 1), ("prompt_order", ["images_first"]),
         ("model", 1), ("model", ["m"]),
         ("params", []), ("params", "x"), ("params", 1),
         ("metadata", []), ("metadata", "x"), ("metadata", 1),
@@ -261,7 +269,7 @@ def test_an_unknown_field_is_rejected_and_named(field: str) -> None:
     assert fault({**SHORT, field: None}).message == (f"{field}: unknown field" if field else "unknown field")
 
 
-@pytest.mark.parametrize("field", ["id", "model", "system", "params", "deadline", "metadata"])
+@pytest.mark.parametrize("field", ["id", "model", "system", "prompt_order", "params", "deadline", "metadata"])
 def test_null_is_the_same_as_a_missing_field(field: str) -> None:
     without = {name: value for name, value in SHORT.items() if name != field}
     assert read({**SHORT, field: None}, "m") == read({**without, field: None}, "m")
@@ -283,9 +291,9 @@ def test_half_a_form_is_rejected_and_the_fields_of_both_forms_are_named(fields: 
     assert all(word in message for word in ("question", "images", "messages"))
 
 
-@pytest.mark.parametrize("field", ["question", "images", "system"])
+@pytest.mark.parametrize("field", ["question", "images", "system", "prompt_order"])
 def test_the_two_forms_are_not_mixed(field: str) -> None:
-    value = ["s3://b/k"] if field == "images" else "text"
+    value = {"images": ["s3://b/k"], "prompt_order": "images_first"}.get(field, "text")
     assert field in fault({**LONG, field: value}).message
     read({**LONG, field: None})
 
@@ -651,6 +659,24 @@ def test_the_short_form_sends_the_same_request_as_the_long_one(
     assert rendered(short, send_detail=send_detail) == rendered(
         {"id": "a", "messages": turns}, send_detail=send_detail
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "usual", "kinds"),
+    [
+        (None, "images_first", ["image_url", "image_url", "text"]),
+        (None, "question_first", ["text", "image_url", "image_url"]),
+        ("images_first", "question_first", ["image_url", "image_url", "text"]),
+        ("question_first", "images_first", ["text", "image_url", "image_url"]),
+    ],
+)
+def test_the_question_comes_before_or_after_the_images(
+    asked: str | None, usual: PromptOrder, kinds: list[str]
+) -> None:
+    job = read({**SHORT, "images": ["s3://b/k", "s3://b/l"], "prompt_order": asked, "system": "s"})
+    system, user = Conversation(job).render("u", send_detail=False, prompt_order=usual)
+    assert system == {"role": "system", "content": "s"}
+    assert [part["type"] for part in user["content"]] == kinds
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,23 @@ import gzip
 import json
 import socket
 import struct
+import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.running import until
 from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import Usage
 from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.http.client import proxy_options
 from worker.model.client import Model
@@ -264,7 +268,7 @@ async def test_a_host_in_no_proxy_is_reached_directly(api: Api, monkeypatch: pyt
 
 async def test_an_answer_is_parsed_and_counted(api: Api) -> None:
     class Price:
-        prompt, completion = 1_000_000.0, 0.0
+        prompt, completion, cached_prompt = 1_000_000.0, 0.0, None
 
     def figures() -> dict[str, float]:
         return {
@@ -278,15 +282,97 @@ async def test_an_answer_is_parsed_and_counted(api: Api) -> None:
     async with a_model(api.url, prices={"m": Price(), "other": None}) as model:
         answer = await ask(model)
     assert answer.usage.cost_usd == 3.0
+    assert answer.provider == "127.0.0.1"
     grown = {name: figure - before[name] for name, figure in figures().items()}
     assert grown == {"calls": 1, "prompt": 3, "completion": 4, "cost": 3.0}
     assert ambiguous() == before_ambiguous
 
 
-async def test_an_answer_may_be_compressed_or_chunked(api: Api, model: Model) -> None:
-    body = json.dumps(COMPLETION).encode()
-    api.says = response(body=gzip.compress(body), Content_Encoding="gzip")
+ANSWER = json.dumps(COMPLETION).encode()
+DEFLATED = zlib.compress(ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding"),
+    [
+        (gzip.compress(ANSWER), "gzip"),
+        (gzip.compress(ANSWER), "x-gzip"),
+        (gzip.compress(ANSWER), "GZIP"),
+        (gzip.compress(ANSWER), "identity, gzip"),
+        (zlib.compress(gzip.compress(ANSWER)), "gzip, deflate"),
+        (DEFLATED, "deflate"),
+        (DEFLATED[2:-4], "deflate"),
+        # Labelled wrongly by a proxy.
+        (gzip.compress(ANSWER), "deflate"),
+        (gzip.compress(ANSWER), None),
+        (ANSWER, "gzip"),
+        (ANSWER, "br"),
+        (b"\n" + ANSWER, "gzip"),
+    ],
+)
+async def test_a_compressed_answer_is_decoded(
+    api: Api, model: Model, body: bytes, encoding: str | None
+) -> None:
+    headers: dict[str, Any] = {} if encoding is None else {"Content_Encoding": encoding}
+    api.says = response(body=body, **headers)
     assert (await ask(model)).text == "A cat."
+    assert api.requests[0].headers["accept-encoding"] == "gzip, deflate"
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "said"),
+    [
+        (b"\x0b\x02\x80{}\x03", "br", "encoded as 'br'"),
+        (b"\x28\xb5\x2f\xfd", "zstd", "encoded as 'zstd'"),
+        (b"this is not gzip", "gzip", "cannot be decoded as gzip"),
+        (gzip.compress(ANSWER)[:-10], "gzip", "cannot be decoded as gzip"),
+        (gzip.compress(ANSWER)[:-10], None, "cannot be decoded as gzip"),
+    ],
+)
+async def test_an_answer_in_an_unknown_or_broken_encoding_is_malformed(
+    api: Api, model: Model, body: bytes, encoding: str | None, said: str
+) -> None:
+    headers: dict[str, Any] = {} if encoding is None else {"Content_Encoding": encoding}
+    api.says = response(body=body, **headers)
+    before = calls("malformed")
+    error = await interrupted(model)
+    assert error.reason == "malformed_response"
+    assert said in error.message
+    assert calls("malformed") == before + 1
+
+
+async def test_an_error_in_an_unknown_encoding_has_its_status(api: Api, model: Model) -> None:
+    api.says = response(429, b"\x0b\x02\x80{}\x03", Content_Encoding="br", Retry_After="7")
+    error = await fault(model)
+    assert isinstance(error, RateLimitedError)
+    assert error.retry_after_s == 7
+
+
+@pytest.mark.parametrize("name", ["Accept-Encoding", "accept-encoding"])
+async def test_the_accepted_encodings_can_be_configured(api: Api, name: str) -> None:
+    async with a_model(api.url, headers={name: "identity"}) as model:
+        await ask(model)
+    assert api.requests[0].headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Set_Cookie": "c" * 50_000},
+        {f"X_{n}": "v" for n in range(500)},
+        {f"X_{n}": "v" * 7000 for n in range(30)},
+    ],
+    ids=["a long one", "many", "many long ones"],
+)
+async def test_a_response_may_have_long_and_many_headers(
+    api: Api, model: Model, headers: dict[str, Any]
+) -> None:
+    api.says = response(**headers)
+    assert (await ask(model)).text == "A cat."
+
+
+async def test_an_answer_may_be_chunked(api: Api, model: Model) -> None:
+    body = ANSWER
     head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     api.says = f"{head}{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
     assert (await ask(model)).text == "A cat."
@@ -303,7 +389,7 @@ async def test_an_answer_is_json_with_any_content_type(api: Api, model: Model, c
 
 @pytest.mark.parametrize(
     ("status", "body"),
-    [(200, b""), (200, b"<html>"), (200, {"error": {"message": "x"}}), (200, []), (204, b"")],
+    [(200, b""), (200, b"<html>"), (200, {"choices": []}), (200, []), (204, b"")],
 )
 async def test_a_200_without_a_completion_is_a_transient_malformed_response(
     api: Api, model: Model, status: int, body: Any
@@ -320,6 +406,195 @@ async def test_a_200_without_a_completion_is_a_transient_malformed_response(
     assert calls("malformed") == before + 1
     # The API generated something and is likely to bill it.
     assert ambiguous() == unclear + 1
+
+
+def figures() -> dict[str, float]:
+    return {
+        "prompt": value("vqa_tokens_total", type="prompt"),
+        "completion": value("vqa_tokens_total", type="completion"),
+        "cost": value("vqa_cost_usd_total"),
+        "ambiguous": ambiguous(),
+    }
+
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": "4", "cost": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "code", "expected"),
+    [
+        ({"message": {"content": "half"}, "finish_reason": "error"}, None, "malformed", TransientError),
+        ({"message": {"content": 5}}, None, "malformed", TransientError),
+        ({"message": {"content": "half"}, "finish_reason": "error"}, {"code": 502}, "502", TransientError),
+        ({"message": {"content": "half"}, "finish_reason": "error"}, {"code": 400}, "400", JobError),
+    ],
+)
+async def test_the_usage_of_an_unusable_answer_is_counted_and_reported(
+    api: Api, model: Model, choice: Any, error: Any, code: str, expected: type[Exception]
+) -> None:
+    api.says = response(body={"choices": [choice], "error": error, "usage": USAGE})
+    before, requests = figures(), calls(code)
+    raised = await fault(model)
+    assert isinstance(raised, expected)
+    assert isinstance(raised, TransientError | JobError)
+    assert raised.usage == Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7, cost_usd=0.5)
+    assert calls(code) == requests + 1
+    assert {name: figure - before[name] for name, figure in figures().items()} == {
+        "prompt": 3, "completion": 4, "cost": 0.5, "ambiguous": 1
+    }  # fmt: skip
+
+
+async def test_unknown_figures_are_not_counted(api: Api, model: Model) -> None:
+    api.says = response(body={**COMPLETION, "usage": {"prompt_tokens": None, "completion_tokens": 4}})
+    before, observed = figures(), value_of_input_tokens()
+    answer = await ask(model)
+    assert (answer.usage.prompt_tokens, answer.usage.cost_usd) == (None, None)
+    assert {name: figure - before[name] for name, figure in figures().items()} == {
+        "prompt": 0, "completion": 4, "cost": 0, "ambiguous": 0
+    }  # fmt: skip
+    assert value_of_input_tokens() == observed
+
+
+def value_of_input_tokens() -> float:
+    labels = {
+        "gen_ai_operation_name": "chat",
+        "gen_ai_provider_name": "127.0.0.1",
+        "gen_ai_request_model": "m",
+        "gen_ai_token_type": "input",
+    }
+    return metrics.REGISTRY.get_sample_value("gen_ai_client_token_usage_count", labels) or 0.0
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ({"code": 400, "message": "bad image"}, JobError),
+        ({"code": "429", "message": "slow down"}, RateLimitedError),
+        ({"code": 401, "message": "bad key"}, DependencyDownError),
+        ({"code": 502, "message": "bad gateway"}, TransientError),
+        ({"message": "what"}, TransientError),
+        ("rate_limit_exceeded", RateLimitedError),
+    ],
+)
+async def test_an_error_in_a_200_is_treated_as_its_status(
+    api: Api, model: Model, error: Any, expected: type[Exception]
+) -> None:
+    api.says = response(body={"error": error})
+    before = ambiguous()
+    assert isinstance(await fault(model), expected)
+    assert ambiguous() == before
+
+
+# An answer before the end of the request
+
+
+class Pieces:
+    """An image of which each piece but the first waits until the server has answered and closed."""
+
+    def __init__(self, wait: Callable[[], Awaitable[None]]) -> None:
+        self._wait = wait
+        self.length = 8 * len(PIECE)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        yield PIECE
+        await self._wait()
+        for _ in range(7):
+            yield PIECE
+
+
+# The first one fits into the buffers of a socket, so that it is sent whether or not the server reads it.
+PIECE = b"A" * 64 * 1024
+
+
+def answer_early(listener: socket.socket, answer: bytes, closed: threading.Event) -> None:
+    """Answer to the beginning of a request, and close with a part unread, which resets the connection."""
+    connection, _ = listener.accept()
+    with connection:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += connection.recv(1000)
+        # More than the head has arrived.
+        connection.recv(1000)
+        connection.sendall(answer)
+    closed.set()
+
+
+async def outcome_of_early(answer: bytes, *, blocks: bool) -> Exception:
+    """Return the error of a request that is answered early.
+
+    Args:
+        answer: the bytes of the response.
+        blocks: whether the event loop is busy from before the answer until after the reset, so that it
+            notices the failed write first.
+    """
+    closed = threading.Event()
+
+    async def wait() -> None:
+        if blocks:
+            closed.wait(30)
+        else:
+            await asyncio.to_thread(closed.wait, 30)
+
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        server = threading.Thread(target=answer_early, args=(listener, answer, closed), daemon=True)
+        server.start()
+        port = listener.getsockname()[1]
+        async with a_model(f"http://127.0.0.1:{port}/v1") as model:
+            body = RequestBody([b'{"x":"', b'"}'], [Pieces(wait)])
+            with pytest.raises((JobError, TransientError, RateLimitedError, DependencyDownError)) as caught:
+                await model.complete("m", body, time_left_s=30)
+        await asyncio.to_thread(server.join)
+    return caught.value
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize(
+    ("status", "expected"), [(413, JobError), (429, RateLimitedError), (401, DependencyDownError)]
+)
+async def test_an_early_answer_is_used(
+    run: Callable[[Any], Any], status: int, expected: type[Exception], *, blocks: bool
+) -> None:
+    answer = response(status, {"error": {"message": "m" * 10_000}}, Connection="close", Retry_After="7")
+    error = await asyncio.to_thread(run, outcome_of_early(answer, blocks=blocks))
+    assert isinstance(error, expected), error
+    if isinstance(error, RateLimitedError):
+        assert error.retry_after_s == 7
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+async def test_a_reset_within_the_request_without_an_answer_is_transient(run: Callable[[Any], Any]) -> None:
+    error = await asyncio.to_thread(run, outcome_of_early(b"", blocks=True))
+    assert isinstance(error, TransientError)
+    assert error.reason == "connection_error"
+
+
+async def test_an_early_answer_is_used_at_once_though_the_server_reads_no_further() -> None:
+    done = asyncio.Event()
+
+    async def never() -> None:
+        await done.wait()
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(response(413))
+        await done.wait()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with a_model(f"http://127.0.0.1:{port}/v1") as model, asyncio.timeout(20):
+            with pytest.raises(JobError, match="413"):
+                await model.complete("m", RequestBody([b"", b""], [Pieces(never)]), time_left_s=30)
+        done.set()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+async def test_localhost_is_reached_at_both_of_its_addresses(api: Api, address: str) -> None:
+    async with await asyncio.start_server(api.serve, address, 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with a_model(f"http://localhost:{port}/v1") as model:
+            for _ in range(3):
+                assert (await ask(model)).text == "A cat."
 
 
 # Each status
@@ -556,11 +831,6 @@ async def test_a_body_longer_than_its_content_length_is_invalid_and_may_have_bee
     api.says = response(length=20)
     async with a_model(api.url) as model:
         assert (await interrupted(model)).reason == "connection_error"
-
-
-async def test_a_body_that_cannot_be_decompressed_is_a_transient_error(api: Api, model: Model) -> None:
-    api.says = response(body=b"this is not gzip", Content_Encoding="gzip")
-    assert (await interrupted(model)).reason == "connection_error"
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,57 @@ async def test_an_empty_answer_is_billed_and_not_retried(
     assert len(scene.model.asked) == 1
 
 
+async def test_the_result_says_who_answered(scene: Scene) -> None:
+    scene.model.deeds = [replace(ANSWER, provider="p", answered_model="m-2", service_tier="flex")]
+    outcome = await scene.process()
+    assert isinstance(outcome, Succeeded)
+    result = outcome.result
+    assert (result.model, result.answered_model, result.provider) == ("usual", "m-2", "p")
+    assert result.service_tier == "flex"
+
+
+USAGE = Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7, cost_usd=0.5)
+
+
+@pytest.mark.parametrize("code", [None, ErrorCode.MODEL_REJECTED])
+async def test_the_usage_of_an_unusable_answer_is_in_the_failed_result(
+    scene: Scene, code: ErrorCode | None
+) -> None:
+    error = transient("malformed_response") if code is None else JobError(code, "the API answered 400")
+    error.usage = USAGE
+    scene.model.deeds = [error]
+    outcome = await scene.process(delivery={"counted_attempts": 2})
+    assert isinstance(outcome, DeadLettered | Failed)
+    assert outcome.result.usage == USAGE
+
+
+FLEX = {"params": {"seed": 7, "service_tier": "flex"}}
+
+
+async def test_a_tier_without_capacity_falls_back_to_the_default_tier_without_a_pause() -> None:
+    scene = Scene(flex_fallback=True)
+    scene.model.deeds = [RateLimitedError(1000.0), ANSWER]
+    started = time.monotonic()
+    outcome = await scene.process(**FLEX)
+    assert isinstance(outcome, Succeeded)
+    assert [params for _, _, params, _ in scene.model.asked] == [FLEX["params"], {"seed": 7}]
+    assert time.monotonic() - started < 30
+
+
+async def test_without_a_fallback_a_tier_without_capacity_is_waited_for() -> None:
+    scene = Scene()
+    scene.model.deeds = [RateLimitedError(0.0), ANSWER]
+    assert isinstance(await scene.process(**FLEX), Succeeded)
+    assert [params for _, _, params, _ in scene.model.asked] == [FLEX["params"]] * 2
+
+
+async def test_the_default_tier_is_rate_limited_as_usual() -> None:
+    scene = Scene(flex_fallback=True)
+    scene.model.deeds = [RateLimitedError(1000.0), RateLimitedError(0.0), ANSWER]
+    assert isinstance(await scene.process(**FLEX), Succeeded)
+    assert [params for _, _, params, _ in scene.model.asked] == [FLEX["params"], {"seed": 7}, {"seed": 7}]
+
+
 # Invalid and rejected jobs
 
 

@@ -1,8 +1,9 @@
-"""The key of a job in the result store."""
+"""The model request of a job, and its key in the result store."""
 
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.unit.fakes import a_delivery
 from vqa_worker.messages.conversation import ImageRef
 from worker.images.source import ImageSource, SourcePolicy, parse_source
 from worker.jobs.attempt import Attempt
-from worker.jobs.request import RequestRules, check_job, read_job
+from worker.jobs.request import Request, RequestRules, check_job, read_job
 
 RULES = RequestRules("m", {"m"}, 1_000_000, 3, send_image_detail=False, stores_results=True)
 ANYWHERE = SourcePolicy(["*"], ["*"])
@@ -23,10 +24,40 @@ def check(refs: Sequence[ImageRef], body: bytes) -> list[ImageSource]:
     return [ImageSource(ref.location, parse_source(ref.url, "it", ANYWHERE, body)) for ref in refs]
 
 
-def key(job: Mapping[str, object], *, indent: int | None = None) -> str:
+def request_of(
+    job: Mapping[str, object], *, indent: int | None = None, rules: RequestRules = RULES
+) -> Request:
     delivery = a_delivery(json.dumps(job, indent=indent).encode())
     attempt = Attempt.from_delivery(delivery)
-    return check_job(read_job(delivery, attempt, RULES), delivery, attempt, RULES, check).store_key
+    return check_job(read_job(delivery, attempt, rules), delivery, attempt, rules, check)
+
+
+def key(job: Mapping[str, object], *, indent: int | None = None) -> str:
+    return request_of(job, indent=indent).store_key
+
+
+@pytest.mark.parametrize(
+    ("tier", "falls_back", "has_fallback"),
+    [("flex", True, True), ("flex", False, False), ("priority", True, False), (None, True, False)],
+)
+def test_a_job_in_the_tier_flex_has_a_fallback_if_configured(
+    tier: str | None, *, falls_back: bool, has_fallback: bool
+) -> None:
+    params: dict[str, object] = {"seed": 1} if tier is None else {"seed": 1, "service_tier": tier}
+    job = {"id": "a", "question": "x", "images": ["s3://b/k"], "params": params}
+    request = request_of(job, rules=replace(RULES, flex_fallback=falls_back))
+    assert request.service_tier == tier
+    assert (request.fallback is not None) is has_fallback
+    if request.fallback is not None:
+        body, fallback = (b"u".join(it.body_parts) for it in (request, request.fallback))
+        assert json.loads(body) == {**json.loads(fallback), "service_tier": "flex"}
+        assert request.fallback.service_tier is None
+        assert request.fallback.store_key == request.store_key
+
+
+def test_a_service_tier_that_is_not_text_is_passed_on_only() -> None:
+    job = {"id": "a", "question": "x", "images": ["s3://b/k"], "params": {"service_tier": ["flex"]}}
+    assert request_of(job).service_tier is None
 
 
 @pytest.mark.parametrize("image", [LARGE, SMALL, "s3://b/k"])
@@ -47,5 +78,6 @@ def test_the_key_depends_on_everything_in_the_model_request() -> None:
         {"images": [SMALL, "s3://b/k"]},
         {"images": [LARGE, "s3://b/other"]},
         {"params": {"seed": 1}},
+        {"prompt_order": "question_first"},
     ]
     assert len({key({**job, **change}) for change in changes}) == len(changes)

@@ -103,6 +103,7 @@ _fields: dict[str, st.SearchStrategy[Any]] = {
     "images": st.lists(_texts | _image_urls | _leaves, max_size=2) | _leaves,
     "messages": st.lists(_messages | _leaves, max_size=2) | _leaves,
     "system": _texts | _leaves,
+    "prompt_order": st.sampled_from(["images_first", "question_first", "first"]) | _leaves,
     "model": _texts | _leaves,
     "params": _params | _leaves,
     "deadline": _deadlines | _leaves,
@@ -148,6 +149,8 @@ def test_the_schema_accepts_what_the_worker_accepts_as_far_as_json_schema_can_ex
         SHORT | {"images": [{"url": "s3://b/k", "more": 1}]},
         SHORT | LONG,
         LONG | {"system": "s"},
+        LONG | {"prompt_order": "images_first"},
+        SHORT | {"prompt_order": "last"},
         LONG | {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
         SHORT | {"params": {"n": 2}},
         SHORT | {"deadline": "2030-01-31"},
@@ -183,8 +186,10 @@ def test_every_field_of_a_job_is_in_its_schema_with_a_description() -> None:
 def test_results_match_their_schema() -> None:
     usage = Usage(prompt_tokens=1, completion_tokens=2, total_tokens=3)
     failure = JobFailure(code=ErrorCode.EMPTY_ANSWER, message="m", retryable=False)
+    unclear = Usage(prompt_tokens=1, cached_tokens=0, reasoning_tokens=2)
     for result in (
         Result(id="a", status="succeeded", answer="b", usage=usage, metadata={"a": 1}, response={"b": []}),
+        Result(id="a", status="succeeded", answer="b", usage=unclear, provider="p", service_tier="flex"),
         Result(id=None, status="failed", error=failure),
     ):
         results().validate(json.loads(result.to_body()))

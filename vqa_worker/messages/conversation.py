@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vqa_worker.messages.job import ImageObject, ImagePart, Job
+from vqa_worker.messages.job import ImageObject, ImagePart, Job, PromptOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,18 @@ class Conversation:
             for m, p, part in self._image_parts()
         ]
 
-    def render(self, url: str, *, send_detail: bool) -> list[dict[str, Any]]:
-        """Return the `messages` of the request, with `url` in place of every image URL."""
+    def render(
+        self, url: str, *, send_detail: bool, prompt_order: PromptOrder = "images_first"
+    ) -> list[dict[str, Any]]:
+        """Return the `messages` of the request.
+
+        Args:
+            url: in place of every image URL.
+            send_detail: whether to send the field `detail` of images.
+            prompt_order: of a job in the short form that does not say it.
+        """
         if self._job.messages is None:
-            return self._render_short_form(url, send_detail=send_detail)
+            return self._render_short_form(url, prompt_order, send_detail=send_detail)
         messages = [message.model_dump(exclude_unset=True) for message in self._job.messages]
         for m, p, _ in self._image_parts():
             image_url = messages[m]["content"][p]["image_url"]
@@ -56,13 +64,17 @@ class Conversation:
                     if isinstance(part, ImagePart):
                         yield m, p, part
 
-    def _render_short_form(self, url: str, *, send_detail: bool) -> list[dict[str, Any]]:
-        """Put the images before the question, as vendors of vision models recommend."""
+    def _render_short_form(
+        self, url: str, prompt_order: PromptOrder, *, send_detail: bool
+    ) -> list[dict[str, Any]]:
         content: list[dict[str, Any]] = []
         for image in self.images():
             detail = {"detail": image.detail} if send_detail and image.detail is not None else {}
             content.append({"type": "image_url", "image_url": {"url": url, **detail}})
-        content.append({"type": "text", "text": self._job.question or ""})
+        text = {"type": "text", "text": self._job.question or ""}
+        # Vendors of vision models recommend images first.
+        is_first = (self._job.prompt_order or prompt_order) == "question_first"
+        content.insert(0 if is_first else len(content), text)
         question = {"role": "user", "content": content}
         system = self._job.system
         return [question] if system is None else [{"role": "system", "content": system}, question]

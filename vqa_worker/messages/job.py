@@ -5,7 +5,7 @@ A job has a short form (`question` and `images`) or a long form (`messages`); `C
 
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,9 @@ MAX_METADATA_BYTES = 16 * 1024
 # The worker sets these itself: they decide what is billed and how the response is read.
 RESERVED_PARAMS = frozenset({"model", "messages", "stream", "n"})
 MAX_DEADLINE_CHARS = 64
+
+# Providers cache common prefixes of requests: the images of a document, or the same question.
+PromptOrder: TypeAlias = Literal["images_first", "question_first"]
 
 # An approximation of "printable" that regular expressions of every language understand.
 _ID_PATTERN = r"^[^\u0000-\u001f\u007f-\u009f]*$"
@@ -141,7 +144,10 @@ _SHORT_FORM: dict[str, JsonValue] = {
 _LONG_FORM: dict[str, JsonValue] = {
     "title": "Long form",
     "required": ["messages"],
-    "properties": {"messages": {"type": "array"}, "question": _NONE, "images": _NONE, "system": _NONE},
+    "properties": {
+        "messages": {"type": "array"},
+        **dict.fromkeys(("question", "images", "system", "prompt_order"), _NONE),
+    },
 }
 
 
@@ -168,6 +174,11 @@ class Job(_Strict):
     )
     system: str | None = Field(default=None, description="Short form only: a system message.")
     model: str | None = Field(default=None, description="One of `VQA_ALLOWED_MODELS`. Default: `VQA_MODEL`.")
+    prompt_order: PromptOrder | None = Field(
+        default=None,
+        description="Short form only: whether the images or the question come first. Default: "
+        "`VQA_PROMPT_ORDER`.",
+    )
     params: dict[str, Any] | None = Field(
         default=None,
         description="Additional fields of the model request, except `model`, `messages`, `stream` and `n`.",
@@ -209,7 +220,7 @@ class Job(_Strict):
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if self.messages is not None:
-            for field in ("question", "images", "system"):
+            for field in ("question", "images", "system", "prompt_order"):
                 if getattr(self, field) is not None:
                     raise ValueError(
                         f"{field} belongs to the short form and cannot be combined with messages"

@@ -12,14 +12,36 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Usage(_Part):
-    """Token counts of the model API, and the cost."""
+def _is_none(value: object) -> bool:
+    return value is None
 
-    prompt_tokens: int = Field(ge=0, description="Tokens of the request, images included.")
-    completion_tokens: int = Field(ge=0, description="Tokens of the answer.")
-    total_tokens: int = Field(ge=0, description="Prompt and completion tokens.")
+
+class Usage(_Part):
+    """Token counts of the model API, and the cost. Null: the API does not report it, or not as a number."""
+
+    prompt_tokens: int | None = Field(
+        default=None, ge=0, description="Tokens of the request, images included; null if unknown."
+    )
+    completion_tokens: int | None = Field(
+        default=None, ge=0, description="Tokens of the answer; null if unknown."
+    )
+    total_tokens: int | None = Field(
+        default=None, ge=0, description="Prompt and completion tokens; null if unknown."
+    )
     cost_usd: float | None = Field(
         default=None, description="As reported by the provider, else computed from `VQA_PRICES`, else null."
+    )
+    cached_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        exclude_if=_is_none,
+        description="Prompt tokens that the provider had in its cache. Only present if the API reports it.",
+    )
+    reasoning_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        exclude_if=_is_none,
+        description="Tokens of the model's reasoning. Only present if the API reports it.",
     )
 
 
@@ -72,6 +94,14 @@ class Result(_Part):
         default=None,
         description="The whole response body of the model API, if the answer is more than plain text "
         "or with `VQA_INCLUDE_RESPONSE=true`.",
+    )
+    provider: str | None = Field(default=None, description="The provider that answered; null if none did.")
+    answered_model: str | None = Field(
+        default=None,
+        description="The model that answered, as reported by the API. Providers forward retired names.",
+    )
+    service_tier: str | None = Field(
+        default=None, description="The service tier of the answer, as reported by the API."
     )
 
     def to_body(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Log a lasting problem at the broker once a minute, not once for every job that meets it."""
+"""Log a lasting problem once in a while, not once for every job that meets it."""
 
 import time
 from collections import OrderedDict
@@ -9,16 +9,17 @@ MAX_SUBJECTS = 1000
 
 
 class RateLimitedWarnings:
-    """Decide which warnings to log: each reason once a minute for each subject."""
+    """Decide which warnings to log: each reason once in `interval_s` seconds for each subject."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval_s: float = INTERVAL_S) -> None:
+        self._interval_s = interval_s
         # By subject: when each reason was last logged.
         self._logged: OrderedDict[str, dict[str, float]] = OrderedDict()
 
     def should_log(self, subject: str, reason: str) -> bool:
         """Return whether to log this reason now; a caller that gets True logs it."""
         logged, now = self._logged.setdefault(subject, {}), time.monotonic()
-        if now - logged.get(reason, float("-inf")) < INTERVAL_S:
+        if now - logged.get(reason, float("-inf")) < self._interval_s:
             return False
         logged[reason] = now
         if len(self._logged) > MAX_SUBJECTS:

@@ -135,4 +135,6 @@ def _rules(settings: Settings) -> RequestRules:
         delivery_limit=settings.delivery_limit,
         send_image_detail=settings.send_image_detail,
         stores_results=settings.result_store is not None,
+        prompt_order=settings.prompt_order,
+        flex_fallback=settings.flex_fallback,
     )

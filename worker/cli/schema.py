@@ -13,7 +13,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaV
 from pydantic_core import core_schema
 
 from vqa_worker.messages.job import Job
-from vqa_worker.messages.result import Result
+from vqa_worker.messages.result import Result, Usage
 from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER
 from worker import __version__
 from worker.rabbitmq import messages, properties
@@ -60,6 +60,8 @@ def result_schema(ref_template: str = "#/$defs/{model}") -> dict[str, Any]:
         if "properties" in part:
             del part["additionalProperties"]
             part["required"] = list(part["properties"])
+    reported = Usage.model_fields.items()
+    schema["$defs"]["Usage"]["required"] = [name for name, field in reported if field.exclude_if is None]
     code = schema["$defs"].pop("ErrorCode")
     failure = schema["$defs"]["JobFailure"]["properties"]
     failure["code"] = {"type": "string", "examples": code["enum"], "description": code["description"]}

@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any, Literal, Self, TypeAlias
 
 from vqa_worker.messages.job import Job
+from vqa_worker.messages.result import Usage
 from worker.jobs.delivery import Delivery
 from worker.model.answer import Answer
 from worker.observability import metrics
@@ -28,6 +29,7 @@ class Attempt:
         job_id, allowed_model, deadline, metadata: from the job, as soon as it is decoded.
         stage: the current stage; `stage_started_at`: when it began.
         seconds: time spent in each stage before the current one; `observed`: the part that is in the metrics.
+        unusable: usage of the model's last answer that could not be used, if it was reported.
         answer: the model's answer. From then on the request is billed, and the answer must not be lost.
     """
 
@@ -46,6 +48,7 @@ class Attempt:
     stage: Stage = "decode"
     seconds: dict[Stage, float] = field(default_factory=dict)
     observed: dict[Stage, float] = field(default_factory=dict)
+    unusable: Usage | None = None
     answer: Answer | None = None
 
     @classmethod

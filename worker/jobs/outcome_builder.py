@@ -35,6 +35,9 @@ class OutcomeBuilder:
             "finish_reason": answer.finish_reason,
             "usage": answer.usage,
             "response": answer.response if self.include_response or not answer.is_plain else None,
+            "provider": answer.provider,
+            "answered_model": answer.answered_model,
+            "service_tier": answer.service_tier,
         }
         if answer.is_empty:
             return self.failed(attempt, ErrorCode.EMPTY_ANSWER, _why_empty(answer), **billed)
@@ -76,7 +79,7 @@ class OutcomeBuilder:
         self, attempt: Attempt, code: ErrorCode, message: str, *, retryable: bool, **billed: Any
     ) -> Result:
         error = JobFailure(code=code, message=self.redact(message), retryable=retryable)
-        return self._result(attempt, status="failed", error=error, **billed)
+        return self._result(attempt, status="failed", error=error, **{"usage": attempt.unusable, **billed})
 
     def _result(self, attempt: Attempt, **fields: Any) -> Result:
         now = self.clock.monotonic()

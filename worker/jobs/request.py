@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Any, Final
 
 from vqa_worker.messages.content_encoding import is_encoded
 from vqa_worker.messages.conversation import Conversation, ImageRef
 from vqa_worker.messages.decoding import decode, decompressed
 from vqa_worker.messages.error_codes import ErrorCode
-from vqa_worker.messages.job import Job
+from vqa_worker.messages.job import Job, PromptOrder
 from worker.errors import JobError
 from worker.images.source import Embedded, ImageSource
 from worker.jobs.attempt import Attempt
@@ -20,6 +21,9 @@ from worker.s3.aws import S3Object
 # A job over the delivery limit is decoded in this many further deliveries, to find the id for its result.
 # Decoding may be what crashes the workers.
 MAX_DECODES_OVER_LIMIT = 3
+
+# The service tier of OpenAI, DeepInfra, Groq and others that is cheaper, slower and may have no capacity.
+FLEX: Final = "flex"
 
 _TOO_OFTEN = (
     "the job was delivered {} times without an outcome (VQA_DELIVERY_LIMIT): it may crash the workers"
@@ -39,6 +43,8 @@ class RequestRules:
 
     Attributes:
         stores_results: whether requests need a key in the result store.
+        prompt_order: of jobs that do not say it (`VQA_PROMPT_ORDER`).
+        flex_fallback: whether a job whose tier `flex` has no capacity is sent again without a tier.
     """
 
     default_model: str
@@ -47,6 +53,8 @@ class RequestRules:
     delivery_limit: int
     send_image_detail: bool
     stores_results: bool = False
+    prompt_order: PromptOrder = "images_first"
+    flex_fallback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,8 @@ class Request:
             expires.
         store_key: identifies the job in the result store; empty without one.
         is_expiration: whether `deadline` is when the message expires.
+        service_tier: that the job asks for.
+        fallback: the same request in the default tier, for when this one's has no capacity; or None.
     """
 
     model: str
@@ -69,6 +79,8 @@ class Request:
     deadline: datetime | None
     store_key: str = ""
     is_expiration: bool = False
+    service_tier: str | None = None
+    fallback: "Request | None" = None
 
     @property
     def reads_s3(self) -> bool:
@@ -143,15 +155,28 @@ def check_job(
         raise DeliveredTooOftenError(delivery.deliveries)
     conversation = Conversation(job)
     images = check_images(conversation.images(), delivery.body)
-    messages = conversation.render(PLACEHOLDER, send_detail=rules.send_image_detail)
-    return Request(
+    messages = _messages(conversation, PLACEHOLDER, rules)
+    params = job.params or {}
+    tier = params.get("service_tier")
+    request = Request(
         model=model,
-        body_parts=body_parts(model, messages, job.params or {}),
+        body_parts=body_parts(model, messages, params),
         images=images,
         deadline=(deadline := _earlier(job.deadline, delivery.expires_at)),
         store_key=_store_key(job, images, model, rules),
         is_expiration=deadline != job.deadline,
+        service_tier=tier if isinstance(tier, str) else None,
     )
+    if tier != FLEX or not rules.flex_fallback:
+        return request
+    others = {name: value for name, value in params.items() if name != "service_tier"}
+    fallback = replace(request, body_parts=body_parts(model, messages, others), service_tier=None)
+    return replace(request, fallback=fallback)
+
+
+def _messages(conversation: Conversation, url: str, rules: RequestRules) -> list[dict[str, Any]]:
+    """Return the messages of a request with this URL in place of every image's."""
+    return conversation.render(url, send_detail=rules.send_image_detail, prompt_order=rules.prompt_order)
 
 
 def _earlier(deadline: datetime | None, expires_at: datetime | None) -> datetime | None:
@@ -176,7 +201,7 @@ def _store_key(job: Job, images: Sequence[ImageSource], model: str, rules: Reque
     if not rules.stores_results:
         return ""
     conversation = Conversation(job)
-    messages = conversation.render("", send_detail=rules.send_image_detail)
+    messages = _messages(conversation, "", rules)
     # A long data URL of a decoded job only refers to the body.
     urls = [
         image.source.text if isinstance(image.source, Embedded) else ref.url.encode()

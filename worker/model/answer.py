@@ -1,38 +1,62 @@
 """Parse the response of the model API. It was billed, so odd fields do not make it invalid."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
 from vqa_worker.messages.result import Usage
 from vqa_worker.messages.serialization import to_json
+from worker.model.reported_error import error_in
+from worker.model.response_body import MalformedBodyError, read_object
+from worker.model.stream import INTERRUPTED
+from worker.model.usage import Price, read_usage
+
+_NO_HEADERS: Final[Mapping[str, str]] = {}
 
 # The fields of a plain text message; any other field that is set needs the whole response.
-_PLAIN_MESSAGE_FIELDS = frozenset({"role", "content", "name"})
-TOKENS_PER_PRICE = 1_000_000
-# Larger counts and costs are ignored: 64-bit floats, and so metrics, are exact up to here.
-MAX_AMOUNT = 2**53
-
-
-class Price(Protocol):
-    """USD per million tokens."""
-
-    @property
-    def prompt(self) -> float:
-        """Of prompt tokens, images included."""
-
-    @property
-    def completion(self) -> float:
-        """Of completion tokens."""
+_PLAIN_MESSAGE_FIELDS: Final = frozenset({"role", "content", "name"})
+# Content parts that are not the answer: Mistral docs (Reasoning), Anthropic docs (Extended thinking), and
+# OpenAI's Responses API.
+_REASONING_PARTS: Final = frozenset(
+    {"reasoning", "reasoning_content", "reasoning_text", "redacted_thinking", "thinking", "thought"}
+)
+# The answer was interrupted: OpenRouter (Errors), vLLM and SGLang (an aborted request), and DeepSeek docs
+# (Chat Completions).
+_INTERRUPTED: Final = frozenset({INTERRUPTED, "abort", "insufficient_system_resource"})
 
 
 class MalformedAnswerError(Exception):
-    """The body of a 200 response is not a chat completion; the message says why."""
+    """The body of a 200 response is not a chat completion; the message says why.
+
+    Attributes:
+        usage: tokens and cost, if the response reports them.
+    """
+
+    def __init__(self, message: str, usage: Usage | None = None) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class ErrorInAnswerError(Exception):
+    """A 200 response reports an error instead of an answer, or after a part of it.
+
+    Attributes:
+        status: the HTTP status that the error should have had.
+        body: the JSON of the error response that it should have been.
+        usage: tokens and cost, if the response reports them.
+        is_partial: whether there is a part of an answer, which was probably billed.
+    """
+
+    def __init__(self, status: int, body: bytes, usage: Usage | None, *, is_partial: bool) -> None:
+        super().__init__(f"the API answered 200 with an error of status {status}")
+        self.status = status
+        self.body = body
+        self.usage = usage
+        self.is_partial = is_partial
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +71,9 @@ class Answer:
         refusal: the text of the field `refusal`, if the model refused.
         is_plain: whether `text` is all; if not, the result includes `response`.
         response: the whole body.
+        answered_model: the model that answered, as the API reports it.
+        service_tier: of the answer, as the API reports it.
+        provider: that answered.
     """
 
     text: str | None
@@ -56,6 +83,9 @@ class Answer:
     refusal: str | None
     is_plain: bool
     response: dict[str, Any]
+    answered_model: str | None = None
+    service_tier: str | None = None
+    provider: str | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -81,30 +111,39 @@ def _adapter() -> TypeAdapter[Answer]:
     return TypeAdapter(Answer)
 
 
-def parse_answer(body: bytes, price: Price | None) -> Answer:
+def parse_answer(body: bytes, price: Price | None, headers: Mapping[str, str] = _NO_HEADERS) -> Answer:
     """Parse the body of a 200 response; only the message itself must be valid.
 
+    Args:
+        body: see `read_object` for what may be around the JSON.
+        price: of the model.
+        headers: of the response, in which some providers report the cost.
+
     Raises:
-        MalformedAnswerError: the body is not a chat completion.
+        MalformedAnswerError: the body is not a chat completion, or the answer was interrupted.
+        ErrorInAnswerError: the body is an error.
     """
-    response = _parse_object(body)
-    choice = _first_choice(response)
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        raise MalformedAnswerError("the first choice has no message")
-    content = message.get("content")
-    text = _text_of(content)
-    finish_reason = choice.get("finish_reason")
-    refusal = message.get("refusal")
-    return Answer(
-        text=text if text is not None and text.strip() else None,
-        calls_tools=bool(message.get("tool_calls") or message.get("function_call")),
-        finish_reason=finish_reason if isinstance(finish_reason, str) else None,
-        usage=_usage_of(response.get("usage"), price),
-        refusal=refusal if isinstance(refusal, str) and refusal else None,
-        is_plain=_is_plain(response, choice, message),
-        response=response,
-    )
+    try:
+        response = read_object(body)
+    except MalformedBodyError as error:
+        raise MalformedAnswerError(str(error)) from None
+    usage = read_usage(response.get("usage"), price, headers)
+    try:
+        answer = _answer_of(response, usage)
+    except MalformedAnswerError as error:
+        error.usage = usage
+        if (reported := error_in(response)) is not None:
+            raise ErrorInAnswerError(reported.status, reported.body, usage, is_partial=False) from None
+        raise
+    is_interrupted = (answer.finish_reason or "").lower() in _INTERRUPTED
+    if (answer.is_empty or is_interrupted) and (reported := error_in(response)) is not None:
+        is_partial = not answer.is_empty
+        raise ErrorInAnswerError(reported.status, reported.body, usage, is_partial=is_partial)
+    if is_interrupted:
+        raise MalformedAnswerError(
+            f"the answer was interrupted (finish_reason {answer.finish_reason})", usage
+        )
+    return answer
 
 
 def parse_model_list(body: bytes) -> frozenset[str] | None:
@@ -120,91 +159,89 @@ def parse_model_list(body: bytes) -> frozenset[str] | None:
     return frozenset(name for name in ids if isinstance(name, str)) or None
 
 
-def _parse_object(body: bytes) -> dict[str, Any]:
-    try:
-        # NaN and 1e999, which the JSON of the result cannot contain, become null.
-        value = json.loads(body, parse_constant=lambda _: None, parse_float=_finite_float)
-    except (ValueError, RecursionError):
-        raise MalformedAnswerError("the body is not JSON") from None
-    if not isinstance(value, dict):
-        raise MalformedAnswerError("the body is not a JSON object")
-    return value
+def _answer_of(response: dict[str, Any], usage: Usage | None) -> Answer:
+    """Return the answer in a response.
+
+    Raises:
+        MalformedAnswerError: there is no message, and nothing says that an empty one was billed.
+    """
+    choice = _first_choice(response, usage)
+    message = _message_of(choice, usage)
+    text = _text_of(message.get("content"))
+    return Answer(
+        text=text if text is not None and text.strip() else None,
+        calls_tools=bool(message.get("tool_calls") or message.get("function_call")),
+        finish_reason=_text(choice.get("finish_reason")),
+        usage=usage,
+        refusal=_text(message.get("refusal")) or None,
+        is_plain=_is_plain(response, choice, message),
+        response=response,
+        answered_model=_text(response.get("model")) or None,
+        service_tier=_text(response.get("service_tier")) or None,
+    )
 
 
-def _finite_float(text: str) -> float | None:
-    number = float(text)
-    return number if math.isfinite(number) else None
+def _first_choice(response: Mapping[str, Any], usage: Usage | None) -> Mapping[str, Any]:
+    """Return the first choice, or an empty one if the response was billed without any.
 
-
-def _first_choice(response: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first choice, or one with an empty message if the list is empty."""
+    `"choices": null` is what some APIs answer to a blocked prompt, of which they bill the prompt.
+    """
     choices = response.get("choices")
-    if not isinstance(choices, list):
-        raise MalformedAnswerError("the body has no list of choices")
-    if not choices:
-        return {"message": {}}
-    if not isinstance(choices[0], dict):
+    if isinstance(choices, list) and choices:
+        if isinstance(choices[0], dict):
+            return choices[0]
         raise MalformedAnswerError("the first choice is not an object")
-    return choices[0]
+    is_blocked = choices is None and "choices" in response
+    if choices in (None, []) and usage is not None and _is_billed(usage, with_prompt=is_blocked):
+        return {"message": {}}
+    raise MalformedAnswerError("the body has no choices")
+
+
+def _message_of(choice: Mapping[str, Any], usage: Usage | None) -> Mapping[str, Any]:
+    """Return the message of a choice; an empty one for null that was billed, or that has a finish reason."""
+    message = choice.get("message", choice.get("delta"))
+    if isinstance(message, dict):
+        return message
+    if isinstance(message, str):
+        return {"content": message}
+    if isinstance(choice.get("text"), str):
+        # The format of OpenAI's older completions API.
+        return {"content": choice["text"]}
+    is_billed = usage is not None and _is_billed(usage, with_prompt=True)
+    if message is None and (is_billed or choice.get("finish_reason")):
+        return {}
+    raise MalformedAnswerError("the first choice has no message")
+
+
+def _is_billed(usage: Usage, *, with_prompt: bool) -> bool:
+    return bool(usage.completion_tokens or (with_prompt and (usage.prompt_tokens or usage.total_tokens)))
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _text_of(content: object) -> str | None:
-    """Return the text of a message's content.
+    """Return the text of a message's content, without the model's reasoning.
 
     Raises:
-        MalformedAnswerError: the content is not a string, null or a list of parts.
+        MalformedAnswerError: the content is not a string, null, a part or a list of parts.
     """
     if content is None or isinstance(content, str):
         return content
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict)]
-        return "".join(text for text in texts if isinstance(text, str))
-    raise MalformedAnswerError("the message's content is neither text nor parts")
+    parts = [content] if isinstance(content, dict) and "text" in content else content
+    if not isinstance(parts, list):
+        raise MalformedAnswerError("the message's content is neither text nor parts")
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and not _is_reasoning(part)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _is_reasoning(part: Mapping[str, Any]) -> bool:
+    # Gemini docs, Thinking: `thought` marks a summary of the reasoning.
+    return part.get("thought") is True or part.get("type") in _REASONING_PARTS
 
 
 def _is_plain(response: Mapping[str, Any], choice: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
     extras = [value for field, value in message.items() if field not in _PLAIN_MESSAGE_FIELDS]
-    several = isinstance(message.get("content"), list) or len(response["choices"]) > 1
+    several = isinstance(message.get("content"), (list, dict)) or len(response.get("choices") or ()) > 1
     return not (any(extras) or several or choice.get("logprobs"))
-
-
-def _usage_of(usage: object, price: Price | None) -> Usage | None:
-    """Return the reported usage, even if incomplete; None if nothing is reported."""
-    if not isinstance(usage, dict):
-        return None
-    prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
-    total, cost = _count(usage.get("total_tokens")), _reported_cost(usage)
-    if all(amount is None for amount in (prompt, completion, total, cost)):
-        return None
-    # Without any count, the computed cost would be 0.
-    if cost is None and (prompt is not None or completion is not None):
-        cost = _computed_cost(prompt or 0, completion or 0, price)
-    prompt, completion = prompt or 0, completion or 0
-    return Usage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=total or prompt + completion,
-        cost_usd=cost,
-    )
-
-
-def _count(value: object) -> int | None:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_AMOUNT:
-        return value
-    return None
-
-
-def _reported_cost(usage: Mapping[str, Any]) -> float | None:
-    reported = usage.get("estimated_cost")
-    if isinstance(reported, (int, float)) and not isinstance(reported, bool) and 0 <= reported <= MAX_AMOUNT:
-        return float(reported)
-    return None
-
-
-def _computed_cost(prompt: int, completion: int, price: Price | None) -> float | None:
-    if price is None:
-        return None
-    cost = (prompt * price.prompt + completion * price.completion) / TOKENS_PER_PRICE
-    return cost if math.isfinite(cost) else None

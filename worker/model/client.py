@@ -6,19 +6,36 @@ The openai SDK sends the requests. Its retries are off, because the worker retri
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import aiohttp
 import httpx2
 import openai
 
+from vqa_worker.messages.result import Usage
 from worker import __version__
-from worker.errors import MALFORMED_RESPONSE, Dependency, DependencyDownError, TransientError
+from worker.errors import (
+    MALFORMED_RESPONSE,
+    Dependency,
+    DependencyDownError,
+    JobError,
+    TransientError,
+)
 from worker.http.client import open_session
-from worker.model.answer import Answer, MalformedAnswerError, Price, parse_answer, parse_model_list
+from worker.model.answer import (
+    Answer,
+    ErrorInAnswerError,
+    MalformedAnswerError,
+    parse_answer,
+    parse_model_list,
+)
+from worker.model.answered_model import AnsweredModels
+from worker.model.content_encoding import ACCEPT_ENCODING
 from worker.model.errors import connection_lost, translate_status, unreachable, was_never_sent
 from worker.model.instrumentation import RequestObserver, observed_request
 from worker.model.request import RequestBody
 from worker.model.transport import AiohttpClient, parse_url
+from worker.model.usage import Price
 from worker.observability.redaction import Redactor
 
 CONNECT_TIMEOUT_S = 10.0
@@ -26,6 +43,7 @@ LIST_TIMEOUT_S = 30.0
 
 _OMITTED = dict.fromkeys(("x-stainless-retry-count", "x-stainless-read-timeout"), openai.Omit())
 _NO_MODEL_LIST = frozenset({404, 405, 501})
+_FAILURES = (openai.APIError, httpx2.HTTPError, TimeoutError, MalformedAnswerError, ErrorInAnswerError)
 
 
 class _Client(openai.AsyncOpenAI):
@@ -35,10 +53,15 @@ class _Client(openai.AsyncOpenAI):
         self, headers: Mapping[str, str], base_url: str, api_key: str, http_client: httpx2.AsyncClient
     ) -> None:
         super().__init__(base_url=base_url, api_key=api_key, max_retries=0, http_client=http_client)
-        self._headers = {
+        standard = {
             "Accept": "application/json",
+            "Accept-Encoding": ACCEPT_ENCODING,
             "Content-Type": "application/json",
             "User-Agent": f"vqa-worker/{__version__}",
+        }
+        configured = {name.lower() for name in headers}
+        self._headers = {
+            **{name: value for name, value in standard.items() if name.lower() not in configured},
             **headers,
         }
 
@@ -46,6 +69,13 @@ class _Client(openai.AsyncOpenAI):
     def default_headers(self) -> dict[str, str | openai.Omit]:
         """The headers of every request, without the API key."""
         return {**self._headers}
+
+    def error_of(self, error: ErrorInAnswerError) -> openai.APIStatusError:
+        """Return the SDK's error for an error in a 200 response, as if it had had its own status."""
+        request = httpx2.Request("POST", parse_url(str(self.base_url)))
+        return self._make_status_error_from_response(
+            httpx2.Response(error.status, content=error.body, request=request)
+        )
 
     def _prepare_url(self, url: str) -> httpx2.URL:
         # The SDK would parse the URL for each request, which takes 2 % of the CPU time of a job.
@@ -69,6 +99,7 @@ class Model:
         self._prices = prices
         self._redact = redact
         self._provider = _provider_name(base_url)
+        self._answered_models = AnsweredModels()
         # The SDK uses a complete URL as it is; it would join a path with the base URL for each request.
         self._url = f"{base_url.rstrip('/')}/chat/completions"
         self._client = _Client(headers, base_url, api_key, AiohttpClient(_open_session(timeout_s)))
@@ -92,8 +123,8 @@ class Model:
                         content=body,
                         options={"headers": {**_OMITTED, "Content-Length": str(body.length)}},
                     )
-                answer = parse_answer(response.content, self._prices.get(model))
-            except (openai.APIError, httpx2.HTTPError, TimeoutError, MalformedAnswerError) as error:
+                answer = self._parse(model, response)
+            except _FAILURES as error:
                 if (image_error := _image_error(error, body)) is not None:
                     raise image_error from None
                 took_s = time.monotonic() - started
@@ -124,6 +155,16 @@ class Model:
         """Close the connections."""
         await self._client.close()
 
+    def _parse(self, model: str, response: httpx2.Response) -> Answer:
+        """Return the answer in a 200 response.
+
+        Raises:
+            MalformedAnswerError, ErrorInAnswerError: see `parse_answer`.
+        """
+        answer = parse_answer(response.content, self._prices.get(model), response.headers)
+        self._answered_models.check(model, answer.answered_model)
+        return replace(answer, provider=self._provider)
+
     def _translate(
         self, error: Exception, observer: RequestObserver, took_s: float, *, is_sent: bool
     ) -> Exception:
@@ -132,11 +173,18 @@ class Model:
             case openai.APIStatusError():
                 observer.failed(str(error.status_code))
                 return translate_status(error, self._redact)
+            case ErrorInAnswerError():
+                observer.failed(str(error.status), ambiguous=error.is_partial, usage=error.usage)
+                return _with_usage(translate_status(self._client.error_of(error), self._redact), error.usage)
+            case openai.APIConnectionError(__cause__=httpx2.DecodingError() as cause):
+                observer.failed("malformed", ambiguous=True)
+                text = f"the API answered 200, but {cause}"
+                return TransientError(Dependency.MODEL, MALFORMED_RESPONSE, text)
             case MalformedAnswerError():
                 # The request has probably been billed.
-                observer.failed("malformed", ambiguous=True)
+                observer.failed("malformed", ambiguous=True, usage=error.usage)
                 text = f"the API answered 200, but {error}"
-                return TransientError(Dependency.MODEL, MALFORMED_RESPONSE, text)
+                return _with_usage(TransientError(Dependency.MODEL, MALFORMED_RESPONSE, text), error.usage)
             case _ if was_never_sent(error):
                 observer.failed("connection")
                 return unreachable(error)
@@ -147,6 +195,13 @@ class Model:
             case _:
                 observer.failed("connection", ambiguous=is_sent)
                 return connection_lost(error)
+
+
+def _with_usage(error: Exception, usage: Usage | None) -> Exception:
+    """Return the error with the usage of the answer that cannot be used, for the result of the job."""
+    if isinstance(error, JobError | TransientError):
+        error.usage = usage
+    return error
 
 
 def _image_error(error: Exception, body: RequestBody) -> Exception | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vqa_worker.messages.result import Usage
 from worker.model.answer import Answer
 from worker.observability import metrics
 from worker.observability.tracing import Span, spans
@@ -23,12 +24,12 @@ class RequestObserver:
         self._call.answered(answer.usage)
         self._span.answered(answer.usage, answer.finish_reason, answer.response)
 
-    def failed(self, code: str, *, ambiguous: bool = False) -> None:
+    def failed(self, code: str, *, ambiguous: bool = False, usage: Usage | None = None) -> None:
         """Record an HTTP status, or `timeout`, `connection` or `malformed`.
 
-        `ambiguous`: the request may have been billed.
+        `ambiguous`: the request may have been billed; `usage`: what the API reports of it.
         """
-        self._call.failed(code, ambiguous=ambiguous)
+        self._call.failed(code, ambiguous=ambiguous, usage=usage)
         self._span.failed(code)
 
 

@@ -75,6 +75,7 @@ class RequestBody(httpx2.AsyncByteStream):
 
     Attributes:
         length: in bytes.
+        service_tier: that the request asks for.
         failure: the error of the image that could not be read.
         is_sent: whether the whole body was passed to the connection.
     """
@@ -86,12 +87,14 @@ class RequestBody(httpx2.AsyncByteStream):
         *,
         names: Sequence[str] = (),
         on_sent: Callable[[], None] = lambda: None,
+        service_tier: str | None = None,
     ) -> None:
         """`names`: of the images, for error messages; `on_sent`: called when the whole body was sent."""
         self._parts = parts
         self._urls = [*urls]
         self._names = [*names, *(f"images[{n}]" for n in range(len(names), len(urls)))]
         self._on_sent = on_sent
+        self.service_tier = service_tier
         self.length = sum(map(len, parts)) + sum(url.length for url in urls)
         self.failure: TransientError | DependencyDownError | None = None
         self.is_sent = False

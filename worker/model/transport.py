@@ -14,6 +14,9 @@ import httpx2
 from yarl import URL
 
 from worker.http.client import proxy_options
+from worker.model.content_encoding import decode_content
+
+_ENCODING = b"content-encoding"
 
 # The first match counts. After the first five errors, nothing was sent.
 _ERRORS: tuple[tuple[type[Exception], type[httpx2.TransportError]], ...] = (
@@ -46,6 +49,7 @@ class AiohttpClient(httpx2.AsyncClient):
         Raises:
             httpx2.TransportError: it failed; after ConnectError, ConnectTimeout, ProxyError and
                 UnsupportedProtocol, nothing was sent.
+            httpx2.DecodingError: the body of a 2xx response cannot be decoded.
         """
         url = URL(str(request.url), encoded=True)
         with _translated():
@@ -59,15 +63,16 @@ class AiohttpClient(httpx2.AsyncClient):
                 **proxy_options(f"{url.scheme}://{url.authority}"),
             )
             try:
-                content = await response.read()
+                # `response.read` would wait until the whole request is sent, also after an early answer.
+                content = await response.content.read()
             finally:
                 # This closes only a connection that cannot be reused: one whose response came before the end
                 # of the request. Others are already back in the pool.
                 response.close()
         return httpx2.Response(
             response.status,
-            headers=response.raw_headers,
-            content=content,
+            headers=[(name, value) for name, value in response.raw_headers if name.lower() != _ENCODING],
+            content=_decode(response, content),
             request=request,
             extensions={"reason_phrase": (response.reason or "").encode()},
         )
@@ -86,6 +91,16 @@ def parse_url(url: httpx2.URL | str) -> httpx2.URL:
 
 class _NoTransport(httpx2.AsyncBaseTransport):
     """Keeps the base class from creating its own transport."""
+
+
+def _decode(response: aiohttp.ClientResponse, content: bytes) -> bytes:
+    try:
+        return decode_content(content, response.headers.get("Content-Encoding", ""))
+    except httpx2.DecodingError:
+        if response.ok:
+            raise
+        # The status says enough.
+        return b""
 
 
 @contextmanager

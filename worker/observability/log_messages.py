@@ -87,6 +87,8 @@ MESSAGES: Final[Mapping[str, str | Callable[[Fields], str]]] = {
     "model_paused": "The model {model} is paused, because it is unavailable: {reason}. Jobs for other models"
     " continue.",
     "model_resumed": "The model {model} is used again after {after_s:g} s.",
+    "model_substituted": "{answered_model} answered instead of {model}: the provider forwards requests, or"
+    " the name is an alias.",
     "out_of_memory": "The worker is out of memory and exits; RabbitMQ redelivers its jobs.",
     "prefetch_changed": "The prefetch changed from {before} to {allowed}.",
     "publish_failed": "A message to {routing_key} was not published: {reason}; retrying.",

@@ -343,21 +343,27 @@ class ModelCall:
     def answered(self, usage: Usage | None) -> None:
         """Record a response with a chat completion."""
         self._ended("200", error_type="")
+        self._billed(usage)
+
+    def failed(self, code: str, *, ambiguous: bool = False, usage: Usage | None = None) -> None:
+        """Record a failure: an HTTP status, `timeout`, `connection` or `malformed`."""
+        self._ended(code, error_type=code)
+        self._billed(usage)
+        if ambiguous:
+            series(AMBIGUOUS_CALLS, self._model).inc()
+
+    def _billed(self, usage: Usage | None) -> None:
+        """Count the tokens and the cost that are known."""
         if usage is None:
             return
         for ours, theirs, count in (
             ("prompt", "input", usage.prompt_tokens),
             ("completion", "output", usage.completion_tokens),
         ):
-            series(TOKENS, self._model, ours).inc(count)
-            series(GEN_AI_TOKEN_USAGE, "chat", self._provider, self._model, theirs).observe(count)
+            if count is not None:
+                series(TOKENS, self._model, ours).inc(count)
+                series(GEN_AI_TOKEN_USAGE, "chat", self._provider, self._model, theirs).observe(count)
         series(COST, self._model).inc(usage.cost_usd or 0.0)
-
-    def failed(self, code: str, *, ambiguous: bool = False) -> None:
-        """Record a failure: an HTTP status, `timeout`, `connection` or `malformed`."""
-        self._ended(code, error_type=code)
-        if ambiguous:
-            series(AMBIGUOUS_CALLS, self._model).inc()
 
     def _ended(self, code: str, error_type: str) -> None:
         series(MODEL_REQUESTS, self._model, code).inc()

@@ -41,8 +41,8 @@ class Tenants:
         tenant = self.of(metadata)
         if tenant is None or usage is None:
             return
-        metrics.series(metrics.TENANT_TOKENS, tenant, model, "prompt").inc(usage.prompt_tokens)
-        metrics.series(metrics.TENANT_TOKENS, tenant, model, "completion").inc(usage.completion_tokens)
+        metrics.series(metrics.TENANT_TOKENS, tenant, model, "prompt").inc(usage.prompt_tokens or 0)
+        metrics.series(metrics.TENANT_TOKENS, tenant, model, "completion").inc(usage.completion_tokens or 0)
         metrics.series(metrics.TENANT_COST, tenant, model).inc(usage.cost_usd or 0.0)
 
     def initialize_series(self, models: Collection[str]) -> None:

@@ -85,7 +85,13 @@ class ModelRequests:
             JobError, RateLimitedError, TransientError, DependencyDownError: see `ModelApi.complete`.
         """
         job, names = attempt.decoded_job_id, [image.name for image in request.images]
-        body = RequestBody(request.body_parts, images.urls, names=names, on_sent=images.mark_sent)
+        body = RequestBody(
+            request.body_parts,
+            images.urls,
+            names=names,
+            on_sent=images.mark_sent,
+            service_tier=request.service_tier,
+        )
         fetch_started, started = attempt.stage_started_at, self._clock.monotonic()
         attempt.enter("model", started)
         try:

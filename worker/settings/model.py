@@ -17,6 +17,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
+from vqa_worker.messages.job import PromptOrder
 from worker.settings.broker import BrokerSettings, secrets
 from worker.settings.faults import shown, variable
 from worker.settings.urls import ApiKey, HttpUrl, StoreUrl, shows_key
@@ -80,10 +81,14 @@ def _at_most_max_concurrency(initial: int, info: ValidationInfo) -> int:
 
 
 class Price(NamedTuple):
-    """Price of a model in USD per million tokens: `{"prompt": x, "completion": y}` or `[x, y]`."""
+    """Price of a model in USD per million tokens: `{"prompt": x, "completion": y}` or `[x, y]`.
+
+    `cached_prompt`: of prompt tokens that the provider has in its cache; None: as other prompt tokens.
+    """
 
     prompt: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     completion: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    cached_prompt: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
 
 
 class _EmptyLists(PydanticBaseSettingsSource):
@@ -150,6 +155,10 @@ class Settings(BrokerSettings):
     [performance](performance.md) for the memory that a pod needs."""
     max_images_per_job: Count = 16
     """Maximum number of images in a job."""
+    prompt_order: Annotated[PromptOrder, AnyCase] = "images_first"
+    """Whether the images or the question come first in the request, for jobs in the short form without
+    `prompt_order`. Providers cache common prefixes: use `question_first` if many jobs have the same question,
+    `images_first` if many have the same images."""
     send_image_detail: bool = False
     """Whether the field `detail` of a job's `image_url` is sent to the model API. OpenAI supports it,
     DeepInfra does not."""
@@ -170,6 +179,9 @@ class Settings(BrokerSettings):
     """Comma-separated models that jobs may use; must include `VQA_MODEL`."""
     model_timeout: Seconds = 120
     """Timeout of one model request in seconds. Raise it for long answers or slow models."""
+    flex_fallback: bool = False
+    """Whether a job with `"service_tier": "flex"` is sent in the default tier, which costs more, if the tier
+    `flex` has no capacity. Otherwise it waits, as for any rate limit."""
     job_timeout: Annotated[Seconds, Field(lt=JOB_TIMEOUT_CEILING_S)] = 600
     """Timeout of one delivery of a job in seconds, from receipt to ack: waiting, images, model requests and
     publishing. Less than 1740, because RabbitMQ's consumer timeout is 30 minutes."""
@@ -193,7 +205,8 @@ class Settings(BrokerSettings):
     put, delete and list objects there. Set a lifecycle rule that expires old objects."""
     prices: Annotated[dict[str, Price], JsonObject] = {}  # noqa: RUF012 - pydantic copies it
     """JSON object with prices in USD per million tokens: `{"model": {"prompt": 0.35, "completion": 0.4}}` or
-    `{"model": [0.35, 0.4]}`. Used for `cost_usd` if the provider does not report the cost."""
+    `{"model": [0.35, 0.4]}`. `cached_prompt` is the price of prompt tokens in the provider's cache; without
+    it, they cost as much as the others. Used for `cost_usd` if the provider does not report the cost."""
     include_response: bool = False
     """Whether every result includes the whole response body of the model API. By default only results whose
     answer is more than plain text do."""

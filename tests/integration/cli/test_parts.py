@@ -257,6 +257,21 @@ def test_malformed_results_are_collected_and_written_in_every_format(tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "cached_tokens": 2},
+         {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}),
+        ({"prompt_tokens": None, "completion_tokens": 4, "total_tokens": 7}, None),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_a_batch_line_has_no_usage_if_a_number_is_unknown(usage: Any, expected: Any) -> None:
+    result = {"id": "a", "status": "succeeded", "answer": "b", "provider": "p", "usage": usage}
+    line = batch.line_of("request-1", parse(json.dumps(result).encode()), 1)
+    assert line["response"]["body"]["usage"] == expected
+
+
+@pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"1", b'"x"', b"null", b'{"id": 5}', b"[" * 100_000, b"\xff"]
 )
 def test_a_body_without_an_id_is_a_result_of_an_unknown_job(body: bytes) -> None:

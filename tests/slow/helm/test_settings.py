@@ -129,7 +129,9 @@ def _as_loaded(settings: Settings, name: str) -> Any:
         prices: Mapping[str, Price] = loaded
         written = ci_values("full")["settings"]["prices"]
         return {
-            model: list(price) if isinstance(written[model], list) else price._asdict()
+            model: [it for it in price if it is not None]
+            if isinstance(written[model], list)
+            else {name: it for name, it in price._asdict().items() if it is not None}
             for model, price in prices.items()
         }
     return list(loaded) if isinstance(loaded, tuple) else loaded

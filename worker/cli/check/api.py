@@ -111,8 +111,8 @@ async def _asked(model: Model, settings: Settings) -> Finding:
 
 
 def _cost(answer: Answer) -> str:
-    if answer.usage is None:
+    if answer.usage is None or answer.usage.prompt_tokens is None:
         return ", no token usage reported"
-    tokens = f", {answer.usage.prompt_tokens} + {answer.usage.completion_tokens} tokens"
+    tokens = f", {answer.usage.prompt_tokens} + {answer.usage.completion_tokens or 0} tokens"
     cost = answer.usage.cost_usd
     return tokens if cost is None else f"{tokens}, ${cost:.6f}"

@@ -76,6 +76,8 @@ def line_of(custom_id: str, result: Mapping[str, Any], created: int) -> dict[str
 
 def _completion(digest: str, result: Mapping[str, Any], created: int) -> dict[str, Any]:
     """Rebuild the API's response from a result (`VQA_INCLUDE_RESPONSE` keeps the original)."""
+    # The format has no unknown numbers, and 0 would be wrong.
+    usage = {name: result["usage"].get(name) for name in TOKENS}
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": result["answer"], "refusal": None},
@@ -88,5 +90,5 @@ def _completion(digest: str, result: Mapping[str, Any], created: int) -> dict[st
         "created": created,
         "model": result["model"],
         "choices": [choice],
-        "usage": {name: result["usage"].get(name, 0) for name in TOKENS},
+        "usage": usage if None not in usage.values() else None,
     }

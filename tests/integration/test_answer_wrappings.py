@@ -1,0 +1,253 @@
+"""A model API whose answers come in every wrapping: each answer is used once and paid once."""
+
+import asyncio
+import base64
+import gzip
+import json
+import re
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from deploy.local.stack import Stack
+from tests.breaking import events
+from tests.conftest import PutImage, picture
+from tests.running import Client, Worker
+
+MARK = re.compile(rb"row-[0-9a-f]{32}")
+# The scripted API answers to requests larger than this without reading them.
+EARLY_BYTES = 1_000_000
+
+USAGE = {"prompt_tokens": 30, "completion_tokens": 4, "total_tokens": 34}
+COUNTED = {**USAGE, "cost_usd": None}
+BLOCKED = {"prompt_tokens": 30, "completion_tokens": 0, "total_tokens": 30}
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "A cat."}, "finish_reason": "stop"}
+    return {"object": "chat.completion", "model": "m-1", "choices": [choice], "usage": USAGE, **fields}
+
+
+def answer(body: Any, *headers: str, status: int = 200, kind: str = "application/json") -> bytes:
+    """Return the bytes of a response; `headers` are lines."""
+    raw = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
+    lines = [f"HTTP/1.1 {status} Reason", f"Content-Type: {kind}", f"Content-Length: {len(raw)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + raw
+
+
+def stream(*chunks: Any) -> bytes:
+    lines = [
+        ": OPENROUTER PROCESSING",
+        *(f"data: {json.dumps(chunk)}" for chunk in chunks),
+        "data: [DONE]",
+        "",
+    ]
+    return answer("\n\n".join(lines), kind="text/event-stream")
+
+
+def delta(content: str = "", finish_reason: str | None = None) -> dict[str, Any]:
+    choice = {"index": 0, "delta": {"content": content}, "finish_reason": finish_reason}
+    return {"object": "chat.completion.chunk", "model": "m-1", "choices": [choice]}
+
+
+GOOD = answer(completion())
+TEXT = json.dumps(completion())
+HALF = {"index": 0, "message": {"content": "A c"}, "finish_reason": "error"}
+
+
+@dataclass
+class ScriptedApi:
+    """A model API that answers to the requests with one mark with the next bytes of its script."""
+
+    port: int = 0
+    scripts: dict[str, Sequence[bytes]] = field(default_factory=dict)
+    requests: Counter[str] = field(default_factory=Counter)
+    early: bytes = b""
+    early_requests: int = 0
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator["ScriptedApi"]:
+        async with await asyncio.start_server(self._serve, "127.0.0.1", 0) as server:
+            self.port = server.sockets[0].getsockname()[1]
+            yield self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+                length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
+                if length > EARLY_BYTES:
+                    self.early_requests += 1
+                    writer.write(self.early)
+                    await writer.drain()
+                    return
+                response = self._next(await reader.readexactly(length))
+                writer.write(response)
+                await writer.drain()
+                if response.startswith(b"HTTP/1.0"):
+                    return
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        finally:
+            writer.close()
+
+    def _next(self, body: bytes) -> bytes:
+        found = MARK.search(body)
+        assert found is not None
+        mark = found[0].decode()
+        script = self.scripts[mark]
+        self.requests[mark] += 1
+        return script[min(self.requests[mark], len(script)) - 1]
+
+    async def ask(self, client: Client, *script: bytes, **fields: Any) -> tuple[dict[str, Any], int]:
+        """Publish a job; return its result and the number of its requests."""
+        mark = f"row-{uuid.uuid4().hex}"
+        self.scripts[mark] = script
+        reply = await client.ask(question=f"What is it? {mark}", **fields)
+        body: dict[str, Any] = reply.body
+        return body, self.requests[mark]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A worker with a scripted model API."""
+
+    api: ScriptedApi
+    worker: Worker
+    client: Client
+    image: str
+
+    async def ask(self, *script: bytes, **fields: Any) -> tuple[dict[str, Any], int]:
+        return await self.api.ask(self.client, *script, **{"images": [self.image], **fields})
+
+
+@pytest.fixture(scope="module")
+async def scene(
+    stack: Stack, put_image: PutImage, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Scene]:
+    async with ScriptedApi().serving() as api:
+        worker = Worker.of(
+            stack,
+            tmp_path_factory.mktemp("wrappings"),
+            VQA_MODEL_BASE_URL=f"http://localhost:{api.port}/v1",
+            VQA_MAX_ATTEMPTS="2",
+            VQA_RETRY_DELAYS="1",
+        )
+        try:
+            await worker.start()
+            async with Client.of(stack, worker) as client:
+                yield Scene(api, worker, client, put_image(picture()))
+            assert await worker.stop() == 0, worker.output()
+        finally:
+            worker.kill()
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        pytest.param(GOOD, id="plain"),
+        pytest.param(stream(delta("A "), delta("cat."), delta(finish_reason="stop"),
+                            {"choices": [], "usage": USAGE}), id="stream"),
+        pytest.param(answer(f": OPENROUTER PROCESSING\n\n{TEXT}"), id="comments"),
+        pytest.param(answer(f"\ufeff{TEXT}"), id="byte order mark"),
+        pytest.param(answer(f"\n\n{TEXT}\n<!-- cached -->\n"), id="text around it"),
+        pytest.param(answer(json.dumps(TEXT)), id="JSON in JSON"),
+        pytest.param(answer(TEXT, kind="text/html"), id="content type"),
+        pytest.param(answer(gzip.compress(TEXT.encode()), "Content-Encoding: gzip"), id="gzip"),
+        pytest.param(answer(TEXT, "Content-Encoding: br"), id="wrong label"),
+        pytest.param(answer(TEXT, f"X-Long: {'v' * 30_000}"), id="long header"),
+        pytest.param(answer(TEXT, *(f"X-{n}: v" for n in range(300))), id="many headers"),
+        pytest.param(answer(completion(error={"code": 400, "message": "a warning"})), id="error field"),
+        pytest.param(answer(completion(usage={name: str(n) for name, n in USAGE.items()})), id="text usage"),
+        pytest.param(answer(completion(usage={name: float(n) for name, n in USAGE.items()})), id="floats"),
+        pytest.param(f"HTTP/1.0 200 OK\r\n\r\n{TEXT}".encode(), id="until the end of the connection"),
+    ],
+)  # fmt: skip
+async def test_a_good_answer_is_used_and_paid_once(scene: Scene, response: bytes) -> None:
+    result, requests = await scene.ask(response)
+    assert (result["status"], result["answer"], requests) == ("succeeded", "A cat.", 1), result
+    assert (result["usage"], result["attempts"]) == (COUNTED, 1)
+    assert (result["provider"], result["answered_model"]) == ("localhost", "m-1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "usage"),
+    [
+        ({"choices": None, "usage": BLOCKED}, BLOCKED),
+        ({"choices": [{"message": None, "finish_reason": "content_filter"}], "usage": BLOCKED}, BLOCKED),
+        ({"choices": [], "usage": USAGE}, USAGE),
+        (
+            {"choices": [{"message": {"content": [{"type": "thinking", "text": "hm"}]}}], "usage": USAGE},
+            USAGE,
+        ),
+    ],
+)
+async def test_an_empty_answer_is_paid_once_and_its_usage_reported(
+    scene: Scene, fields: dict[str, Any], usage: Mapping[str, int]
+) -> None:
+    result, requests = await scene.ask(answer(fields))
+    assert (result["error"]["code"], requests) == ("empty_answer", 1)
+    assert result["usage"] == {**usage, "cost_usd": None}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ({"error": {"code": 400, "message": "the image is broken"}}, "model_rejected"),
+        ({"choices": [{"message": {"content": ""}, "error": {"code": 422, "message": "it is too long"}}]},
+         "model_rejected"),
+    ],
+)  # fmt: skip
+async def test_an_error_in_a_200_ends_the_job_by_its_code(scene: Scene, error: Any, code: str) -> None:
+    result, requests = await scene.ask(answer(error))
+    assert (result["error"]["code"], requests) == (code, 1)
+    assert re.search("the image is broken|it is too long", result["error"]["message"])
+
+
+@pytest.mark.parametrize(
+    ("first", "attempts"),
+    [
+        (answer({"error": {"code": 429, "message": "slow down"}}), 1),
+        (answer({"error": {"code": 502, "message": "bad gateway"}}), 2),
+        (answer({"choices": [], "usage": BLOCKED}), 2),
+        (answer({"choices": [HALF], "usage": USAGE}), 2),
+        (answer("A cat."), 2),
+        (answer(b"\x0b\x02\x80{}\x03", "Content-Encoding: br"), 2),
+    ],
+    ids=["429", "502", "no choice", "half an answer", "no JSON", "br"],
+)
+async def test_an_unusable_answer_is_requested_again(scene: Scene, first: bytes, attempts: int) -> None:
+    result, requests = await scene.ask(first, GOOD)
+    assert (result["status"], result["answer"]) == ("succeeded", "A cat."), result
+    assert (result["attempts"], requests) == (attempts, 2)
+
+
+async def test_half_an_answer_is_not_an_answer_and_its_usage_is_reported(scene: Scene) -> None:
+    before = scene.worker.metric("vqa_ambiguous_calls_total")
+    result, requests = await scene.ask(answer({"choices": [HALF], "usage": USAGE}))
+    assert (result["error"]["code"], requests) == ("attempts_exhausted", 2)
+    assert "interrupted" in result["error"]["message"]
+    assert result["usage"] is not None
+    assert result["usage"]["completion_tokens"] >= USAGE["completion_tokens"]
+    assert scene.worker.metric("vqa_ambiguous_calls_total") == before + 2
+
+
+async def test_an_answer_that_comes_before_the_end_of_the_request_is_used(scene: Scene) -> None:
+    scene.api.early = answer(
+        {"error": {"message": "the request is too large"}}, "Connection: close", status=413
+    )
+    image = picture() + b"\0" * 3 * EARLY_BYTES
+    url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    reply = await scene.client.ask(question="What is it?", images=[url])
+    assert reply.body["error"]["code"] == "model_rejected", reply.body
+    assert "the request is too large" in reply.body["error"]["message"]
+    assert scene.api.early_requests == 1
+
+
+async def test_no_wrapping_paused_the_worker(scene: Scene) -> None:
+    assert events(scene.worker, "consumption_paused") == []
