@@ -2,17 +2,16 @@
 
 import os
 import ssl
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
-from typing import Any, Literal, TypedDict
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Literal, TypedDict
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
-from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
-from worker.http.connection import Connection
+from worker.http.connection import Connector
 from worker.http.resolver import Resolver
 
 # The receive buffer of a response; aiohttp stops reading at twice this size.
@@ -46,7 +45,7 @@ def open_session(
         A session with an unlimited number of connections, because the number of jobs is limited.
     """
     return aiohttp.ClientSession(
-        connector=_Connector(
+        connector=Connector(
             limit=0, ssl=tls, keepalive_timeout=KEEP_ALIVE_S, ttl_dns_cache=60, resolver=Resolver()
         ),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),
@@ -58,15 +57,6 @@ def open_session(
         max_field_size=MAX_HEADER_BYTES,
         max_headers=MAX_HEADERS,
     )
-
-
-class _Connector(aiohttp.TCPConnector):
-    """A connector whose connections do not lose an answer that came before the end of the request."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        make: Callable[..., ResponseHandler] = Connection
-        self._factory = partial(make, loop=self._loop)
 
 
 def describe_failure(error: BaseException) -> str:

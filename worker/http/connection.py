@@ -2,10 +2,12 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
+import aiohttp
 from aiohttp.client_proto import ResponseHandler
 
 _READ_BYTES: Final = 64 * 1024
@@ -59,3 +61,12 @@ def _pending(transport: asyncio.BaseTransport) -> Iterator[bytes]:
         if not (data := os.read(descriptor, _READ_BYTES)):
             return
         yield data
+
+
+class Connector(aiohttp.TCPConnector):
+    """A connector that opens such connections; aiohttp has no public way to choose their class."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        make: Callable[..., ResponseHandler] = Connection
+        self._factory = partial(make, loop=self._loop)
