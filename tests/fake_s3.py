@@ -6,6 +6,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
+from xml.sax.saxutils import escape
 
 from aiohttp import web
 
@@ -67,7 +68,7 @@ class FakeS3:
             self.at_once -= 1
 
 
-def give(content: bytes, status: int = 200, **headers: str) -> Answer:
+def give(content: bytes, status: int = 200, /, **headers: str) -> Answer:
     """Respond with these bytes."""
 
     async def answer(_: web.BaseRequest) -> web.Response:
@@ -77,10 +78,30 @@ def give(content: bytes, status: int = 200, **headers: str) -> Answer:
     return answer
 
 
-def refuse(status: int, code: str, more: str = "", **headers: str) -> Answer:
+def refuse(status: int, code: str, more: str = "", message: str = "no", **headers: str) -> Answer:
     """Respond with an S3 error."""
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message>{more}</Error>"
+    body = (
+        f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{escape(message)}</Message>{more}</Error>"
+    )
     return give(body.encode(), status, Content_Type="application/xml", **headers)
+
+
+_SESSION = (
+    '<?xml version="1.0"?><CreateSessionResult><Credentials><SessionToken>the-session</SessionToken>'
+    "<SecretAccessKey>s</SecretAccessKey><AccessKeyId>AKIDSESSION</AccessKeyId>"
+    "<Expiration>2999-01-01T00:00:00Z</Expiration></Credentials></CreateSessionResult>"
+)
+
+
+def with_sessions(answer: Answer) -> Answer:
+    """Respond as `answer`, but first to CreateSession, which the SDK sends for a directory bucket."""
+
+    async def respond(request: web.BaseRequest) -> web.StreamResponse:
+        is_session = "session" in request.query
+        session = give(_SESSION.encode(), Content_Type="application/xml")
+        return await (session if is_session else answer)(request)
+
+    return respond
 
 
 def say(*pieces: bytes, pause_s: float = 0.0, closes: bool = True) -> Answer:

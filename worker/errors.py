@@ -177,6 +177,7 @@ class DependencyDownError(Exception):
         message: what happened and what to do, for an operator.
         model: only this model is concerned; empty: all.
         may_be_partial: only one bucket may be affected.
+        may_be_the_jobs: only one object may be affected: if others succeed, the job's attempts count.
         is_duplicate: another job reports the same failure, so this is not further evidence of an outage.
     """
 
@@ -187,6 +188,7 @@ class DependencyDownError(Exception):
         *,
         model: str = "",
         may_be_partial: bool = False,
+        may_be_the_jobs: bool = False,
         is_duplicate: bool = False,
     ) -> None:
         super().__init__(message)
@@ -194,6 +196,7 @@ class DependencyDownError(Exception):
         self.message = message
         self.model = model
         self.may_be_partial = may_be_partial
+        self.may_be_the_jobs = may_be_the_jobs
         self.is_duplicate = is_duplicate
 
     def duplicate(self) -> "DependencyDownError":
@@ -203,5 +206,6 @@ class DependencyDownError(Exception):
             self.message,
             model=self.model,
             may_be_partial=self.may_be_partial,
+            may_be_the_jobs=self.may_be_the_jobs,
             is_duplicate=True,
         )

@@ -1,6 +1,7 @@
 """S3 is unreachable, denies access, or is interrupted in the middle of an image."""
 
 import asyncio
+import itertools
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
 from tests.breaking import events, hasty, publish, results, said
 from tests.conftest import BUCKET, MakeClient, StartWorker, picture
-from tests.fake_s3 import FakeS3, refuse
+from tests.fake_s3 import Answer, FakeS3, give, refuse
 from tests.proxy import Proxy
 from tests.running import Client, Worker, calls_with, until
 
 PICTURE_BYTES = 100_000
+PAGE = b"<html><head><title>A proxy</title></head></html>"
 
 
 def put(stack: Stack) -> str:
@@ -225,15 +227,27 @@ async def faked_s3(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -
         (400, "ExpiredToken", "the credentials have expired"),
         (403, "InvalidAccessKeyId", "check the AWS credentials"),
         (403, "RequestTimeTooSkewed", "clock is wrong"),
+        (403, "AccountProblem", "the account has a problem"),
         (503, "SlowDown", "S3 answered 503 SlowDown"),
         (500, "InternalError", "S3 answered 500 InternalError"),
+        (400, "Throttling", "S3 answered 400 Throttling"),
+        (429, "", "answered 429"),
+        (408, "", "answered 408"),
+        (409, "OperationAborted", "S3 answered 409 OperationAborted"),
+        (425, "", "answered 425"),
+        (301, "PermanentRedirect", "AWS_REGION or VQA_S3_ENDPOINT_URL"),
+        (400, "AuthorizationHeaderMalformed", "the signature's region is wrong"),
+        *[(status, "", "check VQA_S3_ENDPOINT_URL") for status in (301, 400, 401, 403, 404, 405)],
+        (407, "", "the proxy requires a user name"),
+        (403, "NeverHeardOf", "3 different jobs in a row failed: s3_refused, S3 answered 403 NeverHeardOf"),
+        (400, "KMS.DisabledException", "is it disabled or deleted?"),
     ],
 )
 async def test_an_s3_that_denies_all_requests_pauses_the_worker_and_uses_no_attempt(
     faked_s3: FakedS3, status: int, code: str, says: str
 ) -> None:
     well, pauses = faked_s3.s3.answer, len(faked_s3.pauses())
-    faked_s3.s3.answer = refuse(status, code)
+    faked_s3.s3.answer = refuse(status, code) if code else give(PAGE, status)
     try:
         ids = await faked_s3.publish(6, "What is it?")
         http_status, (reason,) = await said(faked_s3.worker, "paused")
@@ -246,6 +260,63 @@ async def test_an_s3_that_denies_all_requests_pauses_the_worker_and_uses_no_atte
         faked_s3.s3.answer = well
     await faked_s3.succeed(ids)
     assert faked_s3.pauses()[pauses:] == ["s3"]
+
+
+async def test_a_throttled_queue_loses_no_job_and_no_attempt(faked_s3: FakedS3) -> None:
+    """Every other request is throttled, with a status that is not a server error."""
+    well, answered = faked_s3.s3.answer, itertools.count()
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        return await (well if next(answered) % 2 else refuse(400, "SlowDown"))(request)
+
+    faked_s3.s3.answer = answer
+    try:
+        await faked_s3.succeed(await faked_s3.publish(60, "What is it?"))
+    finally:
+        faked_s3.s3.answer = well
+
+
+WRONG_CHECKSUM = give(picture(), x_amz_checksum_crc32="AAAAAA==")
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "says"),
+    [
+        (refuse(404, "NoSuchBucket"), "image_not_found", "no bucket of this name"),
+        (refuse(403, "InvalidObjectState"), "image_forbidden", "archived"),
+        (refuse(403, "NeverHeardOf", message="Ask my owner."), "image_forbidden", "Ask my owner."),
+        (refuse(400, "KMS.DisabledException"), "image_forbidden", "is it disabled or deleted?"),
+        (WRONG_CHECKSUM, "image_corrupt", "checksum"),
+        (give(PAGE, 404), "attempts_exhausted", "check VQA_S3_ENDPOINT_URL"),
+        (refuse(500, "InternalError"), "attempts_exhausted", "S3 answered 500 InternalError"),
+    ],
+    ids=["bucket", "archived", "unknown", "KMS", "checksum", "page", "failing"],
+)
+async def test_one_object_among_good_ones_fails_alone_and_ends(
+    faked_s3: FakedS3, answer: Answer, code: str, says: str
+) -> None:
+    well, bad = faked_s3.s3.answer, f"{uuid.uuid4().hex}.png"
+
+    async def respond(request: web.BaseRequest) -> web.StreamResponse:
+        return await (answer if bad in request.raw_path else well)(request)
+
+    faked_s3.s3.answer = respond
+    try:
+        (bad_id,) = await faked_s3.publish(1, "What is it?", bad)
+        good: list[str] = []
+        while bad_id not in faked_s3.client.replies:
+            good += await faked_s3.publish(5, "What is it?")
+            await results(faked_s3.client, good)
+    finally:
+        faked_s3.s3.answer = well
+    error = faked_s3.client.replies[bad_id][0].body["error"]
+    assert error["code"] == code
+    assert says in error["message"]
+    await faked_s3.succeed(good)
+    # The log has the reason, without the key.
+    assert bad.removesuffix(".png") not in "".join(
+        str(line.get("reason")) for line in events(faked_s3.worker, "job_finished")
+    )
 
 
 async def test_throttling_of_one_object_is_not_an_outage_and_uses_no_attempt(

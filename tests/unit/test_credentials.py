@@ -72,7 +72,7 @@ def refused(code: str) -> ClientError:
 def cache_of(chain: CredentialProvider) -> CredentialsCache:
     session: Session = get_session()
     session.get_component("credential_provider").insert_before("env", chain)
-    return CredentialsCache(session)
+    return CredentialsCache(lambda: session)
 
 
 async def keys(cache: CredentialsCache, times: int = 1) -> list[str | None]:
@@ -187,7 +187,7 @@ async def test_a_chain_without_credentials_is_asked_again() -> None:
     chain = Empty()
     session = get_session()
     session.get_component("credential_provider").providers[:] = [chain]
-    cache = CredentialsCache(session)
+    cache = CredentialsCache(lambda: session)
     with pytest.raises(NoCredentialsError):
         await keys(cache)
     chain.given = Chain(60 * MINUTE_S).load()

@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -136,7 +137,7 @@ def test_an_embedded_image_is_decoded_in_slices() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        b"A", b"AAAAA", b"AA=A", b"AAAA=", b"====", b"AA==AA==", b"A===", b"AAA==", b"AA-_", b"AA*A",
+        b"A", b"AAAAA", b"AA=A", b"AAAA=", b"====", b"AA==AA==", b"A===", b"AAA==", b"AA%A", b"AA*A",
         b"\xc3\xa9AA", b"AAAA\x00AAA", b"AA==AA", b"AA== A",
     ],
 )  # fmt: skip
@@ -181,9 +182,49 @@ def test_escapes_that_are_not_base64_are_rejected(escape: bytes) -> None:
         b"".join(decode_slices(memoryview(b"AAAA" + escape + b"AAAA")))
 
 
-@given(text=st.text(alphabet="AB/+= \n-", max_size=30).map(str.encode))
+@pytest.mark.parametrize("size", range(100, 130))
+def test_the_url_safe_alphabet_and_percent_encoding_are_decoded(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.images.encoding._SLICE_CHARS", 32)
+    content = (b"\xff\xfb\xef\xbe" * 40)[:size]
+    text = base64.b64encode(content)
+    lines = b"\r\n".join(text[start : start + 60] for start in range(0, len(text), 60))
+    encoded = [
+        base64.urlsafe_b64encode(content),
+        base64.urlsafe_b64encode(content).rstrip(b"="),
+        quote(text, safe="").encode(),
+        re.sub(rb"%..", lambda found: found[0].lower(), quote(text, safe="").encode()),
+        quote(lines, safe="").encode(),
+    ]
+    assert [b"".join(decode_slices(memoryview(it))) for it in encoded] == [content] * len(encoded)
+
+
+@pytest.mark.parametrize("before", [0, 256 * 1024 - 4, 256 * 1024, 600_000])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"AA*A", "character {2} is '*'"),
+        (b"AAAA\x00AAA", "character {4} is '\\x00'"),
+        (b"\xc3\xa9AA", "character {0} is 'é'"),
+        (b"AA%41", "character {2} is '%'"),
+        (rb"A\"AA", "character {1} is '\"'"),
+        (b"AA==AA==", "character {4} comes after the padding"),
+        (b"AA= =\nAA", "character {6} comes after the padding"),
+        (b"AA%3D%3DAA", "character {8} comes after the padding"),
+        (b"A", "its end is missing or its padding is wrong"),
+    ],
+)
+def test_the_first_wrong_character_is_named(text: bytes, says: str, before: int) -> None:
+    expected = re.sub(r"\{(\d)\}", lambda found: str(before + int(found[1]) + 1), says)
+    with pytest.raises(ValueError, match=r".+") as caught:
+        b"".join(decode_slices(memoryview(b"A" * before + text)))
+    assert str(caught.value) == expected
+
+
+@given(text=st.text(alphabet="AB/+= \n-*", max_size=30).map(str.encode))
 def test_slices_are_as_strict_as_the_whole(text: bytes) -> None:
-    bare = bytes(byte for byte in text if byte not in b" \n")
+    bare = bytes(byte for byte in text if byte not in b" \n").replace(b"-", b"+")
     # Python's decoder accepts more padding than is valid.
     is_whole = re.fullmatch(rb"([AB/+]{4})*([AB/+]{2}={0,2}|[AB/+]{3}=?)?", bare)
     expected = base64.b64decode(bare + b"=" * (-len(bare) % 4), validate=True) if is_whole else None

@@ -11,14 +11,17 @@ import yarl
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vqa_worker.messages.conversation import ImageRef
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.errors import JobError
+from worker.images.loader import display_name
 from worker.images.source import (
     MAX_KEY_BYTES,
     Embedded,
     Link,
     Source,
     SourcePolicy,
+    of_version,
     parse_source,
 )
 from worker.s3.aws import S3Object
@@ -109,6 +112,63 @@ def test_a_bucket_that_matches_no_glob_is_not_allowed(bucket: str) -> None:
     expected = ErrorCode.INVALID_JOB if bucket == "*" else ErrorCode.IMAGE_SOURCE_NOT_ALLOWED
     assert refusal(f"s3://{bucket}/k") is expected
     assert refusal("s3://good/k", NOWHERE) is ErrorCode.IMAGE_SOURCE_NOT_ALLOWED
+
+
+# Access points
+
+ACCESS_POINT = "arn:aws:s3:eu-central-1:123456789012:accesspoint/cats"
+
+
+@pytest.mark.parametrize(
+    "bucket",
+    [
+        ACCESS_POINT,
+        "arn:aws:s3:eu-central-1:123456789012:accesspoint:cats",
+        "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint/cats",
+        "arn:aws:s3-object-lambda:eu-central-1:123456789012:accesspoint/cats",
+        "arn:aws:s3-outposts:eu-central-1:123456789012:outpost/op-01/accesspoint/cats",
+    ],
+)
+@pytest.mark.parametrize("key", ["k", "a/b/c.png", "accesspoint/other/k"])
+def test_an_access_point_is_named_by_its_arn(bucket: str, key: str) -> None:
+    for globs in (["*"], ["arn:*"], [bucket], [f"{bucket.rpartition(':')[0]}:*"]):
+        assert where(f"s3://{bucket}/{key}", SourcePolicy(globs, [])) == S3Object(bucket, key)
+
+
+@pytest.mark.parametrize(
+    "glob", ["*cats", "cats", "*accesspoint*", "a*", "arn:aws:s3:eu-west-1:*", ACCESS_POINT[:-1], "[a]*"]
+)
+def test_globs_of_buckets_do_not_allow_access_points(glob: str) -> None:
+    assert refusal(f"s3://{ACCESS_POINT}/k", SourcePolicy([glob], [])) is ErrorCode.IMAGE_SOURCE_NOT_ALLOWED
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"s3://{ACCESS_POINT}",
+        f"s3://{ACCESS_POINT}/",
+        f"s3://{ACCESS_POINT}{'s' * 50}/k",
+        "s3://arn:aws:s3::123456789012:accesspoint/mfzwi23gnjvgw.mrap/k",
+        "s3://arn:aws:iam::123456789012:user/cats/k",
+        "s3://arn:aws:s3:::bucket/k",
+    ],
+)
+def test_other_arns_make_the_job_invalid(url: str) -> None:
+    assert refusal(url, ANYWHERE) is ErrorCode.INVALID_JOB
+
+
+# Versions
+
+
+def test_a_version_is_of_an_object_in_s3_only() -> None:
+    assert of_version(where("s3://good/k"), "v1", NAME) == S3Object("good", "k", "v1")
+    assert of_version(where("s3://good/k"), None, NAME) == S3Object("good", "k")
+    for url in ("https://good.example/", "data:image/png;base64,AA=="):
+        source = where(url)
+        assert of_version(source, None, NAME) is source
+        with pytest.raises(JobError, match="version_id is only for s3:// images") as caught:
+            of_version(source, "v1", NAME)
+        assert caught.value.code is ErrorCode.INVALID_JOB
 
 
 # HTTPS URLs
@@ -294,6 +354,34 @@ def test_other_data_urls_make_the_job_invalid(url: str) -> None:
 )  # fmt: skip
 def test_every_other_scheme_is_not_allowed(url: str) -> None:
     assert refusal(url, ANYWHERE) is ErrorCode.IMAGE_SOURCE_NOT_ALLOWED
+
+
+BARE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BARE,
+        BARE[:12],
+        f" {BARE}",
+        "\n".join(BARE[start : start + 20] for start in range(0, len(BARE), 20)),
+        f"image/png;base64,{BARE}",
+        f"base64,{BARE}",
+        f"dat:image/png;base64,{BARE}",
+        f" data:image/png;base64,{BARE}",
+        "/9j/4AAQSkZJRgABAQ",
+        "UklGRiIAAABXRUJQ",
+        "Q29udGVudCBvZiBhbm90aGVyIGtpbmQsIGxvbmcgZW5vdWdo",
+    ],
+)
+def test_base64_without_a_prefix_is_not_echoed(text: str) -> None:
+    name = display_name(ImageRef("images[0]", text))
+    with pytest.raises(JobError, match="base64 needs the prefix data:image/png;base64,") as caught:
+        parse_source(text, name, ANYWHERE, b"")
+    assert caught.value.code is ErrorCode.IMAGE_SOURCE_NOT_ALLOWED
+    assert caught.value.message.startswith(f"images[0] (text of {len(text)} characters): ")
+    assert not any(part in caught.value.message for part in ("iVBOR", "/9j", "UklGR", "Q29u", "RU5Erk"))
 
 
 @given(url=st.text(max_size=40), policy=st.sampled_from([ANYWHERE, GOOD, NOWHERE]))

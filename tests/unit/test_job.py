@@ -47,7 +47,10 @@ EXTRAS = st.dictionaries(st.text(max_size=8).map(lambda name: f"x{name}"), VALUE
 
 URLS = st.text(max_size=20)
 DETAILS = st.sampled_from(["auto", "low", "high"])
-IMAGE_OBJECTS = st.fixed_dictionaries({"url": URLS}, optional={"detail": st.none() | DETAILS})
+VERSIONS = st.none() | st.text("aB3._-+/", min_size=1, max_size=20)
+IMAGE_OBJECTS = st.fixed_dictionaries(
+    {"url": URLS}, optional={"detail": st.none() | DETAILS, "version_id": VERSIONS}
+)
 TEXT_PARTS = st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=10)})
 IMAGE_PARTS = st.fixed_dictionaries(
     {
@@ -235,6 +238,8 @@ def test_a_moderately_nested_body_is_read_and_echoed() -> None:
         ("images", []), ("images", "s3://b/k"), ("images", {"url": "s3://b/k"}), ("images", [1]),
         ("images", [None]), ("images", [["s3://b/k"]]), ("images", [{}]), ("images", [{"url": 1}]),
         ("images", [{"url": None}]),
+        ("images", [{"url": "u", "version_id": 1}]), ("images", [{"url": "u", "version_id": ""}]),
+        ("images", [{"url": "u", "version_id": "a b"}]), ("images", [{"url": "u", "version_id": "x" * 1025}]),
         ("images", [{"url": "u", "detail": 1}]), ("images", [{"url": "u", "details": "low"}]),
         ("system", 1), ("system", ["s"]),
         ("prompt_order", "images"), ("prompt_order", 1), ("prompt_order", ["images_first"]),
@@ -254,6 +259,7 @@ def test_a_moderately_nested_body_is_read_and_echoed() -> None:
         ("messages", saying({"type": "image_url", "image_url": {}})),
         ("messages", saying({"type": "image_url", "image_url": {"url": 1}})),
         ("messages", saying({"type": "image_url", "image_url": {"url": "", "detail": 1}})),
+        ("messages", saying({"type": "image_url", "image_url": {"url": "", "version_id": "\n"}})),
     ],
 )  # fmt: skip
 def test_an_invalid_value_is_rejected_and_its_field_is_named(field: str, value: Any) -> None:
@@ -628,6 +634,7 @@ def test_the_long_form_is_sent_unchanged_except_for_its_urls(
             if isinstance(part, dict) and part["type"] == "image_url":
                 given_urls.append(part["image_url"]["url"])
                 part["image_url"]["url"] = "placeholder"
+                part["image_url"].pop("version_id", None)
                 if not send_detail or part["image_url"].get("detail") is None:
                     part["image_url"].pop("detail", None)
     assert [ref.url for ref in conversation.images()] == given_urls

@@ -77,6 +77,8 @@ def test_the_key_depends_on_everything_in_the_model_request() -> None:
         {"images": ["s3://b/k", LARGE]},
         {"images": [SMALL, "s3://b/k"]},
         {"images": [LARGE, "s3://b/other"]},
+        {"images": [LARGE, {"url": "s3://b/k", "version_id": "1"}]},
+        {"images": [LARGE, {"url": "s3://b/k", "version_id": "2"}]},
         {"params": {"seed": 1}},
         {"prompt_order": "question_first"},
     ]

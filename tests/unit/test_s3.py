@@ -3,11 +3,12 @@
 import asyncio
 import base64
 import gzip
+import hashlib
 import os
 import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +17,21 @@ from aiohttp import web
 from botocore.exceptions import NoCredentialsError
 
 from tests.authority import Authority
-from tests.fake_s3 import Answer, Asked, FakeS3, give, head, refuse, say
+from tests.fake_s3 import Answer, FakeS3, give, head, refuse, say, with_sessions
 from tests.running import until
+from tests.unit.s3 import CONTENT, CREDENTIALS, FAR, HOME, IMAGE, SDK_IMAGE, an_s3, fault, isolate, read
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.errors import Dependency, DependencyDownError, JobError, TransientError
 from worker.http.client import proxy_options
+from worker.s3 import credentials
 from worker.s3.aws import AddressingStyle, Aws, Endpoint, S3ConfigurationError, S3Object, ca_bundle
 from worker.s3.client import S3
 from worker.s3.conditional_store import ConditionalStore
 
-CONTENT = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 100
-IMAGE = S3Object("photos", "cats/cat.png")
-HOME = "eu-central-1"
-FAR = "eu-west-3"
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "AKIDUSUAL", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": HOME}
-
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Set credentials in the environment; ignore the machine's own configuration."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("", "_S3", "_STS"):
-        monkeypatch.delenv(f"AWS_ENDPOINT_URL{name}", raising=False)
-    monkeypatch.delenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", raising=False)
-    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    proxy_options.cache_clear()
+    isolate(monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -59,37 +40,10 @@ async def fake() -> AsyncIterator[FakeS3]:
         yield fake
 
 
-@asynccontextmanager
-async def an_s3(url: str | None, style: AddressingStyle = "auto") -> AsyncIterator[S3]:
-    s3 = S3(Aws(Endpoint(url, style)))
-    try:
-        yield s3
-    finally:
-        await s3.close()
-
-
-async def read(s3: S3, source: S3Object = IMAGE) -> bytes:
-    async with asyncio.timeout(30):
-        reading = await s3.open(source)
-        try:
-            content = b"".join([bytes(piece) async for piece in reading])
-        finally:
-            reading.close()
-    assert len(content) == reading.size
-    return content
-
-
 def moved(status: int) -> Answer:
     """Return a redirect to the other region."""
     code = "PermanentRedirect" if status == 301 else "TemporaryRedirect"
     return refuse(status, code, f"<Region>{FAR}</Region>", x_amz_bucket_region=FAR)
-
-
-async def fault(url: str) -> Exception:
-    async with an_s3(url) as s3:
-        with pytest.raises((JobError, TransientError, DependencyDownError)) as caught:
-            await read(s3)
-    return caught.value
 
 
 # Settings
@@ -188,7 +142,7 @@ def test_an_invalid_endpoint_in_a_variable_of_the_sdk_is_an_error(
 async def test_the_endpoint_in_the_sdks_own_variable_is_read(
     fake: FakeS3, monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
-    """Buckets of another region, which the SDK's client reads, work too."""
+    """Buckets of another region are there too."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         if "/far/" in request.raw_path and fake.asked[-1].signed_by[1] != FAR:
@@ -264,7 +218,184 @@ async def test_a_check_works_without_ranges_and_with_short_empty_or_missing_obje
     assert caught.value.code is ErrorCode.IMAGE_NOT_FOUND
 
 
+# Versions, public and requester-pays buckets, access points
+
+
+VERSION = S3Object("photos", "cats/cat.png", "3HL4kqtJlcpXroDTDmJ+rmSpXd3d/IbrHY")
+
+
+async def test_one_version_is_read_and_linked(fake: FakeS3) -> None:
+    encoded = "versionId=3HL4kqtJlcpXroDTDmJ%2BrmSpXd3d%2FIbrHY"
+    async with an_s3(fake.url) as s3:
+        assert await read(s3, VERSION) == CONTENT
+        await s3.read_beginning(VERSION, 12)
+        assert encoded in await s3.link(VERSION, 60)
+    assert fake.targets == [f"/photos/cats/cat.png?{encoded}"] * 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refuse(404, "NoSuchVersion"),
+        refuse(400, "InvalidArgument", message="Invalid version id specified"),
+        refuse(405, "MethodNotAllowed", x_amz_delete_marker="true"),
+        refuse(404, "NoSuchKey", x_amz_delete_marker="true"),
+    ],
+)
+async def test_a_missing_or_deleted_version_is_missing(fake: FakeS3, answer: Answer) -> None:
+    fake.answer = answer
+    error = await fault(fake.url, VERSION)
+    assert isinstance(error, JobError)
+    assert error.code is ErrorCode.IMAGE_NOT_FOUND
+
+
+async def test_requester_pays_is_signed_and_in_links(fake: FakeS3) -> None:
+    async with an_s3(fake.url, requester_pays=True) as s3:
+        assert await read(s3) == CONTENT
+        assert "x-amz-request-payer=requester" in await s3.link(IMAGE, 60)
+    assert fake.asked[0].headers["x-amz-request-payer"] == "requester"
+    assert "x-amz-request-payer" in fake.asked[0].headers["authorization"]
+
+
+async def test_public_buckets_are_read_without_a_signature_or_credentials(
+    fake: FakeS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    async with an_s3(fake.url, unsigned=["photos", "public-*"]) as s3:
+        assert await read(s3) == CONTENT
+        assert await s3.read_beginning(VERSION, 12) == (len(CONTENT), CONTENT[:12])
+        assert await s3.link(IMAGE, 60) == f"{fake.url}/photos/cats/cat.png"
+        with pytest.raises(DependencyDownError, match="credentials"):
+            await read(s3, S3Object("private", "cat.png"))
+    assert all("authorization" not in asked.headers for asked in fake.asked)
+    assert len(fake.asked) == 2
+
+
+async def test_other_buckets_are_signed_all_the_same(fake: FakeS3) -> None:
+    async with an_s3(fake.url, unsigned=["public"]) as s3:
+        await read(s3)
+    assert fake.asked[0].signed_by == ("AKIDUSUAL", HOME)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "url", "signed_for"),
+    [
+        (
+            "arn:aws:s3:eu-west-3:123456789012:accesspoint/cats",
+            "https://cats-123456789012.s3-accesspoint.eu-west-3.amazonaws.com/cat.png",
+            "eu-west-3/s3",
+        ),
+        (
+            "arn:aws:s3:eu-central-1:123456789012:accesspoint:cats",
+            "https://cats-123456789012.s3-accesspoint.eu-central-1.amazonaws.com/cat.png",
+            "eu-central-1/s3",
+        ),
+        (
+            "arn:aws:s3-object-lambda:eu-west-3:123456789012:accesspoint/cats",
+            "https://cats-123456789012.s3-object-lambda.eu-west-3.amazonaws.com/cat.png",
+            "eu-west-3/s3-object-lambda",
+        ),
+    ],
+)
+@pytest.mark.parametrize("style", ["auto", "path", "virtual"])
+async def test_access_points_are_addressed_and_signed_in_their_region(
+    style: AddressingStyle, bucket: str, url: str, signed_for: str
+) -> None:
+    aws = Aws(Endpoint(None, style))
+    signed = await aws.sign(S3Object(bucket, "cat.png"))
+    assert signed.url == url
+    assert f"/{signed_for}/aws4_request" in signed.headers["Authorization"]
+    assert (await aws.link(S3Object(bucket, "cat.png"), 60)).startswith(f"{url}?")
+
+
+@pytest.mark.parametrize(
+    ("url", "style", "arn"),
+    [
+        ("http://127.0.0.1:9", "auto", "arn:aws:s3:eu-west-3:123456789012:accesspoint/cats"),
+        ("http://127.0.0.1:9", "path", "arn:aws:s3:eu-west-3:123456789012:accesspoint/cats"),
+        (None, "auto", "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint/cats"),
+    ],
+)
+async def test_an_access_point_that_this_s3_cannot_have_is_the_job_s_error(
+    url: str | None, style: AddressingStyle, arn: str
+) -> None:
+    """A publisher that names one must not stop the worker."""
+    async with an_s3(url, style) as s3:
+        for read_it in (s3.open(S3Object(arn, "k")), s3.link(S3Object(arn, "k"), 60)):
+            with pytest.raises(JobError) as caught:
+                await read_it
+            assert caught.value.code is ErrorCode.INVALID_JOB
+
+
+async def test_an_access_point_whose_host_does_not_exist_does_not_stop_the_worker() -> None:
+    arn = "arn:aws:s3:eu-nowhere-9:123456789012:accesspoint/cats"
+    async with an_s3("http://s3.invalid", "virtual") as s3:
+        with pytest.raises(DependencyDownError, match="access point cannot be reached") as caught:
+            await s3.open(S3Object(arn, "k"))
+    assert caught.value.may_be_partial
+    assert caught.value.may_be_the_jobs
+
+
 # Changing credentials
+
+
+def write_keys(tmp_path: Path, name: str) -> None:
+    (tmp_path / "credentials").write_text(
+        f"[default]\naws_access_key_id = {name}\naws_secret_access_key = secret\n"
+    )
+
+
+@pytest.fixture
+def shared_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Keys in the shared credentials file only."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    write_keys(tmp_path, "AKIDOLD")
+    return tmp_path
+
+
+@pytest.mark.parametrize("source", [IMAGE, SDK_IMAGE], ids=["aiohttp", "SDK"])
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(403, "InvalidAccessKeyId"), (403, "SignatureDoesNotMatch"), (400, "ExpiredToken")],
+)
+async def test_keys_renewed_in_the_shared_file_are_read_when_s3_rejects_the_old_ones(
+    fake: FakeS3, shared_file: Path, status: int, code: str, source: S3Object
+) -> None:
+    valid = "AKIDOLD"
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        is_valid = fake.asked[-1].signed_by[0] in (valid, "AKIDSESSION")
+        return await (with_sessions(give(CONTENT)) if is_valid else refuse(status, code))(request)
+
+    fake.answer = answer
+    async with an_s3(fake.url) as s3:
+        assert await read(s3, source) == CONTENT
+        valid = "AKIDNEW"
+        if source is IMAGE:
+            # The session of a directory bucket would stay valid for minutes.
+            with pytest.raises(DependencyDownError, match=code):
+                await read(s3, source)
+        write_keys(shared_file, "AKIDNEW")
+        assert await asyncio.gather(*[read(s3, source) for _ in range(4)]) == [CONTENT] * 4
+
+
+async def test_links_are_signed_with_renewed_keys_after_a_minute(
+    shared_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [time.monotonic()]
+    monkeypatch.setattr(credentials, "time", type("Clock", (), {"monotonic": lambda: clock[0]}))
+    async with an_s3("http://127.0.0.1:9") as s3:
+        assert "AKIDOLD" in await s3.link(IMAGE, 60)
+        write_keys(shared_file, "AKIDNEW")
+        assert "AKIDOLD" in await s3.link(IMAGE, 60)
+        clock[0] += 61
+
+        async def is_new() -> bool:
+            return "AKIDNEW" in await s3.link(IMAGE, 60)
+
+        await until(is_new, "the new keys are used")
 
 
 SCRIPT = """
@@ -431,24 +562,15 @@ async def test_sts_is_called_in_the_region_of_either_variable(
 # Buckets of other regions
 
 
-SESSION = (
-    '<?xml version="1.0"?><CreateSessionResult><Credentials><SessionToken>the-session</SessionToken>'
-    "<SecretAccessKey>s</SecretAccessKey><AccessKeyId>AKIDSESSION</AccessKeyId>"
-    "<Expiration>2999-01-01T00:00:00Z</Expiration></Credentials></CreateSessionResult>"
-)
-
-
 def directory_bucket(fake: FakeS3) -> Answer:
     """A fake S3 that requires CreateSession first."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        if "session" in request.query:
-            return await give(SESSION.encode(), Content_Type="application/xml")(request)
         if fake.asked[-1].headers.get("x-amz-s3session-token") != "the-session":
             return await refuse(400, "InvalidRequest")(request)
         return await give(CONTENT)(request)
 
-    return answer
+    return with_sessions(answer)
 
 
 async def test_a_directory_bucket_is_read_and_presigned_with_a_session(fake: FakeS3) -> None:
@@ -475,30 +597,81 @@ async def test_a_presigned_url_is_signed_for_the_bucket_s_region_once_it_is_know
     assert "X-Amz-Expires=60" in link
 
 
-def is_sdk(asked: Asked) -> bool:
-    return "boto3" in asked.headers.get("user-agent", "").lower()
-
-
 @pytest.mark.parametrize("status", [301, 307])
-async def test_only_a_permanent_redirect_is_remembered(fake: FakeS3, status: int) -> None:
-    """S3 redirects temporarily only while a bucket is new; later the SDK's blocking client is not needed."""
-
+async def test_the_region_of_a_redirect_is_remembered(fake: FakeS3, status: int) -> None:
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         return await (give(CONTENT) if fake.asked[-1].signed_by[1] == FAR else moved(status))(request)
 
     fake.answer = answer
     async with an_s3(fake.url) as s3:
         assert await read(s3) == CONTENT
-        assert not is_sdk(fake.asked[0])
-        assert is_sdk(fake.asked[-1])
-        fake.asked.clear()
         assert await read(s3) == CONTENT
-        assert is_sdk(fake.asked[0]) is (status == 301)
-        fake.answer = give(CONTENT)
-        fake.asked.clear()
+    assert [asked.signed_by[1] for asked in fake.asked] == [HOME, FAR, FAR]
+
+
+async def test_a_bucket_that_moves_is_found_again(fake: FakeS3) -> None:
+    home = FAR
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if fake.asked[-1].signed_by[1] == home:
+            return await give(CONTENT)(request)
+        return await refuse(301, "PermanentRedirect", x_amz_bucket_region=home)(request)
+
+    fake.answer = answer
+    async with an_s3(fake.url) as s3:
         assert await read(s3) == CONTENT
-        (asked,) = fake.asked
-        assert is_sdk(asked) is (status == 301)
+        home = HOME
+        assert await read(s3) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(301, "PermanentRedirect"), (400, "IllegalLocationConstraintException")]
+)
+async def test_a_region_that_the_answer_does_not_name_is_asked_for(
+    fake: FakeS3, status: int, code: str
+) -> None:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if request.method == "HEAD":
+            return await give(b"", 403, x_amz_bucket_region=FAR)(request)
+        return await (give(CONTENT) if fake.asked[-1].signed_by[1] == FAR else refuse(status, code))(request)
+
+    fake.answer = answer
+    async with an_s3(fake.url) as s3:
+        assert await asyncio.gather(*[read(s3) for _ in range(5)]) == [CONTENT] * 5
+        assert await s3.read_beginning(IMAGE, 12) == (len(CONTENT), CONTENT[:12])
+
+
+@pytest.mark.parametrize("source", [IMAGE, SDK_IMAGE], ids=["aiohttp", "SDK"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        give(b"", 301, Location="https://s3.example/photos/cats/cat.png"),
+        give(b"", 308, Location="https://s3.example/photos/cats/cat.png"),
+        refuse(301, "PermanentRedirect"),
+        moved(301),
+        moved(307),
+        refuse(400, "AuthorizationHeaderMalformed", f"<Region>{FAR}</Region>"),
+        refuse(400, "IllegalLocationConstraintException"),
+    ],
+    ids=["http to https", "308", "no region", "301 for ever", "307 for ever", "malformed", "location"],
+)
+async def test_redirects_that_lead_nowhere_are_followed_once(
+    fake: FakeS3, answer: Answer, source: S3Object
+) -> None:
+    """An earlier version sent requests until the stack overflowed."""
+    fake.answer = with_sessions(answer)
+    error = await fault(fake.url, source)
+    assert isinstance(error, DependencyDownError)
+    assert "VQA_S3_ENDPOINT_URL" in error.message or "AWS_REGION" in error.message
+    assert error.may_be_partial
+    assert len(fake.asked) <= 3
+
+
+async def test_a_redirect_to_https_names_the_address(fake: FakeS3) -> None:
+    fake.answer = give(b"", 301, Location="https://user:pass@s3.example/photos/cats/cat.png?a=b")
+    error = await fault(fake.url)
+    assert isinstance(error, DependencyDownError)
+    assert "(a redirect to https://s3.example)" in error.message
 
 
 @pytest.mark.parametrize("s3_is_closed", [False, True], ids=["while S3 is open", "after S3 is closed"])
@@ -507,14 +680,9 @@ async def test_a_stalled_read_of_the_sdk_can_be_closed_without_blocking(
 ) -> None:
     """A thread waits for the body; the thread that closes it waits for its reads, not the event loop."""
 
-    async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        if fake.asked[-1].signed_by[1] != FAR:
-            return await moved(301)(request)
-        return await say(head(10**6), CONTENT, closes=False)(request)
-
-    fake.answer = answer
+    fake.answer = with_sessions(say(head(10**6), CONTENT, closes=False))
     async with an_s3(fake.url) as s3:
-        reading = await s3.open(IMAGE)
+        reading = await s3.open(SDK_IMAGE)
 
         async def read_on() -> None:
             await anext(aiter(reading))
@@ -633,12 +801,10 @@ async def test_another_status_without_an_s3_error_code_is_not_s3(fake: FakeS3, s
     [
         (say(head(len(CONTENT)), CONTENT[:-1]), "connection to S3 was lost"),
         (say(head(len(CONTENT))), "connection to S3 was lost"),
-        (say(head(None, "Connection: close"), CONTENT), "Content-Length"),
-        (say(head(None, "Transfer-Encoding: chunked"), b"4\r\nabcd\r\n0\r\n\r\n"), "Content-Length"),
-        (say(b"SSH-2.0-OpenSSH\r\n"), ""),
+        (say(head(None, "Transfer-Encoding: chunked"), b"4\r\nabcd\r\n"), "connection to S3 was lost"),
         (say(), ""),
     ],
-    ids=["short", "nothing", "no length", "chunked", "another protocol", "closed"],
+    ids=["short", "nothing", "chunked and short", "closed"],
 )
 async def test_an_incomplete_object_is_a_transient_error(fake: FakeS3, answer: Any, words: str) -> None:
     fake.answer = answer
@@ -646,6 +812,147 @@ async def test_an_incomplete_object_is_a_transient_error(fake: FakeS3, answer: A
     assert isinstance(error, TransientError)
     assert (error.dependency, error.reason) == (Dependency.S3, "connection_error")
     assert words in error.message
+
+
+# Bytes that are not HTTP; the second are a TLS server's alert to http://.
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n", b"\x15\x03\x01\x00\x02\x02F"])
+async def test_a_server_of_another_protocol_is_not_s3(fake: FakeS3, answer: bytes) -> None:
+    fake.answer = say(answer)
+    error = await fault(fake.url)
+    assert isinstance(error, DependencyDownError)
+    assert "not HTTP: check VQA_S3_ENDPOINT_URL" in error.message
+    assert error.may_be_partial
+
+
+async def test_a_web_page_instead_of_an_object_is_not_s3(fake: FakeS3) -> None:
+    """The console of a store answers so at every path."""
+    fake.answer = give(b"<!doctype html><title>Console</title>", Content_Type="text/html; charset=utf-8")
+    error = await fault(fake.url)
+    assert isinstance(error, DependencyDownError)
+    assert "web page instead of an object: check VQA_S3_ENDPOINT_URL" in error.message
+    fake.answer = give(CONTENT, Content_Type="text/html", x_amz_request_id="1")
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT
+
+
+LONG = CONTENT * 40  # more than an object without a size that is kept in memory
+
+
+def chunked(content: bytes) -> Answer:
+    """Respond with Transfer-Encoding: chunked."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        for start in range(0, len(content), 100_000):
+            await response.write(content[start : start + 100_000])
+        await response.write_eof()
+        return response
+
+    return answer
+
+
+@pytest.mark.parametrize("source", [IMAGE, SDK_IMAGE], ids=["aiohttp", "SDK"])
+@pytest.mark.parametrize("content", [b"", CONTENT, LONG], ids=["empty", "small", "large"])
+@pytest.mark.parametrize("way", ["chunked", "HTTP/1.0", "closed at the end"])
+async def test_an_object_without_content_length_is_read(
+    fake: FakeS3, way: str, content: bytes, source: S3Object
+) -> None:
+    answer = {
+        "chunked": chunked(content),
+        "HTTP/1.0": say(b"HTTP/1.0 200 OK\r\n\r\n", content),
+        "closed at the end": say(head(None, "Connection: close"), content),
+    }[way]
+    fake.answer = with_sessions(answer)
+    async with an_s3(fake.url) as s3:
+        assert await read(s3, source) == content
+        assert await s3.read_beginning(source, 12) == (len(content), content[:12])
+
+
+@pytest.mark.parametrize("source", [IMAGE, SDK_IMAGE], ids=["aiohttp", "SDK"])
+async def test_an_object_without_content_length_is_read_up_to_the_limit(
+    fake: FakeS3, source: S3Object
+) -> None:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        while True:
+            await response.write(CONTENT)
+
+    fake.answer = with_sessions(answer)
+    s3 = S3(Aws(Endpoint(fake.url, "auto")), max_unsized_bytes=len(LONG))
+    try:
+        async with asyncio.timeout(30):
+            assert (await s3.open(source)).size > len(LONG)
+    finally:
+        await s3.close()
+
+
+@pytest.mark.parametrize("source", [IMAGE, SDK_IMAGE], ids=["aiohttp", "SDK"])
+async def test_long_and_many_response_headers_are_accepted(fake: FakeS3, source: S3Object) -> None:
+    long = {"x_amz_meta_long": "v" * 20_000}
+    # The SDK's HTTP library accepts a hundred.
+    many = {f"x_amz_meta_{n}": "v" for n in range(50 if source is SDK_IMAGE else 400)}
+    fake.answer = with_sessions(give(CONTENT, **long, **many))
+    async with an_s3(fake.url) as s3:
+        assert await read(s3, source) == CONTENT
+
+
+CHECKSUMS = {
+    "crc32": zlib.crc32(LONG).to_bytes(4, "big"),
+    "sha1": hashlib.sha1(LONG).digest(),  # noqa: S324 - S3's algorithm
+    "sha256": hashlib.sha256(LONG).digest(),
+}
+
+
+@pytest.mark.parametrize("source", [IMAGE, SDK_IMAGE], ids=["aiohttp", "SDK"])
+@pytest.mark.parametrize("has_size", [True, False], ids=["with its size", "chunked"])
+@pytest.mark.parametrize("algorithm", CHECKSUMS)
+async def test_a_checksum_is_verified(fake: FakeS3, algorithm: str, has_size: bool, source: S3Object) -> None:
+    right = base64.b64encode(CHECKSUMS[algorithm]).decode()
+    header = f"x-amz-checksum-{algorithm}"
+
+    def respond(content: bytes) -> Answer:
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            response = web.StreamResponse(headers={header: right})
+            if has_size:
+                response.content_length = len(content)
+            else:
+                response.enable_chunked_encoding()
+            await response.prepare(request)
+            await response.write(content)
+            await response.write_eof()
+            return response
+
+        return with_sessions(answer)
+
+    fake.answer = respond(LONG)
+    async with an_s3(fake.url) as s3:
+        assert await read(s3, source) == LONG
+    assert fake.asked[-1].headers["x-amz-checksum-mode"] == "ENABLED"
+    fake.answer = respond(LONG[:-1] + b"x")
+    error = await fault(fake.url, source)
+    assert isinstance(error, JobError)
+    assert error.code is ErrorCode.IMAGE_CORRUPT
+    assert "checksum" in error.message
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x_amz_checksum_crc32": "AAAAAA==-2"},
+        {"x_amz_checksum_crc32": "AAAAAA==", "x_amz_checksum_type": "COMPOSITE"},
+        {"x_amz_checksum_crc64nvme": "AAAAAAAAAAA="},
+        {"x_amz_checksum_crc32": "not base64"},
+    ],
+    ids=["of parts", "composite", "another algorithm", "malformed"],
+)
+async def test_a_checksum_that_cannot_be_verified_is_ignored(fake: FakeS3, headers: dict[str, str]) -> None:
+    fake.answer = give(CONTENT, **headers)
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT
 
 
 async def test_bytes_after_the_object_are_ignored(fake: FakeS3) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vqa_worker.messages.job import ImageObject, ImagePart, Job, PromptOrder
+from vqa_worker.messages.job import ImageObject, ImagePart, ImageUrl, Job, PromptOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +15,13 @@ class ImageRef:
         location: its place in the job, such as `images[0]`.
         url: as the job gives it.
         detail: the requested level of detail.
+        version_id: of the S3 object; None: the current version.
     """
 
     location: str
     url: str
     detail: str | None = None
+    version_id: str | None = None
 
 
 class Conversation:
@@ -31,10 +33,9 @@ class Conversation:
     def images(self) -> list[ImageRef]:
         """Return all images, in order."""
         if self._job.messages is None:
-            return [_image_ref(n, image) for n, image in enumerate(self._job.images or ())]
+            return [_image_ref(f"images[{n}]", image) for n, image in enumerate(self._job.images or ())]
         return [
-            ImageRef(f"messages[{m}].content[{p}]", part.image_url.url, part.image_url.detail)
-            for m, p, part in self._image_parts()
+            _image_ref(f"messages[{m}].content[{p}]", part.image_url) for m, p, part in self._image_parts()
         ]
 
     def render(
@@ -53,6 +54,8 @@ class Conversation:
         for m, p, _ in self._image_parts():
             image_url = messages[m]["content"][p]["image_url"]
             image_url["url"] = url
+            # For the worker, not for the model API.
+            image_url.pop("version_id", None)
             if not send_detail or image_url.get("detail") is None:
                 image_url.pop("detail", None)
         return messages
@@ -80,6 +83,7 @@ class Conversation:
         return [question] if system is None else [{"role": "system", "content": system}, question]
 
 
-def _image_ref(number: int, image: str | ImageObject) -> ImageRef:
-    url, detail = (image, None) if isinstance(image, str) else (image.url, image.detail)
-    return ImageRef(f"images[{number}]", url, detail)
+def _image_ref(location: str, image: str | ImageObject | ImageUrl) -> ImageRef:
+    if isinstance(image, str):
+        return ImageRef(location, image)
+    return ImageRef(location, image.url, image.detail, image.version_id)

@@ -32,15 +32,18 @@ DESCRIPTIONS: Final[Mapping[ErrorCode, str]] = {
     " data URLs, or a body larger than `VQA_MAX_JOB_BYTES`. If the body has no readable id, a"
     " copy goes to the dead-letter queue; a result is then published only if the message has a `message_id`,"
     " a `reply_to` or a `correlation_id`.",
-    ErrorCode.IMAGE_NOT_FOUND: "S3 has no such object. (Without permission to list the bucket, S3 reports a"
-    " missing object as forbidden.)",
-    ErrorCode.IMAGE_FORBIDDEN: "S3 denies the worker access to this object.",
+    ErrorCode.IMAGE_NOT_FOUND: "S3 has no such object, bucket or version. (Without permission to list the"
+    " bucket, S3 reports a missing object as forbidden.)",
+    ErrorCode.IMAGE_FORBIDDEN: "S3 denies the worker access to this object, or refuses it for another reason"
+    " while others are read: it is archived, or encrypted with a key that the worker may not use. The message"
+    " contains S3's own.",
     ErrorCode.IMAGE_SOURCE_NOT_ALLOWED: "The bucket is not in `VQA_ALLOWED_BUCKETS`, the link's host is not"
     " in `VQA_ALLOWED_LINK_HOSTS`, or the URL has another scheme, `http://` included.",
     ErrorCode.IMAGE_TOO_LARGE: "The image is larger than `VQA_MAX_IMAGE_BYTES`.",
     ErrorCode.IMAGE_UNSUPPORTED_TYPE: "The content is not JPEG, PNG or WebP. With `VQA_IMAGE_DELIVERY=link`"
     " the model API checks the type and size of S3 images, not the worker.",
-    ErrorCode.IMAGE_CORRUPT: "The image is empty, or its base64 is invalid.",
+    ErrorCode.IMAGE_CORRUPT: "The image is empty, its base64 is invalid (the message names the first wrong"
+    " character), or it differs from the checksum that S3 has stored for it.",
     ErrorCode.TOO_MANY_IMAGES: "The job has more images than `VQA_MAX_IMAGES_PER_JOB`.",
     ErrorCode.MODEL_REJECTED: "The model API rejects this request permanently (400, 413, 422, its content"
     " policy; 403 for this job while others succeed). The message contains the error message of the API.",

@@ -27,6 +27,8 @@ MAX_METADATA_BYTES = 16 * 1024
 # The worker sets these itself: they decide what is billed and how the response is read.
 RESERVED_PARAMS = frozenset({"model", "messages", "stream", "n"})
 MAX_DEADLINE_CHARS = 64
+# Amazon S3 user guide, "How S3 Versioning works": version IDs are at most 1,024 bytes.
+MAX_VERSION_ID_CHARS = 1024
 
 # Providers cache common prefixes of requests: the images of a document, or the same question.
 PromptOrder: TypeAlias = Literal["images_first", "question_first"]
@@ -89,18 +91,32 @@ class _Open(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
 
+_DETAIL = "Dropped unless `VQA_SEND_IMAGE_DETAIL=true`."
+VersionId = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=MAX_VERSION_ID_CHARS,
+        pattern=r"^[!-~]*$",
+        description="Version of the S3 object. Default: the current one. Only for `s3://` URLs.",
+    ),
+]
+
+
 class ImageUrl(_Open):
     """The URL of an image: `s3://bucket/key`, `https://…` or `data:image/…;base64,…`."""
 
     url: str
-    detail: str | None = Field(default=None, description="Dropped unless `VQA_SEND_IMAGE_DETAIL=true`.")
+    detail: str | None = Field(default=None, description=_DETAIL)
+    version_id: VersionId = None
 
 
 class ImageObject(_Strict):
     """The object form of an image in the short form."""
 
     url: str
-    detail: str | None = Field(default=None, description="Dropped unless `VQA_SEND_IMAGE_DETAIL=true`.")
+    detail: str | None = Field(default=None, description=_DETAIL)
+    version_id: VersionId = None
 
 
 class TextPart(_Open):

@@ -79,9 +79,14 @@ async def open_s3(settings: Settings, stack: AsyncExitStack) -> S3:
     Raises:
         S3ConfigurationError: the AWS configuration is invalid.
     """
-    endpoint = Endpoint(settings.s3_endpoint_url, settings.s3_addressing_style)
+    endpoint = Endpoint(
+        settings.s3_endpoint_url,
+        settings.s3_addressing_style,
+        requester_pays=settings.s3_requester_pays,
+        unsigned=settings.s3_unsigned,
+    )
     # In a thread, since it reads files.
-    s3 = S3(await asyncio.to_thread(Aws, endpoint))
+    s3 = S3(await asyncio.to_thread(Aws, endpoint), max_unsized_bytes=settings.max_image_bytes)
     stack.push_async_callback(s3.close)
     return s3
 

@@ -20,6 +20,7 @@ from worker.images.source import (
     Link,
     Source,
     SourcePolicy,
+    of_version,
     parse_source,
 )
 from worker.images.urls import BufferedUrl, StreamedUrl
@@ -113,7 +114,9 @@ class ImageLoader:
             )
         names = [display_name(ref) for ref in refs]
         return [
-            ImageSource(name, parse_source(ref.url, name, self._policy, body))
+            ImageSource(
+                name, of_version(parse_source(ref.url, name, self._policy, body), ref.version_id, name)
+            )
             for ref, name in zip(refs, names, strict=True)
         ]
 
@@ -224,8 +227,8 @@ class ImageLoader:
                 beginning = beginning or piece
                 size += len(piece)
                 await asyncio.sleep(0)
-        except ValueError:
-            raise JobError(ErrorCode.IMAGE_CORRUPT, "the base64 is invalid") from None
+        except ValueError as error:
+            raise JobError(ErrorCode.IMAGE_CORRUPT, f"the base64 is invalid: {error}") from None
         self._check_size(size)
         opened.inline_bytes += size
         prefix = _data_url_prefix(beginning)
@@ -285,6 +288,7 @@ def _errors_name(name: str) -> Iterator[None]:
             error.reason,
             message,
             log_message=log_message,
+            refused=error.refused,
             is_duplicate=error.is_duplicate,
         ) from None
 

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from vqa_worker.messages.data_urls import payload
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.errors import Explanation, JobError
+from worker.observability.redaction import is_bare_base64
 from worker.s3.aws import S3Object
 
 # S3: object keys are at most 1,024 bytes of UTF-8 (Amazon S3 user guide, "Naming objects").
@@ -16,6 +17,13 @@ MAX_S3_URL_CHARS = 2048
 MAX_LINK_CHARS = 16 * 1024
 
 _S3 = re.compile(r"s3://(?P<bucket>[^/]*)/?(?P<key>.*)", re.IGNORECASE | re.DOTALL)
+# Access points, also of Object Lambda and Outposts (Amazon S3 user guide, "Access point ARNs"). Those of
+# several regions have no region in their ARN and need another signature.
+_ACCESS_POINT = re.compile(
+    r"[sS]3://(?P<bucket>arn:aws[a-z-]*:s3(?:-object-lambda|-outposts)?:[a-z0-9-]+:[0-9]{12}:"
+    r"(?:outpost[:/][a-z0-9-]+[:/])?accesspoint[:/][a-z0-9-]{3,50})/(?P<key>.+)",
+    re.DOTALL,
+)
 # Strict, because URL parsers disagree about backslashes and blanks, which could bypass an allow-list.
 _LINK = re.compile(
     r"(?ai:https)://(?:[^/?#@\\\s\x00-\x1f\x7f]*@)?(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
@@ -96,9 +104,23 @@ def parse_source(url: str, name: str, policy: SourcePolicy, body: bytes) -> Sour
         return _parse_link(url, name, policy.allowed_link_hosts)
     if scheme.startswith("data:"):
         return _parse_data(url, name, body)
-    raise _error(
-        name, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, "must be an s3://bucket/key, https:// or data: URL"
-    )
+    text = "must be an s3://bucket/key, https:// or data: URL"
+    if is_bare_base64(url):
+        text += "; base64 needs the prefix data:image/png;base64, (with its type)"
+    raise _error(name, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, text)
+
+
+def of_version(source: Source, version_id: str | None, name: str) -> Source:
+    """Return the source of one version of an object; `name`: as for `parse_source`.
+
+    Raises:
+        JobError: it is not an object in S3.
+    """
+    if version_id is None:
+        return source
+    if not isinstance(source, S3Object):
+        raise _error(name, ErrorCode.INVALID_JOB, "version_id is only for s3:// images")
+    return replace(source, version_id=version_id)
 
 
 def _error(name: str, code: ErrorCode, text: str) -> JobError:
@@ -107,15 +129,18 @@ def _error(name: str, code: ErrorCode, text: str) -> JobError:
 
 
 def _parse_s3(url: str, name: str, allowed: Sequence[str]) -> S3Object:
-    match = _S3.fullmatch(url)
+    access_point = _ACCESS_POINT.fullmatch(url)
+    match = access_point or _S3.fullmatch(url)
     bucket, key = (match["bucket"], match["key"]) if match else ("", "")
-    if not _BUCKET.fullmatch(bucket) or not key:
+    if not (access_point or _BUCKET.fullmatch(bucket)) or not key:
         raise _error(name, ErrorCode.INVALID_JOB, "must be s3://bucket/key with a bucket and a key")
     if _CONTROL.search(key):
         raise _error(name, ErrorCode.INVALID_JOB, "the object key contains control characters")
     if len(key.encode()) > MAX_KEY_BYTES:
         raise _error(name, ErrorCode.INVALID_JOB, f"the object key is longer than {MAX_KEY_BYTES} bytes")
-    if not _matches(bucket, allowed):
+    # A glob such as `*-photos` is for buckets, and not for access points of other accounts.
+    globs = [glob for glob in allowed if glob == "*" or glob.startswith("arn:")] if access_point else allowed
+    if not _matches(bucket, globs):
         text = f"bucket {bucket} is not in VQA_ALLOWED_BUCKETS"
         raise _error(name, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, text)
     return S3Object(bucket, key)

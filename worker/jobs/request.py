@@ -204,7 +204,13 @@ def _store_key(job: Job, images: Sequence[ImageSource], model: str, rules: Reque
     messages = _messages(conversation, "", rules)
     # A long data URL of a decoded job only refers to the body.
     urls = [
-        image.source.text if isinstance(image.source, Embedded) else ref.url.encode()
+        image.source.text if isinstance(image.source, Embedded) else _identity(ref)
         for ref, image in zip(conversation.images(), images, strict=True)
     ]
     return fingerprint(job.id or "", model, messages, job.params or {}, urls)
+
+
+def _identity(ref: ImageRef) -> bytes:
+    """Return what the key depends on: another version of an object is another image."""
+    # No URL contains a line break.
+    return ref.url.encode() if ref.version_id is None else f"{ref.url}\n{ref.version_id}".encode()

@@ -108,7 +108,7 @@ class Model:
         """Send one request, limited to `VQA_MODEL_TIMEOUT` and to `time_left_s`.
 
         Raises:
-            JobError: the API rejects this request permanently.
+            JobError: the API rejects this request permanently, or an image is corrupt.
             RateLimitedError: the API answered 429.
             TransientError: the request or the reading of an image failed with a transient error.
             DependencyDownError: the API, or the source of an image, is unreachable or rejects every request.

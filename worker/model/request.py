@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import httpx2
 import pydantic_core
 
-from worker.errors import Dependency, DependencyDownError, Explanation, TransientError
+from worker.errors import Dependency, DependencyDownError, Explanation, JobError, TransientError
 
 # Replaces the URLs of images while the JSON is created. Publishers cannot know it.
 PLACEHOLDER = uuid.uuid4().hex
@@ -96,7 +96,7 @@ class RequestBody(httpx2.AsyncByteStream):
         self._on_sent = on_sent
         self.service_tier = service_tier
         self.length = sum(map(len, parts)) + sum(url.length for url in urls)
-        self.failure: TransientError | DependencyDownError | None = None
+        self.failure: JobError | TransientError | DependencyDownError | None = None
         self.is_sent = False
         self._waited_s = 0.0
         # The index of the image that is being read now, and since when.
@@ -120,7 +120,7 @@ class RequestBody(httpx2.AsyncByteStream):
         """Yield the body in pieces; a small one in one piece, to send it in one write.
 
         Raises:
-            TransientError, DependencyDownError: an image could not be read; also stored in `failure`.
+            JobError, TransientError, DependencyDownError: an image could not be read; also in `failure`.
         """
         try:
             if self.length <= SMALL_BYTES:
@@ -129,7 +129,7 @@ class RequestBody(httpx2.AsyncByteStream):
                 async for piece in self._pieces():
                     yield piece
                     del piece  # free it before the next one is created
-        except (TransientError, DependencyDownError) as error:
+        except (JobError, TransientError, DependencyDownError) as error:
             self.failure = error
             raise
         self._urls.clear()

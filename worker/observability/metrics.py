@@ -85,7 +85,8 @@ RETRY_REASONS: Final = (
         "http_409",
         "http_403",
     ),
-    *("model_unavailable", "model_paused", "s3_unavailable", "result_store_unavailable", "internal_error"),
+    *("model_unavailable", "model_paused", "s3_unavailable", "s3_refused", "result_store_unavailable"),
+    "internal_error",
 )
 DEAD_LETTER_REASONS: Final = (ErrorCode.ATTEMPTS_EXHAUSTED, ErrorCode.INVALID_JOB)
 

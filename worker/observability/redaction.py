@@ -41,6 +41,8 @@ _AUTHORIZATION: Final = re.compile(
 )
 _BEARER: Final = re.compile(rf"(\bbearer\s)([\w.~+/=-]{{{MIN_TOKEN_CHARS},}}+)", re.IGNORECASE | re.ASCII)
 _SCHEME: Final = re.compile(r"(?:[a-z][a-z0-9+.-]*+:)?[/\\]*+", re.IGNORECASE)
+# Images begin so in base64 (PNG, JPEG, WebP, GIF, PDF, HEIC); other base64 is told by its length.
+_BARE_BASE64: Final = re.compile(r"\s*+(?:iVBOR|/9j/|UklGR|R0lGOD|JVBERi|AAAA|[A-Za-z0-9+/_=%\s-]{32})")
 # C0, DEL, C1, line and paragraph separators, and bidirectional formatting characters.
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -91,11 +93,20 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else _SURROGATE.sub("\ufffd", _CONTROL.sub(" ", text))
 
 
+def is_bare_base64(url: str) -> bool:
+    """Return whether something in the place of an image's URL can be base64, without `data:`."""
+    return "://" not in url[:MAX_DISPLAY_CHARS] and (
+        _BARE_BASE64.match(url) is not None or "base64," in url[:MAX_DISPLAY_CHARS].lower()
+    )
+
+
 def display_url(url: str) -> str:
-    """Return a URL for a message: without secrets, shortened, printable."""
+    """Return a URL for a message: without secrets and image data, shortened, printable."""
     scheme = url[:5].lower()
     if scheme == "data:":
         return "data: URL"
+    if is_bare_base64(url):
+        return f"text of {len(url)} characters"
     url = url[: 64 * 1024]
     shown = url if scheme == "s3://" else _without_secrets(url)
     # Escaping only lengthens: one character more than fits is enough, and escaping all of it takes long.

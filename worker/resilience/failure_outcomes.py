@@ -5,7 +5,7 @@ from typing import Final
 
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import TIMER_SLACK_S, Clock
-from worker.errors import MALFORMED_RESPONSE, DependencyDownError, Explanation, TransientError
+from worker.errors import MALFORMED_RESPONSE, Dependency, DependencyDownError, Explanation, TransientError
 from worker.jobs.attempt import Attempt
 from worker.jobs.outcome import Outcome, Retried
 from worker.jobs.outcome_builder import OutcomeBuilder, requeued, retried, retried_uncounted
@@ -53,7 +53,9 @@ class FailureOutcomes:
             return self._stopped_by_outage(attempt, error.model, f"{error.dependency} is down")
         if diagnosis is Diagnosis.CLEARED and error.refused:
             self._detector.end_job(error.dependency, job, error.model)
-            return self._outcomes.failed(attempt, ErrorCode.MODEL_REJECTED, error.explanation)
+            is_image = error.dependency is Dependency.S3
+            code = ErrorCode.IMAGE_FORBIDDEN if is_image else ErrorCode.MODEL_REJECTED
+            return self._outcomes.failed(attempt, code, error.explanation)
         if diagnosis is Diagnosis.PENDING:
             self._detector.count_attempt(error.dependency, job, failed_at, error.model)
         outcome = self.after_counted_failure(attempt, error.reason, error.explanation)
@@ -71,7 +73,7 @@ class FailureOutcomes:
         if diagnosis is not Diagnosis.CLEARED:
             return self._stopped_by_outage(attempt, error.model, error.message)
         reason, why = f"{error.dependency}_unavailable", Explanation.loggable(error.message)
-        if error.may_be_partial:
+        if error.may_be_partial and not error.may_be_the_jobs:
             return self._uncounted(attempt, reason, why)
         outcome = self.after_counted_failure(attempt, reason, why)
         if not isinstance(outcome, Retried):

@@ -100,8 +100,9 @@ class ModelRequests:
             self._report_limit(job, error, started)
             raise
         except JobError:
-            # The model API works, although it rejects this request.
-            self._outage_reports.report_success(Dependency.MODEL, job, started)
+            if body.failure is None:
+                # The model API works, although it rejects this request.
+                self._outage_reports.report_success(Dependency.MODEL, job, started)
             raise
         else:
             self._outage_reports.report_success(Dependency.MODEL, job, started, request.model)

@@ -1,12 +1,11 @@
 """Read objects with boto3 in threads, which is slower than aiohttp.
 
-It is used for buckets that need more than a signed request: buckets in another region, which boto3 finds, and
-directory buckets (`--x-s3`), which need a session.
+It is used for directory buckets (`--x-s3`), which need a session.
 """
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,7 +14,8 @@ from botocore.exceptions import ClientError, NoCredentialsError
 
 from worker.s3.aws import Endpoint, S3Object, ca_bundle
 from worker.s3.credentials import role_denied
-from worker.s3.errors import S3ResponseError
+from worker.s3.errors import S3ResponseError, read_sdk_error
+from worker.s3.object_stream import BufferedStream, ObjectStream
 
 THREADS = 16
 CHUNK_BYTES = 256 * 1024
@@ -25,23 +25,28 @@ class BotoClient:
     """boto3 clients for one S3 endpoint; created, and boto3 imported, when first needed."""
 
     def __init__(
-        self, endpoint: Endpoint, region: str | None, *, connect_timeout_s: float, read_timeout_s: float
+        self,
+        endpoint: Endpoint,
+        region: str | None,
+        *,
+        connect_timeout_s: float,
+        read_timeout_s: float,
+        max_unsized_bytes: int,
     ) -> None:
         self._endpoint = endpoint
         self._region = region
-        self._options = {
+        self._max_unsized_bytes = max_unsized_bytes
+        self._options: dict[str, Any] = {
             "retries": {"mode": "standard", "total_max_attempts": 3},
             "connect_timeout": connect_timeout_s,
             "read_timeout": read_timeout_s,
             "max_pool_connections": THREADS,
         }
-        self._session: Any = None
-        # By region, and whether they are for directory buckets.
-        self._clients: dict[tuple[str | None, bool], Any] = {}
+        self._client: Any = None
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="s3-boto")
 
-    async def open(self, source: S3Object) -> "SdkReading":
+    async def open(self, source: S3Object) -> ObjectStream:
         """Start to read an object.
 
         Raises:
@@ -49,15 +54,19 @@ class BotoClient:
             BotoCoreError, OSError: S3 did not answer.
         """
         response = await self._in_thread(self._get, source)
-        return SdkReading(self, response["Body"], response["ContentLength"])
+        size = response.get("ContentLength")
+        if size is not None:
+            return SdkReading(self, response["Body"], size)
+        content = await self._in_thread(self._read_unsized, response["Body"])
+        return BufferedStream(content, len(content))
 
-    async def link(self, source: S3Object, expires_s: int, region: str | None) -> str:
-        """Return a presigned URL of an object in a region, valid for `expires_s` seconds.
+    async def link(self, source: S3Object, expires_s: int) -> str:
+        """Return a presigned URL of an object, valid for `expires_s` seconds.
 
         Raises:
             S3ResponseError, BotoCoreError: there are no credentials, or no session for the bucket.
         """
-        return str(await self._in_thread(self._presign, source, expires_s, region))
+        return str(await self._in_thread(self._presign, source, expires_s))
 
     def close_in_thread(self, body: Any) -> None:
         """Close a response in a thread, because this waits for a running read."""
@@ -72,50 +81,77 @@ class BotoClient:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     def _get(self, source: S3Object) -> Any:
-        client = self._client(self._region, source)
-        with _translated_errors():
-            return client.get_object(Bucket=source.bucket, Key=source.key)
+        return self._call(source, lambda client: client.get_object(**_parameters(source)))
 
-    def _presign(self, source: S3Object, expires_s: int, region: str | None) -> str:
-        client = self._client(region or self._region, source)
-        params = {"Bucket": source.bucket, "Key": source.key}
-        with _translated_errors():
-            return str(client.generate_presigned_url("get_object", Params=params, ExpiresIn=expires_s))
+    def _read_unsized(self, body: Any) -> bytes:
+        """Return the content, or more than the limit of it."""
+        content = bytearray()
+        while len(content) <= self._max_unsized_bytes and (piece := body.read(CHUNK_BYTES)):
+            content += piece
+        return bytes(content)
 
-    def _client(self, region: str | None, source: S3Object) -> Any:
-        kind = region, is_directory_bucket(source.bucket)
+    def _presign(self, source: S3Object, expires_s: int) -> str:
+        def presign(client: Any) -> str:
+            parameters = _parameters(source)
+            return str(client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=expires_s))
+
+        return str(self._call(source, presign))
+
+    def _call(self, source: S3Object, function: Callable[[Any], Any]) -> Any:
+        """Call a function with a client; if S3 rejects the credentials, once more with a new client."""
+        client = self._current_client()
+        try:
+            with _translated_errors(source):
+                return function(client)
+        except S3ResponseError as error:
+            if not error.rejects_credentials:
+                raise
+        with _translated_errors(source):
+            return function(self._current_client(rejected=client))
+
+    def _current_client(self, rejected: Any = None) -> Any:
         with self._lock:
-            if kind not in self._clients:
-                self._clients[kind] = self._create(*kind)
-            return self._clients[kind]
+            if self._client is None or self._client is rejected:
+                self._client = self._create()
+            return self._client
 
-    def _create(self, region: str | None, is_directory: bool) -> Any:
+    def _create(self) -> Any:
         """Create a client. A client without credentials would not find them later."""
-        if self._session is None:
-            # Imported here because most workers do not need boto3.
-            import boto3  # noqa: PLC0415
+        # Imported here because most workers do not need boto3.
+        import boto3  # noqa: PLC0415
 
-            session = boto3.Session(region_name=self._region)
-            if session.get_credentials() is None:
-                raise NoCredentialsError
-            self._session = session
-        # A signature version prevents the sessions that directory buckets need; without one, boto3 presigns
-        # URLs with version 2.
-        version = {} if is_directory else {"signature_version": "s3v4"}
-        config = self._endpoint.client_config(region_name=region, **version, **self._options)
-        return self._session.client("s3", endpoint_url=self._endpoint.url, config=config, verify=ca_bundle())
+        session = boto3.Session(region_name=self._region)
+        if session.get_credentials() is None:
+            raise NoCredentialsError
+        # Without a signature version, which would prevent the sessions that directory buckets need.
+        config = self._endpoint.client_config(region_name=self._region, **self._options)
+        client = session.client("s3", endpoint_url=self._endpoint.url, config=config, verify=ca_bundle())
+        client.meta.events.register("before-call.s3", _mark_redirected)
+        return client
+
+
+def _parameters(source: S3Object) -> dict[str, str]:
+    version = {} if source.version_id is None else {"VersionId": source.version_id}
+    return {"Bucket": source.bucket, "Key": source.key, **version}
+
+
+def _mark_redirected(context: dict[str, Any], **_: Any) -> None:
+    """Mark a request as redirected already, or boto3 looks for the bucket's region again and again.
+
+    It sends a HEAD request after each redirect, also if that one was redirected, until the stack overflows.
+    """
+    context.setdefault("s3_redirect", {})["redirected"] = True
 
 
 @contextmanager
-def _translated_errors() -> Iterator[None]:
+def _translated_errors(source: S3Object) -> Iterator[None]:
     """Distinguish the errors of S3 from those of STS, which boto3 may ask for credentials."""
     try:
         yield
     except ClientError as error:
         if error.operation_name not in ("GetObject", "CreateSession"):
             raise role_denied(error) from None
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        raise S3ResponseError(status, error.response.get("Error", {}).get("Code", "")) from None
+        raise read_sdk_error(error, source) from None
 
 
 def is_directory_bucket(bucket: str) -> bool:

@@ -4,19 +4,36 @@ import asyncio
 import random
 import re
 import ssl
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import aiohttp
 from yarl import URL
 
-from worker.errors import Dependency, TransientError
 from worker.http.client import open_session, proxy_options
-from worker.s3.aws import MAX_CACHED_BUCKETS, Aws, S3ConfigurationError, S3Object, ca_bundle
+from worker.s3.aws import (
+    MAX_CACHED_BUCKETS,
+    Aws,
+    S3ConfigurationError,
+    S3Object,
+    SignedRequest,
+    ca_bundle,
+    is_access_point,
+)
 from worker.s3.boto_client import BotoClient, is_directory_bucket
-from worker.s3.errors import FAILURES, S3ResponseError, translate
-from worker.s3.object_stream import CheckedStream, ObjectStream, ResponseStream, first_bytes
+from worker.s3.checksums import CHECKSUM_MODE, checksum_of
+from worker.s3.errors import (
+    FAILURES,
+    S3ResponseError,
+    checksum_mismatch,
+    not_s3,
+    read_response,
+    region_in,
+    translate,
+)
+from worker.s3.object_stream import BufferedStream, CheckedStream, ObjectStream, ResponseStream, first_bytes
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 30.0
@@ -26,9 +43,14 @@ MAX_RETRY_DELAY_S = 1.0
 # Of an error response; its code is in the first few hundred bytes.
 MAX_ERROR_BYTES = 16 * 1024
 
+# A bucket works if an object was read so shortly before.
+RECENT_SUCCESS_S = 60.0
+# Of an object without Content-Length, what is kept in memory. A larger one is read twice.
+MAX_BUFFERED_BYTES = 256 * 1024
+DEFAULT_MAX_UNSIZED_BYTES: Final = 20_000_000
+
 _OK, _NO_CONTENT, _PARTIAL_CONTENT, _RANGE_NOT_SATISFIABLE = 200, 204, 206, 416
-_CODE = re.compile(rb"<Code>\s*([A-Za-z0-9.]{1,100})\s*</Code>")
-_REGION = re.compile(rb"<Region>\s*([a-z0-9-]{1,50})\s*</Region>")
+_CONFLICT = 409
 _TOTAL = re.compile(r"bytes (?:\d+-\d+|\*)/(\d+)")
 
 
@@ -41,6 +63,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+    unsigned: bool = False
 
     @property
     def success_statuses(self) -> Collection[int]:
@@ -57,36 +80,47 @@ class S3:
         S3ConfigurationError: the CA bundle cannot be read.
     """
 
-    def __init__(self, aws: Aws) -> None:
+    def __init__(self, aws: Aws, *, max_unsized_bytes: int = DEFAULT_MAX_UNSIZED_BYTES) -> None:
+        """`max_unsized_bytes`: an object is not read further to find its size."""
         self._aws = aws
+        self._max_unsized_bytes = max_unsized_bytes
         self._boto = BotoClient(
-            aws.endpoint, aws.region, connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S
+            aws.endpoint,
+            aws.region,
+            connect_timeout_s=CONNECT_TIMEOUT_S,
+            read_timeout_s=READ_TIMEOUT_S,
+            max_unsized_bytes=max_unsized_bytes,
         )
+        # The time of the last successful read, by bucket.
+        self._succeeded_at: dict[str, float] = {}
         self._session = open_session(
             connect_timeout_s=CONNECT_TIMEOUT_S,
             read_timeout_s=READ_TIMEOUT_S,
             tls=_tls(),
         )
-        # Buckets that need boto3, with their region if S3 has reported it.
-        self._boto_buckets: dict[str, str | None] = {}
 
     async def open(self, source: S3Object) -> ObjectStream:
         """Start to read an object.
 
+        An object whose response has no Content-Length is read to find its size, at most a byte more than
+        `max_unsized_bytes`.
+
         Raises:
             JobError: the object does not exist or access is denied. The message does not name the image.
-            TransientError: the connection was lost or timed out.
+            TransientError: the connection was lost or timed out, or S3 refuses for an unknown reason.
             DependencyDownError: S3 is unreachable, failing, or rejects the credentials.
         """
         try:
-            if not self._needs_boto(source.bucket):
-                try:
-                    return CheckedStream(await self._get(source))
-                except S3ResponseError as error:
-                    self._remember_region(source.bucket, error)
-            return CheckedStream(await self._boto.open(source))
+            if is_directory_bucket(source.bucket):
+                stream = CheckedStream(await self._boto.open(source))
+                self._note_success(source.bucket)
+                return stream
+            response = await self._read(source)
+            if response.content_length is not None:
+                return _checked(response, response.content_length)
+            return await self._open_unsized(source, response)
         except FAILURES as error:
-            raise translate(error) from None
+            raise self._translate(error, source.bucket) from None
 
     async def read_beginning(self, source: S3Object, length: int) -> tuple[int, bytes]:
         """Return the size of an object and its first `length` bytes.
@@ -94,15 +128,13 @@ class S3:
         Raises:
             JobError, TransientError, DependencyDownError: as `open`.
         """
-        try:
-            if not self._needs_boto(source.bucket):
-                return await self._get_beginning(source, length)
-        except S3ResponseError as error:
-            # `open` handles buckets at another endpoint.
-            if not error.is_wrong_endpoint:
-                raise translate(error) from None
-        except FAILURES as error:
-            raise translate(error) from None
+        if not is_directory_bucket(source.bucket):
+            try:
+                found = await self._read_range(source, length)
+            except FAILURES as error:
+                raise self._translate(error, source.bucket) from None
+            if found is not None:
+                return found
         stream = await self.open(source)
         try:
             return stream.size, await first_bytes(stream, length)
@@ -116,8 +148,8 @@ class S3:
             DependencyDownError: there are no credentials.
         """
         try:
-            if self._needs_boto(source.bucket):
-                return await self._boto.link(source, expires_s, self._boto_buckets.get(source.bucket))
+            if is_directory_bucket(source.bucket):
+                return await self._boto.link(source, expires_s)
             return await self._aws.link(source, expires_s)
         except FAILURES as error:
             raise translate(error) from None
@@ -136,42 +168,122 @@ class S3:
         self._boto.close()
         await self._session.close()
 
-    async def _get(self, source: S3Object) -> ResponseStream:
-        response = await self._request(Request("GET", source))
-        if response.content_length is None:
-            response.close()
-            raise TransientError(Dependency.S3, "connection_error", "the S3 response has no Content-Length")
-        return ResponseStream(response, response.content_length)
+    async def _open_unsized(self, source: S3Object, response: aiohttp.ClientResponse) -> ObjectStream:
+        """Read an object to find its size; keep a small one, and open a larger one again."""
+        checksum = checksum_of(response.headers)
+        pieces, size = list[bytes](), 0
+        async with response:
+            async for piece in response.content.iter_any():
+                size += len(piece)
+                if size > self._max_unsized_bytes:
+                    # The caller sees that it is too large.
+                    return BufferedStream(b"", size)
+                pieces.append(piece)
+                if size > MAX_BUFFERED_BYTES:
+                    pieces.clear()
+                if checksum is not None:
+                    checksum.update(piece)
+        if checksum is not None and not checksum.is_right:
+            raise checksum_mismatch()
+        if size <= MAX_BUFFERED_BYTES:
+            return BufferedStream(b"".join(pieces), size)
+        again = await self._read(source)
+        return _checked(again, size if again.content_length is None else again.content_length)
 
-    async def _get_beginning(self, source: S3Object, length: int) -> tuple[int, bytes]:
-        headers = {"Range": f"bytes=0-{length - 1}"}
-        async with await self._request(Request("GET", source, headers)) as response:
+    async def _read_range(self, source: S3Object, length: int) -> tuple[int, bytes] | None:
+        """Return the size of an object and its beginning; None if the response does not have the size."""
+        async with await self._read(source, {"Range": f"bytes=0-{length - 1}"}) as response:
             if response.status == _RANGE_NOT_SATISFIABLE:
                 return 0, b""
             total = _TOTAL.fullmatch(response.headers.get("Content-Range", ""))
+            if total is None and (response.status != _OK or response.content_length is None):
+                return None
             size = int(total[1]) if total else response.content_length or 0
             return size, await first_bytes(response.content.iter_any(), length)
 
+    async def _read(
+        self, source: S3Object, headers: Mapping[str, str] = CHECKSUM_MODE
+    ) -> aiohttp.ClientResponse:
+        """Start to read an image, in the region of its bucket.
+
+        Raises:
+            DependencyDownError: the response is not an object of S3.
+        """
+        endpoint = self._aws.endpoint
+        unsigned = endpoint.is_unsigned(source.bucket)
+        request = Request("GET", source, {**headers, **endpoint.payer_header}, unsigned=unsigned)
+        region = (await self._aws.address(source.bucket)).region
+        try:
+            response = await self._request(request)
+        except S3ResponseError as error:
+            found = await self._find_region(request, error) if error.is_wrong_endpoint else None
+            if found is None or found == region:
+                raise
+            await self._aws.move(source.bucket, found)
+            # Once only: a redirect may lead back.
+            response = await self._request(request)
+        if _is_page(response.headers):
+            response.close()
+            raise not_s3("the server answered with a web page instead of an object")
+        self._note_success(source.bucket)
+        return response
+
+    def _note_success(self, bucket: str) -> None:
+        if len(self._succeeded_at) >= MAX_CACHED_BUCKETS:
+            self._succeeded_at.clear()
+        self._succeeded_at[bucket] = time.monotonic()
+
+    def _translate(self, error: Exception, bucket: str) -> Exception:
+        if isinstance(error, S3ResponseError):
+            succeeded_at = self._succeeded_at.get(bucket, float("-inf"))
+            error.bucket_works = time.monotonic() - succeeded_at < RECENT_SUCCESS_S
+        return translate(error, is_access_point=is_access_point(bucket))
+
+    async def _find_region(self, request: Request, error: S3ResponseError) -> str | None:
+        """Return the region of a bucket that is elsewhere, if S3 reports it."""
+        if error.region is not None:
+            return error.region
+        head = Request("HEAD", S3Object(request.source.bucket, ""), unsigned=request.unsigned)
+        try:
+            async with await self._request(head) as response:
+                return region_in(response.headers)
+        except S3ResponseError as answer:
+            return answer.region
+
     async def _request(self, request: Request) -> aiohttp.ClientResponse:
-        """Send a request, with a few quick retries."""
-        attempt = 0
+        """Send a request, with a few quick retries, and once more if there are new credentials."""
+        attempt, is_renewed = 0, False
         while True:
             attempt += 1
+            signed = await self._aws.sign(
+                request.source,
+                request.method,
+                query=request.query,
+                headers=request.headers,
+                body=request.body,
+                unsigned=request.unsigned,
+            )
             try:
-                return await self._request_once(request)
-            except (S3ResponseError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                is_transient = error.is_unavailable if isinstance(error, S3ResponseError) else True
-                if attempt == MAX_ATTEMPTS or not is_transient:
+                return await self._send(request, signed)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                if attempt == MAX_ATTEMPTS:
+                    raise
+            except S3ResponseError as error:
+                if error.rejects_credentials and not is_renewed and await self._aws.renew(signed.credentials):
+                    is_renewed = True
+                    continue
+                # The result store reads the object after a conflict with another write.
+                is_conflict = error.status == _CONFLICT and request.method != "GET"
+                if attempt == MAX_ATTEMPTS or is_conflict or not error.is_unavailable:
                     raise
             await asyncio.sleep(random.uniform(0, MAX_RETRY_DELAY_S))  # noqa: S311 - not cryptographic
 
-    async def _request_once(self, request: Request) -> aiohttp.ClientResponse:
-        signed = await self._aws.sign(request.source, request.method, query=request.query, body=request.body)
+    async def _send(self, request: Request, signed: SignedRequest) -> aiohttp.ClientResponse:
         url = URL(signed.url, encoded=True)
         response = await self._session.request(
             request.method,
             url,
-            headers={**signed.headers, **request.headers},
+            headers=signed.headers,
             data=request.body or None,
             allow_redirects=False,
             **proxy_options(f"{url.scheme}://{url.authority}"),
@@ -180,21 +292,17 @@ class S3:
             return response
         async with response:
             page = await first_bytes(response.content.iter_any(), MAX_ERROR_BYTES)
-        region = response.headers.get("x-amz-bucket-region") or _find(_REGION, page)
-        raise S3ResponseError(response.status, _find(_CODE, page), region or None)
+        raise read_response(response.status, response.headers, page, request.source)
 
-    def _needs_boto(self, bucket: str) -> bool:
-        return is_directory_bucket(bucket) or bucket in self._boto_buckets
 
-    def _remember_region(self, bucket: str, error: S3ResponseError) -> None:
-        """Remember that the bucket is permanently at another endpoint; raise any other error again."""
-        if not error.is_wrong_endpoint:
-            raise error
-        if error.is_temporary_redirect:
-            return
-        if len(self._boto_buckets) >= MAX_CACHED_BUCKETS:
-            self._boto_buckets.clear()
-        self._boto_buckets[bucket] = error.region
+def _checked(response: aiohttp.ClientResponse, size: int) -> CheckedStream:
+    return CheckedStream(ResponseStream(response, size), checksum_of(response.headers))
+
+
+def _is_page(headers: Mapping[str, str]) -> bool:
+    """Return whether a server that is not S3 answers with a web page, such as the console of a store."""
+    is_html = headers.get("Content-Type", "").lower().startswith("text/html")
+    return is_html and not any(name.lower().startswith("x-amz-") for name in headers)
 
 
 def _tls() -> ssl.SSLContext | Literal[True]:
@@ -206,8 +314,3 @@ def _tls() -> ssl.SSLContext | Literal[True]:
     except OSError as error:
         text = f"AWS_CA_BUNDLE, REQUESTS_CA_BUNDLE or SSL_CERT_FILE: {bundle}: {error.strerror or error}"
         raise S3ConfigurationError(text) from None
-
-
-def _find(pattern: re.Pattern[bytes], page: bytes) -> str:
-    found = pattern.search(page)
-    return found[1].decode() if found else ""

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from botocore.credentials import ReadOnlyCredentials, RefreshableCredentials
 from botocore.exceptions import (
@@ -16,13 +17,17 @@ from botocore.session import Session
 # (botocore's own times are 10 and 15 minutes).
 MUST_RENEW_S = 600
 RENEWAL_PAUSE_S = 60.0
+# Keys without an expiry may be replaced in the files of the AWS configuration.
+REREAD_S = 60.0
 
 
 class CredentialsCache:
-    """The credentials of the AWS default chain; renewed before they expire."""
+    """The credentials of the AWS default chain; renewed before they expire, and when S3 rejects them."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, open_session: Callable[[], Session]) -> None:
+        """`open_session`: returns a session that has read nothing yet."""
+        self._open_session = open_session
+        self._session = open_session()
         self._renewable: RefreshableCredentials | None = None
         self._frozen: ReadOnlyCredentials | None = None
         self._lock = asyncio.Lock()
@@ -39,11 +44,24 @@ class CredentialsCache:
         if self._frozen is None or self._expires(MUST_RENEW_S):
             async with self._lock:
                 if self._frozen is None or self._expires(MUST_RENEW_S):
-                    self._frozen = await asyncio.to_thread(self._find)
-        elif self._expires(None) and time.monotonic() >= self._next_renewal:
+                    # Without credentials so far, the files may have them by now.
+                    find = self._find if self._frozen is not None else self._read_again
+                    self._frozen = await asyncio.to_thread(find)
+                    self._next_renewal = time.monotonic() + (REREAD_S if self._renewable is None else 0.0)
+        elif (self._renewable is None or self._expires(None)) and time.monotonic() >= self._next_renewal:
             self._next_renewal = time.monotonic() + RENEWAL_PAUSE_S
             self._renewal = asyncio.create_task(self._renew(), name="aws-credentials")
         return self._frozen
+
+    async def renew(self, rejected: ReadOnlyCredentials) -> bool:
+        """Read the credentials again if they are still `rejected`; return whether they are others now."""
+        async with self._lock:
+            if self._frozen == rejected:
+                try:
+                    self._frozen = await asyncio.to_thread(self._read_again)
+                except BotoCoreError:
+                    return False
+        return self._frozen != rejected
 
     def _expires(self, within_s: int | None) -> bool:
         """Return whether they expire within so many seconds; None: within botocore's 15 minutes."""
@@ -52,13 +70,21 @@ class CredentialsCache:
     async def _renew(self) -> None:
         """Renew in the background. botocore logs a failure, and a later call tries again."""
         try:
-            self._frozen = await asyncio.to_thread(self._find)
+            find = self._read_again if self._renewable is None else self._find
+            self._frozen = await asyncio.to_thread(find)
         except BotoCoreError:
             return
 
-    def _find(self) -> ReadOnlyCredentials:
+    def _read_again(self) -> ReadOnlyCredentials:
+        """Find the credentials with a new session, since a session reads the files only once."""
+        session = self._open_session()
+        frozen = self._find(session)
+        self._session = session
+        return frozen
+
+    def _find(self, session: Session | None = None) -> ReadOnlyCredentials:
         try:
-            credentials = self._session.get_credentials()
+            credentials = (session or self._session).get_credentials()
             if credentials is None:
                 raise NoCredentialsError
             frozen = credentials.get_frozen_credentials()
@@ -67,8 +93,7 @@ class CredentialsCache:
         except RuntimeError:
             # botocore raises this if the renewed credentials have expired too.
             raise CredentialRetrievalError(provider="STS", error_msg="they have already expired") from None
-        if isinstance(credentials, RefreshableCredentials):
-            self._renewable = credentials
+        self._renewable = credentials if isinstance(credentials, RefreshableCredentials) else None
         return frozen
 
 

@@ -6,7 +6,8 @@ from typing import Protocol, Self
 import aiohttp
 
 from worker.errors import Dependency, TransientError
-from worker.s3.errors import FAILURES, translate
+from worker.s3.checksums import Checksum
+from worker.s3.errors import FAILURES, checksum_mismatch, translate
 
 
 class ObjectStream(Protocol):
@@ -19,7 +20,12 @@ class ObjectStream(Protocol):
     size: int
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield the content in pieces; raise TransientError if it is not `size` bytes."""
+        """Yield the content in pieces.
+
+        Raises:
+            TransientError: it is not `size` bytes.
+            JobError: it differs from its checksum.
+        """
 
     def close(self) -> None:
         """Stop reading."""
@@ -41,11 +47,27 @@ class ResponseStream:
         self._response.close()
 
 
-class CheckedStream:
-    """A stream that translates errors and raises one if the content has not the announced size."""
+class BufferedStream:
+    """An object in memory, or the size of one that is too large."""
 
-    def __init__(self, stream: ObjectStream) -> None:
+    def __init__(self, content: bytes, size: int) -> None:
+        self._content = content
+        self.size = size
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield the content in one piece."""
+        yield self._content
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class CheckedStream:
+    """A stream that translates errors and raises one if the content has another size or checksum."""
+
+    def __init__(self, stream: ObjectStream, checksum: Checksum | None = None) -> None:
         self._stream = stream
+        self._checksum = checksum
         self._pieces = aiter(stream)
         self._received = 0
         self.size = stream.size
@@ -60,10 +82,14 @@ class CheckedStream:
             raise translate(error) from None
         self._received += len(piece)
         if piece:
+            if self._checksum is not None:
+                self._checksum.update(piece)
             return piece
         if self._received != self.size:
             text = f"S3 announced {self.size} bytes and sent {self._received}"
             raise TransientError(Dependency.S3, "connection_error", text)
+        if self._checksum is not None and not self._checksum.is_right:
+            raise checksum_mismatch()
         raise StopAsyncIteration
 
     def close(self) -> None:

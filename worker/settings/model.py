@@ -25,6 +25,7 @@ from worker.settings.values import (
     DERIVED,
     METADATA,
     AnyCase,
+    BucketGlobs,
     Buckets,
     CommaList,
     Count,
@@ -135,8 +136,13 @@ class Settings(BrokerSettings):
     s3_addressing_style: Annotated[Literal["auto", "path", "virtual"], AnyCase] = "auto"
     """Position of the bucket in S3 URLs: `path` (`host/bucket/key`), `virtual` (`bucket.host/key`), or
     `auto`: path for a custom endpoint, virtual for AWS."""
+    s3_requester_pays: bool = False
+    """Whether the worker agrees to pay for reading images from requester-pays buckets."""
+    s3_unsigned: BucketGlobs = ()
+    """Comma-separated globs for public buckets whose images are read without credentials (`*`: all)."""
     allowed_buckets: Buckets = ()
-    """Comma-separated globs for the buckets that jobs may use. `*` allows every bucket."""
+    """Comma-separated globs for the buckets that jobs may use. `*` allows every bucket. Access points need
+    `*` or a glob for their ARN, such as `arn:aws:s3:eu-central-1:123456789012:accesspoint/*`."""
     allowed_link_hosts: Hosts = ("*",)
     """Comma-separated globs for the hosts of `https://` images, which are passed to the model API as links.
     Empty: no links are allowed."""

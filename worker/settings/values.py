@@ -106,10 +106,10 @@ def _retry_queues_fit(delays: tuple[int, ...], info: ValidationInfo) -> tuple[in
     return delays
 
 
-def _globs_of(what: str) -> Callable[[tuple[str, ...]], tuple[str, ...]]:
+def _globs_of(what: str, pattern: str = r"[!-.0-~]+") -> Callable[[tuple[str, ...]], tuple[str, ...]]:
     def check(globs: tuple[str, ...]) -> tuple[str, ...]:
         for glob in globs:
-            if not re.fullmatch(r"[!-.0-~]+", glob):
+            if not re.fullmatch(pattern, glob):
                 raise ValueError(f"{shown(glob)} is not {what}: names or globs, without scheme and /")
         return globs
 
@@ -153,9 +153,11 @@ RetryDelays: TypeAlias = Annotated[
     BeforeValidator(_items),
     AfterValidator(_retry_queues_fit),
 ]
-Buckets: TypeAlias = Annotated[
-    CommaList, AfterValidator(_not_empty), AfterValidator(_globs_of("a bucket's name"))
+# The ARN of an access point has a slash.
+BucketGlobs: TypeAlias = Annotated[
+    CommaList, AfterValidator(_globs_of("a bucket's name", r"[!-.0-~]+|arn:[!-~]+"))
 ]
+Buckets: TypeAlias = Annotated[BucketGlobs, AfterValidator(_not_empty)]
 Hosts: TypeAlias = Annotated[CommaList, AnyCase, AfterValidator(_globs_of("a host"))]
 Headers: TypeAlias = Annotated[
     dict[Annotated[str, AfterValidator(_header_name)], Annotated[SecretStr, AfterValidator(_header_value)]],

@@ -72,7 +72,7 @@ class State:
     reason: str = ""
 
 
-NOT_S3 = "without an S3 error code: is VQA_S3_ENDPOINT_URL an S3 server and does it need https://?"
+NOT_S3 = "without an S3 error code: check VQA_S3_ENDPOINT_URL (is it an S3 server, does it need https://?)"
 NO_TLS = "no TLS at this port: does it need http://?"
 
 

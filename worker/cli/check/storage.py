@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from worker.s3.conditional_store import ConditionalStore
 
 _GLOB: Final = frozenset("*?[")
+_DENIED: Final = "S3 denies access"
 
 
 async def storage_findings(settings: Settings, images: Sequence[str]) -> AsyncIterator[Finding]:
@@ -50,7 +51,7 @@ async def _credentials(s3: "S3", server: str) -> Finding:
     problem = await _problem(s3, f"vqa-worker-check-{uuid.uuid4().hex}")
     if not problem or "NoSuchBucket" in problem:
         return ok("S3", f"{server} accepts the credentials")
-    if "AccessDenied" in problem:
+    if problem.startswith(_DENIED):
         return warning("S3", f"{server} denies access to a bucket that does not exist. Use --image to check.")
     return failed("S3", f"{server}: {problem}")
 
@@ -61,7 +62,7 @@ async def _bucket(s3: "S3", bucket: str) -> Finding:
         return ok(check, "readable")
     if "NoSuchBucket" in problem:
         return failed(check, "does not exist. Check VQA_ALLOWED_BUCKETS and VQA_S3_ENDPOINT_URL.")
-    if "AccessDenied" in problem:
+    if problem.startswith(_DENIED):
         text = "S3 denies access to an object that does not exist: the permission to list or read is missing."
         return warning(check, f"{text} Check an object that exists with --image s3://{bucket}/key.")
     return failed(check, problem)
