@@ -143,8 +143,9 @@ class Processor:
 
     def _record_unusable(self, attempt: Attempt, usage: Usage | None) -> None:
         """Record the usage of an answer that cannot be used, and was billed all the same."""
-        attempt.unusable = usage
-        self._deps.tenants.billed(attempt.metadata, attempt.model, usage)
+        if usage is not None:
+            attempt.unusable = usage if attempt.unusable is None else attempt.unusable + usage
+            self._deps.tenants.billed(attempt.metadata, attempt.model, usage)
 
     def _internal_error(self, attempt: Attempt, error: Exception) -> Outcome:
         # The description leaves out the exception's text, which may quote the job.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.amqp import delivered, short
 from tests.unit.fakes import a_delivery
 from vqa_worker.messages.error_codes import ErrorCode
-from vqa_worker.messages.result import Result
+from vqa_worker.messages.result import Result, Usage
 from vqa_worker.rabbitmq.outgoing import OutgoingMessage
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import DeadLettered, Retried
@@ -301,6 +301,7 @@ FORBIDDEN = [
 WORKERS = {
     "traceparent", "tracestate", "timestamp_in_ms", "vqa-attempts", "vqa-deliveries", "vqa-copy",
     "vqa-error-code", "vqa-error-message", "vqa-died-at", "vqa-expires-at", "vqa-malformed-answers",
+    "vqa-unusable-usage",
 }  # fmt: skip
 
 
@@ -346,6 +347,23 @@ def test_a_header_that_cannot_be_encoded_again_is_left_out() -> None:
     for copy in copies_of(delivery):
         assert "set" not in copy.headers
         assert copy.headers["fine"] == "x"
+
+
+def test_copies_carry_the_usage_of_unusable_answers() -> None:
+    usage = Usage(prompt_tokens=3, completion_tokens=None, total_tokens=9, cost_usd=1e-7, cached_tokens=2)
+    for copy, expected in (
+        (messages.retry_copy(a_delivery(), "q", RETRIED), None),
+        (messages.retry_copy(a_delivery(), "q", replace(RETRIED, unusable=usage)), usage),
+        (messages.requeued_copy(a_delivery(unusable=usage), "q"), usage),
+        (messages.replayed(a_delivery(unusable=usage), "q"), None),
+    ):
+        assert wired(copy).unusable == expected
+
+
+@pytest.mark.parametrize("value", ["", "{", "[]", '{"prompt_tokens":-1}', '{"x":1}', 5, "9" * 2000, None])
+def test_a_usage_in_a_header_that_cannot_be_read_is_ignored(value: Any) -> None:
+    headers = pamqp.encode.field_table({"vqa-unusable-usage": value})
+    assert delivered({"headers": headers}).unusable is None
 
 
 def test_copies_carry_the_number_of_malformed_answers() -> None:

@@ -371,6 +371,27 @@ async def test_the_result_says_who_answered(scene: Scene) -> None:
 USAGE = Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7, cost_usd=0.5)
 
 
+async def test_the_usage_of_all_unusable_answers_is_in_the_failed_result(scene: Scene) -> None:
+    error = transient("malformed_response")
+    error.usage = USAGE
+    scene.model.deeds = [error]
+    retried = await scene.process()
+    assert isinstance(retried, Retried)
+    assert retried.unusable == USAGE
+    earlier = {"counted_attempts": 1, "malformed_answers": 1, "unusable": USAGE}
+    outcome = await scene.process(delivery=earlier)
+    assert isinstance(outcome, DeadLettered)
+    assert outcome.result.usage == Usage(prompt_tokens=6, completion_tokens=8, total_tokens=14, cost_usd=1.0)
+    scene.model.deeds = [transient("malformed_response")]
+    outcome = await scene.process(delivery=earlier)
+    assert isinstance(outcome, DeadLettered)
+    assert outcome.result.usage == USAGE
+    scene.model.deeds = [ANSWER]
+    outcome = await scene.process(delivery=earlier)
+    assert isinstance(outcome, Succeeded)
+    assert outcome.result.usage == ANSWER.usage
+
+
 @pytest.mark.parametrize("code", [None, ErrorCode.MODEL_REJECTED])
 async def test_the_usage_of_an_unusable_answer_is_in_the_failed_result(
     scene: Scene, code: ErrorCode | None

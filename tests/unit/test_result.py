@@ -146,6 +146,12 @@ def test_a_result_can_be_read_back_from_its_body(result: Result) -> None:
     assert Result.model_validate(strictly(result.to_body())) == result
 
 
+def test_the_sum_of_usages_knows_what_both_know() -> None:
+    first = Usage(prompt_tokens=1, completion_tokens=2, total_tokens=3, cost_usd=0.5, cached_tokens=1)
+    second = Usage(prompt_tokens=10, completion_tokens=None, total_tokens=30, cost_usd=0.25)
+    assert first + second == Usage(prompt_tokens=11, total_tokens=33, cost_usd=0.75)
+
+
 def test_every_result_has_all_fields() -> None:
     body = strictly(Result(id=None, status="failed").to_body())
     assert set(body) == set(Result.model_fields)

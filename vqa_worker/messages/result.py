@@ -44,6 +44,12 @@ class Usage(_Part):
         description="Tokens of the model's reasoning. Only present if the API reports it.",
     )
 
+    def __add__(self, other: "Usage") -> "Usage":
+        """Return the usage of both requests; what is unknown of one is unknown of both."""
+        known = {name: value for name, value in self.model_dump().items() if value is not None}
+        others = {name: value for name, value in other.model_dump().items() if value is not None}
+        return Usage(**{name: known[name] + others[name] for name in known.keys() & others.keys()})
+
 
 class Timings(_Part):
     """Durations in seconds. Null if not measured."""

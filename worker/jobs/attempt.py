@@ -29,7 +29,7 @@ class Attempt:
         job_id, allowed_model, deadline, metadata: from the job, as soon as it is decoded.
         stage: the current stage; `stage_started_at`: when it began.
         seconds: time spent in each stage before the current one; `observed`: the part that is in the metrics.
-        unusable: usage of the model's last answer that could not be used, if it was reported.
+        unusable: usage of the model's answers that could not be used, of all attempts, if it was reported.
         answer: the model's answer. From then on the request is billed, and the answer must not be lost.
     """
 
@@ -61,6 +61,7 @@ class Attempt:
             stage_started_at=delivery.received_at,
             trace_id=delivery.trace_id,
             malformed_before=delivery.malformed_answers,
+            unusable=delivery.unusable,
         )
 
     @property

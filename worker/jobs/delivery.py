@@ -7,6 +7,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from vqa_worker.messages.result import Usage
+
 
 @dataclass(eq=False)
 class Delivery:
@@ -19,7 +21,8 @@ class Delivery:
         trace: the W3C headers `traceparent` and `tracestate`, if present and well-formed.
         enqueued_ms: the header `timestamp_in_ms` of RabbitMQ's own interceptor, in Unix milliseconds.
         queued_s: seconds since the message's timestamp, if any; `counted_attempts`: before this one;
-            `malformed_answers`: how many of them were billed for an answer that cannot be read.
+            `malformed_answers`: how many of them were billed for an answer that cannot be read;
+            `unusable`: the usage of these, as far as the API reported it.
         deliveries: number of deliveries without an outcome, this one included.
         redelivered: whether the broker may have delivered the message before.
         copy: identifies a copy that a worker published; None for the publisher's original.
@@ -58,6 +61,7 @@ class Delivery:
     app_id: str | None = None
     priority: int | None = None
     expires_at: datetime | None = None
+    unusable: Usage | None = None
     headers: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vqa_worker.messages.error_codes import ErrorCode
-from vqa_worker.messages.result import Result
+from vqa_worker.messages.result import Result, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Retried(_Outcome):
 
     Attributes:
         attempts: the number of attempts that count; `malformed_answers`: those billed for an answer that
-            cannot be read.
+            cannot be read; `unusable`: their usage, as far as the API reported it.
     """
 
     name: ClassVar[str] = "retried"
@@ -74,6 +74,7 @@ class Retried(_Outcome):
     attempts: int
     reason: str
     malformed_answers: int = 0
+    unusable: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

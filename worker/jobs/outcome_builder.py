@@ -107,6 +107,7 @@ def retried(attempt: Attempt, delay_s: int, reason: str) -> Outcome:
         attempts=attempt.number,
         reason=reason,
         malformed_answers=attempt.malformed_before + (reason == MALFORMED_RESPONSE),
+        unusable=attempt.unusable,
     )
 
 
@@ -119,6 +120,7 @@ def retried_uncounted(attempt: Attempt, delay_s: int, reason: str) -> Outcome:
         attempts=attempt.number - 1,
         reason=reason,
         malformed_answers=attempt.malformed_before,
+        unusable=attempt.unusable,
     )
 
 

@@ -8,6 +8,7 @@ import structlog
 from aio_pika.abc import AbstractIncomingMessage
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
+from vqa_worker.messages.result import Usage
 from vqa_worker.rabbitmq.connection import connection_losses
 from vqa_worker.rabbitmq.outgoing import ENQUEUED_HEADER
 from worker.jobs.delivery import Delivery
@@ -64,6 +65,7 @@ def to_delivery(
         queued_s=queued_s,
         counted_attempts=_count(headers, properties.ATTEMPTS_HEADER),
         malformed_answers=_count(headers, properties.MALFORMED_HEADER),
+        unusable=_unusable(headers),
         deliveries=carried + before + 1,
         redelivered=bool(message.redelivered),
         copy=copy,
@@ -81,3 +83,10 @@ def _count(headers: Mapping[str, object], name: str) -> int:
     if properties.DIED_AT_HEADER in headers:
         return 0
     return properties.count(headers.get(name), properties.MAX_ATTEMPTS_BELIEVED)
+
+
+def _unusable(headers: Mapping[str, object]) -> Usage | None:
+    """Return the usage of the unusable answers of the attempts so far, none of a replayed dead letter."""
+    if properties.DIED_AT_HEADER in headers:
+        return None
+    return properties.usage(headers.get(properties.UNUSABLE_HEADER))

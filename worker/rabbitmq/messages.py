@@ -73,6 +73,8 @@ def retry_copy(delivery: Delivery, queue: str, outcome: Retried) -> OutgoingMess
     headers |= {properties.COPY_HEADER: uuid.uuid4().hex, properties.ATTEMPTS_HEADER: outcome.attempts}
     if outcome.malformed_answers:
         headers[properties.MALFORMED_HEADER] = outcome.malformed_answers
+    if outcome.unusable is not None:
+        headers[properties.UNUSABLE_HEADER] = outcome.unusable.model_dump_json()
     return _copy(delivery, queue, headers)
 
 
@@ -86,6 +88,8 @@ def requeued_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) ->
         headers[properties.ATTEMPTS_HEADER] = delivery.counted_attempts - restored_attempts
     if delivery.malformed_answers:
         headers[properties.MALFORMED_HEADER] = delivery.malformed_answers
+    if delivery.unusable is not None:
+        headers[properties.UNUSABLE_HEADER] = delivery.unusable.model_dump_json()
     if delivery.deliveries > 1:
         headers[properties.DELIVERIES_HEADER] = delivery.deliveries - 1
     return replace(_copy(delivery, queue, headers), expires_in_s=_expires_in_s(delivery))

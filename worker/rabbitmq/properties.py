@@ -16,8 +16,10 @@ import pamqp.decode
 import pamqp.encode
 from aio_pika import DeliveryMode
 from pamqp.common import FieldValue
+from pydantic import ValidationError
 
 from vqa_worker.messages.job import parse_deadline
+from vqa_worker.messages.result import Usage
 from vqa_worker.rabbitmq.outgoing import ENQUEUED_HEADER
 
 Decoder = Callable[[bytes], tuple[int, FieldValue]]
@@ -27,10 +29,12 @@ MAX_DELIVERIES_BELIEVED = 1_000_000
 
 ATTEMPTS_HEADER = "vqa-attempts"
 MALFORMED_HEADER = "vqa-malformed-answers"
+UNUSABLE_HEADER = "vqa-unusable-usage"
 DELIVERIES_HEADER = "vqa-deliveries"
 COPY_HEADER = "vqa-copy"
 DIED_AT_HEADER = "vqa-died-at"
 EXPIRES_AT_HEADER = "vqa-expires-at"
+MAX_USAGE_CHARS = 1000
 # W3C Trace Context, §3.2 and §3.3.
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 # Version 00 ends after its fields, later versions may add some, ff is invalid.
@@ -109,6 +113,16 @@ def is_encodable(name: str, value: FieldValue) -> bool:
 def text(value: object) -> str | None:
     """Return a property that should be text; None if it is anything else, or empty."""
     return value if isinstance(value, str) and value else None
+
+
+def usage(value: object) -> Usage | None:
+    """Return a header that should be a usage in JSON; None if it is anything else."""
+    if not isinstance(value, str) or len(value) > MAX_USAGE_CHARS:
+        return None
+    try:
+        return Usage.model_validate_json(value)
+    except ValidationError:
+        return None
 
 
 def count(value: object, most: int) -> int:
