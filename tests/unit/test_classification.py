@@ -1,0 +1,317 @@
+"""What the error answers of model APIs mean: recorded answers, in other words, by provider."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.running import ROOT
+from worker.model.classification import Classification, classify
+from worker.model.retry_hints import MAX_RETRY_AFTER_S
+from worker.providers import Category, load_profile, provider_names
+
+NOW = 1_900_000_000.0
+MODEL = "vendor/vision-7b"
+
+JOB = Category.JOB
+MODEL_JOB = Category.MODEL_JOB
+CAPACITY = Category.CAPACITY
+TRANSIENT = Category.TRANSIENT
+CONFIGURATION = Category.CONFIGURATION
+ONE_MODEL = Category.MODEL
+UNKNOWN = Category.UNKNOWN
+
+
+def found(
+    status: int, body: Any = b"", provider: str = "generic", headers: dict[str, str] | None = None
+) -> Classification:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return classify(status, headers or {}, raw, profile=load_profile(provider), model=MODEL, now=NOW)
+
+
+def error(message: str, **fields: Any) -> dict[str, Any]:
+    return {"error": {"message": message, **fields}}
+
+
+def gemini(code: int, message: str, status: str, *details: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"error": {"code": code, "message": message, "status": status, "details": [*details]}}]
+
+
+# Answers as providers send them, in other words: see tests/data/README.md.
+RECORDED: list[dict[str, Any]] = json.loads((ROOT / "tests/data/error-answers.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("row", RECORDED, ids=lambda row: f"{row['provider']}-{row['status']}")
+def test_a_recorded_answer_is_understood(row: dict[str, Any]) -> None:
+    assert found(row["status"], row["body"], row["provider"]).category == row["category"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in RECORDED if row.get("generic", True)],
+    ids=lambda row: f"{row['provider']}-{row['status']}",
+)
+def test_a_recorded_answer_is_understood_behind_a_gateway(row: dict[str, Any]) -> None:
+    assert found(row["status"], row["body"]).category == row["category"]
+
+
+def test_every_provider_has_recorded_answers() -> None:
+    assert {row["provider"] for row in RECORDED} == {*provider_names()} - {"generic"}
+
+
+GENERIC: list[tuple[int, Any, Category]] = [
+    # A redirect, TLS, a proxy
+    (301, b"", CONFIGURATION),
+    (400, b"Client sent an HTTP request to an HTTPS server.\n", CONFIGURATION),
+    (497, b"", CONFIGURATION),
+    (407, b"<html><head><title>407 Proxy Authentication Required</title></head></html>", CONFIGURATION),
+    # For everyone, unless the words say otherwise
+    (405, {"detail": "Method Not Allowed"}, CONFIGURATION),
+    (410, b"", CONFIGURATION),
+    (410, error(f"{MODEL} has reached its end of life"), ONE_MODEL),
+    (411, b"", CONFIGURATION),
+    (415, b"", CONFIGURATION),
+    (415, error("image/heic is an unsupported image"), JOB),
+    (404, {"detail": "Not Found"}, CONFIGURATION),
+    (401, b"", CONFIGURATION),
+    (401, error(f"this key cannot use {MODEL}"), ONE_MODEL),
+    (402, b"", CONFIGURATION),
+    # Capacity and transient errors
+    (429, b"", CAPACITY),
+    (429, error("Quota exceeded for requests per minute"), CAPACITY),
+    (429, error("nope", type="quota_exceeded_insufficient_balance"), CONFIGURATION),
+    (429, error("余额不足"), CONFIGURATION),
+    (503, b"", CAPACITY),
+    (529, error("Overloaded", type="overloaded_error"), CAPACITY),
+    (498, b"", CAPACITY),
+    (500, error("upstream says: too many requests"), CAPACITY),
+    (500, error("CUDA out of memory while processing image"), TRANSIENT),
+    *((status, b"", TRANSIENT) for status in (408, 409, 421, 423, 424, 425, 444, 449, 460, 499)),
+    *((status, b"", TRANSIENT) for status in (500, 501, 502, 504, 507, 520, 524)),
+    (424, error("timeout while fetching the image from the url"), TRANSIENT),
+    # The job's own
+    (400, error("no", type="invalid_request_error"), JOB),
+    (
+        422,
+        {"detail": [{"loc": ["body", "temperature"], "msg": "Input should be less than 2", "type": "x"}]},
+        JOB,
+    ),
+    (413, b"<html><head><title>413 Request Entity Too Large</title></head></html>", JOB),
+    (451, error("blocked by the content policy"), JOB),
+    (500, error("Failed to decode image"), JOB),
+    (500, b"ValueError: broken data stream when reading image file", JOB),
+    (502, error("Error: could not parse base64 of image 3"), JOB),
+    (400, error("This endpoint does not support image urls"), JOB),
+    (400, error("Unsupported image format: image/tiff"), JOB),
+    # One model
+    (400, error("This model does not support image input"), ONE_MODEL),
+    (
+        422,
+        error("Failed to deserialize: messages[0]: unknown variant `image_url`, expected `text`"),
+        ONE_MODEL,
+    ),
+    (400, error("this model does not support tools"), MODEL_JOB),
+    (400, error("response_format is not supported with this model"), MODEL_JOB),
+    # Configuration
+    (
+        400,
+        error("Your credit balance is too low to access the API.", type="invalid_request_error"),
+        CONFIGURATION,
+    ),
+    (422, error("no", type="budget_exceeded"), CONFIGURATION),
+    (403, error("Your account has been deactivated"), CONFIGURATION),
+    (500, error("AuthenticationError: the api key is invalid"), CONFIGURATION),
+    (400, error("API version not supported"), CONFIGURATION),
+    (
+        400,
+        error("ExpiredTokenException: The security token included in the request is expired"),
+        CONFIGURATION,
+    ),
+    # No rule
+    (400, error("no such luck", code="x"), UNKNOWN),
+    (400, b"", UNKNOWN),
+    (422, error("computer says no"), UNKNOWN),
+    (403, error("forbidden"), UNKNOWN),
+    (418, b"", UNKNOWN),
+    # An error object in a 200
+    (200, error("Internal", code=500), TRANSIENT),
+    (200, error("slow down", type="rate_limit_error"), CAPACITY),
+    (200, error("no", code="insufficient_quota"), CONFIGURATION),
+    (200, error("bad picture", code=400, type="invalid_request_error"), JOB),
+    (200, error("Provider returned error"), TRANSIENT),
+    # A gateway's 500 for another status
+    (500, error("nope", code=429), CAPACITY),
+    (502, error("nope", code="401"), CONFIGURATION),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "category"), GENERIC)
+def test_an_answer_of_any_api_is_understood(status: int, body: Any, category: Category) -> None:
+    assert found(status, body).category is category
+
+
+@pytest.mark.parametrize(
+    ("status", "overloaded"), [(429, False), (503, True), (529, True), (498, True), (500, True), (403, False)]
+)
+def test_an_overloaded_api_is_distinguished_from_a_limited_account(status: int, overloaded: bool) -> None:
+    answer = found(status, error("too many requests"))
+    assert answer.category is CAPACITY
+    assert answer.is_overloaded is overloaded
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (400, "http_4xx"), (403, "http_403"), (408, "http_408"), (409, "http_409"), (421, "http_4xx"),
+        (500, "http_500"), (502, "http_5xx"), (200, "malformed_response"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_from_a_closed_set(status: int, reason: str) -> None:
+    assert found(status, error("no")).reason == reason
+
+
+# The API's own words
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (error("too long", type="t"), "too long"),
+        ({"error": "too long"}, "too long"),
+        ({"detail": "too long"}, "too long"),
+        ({"detail": {"error": "too long"}}, "too long"),
+        ({"errors": [{"message": "too long"}]}, "too long"),
+        ([error("too long")], "too long"),
+        (["too long"], "too long"),
+        ({"detail": [{"loc": ["body", "top_p"], "msg": "too long", "input": "a secret"}]}, "top_p: too long"),
+        (error("Provider returned error", metadata={"raw": '{"error": {"message": "too long"}}'}),
+         "Provider returned error; too long"),
+        (error("Provider returned error", metadata={"raw": "too long"}), "Provider returned error; too long"),
+        (error("litellm.BadRequestError: x - b'{\\n \"error\": {\"message\": \"too long\"}}'"),
+         "litellm.BadRequestError: x; too long"),
+        ("too long", "too long"),
+        (b"too long", "too long"),
+        (b'\xef\xbb\xbf{"error": "too long"}', "too long"),
+        (b'data: {"error": "too long"}\n\n', "too long"),
+        (b"<!DOCTYPE html><html><title>502 Bad\n Gateway &amp; more</title><body>x</body></html>",
+         "502 Bad Gateway & more (an HTML page)"),
+        (b"<html><body><h1>Busy</h1>markup</body></html>", "Busy (an HTML page)"),
+        (b"<html><script>x</script><body>some <b>markup</b></body></html>", "some markup (an HTML page)"),
+        (b"<html></html>", "(an HTML page)"),
+        (b"", "Bad Request"),
+        (b"null", "Bad Request"),
+        (b"5", "5"),
+        ({"error": {"code": 5}}, '{"error": {"code": 5}}'),
+        (b"\xff\xfe", "\ufffd\ufffd"),
+    ],
+)  # fmt: skip
+def test_the_api_s_sentence_is_found_in_every_form(body: Any, said: str) -> None:
+    assert found(400, body).said == said
+
+
+def test_the_quoted_request_is_not_among_the_words() -> None:
+    quoted = (
+        "1 validation error: [{'loc': ('body',), 'msg': 'Field required', 'input': {'content': 'secret'}}]"
+    )
+    answer = found(400, error(quoted))
+    assert "secret" not in answer.said
+    assert answer.category is JOB
+
+
+# When to try again
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"Retry-After": "-7"}, 0.0),
+        ({"Retry-After": "86400"}, MAX_RETRY_AFTER_S),
+        ({"Retry-After": "nan"}, None),
+        ({"Retry-After": "soon"}, None),
+        ({"Retry-After": "7 seconds"}, 7.0),
+        ({"Retry-After": "Sun, 17 Mar 2030 17:47:00 GMT"}, 20.0),
+        ({"Retry-After": "2030-03-17T17:47:00Z"}, 20.0),
+        ({"retry-after-ms": "1500", "Retry-After": "7"}, 1.5),
+        ({"x-ms-retry-after-ms": "1500"}, 1.5),
+        ({"x-ratelimit-reset-requests": "1s"}, 1.0),
+        ({"x-ratelimit-reset-tokens": "6m0s"}, 360.0),
+        ({"x-ratelimit-reset-tokens": "88ms"}, 0.088),
+        ({"x-ratelimit-reset-requests": "2m59.56s"}, 179.56),
+        ({"x-ratelimit-reset": "1900000030"}, 30.0),
+        ({"x-ratelimit-reset": "1900000030000"}, 30.0),
+        ({"x-ratelimit-reset": "1800000000"}, 0.0),
+        ({"anthropic-ratelimit-requests-reset": "2030-03-17T17:47:10Z"}, 30.0),
+        ({"RateLimit": "limit=10, remaining=0, reset=5"}, 5.0),
+        ({"RateLimit": '"default";r=0;t=5'}, 5.0),
+        ({"RateLimit": '"default";r=3;t=5'}, None),
+        ({"RateLimit-Reset": "5"}, 5.0),
+        # The limit that is used up counts; of several, the longest.
+        ({"x-ratelimit-reset-requests": "1s", "x-ratelimit-remaining-requests": "0",
+          "x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "90"}, 1.0),
+        ({"x-ratelimit-reset-requests": "1s", "x-ratelimit-reset-tokens": "6s"}, 6.0),
+        ({"Retry-After": "3", "x-ratelimit-reset-tokens": "6m0s"}, 3.0),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_headers_say_when_to_try_again(headers: dict[str, str], seconds: float | None) -> None:
+    hint = found(429, b"", headers=headers).retry_after_s
+    assert hint == (None if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.parametrize(
+    ("body", "seconds"),
+    [
+        (gemini(429, "Quota", "RESOURCE_EXHAUSTED", {"@type": "RetryInfo", "retryDelay": "27s"}), 27.0),
+        (gemini(429, "Quota", "RESOURCE_EXHAUSTED", {"@type": "RetryInfo", "retryDelay": "27.5s"}), 27.5),
+        (error("slow down", retry_after=9), 9.0),
+        (error("slow down", retry_after_ms=900), 0.9),
+        (error("slow", metadata={"headers": {"X-RateLimit-Reset": "1900000060000"}}), 60.0),
+        ({"error": "Model m is currently loading", "estimated_time": 20.5}, 20.5),
+        (error("Please try again in 7.66s."), 7.66),
+        (error("Please try again in 1m26.4s. Visit x."), 86.4),
+        (error("Please retry after 6 seconds."), 6.0),
+        (error("Retry in 2 minutes and 3 seconds"), 123.0),
+        (error("Try again in 120ms"), 0.12),
+        (error("Try again later"), None),
+    ],
+)
+def test_the_body_says_when_to_try_again(body: Any, seconds: float | None) -> None:
+    hint = found(429, body).retry_after_s
+    assert hint == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_a_503_has_a_hint_as_a_429_has() -> None:
+    assert found(503, b"", headers={"Retry-After": "4"}).retry_after_s == 4.0
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.sampled_from(["error", "code", "message", "x"]), inner)
+    ),
+)
+
+
+@given(status=st.integers(200, 999), body=st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_answer_has_a_category_and_words(status: int, body: bytes) -> None:
+    answer = found(status, body)
+    assert answer.said
+    assert answer.retry_after_s is None or 0 <= answer.retry_after_s <= MAX_RETRY_AFTER_S
+
+
+@given(
+    value=st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40),
+    name=st.sampled_from(["retry-after", "retry-after-ms", "x-ratelimit-reset-tokens", "ratelimit"]),
+)
+def test_any_header_is_a_hint_or_none(value: str, name: str) -> None:
+    hint = found(429, b"", headers={name: value}).retry_after_s
+    assert hint is None or 0 <= hint <= MAX_RETRY_AFTER_S
+
+
+@pytest.mark.parametrize("provider", provider_names())
+def test_a_huge_answer_is_read_quickly_and_bounded(provider: str) -> None:
+    for text in ("a" * 5_000_000, "model " * 100_000, '{"error": ' * 100_000, "not image " * 100_000):
+        assert len(found(400, text.encode(), provider).said) <= 4000
