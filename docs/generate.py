@@ -28,6 +28,8 @@ from worker.errors import SERVICE_FAILURES
 from worker.jobs.cancellation import REMEMBERED
 from worker.observability.instruments import Declaration
 from worker.observability.metrics import DECLARED
+from worker.providers import GENERIC, Profile, Rule, load_profile, provider_names
+from worker.providers.profile import Images, RequestFields
 from worker.rabbitmq import messages, properties
 from worker.rabbitmq.topology import Topology
 from worker.settings import Settings, variable
@@ -39,7 +41,7 @@ SETTINGS_SECTIONS: Final = {
     "rabbitmq_url": "RabbitMQ",
     "max_attempts": "Jobs and retries",
     "s3_endpoint_url": "Images",
-    "model_base_url": "Model API",
+    "provider": "Model API",
     "result_store": "Results",
     "tenant_from": "Costs by tenant",
     "http_host": "Process",
@@ -52,6 +54,7 @@ DEFAULTS_IN_WORDS: Final = {
     "jobs_exchange": "the default exchange",
     "s3_endpoint_url": "none: AWS",
     "allowed_buckets": "required",
+    "provider": "from the base URL's host",
     "model_api_key": "required",
     "allowed_models": "the value of `VQA_MODEL`",
     "initial_concurrency": "`32`, or `VQA_MAX_CONCURRENCY` if that is less",
@@ -84,6 +87,21 @@ COMMANDS_INTRODUCTION: Final = """\
 
 The help of every command. [Command line](cli.md) describes how to use them.
 """
+
+# Facts of a provider profile, by field.
+_FACTS: Final = {
+    (Images, "types"): "Image types",
+    (Images, "max_bytes"): "Bytes of an image",
+    (Images, "max_request_bytes"): "Bytes of a request",
+    (Images, "max_count"): "Images in a request",
+    (Images, "links"): "Links to images",
+    (Images, "detail"): "`detail` of an image",
+    (RequestFields, "token_limit"): "Token limit",
+    (RequestFields, "system_with_images"): "System message with images",
+    (RequestFields, "json_schema"): "JSON schema",
+    (RequestFields, "stream_only_models"): "Models that only stream",
+    (RequestFields, "gzip"): "Compressed requests",
+}
 
 # Added by the Prometheus client library, on Linux.
 PROCESS_METRICS: Final = {
@@ -400,12 +418,77 @@ def _queues_table(topology: Topology) -> str:
     return _table(("Queue", "Arguments"), rows)
 
 
+def providers_page() -> str:
+    """Return the page about provider profiles."""
+    template = (HERE / "templates" / "providers.md").read_text(encoding="utf-8")
+    profiles = [load_profile(name) for name in provider_names() if name != GENERIC]
+    generic = load_profile(GENERIC)
+    heads = "Status", "Codes and types", "Words", "Category", "Advice"
+    return Template(template).substitute(
+        profiles=_table(("`VQA_PROVIDER`", "API", "Hosts"), map(_profile_row, [generic, *profiles])),
+        providers="\n\n".join(_provider_section(profile, generic, heads) for profile in profiles),
+        generic_rules=_table(heads, map(_rule_row, generic.rules)),
+        headers=", ".join(f"`{name}`" for name in generic.retry.headers),
+        fields=", ".join(f"`{name}`" for name in generic.retry.body),
+    )
+
+
+def _profile_row(profile: Profile) -> tuple[str, str, str]:
+    hosts = ", ".join(f"`{host}`" for host in profile.hosts) or "none: set `VQA_PROVIDER`"
+    return f"`{profile.name}`", profile.title, "all others" if profile.name == GENERIC else hosts
+
+
+def _provider_section(profile: Profile, generic: Profile, heads: Sequence[str]) -> str:
+    own = profile.rules[: len(profile.rules) - len(generic.rules)]
+    return "\n\n".join(
+        (
+            f"## {profile.title}",
+            _table(("Profile", f"`{profile.name}`"), _profile_facts(profile)),
+            _table(heads, map(_rule_row, own)),
+            f"Sources: {', '.join(f'<{source}>' for source in profile.sources)}.",
+            f"Not verified: {profile.unverified}",
+        )
+    )
+
+
+def _profile_facts(profile: Profile) -> Iterator[tuple[str, str]]:
+    yield "Base URL", f"`{profile.base_url}`"
+    if profile.key_header != "authorization":
+        yield "Header of the API key", f"`{profile.key_header}`"
+    for part in (profile.images, profile.request):
+        for name in type(part).model_fields:
+            value = getattr(part, name)
+            if value not in (None, ()):
+                yield _FACTS[type(part), name], _fact_in_words(value)
+    for name, tier in profile.tiers.items():
+        yield f"Tier `{name}`", f"may wait {tier.timeout_s:g} s"
+
+
+def _fact_in_words(value: Any) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case tuple():
+            return ", ".join(f"`{item}`" for item in value)
+    return f"`{value}`" if "_" in value else str(value)
+
+
+def _rule_row(rule: Rule) -> tuple[str, ...]:
+    status = ", ".join(map(str, rule.status)) or "any"
+    words = " <br>".join(f"`{pattern}`" for pattern in rule.words)
+    named = "the name of the model" if rule.names_model else ""
+    return status, f"`{rule.code}`" if rule.code else "", words or named, f"`{rule.category}`", rule.advice
+
+
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "commands.md": commands_page,
     "settings.md": settings_page,
     "messages.md": messages_page,
     "permissions.md": permissions_page,
     "metrics.md": metrics_page,
+    "providers.md": providers_page,
     "asyncapi.json": asyncapi_document,
 }
 

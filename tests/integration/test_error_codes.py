@@ -394,13 +394,13 @@ async def test_model_rejected_reports_the_api_s_message_without_secrets(
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("<html><body>too\nlarge</body></html>", "<html><body>too large</body></html>"),
+        ("<html><body>too\nlarge</body></html>", "too large (an HTML page)"),
         ({"detail": [{"loc": ["body", "seed"], "msg": "is odd"}]}, "is odd"),
         ({"detail": "so much for that"}, "so much for that"),
         ({"error": "in a word"}, "in a word"),
         ({"error": {"code": "E1", "text": "unusual"}}, "unusual"),
         ({"message": "flat"}, "flat"),
-        ("", "422"),
+        ("", "413"),
         ("x" * 100_000, "xxx"),
         ("\x1b[31m\u202e\x00red", "[31m  red"),
     ],
@@ -409,7 +409,7 @@ async def test_model_rejected_reports_the_api_s_message_without_secrets(
 async def test_model_rejected_finds_the_message_in_every_form_of_body(
     strict: Strict, stack: Stack, body: str | dict[str, Any], says: str
 ) -> None:
-    result, _ = await _ask_once(strict, stack, Error(status=422, body=body), "model_rejected")
+    result, _ = await _ask_once(strict, stack, Error(status=413, body=body), "model_rejected")
     assert says in result["error"]["message"]
     assert len(result["error"]["message"]) <= 2000
     assert result["error"]["message"].isprintable()
@@ -489,10 +489,10 @@ async def test_deadline_exceeded_before_images_are_fetched_and_the_model_is_call
 async def test_deadline_exceeded_if_the_next_attempt_would_be_too_late(strict: Strict, stack: Stack) -> None:
     deadline = (datetime.now(UTC) + timedelta(seconds=45)).isoformat()
     body, calls = await _ask_once(
-        strict, stack, Error(status=503, message="come back later"), "deadline_exceeded", deadline=deadline
+        strict, stack, Error(status=504, message="come back later"), "deadline_exceeded", deadline=deadline
     )
     assert "deadline" in body["error"]["message"]
-    assert "the API answered 503: come back later" in body["error"]["message"]
+    assert "the API answered 504: come back later" in body["error"]["message"]
     assert calls == 1
     await _succeed(strict)
 
@@ -506,10 +506,9 @@ async def test_deadline_exceeded_if_the_next_attempt_would_be_too_late(strict: S
         (Error(status=500), "the API answered 500: Scripted failure"),
         (
             Error(status=502, body="<html>Bad gateway</html>"),
-            "the API answered 502: <html>Bad gateway</html>",
+            "the API answered 502: Bad gateway (an HTML page)",
         ),
-        (Error(status=503, body=""), "the API answered 503"),
-        (Error(status=529), "the API answered 529"),
+        (Error(status=504, body=""), "the API answered 504"),
         (Error(status=408), "the API answered 408"),
         (Error(status=409), "the API answered 409"),
         (Malformed(how="not_json"), "the API answered 200, but the body is not JSON"),

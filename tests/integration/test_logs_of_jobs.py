@@ -91,8 +91,8 @@ async def test_the_level_of_a_line_depends_on_the_outcome(scene: Scene, put_imag
     assert refused["reason"] == "images[0]: S3 has no such object (NoSuchKey)"
     assert refused["reason"] in refused["message"]
     (retry,) = (line for line in events(scene.worker, "job_retried") if line["job_id"] == exhausted["id"])
-    assert (retry["level"], retry["reason"], retry["attempts"]) == ("warning", "http_5xx", 1)
-    failed = f"Job {exhausted['id']} failed with a transient error (http_5xx)"
+    assert (retry["level"], retry["reason"], retry["attempts"]) == ("warning", "http_500", 1)
+    failed = f"Job {exhausted['id']} failed with a transient error (http_500)"
     assert retry["message"] == f"{failed}; it is retried in 1 s, attempts so far: 1."
 
 

@@ -169,7 +169,7 @@ def test_jobs_are_counted_by_status_error_and_model(reported: Reported) -> None:
 
 def test_retries_and_dead_letters_are_counted_by_reason(reported: Reported) -> None:
     assert reported.counted("vqa_retries_total") == {
-        ("http_5xx",): 1,
+        ("http_500",): 1,
         ("connection_error",): 1,
         ("malformed_response",): 1,
     }

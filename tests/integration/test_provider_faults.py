@@ -27,7 +27,7 @@ KINDS = pytest.mark.parametrize(
         pytest.param(Error(status=404), "404.*VQA_MODEL_BASE_URL", id="unknown model"),
         pytest.param(None, "cannot be reached", id="unreachable"),
         pytest.param(Error(status=403), "different jobs.*403", id="forbidden for everyone"),
-        pytest.param(Error(status=503), "different jobs.*5xx", id="failing for everyone"),
+        pytest.param(Error(status=502), "different jobs.*5xx", id="failing for everyone"),
         pytest.param(Reset(), "different jobs.*connection", id="reset"),
         pytest.param(Hang(), "different jobs.*timeout", id="hanging"),
     ],

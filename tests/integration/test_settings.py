@@ -145,6 +145,7 @@ CONTRACT_IN_WORDS = {
         "`meta-llama/Llama-3.2-90B-Vision-Instruct`",
         "the value of `VQA_MODEL`",
     ],
+    "from the base URL's host; none": ["from the base URL's host", "none"],
     "`info`; `json` on a pipe, `console` on a terminal": [
         "`info`",
         "`json` on a pipe, `console` on a terminal",
@@ -485,6 +486,16 @@ GOOD: list[tuple[str, str, Any]] = [
     ("s3_endpoint_url", "http://minio:9000/", "http://minio:9000"),
     ("s3_endpoint_url", "http://my_minio:9000", "http://my_minio:9000"),
     ("model_base_url", "https://[::1]:8000/v1/", "https://[::1]:8000/v1"),
+    ("model_base_url", "https://host/v1/chat/completions", "https://host/v1"),
+    ("model_base_url", "https://host/v1/chat/completions/", "https://host/v1"),
+    ("model_base_url", "https://host", "https://host"),
+    # The path of a known provider, if there is none.
+    ("model_base_url", "https://api.openai.com/", "https://api.openai.com/v1"),
+    ("model_base_url", "https://api.deepinfra.com/chat/completions", "https://api.deepinfra.com/v1/openai"),
+    ("model_base_url", "https://a.openai.azure.com", "https://a.openai.azure.com/openai/v1"),
+    ("model_base_url", "https://a.openai.azure.com/openai/deployments/d/chat/completions?api-version=2024-10-21",
+     "https://a.openai.azure.com/openai/deployments/d?api-version=2024-10-21"),
+    ("provider", "OpenRouter", "openrouter"),
     ("prices", '{"m": [0.35, 1]}', {"m": Price(prompt=0.35, completion=1)}),
     ("prices", '{"m": {"prompt": 0, "completion": 2.5}}', {"m": Price(prompt=0, completion=2.5)}),
     ("prices", '{"m": {"prompt": 1, "completion": 2, "cached_prompt": 0.5}}', {"m": Price(1, 2, 0.5)}),
@@ -546,8 +557,14 @@ BAD = [
     ("s3_endpoint_url", "minio:9000", "must begin with https:// or http://"),
     ("s3_endpoint_url", "https://", "must have a host"),
     ("s3_endpoint_url", "https://user@host", "must not carry a user name"),
-    ("model_base_url", "https://host/v1?x=1", "must not have a query"),
-    ("model_base_url", "https://host/v1#x", "must not have a query"),
+    ("model_base_url", "https://host/v1?x=1", "must not have a query, except ?api-version=… (Azure)"),
+    ("model_base_url", "https://host/v1?api-version=1&key=x", "must not have a query, except"),
+    ("model_base_url", "https://host/v1#x", "must not have a fragment"),
+    ("model_base_url", "https://user@host/v1", "must not carry a user name"),
+    ("model_base_url", "https://a.openai.azure.com/openai/deployments/d",
+     "for example https://a.openai.azure.com/openai/deployments/d?api-version=2024-10-21"),
+    ("provider", "somebody", "must be one of generic, azure, dashscope, deepinfra, "),
+    ("provider_profile", "/nowhere/profile.toml", "must be an existing file"),
     ("model_base_url", "https://ho st/v1", "without spaces"),
     ("model_base_url", "https://höst/v1", "non-ASCII"),
     ("model_base_url", "ftp://host/", "must begin with https:// or http://"),
@@ -794,6 +811,51 @@ def test_only_metadata_fields_can_name_the_tenant(field: str) -> None:
 def test_tenants_without_a_field_and_a_field_without_tenants_are_warnings() -> None:
     assert the_warning(load(tenants="red")).startswith("VQA_TENANTS: ")
     assert the_warning(load(tenant_from="metadata.team")).startswith("VQA_TENANT_FROM: ")
+
+
+def test_the_host_or_the_setting_selects_the_provider_profile() -> None:
+    assert load().profile.name == "deepinfra"
+    assert load(model_base_url="https://a.openai.azure.com/openai/v1").profile.name == "azure"
+    assert load(model_base_url="http://localhost:8000/v1").profile.name == "generic"
+    assert load(model_base_url="https://openrouter.ai.example/v1").profile.name == "generic"
+    vllm = load(model_base_url="http://localhost:8000", provider="vllm")
+    assert vllm.profile.name == "vllm"
+    assert vllm.model_base_url == "http://localhost:8000/v1"
+
+
+def test_a_file_overrides_values_of_the_profile(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.toml", '[images]\nmax_count = 3\n[[rules]]\nstatus = [418]\ncategory = "job"\n'
+    )
+    built_in, profile = load().profile, load(provider_profile=path).profile
+    assert profile.images.max_count == 3
+    assert profile.images.types == built_in.images.types
+    assert profile.rules[0].status == (418,)
+    assert profile.rules[1:] == built_in.rules
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[images", "is not TOML"),
+        ("[images]\nmost = 3", "images.most: "),
+        ("[images]\nmax_count = 0", "images.max_count: "),
+        ('[[rules]]\ncategory = "perhaps"', "rules.0.category: "),
+        ('[[rules]]\nstatus = ["4x"]\ncategory = "job"', "rules.0.status.0"),
+        ("[[rules]]\nwords = ['(']\ncategory = \"job\"", "is not a regular expression"),
+        ('[request]\ntoken_limit = "tokens"', "request.token_limit: "),
+    ],
+)
+def test_an_invalid_profile_is_an_error_that_names_the_place(tmp_path: Path, text: str, says: str) -> None:
+    path = write(tmp_path / "profile.toml", text)
+    line = fault(provider_profile=path)
+    assert line.startswith(f"VQA_PROVIDER_PROFILE: {path}: ")
+    assert says in line
+
+
+def test_a_base_url_that_is_not_the_provider_s_is_a_warning() -> None:
+    line = the_warning(load(model_base_url="https://api.deepinfra.com/v1"))
+    assert line == "VQA_MODEL_BASE_URL: the API of DeepInfra is at https://api.deepinfra.com/v1/openai"
 
 
 @pytest.mark.parametrize("host", ["models.example", "10.0.0.1", "localhost.evil.org", "[2001:db8::1]:80"])

@@ -284,7 +284,7 @@ async def test_a_job_s_images_are_fetched_and_the_model_s_answer_returned(scene:
     assert isinstance(outcome, Succeeded)
     assert (outcome.job_id, outcome.model) == ("job-1", "usual")
     ((model, messages, params, time_left_s),) = scene.model.asked
-    assert (model, params) == ("usual", {"seed": 7})
+    assert (model, params) == ("usual", {"seed": 7, "stream": False})
     assert messages[0] == {"role": "system", "content": "Be brief."}
     assert messages[1]["content"][0]["image_url"] == {"url": "loaded s3://photos/cat.png"}
     assert 0 < time_left_s <= JOB_TIMEOUT_S
@@ -405,6 +405,8 @@ async def test_the_usage_of_an_unusable_answer_is_in_the_failed_result(
 
 
 FLEX = {"params": {"seed": 7, "service_tier": "flex"}}
+DEFAULT_TIER = {"seed": 7, "stream": False}
+SENT = {**DEFAULT_TIER, "service_tier": "flex"}
 
 
 async def test_a_tier_without_capacity_falls_back_to_the_default_tier_without_a_pause() -> None:
@@ -413,7 +415,7 @@ async def test_a_tier_without_capacity_falls_back_to_the_default_tier_without_a_
     started = time.monotonic()
     outcome = await scene.process(**FLEX)
     assert isinstance(outcome, Succeeded)
-    assert [params for _, _, params, _ in scene.model.asked] == [FLEX["params"], {"seed": 7}]
+    assert [params for _, _, params, _ in scene.model.asked] == [SENT, DEFAULT_TIER]
     assert time.monotonic() - started < 30
 
 
@@ -421,14 +423,14 @@ async def test_without_a_fallback_a_tier_without_capacity_is_waited_for() -> Non
     scene = Scene()
     scene.model.deeds = [RateLimitedError(0.0), ANSWER]
     assert isinstance(await scene.process(**FLEX), Succeeded)
-    assert [params for _, _, params, _ in scene.model.asked] == [FLEX["params"]] * 2
+    assert [params for _, _, params, _ in scene.model.asked] == [SENT] * 2
 
 
 async def test_the_default_tier_is_rate_limited_as_usual() -> None:
     scene = Scene(flex_fallback=True)
     scene.model.deeds = [RateLimitedError(1000.0), RateLimitedError(0.0), ANSWER]
     assert isinstance(await scene.process(**FLEX), Succeeded)
-    assert [params for _, _, params, _ in scene.model.asked] == [FLEX["params"], {"seed": 7}, {"seed": 7}]
+    assert [params for _, _, params, _ in scene.model.asked] == [SENT, DEFAULT_TIER, DEFAULT_TIER]
 
 
 # Invalid and rejected jobs

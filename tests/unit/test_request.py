@@ -12,6 +12,7 @@ from vqa_worker.messages.conversation import ImageRef
 from worker.images.source import ImageSource, SourcePolicy, parse_source
 from worker.jobs.attempt import Attempt
 from worker.jobs.request import Request, RequestRules, check_job, read_job
+from worker.model.request import with_token_limit
 
 RULES = RequestRules("m", {"m"}, 1_000_000, 3, send_image_detail=False, stores_results=True)
 ANYWHERE = SourcePolicy(["*"], ["*"])
@@ -58,6 +59,23 @@ def test_a_job_in_the_tier_flex_has_a_fallback_if_configured(
 def test_a_service_tier_that_is_not_text_is_passed_on_only() -> None:
     job = {"id": "a", "question": "x", "images": ["s3://b/k"], "params": {"service_tier": ["flex"]}}
     assert request_of(job).service_tier is None
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "sent"),
+    [
+        ("max_completion_tokens", {"seed": 1, "max_tokens": 5}, {"seed": 1, "max_completion_tokens": 5}),
+        ("max_tokens", {"max_completion_tokens": 5}, {"max_tokens": 5}),
+        ("max_tokens", {"max_tokens": 5}, {"max_tokens": 5}),
+        ("max_tokens", {"max_tokens": 5, "max_completion_tokens": 6},
+         {"max_tokens": 5, "max_completion_tokens": 6}),
+        ("as given", {"max_completion_tokens": 5}, {"max_completion_tokens": 5}),
+    ],
+)  # fmt: skip
+def test_the_token_limit_has_the_name_that_the_api_takes(
+    name: str, params: Mapping[str, object], sent: Mapping[str, object]
+) -> None:
+    assert with_token_limit(params, name) == sent
 
 
 @pytest.mark.parametrize("image", [LARGE, SMALL, "s3://b/k"])

@@ -127,6 +127,7 @@ def open_model(settings: Settings, redact: Redactor, stack: AsyncExitStack) -> M
         timeout_s=settings.model_timeout,
         prices=settings.prices,
         redact=redact,
+        profile=settings.profile,
     )
     stack.push_async_callback(model.close)
     return model
@@ -138,8 +139,9 @@ def _rules(settings: Settings) -> RequestRules:
         allowed_models=frozenset(settings.allowed_models),
         max_job_bytes=settings.max_job_bytes,
         delivery_limit=settings.delivery_limit,
-        send_image_detail=settings.send_image_detail,
+        send_image_detail=settings.send_image_detail or settings.profile.images.detail == "sent",
         stores_results=settings.result_store is not None,
         prompt_order=settings.prompt_order,
         flex_fallback=settings.flex_fallback,
+        token_limit=settings.profile.request.token_limit,
     )

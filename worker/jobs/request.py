@@ -15,7 +15,7 @@ from worker.errors import JobError
 from worker.images.source import Embedded, ImageSource
 from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
-from worker.model.request import PLACEHOLDER, body_parts, fingerprint
+from worker.model.request import PLACEHOLDER, body_parts, fingerprint, with_token_limit
 from worker.s3.aws import S3Object
 
 # A job over the delivery limit is decoded in this many further deliveries, to find the id for its result.
@@ -45,6 +45,7 @@ class RequestRules:
         stores_results: whether requests need a key in the result store.
         prompt_order: of jobs that do not say it (`VQA_PROMPT_ORDER`).
         flex_fallback: whether a job whose tier `flex` has no capacity is sent again without a tier.
+        token_limit: the name of the token limit in requests; any other: as the job has it.
     """
 
     default_model: str
@@ -55,6 +56,7 @@ class RequestRules:
     stores_results: bool = False
     prompt_order: PromptOrder = "images_first"
     flex_fallback: bool = False
+    token_limit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ def check_job(
     conversation = Conversation(job)
     images = check_images(conversation.images(), delivery.body)
     messages = _messages(conversation, PLACEHOLDER, rules)
-    params = job.params or {}
+    params = with_token_limit(job.params or {}, rules.token_limit)
     tier = params.get("service_tier")
     request = Request(
         model=model,

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import aiohttp
 import httpx2
@@ -31,12 +32,14 @@ from worker.model.answer import (
 )
 from worker.model.answered_model import AnsweredModels
 from worker.model.content_encoding import ACCEPT_ENCODING
-from worker.model.errors import connection_lost, translate_status, unreachable, was_never_sent
+from worker.model.errors import connection_lost, translate_answer, unreachable, was_never_sent
 from worker.model.instrumentation import RequestObserver, observed_request
 from worker.model.request import RequestBody
 from worker.model.transport import AiohttpClient, parse_url
 from worker.model.usage import Price
 from worker.observability.redaction import Redactor
+from worker.providers import GENERIC, Profile, load_profile
+from worker.settings.urls import CHAT_COMPLETIONS, endpoint
 
 CONNECT_TIMEOUT_S = 10.0
 LIST_TIMEOUT_S = 30.0
@@ -50,9 +53,15 @@ class _Client(openai.AsyncOpenAI):
     """The SDK client without its own headers, which describe this machine and its environment."""
 
     def __init__(
-        self, headers: Mapping[str, str], base_url: str, api_key: str, http_client: httpx2.AsyncClient
+        self,
+        headers: Mapping[str, str],
+        base_url: str,
+        api_key: str,
+        http_client: httpx2.AsyncClient,
+        key_header: str,
     ) -> None:
         super().__init__(base_url=base_url, api_key=api_key, max_retries=0, http_client=http_client)
+        self._key_header = key_header
         standard = {
             "Accept": "application/json",
             "Accept-Encoding": ACCEPT_ENCODING,
@@ -70,12 +79,13 @@ class _Client(openai.AsyncOpenAI):
         """The headers of every request, without the API key."""
         return {**self._headers}
 
-    def error_of(self, error: ErrorInAnswerError) -> openai.APIStatusError:
-        """Return the SDK's error for an error in a 200 response, as if it had had its own status."""
-        request = httpx2.Request("POST", parse_url(str(self.base_url)))
-        return self._make_status_error_from_response(
-            httpx2.Response(error.status, content=error.body, request=request)
-        )
+    def _auth_headers(self, security: Any) -> dict[str, str]:
+        if self._key_header == "authorization":
+            return super()._auth_headers(security)
+        return {self._key_header: self.api_key}
+
+    def _validate_headers(self, headers: Any, custom_headers: Any) -> None:
+        """Accept requests without `Authorization`: the key can be in another header."""
 
     def _prepare_url(self, url: str) -> httpx2.URL:
         # The SDK would parse the URL for each request, which takes 2 % of the CPU time of a job.
@@ -94,22 +104,27 @@ class Model:
         timeout_s: float,
         prices: Mapping[str, Price],
         redact: Redactor,
+        profile: Profile | None = None,
     ) -> None:
+        """`profile`: of the provider; None: the generic one."""
         self._timeout_s = timeout_s
         self._prices = prices
         self._redact = redact
         self._provider = _provider_name(base_url)
         self._answered_models = AnsweredModels()
+        self._profile = profile or load_profile(GENERIC)
         # The SDK uses a complete URL as it is; it would join a path with the base URL for each request.
-        self._url = f"{base_url.rstrip('/')}/chat/completions"
-        self._client = _Client(headers, base_url, api_key, AiohttpClient(_open_session(timeout_s)))
+        self._url = endpoint(base_url, CHAT_COMPLETIONS)
+        self._models_url = endpoint(base_url, "/models")
+        session = AiohttpClient(_open_session(timeout_s))
+        self._client = _Client(headers, base_url, api_key, session, self._profile.key_header)
 
     async def complete(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
         """Send one request, limited to `VQA_MODEL_TIMEOUT` and to `time_left_s`.
 
         Raises:
             JobError: the API rejects this request permanently, or an image is corrupt.
-            RateLimitedError: the API answered 429.
+            RateLimitedError: the API answered 429, or has no capacity.
             TransientError: the request or the reading of an image failed with a transient error.
             DependencyDownError: the API, or the source of an image, is unreachable or rejects every request.
         """
@@ -128,7 +143,7 @@ class Model:
                 if (image_error := _image_error(error, body)) is not None:
                     raise image_error from None
                 took_s = time.monotonic() - started
-                raise self._translate(error, observer, took_s, is_sent=body.is_sent) from None
+                raise self._translate(model, error, observer, took_s, is_sent=body.is_sent) from None
             observer.answered(answer)
             return answer
 
@@ -138,14 +153,13 @@ class Model:
         Raises:
             DependencyDownError: the API is unreachable, failing or denies access.
         """
-        url = f"{self._url.removesuffix('/chat/completions')}/models"
         try:
             async with asyncio.timeout(min(self._timeout_s, LIST_TIMEOUT_S)):
-                response = await self._client.get(url, cast_to=httpx2.Response)
+                response = await self._client.get(self._models_url, cast_to=httpx2.Response)
         except openai.APIStatusError as error:
             if error.status_code in _NO_MODEL_LIST:
                 return None
-            text = str(translate_status(error, self._redact))
+            text = str(self._translate_answer("", error.response))
             raise DependencyDownError(Dependency.MODEL, text) from None
         except (openai.APIError, httpx2.HTTPError, TimeoutError) as error:
             raise unreachable(error) from None
@@ -165,17 +179,28 @@ class Model:
         self._answered_models.check(model, answer.answered_model)
         return replace(answer, provider=self._provider)
 
+    def _translate_answer(self, model: str, answer: httpx2.Response) -> Exception:
+        return translate_answer(
+            answer.status_code,
+            answer.headers,
+            answer.content,
+            profile=self._profile,
+            model=model,
+            redact=self._redact,
+        )
+
     def _translate(
-        self, error: Exception, observer: RequestObserver, took_s: float, *, is_sent: bool
+        self, model: str, error: Exception, observer: RequestObserver, took_s: float, *, is_sent: bool
     ) -> Exception:
         """Return the worker's error, and count the request as failed."""
         match error:
             case openai.APIStatusError():
                 observer.failed(str(error.status_code))
-                return translate_status(error, self._redact)
+                return self._translate_answer(model, error.response)
             case ErrorInAnswerError():
                 observer.failed(str(error.status), ambiguous=error.is_partial, usage=error.usage)
-                return _with_usage(translate_status(self._client.error_of(error), self._redact), error.usage)
+                answer = httpx2.Response(error.status, content=error.body)
+                return _with_usage(self._translate_answer(model, answer), error.usage)
             case openai.APIConnectionError(__cause__=httpx2.DecodingError() as cause):
                 observer.failed("malformed", ambiguous=True)
                 text = f"the API answered 200, but {cause}"

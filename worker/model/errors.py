@@ -1,72 +1,102 @@
 """Translate errors of the model API and of the connection to it."""
 
-import email.utils
-import json
-import math
-import time
+import re
 from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Final
+from urllib.parse import urlsplit
 
 import httpx2
-import openai
 
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.http.client import describe_failure
+from worker.model.classification import Classification, classify
 from worker.observability.redaction import Redactor
+from worker.providers import Category, Profile
 
-# A wrong Retry-After header must not stop a worker for days.
-MAX_RETRY_AFTER_S = 3600.0
-MAX_API_MESSAGE_CHARS = 1000
+MAX_API_MESSAGE_CHARS: Final = 1000
+# Of a message for the operator, in the log and in `/readyz`.
+MAX_OPERATOR_CHARS: Final = 300
 
 _BEFORE_SENDING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
-_TRANSIENT_STATUS = frozenset({408, 409})
-# These concern the account or the configuration, so every request fails.
-_CONFIGURATION_ERRORS = {
-    401: "check the key in VQA_MODEL_API_KEY",
-    402: "the account has no credit left",
-    404: "check VQA_MODEL_BASE_URL and that the model still exists",
-    405: "check VQA_MODEL_BASE_URL",
-}
+_WRONG_PATH: Final = frozenset({301, 302, 307, 308, 404, 405})
+_NO_ADVICE: Final = "check VQA_MODEL_BASE_URL and VQA_MODEL_API_KEY"
+_URL: Final = re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s\"'<>)\]]+|\bdata:[^\s\"'<>]+", re.IGNORECASE)
+# Base64 and other data: no word of a sentence is as long.
+_DATA: Final = re.compile(r"[A-Za-z0-9+/=_-]{60,}")
 
 
-def translate_status(error: openai.APIStatusError, redact: Redactor) -> Exception:
-    """Return the worker's error for an HTTP status other than 200."""
-    status = error.status_code
-    if status == httpx2.codes.TOO_MANY_REQUESTS:
-        if error.code == "insufficient_quota":
-            return _down("the API answered 429: the account's quota is used up")
-        return RateLimitedError(_retry_after_s(error.response.headers))
-    if status in _CONFIGURATION_ERRORS:
-        # 404 can concern one of several models.
-        is_partial = status == httpx2.codes.NOT_FOUND
-        return _down(f"the API answered {status}: {_CONFIGURATION_ERRORS[status]}", may_be_partial=is_partial)
-    if text := _wrong_address(error):
-        return _down(text)
-    answered = f"the API answered {status}"
-    message = f"{answered}: {redact(_api_message(error))[:MAX_API_MESSAGE_CHARS]}"
-    if status == httpx2.codes.FORBIDDEN:
-        return TransientError(Dependency.MODEL, "http_403", message, log_message=answered, refused=True)
-    if status in _TRANSIENT_STATUS:
-        return TransientError(Dependency.MODEL, f"http_{status}", message, log_message=answered)
-    if status >= httpx2.codes.INTERNAL_SERVER_ERROR:
-        return TransientError(Dependency.MODEL, "http_5xx", message, log_message=answered)
-    return JobError(ErrorCode.MODEL_REJECTED, message, log_message=answered)
+def translate_answer(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    profile: Profile,
+    model: str,
+    redact: Redactor,
+) -> Exception:
+    """Return the worker's error for an answer that is an error.
+
+    Args:
+        status: of the response; 200 if the body is an `error` object.
+        headers: of the response.
+        body: of the response.
+        profile: of the provider.
+        model: that was asked; empty for the list of models.
+        redact: removes secrets.
+    """
+    found = classify(status, headers, body, profile=profile, model=model)
+    answered = _answered(found)
+    said = redact(found.said)
+    message = f"{answered}: {said[:MAX_API_MESSAGE_CHARS]}"
+    match found.category:
+        case Category.JOB:
+            return JobError(ErrorCode.MODEL_REJECTED, message, log_message=answered)
+        case Category.CAPACITY:
+            text = operator_message(answered, said, profile)
+            return RateLimitedError(found.retry_after_s, text, is_overloaded=found.is_overloaded)
+        case Category.CONFIGURATION | Category.MODEL:
+            start = f"{answered}: {found.advice or _NO_ADVICE}{_form(found, profile)}"
+            return DependencyDownError(
+                Dependency.MODEL,
+                operator_message(start, said, profile),
+                model=model if found.category is Category.MODEL else "",
+                # A bare 404 can concern one of several models.
+                may_be_partial=found.status == HTTPStatus.NOT_FOUND,
+            )
+    return TransientError(
+        Dependency.MODEL,
+        found.reason,
+        message,
+        log_message=answered,
+        refused=found.category in (Category.UNKNOWN, Category.MODEL_JOB),
+        model=model if found.category is Category.MODEL_JOB else "",
+        is_duplicate=found.isolated,
+    )
 
 
-def _wrong_address(error: openai.APIStatusError) -> str:
-    """Return the error of a response that is not the API's; empty for any other."""
-    status = error.status_code
-    if status < httpx2.codes.BAD_REQUEST:
-        return f"the API answered with a redirect ({status}): check VQA_MODEL_BASE_URL"
-    # A TLS server (of Go, nginx or Apache) answers http:// with a text or a page.
-    if status == httpx2.codes.BAD_REQUEST and isinstance(error.body, str) and "HTTPS" in error.body:
-        return "the port expects TLS: change VQA_MODEL_BASE_URL to https://"
-    return ""
+def operator_message(start: str, said: str, profile: Profile) -> str:
+    """Return a message with the API's words, at most 300 characters, without data and URLs of the job.
+
+    Args:
+        start: of the worker's own words.
+        said: the API's words, redacted.
+        profile: of the provider, whose own URLs stay.
+    """
+    domains = {_domain(host) for host in profile.hosts}
+    words = _URL.sub(lambda url: url[0] if _domain(_host(url[0])) in domains else "[URL]", said)
+    words = _DATA.sub("[data]", words)
+    left = MAX_OPERATOR_CHARS - len(start) - len(' ("")')
+    if not words or left <= 0:
+        return start
+    return f'{start} ("{words if len(words) <= left else f"{words[: left - 1]}…"}")'
 
 
 def unreachable(error: Exception) -> DependencyDownError:
     """Return the error for a connection that could not be opened."""
-    return _down(f"the model API cannot be reached: {describe_failure(error)}")
+    text = f"the model API cannot be reached: {describe_failure(error)}"
+    return DependencyDownError(Dependency.MODEL, text)
 
 
 def connection_lost(error: Exception) -> TransientError:
@@ -80,38 +110,26 @@ def was_never_sent(error: Exception) -> bool:
     return isinstance(error, _BEFORE_SENDING) or isinstance(error.__cause__, _BEFORE_SENDING)
 
 
-def _down(message: str, *, may_be_partial: bool = False) -> DependencyDownError:
-    return DependencyDownError(Dependency.MODEL, message, may_be_partial=may_be_partial)
+def _answered(found: Classification) -> str:
+    if found.status < HTTPStatus.MULTIPLE_CHOICES:
+        return f"the API answered {found.status} with an error"
+    if found.status < HTTPStatus.BAD_REQUEST:
+        return f"the API answered with a redirect ({found.status})"
+    return f"the API answered {found.status}"
 
 
-def _api_message(error: openai.APIStatusError) -> str:
-    """Return `error.message` of the response body, or else the whole body."""
-    body = error.body
-    if isinstance(body, dict):
-        message = body.get("message") or body.get("detail") or body.get("error")
-        return message if isinstance(message, str) else json.dumps(body)
-    return str(body or error.response.reason_phrase)
+def _form(found: Classification, profile: Profile) -> str:
+    """Return the form of the base URL if the answer can be due to a wrong one."""
+    return f" (its form: {profile.base_url})" if found.status in _WRONG_PATH else ""
 
 
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Return `Retry-After` in seconds (a number or an HTTP date, RFC 9110 §10.2.3), or `retry-after-ms`."""
-    milliseconds, value = _number(headers.get("retry-after-ms", "")), headers.get("retry-after", "")
-    seconds = _number(value) if milliseconds is None else milliseconds / 1000
-    if seconds is None:
-        seconds = _seconds_until(value)
-    return None if seconds is None else min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
-
-
-def _number(value: str) -> float | None:
+def _host(url: str) -> str:
     try:
-        number = float(value)
+        return urlsplit(url).hostname or ""
     except ValueError:
-        return None
-    return None if math.isnan(number) else number
+        return ""
 
 
-def _seconds_until(date: str) -> float | None:
-    try:
-        return email.utils.parsedate_to_datetime(date).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return None
+def _domain(host: str) -> str:
+    """Return the last two labels of a host, which a provider's hosts share."""
+    return ".".join(host.lower().split(".")[-2:])

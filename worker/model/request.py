@@ -31,9 +31,23 @@ class ImageUrl(Protocol):
 
 
 def body_parts(model: str, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bytes]:
-    """Return the JSON of a request, split at the image URLs, for which `messages` has PLACEHOLDER."""
-    request = pydantic_core.to_json({**params, "model": model, "messages": messages})
+    """Return the JSON of a request, split at the image URLs, for which `messages` has PLACEHOLDER.
+
+    `stream` is sent, because some gateways stream by default.
+    """
+    request = pydantic_core.to_json({**params, "model": model, "stream": False, "messages": messages})
     return request.split(PLACEHOLDER.encode())
+
+
+def with_token_limit(params: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the fields of a request with the token limit under the name that the API takes.
+
+    `name`: `max_tokens` or `max_completion_tokens`; otherwise, and if both are there, nothing is renamed.
+    """
+    other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(name)
+    if other is None or other not in params or name in params:
+        return params
+    return {(name if field == other else field): value for field, value in params.items()}
 
 
 def fingerprint(

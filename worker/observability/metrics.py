@@ -75,16 +75,8 @@ _GEN_AI_SECONDS: Final = tuple(0.01 * 2**n for n in range(19))
 
 # Reasons of failed attempts: see `TransientError.reason`.
 RETRY_REASONS: Final = (
-    *(
-        "timeout",
-        "connection_error",
-        "malformed_response",
-        "http_5xx",
-        "http_500",
-        "http_408",
-        "http_409",
-        "http_403",
-    ),
+    *("timeout", "connection_error", "malformed_response", "http_500", "http_5xx"),
+    *("http_408", "http_409", "http_403", "http_4xx"),
     *("model_unavailable", "model_paused", "s3_unavailable", "s3_refused", "result_store_unavailable"),
     "internal_error",
 )

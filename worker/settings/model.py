@@ -18,9 +18,11 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from vqa_worker.messages.job import PromptOrder
+from worker.providers import Profile, load_profile
 from worker.settings.broker import BrokerSettings, secrets
 from worker.settings.faults import shown, variable
-from worker.settings.urls import ApiKey, HttpUrl, StoreUrl, shows_key
+from worker.settings.providers import ProfileFile, Provider, provider_name
+from worker.settings.urls import ApiKey, HttpUrl, ModelUrl, StoreUrl, host_of, shows_key
 from worker.settings.values import (
     DERIVED,
     METADATA,
@@ -166,11 +168,19 @@ class Settings(BrokerSettings):
     `prompt_order`. Providers cache common prefixes: use `question_first` if many jobs have the same question,
     `images_first` if many have the same images."""
     send_image_detail: bool = False
-    """Whether the field `detail` of a job's `image_url` is sent to the model API. OpenAI supports it,
-    DeepInfra does not."""
+    """Whether the field `detail` of a job's `image_url` is sent to the model API, also if the
+    [provider profile](providers.md) does not say so. DeepInfra does not support it."""
 
-    model_base_url: HttpUrl = "https://api.deepinfra.com/v1/openai"
-    """Base URL of the OpenAI-compatible model API; `/chat/completions` is appended to it."""
+    provider: Provider = None
+    """Name of the [provider profile](providers.md): what the model API accepts, and what its error answers
+    mean. By default the host of `VQA_MODEL_BASE_URL` decides; `generic` if no profile has it."""
+    model_base_url: ModelUrl = "https://api.deepinfra.com/v1/openai"
+    """Base URL of the OpenAI-compatible model API; `/chat/completions` is appended to it. A query is accepted
+    only as `?api-version=…` (Azure). If the URL of a known provider has no path, that of its profile is used.
+    """
+    provider_profile: ProfileFile = None
+    """TOML file that overrides values of the provider profile; its rules come before the built-in ones. See
+    [providers](providers.md)."""
     deepinfra_token: SecretStr = Field(default=SecretStr(""), validation_alias="DEEPINFRA_TOKEN")
     """Used if `VQA_MODEL_API_KEY` is not set and the model API is DeepInfra's. Secret."""
     openai_api_key: SecretStr = Field(default=SecretStr(""), validation_alias="OPENAI_API_KEY")
@@ -252,6 +262,12 @@ class Settings(BrokerSettings):
         """Return the name of the metadata field with the tenant."""
         return self.tenant_from and self.tenant_from.removeprefix(METADATA)
 
+    @property
+    def profile(self) -> Profile:
+        """Return the provider's profile."""
+        name = provider_name({"provider": self.provider, "model_base_url": self.model_base_url})
+        return load_profile(name, self.provider_profile)
+
     def secret_values(self) -> tuple[str, ...]:
         """Return every secret value: those of the broker, the API key, and extra headers."""
         values = [self.model_api_key, *self.model_headers.values()]
@@ -286,3 +302,6 @@ class Settings(BrokerSettings):
             yield "VQA_TENANT_FROM: without VQA_TENANTS the jobs of all tenants are counted as `other`"
         if shows_key(self.model_base_url):
             yield "VQA_MODEL_BASE_URL: sends the API key unencrypted over the network; use https://"
+        form = self.profile.base_url
+        if host_of(form) == host_of(self.model_base_url) and form != self.model_base_url:
+            yield f"VQA_MODEL_BASE_URL: the API of {self.profile.title} is at {form}"

@@ -10,9 +10,14 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, SecretStr, ValidationInfo
 
+from worker.providers import GENERIC, load_profile, provider_of
+
 AMQP_PORTS: Final = {"amqp": 5672, "amqps": 5671}
 # The host of each provider's variable; the settings' fields have the same names in lower case.
 FALLBACK_KEYS: Final = {"deepinfra.com": "DEEPINFRA_TOKEN", "api.openai.com": "OPENAI_API_KEY"}
+CHAT_COMPLETIONS: Final = "/chat/completions"
+# The only query that is accepted, as others may contain secrets: Azure's.
+_API_VERSION: Final = re.compile(r"api-version=[A-Za-z0-9.-]+")
 
 
 def _split_url(url: str, *schemes: str) -> SplitResult:
@@ -51,7 +56,32 @@ def _http_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _host_of(url: str) -> str:
+def _model_url(url: str, info: ValidationInfo) -> str:
+    """Return the base URL of a model API: without `/chat/completions`, with the path of a known provider."""
+    parts = _split_url(url, "https", "http")
+    if "@" in parts.netloc:
+        raise ValueError("must not carry a user name or password: URLs are shown in logs")
+    if "#" in url:
+        raise ValueError("must not have a fragment: paths are appended to it")
+    if "?" in url and not _API_VERSION.fullmatch(parts.query):
+        raise ValueError("must not have a query, except ?api-version=… (Azure): URLs are shown in logs")
+    provider = info.data.get("provider") or provider_of(host_of(url))
+    path = parts.path.rstrip("/").removesuffix(CHAT_COMPLETIONS).rstrip("/")
+    if not path and provider != GENERIC:
+        path = urlsplit(load_profile(provider).base_url).path
+    if "/deployments/" in path and provider == "azure" and not parts.query:
+        right = f"{parts.scheme}://{parts.netloc}{path}?api-version=2024-10-21"
+        raise ValueError(f"needs the version of the API, for example {right}")
+    return f"{parts.scheme}://{parts.netloc}{path}{f'?{parts.query}' if parts.query else ''}"
+
+
+def endpoint(base_url: str, path: str) -> str:
+    """Return the URL of a path of the model API; the query of the base URL is kept at the end."""
+    address, mark, query = base_url.partition("?")
+    return f"{address.rstrip('/')}{path}{mark}{query}"
+
+
+def host_of(url: str) -> str:
     """Return the host of a URL in lower case, without port; empty if it has none."""
     try:
         return urlsplit(url).hostname or ""
@@ -64,13 +94,13 @@ def fallback_key_variable(base_url: str) -> str | None:
 
     A provider's key is never sent to another provider.
     """
-    host = f".{_host_of(base_url)}"
+    host = f".{host_of(base_url)}"
     return next((name for domain, name in FALLBACK_KEYS.items() if host.endswith(f".{domain}")), None)
 
 
 def shows_key(base_url: str) -> bool:
     """Return whether requests to this URL send the key unencrypted over a network."""
-    host = _host_of(base_url)
+    host = host_of(base_url)
     if urlsplit(base_url).scheme == "https" or host == "localhost" or host.endswith(".localhost"):
         return False
     try:
@@ -97,7 +127,7 @@ def _api_key(secret: SecretStr, info: ValidationInfo) -> SecretStr:
 
 
 def _missing_key(base_url: str) -> str:
-    problem = f"is not set: set the API key for {_host_of(base_url) or 'VQA_MODEL_BASE_URL'}"
+    problem = f"is not set: set the API key for {host_of(base_url) or 'VQA_MODEL_BASE_URL'}"
     if fallback := fallback_key_variable(base_url):
         return f"{problem} (or set {fallback}, which is used for this host)"
     others = " and ".join(FALLBACK_KEYS.values())
@@ -113,4 +143,5 @@ def _store_url(url: str) -> str:
 BrokerUrl: TypeAlias = Annotated[SecretStr, AfterValidator(_broker_url)]
 StoreUrl: TypeAlias = Annotated[str, AfterValidator(_store_url)]
 HttpUrl: TypeAlias = Annotated[str, AfterValidator(_http_url)]
+ModelUrl: TypeAlias = Annotated[str, AfterValidator(_model_url)]
 ApiKey: TypeAlias = Annotated[SecretStr, AfterValidator(_api_key)]

@@ -34,6 +34,8 @@ from deploy.local.model_simulator.request import (
 _MAX_BODY_BYTES = 1 << 30
 _REMEMBERED_CALLS = 100_000
 # DeepInfra's answer has neither code nor type.
+# The statuses of requests that OpenAI calls invalid.
+_INVALID = frozenset({400, 413, 422})
 _BUSY = {"error": {"message": "Model busy, retry later"}}
 
 
@@ -208,7 +210,7 @@ def _scripted_error(outcome: Error) -> web.Response:
     elif outcome.body is not None:
         response = web.json_response(outcome.body, status=outcome.status)
     else:
-        kind = outcome.type or "scripted_error"
+        kind = outcome.type or ("invalid_request_error" if outcome.status in _INVALID else "scripted_error")
         response = _error(outcome.status, outcome.message, kind, code=outcome.code)
     response.headers.update(outcome.headers)
     return response

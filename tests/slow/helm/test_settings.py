@@ -101,6 +101,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Secrets:
         "internal-authority": {"ca.crt": ca},
         "vqa-worker-rabbitmq-tls": {"ca.crt": ca, "tls.crt": certificate, "tls.key": key},
         "rabbitmq-tls": {"authority.pem": ca, "worker.pem": certificate, "worker.key": key},
+        "provider-profile": {"profile.toml": '[request]\ntoken_limit = "max_tokens"\n'},
         "rabbitmq-operator": {"VQA_RABBITMQ_URL": "amqps://operator:secret@rabbitmq.internal/vision"},
     }
 
@@ -125,6 +126,8 @@ def test_the_worker_accepts_the_environment_of_its_pod(name: str, given: Secrets
 def _as_loaded(settings: Settings, name: str) -> Any:
     """Return a setting in the format of the values."""
     loaded = getattr(settings, variable_of(name).removeprefix("VQA_").lower())
+    if isinstance(loaded, Path):  # below a local folder
+        return f"/etc/vqa-worker/provider/{loaded.name}"
     if name == "prices":
         prices: Mapping[str, Price] = loaded
         written = ci_values("full")["settings"]["prices"]

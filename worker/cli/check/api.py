@@ -10,16 +10,16 @@ import pydantic_core
 
 from worker.app.assembly import open_model
 from worker.cli.check.finding import Finding, Status, failed, ok, skipped, warning
-from worker.errors import DependencyDownError, JobError, RateLimitedError, TransientError
+from worker.errors import HTTP_500, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.model.answer import Answer
 from worker.model.client import Model
 from worker.model.request import RequestBody, body_parts
 from worker.observability.redaction import Redactor
 from worker.settings import Settings
+from worker.settings.urls import endpoint
 
 CHECK: Final = "model API"
 TIMEOUT_S: Final = 30.0
-CHAT_COMPLETIONS: Final = "/chat/completions"
 # What providers have between the host and `/chat/completions`.
 PATHS: Final = ("/v1", "/openai", "/v1/openai", "/openai/v1", "/api/v1")
 QUESTION: Final = "Which color is this? Answer with one word."
@@ -54,8 +54,7 @@ async def api_findings(settings: Settings, *, ask: bool) -> AsyncIterator[Findin
 
 async def _base_url(settings: Settings) -> str | None:
     """Return a URL on the same host that has a list of models."""
-    url = settings.model_base_url
-    for other in (url.removesuffix(CHAT_COMPLETIONS), *(f"{url}{path}" for path in PATHS)):
+    for other in (endpoint(settings.model_base_url, path) for path in PATHS):
         async with AsyncExitStack() as stack:
             changed = settings.model_copy(update={"model_base_url": other})
             model = open_model(changed, Redactor(settings.secret_values()), stack)
@@ -74,18 +73,30 @@ async def _access(model: Model, settings: Settings, names: Collection[str] | Non
     url = settings.model_base_url
     name = settings.model if not names or settings.model in names else min(names)
     try:
-        await model.complete(
-            name, RequestBody([pydantic_core.to_json({"model": name})], []), time_left_s=TIMEOUT_S
-        )
-    except (JobError, RateLimitedError):
-        pass
-    except (TransientError, DependencyDownError) as error:
-        if isinstance(error, TransientError) and error.reason == "http_5xx":
+        body = pydantic_core.to_json({"model": name, "stream": False})
+        await model.complete(name, RequestBody([body], []), time_left_s=TIMEOUT_S)
+    except (JobError, RateLimitedError, TransientError, DependencyDownError) as error:
+        if _is_of_the_server(error):
             return warning(CHECK, f"{url}: {error} (to a request without messages). Use --ask.")
-        return failed(CHECK, f"{url}: {error}")
+        if not _refuses_this_request(error):
+            return failed(CHECK, f"{url}: {error}")
     if names is None:
         return skipped(CHECK, f"{url} accepts the key, but lists no models. Check the model with --ask.")
     return ok(CHECK, f"{url} accepts the key and lists {len(names)} models")
+
+
+def _is_of_the_server(error: Exception) -> bool:
+    """Return whether the API failed or is overloaded: the key is not checked then."""
+    if isinstance(error, RateLimitedError):
+        return error.is_overloaded
+    return isinstance(error, TransientError) and error.reason in ("http_5xx", HTTP_500)
+
+
+def _refuses_this_request(error: Exception) -> bool:
+    """Return whether the API refuses a request without messages, which it does after it checked the key."""
+    if isinstance(error, TransientError):
+        return error.refused and error.reason != "http_403"
+    return isinstance(error, JobError | RateLimitedError)
 
 
 def _listed(name: str, names: Collection[str]) -> Finding:

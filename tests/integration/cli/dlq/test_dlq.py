@@ -24,7 +24,7 @@ async def test_a_dead_lettered_job_is_listed_shown_replayed_and_answered(
     marker = uuid.uuid4().hex
     worker = await start_worker(VQA_MAX_ATTEMPTS="1")
     client = await client_of(worker)
-    stack.model.play(Error(status=500, message="overloaded, sorry"), marker=marker)
+    stack.model.play(Error(status=500, message="broken, sorry"), marker=marker)
     dead = job(f"What is it? {marker}", metadata={"order": 7})
     first = await client.ask(**dead)
     assert first.body["error"]["code"] == "attempts_exhausted"
@@ -33,7 +33,7 @@ async def test_a_dead_lettered_job_is_listed_shown_replayed_and_answered(
     (dead_letter,) = await cli.run_json("dlq", "list")
     assert (dead_letter["job_id"], dead_letter["code"]) == (dead["id"], "attempts_exhausted")
     assert (dead_letter["model"], dead_letter["attempts"]) == ("default", 1)
-    assert "overloaded, sorry" in dead_letter["message"]
+    assert "broken, sorry" in dead_letter["message"]
     listed = await cli.run("dlq", "list")
     assert listed.code == 0
     assert listed.out.splitlines()[1].split()[0] == dead_letter["name"]
