@@ -530,6 +530,20 @@ def test_valid_fields_of_the_usage_are_read(usage: dict[str, Any], expected: Any
     assert usage_of(**usage) == expected
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"x_groq": {"id": "r", "usage": {"prompt_tokens": 3, "completion_tokens": 4}}},
+        {"usage": None, "usageMetadata": {"promptTokenCount": 3, "candidatesTokenCount": 4}},
+        {"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "x_groq": {"usage": {"prompt_tokens": 9}}},
+    ],
+)
+def test_the_usage_may_be_in_another_field(fields: dict[str, Any]) -> None:
+    assert read({"content": "a"}, **fields).usage == Usage(
+        prompt_tokens=3, completion_tokens=4, total_tokens=7
+    )
+
+
 @pytest.mark.parametrize("usage", [None, [], "many", 7, True])
 def test_invalid_usage_does_not_invalidate_the_answer(usage: Any) -> None:
     answer = read({"content": "a"}, usage=usage)

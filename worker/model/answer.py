@@ -127,7 +127,7 @@ def parse_answer(body: bytes, price: Price | None, headers: Mapping[str, str] = 
         response = read_object(body)
     except MalformedBodyError as error:
         raise MalformedAnswerError(str(error)) from None
-    usage = read_usage(response.get("usage"), price, headers)
+    usage = read_usage(_reported_usage(response), price, headers)
     try:
         answer = _answer_of(response, usage)
     except MalformedAnswerError as error:
@@ -179,6 +179,13 @@ def _answer_of(response: dict[str, Any], usage: Usage | None) -> Answer:
         answered_model=_text(response.get("model")) or None,
         service_tier=_text(response.get("service_tier")) or None,
     )
+
+
+def _reported_usage(response: Mapping[str, Any]) -> object:
+    """Return the field with the usage: Groq has it elsewhere in streams, and Gemini's own API everywhere."""
+    groq = response.get("x_groq")
+    in_groq = groq.get("usage") if isinstance(groq, dict) else None
+    return response.get("usage") or in_groq or response.get("usageMetadata")
 
 
 def _first_choice(response: Mapping[str, Any], usage: Usage | None) -> Mapping[str, Any]:
