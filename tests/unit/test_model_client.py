@@ -33,6 +33,7 @@ from worker.model.retry_hints import MAX_RETRY_AFTER_S
 from worker.observability import metrics
 from worker.observability.redaction import Redactor
 from worker.providers import GENERIC, load_profile
+from worker.providers.profile import Tier
 
 KEY = "sk-secret-of-the-worker"
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "What is it? 猫"}]
@@ -507,6 +508,43 @@ async def test_an_error_in_a_200_is_treated_as_its_status(
     before = ambiguous()
     assert isinstance(await fault(model), expected)
     assert ambiguous() == before
+
+
+async def test_an_error_in_a_200_may_say_when_to_try_again(api: Api, model: Model) -> None:
+    api.says = response(body={"error": {"code": 429, "message": "slow down"}}, Retry_After="7")
+    error = await fault(model)
+    assert isinstance(error, RateLimitedError)
+    assert error.retry_after_s == 7
+
+
+@pytest.mark.parametrize(("tier", "is_in_time"), [("flex", True), ("priority", False), (None, False)])
+async def test_a_request_may_take_as_long_as_its_tier(
+    api: Api, tier: str | None, *, is_in_time: bool
+) -> None:
+    async def slowly(writer: asyncio.StreamWriter) -> None:
+        await expired.wait()
+        writer.write(response())
+        await writer.drain()
+
+    api.says = slowly
+    expired = asyncio.Event()
+    profile = load_profile("generic").model_copy(update={"tiers": {"flex": Tier(timeout_s=60)}})
+    async with a_model(api.url, profile=profile, timeout_s=0.3) as model:
+        asyncio.get_running_loop().call_later(0.6, expired.set)
+        body = RequestBody(body_parts("m", MESSAGES, {}), [], service_tier=tier)
+        if is_in_time:
+            assert (await model.complete("m", body, time_left_s=30)).text == "A cat."
+        else:
+            with pytest.raises(TransientError, match="did not answer within"):
+                await model.complete("m", body, time_left_s=30)
+
+
+@pytest.mark.parametrize(
+    ("name", "provider"), [("generic", "127.0.0.1"), ("vllm", "vllm"), ("deepinfra", "deepinfra")]
+)
+async def test_the_provider_is_the_profile_s_or_the_host(api: Api, name: str, provider: str) -> None:
+    async with a_model(api.url, profile=load_profile(name)) as model:
+        assert (await ask(model)).provider == provider
 
 
 # An answer before the end of the request

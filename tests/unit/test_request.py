@@ -56,6 +56,18 @@ def test_a_job_in_the_tier_flex_has_a_fallback_if_configured(
         assert request.fallback.store_key == request.store_key
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_stream_is_requested_only_from_a_model_that_answers_in_no_other_way(*, streams: bool) -> None:
+    rules = replace(RULES, flex_fallback=True, stream_only_models={"m"} if streams else set())
+    params = {"service_tier": "flex", "seed": 1}
+    request = request_of({"id": "a", "question": "x", "images": ["s3://b/k"], "params": params}, rules=rules)
+    assert request.fallback is not None
+    for it in (request, request.fallback):
+        body = json.loads(b"u".join(it.body_parts))
+        assert (body["stream"], body["seed"]) == (streams, 1)
+        assert body.get("stream_options") == ({"include_usage": True} if streams else None)
+
+
 def test_a_service_tier_that_is_not_text_is_passed_on_only() -> None:
     job = {"id": "a", "question": "x", "images": ["s3://b/k"], "params": {"service_tier": ["flex"]}}
     assert request_of(job).service_tier is None

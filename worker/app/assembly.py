@@ -144,4 +144,5 @@ def _rules(settings: Settings) -> RequestRules:
         prompt_order=settings.prompt_order,
         flex_fallback=settings.flex_fallback,
         token_limit=settings.profile.request.token_limit,
+        stream_only_models=frozenset(filter(settings.profile.only_streams, settings.allowed_models)),
     )

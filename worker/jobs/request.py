@@ -46,6 +46,7 @@ class RequestRules:
         prompt_order: of jobs that do not say it (`VQA_PROMPT_ORDER`).
         flex_fallback: whether a job whose tier `flex` has no capacity is sent again without a tier.
         token_limit: the name of the token limit in requests; any other: as the job has it.
+        stream_only_models: those that answer only as a stream.
     """
 
     default_model: str
@@ -57,6 +58,7 @@ class RequestRules:
     prompt_order: PromptOrder = "images_first"
     flex_fallback: bool = False
     token_limit: str = ""
+    stream_only_models: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +161,10 @@ def check_job(
     images = check_images(conversation.images(), delivery.body)
     messages = _messages(conversation, PLACEHOLDER, rules)
     params = with_token_limit(job.params or {}, rules.token_limit)
-    tier = params.get("service_tier")
+    tier, streams = params.get("service_tier"), model in rules.stream_only_models
     request = Request(
         model=model,
-        body_parts=body_parts(model, messages, params),
+        body_parts=body_parts(model, messages, params, streams=streams),
         images=images,
         deadline=(deadline := _earlier(job.deadline, delivery.expires_at)),
         store_key=_store_key(job, images, model, rules),
@@ -172,7 +174,8 @@ def check_job(
     if tier != FLEX or not rules.flex_fallback:
         return request
     others = {name: value for name, value in params.items() if name != "service_tier"}
-    fallback = replace(request, body_parts=body_parts(model, messages, others), service_tier=None)
+    parts = body_parts(model, messages, others, streams=streams)
+    fallback = replace(request, body_parts=parts, service_tier=None)
     return replace(request, fallback=fallback)
 
 

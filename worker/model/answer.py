@@ -49,6 +49,7 @@ class ErrorInAnswerError(Exception):
         body: the JSON of the error response that it should have been.
         usage: tokens and cost, if the response reports them.
         is_partial: whether there is a part of an answer, which was probably billed.
+        headers: of the response.
     """
 
     def __init__(self, status: int, body: bytes, usage: Usage | None, *, is_partial: bool) -> None:
@@ -57,6 +58,7 @@ class ErrorInAnswerError(Exception):
         self.body = body
         self.usage = usage
         self.is_partial = is_partial
+        self.headers: Mapping[str, str] = _NO_HEADERS
 
 
 @dataclass(frozen=True, slots=True)

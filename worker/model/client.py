@@ -113,6 +113,8 @@ class Model:
         self._provider = _provider_name(base_url)
         self._answered_models = AnsweredModels()
         self._profile = profile or load_profile(GENERIC)
+        # What results say: the profile's name, or the host of an API without a profile of its own.
+        self._profile_name = self._provider if self._profile.name == GENERIC else self._profile.name
         # The SDK uses a complete URL as it is; it would join a path with the base URL for each request.
         self._url = endpoint(base_url, CHAT_COMPLETIONS)
         self._models_url = endpoint(base_url, "/models")
@@ -120,7 +122,7 @@ class Model:
         self._client = _Client(headers, base_url, api_key, session, self._profile.key_header)
 
     async def complete(self, model: str, body: RequestBody, *, time_left_s: float) -> Answer:
-        """Send one request, limited to `VQA_MODEL_TIMEOUT` and to `time_left_s`.
+        """Send one request, limited to `VQA_MODEL_TIMEOUT` (or its tier's timeout) and to `time_left_s`.
 
         Raises:
             JobError: the API rejects this request permanently, or an image is corrupt.
@@ -131,7 +133,7 @@ class Model:
         started = time.monotonic()
         with observed_request(model, self._provider, lambda: body.is_sent) as observer:
             try:
-                async with asyncio.timeout(min(self._timeout_s, time_left_s)):
+                async with asyncio.timeout(min(self._timeout_of(body.service_tier), time_left_s)):
                     response = await self._client.post(
                         self._url,
                         cast_to=httpx2.Response,
@@ -175,9 +177,19 @@ class Model:
         Raises:
             MalformedAnswerError, ErrorInAnswerError: see `parse_answer`.
         """
-        answer = parse_answer(response.content, self._prices.get(model), response.headers)
+        try:
+            answer = parse_answer(response.content, self._prices.get(model), response.headers)
+        except ErrorInAnswerError as error:
+            # They may say when to try again.
+            error.headers = response.headers
+            raise
         self._answered_models.check(model, answer.answered_model)
-        return replace(answer, provider=self._provider)
+        return replace(answer, provider=self._profile_name)
+
+    def _timeout_of(self, service_tier: str | None) -> float:
+        """Return the timeout of a request in seconds; a tier can wait longer for its capacity."""
+        tier = self._profile.tiers.get(service_tier or "")
+        return self._timeout_s if tier is None else max(self._timeout_s, tier.timeout_s)
 
     def _translate_answer(self, model: str, answer: httpx2.Response) -> Exception:
         return translate_answer(
@@ -199,7 +211,7 @@ class Model:
                 return self._translate_answer(model, error.response)
             case ErrorInAnswerError():
                 observer.failed(str(error.status), ambiguous=error.is_partial, usage=error.usage)
-                answer = httpx2.Response(error.status, content=error.body)
+                answer = httpx2.Response(error.status, headers=error.headers, content=error.body)
                 return _with_usage(self._translate_answer(model, answer), error.usage)
             case openai.APIConnectionError(__cause__=httpx2.DecodingError() as cause):
                 observer.failed("malformed", ambiguous=True)

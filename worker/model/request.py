@@ -30,12 +30,21 @@ class ImageUrl(Protocol):
         """Yield the text in pieces; called once."""
 
 
-def body_parts(model: str, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bytes]:
+def body_parts(
+    model: str, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any], *, streams: bool = False
+) -> list[bytes]:
     """Return the JSON of a request, split at the image URLs, for which `messages` has PLACEHOLDER.
 
-    `stream` is sent, because some gateways stream by default.
+    `stream` is always sent, because some gateways stream by default.
+
+    Args:
+        model: that is asked.
+        messages: of the conversation.
+        params: further fields.
+        streams: whether to ask for a stream, with the usage at its end: the model answers in no other way.
     """
-    request = pydantic_core.to_json({**params, "model": model, "stream": False, "messages": messages})
+    own = {"stream": True, "stream_options": {"include_usage": True}} if streams else {"stream": False}
+    request = pydantic_core.to_json({**params, "model": model, **own, "messages": messages})
     return request.split(PLACEHOLDER.encode())
 
 

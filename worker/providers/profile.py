@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Annotated, Literal, TypeAlias
 
@@ -154,3 +155,7 @@ class Profile(_Part):
     """Where the facts come from."""
     unverified: str = ""
     """What could not be verified."""
+
+    def only_streams(self, model: str) -> bool:
+        """Return whether a model answers only as a stream."""
+        return any(fnmatchcase(model.lower(), glob.lower()) for glob in self.request.stream_only_models)

@@ -194,7 +194,8 @@ class Settings(BrokerSettings):
     allowed_models: AllowedModels = DERIVED
     """Comma-separated models that jobs may use; must include `VQA_MODEL`."""
     model_timeout: Seconds = 120
-    """Timeout of one model request in seconds. Raise it for long answers or slow models."""
+    """Timeout of one model request in seconds. Raise it for long answers or slow models. A request in a
+    slower service tier, such as `flex`, may take as long as the [provider profile](providers.md) says."""
     flex_fallback: bool = False
     """Whether a job with `"service_tier": "flex"` is sent in the default tier, which costs more, if the tier
     `flex` has no capacity. Otherwise it waits, as for any rate limit."""

@@ -113,7 +113,8 @@ async def _asked(model: Model, settings: Settings) -> Finding:
     check, name, started = f"question to {settings.model}", settings.model, time.monotonic()
     image = {"url": f"data:image/png;base64,{RED_PNG}"}
     content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": QUESTION}]
-    body = RequestBody(body_parts(name, [{"role": "user", "content": content}], {}), [])
+    messages = [{"role": "user", "content": content}]
+    body = RequestBody(body_parts(name, messages, {}, streams=settings.profile.only_streams(name)), [])
     try:
         answer = await model.complete(name, body, time_left_s=settings.model_timeout)
     except (JobError, TransientError, DependencyDownError, RateLimitedError) as error:
