@@ -22,6 +22,8 @@ REGION, NOT_S3, UNKNOWN = Category.REGION, Category.NOT_S3, Category.UNKNOWN
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     isolate(monkeypatch, tmp_path)
+    monkeypatch.setattr("worker.s3.client.MAX_RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
 
 
 @pytest.fixture
@@ -186,11 +188,7 @@ def test_an_answer_has_its_category(row: Row) -> None:
     [*((row, IMAGE) for row in ROWS), *((row, SDK_IMAGE) for row in SDK_ROWS)],
     ids=lambda it: "SDK" if it is SDK_IMAGE else "aiohttp" if it is IMAGE else str(it),
 )
-async def test_an_answer_has_its_consequence_on_both_ways(
-    fake: FakeS3, monkeypatch: pytest.MonkeyPatch, row: Row, source: S3Object
-) -> None:
-    monkeypatch.setattr("worker.s3.client.MAX_RETRY_DELAY_S", 0.01)
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+async def test_an_answer_has_its_consequence_on_both_ways(fake: FakeS3, row: Row, source: S3Object) -> None:
     page = give(b"<html><title>A page</title></html>", row.status)
     fake.answer = with_sessions(refuse(row.status, row.code, message=row.message) if row.code else page)
     error = await fault(fake.url, source)
