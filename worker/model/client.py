@@ -113,7 +113,7 @@ class Model:
         self._provider = _provider_name(base_url)
         self._answered_models = AnsweredModels()
         self._profile = profile or load_profile(GENERIC)
-        # What results say: the profile's name, or the host of an API without a profile of its own.
+        # What results say: the profile's name, or the host if only the generic profile fits.
         self._profile_name = self._provider if self._profile.name == GENERIC else self._profile.name
         # The SDK uses a complete URL as it is; it would join a path with the base URL for each request.
         self._url = endpoint(base_url, CHAT_COMPLETIONS)
