@@ -462,6 +462,8 @@ async def test_the_usage_of_an_unusable_answer_is_counted_and_reported(
     raised = await fault(model)
     assert isinstance(raised, expected)
     assert isinstance(raised, TransientError | JobError)
+    if isinstance(raised, TransientError):
+        assert raised.reason == "malformed_response"
     assert raised.usage == Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7, cost_usd=0.5)
     assert calls(code) == requests + 1
     assert {name: figure - before[name] for name, figure in figures().items()} == {

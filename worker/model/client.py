@@ -201,6 +201,14 @@ class Model:
             redact=self._redact,
         )
 
+    def _translate_error_in_answer(self, model: str, error: ErrorInAnswerError) -> Exception:
+        answer = httpx2.Response(error.status, headers=error.headers, content=error.body)
+        translated = self._translate_answer(model, answer)
+        if error.is_partial and isinstance(translated, TransientError):
+            # Half an answer is billed, so it is requested as rarely as after another malformed one.
+            translated.reason = MALFORMED_RESPONSE
+        return _with_usage(translated, error.usage)
+
     def _translate(
         self, model: str, error: Exception, observer: RequestObserver, took_s: float, *, is_sent: bool
     ) -> Exception:
@@ -211,8 +219,7 @@ class Model:
                 return self._translate_answer(model, error.response)
             case ErrorInAnswerError():
                 observer.failed(str(error.status), ambiguous=error.is_partial, usage=error.usage)
-                answer = httpx2.Response(error.status, headers=error.headers, content=error.body)
-                return _with_usage(self._translate_answer(model, answer), error.usage)
+                return self._translate_error_in_answer(model, error)
             case openai.APIConnectionError(__cause__=httpx2.DecodingError() as cause):
                 observer.failed("malformed", ambiguous=True)
                 text = f"the API answered 200, but {cause}"
