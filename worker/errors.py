@@ -109,6 +109,7 @@ class TransientError(_ExplainedError):
         refused: the API refuses this job, or every job: a 403, or an answer that no rule knows.
         model: only this model is concerned; empty: all.
         is_duplicate: another job reports the same failure, so this is not further evidence of an outage.
+        cause: for an operator, if this is an outage: also with words of the API, without data of the job.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class TransientError(_ExplainedError):
         message: str,
         *,
         log_message: str | None = None,
+        cause: str = "",
         refused: bool = False,
         model: str = "",
         is_duplicate: bool = False,
@@ -125,6 +127,7 @@ class TransientError(_ExplainedError):
         super().__init__(message, log_message)
         self.dependency = dependency
         self.reason = reason
+        self.cause = cause or self.log_message
         self.refused = refused
         self.model = model
         self.is_duplicate = is_duplicate
@@ -141,6 +144,7 @@ class TransientError(_ExplainedError):
             self.reason,
             self.message,
             log_message=self.log_message,
+            cause=self.cause,
             model=self.model,
             is_duplicate=True,
         )

@@ -750,6 +750,9 @@ async def test_a_transient_status_is_retried(
     assert isinstance(error, TransientError)
     assert (error.reason, error.refused) == (reason, refused)
     assert error.message == f"the API answered {status}: oops"
+    # Only the reason of a pause quotes the API.
+    assert error.log_message == f"the API answered {status}"
+    assert error.cause == f'the API answered {status} ("oops")'
     # The SDK's own retries are disabled.
     assert len(api.requests) == 1
 

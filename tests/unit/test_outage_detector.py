@@ -53,6 +53,16 @@ def jobs(count: int) -> list[str]:
     return [f"job {n}" for n in range(count)]
 
 
+def test_the_reason_of_an_outage_has_the_cause_for_operators() -> None:
+    detector = Detector()
+    failure = TransientError(MODEL, "http_5xx", "message", log_message="logged", cause="the API's own words")
+    for n, job in enumerate(jobs(10)):
+        detector.observe(MODEL, job, failure, float(n))
+    assert detector.outages[MODEL].reason.endswith(
+        " different jobs in a row failed: http_5xx, the API's own words"
+    )
+
+
 class Detector(OutageDetector):
     """An outage detector with short methods to report results."""
 

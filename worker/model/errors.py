@@ -70,6 +70,7 @@ def translate_answer(
         found.reason,
         message,
         log_message=answered,
+        cause=operator_message(answered, said, profile),
         refused=found.category in (Category.UNKNOWN, Category.MODEL_JOB),
         model=model if found.category is Category.MODEL_JOB else "",
         is_duplicate=found.isolated,

@@ -301,7 +301,7 @@ class OutageDetector:
         if not self._enough_jobs_failed(state):
             return Diagnosis.PENDING
         count = len(state.failing | state.exhausted)
-        cause = f"{error.reason}, {error.log_message}"
+        cause = f"{error.reason}, {error.cause}"
         return self._begin_outage(state, f"{count} different jobs in a row failed: {cause}", now)
 
     def _unavailable(self, state: _State, job: str, error: DependencyDownError, now: float) -> Diagnosis:

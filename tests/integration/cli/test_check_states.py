@@ -361,15 +361,20 @@ async def test_the_permission_to_submit_is_checked(
 
 
 @pytest.mark.parametrize("key", ["right", "wrong"])
-@pytest.mark.parametrize("path", ["", "/v1/chat/completions"])
-async def test_the_base_url_is_suggested(servers: Servers, tmp_path: Path, path: str, key: str) -> None:
-    environment = {**servers.stack.environment(), **model_at(servers.model("http", path))}
+async def test_the_base_url_is_suggested(servers: Servers, tmp_path: Path, key: str) -> None:
+    environment = {**servers.stack.environment(), **model_at(servers.model("http", ""))}
     if key == "wrong":
         environment["VQA_MODEL_API_KEY"] = "wrong"
     found = await findings(Cli(tmp_path, environment), code=1)
     status, message = found["model API"]
     assert status == "failed"
     assert message.endswith(f": set VQA_MODEL_BASE_URL={servers.model('http', '/v1')}")
+
+
+async def test_a_base_url_with_chat_completions_is_right(servers: Servers, tmp_path: Path) -> None:
+    url = servers.model("http", "/v1/chat/completions")
+    found = await findings(Cli(tmp_path, {**servers.stack.environment(), **model_at(url)}), code=0)
+    assert found["model API"][0] == "ok"
 
 
 async def test_a_server_with_a_page_for_every_url_is_not_s3(servers: Servers, tmp_path: Path) -> None:
