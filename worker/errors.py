@@ -119,7 +119,6 @@ class TransientError(_ExplainedError):
         message: str,
         *,
         log_message: str | None = None,
-        cause: str = "",
         refused: bool = False,
         model: str = "",
         is_duplicate: bool = False,
@@ -127,7 +126,7 @@ class TransientError(_ExplainedError):
         super().__init__(message, log_message)
         self.dependency = dependency
         self.reason = reason
-        self.cause = cause or self.log_message
+        self.cause = self.log_message
         self.refused = refused
         self.model = model
         self.is_duplicate = is_duplicate
@@ -144,7 +143,6 @@ class TransientError(_ExplainedError):
             self.reason,
             self.message,
             log_message=self.log_message,
-            cause=self.cause,
             model=self.model,
             is_duplicate=True,
         )

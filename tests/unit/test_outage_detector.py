@@ -55,7 +55,8 @@ def jobs(count: int) -> list[str]:
 
 def test_the_reason_of_an_outage_has_the_cause_for_operators() -> None:
     detector = Detector()
-    failure = TransientError(MODEL, "http_5xx", "message", log_message="logged", cause="the API's own words")
+    failure = transient()
+    failure.cause = "the API's own words"
     for n, job in enumerate(jobs(10)):
         detector.observe(MODEL, job, failure, float(n))
     assert detector.outages[MODEL].reason.endswith(

@@ -65,16 +65,17 @@ def translate_answer(
                 # A bare 404 can concern one of several models.
                 may_be_partial=found.status == HTTPStatus.NOT_FOUND,
             )
-    return TransientError(
+    error = TransientError(
         Dependency.MODEL,
         found.reason,
         message,
         log_message=answered,
-        cause=operator_message(answered, said, profile),
         refused=found.category in (Category.UNKNOWN, Category.MODEL_JOB),
         model=model if found.category is Category.MODEL_JOB else "",
         is_duplicate=found.isolated,
     )
+    error.cause = operator_message(answered, said, profile)
+    return error
 
 
 def operator_message(start: str, said: str, profile: Profile) -> str:
