@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -557,6 +558,30 @@ async def test_sts_is_called_in_the_region_of_either_variable(
         assert await read(s3) == CONTENT
     assert [asked.signed_by for asked in sts.asked] == [("AKIDBASE", FAR)]
     assert [asked.signed_by for asked in fake.asked] == [("AKIDROLE", FAR)]
+
+
+async def test_renewed_keys_of_a_role_s_source_are_read_when_sts_rejects_the_old_ones(
+    fake: FakeS3, sts: FakeS3, tmp_path: Path
+) -> None:
+    valid = "AKIDBASE"
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if sts.asked[-1].signed_by[0] != valid:
+            return await refuse_role(403, "InvalidClientTokenId")(request)
+        # Renewed before each use.
+        soon = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()
+        body = ROLE_GRANTED.replace("2999-01-01T00:00:00Z", soon)
+        return await give(body.encode(), Content_Type="text/xml")(request)
+
+    sts.answer = answer
+    async with an_s3(fake.url) as s3:
+        assert await read(s3) == CONTENT
+        valid = "AKIDNEW"
+        with pytest.raises(DependencyDownError, match="InvalidClientTokenId"):
+            await read(s3)
+        config = tmp_path / "config"
+        config.write_text(config.read_text().replace("AKIDBASE", "AKIDNEW"))
+        assert await read(s3) == CONTENT
 
 
 # Buckets of other regions

@@ -17,8 +17,9 @@ from botocore.session import Session
 # (botocore's own times are 10 and 15 minutes).
 MUST_RENEW_S = 600
 RENEWAL_PAUSE_S = 60.0
-# Keys without an expiry may be replaced in the files of the AWS configuration.
+# Keys in the files of the AWS configuration have no expiry and may be replaced.
 REREAD_S = 60.0
+_FROM_FILES = frozenset({"shared-credentials-file", "config-file"})
 
 
 class CredentialsCache:
@@ -29,6 +30,7 @@ class CredentialsCache:
         self._open_session = open_session
         self._session = open_session()
         self._renewable: RefreshableCredentials | None = None
+        self._are_from_file = False
         self._frozen: ReadOnlyCredentials | None = None
         self._lock = asyncio.Lock()
         self._renewal: asyncio.Task[None] | None = None
@@ -44,11 +46,9 @@ class CredentialsCache:
         if self._frozen is None or self._expires(MUST_RENEW_S):
             async with self._lock:
                 if self._frozen is None or self._expires(MUST_RENEW_S):
-                    # Without credentials so far, the files may have them by now.
-                    find = self._find if self._frozen is not None else self._read_again
-                    self._frozen = await asyncio.to_thread(find)
-                    self._next_renewal = time.monotonic() + (REREAD_S if self._renewable is None else 0.0)
-        elif (self._renewable is None or self._expires(None)) and time.monotonic() >= self._next_renewal:
+                    self._frozen = await asyncio.to_thread(self._find_or_read_again)
+                    self._next_renewal = time.monotonic() + (REREAD_S if self._are_from_file else 0.0)
+        elif (self._are_from_file or self._expires(None)) and time.monotonic() >= self._next_renewal:
             self._next_renewal = time.monotonic() + RENEWAL_PAUSE_S
             self._renewal = asyncio.create_task(self._renew(), name="aws-credentials")
         return self._frozen
@@ -70,10 +70,19 @@ class CredentialsCache:
     async def _renew(self) -> None:
         """Renew in the background. botocore logs a failure, and a later call tries again."""
         try:
-            find = self._read_again if self._renewable is None else self._find
+            find = self._read_again if self._are_from_file else self._find
             self._frozen = await asyncio.to_thread(find)
         except BotoCoreError:
             return
+
+    def _find_or_read_again(self) -> ReadOnlyCredentials:
+        """Find the credentials; without any so far, or if a role's own keys fail, read the files again."""
+        if self._frozen is not None:
+            try:
+                return self._find()
+            except CredentialRetrievalError:
+                pass
+        return self._read_again()
 
     def _read_again(self) -> ReadOnlyCredentials:
         """Find the credentials with a new session, since a session reads the files only once."""
@@ -93,6 +102,7 @@ class CredentialsCache:
         except RuntimeError:
             # botocore raises this if the renewed credentials have expired too.
             raise CredentialRetrievalError(provider="STS", error_msg="they have already expired") from None
+        self._are_from_file = credentials.method in _FROM_FILES
         self._renewable = credentials if isinstance(credentials, RefreshableCredentials) else None
         return frozen
 
