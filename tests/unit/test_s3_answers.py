@@ -70,6 +70,13 @@ ROWS = [
         "User: arn:aws:sts::123456789012:assumed-role/worker/1 is not authorized to perform: kms:Decrypt on"
         " the resource associated with this ciphertext",
     ),
+    Row(
+        403,
+        "AccessDenied",
+        FORBIDDEN,
+        "s3express:CreateSession",
+        "User: arn:aws:iam::1:user/w is not authorized to perform: s3express:CreateSession on resource",
+    ),
     Row(403, "KMS.AccessDeniedException", FORBIDDEN, "kms:Decrypt", "The ciphertext refers to a key"),
     Row(
         403,

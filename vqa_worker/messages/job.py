@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -35,6 +36,7 @@ PromptOrder: TypeAlias = Literal["images_first", "question_first"]
 
 # An approximation of "printable" that regular expressions of every language understand.
 _ID_PATTERN = r"^[^\u0000-\u001f\u007f-\u009f]*$"
+_VERSION_ID = re.compile(rf"[!-~]{{1,{MAX_VERSION_ID_CHARS}}}")
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:[0-5]\d)", re.ASCII)
 
 
@@ -92,13 +94,20 @@ class _Open(BaseModel):
 
 
 _DETAIL = "Dropped unless `VQA_SEND_IMAGE_DETAIL=true`."
+
+
+def _check_version_id(value: str | None) -> str | None:
+    if value is not None and not _VERSION_ID.fullmatch(value):
+        raise ValueError(f"must be 1 to {MAX_VERSION_ID_CHARS} printable ASCII characters without spaces")
+    return value
+
+
 VersionId = Annotated[
     str | None,
+    AfterValidator(_check_version_id),
     Field(
-        min_length=1,
-        max_length=MAX_VERSION_ID_CHARS,
-        pattern=r"^[!-~]*$",
         description="Version of the S3 object. Default: the current one. Only for `s3://` URLs.",
+        json_schema_extra={"minLength": 1, "maxLength": MAX_VERSION_ID_CHARS, "pattern": r"^[!-~]*$"},
     ),
 ]
 

@@ -1,7 +1,8 @@
 """What each error answer of S3 means: one table, for the answers to aiohttp and to the SDK alike.
 
 To teach the worker another answer, add a row. Unless a row names another source: Amazon S3 API reference,
-"Error responses".
+"Error responses". Rows about other stores are from their documentation or from reports; nobody has tried them
+against these stores.
 """
 
 import re
@@ -108,6 +109,12 @@ RULES: Final = (
         "the reader pays for this bucket: set VQA_S3_REQUESTER_PAYS=true",
         codes="AccessDenied|UserProjectMissing|InvalidRequest",
         words=r"requester.?pays|UserProjectMissing",
+    ),
+    Rule(
+        Category.FORBIDDEN,
+        "the worker needs the permission s3express:CreateSession for the directory bucket",
+        codes="AccessDenied",
+        words=r"CreateSession",
     ),
     Rule(
         Category.FORBIDDEN,

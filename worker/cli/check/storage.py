@@ -33,7 +33,9 @@ async def storage_findings(settings: Settings, images: Sequence[str]) -> AsyncIt
             return
         globs = [bucket for bucket in settings.allowed_buckets if _GLOB & set(bucket)]
         buckets = [bucket for bucket in settings.allowed_buckets if bucket not in globs]
-        if not buckets and not any(image.startswith("s3://") for image in images):
+        has_image = any(image.startswith("s3://") for image in images)
+        # Public buckets need no credentials.
+        if not buckets and not has_image and not set(globs) <= set(settings.s3_unsigned):
             yield await _credentials(s3, settings.s3_endpoint_url or "AWS")
         for bucket in buckets:
             yield await _bucket(s3, bucket)
