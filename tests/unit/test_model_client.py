@@ -695,6 +695,20 @@ async def test_a_refusal_of_one_job_with_one_model_names_the_model(api: Api, mod
     assert (error.refused, error.model) == (True, "m")
 
 
+@pytest.mark.parametrize(
+    ("status", "isolated"), [(400, True), (401, True), (404, True), (405, False), (429, False)]
+)
+async def test_the_answer_of_a_router_can_concern_one_job_while_others_succeed(
+    api: Api, model: Model, status: int, isolated: bool
+) -> None:
+    api.says = response(
+        status, {"error": {"message": "The API key is expired", "code": "insufficient_quota"}}
+    )
+    error = await fault(model)
+    assert isinstance(error, DependencyDownError)
+    assert (error.may_be_partial, error.may_be_the_jobs) == (isolated, isolated)
+
+
 async def test_a_missing_model_is_down_alone(api: Api, model: Model) -> None:
     api.says = response(400, {"error": {"message": "no", "code": "model_decommissioned"}})
     error = await fault(model)

@@ -20,6 +20,8 @@ MAX_API_MESSAGE_CHARS: Final = 1000
 MAX_OPERATOR_CHARS: Final = 300
 
 _BEFORE_SENDING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+# Routers pass on what the provider of one model answers: while other jobs succeed, only one may be concerned.
+_OF_ROUTERS: Final = frozenset({400, 401, 402, 403, 404, 410, 412, 422})
 _WRONG_PATH: Final = frozenset({301, 302, 307, 308, 404, 405})
 _NO_ADVICE: Final = "check VQA_MODEL_BASE_URL and VQA_MODEL_API_KEY"
 _URL: Final = re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s\"'<>)\]]+|\bdata:[^\s\"'<>]+", re.IGNORECASE)
@@ -62,8 +64,8 @@ def translate_answer(
                 Dependency.MODEL,
                 operator_message(start, said, profile),
                 model=model if found.category is Category.MODEL else "",
-                # A bare 404 can concern one of several models.
-                may_be_partial=found.status == HTTPStatus.NOT_FOUND,
+                may_be_partial=found.status in _OF_ROUTERS,
+                may_be_the_jobs=found.status in _OF_ROUTERS,
             )
     error = TransientError(
         Dependency.MODEL,
