@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -67,6 +67,7 @@ class ScriptedApi:
     port: int = 0
     scripts: dict[str, Sequence[bytes]] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
+    bodies: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     early: bytes = b""
     early_requests: int = 0
 
@@ -102,6 +103,7 @@ class ScriptedApi:
         mark = found[0].decode()
         script = self.scripts[mark]
         self.requests[mark] += 1
+        self.bodies[mark].append(json.loads(body))
         return script[min(self.requests[mark], len(script)) - 1]
 
     async def ask(self, client: Client, *script: bytes, **fields: Any) -> tuple[dict[str, Any], int]:
@@ -137,6 +139,8 @@ async def scene(
             VQA_MODEL_BASE_URL=f"http://localhost:{api.port}/v1",
             VQA_MAX_ATTEMPTS="2",
             VQA_RETRY_DELAYS="1",
+            VQA_FLEX_FALLBACK="true",
+            VQA_PROMPT_ORDER="question_first",
         )
         try:
             await worker.start()
@@ -247,6 +251,42 @@ async def test_an_answer_that_comes_before_the_end_of_the_request_is_used(scene:
     assert reply.body["error"]["code"] == "model_rejected", reply.body
     assert "the request is too large" in reply.body["error"]["message"]
     assert scene.api.early_requests == 1
+
+
+def kinds(body: Mapping[str, Any]) -> list[str]:
+    """Return the kinds of the parts of a request's message."""
+    (message,) = body["messages"]
+    return [part["type"] for part in message["content"]]
+
+
+async def test_the_order_of_the_prompt_is_the_job_s_or_the_configured_one(scene: Scene) -> None:
+    await scene.ask(GOOD)
+    await scene.ask(GOOD, prompt_order="images_first")
+    usual, own = [bodies[-1] for bodies in scene.api.bodies.values()][-2:]
+    assert (kinds(usual), kinds(own)) == (["text", "image_url"], ["image_url", "text"])
+    assert (usual["stream"], own["stream"]) == (False, False)
+
+
+async def test_a_tier_without_capacity_is_left_at_once(scene: Scene) -> None:
+    busy = answer(
+        {"error": {"message": "no capacity", "code": "capacity_exceeded"}}, "Retry-After: 300", status=429
+    )
+    flex = answer(completion(service_tier="default"))
+    result, requests = await scene.ask(busy, flex, params={"service_tier": "flex"})
+    assert (result["status"], result["attempts"], requests) == ("succeeded", 1, 2)
+    assert result["service_tier"] == "default"
+    first, second = [*scene.api.bodies.values()][-1]
+    assert (first["service_tier"], "service_tier" in second) == ("flex", False)
+
+
+async def test_a_substituted_model_is_logged_once(scene: Scene) -> None:
+    for _ in range(2):
+        result, _ = await scene.ask(answer(completion(model="m-substitute")))
+        assert result["answered_model"] == "m-substitute"
+    (logged,) = [
+        line for line in events(scene.worker, "model_substituted") if line["answered_model"] == "m-substitute"
+    ]
+    assert logged["level"] == "warning"
 
 
 async def test_no_wrapping_paused_the_worker(scene: Scene) -> None:
