@@ -893,7 +893,7 @@ async def test_a_reset_is_a_transient_error(api: Api, model: Model, part: str) -
     sent = {
         "nothing": b"",
         "half a head": b"HTTP/1.1 200 OK\r\nConte",
-        "half a body": response(length=10_000),
+        "half a body": response(body=ANSWER[:-1], length=10_000),
     }[part]
 
     async def reset(writer: asyncio.StreamWriter) -> None:
@@ -912,13 +912,25 @@ async def test_a_reset_is_a_transient_error(api: Api, model: Model, part: str) -
     [
         b"",
         b"HTTP/1.1 200 OK\r\n",
-        response(length=10_000),
+        response(body=ANSWER[:-1], length=10_000),
+        response(body=b"", length=10_000),
+        response(body=gzip.compress(ANSWER)[:-9], length=10_000, Content_Encoding="gzip"),
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n{",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{",
         b"SSH-2.0-OpenSSH_9.2\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n{}",
     ],
-    ids=["nothing", "a head", "a body", "a chunk", "an odd chunk", "another protocol", "no length"],
+    ids=[
+        "nothing",
+        "a head",
+        "a body",
+        "no body",
+        "a compressed body",
+        "a chunk",
+        "an odd chunk",
+        "another protocol",
+        "no length",
+    ],
 )
 async def test_an_incomplete_response_is_a_transient_error(api: Api, model: Model, sent: bytes) -> None:
     async def half(writer: asyncio.StreamWriter) -> None:
@@ -927,6 +939,47 @@ async def test_an_incomplete_response_is_a_transient_error(api: Api, model: Mode
 
     api.says = half
     assert (await interrupted(model)).reason == "connection_error"
+
+
+def chunked(body: bytes) -> bytes:
+    """Return a response without its last chunk."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + b"%x\r\n%b\r\n" % (len(body), body)
+
+
+STREAM = b'data: {"choices": [{"delta": {"content": "A cat."}}]}\n\ndata: [DONE]\n\n'
+
+
+@pytest.mark.parametrize("ends", ["close", "reset"])
+@pytest.mark.parametrize(
+    "sent",
+    [response(length=10_000), chunked(ANSWER), chunked(STREAM)],
+    ids=["length", "chunks", "stream"],
+)
+async def test_an_answer_that_is_complete_without_the_end_of_its_response_is_used(
+    api: Api, model: Model, sent: bytes, ends: str
+) -> None:
+    async def close(writer: asyncio.StreamWriter) -> None:
+        writer.write(sent)
+        await writer.drain()
+        if ends == "reset":
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+
+    api.says = close
+    assert (await ask(model)).text == "A cat."
+
+
+async def test_half_of_an_error_is_an_error(api: Api, model: Model) -> None:
+    async def close(writer: asyncio.StreamWriter) -> None:
+        writer.write(response(413, {"error": {"message": "too large"}}, length=10_000))
+        await writer.drain()
+
+    api.says = close
+    error = await fault(model)
+    assert isinstance(error, JobError)
+    assert "too large" in error.message
 
 
 async def test_a_body_longer_than_its_content_length_is_invalid_and_may_have_been_billed(api: Api) -> None:

@@ -56,6 +56,14 @@ def _parse(text: bytes | str) -> Any:
     return json.loads(text, parse_constant=lambda _: None, parse_float=_finite_float)
 
 
+def is_complete(body: bytes) -> bool:
+    """Return whether a body that was interrupted has all of its JSON, or the end of its stream."""
+    try:
+        return isinstance(_parse(body), dict)
+    except (ValueError, RecursionError):
+        return _STREAM_END.search(_decode(body)) is not None
+
+
 def _decode(body: bytes) -> str:
     encoding = "utf-16" if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     return body.decode(encoding, errors="replace").removeprefix("\ufeff")

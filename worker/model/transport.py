@@ -15,6 +15,7 @@ from yarl import URL
 
 from worker.http.client import proxy_options
 from worker.model.content_encoding import decode_content
+from worker.model.response_body import is_complete
 
 _ENCODING = b"content-encoding"
 
@@ -63,8 +64,7 @@ class AiohttpClient(httpx2.AsyncClient):
                 **proxy_options(f"{url.scheme}://{url.authority}"),
             )
             try:
-                # `response.read` would wait until the whole request is sent, also after an early answer.
-                content = await response.content.read()
+                content = await _read(response)
             finally:
                 # This closes only a connection that cannot be reused: one whose response came before the end
                 # of the request. Others are already back in the pool.
@@ -91,6 +91,23 @@ def parse_url(url: httpx2.URL | str) -> httpx2.URL:
 
 class _NoTransport(httpx2.AsyncBaseTransport):
     """Keeps the base class from creating its own transport."""
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """Return the body as it was received.
+
+    If the connection is lost within it, a body that is complete all the same is used (a server closed the
+    connection too early, or announced a wrong length), and of an error whatever has arrived.
+    """
+    body = bytearray()
+    try:
+        # `response.read` would wait until the whole request is sent, also after an early answer.
+        async for piece in response.content.iter_any():
+            body += piece
+    except aiohttp.ClientError:
+        if response.ok and not is_complete(bytes(body)):
+            raise
+    return bytes(body)
 
 
 def _decode(response: aiohttp.ClientResponse, content: bytes) -> bytes:
