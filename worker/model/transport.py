@@ -97,7 +97,7 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     """Return the body as it was received.
 
     If the connection is lost within it, a body that is complete all the same is used (a server closed the
-    connection too early, or announced a wrong length), and of an error whatever has arrived.
+    connection too early, or announced a wrong length), and of an error the part that has arrived.
     """
     body = bytearray()
     try:
