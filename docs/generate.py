@@ -423,11 +423,10 @@ def providers_page() -> str:
     template = (HERE / "templates" / "providers.md").read_text(encoding="utf-8")
     profiles = [load_profile(name) for name in provider_names() if name != GENERIC]
     generic = load_profile(GENERIC)
-    heads = "Status", "Codes and types", "Words", "Category", "Advice"
     return Template(template).substitute(
         profiles=_table(("`VQA_PROVIDER`", "API", "Hosts"), map(_profile_row, [generic, *profiles])),
-        providers="\n\n".join(_provider_section(profile, generic, heads) for profile in profiles),
-        generic_rules=_table(heads, map(_rule_row, generic.rules)),
+        providers="\n\n".join(_provider_section(profile, generic) for profile in profiles),
+        generic_rules="\n".join(map(_rule_line, generic.rules)),
         headers=", ".join(f"`{name}`" for name in generic.retry.headers),
         fields=", ".join(f"`{name}`" for name in generic.retry.body),
     )
@@ -438,13 +437,14 @@ def _profile_row(profile: Profile) -> tuple[str, str, str]:
     return f"`{profile.name}`", profile.title, "all others" if profile.name == GENERIC else hosts
 
 
-def _provider_section(profile: Profile, generic: Profile, heads: Sequence[str]) -> str:
+def _provider_section(profile: Profile, generic: Profile) -> str:
     own = profile.rules[: len(profile.rules) - len(generic.rules)]
     return "\n\n".join(
         (
             f"## {profile.title}",
             _table(("Profile", f"`{profile.name}`"), _profile_facts(profile)),
-            _table(heads, map(_rule_row, own)),
+            "Its own rules:",
+            "\n".join(map(_rule_line, own)),
             f"Sources: {', '.join(f'<{source}>' for source in profile.sources)}.",
             f"Not verified: {profile.unverified}",
         )
@@ -475,11 +475,17 @@ def _fact_in_words(value: Any) -> str:
     return f"`{value}`" if "_" in value else str(value)
 
 
-def _rule_row(rule: Rule) -> tuple[str, ...]:
-    status = ", ".join(map(str, rule.status)) or "any"
-    words = " <br>".join(f"`{pattern}`" for pattern in rule.words)
-    named = "the name of the model" if rule.names_model else ""
-    return status, f"`{rule.code}`" if rule.code else "", words or named, f"`{rule.category}`", rule.advice
+def _rule_line(rule: Rule) -> str:
+    """Return an item of a list; a table could not contain the `|` of patterns."""
+    conditions = [", ".join(map(str, rule.status)) or "any status"]
+    if rule.code:
+        conditions.append(f"code `{rule.code}`")
+    if rule.names_model:
+        conditions.append("the name of the model")
+    if rule.words:
+        conditions.append(f"words {', '.join(f'`{pattern}`' for pattern in rule.words)}")
+    advice = f": {rule.advice}" if rule.advice else ""
+    return f"- {'; '.join(conditions)} → **{rule.category}**{advice}"
 
 
 PAGES: Final[Mapping[str, Callable[[], str]]] = {

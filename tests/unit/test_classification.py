@@ -200,6 +200,7 @@ def test_the_reason_is_from_a_closed_set(status: int, reason: str) -> None:
         (b'"too long"', "too long"),
         (b'\xef\xbb\xbf{"error": "too long"}', "too long"),
         (b'data: {"error": "too long"}\n\n', "too long"),
+        (b': comment\nevent: error\ndata: {"error": "too long"}\n\ndata: [DONE]\n\n', "too long"),
         (b"<!DOCTYPE html><html><title>502 Bad\n Gateway &amp; more</title><body>x</body></html>",
          "502 Bad Gateway & more (an HTML page)"),
         (b"<html><body><h1>Busy</h1>markup</body></html>", "Busy (an HTML page)"),

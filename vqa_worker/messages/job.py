@@ -93,7 +93,7 @@ class _Open(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
 
-_DETAIL = "Dropped unless `VQA_SEND_IMAGE_DETAIL=true`."
+_DETAIL = "Dropped unless `VQA_SEND_IMAGE_DETAIL=true` or the provider profile sends it."
 
 
 def _check_version_id(value: str | None) -> str | None:

@@ -38,6 +38,7 @@ _ERROR_CLASS: Final = re.compile(r"\b[A-Z][A-Za-z]{3,40}(?:Error|Exception)\b")
 _TITLE: Final = re.compile(r"<(title|h1)\b[^>]{0,200}>(.{1,400}?)</\1", re.IGNORECASE | re.DOTALL)
 _HTML: Final = re.compile(r"<(!doctype|html|body|head)\b", re.IGNORECASE)
 _SCRIPT: Final = re.compile(r"<(script|style)\b[^>]*>.*?</\1>", re.IGNORECASE | re.DOTALL)
+_EVENT: Final = re.compile(r"(?:(?:event|id|retry|):[^\n]*\n){0,4}data:([^\n]*)")
 _TAG: Final = re.compile(r"<[^>]{0,400}>")
 _STATUS: Final = re.compile(r"[45]\d\d", re.ASCII)
 _NOT_WORD: Final = re.compile(r"[^a-z0-9]+")
@@ -101,8 +102,8 @@ def _plain(code: str) -> str:
 
 def _json(text: str) -> Any:
     """Return the value of JSON, of the first event of an SSE stream, or None."""
-    if text.startswith("data:"):
-        text = text.partition("\n")[0].removeprefix("data:").strip()
+    if event := _EVENT.match(text):
+        text = event[1]
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
