@@ -68,6 +68,8 @@ class Proxy:
         """Reset new connections after this number of bytes from the server; None: never."""
         self.cuts_politely = False
         """Whether `cut_after` closes connections instead of resetting them."""
+        self.answers: bytes | None = None
+        """The response to the first request of a new connection; None: the server's."""
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -138,6 +140,12 @@ class Proxy:
             await self._serve(reader, writer)
 
     async def _serve(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        if self.answers is not None:
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                await from_client.readuntil(b"\r\n\r\n")
+                await _pass_on(self.answers, to_client)
+            to_client.close()
+            return
         try:
             await self._passage()
             from_server, to_server = await asyncio.open_connection(*self._target)

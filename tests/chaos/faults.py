@@ -152,6 +152,24 @@ async def _s3_truncates(environment: Environment, _: Backend, fault: Fault) -> A
 
 
 @contextlib.asynccontextmanager
+async def _s3_answers(environment: Environment, __: Backend, fault: Fault) -> AsyncIterator[None]:
+    """Answer every request with a status, and with an error code of S3 or a page."""
+    proxies = [slot.s3 for slot in environment.slots_of(fault.who)]
+    status, _, code = str(fault.value).partition(" ")
+    body = f"<Error><Code>{code}</Code></Error>" if code else "<html><title>A proxy</title></html>"
+    head = f"HTTP/1.1 {status} Fault\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+
+    def answer(response: bytes | None) -> None:
+        for proxy in proxies:
+            proxy.answers = response
+            proxy.reset()
+
+    answer((head + body).encode())
+    yield
+    answer(None)
+
+
+@contextlib.asynccontextmanager
 async def _model_restarted(environment: Environment, _: Backend, __: Fault) -> AsyncIterator[None]:
     """Freeze the proxies, save the recorded calls, then restart the simulator."""
     proxies = [slot.model for slot in environment.slots]
@@ -304,6 +322,9 @@ INJECTED: Final[dict[str, Inject]] = {
     "S3 truncates responses": _s3_truncates,
     "S3 slow": _slow(_s3_proxy),
     "S3 silent": _silent(_s3_proxy),
+    "S3 throttles": _s3_answers,
+    "S3 refuses all requests": _s3_answers,
+    "S3 behind a proxy's page": _s3_answers,
     "model fails": _model_rule(_status),
     "model rejects all requests": _model_rule(_status),
     "model hangs": _model_rule(lambda _: Hang()),

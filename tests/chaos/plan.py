@@ -41,6 +41,11 @@ KINDS: Final = {
     "S3 truncates responses": Kind("s3", (4, 8), (2_000, 20_000, 200_000), who="either"),
     "S3 slow": Kind("s3", (3, 8), (0.1, 0.5), who="either"),
     "S3 silent": Kind("s3", (3, 8), who="either"),
+    "S3 throttles": Kind("s3", (3, 8), ("400 Throttling", "429 SlowDown", "503 SlowDown"), who="either"),
+    "S3 refuses all requests": Kind(
+        "s3", (3, 8), ("403 InvalidAccessKeyId", "403 NeverHeardOf", "400 ExpiredToken"), who="either"
+    ),
+    "S3 behind a proxy's page": Kind("s3", (3, 8), ("301", "403", "502"), who="either"),
     "model fails": Kind("model", (3, 8), (500, 502, 503)),
     "model rejects all requests": Kind("model", (3, 8), (401, 402, 403, 404, 405, 418)),
     "model hangs": Kind("model", (7, 10)),
@@ -63,6 +68,9 @@ MILD: Final = (
     "S3 unreachable",
     "S3 truncates responses",
     "S3 slow",
+    "S3 throttles",
+    "S3 refuses all requests",
+    "S3 behind a proxy's page",
     "model fails",
     "model rejects all requests",
     "model hangs",
