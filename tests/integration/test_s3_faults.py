@@ -239,7 +239,7 @@ async def faked_s3(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -
         (400, "AuthorizationHeaderMalformed", "the signature's region is wrong"),
         *[(status, "", "check VQA_S3_ENDPOINT_URL") for status in (301, 400, 401, 403, 404, 405)],
         (407, "", "the proxy requires a user name"),
-        (403, "NeverHeardOf", "3 different jobs in a row failed: s3_refused, S3 answered 403 NeverHeardOf"),
+        (403, "NeverHeardOf", "different jobs in a row failed: s3_refused, S3 answered 403 NeverHeardOf"),
         (400, "KMS.DisabledException", "is it disabled or deleted?"),
     ],
 )

@@ -692,6 +692,14 @@ async def test_redirects_that_lead_nowhere_are_followed_once(
     assert len(fake.asked) <= 3
 
 
+@pytest.mark.parametrize("location", ["", "/elsewhere", "https://", "https://[x", "http://a b", "\u00e9"])
+async def test_any_location_of_a_redirect_is_reported_as_not_s3(fake: FakeS3, location: str) -> None:
+    fake.answer = give(b"", 302, Location=location)
+    error = await fault(fake.url)
+    assert isinstance(error, DependencyDownError)
+    assert "answered 302 without an S3 error code" in error.message
+
+
 async def test_a_redirect_to_https_names_the_address(fake: FakeS3) -> None:
     fake.answer = give(b"", 301, Location="https://user:pass@s3.example/photos/cats/cat.png?a=b")
     error = await fault(fake.url)

@@ -294,10 +294,11 @@ async def test_a_sentence_is_redacted_and_bounded(fake: FakeS3) -> None:
     assert "User" not in error.log_message
 
 
-@pytest.mark.parametrize("key", ["cap exceeded.png", "kms:Decrypt/requester-pays.png"])
+@pytest.mark.parametrize("key", ["cap exceeded.png", "kms:Decrypt/requester-pays.png", "a/cap_exceeded.png"])
 async def test_a_key_does_not_decide_what_an_answer_means(fake: FakeS3, key: str) -> None:
     """A publisher that chooses such a key must not stop the worker."""
-    fake.answer = refuse(403, "AccessDenied", message=f'No access to "arn:aws:s3:::photos/{key}" or {key}')
+    said = f'No access to "arn:aws:s3:::photos/{key}" or {key} or {key.rpartition("/")[2]}'
+    fake.answer = refuse(403, "AccessDenied", message=said)
     error = await fault(fake.url, S3Object("photos", key))
     assert isinstance(error, JobError)
     assert "check that the worker has the permission s3:GetObject" in error.message

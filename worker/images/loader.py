@@ -283,14 +283,17 @@ def _errors_name(name: str) -> Iterator[None]:
         raise JobError(error.code, message, log_message=log_message) from None
     except TransientError as error:
         message, log_message = error.explanation.about_image(name)
-        raise TransientError(
+        named = TransientError(
             error.dependency,
             error.reason,
             message,
             log_message=log_message,
             refused=error.refused,
             is_duplicate=error.is_duplicate,
-        ) from None
+        )
+        # The reason of an outage is not about one image.
+        named.cause = error.cause
+        raise named from None
 
 
 def _data_url_prefix(beginning: bytes) -> bytes:

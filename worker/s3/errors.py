@@ -4,7 +4,7 @@ import html
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import aiohttp
 from botocore.exceptions import (
@@ -43,6 +43,7 @@ _TITLE = re.compile(rb"<title>([^<]*)</title>", re.IGNORECASE)
 _REGION = re.compile(r"[a-z0-9-]{1,50}")
 _REGION_ELEMENT = re.compile(rb"<Region>\s*([a-z0-9-]{1,50})\s*</Region>")
 _ARN = re.compile(r"arn:\S+")
+_ORIGIN = re.compile(r"(https?)://(?:[^/?#]*@)?([^/?#@\s]{1,255})", re.IGNORECASE)
 # A publisher need not know who the worker is at AWS.
 _IDENTITY = re.compile(r"arn:aws[\w-]*:(?:iam|sts):[^\s\"']+|\b(?:AKIA|ASIA)[A-Z0-9]{12,}")
 _REDACT = Redactor((), MAX_SENTENCE_CHARS)
@@ -108,10 +109,12 @@ class S3ResponseError(Exception):
         self.bucket_works = False
         self.sentence = _REDACT(_IDENTITY.sub(MARK, " ".join(sentence.split())))
         self.log_sentence = "" if _may_contain(self.sentence, key) else self.sentence
-        # A key is a job's choice and must not decide what an answer means.
-        words = _ARN.sub("", sentence.replace(key, "") if key else sentence)
         self.rule: Rule = rule_for(
-            status, code, words, has_region=region is not None, is_delete_marker=is_delete_marker
+            status,
+            code,
+            _without_key(sentence, key),
+            has_region=region is not None,
+            is_delete_marker=is_delete_marker,
         )
 
     @property
@@ -136,7 +139,7 @@ FAILURES = (S3ResponseError, aiohttp.ClientError, BotoCoreError, OSError)
 
 def read_response(status: int, headers: Mapping[str, str], page: bytes, source: S3Object) -> S3ResponseError:
     """Return the error for an HTTP response that is not a success; `page`: the beginning of its body."""
-    redirect = urlsplit(headers.get("Location", ""))
+    origin = _ORIGIN.match(headers.get("Location", ""))
     code = _find(_CODE, page)
     return S3ResponseError(
         status,
@@ -145,7 +148,7 @@ def read_response(status: int, headers: Mapping[str, str], page: bytes, source: 
         sentence=html.unescape(_find(_MESSAGE if code else _TITLE, page)),
         key=source.key,
         is_delete_marker=headers.get("x-amz-delete-marker", "").lower() == "true",
-        location=f"{redirect.scheme}://{redirect.netloc.rpartition('@')[2]}" if redirect.netloc else "",
+        location=f"{origin[1]}://{origin[2]}".lower() if origin else "",
     )
 
 
@@ -285,6 +288,15 @@ def checksum_mismatch() -> JobError:
         ErrorCode.IMAGE_CORRUPT,
         "the content differs from the checksum that S3 has stored for it: upload the object again",
     )
+
+
+def _without_key(sentence: str, key: str) -> str:
+    """Return a sentence without parts of the key: a job chooses it, and it must not decide what is meant."""
+    text = _ARN.sub("", sentence)
+    for part in key.split("/"):
+        if len(part) >= _MIN_PART_CHARS:
+            text = text.replace(part, "").replace(quote(part), "")
+    return text
 
 
 def _may_contain(sentence: str, key: str) -> bool:
