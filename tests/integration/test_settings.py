@@ -608,7 +608,7 @@ BAD = [
     ("prices", '{"m": {"prompt": 1, "completion": 2, "input": 3}}', "'m/input' is not a known field"),
     ("prices", '{"m": {"prompt": "x", "completion": 2}}', "'m/prompt' must be a number"),
     ("prices", '{"m": 1}', "'m' must be a JSON object or a list"),
-    ("prices", '{"m": [1, 2, 3]}', "'m' must not have more than 2 items"),
+    ("prices", '{"m": [1, 2, 3, 4]}', "'m' must not have more than 3 items"),
     ("prices", '{"m": [NaN, 1]}', "'m/item 1' must be"),
     ("prices", '{"m": [1e999, 1]}', "'m/item 1' must be a finite number"),
 ]  # fmt: skip
