@@ -167,6 +167,8 @@ def _fields(item: dict[str, object], found: ErrorBody) -> Iterator[tuple[str, ob
 
 def _text(text: str, found: ErrorBody) -> Iterator[tuple[str, object]]:
     """Add a sentence; yield JSON that it contains, as LiteLLM and OpenRouter pass on answers of others."""
+    if len(text.split()) == 1:
+        found.codes.append(text)
     start, end = text.find("{"), text.rfind("}")
     inner = _json(text[start : end + 1].replace("\\n", " ")) if 0 <= start < end else None
     if isinstance(inner, dict):

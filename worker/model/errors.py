@@ -124,7 +124,8 @@ def _answered(found: Classification) -> str:
 
 def _form(found: Classification, profile: Profile) -> str:
     """Return the form of the base URL if the answer can be due to a wrong one."""
-    return f" (its form: {profile.base_url})" if found.status in _WRONG_PATH else ""
+    is_possible = found.category is Category.CONFIGURATION and found.status in _WRONG_PATH
+    return f" (its form: {profile.base_url})" if is_possible else ""
 
 
 def _host(url: str) -> str:
