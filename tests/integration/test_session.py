@@ -1,7 +1,10 @@
 """A session connects again after each loss, and raises refusals only until it was ready once."""
 
 import asyncio
+import contextlib
+from typing import Any
 
+import aio_pika
 import pytest
 from aio_pika.abc import AbstractConnection
 
@@ -71,3 +74,45 @@ async def test_a_refusal_is_raised_at_the_start_and_retried_later(stack: Stack) 
     assert session.problem == ""
     await cancel_all([running])
     assert session.connection is None
+
+
+async def test_a_cancellation_in_the_moment_of_success_is_not_swallowed(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`asyncio.wait_for` of Python 3.11 returns the result instead; the task would go on for ever."""
+    connect, connections = aio_pika.connect, list[AbstractConnection]()
+
+    async def connect_and_swallow_a_cancellation(url: str, **options: Any) -> AbstractConnection:
+        connections.append(await connect(url, **options))
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return connections[0]
+        raise AssertionError
+
+    monkeypatch.setattr(aio_pika, "connect", connect_and_swallow_a_cancellation)
+    session = Session(Broker(stack.rabbitmq.url, None, "test"), "test")
+    calling = asyncio.create_task(session.call(open_a_channel))
+    await until(lambda: connections, "the connection")
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    assert connections[0].is_closed
+
+
+async def test_a_cancellation_in_the_moment_of_a_response_is_not_swallowed(stack: Stack) -> None:
+    responded = asyncio.Event()
+
+    async def request(connection: AbstractConnection) -> None:
+        await open_a_channel(connection)
+        responded.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    async with Session(Broker(stack.rabbitmq.url, None, "test"), "test") as session:
+        calling = asyncio.create_task(session.call(request))
+        await responded.wait()
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        assert session.connection is None

@@ -77,7 +77,11 @@ class Broker:
         """
         try:
             with connection_losses():
-                return await self._connect()
+                connection = await self._connect()
+                if is_cancelled():
+                    await close(connection)
+                    raise asyncio.CancelledError
+                return connection
         except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
             raise BrokerUnreachableError(_explain_unreachable(self.url, error)) from None
 
@@ -150,14 +154,23 @@ def connection_losses() -> Iterator[None]:
         raise
 
 
+def is_cancelled() -> bool:
+    """Return whether this task was cancelled.
+
+    aio-pika can swallow that, and so can the `asyncio.wait_for` of Python 3.11, which it uses: if the result
+    comes in the same moment, it returns the result.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def raise_if_cancelled() -> None:
-    """Raise if this task was cancelled: aio-pika can swallow that.
+    """Raise if this task was cancelled: see `is_cancelled`.
 
     Raises:
         CancelledError: this task was cancelled.
     """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
+    if is_cancelled():
         raise asyncio.CancelledError
 
 

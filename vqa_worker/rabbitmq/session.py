@@ -18,6 +18,7 @@ from vqa_worker.rabbitmq.connection import (
     close,
     connection_losses,
     explain,
+    raise_if_cancelled,
 )
 from vqa_worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
 
@@ -124,6 +125,7 @@ class Session:
             try:
                 with connection_losses():
                     result = await request(self.connection or await self._connect())
+                    raise_if_cancelled()
             except BaseException:
                 await self.close()
                 raise
