@@ -203,14 +203,16 @@ async def test_an_empty_answer_is_paid_once_and_its_usage_reported(
     ("error", "code"),
     [
         ({"error": {"code": 400, "message": "the image is broken"}}, "model_rejected"),
-        ({"choices": [{"message": {"content": ""}, "error": {"code": 422, "message": "it is too long"}}]},
-         "model_rejected"),
+        (
+            {"choices": [{"message": None, "error": {"code": 400, "message": "the image is broken"}}]},
+            "model_rejected",
+        ),
     ],
-)  # fmt: skip
+)
 async def test_an_error_in_a_200_ends_the_job_by_its_code(scene: Scene, error: Any, code: str) -> None:
     result, requests = await scene.ask(answer(error))
     assert (result["error"]["code"], requests) == (code, 1)
-    assert re.search("the image is broken|it is too long", result["error"]["message"])
+    assert "the image is broken" in result["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Call(BaseModel):
     messages: list[Any] = []
     """The conversation, each inline image replaced by its digest (`sha256:…`)."""
     params: dict[str, Any] = {}
-    """Every field of the body except `model` and `messages`."""
+    """Every field of the body except `model`, `messages` and `stream`."""
     images: list[Picture] = []
     links: list[str] = []
     """Image links in the request; the simulator does not fetch them."""

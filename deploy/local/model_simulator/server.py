@@ -134,7 +134,8 @@ class ModelSimulator:
         self._check_key(request)
         body = _parse(content)
         call.model = str(body.get("model"))
-        call.params = {name: value for name, value in body.items() if name not in ("model", "messages")}
+        own = ("model", "messages", "stream")
+        call.params = {name: value for name, value in body.items() if name not in own}
         conversation = read_conversation(body.get("messages"))
         call.question, call.links = conversation.question, conversation.links
         if is_busy:
