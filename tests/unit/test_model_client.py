@@ -732,6 +732,19 @@ async def test_the_operator_reads_the_api_s_sentence_without_data_of_the_job(api
         assert secret not in error.message
 
 
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
+async def test_the_operator_does_not_read_words_of_the_job(api: Api, model: Model, status: int) -> None:
+    question = 'Which "medicine" does Jane\nDoe take, and since when?'
+    body = body_parts("m", [{"role": "user", "content": question}], {})
+    api.says = response(status, {"error": {"message": f"cannot process: {question}"}})
+    with pytest.raises((TransientError, RateLimitedError, DependencyDownError)) as caught:
+        await model.complete("m", RequestBody(body, []), time_left_s=60)
+    error = caught.value
+    for_operators = error.cause if isinstance(error, TransientError) else error.message
+    assert for_operators.startswith(f"the API answered {status}")
+    assert "Doe" not in for_operators
+
+
 @pytest.mark.parametrize(
     ("status", "hint"),
     [(401, "VQA_MODEL_API_KEY"), (402, "credit"), (404, "VQA_MODEL_BASE_URL"), (405, "VQA_MODEL_BASE_URL")],

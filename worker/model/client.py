@@ -5,7 +5,7 @@ The openai SDK sends the requests. Its retries are off, because the worker retri
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -145,7 +145,7 @@ class Model:
                 if (image_error := _image_error(error, body)) is not None:
                     raise image_error from None
                 took_s = time.monotonic() - started
-                raise self._translate(model, error, observer, took_s, is_sent=body.is_sent) from None
+                raise self._translate(model, error, observer, took_s, body) from None
             observer.answered(answer)
             return answer
 
@@ -191,7 +191,9 @@ class Model:
         tier = self._profile.tiers.get(service_tier or "")
         return self._timeout_s if tier is None else max(self._timeout_s, tier.timeout_s)
 
-    def _translate_answer(self, model: str, answer: httpx2.Response) -> Exception:
+    def _translate_answer(
+        self, model: str, answer: httpx2.Response, quotes: Callable[[str], bool] = lambda _: False
+    ) -> Exception:
         return translate_answer(
             answer.status_code,
             answer.headers,
@@ -199,27 +201,31 @@ class Model:
             profile=self._profile,
             model=model,
             redact=self._redact,
+            quotes=quotes,
         )
 
-    def _translate_error_in_answer(self, model: str, error: ErrorInAnswerError) -> Exception:
+    def _translate_error_in_answer(
+        self, model: str, error: ErrorInAnswerError, quotes: Callable[[str], bool]
+    ) -> Exception:
         answer = httpx2.Response(error.status, headers=error.headers, content=error.body)
-        translated = self._translate_answer(model, answer)
+        translated = self._translate_answer(model, answer, quotes)
         if error.is_partial and isinstance(translated, TransientError):
             # Half an answer is billed, so it is requested as rarely as after another malformed one.
             translated.reason = MALFORMED_RESPONSE
         return _with_usage(translated, error.usage)
 
     def _translate(
-        self, model: str, error: Exception, observer: RequestObserver, took_s: float, *, is_sent: bool
+        self, model: str, error: Exception, observer: RequestObserver, took_s: float, body: RequestBody
     ) -> Exception:
         """Return the worker's error, and count the request as failed."""
+        is_sent = body.is_sent
         match error:
             case openai.APIStatusError():
                 observer.failed(str(error.status_code))
-                return self._translate_answer(model, error.response)
+                return self._translate_answer(model, error.response, body.quotes)
             case ErrorInAnswerError():
                 observer.failed(str(error.status), ambiguous=error.is_partial, usage=error.usage)
-                return self._translate_error_in_answer(model, error)
+                return self._translate_error_in_answer(model, error, body.quotes)
             case openai.APIConnectionError(__cause__=httpx2.DecodingError() as cause):
                 observer.failed("malformed", ambiguous=True)
                 text = f"the API answered 200, but {cause}"

@@ -1,7 +1,7 @@
 """Translate errors of the model API and of the connection to it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Final
 from urllib.parse import urlsplit
@@ -37,6 +37,7 @@ def translate_answer(
     profile: Profile,
     model: str,
     redact: Redactor,
+    quotes: Callable[[str], bool] = lambda _: False,
 ) -> Exception:
     """Return the worker's error for an answer that is an error.
 
@@ -47,11 +48,14 @@ def translate_answer(
         profile: of the provider.
         model: that was asked; empty for the list of models.
         redact: removes secrets.
+        quotes: whether a text repeats a part of the request: such words of the API are not for operators.
     """
     found = classify(status, headers, body, profile=profile, model=model)
     answered = _answered(found)
     said = redact(found.said)
     message = f"{answered}: {said[:MAX_API_MESSAGE_CHARS]}"
+    # The request has the name of the model too.
+    said = "" if quotes(said.replace(model, "")) else said
     match found.category:
         case Category.JOB:
             return JobError(ErrorCode.MODEL_REJECTED, message, log_message=answered)

@@ -15,6 +15,11 @@ from worker.errors import Dependency, DependencyDownError, Explanation, JobError
 PLACEHOLDER = uuid.uuid4().hex
 # A body of at most this size is sent in one piece.
 SMALL_BYTES = 400 * 1024
+# The pieces of a text that are looked for in a request, and where they begin.
+QUOTE_CHARS = 20
+QUOTE_STEP_CHARS = 5
+# Searching more would hold the event loop.
+MAX_SEARCHED_BYTES = 256 * 1024
 
 
 class ImageUrl(Protocol):
@@ -138,6 +143,17 @@ class RequestBody(httpx2.AsyncByteStream):
         name, text = self._names[self._reading[0]], "the timeout expired while S3 was still sending it"
         message, log_message = Explanation.loggable(text).about_image(name)
         return TransientError(Dependency.S3, "timeout", message, log_message=log_message)
+
+    def quotes(self, text: str) -> bool:
+        """Return whether a text repeats a part of the request, so that it may have words of the job.
+
+        A part of less than `QUOTE_CHARS` may be missed. A long request is not searched: it may always be.
+        """
+        if sum(map(len, self._parts)) > MAX_SEARCHED_BYTES:
+            return True
+        starts = range(0, max(1, len(text) - QUOTE_CHARS + 1), QUOTE_STEP_CHARS)
+        pieces = (pydantic_core.to_json(text[n : n + QUOTE_CHARS])[1:-1] for n in starts)
+        return any(len(piece) >= QUOTE_CHARS and piece in part for piece in pieces for part in self._parts)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the body in pieces; a small one in one piece, to send it in one write.
