@@ -1,6 +1,8 @@
 """What the error answers of model APIs mean: recorded answers, in other words, by provider."""
 
+import base64
 import json
+import random
 from typing import Any
 
 import pytest
@@ -215,6 +217,14 @@ def test_the_reason_is_from_a_closed_set(status: int, reason: str) -> None:
 )  # fmt: skip
 def test_the_api_s_sentence_is_found_in_every_form(body: Any, said: str) -> None:
     assert found(400, body).said == said
+
+
+def test_base64_is_not_among_the_words() -> None:
+    data = base64.b64encode(random.Random(1).randbytes(900)).decode()
+    assert found(400, error(f"bad: {data} end")).said == "bad: [1200 characters] end"
+    assert found(400, error(f"url data:image/png;base64,{data} end")).said.endswith(
+        "base64,[1200 characters] end"
+    )
 
 
 def test_the_quoted_request_is_not_among_the_words() -> None:

@@ -16,6 +16,7 @@ MAX_VALUES: Final = 500
 MAX_SENTENCES: Final = 3
 # A sentence can quote a data URL.
 MAX_QUOTED_CHARS: Final = 200_000
+MIN_DATA_ALPHABET: Final = 20
 MAX_PAGE_CHARS: Final = 5000
 MAX_TITLE_CHARS: Final = 200
 
@@ -33,7 +34,7 @@ _QUOTED: Final = frozenset(
 )
 # Where validation libraries (pydantic 1 and 2) quote the input in the text of an error.
 _QUOTE: Final = re.compile(r"""[,;]?\s?(?:["'](?:input|messages)["']\s?:|\binput_value=|\bmessages = \[).*""")
-_DATA: Final = re.compile(r"[A-Za-z0-9+/=_-]{500,}")
+_DATA: Final = re.compile(r"(?<=base64,)[A-Za-z0-9+/=_-]{100,}|[A-Za-z0-9+/=_-]{500,}")
 _ERROR_CLASS: Final = re.compile(r"\b[A-Z][A-Za-z]{3,40}(?:Error|Exception)\b")
 _TITLE: Final = re.compile(r"<(title|h1)\b[^>]{0,200}>(.{1,400}?)</\1", re.IGNORECASE | re.DOTALL)
 _HTML: Final = re.compile(r"<(!doctype|html|body|head)\b", re.IGNORECASE)
@@ -179,10 +180,19 @@ def _text(text: str, found: ErrorBody) -> Iterator[tuple[str, object]]:
 
 def _add_sentence(text: str, found: ErrorBody) -> None:
     found.codes += _ERROR_CLASS.findall(text[:MAX_CHARS])
-    text = _DATA.sub(lambda data: f"[{len(data[0])} characters]", text[:MAX_QUOTED_CHARS])
+    text = _DATA.sub(_without_data, text[:MAX_QUOTED_CHARS])
     text = _QUOTE.sub("", " ".join(text.split()))[:MAX_CHARS]
     if text and not any(text in sentence for sentence in found.sentences):
         found.sentences.append(text)
+
+
+def _without_data(run: re.Match[str]) -> str:
+    """Replace base64, which has many different characters; other long runs are cut later."""
+    is_data = (
+        run.string.startswith("base64,", max(run.start() - len("base64,"), 0))
+        or len(set(run[0])) >= MIN_DATA_ALPHABET
+    )
+    return f"[{len(run[0])} characters]" if is_data else run[0]
 
 
 def _note_status(text: str, found: ErrorBody) -> None:
