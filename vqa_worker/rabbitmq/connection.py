@@ -177,6 +177,8 @@ def raise_if_cancelled() -> None:
 def explain(error: BaseException) -> str:
     """Explain why the broker closed a channel or a connection, for the person who can fix it."""
     reason = broker_reason(error)
+    if reason.endswith("in exclusive use"):
+        return f"another consumer has the exclusive use of the queue: {reason}"
     if reason.startswith("ACCESS_REFUSED"):
         return f"the user of VQA_RABBITMQ_URL lacks a permission: {reason}"
     return f"{type(error).__name__}: {error}"

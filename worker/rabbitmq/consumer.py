@@ -8,13 +8,21 @@ from typing import Any, TypeVar
 
 import structlog
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage, AbstractQueue
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed
 
-from vqa_worker.rabbitmq.connection import Broker, channel_lost, connection_losses, raise_if_cancelled
+from vqa_worker.rabbitmq.connection import (
+    Broker,
+    TopologyError,
+    channel_lost,
+    connection_losses,
+    explain,
+    raise_if_cancelled,
+)
 from vqa_worker.rabbitmq.session import Session
 from worker.jobs.delivery import Delivery
 from worker.rabbitmq.control import Control
 from worker.rabbitmq.deliveries import ignoring_loss, to_delivery
+from worker.rabbitmq.single_jobs import SingleJobs
 from worker.rabbitmq.topology import Topology, establish
 
 log = structlog.get_logger(__name__)
@@ -40,9 +48,11 @@ class Consumer:
         self._session = Session(broker, "consume")
         self._topology = topology
         self._control = control
-        self._prefetch = prefetch
+        self._prefetch = self._maximum = prefetch
         self._on_delivery = on_delivery
         self._queue: AbstractQueue | None = None
+        self._single_jobs: SingleJobs | None = None
+        self._lost: asyncio.Future[str] | None = None
         # RabbitMQ's consumers, and the sum of their prefetch counts.
         self._consumer_tags: list[str] = []
         self._granted = 0
@@ -73,7 +83,11 @@ class Consumer:
         await asyncio.shield(self._start_stopping(self._hold()))
 
     async def resume(self) -> None:
-        """Start the flow, now or with the next connection."""
+        """Start the flow, now or with the next connection.
+
+        Raises:
+            TopologyError: the jobs queue is a stream, which only shows now (`VQA_DECLARE_TOPOLOGY=false`).
+        """
         await asyncio.shield(self._start(self._resume()))
 
     async def set_prefetch(self, prefetch: int) -> None:
@@ -81,13 +95,18 @@ class Consumer:
 
         RabbitMQ fixes the prefetch count of a consumer when it starts: for a higher number another consumer
         is added, for a lower one a new consumer replaces all. Jobs of cancelled consumers stay, in addition.
+
+        A queue with a single active consumer has no other workers to share its jobs with, and gives nothing
+        to a second consumer: there, every number but 0 means the first one.
         """
-        start = self._start_stopping if prefetch < self._granted else self._start
+        start = self._start_stopping if self._target(prefetch) < self._granted else self._start
         await asyncio.shield(start(self._set_prefetch(prefetch)))
 
     async def get_one(self) -> Delivery | None:
         """Return one job from the queue while the flow is held; None if there is none or no connection."""
-        taking = self._start(self._get_one())
+        # Through a consumer that is cancelled, if basic.get is refused.
+        start = self._start_stopping if self._has_single_active_consumer else self._start
+        taking = start(self._get_one())
         try:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:
@@ -143,7 +162,7 @@ class Consumer:
             self._prefetch = prefetch
             if self._queue is None or self._held:
                 return
-            if prefetch < self._granted:
+            if self._target(prefetch) < self._granted:
                 await ignoring_loss(self._cancel(self._queue))
             await ignoring_loss(self._consume(self._queue))
 
@@ -155,24 +174,50 @@ class Consumer:
 
     async def _get_one(self) -> Delivery | None:
         async with self._turn:
-            queue = self._queue
-            if queue is None:
+            queue, single_jobs = self._queue, self._single_jobs
+            if queue is None or single_jobs is None:
                 return None
             try:
                 with connection_losses():
-                    # No timeout: that would close the channel. A dead connection ends it.
-                    message = await queue.get(fail=False, timeout=None)
-            except CONNECTION_EXCEPTIONS:
+                    message = await single_jobs.get()
+            except ChannelClosed as error:
+                # The next session finds out why, and declares a missing queue again.
+                self._end_session(explain(error))
+                return None
+            except (TopologyError, *CONNECTION_EXCEPTIONS):
                 return None
             return None if message is None else self._to_delivery(message, queue)
 
     async def _consume(self, queue: AbstractQueue) -> None:
         """Add a consumer for the part of the prefetch that was not granted yet."""
-        more = self._prefetch - self._granted
+        if self._prefetch > self._granted:
+            await self._identify(queue)
+        more = self._target(self._prefetch) - self._granted
         if more > 0:
             await queue.channel.set_qos(prefetch_count=more)
             self._consumer_tags.append(await queue.consume(partial(self._receive, queue)))
             self._granted += more
+
+    def _target(self, prefetch: int) -> int:
+        return self._maximum if prefetch and self._has_single_active_consumer else prefetch
+
+    @property
+    def _has_single_active_consumer(self) -> bool:
+        return self._single_jobs is not None and self._single_jobs.has_single_active_consumer
+
+    async def _identify(self, queue: AbstractQueue) -> None:
+        """Find out what kind of queue it is, once a connection, unless the worker declares it itself."""
+        if self._topology.declare or self._single_jobs is None or self._single_jobs.is_identified:
+            return
+        try:
+            with connection_losses():
+                message = await self._single_jobs.identify()
+        except ChannelClosed:
+            # Consuming is refused too.
+            return
+        if message is not None:
+            # One job more than the prefetch allows, until it is settled.
+            self._on_delivery(self._to_delivery(message, queue))
 
     async def _cancel(self, queue: AbstractQueue) -> None:
         self._granted = 0
@@ -181,6 +226,9 @@ class Consumer:
 
     async def _receive(self, queue: AbstractQueue, message: AbstractIncomingMessage) -> None:
         # aio-pika cancels this coroutine with the channel: nothing may be awaited here.
+        self._on_delivery(self._to_delivery(message, queue))
+
+    def _pass_late(self, queue: AbstractQueue, message: AbstractIncomingMessage) -> None:
         self._on_delivery(self._to_delivery(message, queue))
 
     def _to_delivery(self, message: AbstractIncomingMessage, queue: AbstractQueue) -> Delivery:
@@ -198,10 +246,13 @@ class Consumer:
         await self._control.listen(connection)
         channel = await connection.channel(publisher_confirms=False)
         queue = await channel.get_queue(self._topology.jobs, ensure=False)
-        lost = await channel_lost(channel)
+        self._lost = lost = await channel_lost(channel)
         try:
             async with self._turn:
                 self._queue = queue
+                self._single_jobs = SingleJobs(
+                    connection, self._topology.jobs, partial(self._pass_late, queue)
+                )
                 if not self._held:
                     await self._consume(queue)
             self._session.mark_ready()
@@ -210,8 +261,12 @@ class Consumer:
             await self._until_lost(lost, connection)
         finally:
             lost.cancel()
-            self._queue, self._granted = None, 0
+            self._queue, self._single_jobs, self._granted = None, None, 0
             self._consumer_tags.clear()
+
+    def _end_session(self, reason: str) -> None:
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(reason)
 
     async def _until_lost(self, lost: "asyncio.Future[str]", connection: AbstractConnection) -> None:
         control = asyncio.create_task(self._control.keep_bound(connection), name="control")

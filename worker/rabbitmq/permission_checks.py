@@ -6,22 +6,37 @@ shows whether a valid one would be allowed, also where the queue or exchange doe
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelClosed, ChannelNotFoundEntity, ChannelPreconditionFailed
 from pamqp.commands import Basic
 from pamqp.common import FieldValue
 
-from vqa_worker.rabbitmq.connection import Broker, explain, short_lived_channel
+from vqa_worker.rabbitmq.connection import (
+    Broker,
+    TopologyError,
+    broker_reason,
+    connection_losses,
+    explain,
+    short_lived_channel,
+)
 from vqa_worker.rabbitmq.session import Session
+from worker.rabbitmq.single_jobs import SingleJobs
 from worker.rabbitmq.topology import Part, QueueSpec
 
 # A broker with a memory or disk alarm blocks publishers, without an answer.
 ANSWER_TIMEOUT_S = 5.0
 BLOCKED = "the broker accepts no messages now: it has a memory or disk alarm (see its log), or is slow"
+
+
+# More than RabbitMQ knows.
+MAX_ARGUMENTS = 40
+_DIFFERENCE = re.compile(r"inequivalent arg '(x-[^']+)'.* current is the value '(.*)' of type '(\w+)'")
 
 
 class NotAllowedError(Exception):
@@ -34,6 +49,14 @@ class NotFoundError(NotAllowedError):
 
 class BlockedError(NotAllowedError):
     """The broker does not answer, and will not answer on this connection any more."""
+
+
+class QueueKind(StrEnum):
+    """How a queue delivers messages."""
+
+    USUAL = "usual"
+    SINGLE_ACTIVE_CONSUMER = "single active consumer"
+    STREAM = "stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +118,64 @@ class Probes:
         except ChannelClosed as error:
             raise NotAllowedError(explain(error)) from None
         return None
+
+    async def kind(self, queue: str) -> QueueKind | None:
+        """Return the kind of a queue; None if it does not exist or this user cannot see it without consuming.
+
+        RabbitMQ can close the connection.
+        """
+        try:
+            found = await self.find(QueueSpec(queue, {}))
+        except NotAllowedError:
+            return None
+        if found is None:
+            return None
+        try:
+            arguments = await self._arguments(queue)
+        except NotAllowedError:
+            # A message would count a delivery.
+            return None if found.messages else await self._kind_shown_by_get(queue)
+        if arguments.get("x-queue-type") == "stream":
+            return QueueKind.STREAM
+        has_one = arguments.get("x-single-active-consumer") == "true"
+        return QueueKind.SINGLE_ACTIVE_CONSUMER if has_one else QueueKind.USUAL
+
+    async def _arguments(self, queue: str) -> Mapping[str, str]:
+        """Return the arguments of an existing queue as text, as far as needed to see its kind.
+
+        Each declaration without all of them is refused with the name and the value of one of the others.
+        """
+        known: dict[str, FieldValue] = {}
+        found: dict[str, str] = {}
+        while len(found) < MAX_ARGUMENTS:
+            try:
+                async with self._channel() as channel:
+                    await channel.declare_queue(queue, durable=True, arguments=known)
+            except ChannelPreconditionFailed as error:
+                difference = _DIFFERENCE.search(broker_reason(error))
+                if difference is None or difference[1] in found:
+                    return found
+                name, found[name], kind = difference[1], difference[2], difference[3]
+                known[name] = _argument(found[name], kind)
+            except ChannelClosed as error:
+                raise NotAllowedError(explain(error)) from None
+            else:
+                return found
+        return found
+
+    async def _kind_shown_by_get(self, queue: str) -> QueueKind | None:
+        single_jobs = SingleJobs(self._connection, queue, lambda _: None)
+        try:
+            with connection_losses():
+                message = await single_jobs.identify()
+        except TopologyError:
+            return QueueKind.STREAM
+        except ChannelClosed:
+            return None
+        if message is not None:
+            await message.nack()
+        has_one = single_jobs.has_single_active_consumer
+        return QueueKind.SINGLE_ACTIVE_CONSUMER if has_one else QueueKind.USUAL
 
     async def may_declare(self, queue: str, arguments: Mapping[str, FieldValue] | None = None) -> None:
         """Check whether the user may create a queue that does not exist; empty: the broker names it.
@@ -204,6 +285,13 @@ class QueueWatch:
     async def close(self) -> None:
         """Close the connection."""
         await self._session.close()
+
+
+def _argument(value: str, kind: str) -> FieldValue:
+    """Return an argument of a queue as RabbitMQ's error message shows it."""
+    if kind == "bool":
+        return value == "true"
+    return value if kind in ("longstr", "binary") else int(value)
 
 
 async def _never(_: object) -> None:

@@ -115,6 +115,49 @@ async def test_missing_queues_are_reported_and_not_created(stack: Stack, doctor:
     assert there(stack, vhost) == before
 
 
+@pytest.mark.parametrize("waiting", [0, 1])
+@pytest.mark.parametrize("permitted", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"x-queue-type": "stream"}, ("failed", "queue jobs is a stream, which keeps the jobs")),
+        ({"x-queue-type": "quorum", "x-single-active-consumer": True}, ("warning", "single active consumer")),
+        ({"x-queue-type": "quorum"}, None),
+        ({}, None),
+        ({"x-max-priority": 10, "x-expires": 900_000}, None),
+    ],
+)
+async def test_a_jobs_queue_that_others_declared_is_checked_for_its_type(
+    stack: Stack,
+    doctor: Checks,
+    vhost: str,
+    arguments: dict[str, str | bool | int],
+    expected: tuple[str, str] | None,
+    waiting: int,
+    *,
+    permitted: bool,
+) -> None:
+    with BrokerUser.of(stack, vhost=vhost, configure=".*" if permitted else "^$") as user:
+        async with await aio_pika.connect(doctor.environment["VQA_RABBITMQ_URL"]) as connection:
+            channel = await connection.channel()
+            await channel.declare_queue("jobs", durable=True, arguments=dict(arguments))
+            for _ in range(waiting):
+                await channel.default_exchange.publish(aio_pika.Message(b"{}"), "jobs")
+            before = there(stack, vhost)
+            findings = await doctor.broker(VQA_RABBITMQ_URL=user.url, VQA_DECLARE_TOPOLOGY="false")
+            assert there(stack, vhost) == before
+            found = await channel.declare_queue("jobs", passive=True)
+            assert found.declaration_result.message_count == waiting
+    kind = findings.get("type of queue jobs")
+    if expected is None or (waiting and not permitted):
+        # Without the permission to declare it, only a queue without messages shows its type.
+        assert kind is None
+    else:
+        assert kind is not None
+        assert (kind[0], expected[1] in kind[1]) == (expected[0], True)
+    assert findings["broker"][0] == "ok"
+
+
 async def test_missing_consumers_and_dead_letters_are_warnings(doctor: Checks) -> None:
     await doctor.make()
     async with await aio_pika.connect(doctor.environment["VQA_RABBITMQ_URL"]) as connection:

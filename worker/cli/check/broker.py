@@ -10,7 +10,15 @@ from vqa_worker.rabbitmq.replies import PRIVATE_PREFIX
 from vqa_worker.rabbitmq.session import Session
 from worker.cli.check.finding import Finding, failed, ok, skipped, warning
 from worker.cli.shell import counted
-from worker.rabbitmq.permission_checks import BlockedError, Found, NotAllowedError, NotFoundError, Probes
+from worker.rabbitmq.permission_checks import (
+    BlockedError,
+    Found,
+    NotAllowedError,
+    NotFoundError,
+    Probes,
+    QueueKind,
+)
+from worker.rabbitmq.single_jobs import stream_fault
 from worker.rabbitmq.topology import Part, QueueSpec, Topology
 from worker.settings import BrokerSettings
 
@@ -39,6 +47,9 @@ async def broker_findings(
                     yield finding
             async for finding in _permissions(probes, topology):
                 yield finding
+            # Last: RabbitMQ can close the connection.
+            if not topology.declare and (kind := await _kind(probes, topology.jobs)):
+                yield kind
     except (BrokerRefusedError, BrokerUnreachableError) as error:
         yield failed("broker", f"{settings.rabbitmq_address}: {error}")
     except ConnectionError as error:
@@ -129,6 +140,18 @@ async def _permissions(probes: Probes, topology: Topology) -> AsyncIterator[Find
             yield problem(check, refusal) if refusal else ok(check, "granted")
     except BlockedError as error:
         yield failed("publishing", str(error))
+
+
+async def _kind(probes: Probes, jobs: str) -> Finding | None:
+    """Check whether a worker can use a jobs queue that it did not declare, as far as this user can see."""
+    check = f"type of queue {jobs}"
+    match await probes.kind(jobs):
+        case QueueKind.STREAM:
+            return failed(check, stream_fault(jobs))
+        case QueueKind.SINGLE_ACTIVE_CONSUMER:
+            return warning(check, "single active consumer: only one worker at a time gets jobs")
+        case QueueKind.USUAL | None:
+            return None
 
 
 async def _refusal(needed: Sequence[Probe]) -> str:
