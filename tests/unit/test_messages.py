@@ -232,25 +232,22 @@ def test_the_copy_of_a_job_without_a_message_id_has_none(nth: int) -> None:
 # Expiration
 
 
-def test_a_requeued_job_keeps_the_rest_of_its_expiration() -> None:
+@pytest.mark.parametrize("nth", range(2), ids=["retried", "requeued"])
+def test_a_copy_keeps_the_rest_of_its_expiration(nth: int) -> None:
     expires_at = datetime.now(UTC) + timedelta(seconds=60)
-    copy = messages.requeued_copy(a_delivery(expires_at=expires_at), "q")
+    copy = copies_of(a_delivery(expires_at=expires_at))[nth]
     assert copy.expires_in_s is not None
     assert 30 < copy.expires_in_s <= 60
     assert own_headers(copy)["vqa-expires-at"] == messages.rfc3339(expires_at)
 
 
-def test_a_job_in_a_retry_queue_must_not_leave_it_early() -> None:
-    assert messages.retry_copy(a_delivery(**FULL), "q", RETRIED).expires_in_s is None
-
-
 @pytest.mark.parametrize(
     "expires_at", [None, datetime(2020, 1, 1, tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
 )
-def test_a_requeued_job_has_no_expiration_that_rabbitmq_would_refuse(expires_at: datetime | None) -> None:
-    copy = messages.requeued_copy(a_delivery(expires_at=expires_at), "q")
-    assert copy.expires_in_s is None
-    assert ("vqa-expires-at" in copy.headers) == (expires_at is not None)
+def test_a_copy_has_no_expiration_that_rabbitmq_would_refuse(expires_at: datetime | None) -> None:
+    for copy in copies_of(a_delivery(expires_at=expires_at))[:2]:
+        assert copy.expires_in_s is None
+        assert ("vqa-expires-at" in copy.headers) == (expires_at is not None)
 
 
 def test_a_dead_letter_and_its_replay_do_not_expire() -> None:

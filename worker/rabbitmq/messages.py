@@ -65,17 +65,14 @@ def undeliverable(message: OutgoingMessage, results_queue: str) -> OutgoingMessa
 
 
 def retry_copy(delivery: Delivery, queue: str, outcome: Retried) -> OutgoingMessage:
-    """Build the copy of the job for a retry queue; its deliveries count from zero.
-
-    The time when it expires is in a header: with an `expiration`, it would leave the retry queue then.
-    """
+    """Build the copy of the job for a retry queue; its deliveries count from zero."""
     headers = _expires_at(delivery)
     headers |= {properties.COPY_HEADER: uuid.uuid4().hex, properties.ATTEMPTS_HEADER: outcome.attempts}
     if outcome.malformed_answers:
         headers[properties.MALFORMED_HEADER] = outcome.malformed_answers
     if outcome.unusable is not None:
         headers[properties.UNUSABLE_HEADER] = outcome.unusable.model_dump_json()
-    return _copy(delivery, queue, headers)
+    return _expiring(delivery, _copy(delivery, queue, headers))
 
 
 def requeued_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) -> OutgoingMessage:
@@ -92,7 +89,7 @@ def requeued_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) ->
         headers[properties.UNUSABLE_HEADER] = delivery.unusable.model_dump_json()
     if delivery.deliveries > 1:
         headers[properties.DELIVERIES_HEADER] = delivery.deliveries - 1
-    return replace(_copy(delivery, queue, headers), expires_in_s=_expires_in_s(delivery))
+    return _expiring(delivery, _copy(delivery, queue, headers))
 
 
 def dead_letter(delivery: Delivery, queue: str, outcome: DeadLettered) -> OutgoingMessage:
@@ -154,12 +151,16 @@ def _expires_at(delivery: Delivery) -> dict[str, FieldValue]:
     return {properties.EXPIRES_AT_HEADER: rfc3339(delivery.expires_at)}
 
 
-def _expires_in_s(delivery: Delivery) -> float | None:
-    """Return the rest of the `expiration`; None if there is none, or if the next worker must end the job."""
+def _expiring(delivery: Delivery, copy: OutgoingMessage) -> OutgoingMessage:
+    """Return the copy with the rest of the job's `expiration`; without it if nothing is left.
+
+    No job is retried that expires within its delay, so it does not leave the retry queue early. RabbitMQ
+    removes the property when it moves the job back; the header stays.
+    """
     if delivery.expires_at is None:
-        return None
+        return copy
     left_s = (delivery.expires_at - datetime.now(UTC)).total_seconds()
-    return left_s if 0 < left_s < properties.MAX_EXPIRATION_S else None
+    return replace(copy, expires_in_s=left_s) if 0 < left_s < properties.MAX_EXPIRATION_S else copy
 
 
 def rfc3339(moment: datetime) -> str:
