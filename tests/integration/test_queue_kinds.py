@@ -7,7 +7,7 @@ from typing import Any
 
 import aio_pika
 import pytest
-from aio_pika.abc import AbstractChannel
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
 from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
@@ -50,6 +50,10 @@ def limited(stack: Stack) -> Iterator[BrokerUser]:
 async def broker_channel(stack: Stack) -> AsyncIterator[AbstractChannel]:
     async with await aio_pika.connect(stack.rabbitmq.url) as connection:
         yield await connection.channel()
+
+
+async def nack(message: AbstractIncomingMessage) -> None:
+    await message.nack()
 
 
 async def declare(channel: AbstractChannel, worker: Worker, arguments: dict[str, Any]) -> None:
@@ -192,7 +196,7 @@ async def test_a_queue_with_an_exclusive_consumer_is_used_as_soon_as_that_ends(
     async with broker_channel(stack) as channel:
         await declare(channel, worker, {})
         queue = await channel.get_queue(worker.jobs_queue, ensure=False)
-        await queue.consume(lambda message: message.nack(), exclusive=True)
+        await queue.consume(nack, exclusive=True)
         await worker.serve()
         (lost,) = await until(
             lambda: events(worker, "rabbitmq_connection_lost")[:1], "the refusal in the log"

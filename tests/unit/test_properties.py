@@ -125,6 +125,12 @@ def test_decoders_are_installed_once() -> None:
     assert before == pamqp.decode.METHODS
 
 
+def test_a_number_in_a_header_is_encoded_again_without_loss() -> None:
+    raw = table(b"\x05ratiod" + struct.pack(">d", 0.1))
+    headers = received({"headers": raw}).properties.headers
+    assert pamqp.encode.field_table(headers or {}) == raw
+
+
 # Headers
 
 

@@ -55,6 +55,8 @@ _NOT_COPIED_PREFIXES = ("vqa-", "x-first-death-", "x-last-death-", "x-opt-")
 _SET_BY_COPIES = frozenset({TRACEPARENT, TRACESTATE, ENQUEUED_HEADER})
 # Values in the headers of a job, nested ones included; a value can take a hundred times its size in memory.
 MAX_KEPT_VALUES = 1000
+# AMQP 0-9-1, §4.2.5.5.
+MAX_NAME_BYTES = 128
 # The headers of a message must fit into one frame, by default of 128 KiB, also with the worker's own.
 MAX_KEPT_BYTES = 64 * 1024
 # RabbitMQ refuses a longer expiration (its maximum is 2**32 - 1 ms).
@@ -102,12 +104,27 @@ def _encode_table_value(value: Any) -> bytes:
 
 
 def is_encodable(name: str, value: FieldValue) -> bool:
-    """Return whether a received header can be published: pamqp decodes some that it cannot encode."""
+    """Return whether a received header can be published: pamqp decodes some that it cannot encode.
+
+    It shortens longer names than AMQP allows, and logs them.
+    """
     try:
-        pamqp.encode.field_table({name: value})
+        return not _has_long_name({name: value}) and bool(pamqp.encode.field_table({name: value}))
     except (TypeError, ValueError, OverflowError, RecursionError, struct.error):
         return False
-    return True
+
+
+def _has_long_name(value: FieldValue) -> bool:
+    match value:
+        case dict():
+            return any(
+                len(name.encode(errors="replace")) > MAX_NAME_BYTES or _has_long_name(item)
+                for name, item in value.items()
+            )
+        case list():
+            return any(map(_has_long_name, value))
+        case _:
+            return False
 
 
 def text(value: object) -> str | None:
