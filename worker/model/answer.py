@@ -203,7 +203,10 @@ def _first_choice(response: Mapping[str, Any], usage: Usage | None) -> Mapping[s
     is_blocked = choices is None and "choices" in response
     if choices in (None, []) and usage is not None and _is_billed(usage, with_prompt=is_blocked):
         return {"message": {}}
-    raise MalformedAnswerError("the body has no choices")
+    is_list = isinstance(choices, list)
+    raise MalformedAnswerError(
+        "the list of choices is empty" if is_list else "the body has no list of choices"
+    )
 
 
 def _message_of(choice: Mapping[str, Any], usage: Usage | None) -> Mapping[str, Any]:

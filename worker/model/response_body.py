@@ -75,7 +75,7 @@ def _read_text(text: str) -> dict[str, Any]:
         return join_chunks(objects, has_end=_STREAM_END.search(text) is not None)
     responses = [response for found in objects if (response := _response_in(found)) is not None]
     if not responses:
-        raise MalformedBodyError(_describe(text, has_objects=bool(objects)))
+        raise MalformedBodyError("the body is not JSON" if text.strip() else "the body is empty")
     return next((response for response in responses if response.get("choices")), responses[0])
 
 
@@ -133,9 +133,3 @@ def _inside(value: Any) -> Iterable[Any]:
         with suppress(ValueError, RecursionError):
             return [_parse(value)]
     return value if isinstance(value, list) else ()
-
-
-def _describe(text: str, *, has_objects: bool) -> str:
-    if not text.strip():
-        return "the body is empty"
-    return "the body has no chat completion" if has_objects else "the body is not JSON"
