@@ -740,6 +740,7 @@ async def test_the_operator_does_not_read_words_of_the_job(api: Api, model: Mode
     with pytest.raises((TransientError, RateLimitedError, DependencyDownError)) as caught:
         await model.complete("m", RequestBody(body, []), time_left_s=60)
     error = caught.value
+    assert isinstance(error, TransientError | RateLimitedError | DependencyDownError)
     for_operators = error.cause if isinstance(error, TransientError) else error.message
     assert for_operators.startswith(f"the API answered {status}")
     assert "Doe" not in for_operators
