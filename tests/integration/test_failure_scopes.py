@@ -12,7 +12,7 @@ from tests.conftest import MakeClient, StartWorker
 from tests.running import calls_with, until
 
 USUAL, SMALL = "simulated/vision", "simulated/vision-small"
-GONE = Error(status=404, message="The model was retired", code="model_not_found")
+RETIRED = Error(status=404, message="The model was retired", code="model_not_found")
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +53,14 @@ async def test_an_api_that_is_always_busy_pauses_the_worker_and_uses_no_attempt(
     assert (reply.body["status"], reply.body["attempts"]) == ("succeeded", 1)
 
 
-async def test_a_model_that_is_gone_pauses_only_its_jobs(
+async def test_a_model_that_is_retired_pauses_only_its_jobs(
     own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
 ) -> None:
-    gone, good = uuid.uuid4().hex, uuid.uuid4().hex
+    retired, good = uuid.uuid4().hex, uuid.uuid4().hex
     worker = await start_own_worker(VQA_ALLOWED_MODELS=f"{USUAL},{SMALL}")
     client = await own_client_of(worker)
-    own_stack.model.play(GONE, marker=gone, times=None)
-    waiting = await publish(client, 10, gone, model=SMALL)
+    own_stack.model.play(RETIRED, marker=retired, times=None)
+    waiting = await publish(client, 10, retired, model=SMALL)
     (paused,) = await until(lambda: events(worker, "model_paused"), "the model is paused")
     assert paused["model"] == SMALL
     assert "The model was retired" in paused["reason"]

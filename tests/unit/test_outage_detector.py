@@ -254,7 +254,7 @@ def test_an_overload_is_no_outage_while_a_request_begun_before_runs() -> None:
 
 
 def of_model(model: str = "m") -> DependencyDownError:
-    return DependencyDownError(MODEL, f"{model} is gone", model=model)
+    return DependencyDownError(MODEL, f"{model} is missing", model=model)
 
 
 def several_models() -> OutageDetector:
@@ -265,7 +265,7 @@ def test_an_outage_of_one_of_several_models_pauses_only_this_model() -> None:
     detector = several_models()
     assert detector.observe(MODEL, "job", of_model(), 1.0) is OUTAGE
     assert (detector.outages, up(MODEL)) == ({}, 1)
-    assert {name: it.reason for name, it in detector.paused_models.items()} == {"m": "m is gone"}
+    assert {name: it.reason for name, it in detector.paused_models.items()} == {"m": "m is missing"}
     assert detector.changed.is_set()
     assert detector.may_request("other", 1.0)
     detector.observe(MODEL, "another", Success(2.0, "other"), 3.0)

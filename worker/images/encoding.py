@@ -15,8 +15,8 @@ _PERCENT_ENCODED = {
     b"%2B": b"+", b"%2b": b"+", b"%2F": b"/", b"%2f": b"/", b"%3D": b"=", b"%3d": b"=",
     b"%0A": b"\n", b"%0a": b"\n", b"%0D": b"\r", b"%0d": b"\r", b"%20": b" ",
 }  # fmt: skip
-_WRONG = re.compile(rb"[^A-Za-z0-9+/_=%\t-\r -]|%(?!2[BbFf]|3[Dd]|0[AaDd]|20)")
-_AFTER_PADDING = re.compile(rb"(?:=|%3[Dd])(?:[\t-\r ]|%0[AaDd]|%20)*+(?!=|%3[Dd]|\Z)")
+_WRONG = re.compile(rb"[^A-Za-z0-9+/_=%\t-\r -]|%(?!2[BbFf]|3[Dd]|0[ADad]|20)")
+_AFTER_PADDING = re.compile(rb"(?:=|%3[Dd])(?:[\t-\r ]|%0[ADad]|%20)*+(?!=|%3[Dd]|\Z)")
 _SLICE_CHARS = 256 * 1024
 # Longer than any JSON escape.
 _ESCAPE_CHARS = 6

@@ -41,7 +41,7 @@ _AUTHORIZATION: Final = re.compile(
 )
 _BEARER: Final = re.compile(rf"(\bbearer\s)([\w.~+/=-]{{{MIN_TOKEN_CHARS},}}+)", re.IGNORECASE | re.ASCII)
 _SCHEME: Final = re.compile(r"(?:[a-z][a-z0-9+.-]*+:)?[/\\]*+", re.IGNORECASE)
-# Images begin so in base64 (PNG, JPEG, WebP, GIF, PDF, HEIC); other base64 is told by its length.
+# Images begin so in base64 (PNG, JPEG, WebP, GIF, PDF, HEIC); other base64 is recognised by its length.
 _BARE_BASE64: Final = re.compile(r"\s*+(?:iVBOR|/9j/|UklGR|R0lGOD|JVBERi|AAAA|[A-Za-z0-9+/_=%\s-]{32})")
 # C0, DEL, C1, line and paragraph separators, and bidirectional formatting characters.
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
