@@ -35,6 +35,8 @@ class CredentialsCache:
         self._lock = asyncio.Lock()
         self._renewal: asyncio.Task[None] | None = None
         self._next_renewal = float("-inf")
+        # The start of the last read after a rejection.
+        self._read_at = float("-inf")
 
     async def current(self) -> ReadOnlyCredentials:
         """Return valid credentials.
@@ -55,8 +57,11 @@ class CredentialsCache:
 
     async def renew(self, rejected: ReadOnlyCredentials) -> bool:
         """Read the credentials again if they are still `rejected`; return whether they are others now."""
+        rejected_at = time.monotonic()
         async with self._lock:
-            if self._frozen == rejected:
+            # Of requests that are rejected together, one reads for all.
+            if self._frozen == rejected and self._read_at <= rejected_at:
+                self._read_at = time.monotonic()
                 try:
                     self._frozen = await asyncio.to_thread(self._read_again)
                 except BotoCoreError:
