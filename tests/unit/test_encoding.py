@@ -212,6 +212,7 @@ def test_the_url_safe_alphabet_and_percent_encoding_are_decoded(
         (b"AA==AA==", "character {4} comes after the padding"),
         (b"AA= =\nAA", "character {6} comes after the padding"),
         (b"AA%3D%3DAA", "character {8} comes after the padding"),
+        (b"AA%3D%3D%40", "character {8} is '%'"),
         (b"A", "its end is missing or its padding is wrong"),
     ],
 )

@@ -106,7 +106,7 @@ def _describe(text: bytes, position: int, *, is_padded: bool = False) -> str:
     """Say what is wrong in a slice that begins at a position; `is_padded`: padding comes before it."""
     wrong = _WRONG.search(text)
     after = re.search(rb"[^\t-\r ]", text) if is_padded else _AFTER_PADDING.search(text)
-    if wrong is not None and (after is None or wrong.start() < after.end()):
+    if wrong is not None and (after is None or wrong.start() <= after.end()):
         character = text[wrong.start() : wrong.start() + 4].decode(errors="replace")[0]
         return f"character {position + wrong.start() + 1} is {character!r}"
     if after is not None:
