@@ -23,7 +23,6 @@ from vqa_worker.messages.job import Job
 from vqa_worker.messages.result import Result
 from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER
 from worker.cli.commands import build
-from worker.cli.schema import asyncapi
 from worker.errors import SERVICE_FAILURES
 from worker.jobs.cancellation import REMEMBERED
 from worker.observability.instruments import Declaration
@@ -31,6 +30,7 @@ from worker.observability.metrics import DECLARED
 from worker.providers import GENERIC, Profile, Rule, load_profile, provider_names
 from worker.providers.profile import Images, RequestFields
 from worker.rabbitmq import messages, properties
+from worker.rabbitmq.schemas import asyncapi
 from worker.rabbitmq.topology import Topology
 from worker.settings import Settings, variable
 

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from deploy.rabbitmq.rights import User, intake, own_names, regex, users
-from worker.cli.topology import definitions
 from worker.rabbitmq.topology import Topology
 
 API_VERSION = "rabbitmq.com/v1beta1"
@@ -147,7 +146,7 @@ def _resources_of_users(topology: Topology, place: Place) -> Iterator[dict[str, 
 
 def _parts(topology: Topology) -> dict[str, list[dict[str, Any]]]:
     """Return queues, exchanges and bindings, with a topic exchange for replies and one for publishers."""
-    parts = definitions(topology)
+    parts = topology.definitions()
     for exchange in parts["exchanges"]:
         if exchange["name"] == topology.reply_exchange:
             # Only a topic exchange has permissions on routing keys.

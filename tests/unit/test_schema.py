@@ -17,7 +17,7 @@ from vqa_worker.messages.decoding import InvalidJobError, decode
 from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.job import RESERVED_PARAMS, Job
 from vqa_worker.messages.result import JobFailure, Result, Usage
-from worker.cli import schema
+from worker.rabbitmq import schemas as schema
 from worker.settings import BrokerSettings, load_broker_settings
 
 TESTS = Path(__file__).parents[1]

@@ -1,56 +1,60 @@
 """`top`: figures of a fleet from the metrics of its workers."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from math import inf
 
 import pytest
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.cli.shell import UsageError
 from worker.cli.top import render
-from worker.cli.top.figures import (
-    WINDOW_S,
-    Fleet,
-    FleetFigures,
-    Latencies,
-    Load,
-    Sample,
-    WorkerFigures,
-    quantile,
-    read_sample,
-)
-from worker.cli.top.workers import DEFAULT_PORT, WorkerUrl
+from worker.cli.top.figures import COUNTERS, WINDOW_S, Fleet, FleetLoad, Sample, quantile, read_sample
+from worker.cli.top.scraper import DEFAULT_PORT, parse_url
 from worker.observability import metrics
 from worker.settings import Settings
 
 NOW = datetime(2030, 1, 31, 12, 0, tzinfo=UTC)
+MODEL = "meta-llama/Llama-3.2-90B-Vision-Instruct"
 
 
 def sample(
     *,
     jobs: float = 0,
+    failed: float = 0,
     cost: float = 0,
     in_flight: float = 0,
     limit: float = 8,
     paused: frozenset[str] = frozenset(),
     model: str = "m/a",
 ) -> Sample:
-    counts = {"succeeded": jobs, "failed": 0.0, "prompt_tokens": jobs * 100, "cost_usd": cost}
+    counts: dict[str | float, float] = {
+        "jobs_succeeded": jobs,
+        "jobs_failed": failed,
+        "prompt_tokens": jobs * 100,
+        "cost_usd": cost,
+        1.0: jobs / 2,
+        2.0: jobs,
+        inf: jobs,
+    }
     return Sample(
         {(model, name): value for name, value in counts.items()},
-        {(model, 1.0): jobs / 2, (model, 2.0): jobs, (model, inf): jobs},
         in_flight,
         limit,
         paused,
     )
 
 
-def figures_of(*observed: tuple[float, dict[str, Sample]]) -> FleetFigures:
+def fleet_of(*observed: tuple[float, Mapping[str, Sample | str]]) -> Fleet:
     fleet = Fleet()
-    for now, samples in observed:
-        fleet.observe(now, samples, {})
-    return fleet.figures()
+    for now, found in observed:
+        fleet.observe(now, found)
+    return fleet
+
+
+def total_of(*observed: tuple[float, Mapping[str, Sample | str]]) -> FleetLoad:
+    return fleet_of(*observed).total()
 
 
 # One worker
@@ -70,17 +74,14 @@ def test_the_figures_of_a_worker_are_by_model() -> None:
     metrics.DEPENDENCY_UP.labels("s3").set(0)
     metrics.DEPENDENCY_UP.labels("model").set(1)
     after = read_sample(metrics.exposition()[0].decode())
-    added = {key: value - before.counts.get(key, 0.0) for key, value in after.counts.items()}
     for model in ("m/a", "m/b"):
-        assert {name: value for (of, name), value in added.items() if of == model} == pytest.approx(
-            {"succeeded": 1, "failed": 1, "prompt_tokens": 100, "completion_tokens": 7, "cost_usd": 0.5}
-        )
-        grown = {
-            bound: count - before.buckets.get((of, bound), 0.0)
-            for (of, bound), count in after.buckets.items()
+        added = {
+            name: value - before.counts.get((of, name), 0.0)
+            for (of, name), value in after.counts.items()
             if of == model
         }
-        assert (grown[0.1], grown[0.25], grown[inf]) == (0, 1, 1)
+        assert [added[name] for name in COUNTERS] == pytest.approx([1, 1, 100, 7, 0.5])
+        assert (added[0.1], added[0.25], added[inf]) == (0, 1, 1)
     assert (after.in_flight, after.limit) == (3, 32)
     assert "s3" in after.paused
     assert "model" not in after.paused
@@ -96,7 +97,7 @@ def test_a_server_that_is_not_a_worker_is_reported(text: str) -> None:
 
 
 def test_rates_are_computed_between_readings_by_worker_by_model_and_in_total() -> None:
-    figures = figures_of(
+    fleet = fleet_of(
         (0.0, {"a": sample(jobs=10, cost=1), "b": sample(jobs=0, model="m/b")}),
         (
             10.0,
@@ -106,72 +107,68 @@ def test_rates_are_computed_between_readings_by_worker_by_model_and_in_total() -
             },
         ),
     )
-    total = figures.total
-    assert total.rate("succeeded") == pytest.approx(2.5)
-    assert total.rate("prompt_tokens") == pytest.approx(250)
+    total = fleet.total()
+    assert total.rate("jobs_succeeded") == pytest.approx(2.5)
+    assert total.rate("prompt_tokens", "completion_tokens") == pytest.approx(250)
     assert total.rate("cost_usd") == pytest.approx(0.2)
     assert total.cost_usd == pytest.approx(3.0)
-    assert total.latencies == Latencies(1.0, 1.8, 1.98)
-    assert (len(figures.up), figures.in_flight, figures.limit) == (2, 3, 12)
-    workers = [(it.address, round(it.load.rate("succeeded"), 6), it.in_flight) for it in figures.workers]
+    assert total.latency_s == {"p50": 1.0, "p90": 1.8, "p99": 1.98}
+    assert (total.up, total.in_flight, total.limit) == (2, 3, 12)
+    workers = [(it.address, it.rate("jobs_succeeded"), it.in_flight) for it in fleet.workers()]
     assert workers == [("a", 2.0, 2), ("b", 0.5, 1)]
-    models = {name: (round(it.rate("succeeded"), 6), it.cost_usd) for name, it in figures.models.items()}
+    models = {it.model: (it.rate("jobs_succeeded"), it.cost_usd) for it in fleet.models()}
     assert models == {"m/a": (2.0, 3.0), "m/b": (0.5, 0.0)}
 
 
 def test_one_reading_gives_no_rate() -> None:
-    figures = figures_of((0.0, {"a": sample(jobs=10, cost=1)}))
-    assert (figures.total.per_s, figures.total.latencies) == (None, Latencies(None, None, None))
-    assert figures.total.cost_usd == 1.0
+    total = total_of((0.0, {"a": sample(jobs=10, cost=1)}))
+    assert (total.per_s, set(total.latency_s.values())) == (None, {None})
+    assert total.cost_usd == 1.0
 
 
 def test_old_readings_are_forgotten() -> None:
-    readings = [(float(second), {"a": sample(jobs=1000 if second else 0)}) for second in range(0, 100, 5)]
-    figures = figures_of(*readings)
-    assert figures.total.per_s is not None
-    assert figures.total.rate("succeeded") == 0
-    busy = figures_of(*((float(second), {"a": sample(jobs=second)}) for second in range(100)))
-    assert busy.total.rate("succeeded") == pytest.approx(1.0)
-    fleet = Fleet()
-    for second in range(1000):
-        fleet.observe(float(second), {"a": sample(jobs=second)}, {})
-    assert len(fleet._workers["a"].samples) <= WINDOW_S + 2  # noqa: SLF001
+    observed = [(float(second), {"a": sample(jobs=1000 if second else 0)}) for second in range(0, 100, 5)]
+    total = total_of(*observed)
+    assert total.per_s is not None
+    assert total.rate("jobs_succeeded") == 0
+    fleet = fleet_of(*((float(second), {"a": sample(jobs=second)}) for second in range(1000)))
+    assert fleet.total().rate("jobs_succeeded") == pytest.approx(1.0)
+    assert len(fleet.windows["a"]) <= WINDOW_S + 2
 
 
-def test_a_restarted_worker_counts_from_zero_and_its_cost_is_kept() -> None:
-    figures = figures_of(
+def test_a_restarted_worker_counts_from_zero() -> None:
+    total = total_of(
         (0.0, {"a": sample(jobs=100, cost=5)}),
         (10.0, {"a": sample(jobs=110, cost=6)}),
         (20.0, {"a": sample(jobs=4, cost=0.5)}),
-        (30.0, {"a": sample(jobs=4, cost=0.25)}),
+        (30.0, {"a": sample(jobs=14, cost=0.75)}),
     )
-    assert figures.total.rate("succeeded") == pytest.approx(14 / 30)
-    assert figures.total.cost_usd == pytest.approx(6.75)
-    assert figures.models["m/a"].cost_usd == pytest.approx(6.75)
+    assert total.rate("jobs_succeeded") == pytest.approx(1.0)
+    assert total.cost_usd == pytest.approx(0.75)
 
 
 def test_a_stopped_worker_counts_no_more_and_its_cost_is_kept() -> None:
-    fleet = Fleet()
-    fleet.observe(0.0, {"a": sample(jobs=0, cost=1), "b": sample(jobs=0, cost=2)}, {})
-    fleet.observe(10.0, {"a": sample(jobs=10, cost=1)}, {"b": "connection refused"})
-    figures = fleet.figures()
-    assert [(it.address, it.error) for it in figures.workers] == [("a", ""), ("b", "connection refused")]
-    assert (len(figures.up), figures.total.cost_usd) == (1, 3.0)
-    assert figures.total.rate("succeeded") == pytest.approx(1.0)
+    fleet = fleet_of(
+        (0.0, {"a": sample(jobs=0, cost=1), "b": sample(jobs=0, cost=2)}),
+        (10.0, {"a": sample(jobs=10, cost=1), "b": "connection refused"}),
+    )
+    assert [it.address for it in fleet.workers()] == ["a"]
+    assert fleet.unreachable == {"b": "connection refused"}
+    total = fleet.total()
+    assert (total.up, total.cost_usd) == (1, 3.0)
+    assert total.rate("jobs_succeeded") == pytest.approx(1.0)
 
 
 def test_paused_workers_are_counted_by_dependency() -> None:
     paused = frozenset({"model"})
-    figures = figures_of(
-        (0.0, {"a": sample(paused=paused), "b": sample(paused=paused | {"s3"}), "c": sample()})
-    )
-    assert figures.paused == {"model": 2, "s3": 1}
-    assert [it.paused for it in figures.workers] == [["model"], ["model", "s3"], []]
+    fleet = fleet_of((0.0, {"a": sample(paused=paused), "b": sample(paused=paused | {"s3"}), "c": sample()}))
+    assert fleet.total().paused == {"model": 2, "s3": 1}
+    assert [it.paused for it in fleet.workers()] == [["model"], ["model", "s3"], []]
 
 
 def test_a_fleet_without_workers_has_figures_too() -> None:
-    figures = figures_of((0.0, {}))
-    assert (figures.up, figures.total.per_s, figures.total.cost_usd) == ([], None, 0)
+    total = total_of((0.0, {}))
+    assert (total.up, total.per_s, total.cost_usd) == (0, None, 0)
 
 
 # Quantiles
@@ -202,42 +199,42 @@ def test_a_quantile_lies_in_its_bucket(values: list[float], share: float) -> Non
 # Output
 
 
-QUEUES = render.QueueFigures(jobs=1200, retries=3, results=1, dead_letters=2, consumers=4)
-
-
-RATES = {"succeeded": 10.0, "failed": 0.5, "prompt_tokens": 1234.4, "cost_usd": 0.001}
-BUSY = Load(RATES, Latencies(0.25, 1.25, None), 1.5)
-WORKERS = (
-    WorkerFigures(address="10.0.0.7:8080", load=BUSY, in_flight=60, limit=64),
-    WorkerFigures(address="10.0.0.8:8080", limit=32, paused=("model",)),
-    WorkerFigures(address="10.0.0.9:8080", error="connection refused"),
+QUEUES = {"jobs": 1200, "retries": 3, "results": 1, "dead_letters": 2, "consumers": 4}
+FLEET = fleet_of(
+    (0.0, {"10.0.0.7:8080": sample(model=MODEL, cost=1.4)}),
+    (
+        100.0,
+        {
+            "10.0.0.7:8080": sample(jobs=1000, failed=50, model=MODEL, cost=1.5, in_flight=60, limit=64),
+            "10.0.0.8:8080": sample(model=MODEL, limit=32, paused=frozenset({"model"})),
+            "10.0.0.9:8080": "connection refused",
+        },
+    ),
 )
-MODEL = "meta-llama/Llama-3.2-90B-Vision-Instruct"
-FLEET = FleetFigures(BUSY, WORKERS, {MODEL: BUSY})
 
 
 def test_the_tables_have_a_row_for_each_worker_and_each_model_and_fit_80_columns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    lines = render.text(render.Figures("vqa.jobs", QUEUES, "", FLEET), NOW).split("\n")
+    lines = render.text(render.Figures(NOW, "vqa.jobs", QUEUES, "", FLEET)).split("\n")
     assert max(map(len, lines)) <= 80
     models, workers = (number for number, line in enumerate(lines) if line.startswith(("MODEL", "WORKER")))
     assert lines[models].split() == ["MODEL", "JOBS/S", "FAILED/S", "TOKENS/S", "P90", "COST", "$/H"]
     (model,) = lines[models + 1 : workers - 1]
     assert model.startswith("meta-llama/Llama")
-    assert model.split()[1:] == ["10.0", "0.5", "1,234", "1.2", "s", "1.50", "3.60"]
+    assert model.split()[1:] == ["10.0", "0.5", "1,000", "1.8", "s", "1.50", "3.60"]
     assert [line.split() for line in lines[workers:]] == [
         ["WORKER", "JOBS/S", "FAILED/S", "IN", "FLIGHT", "P90", "STATE"],
-        ["10.0.0.7:8080", "10.0", "0.5", "60", "of", "64", "1.2", "s", "up"],
+        ["10.0.0.7:8080", "10.0", "0.5", "60", "of", "64", "1.8", "s", "up"],
         ["10.0.0.8:8080", "0.0", "0.0", "0", "of", "32", "-", "paused", "for", "model"],
         ["10.0.0.9:8080", "-", "-", "-", "-", "unreachable:", "connection"],
         ["refused"],
     ]
 
 
-def text(queues: render.QueueFigures | None, fleet: FleetFigures | None, error: str = "") -> list[str]:
-    return render.text(render.Figures("vqa.jobs", queues, error, fleet), NOW).split("\n")[1:]
+def text(queues: Mapping[str, int | None] | None, fleet: Fleet | None, error: str = "") -> list[str]:
+    return render.text(render.Figures(NOW, "vqa.jobs", queues, error, fleet)).split("\n")[1:]
 
 
 def test_the_first_lines_are_the_queues_and_the_totals() -> None:
@@ -245,15 +242,16 @@ def test_the_first_lines_are_the_queues_and_the_totals() -> None:
         "queues   1,200 ready, 3 in retry, 2 dead-lettered, 1 results, 4 consumers",
         "workers  2 up, 1 unreachable",
         "jobs     10.0/s, 0.5/s failed, 60 in flight of 96, ETA 2 min",
-        "latency  p50 250 ms, p90 1.2 s, p99 -",
-        "tokens   1,234 + 0/s",
+        "latency  p50 1.0 s, p90 1.8 s, p99 2.0 s",
+        "tokens   1,000 + 0/s",
         "cost     $1.5000 so far, $3.60/h",
         "paused   for model (1 of 2)",
     ]
 
 
 def test_without_workers_only_the_queues_are_shown_and_a_broker_error_is_shown() -> None:
-    assert text(render.QueueFigures(jobs=7), None) == [
+    hidden = dict.fromkeys(("retries", "results", "dead_letters"))
+    assert text({"jobs": 7, **hidden, "consumers": 0}, None) == [
         "queues  7 ready, ? in retry, ? dead-lettered, ? results, 0 consumers"
     ]
     lines = text(None, FLEET, "it is away")
@@ -262,37 +260,38 @@ def test_without_workers_only_the_queues_are_shown_and_a_broker_error_is_shown()
 
 
 def test_json_output_has_numbers() -> None:
-    printed = render.in_json(render.Figures("q", QUEUES, "", FLEET), NOW)
+    printed = render.in_json(render.Figures(NOW, "q", QUEUES, "", FLEET))
     assert printed["at"] == "2030-01-31T12:00:00.000Z"
     assert printed["queues"] == {"jobs": 1200, "retries": 3, "results": 1, "dead_letters": 2, "consumers": 4}
     fleet = printed["fleet"]
     assert (fleet["up"], fleet["in_flight"], fleet["limit"], fleet["paused"]) == (2, 60, 96, {"model": 1})
-    assert fleet["latency_s"] == {"p50": 0.25, "p90": 1.25, "p99": None}
+    assert fleet["latency_s"] == {"p50": 1.0, "p90": 1.8, "p99": 1.98}
     assert [it["model"] for it in printed["models"]] == [MODEL]
     assert printed["models"][0]["per_s"]["jobs_failed"] == 0.5
     busy, paused, away = printed["workers"]
     assert (busy["error"], busy["in_flight"], busy["cost_usd"]) == (None, 60, 1.5)
     assert (paused["per_s"], paused["paused"]) == (None, ["model"])
     assert away == {"address": "10.0.0.9:8080", "error": "connection refused"}
+    assert render.in_json(render.Figures(NOW, "q", None, "", None))["workers"] is None
 
 
 @pytest.mark.parametrize(
-    ("text", "host", "port", "path"),
+    ("text", "url"),
     [
-        ("http://host:1", "host", 1, "/metrics"),
-        ("host", "host", DEFAULT_PORT, "/metrics"),
-        ("host:9/some/where", "host", 9, "/some/where"),
-        ("http://[::1]:9/", "::1", 9, "/metrics"),
+        ("http://host:1", "http://host:1/metrics"),
+        ("host", f"http://host:{DEFAULT_PORT}/metrics"),
+        ("host:9/some/where", "http://host:9/some/where"),
+        ("http://[::1]:9/", "http://[::1]:9/metrics"),
     ],
 )
-def test_a_worker_s_url_may_be_short(text: str, host: str, port: int, path: str) -> None:
-    assert WorkerUrl.parse(text) == WorkerUrl(host, port, path)
+def test_a_worker_s_url_may_be_short(text: str, url: str) -> None:
+    assert str(parse_url(text)) == url
 
 
 @pytest.mark.parametrize("text", ["", "https://host", "http://", "host:port", "http://host:99999", "[::1"])
 def test_an_invalid_worker_url_is_reported(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is not a worker URL"):
-        WorkerUrl.parse(text)
+    with pytest.raises(UsageError, match="is not a URL of a worker"):
+        parse_url(text)
 
 
 def test_the_default_port_is_the_worker_s() -> None:

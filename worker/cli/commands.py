@@ -1,26 +1,26 @@
 """The typer app with all commands."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
 from worker import __version__
-from worker.cli import config, submissions
-from worker.cli.check import commands as check
+from worker.cli import config, submissions, topology
+from worker.cli.check.commands import check
 from worker.cli.dlq import commands as dlq
-from worker.cli.help import Group
-from worker.cli.shell import PROGRAM, Screen, add, execute, with_common_options
+from worker.cli.help import Command, Group
+from worker.cli.shell import PROGRAM, Screen, execute, with_common_options
 from worker.cli.submit.commands import submit
-from worker.cli.top import commands as top
-from worker.cli.topology import apply, show
+from worker.cli.top.commands import top
 
 # Runs a worker with the settings of an env file; returns the exit code.
 Run = Callable[[Path], int]
 
-COMPLETION_VARIABLE = "_VQA_WORKER_COMPLETE"
+COMPLETION_VARIABLE: Final = "_VQA_WORKER_COMPLETE"
 
 
 def shell(arguments: Sequence[str], run: Run) -> int:
@@ -33,28 +33,54 @@ def shell(arguments: Sequence[str], run: Run) -> int:
 
 def build(run: Run) -> typer.Typer:
     """Build the app."""
-    app = _group(_main.__doc__ or "")
+    app = _group(
+        _main.__doc__ or "",
+        submit=submit,
+        cancel=submissions.cancel,
+        run=_run_command(run),
+        schema=schema,
+        check=check,
+        top=top,
+    )
     app.callback()(with_common_options(_main))
-    add(app, "submit", submit)
-    group = _group("Manage submissions: list, show, collect, cancel, delete.")
-    submissions.register(app, group)
-    app.add_typer(group, name="submissions")
-    add(app, "run", _run_command(run))
-    add(app, "schema", schema)
-    add(app, "completion", _completion_command(app))
-    topology = _group("Show or create queues and exchanges.")
-    add(topology, "show", show)
-    add(topology, "apply", apply)
-    app.add_typer(topology, name="topology")
-    configuration = _group("Show the effective settings.")
-    add(configuration, "show", config.show)
-    app.add_typer(configuration, name="config")
-    dead_letters = _group("Manage the dead-letter queue: list, show, replay, purge.")
-    dlq.register(dead_letters)
-    app.add_typer(dead_letters, name="dlq")
-    for command in (check, top):
-        command.register(app)
+    app.command("completion", cls=Command)(with_common_options(_completion_command(app)))
+    groups = {
+        "submissions": _group(
+            "Manage submissions: list, show, collect, cancel, delete.",
+            list=submissions.list_,
+            show=submissions.show,
+            collect=submissions.collect,
+            cancel=submissions.cancel_one,
+            delete=submissions.delete,
+        ),
+        "topology": _group("Show or create queues and exchanges.", show=topology.show, apply=topology.apply),
+        "config": _group("Show the effective settings.", show=config.show),
+        "dlq": _group(
+            "Manage the dead-letter queue: list, show, replay, purge.",
+            list=dlq.list_,
+            show=dlq.show,
+            replay=dlq.replay,
+            purge=dlq.purge,
+        ),
+    }
+    for name, group in groups.items():
+        app.add_typer(group, name=name)
     return app
+
+
+def _group(text: str, **commands: Callable[..., object]) -> typer.Typer:
+    group = typer.Typer(
+        cls=Group,
+        help=text,
+        add_completion=False,
+        # Help as plain text; see `worker.cli.help`.
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for name, function in commands.items():
+        group.command(name, cls=Command)(with_common_options(function))
+    return group
 
 
 def schema(
@@ -72,10 +98,13 @@ def schema(
     The AsyncAPI 3 document has the queue names of the settings. Does not connect to RabbitMQ. With --json,
     the document is on one line.
     """
-    from worker.cli.schema import show
+    from worker.rabbitmq.schemas import asyncapi, job_schema, result_schema
     from worker.settings import load_broker_settings
 
-    screen.write(show(screen.load(load_broker_settings), document, compact=screen.as_json))
+    settings = screen.load(load_broker_settings)
+    found = {"job": job_schema(), "result": result_schema(), "asyncapi": asyncapi(settings)}
+    indent = None if screen.as_json else 2
+    screen.write(json.dumps(found[document] if document else found, ensure_ascii=False, indent=indent))
 
 
 def _completion_command(app: typer.Typer) -> Callable[..., None]:
@@ -104,18 +133,6 @@ def _complete(app: typer.Typer) -> None:
     # typer registers the shells with the options that the commands here do not have.
     typer.main.get_command(typer.Typer(callback=lambda: None))
     app([], prog_name=PROGRAM, complete_var=COMPLETION_VARIABLE)
-
-
-def _group(text: str) -> typer.Typer:
-    return typer.Typer(
-        cls=Group,
-        help=text,
-        add_completion=False,
-        # Help as plain text; see `worker.cli.help`.
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
 
 
 def _print_version(is_given: bool) -> None:

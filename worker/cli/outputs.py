@@ -9,14 +9,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 from vqa_worker.messages.decoding import parse_leniently
 from worker.cli.shell import Screen
 from worker.cli.submit import batch
-from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Form
+from worker.cli.submit.inputs import Form
 from worker.cli.submit.results import failure, parse
 from worker.cli.submit.state import Received, StoredResult, SubmissionState
 
@@ -33,28 +32,6 @@ _COLUMNS: Final = (
     "cost_usd",
     "attempts",
 )
-
-
-@dataclass(frozen=True)
-class Output:
-    """The destination of results.
-
-    Attributes:
-        path: the output file; None: stdout.
-        errors: the Batch API's error file; None: next to the output file.
-        form: None: chosen by the file name and the form of the input.
-    """
-
-    path: Path | None = None
-    errors: Path | None = None
-    form: Form | None = None
-
-    def form_for(self, submitted: str) -> Form:
-        """Return the output form for jobs submitted in the form `submitted`."""
-        by_name = FORMS_BY_SUFFIX.get(self.path.suffix.lower()) if self.path is not None else None
-        if self.form is not None or by_name == "csv":
-            return self.form or "csv"
-        return "batch" if submitted == "batch" else "jsonl"
 
 
 class Stream:
@@ -110,29 +87,25 @@ def encodable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def write(state: SubmissionState, form: Form, path: Path, errors: Path | None) -> list[Path]:
-    """Write the collected results; return the written files.
+def write(state: SubmissionState, form: Form, path: Path, errors: Path | None) -> list[str]:
+    """Write the collected results; return the names of the written files.
 
     `errors`: the Batch API's error file; None: next to the output file. Written only if a request failed.
     """
     if form == "csv":
         with _atomic(path) as file:
             _write_csv(state, file)
-        return [path]
-    if form == "jsonl":
-        with _atomic(path) as file:
-            _write_lines(state.results(), form, file)
-        return [path]
-    with _atomic(path) as file:
-        _write_lines(state.results(failed=False), form, file)
+    else:
+        _write_lines(state.results(failed=False if form == "batch" else None), form, path)
+    if form != "batch":
+        return [str(path)]
     errors = errors or path.with_name(f"{path.stem}.errors{path.suffix}")
     if not state.counts().failed:
         # A file of an earlier run would list errors that no longer exist.
         errors.unlink(missing_ok=True)
-        return [path]
-    with _atomic(errors) as file:
-        _write_lines(state.results(failed=True), form, file)
-    return [path, errors]
+        return [str(path)]
+    _write_lines(state.results(failed=True), form, errors)
+    return [str(path), str(errors)]
 
 
 def write_csv_to_stdout(state: SubmissionState) -> None:
@@ -140,25 +113,25 @@ def write_csv_to_stdout(state: SubmissionState) -> None:
     _write_csv(state, sys.stdout)
 
 
-def _write_lines(results: Iterable[StoredResult], form: Form, file: TextIO) -> None:
-    file.writelines(f"{line_of(stored, form)}\n" for stored in results)
+def _write_lines(results: Iterable[StoredResult], form: Form, path: Path) -> None:
+    with _atomic(path) as file:
+        file.writelines(f"{line_of(stored, form)}\n" for stored in results)
 
 
 def _write_csv(state: SubmissionState, file: TextIO) -> None:
-    metadata: dict[str, None] = {}
+    names: dict[str, None] = {}
     for stored in state.results():
-        metadata.update(dict.fromkeys(parse(stored.body)["metadata"]))
-    names = [name for name in metadata if name not in _COLUMNS]
+        names.update(dict.fromkeys(parse(stored.body)["metadata"]))
+    columns = [*_COLUMNS, *(name for name in names if name not in _COLUMNS)]
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(map(encodable, [*_COLUMNS, *names]))
+    writer.writerow(map(encodable, columns))
     for stored in state.results():
         result = parse(stored.body)
         flat = {**result, **result["usage"], "id": stored.custom_id or stored.id}
         if stored.failed:
             flat["error_code"], flat["error_message"] = failure(result)
-        own = result["metadata"]
-        cells = [*(flat.get(name) for name in _COLUMNS), *(own.get(name) for name in names)]
-        writer.writerow(map(_cell, cells))
+        row = {**result["metadata"], **{name: flat.get(name) for name in _COLUMNS}}
+        writer.writerow(_cell(row.get(name)) for name in columns)
 
 
 def _cell(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Common options, output, settings, errors and exit codes of all commands.
 
-A command is a plain function, sync or async, in a module next to this one. It gets a `Screen`, takes typer's
-parameters and returns its exit code (None: 0):
+A command is a plain function, sync or async, in a module next to this one. It gets a `Screen` and parameters
+of typer, and returns its exit code (None: 0):
 
     async def peek(screen: Screen, queue: Annotated[str, typer.Argument(help="…")]) -> int | None:
         '''Show the depth of a queue.
@@ -11,15 +11,12 @@ parameters and returns its exit code (None: 0):
         The list of commands shows the first line. Paragraphs that are indented, such as examples, stay as is.
         '''
         settings = screen.load(load_broker_settings)        # only the settings that it uses
-        found = await Session.once(broker_of(settings), screen.timeout_s, lambda connection: …)
         screen.emit({"queue": queue, "found": found})       # with --json: one object a line, on stdout
         screen.print(f"{queue}: {found}")                   # without --json: text on stdout
         screen.note("…")                                    # without --quiet: text on stderr
         raise CommandError("<what is wrong>. <What to do>.")
 
 Options that several commands share are a dataclass, which is one parameter: `filters: Filters`.
-`commands.py` registers it with `add(app, "peek", peek)`, which adds the options `--url`, `--json`, ….
-`execute` turns exceptions into messages on stderr and the exit codes of `exit_codes.py`, never a traceback.
 
 Commands import slow modules (aio-pika, the SDKs) inside functions: `--help` and shell completion import
 every command.
@@ -33,6 +30,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
@@ -49,7 +48,7 @@ from worker.cli.exit_codes import (
     EXIT_OK,
     EXIT_USAGE,
 )
-from worker.cli.help import COMMON, Command
+from worker.cli.help import COMMON
 from worker.event_loop import run_coroutine
 
 if TYPE_CHECKING:
@@ -88,51 +87,36 @@ class _ClosedPipeError(Exception):
 
 
 def seconds(value: str | float) -> float:
-    """Parse a number of seconds; a `parser` for options."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise typer.BadParameter(f"{value} is not a number of seconds above 0.")
-    return number
+    """Parse a number of seconds; a `parser` for options.
+
+    Raises:
+        ValueError: it is not a number above 0.
+    """
+    with suppress(ValueError):
+        if 0 < (number := float(value)) < math.inf:
+            return number
+    raise ValueError(f"{value} is not a number of seconds above 0")
 
 
-def count(value: str | int) -> int:
-    """Parse a number above 0; a `parser` for options."""
-    try:
-        number = int(value)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise typer.BadParameter(f"{value} is not a whole number above 0.")
-    return number
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")]
 
 
-def _common(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's name
-    return typer.Option(*names, help=help, rich_help_panel=COMMON, **more)
+_common = partial(typer.Option, rich_help_panel=COMMON)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonOptions:
     """The options of all commands."""
 
-    url: Annotated[
-        str | None, _common("--url", metavar="URL", help="RabbitMQ URL, instead of VQA_RABBITMQ_URL.")
-    ] = None
+    url: Annotated[str | None, _common(metavar="URL", help="RabbitMQ URL, instead of VQA_RABBITMQ_URL.")] = (
+        None
+    )
     env_file: Annotated[
-        Path | None,
-        _common(
-            "--env-file",
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            help="File with settings (default: .env).",
-        ),
+        Path | None, _common(exists=True, dir_okay=False, help="File with settings (default: .env).")
     ] = None
     timeout: Annotated[
         float,
-        _common("--timeout", metavar="SECONDS", parser=seconds, help="Connection timeout in seconds."),
+        _common(metavar="SECONDS", parser=seconds, help="Connection timeout in seconds."),
     ] = 15
     as_json: Annotated[bool, _common("--json", help="Print JSON, one object per line; errors too.")] = False
     verbose: Annotated[bool, _common("--verbose", "-v", help="Log the libraries' messages.")] = False
@@ -140,9 +124,6 @@ class CommonOptions:
         bool, _common("--quiet", "-q", help="Print only results and errors, no notes or progress.")
     ] = False
     no_color: Annotated[bool, _common("--no-color", help="Print without colors (also: NO_COLOR).")] = False
-
-
-_COMMON: Final = inspect.signature(CommonOptions, eval_str=True).parameters
 
 
 class Screen:
@@ -175,8 +156,8 @@ class Screen:
         """Whether to draw progress bars."""
         return self.is_terminal and not self.options.quiet
 
-    def load(self, load_settings: Callable[..., Kind]) -> Kind:
-        """Load settings, warn about unknown variables, and silence the libraries' log lines.
+    def load(self, load_settings: Callable[..., Kind], *, is_quiet: bool = False) -> Kind:
+        """Load settings, warn about unknown variables (unless `is_quiet`), and silence the libraries' log.
 
         Raises:
             SettingsError: a setting is wrong.
@@ -185,7 +166,8 @@ class Screen:
         from worker.observability.redaction import Redactor
 
         settings = load_settings(env_file=self.options.env_file or Path(".env"))
-        self.note(*(f"Warning: {text}" for text in settings.unknown_variables))
+        if not is_quiet:
+            self.note(*(f"Warning: {text}" for text in settings.unknown_variables))
         redact = Redactor(settings.secret_values())
         level = "debug" if self.options.verbose else "error"
         configure_logging(level, "json" if self.as_json else "console", redact, stream=sys.stderr)
@@ -222,7 +204,17 @@ class Screen:
         for line in () if self.options.quiet else lines:
             self.progress.print(line, markup=False, emoji=False, soft_wrap=not self.is_terminal)
 
-    def confirm(self, question: str) -> bool:
+    def confirm(self, what: str, done: str) -> bool:
+        """Ask at the terminal whether something is to be `done`, such as `deleted`.
+
+        Raises:
+            UsageError: there is no terminal to ask at.
+        """
+        if not self.is_interactive:
+            raise UsageError(f"{what} would be {done}, but there is no terminal to ask at. Add --yes.")
+        return self.ask(f"{what} will be {done}. Continue?")
+
+    def ask(self, question: str) -> bool:
         """Ask at the terminal; Enter means no."""
         return typer.confirm(question, default=False, err=True)
 
@@ -230,6 +222,11 @@ class Screen:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: `1 job`, `1,000 jobs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def dollars(usd: float) -> str:
+    """Format USD; amounts below a cent get six decimal places."""
+    return f"${usd:,.2f}" if usd >= 0.01 or not usd else f"${usd:.6f}"  # noqa: PLR2004 - a cent
 
 
 def broker_of(settings: "BrokerSettings") -> "Broker":
@@ -246,35 +243,28 @@ def broker_of(settings: "BrokerSettings") -> "Broker":
     )
 
 
-def add(app: typer.Typer, name: str, function: Function) -> None:
-    """Register a function as a command, with the common options."""
-    app.command(name, cls=Command)(with_common_options(function))
-
-
 def with_common_options(function: Function) -> Function:
-    """Return `function` with the common options as parameters in place of its first one, the `Screen`."""
-    _, *own = inspect.signature(function, eval_str=True).parameters.values()
-    shared: dict[str, Any] = {it.name: it.annotation for it in own if dataclasses.is_dataclass(it.annotation)}
-    fields = {name: inspect.signature(kind, eval_str=True).parameters for name, kind in shared.items()}
-    own = [field for it in own for field in (fields[it.name].values() if it.name in fields else (it,))]
-    context_parameter = inspect.Parameter(
-        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
-    )
-    parameters = [
-        context_parameter,
-        *(it.replace(kind=inspect.Parameter.KEYWORD_ONLY) for it in (*own, *_COMMON.values())),
-    ]
+    """Return `function` as a command: with options in place of its `Screen` and of its dataclasses."""
+    own = list(inspect.signature(function, eval_str=True).parameters.values())
+    kinds = {it.name: CommonOptions if it.annotation is Screen else it.annotation for it in own}
+    fields = {
+        name: inspect.signature(kind, eval_str=True).parameters
+        for name, kind in kinds.items()
+        if dataclasses.is_dataclass(kind)
+    }
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    for it in own:
+        parameters += fields[it.name].values() if it.name in fields else [it.replace(kind=it.KEYWORD_ONLY)]
 
     def command(context: typer.Context, **given: Any) -> Any:
-        options = CommonOptions(**{name: given.pop(name) for name in _COMMON})
+        for name, of in fields.items():
+            given[name] = kinds[name](**{field: given.pop(field) for field in of})
         # Options before the command's name apply too.
-        context.obj = options = _merged(context.obj, options)
+        context.obj = options = _merged(context.obj, given.pop("screen"))
         if options.url is not None:
             os.environ["VQA_RABBITMQ_URL"] = options.url
         if options.no_color:
             os.environ["NO_COLOR"] = "1"
-        for name, kind in shared.items():
-            given[name] = kind(**{field: given.pop(field) for field in fields[name]})
         returned = function(Screen(options), **given)
         return run_coroutine(returned) if inspect.iscoroutine(returned) else returned
 
@@ -287,8 +277,9 @@ def with_common_options(function: Function) -> Function:
 def _merged(before: Any, after: CommonOptions) -> CommonOptions:
     if not isinstance(before, CommonOptions):
         return after
-    given = {it.name: getattr(after, it.name) for it in dataclasses.fields(after)}
-    changed = {name: value for name, value in given.items() if value != _COMMON[name].default}
+    changed = {
+        it.name: value for it in dataclasses.fields(after) if (value := getattr(after, it.name)) != it.default
+    }
     return dataclasses.replace(before, **changed)
 
 
@@ -347,6 +338,7 @@ def _describe(error: BaseException) -> tuple[Sequence[str], Sequence[str], int]:
     from vqa_worker.rabbitmq.outgoing import RefusedError
     from worker.errors import DependencyDownError
     from worker.observability.logs import describe_exception
+    from worker.rabbitmq.dead_letters import DeadLettersError
     from worker.s3.aws import S3ConfigurationError
     from worker.settings import SettingsError
 
@@ -356,17 +348,20 @@ def _describe(error: BaseException) -> tuple[Sequence[str], Sequence[str], int]:
             return [first], details, error.code
         case typer.TyperException():
             path = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
-            # Messages of `parser` functions come through pydantic.
-            message = error.format_message().replace("Value error, ", "")
-            return [message], [f"Run `{path} --help` for help."], EXIT_USAGE
+            # Without the words of pydantic, which checks the values of options.
+            message = (
+                error.format_message().replace("Value error, ", "").replace("Input should be", "must be")
+            )
+            message = message.partition(", unable to parse")[0]
+            return [f"{message.rstrip('.')}."], [f"Run `{path} --help` for help."], EXIT_USAGE
         case SettingsError() | TopologyError():
             return error.faults, [], EXIT_CONFIG
         case BrokerRefusedError() | RefusedError() | S3ConfigurationError():
             return [str(error)], [], EXIT_CONFIG
         case BrokerUnreachableError():
             return [f"{error}. Check that RabbitMQ is running and reachable."], [], EXIT_FAILURE
-        case DependencyDownError():
-            return [error.message], [], EXIT_FAILURE
+        case DependencyDownError() | DeadLettersError():
+            return [getattr(error, "message", str(error))], [], EXIT_FAILURE
         case OSError() if error.filename is not None:
             return [f"{error.filename}: {error.strerror}"], [], EXIT_FAILURE
     return [f"internal error, please report it: {describe_exception(error)}"], [], EXIT_FAILURE

@@ -1,54 +1,48 @@
 """`vqa-worker submissions`: list, show, collect, cancel and delete submissions; `vqa-worker cancel`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from worker.cli import state_dir
 from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
-from worker.cli.shell import CommandError, Screen, UsageError, add, broker_of, count, counted
-from worker.cli.submit.options import ErrorsPath, OutputForm, OutputPath, WaitTimeout
+from worker.cli.shell import CommandError, Screen, UsageError, Yes, broker_of, counted
+from worker.cli.submit.options import Output, WaitTimeout
 from worker.cli.times import parse_duration
 
 if TYPE_CHECKING:
     from worker.cli.submit.state import Counts, SubmissionState
     from worker.settings import CommandSettings
 
-_COLUMNS = "CREATED           JOBS      PENDING   SUCCEEDED FAILED    NAME"
-
-
-def _known_names() -> list[str]:
-    return state_dir.names()
-
-
 Name = Annotated[
     str,
     typer.Argument(
-        metavar="NAME", help="Name of a submission.", show_default=False, autocompletion=_known_names
+        metavar="NAME",
+        help="Name of a submission.",
+        show_default=False,
+        autocompletion=state_dir.names,
     ),
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")]
 
 
-def register(app: typer.Typer, group: typer.Typer) -> None:
-    """Add the commands: `cancel` to the app, the others to the group `submissions`."""
-    for name, function in (
-        ("list", list_submissions),
-        ("show", show),
-        ("collect", collect),
-        ("cancel", cancel_submission),
-        ("delete", delete),
-    ):
-        add(group, name, function)
-    add(app, "cancel", cancel)
+class _Known(NamedTuple):
+    """A submission that was read."""
+
+    head: dict[str, str]
+    counts: "Counts"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the submission for `--json`."""
+        fields = ("name", "created", "source", "broker", "jobs_queue", "reply_to")
+        return {**{field: self.head[field] for field in fields}, **self.counts.as_json()}
 
 
-def list_submissions(
+def list_(
     screen: Screen,
-    limit: Annotated[int, typer.Option(metavar="N", parser=count, help="Show at most N, newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most N, newest first.")] = 20,
 ) -> None:
     """List the submissions of this user on this host, newest first.
 
@@ -57,19 +51,19 @@ def list_submissions(
 
     Jobs are pending until they have succeeded or failed.
     """
-    found = sorted(_all(), key=lambda it: it[0]["created"], reverse=True)
+    found = sorted(_all(), key=lambda it: it.head["created"], reverse=True)
     if not found:
         screen.note(f"No submissions in {state_dir.folder()}.")
         return
-    screen.print(_COLUMNS)
-    for head, counts in found[:limit]:
-        screen.emit(_as_json(head, counts))
-        created = datetime.fromisoformat(head["created"]).astimezone()
+    screen.print("CREATED           JOBS      PENDING   SUCCEEDED FAILED    NAME")
+    for it in found[:limit]:
+        screen.emit(it.as_json())
+        created, counts = datetime.fromisoformat(it.head["created"]).astimezone(), it.counts
         figures = (counts.total, counts.pending, counts.succeeded, counts.failed)
         cells = "".join(f"{figure:<10,}" for figure in figures)
-        screen.print(f"{created:%Y-%m-%d %H:%M}  {cells}{head['name']}")
-    if more := len(found) - limit:
-        screen.note(*([f"{more:,} more (--limit)"] if more > 0 else []))
+        screen.print(f"{created:%Y-%m-%d %H:%M}  {cells}{it.head['name']}")
+    if more := len(found[limit:]):
+        screen.note(f"{more:,} more (--limit)")
 
 
 def show(screen: Screen, name: Name) -> None:
@@ -79,30 +73,17 @@ def show(screen: Screen, name: Name) -> None:
 
     Reads only the state file; `submissions collect` reads the results from RabbitMQ.
     """
-    from worker.cli.progress import results_note
-    from worker.cli.submit.state import read_state
-
-    head, counts = read_state(path := state_dir.find(name))
-    screen.emit({**_as_json(head, counts), "broker": head["broker"], "state_file": str(path)})
-    unsent = f" ({counts.unconfirmed:,} not submitted yet)" if counts.unconfirmed else ""
+    fields = {**_read(name).as_json(), "state_file": str(state_dir.path_of(name))}
+    screen.emit(fields)
     screen.print(
-        f"name        {head['name']}",
-        f"created     {head['created']}",
-        f"input       {head['source']}",
-        f"jobs queue  {head['jobs_queue']} at {head['broker']}",
-        f"reply queue {head['reply_to']}",
-        f"state file  {path}",
-        f"jobs        {counts.total:,}{unsent}",
-        f"results     {counts.succeeded:,} succeeded, {results_note(counts)}; {counts.pending:,} pending",
+        *(f"{field.replace('_', ' '):<11} {'-' if it is None else it}" for field, it in fields.items())
     )
 
 
 async def collect(
     screen: Screen,
     name: Name,
-    output: OutputPath = None,
-    errors: ErrorsPath = None,
-    output_form: OutputForm = None,
+    output: Output,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Collect available results and exit.")] = False,
     wait_timeout: WaitTimeout = None,
 ) -> int:
@@ -116,19 +97,17 @@ async def collect(
     """
     if no_wait and wait_timeout is not None:
         raise UsageError("--no-wait and --wait-timeout cannot be combined.")
-    from worker.cli.outputs import Output
     from worker.cli.submit.collect import Collection
     from worker.cli.submit.state import SubmissionState
 
     settings = _settings(screen)
     with state_dir.locked(name), closing(SubmissionState.open(state_dir.find(name))) as state:
         _check(state, settings.rabbitmq_address, screen)
-        output_to = Output(output, errors, output_form)
-        collection = Collection(state, broker_of(settings), screen, output_to, wait_timeout_s=wait_timeout)
+        collection = Collection(state, broker_of(settings), screen, output, wait_timeout_s=wait_timeout)
         return await collection.run(no_wait=no_wait)
 
 
-async def cancel_submission(screen: Screen, name: Name) -> None:
+async def cancel_one(screen: Screen, name: Name) -> None:
     """Cancel the jobs of a submission that have no result yet.
 
         vqa-worker submissions cancel orders-3f9a1c2b7d
@@ -148,7 +127,7 @@ async def cancel(
         typer.Option(
             metavar="NAME",
             help="Cancel all jobs of a submission that have no result.",
-            autocompletion=_known_names,
+            autocompletion=state_dir.names,
         ),
     ] = None,
 ) -> None:
@@ -168,7 +147,7 @@ async def cancel(
     if submission is None:
         count = await publish_cancellations(ids or [], settings, screen)
     else:
-        count = await cancel_pending(state_dir.find(submission), submission, settings, screen)
+        count = await cancel_pending(submission, settings, screen)
     screen.emit({"cancelled": count})
     screen.print(f"Cancelled {counted(count, 'job')}.")
 
@@ -177,7 +156,7 @@ async def delete(
     screen: Screen,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="Names of submissions.", autocompletion=_known_names),
+        typer.Argument(metavar="NAME", help="Names of submissions.", autocompletion=state_dir.names),
     ] = None,
     older_than: Annotated[
         str | None,
@@ -192,38 +171,32 @@ async def delete(
 
     This cannot be undone. Jobs on the queue stay there; cancel them before.
     """
-    chosen = _chosen(names or [], older_than)
+    if bool(names) == (older_than is not None):
+        raise UsageError("give the names of submissions, or --older-than.")
+    chosen = (
+        _older(older_than) if older_than is not None else [_read(name) for name in dict.fromkeys(names or [])]
+    )
     if not chosen:
         screen.note("No matching submissions.")
         return EXIT_OK
-    if not (yes or _is_confirmed(screen, chosen)):
-        return EXIT_FAILURE
+    if not yes:
+        screen.note(*(it.head["name"] for it in chosen))
+        pending = counted(sum(it.counts.pending for it in chosen), "pending result")
+        if not screen.confirm(f"{counted(len(chosen), 'submission')} with {pending}", "deleted"):
+            return EXIT_FAILURE
     from worker.cli.submit.collect import delete_replies
     from worker.cli.submit.state import SubmissionState
 
     broker = broker_of(_settings(screen))
-    for head, counts in chosen:
-        with state_dir.locked(head["name"]):
-            state = SubmissionState.open(state_dir.find(head["name"]))
+    for it in chosen:
+        name = it.head["name"]
+        with state_dir.locked(name):
+            state = SubmissionState.open(state_dir.find(name))
             await delete_replies(state, broker, screen)
             state.delete()
-        screen.emit({"name": head["name"], "pending": counts.pending, "deleted": True})
-        screen.print(f"Deleted {head['name']}.")
+        screen.emit({"name": name, "pending": it.counts.pending, "deleted": True})
+        screen.print(f"Deleted {name}.")
     return EXIT_OK
-
-
-def _is_confirmed(screen: Screen, chosen: Sequence[tuple[dict[str, str], "Counts"]]) -> bool:
-    """Ask whether to delete these submissions.
-
-    Raises:
-        UsageError: there is no terminal to ask at.
-    """
-    pending = sum(counts.pending for _, counts in chosen)
-    what = f"{counted(len(chosen), 'submission')} with {counted(pending, 'pending result')}"
-    screen.note(*(head["name"] for head, _ in chosen))
-    if not screen.is_interactive:
-        raise UsageError(f"{what} would be deleted, but there is no terminal to ask at. Add --yes.")
-    return screen.confirm(f"{what} will be deleted. Continue?")
 
 
 def _settings(screen: Screen) -> "CommandSettings":
@@ -232,43 +205,33 @@ def _settings(screen: Screen) -> "CommandSettings":
     return screen.load(load_command_settings)
 
 
-def _all() -> Iterator[tuple[dict[str, str], "Counts"]]:
-    """Yield the head and progress of each submission that can be read."""
+def _read(name: str) -> _Known:
     from worker.cli.submit.state import read_state
 
+    return _Known(*read_state(state_dir.find(name)))
+
+
+def _all() -> Iterator[_Known]:
+    """Yield each submission that can be read."""
     for name in state_dir.names():
         try:
-            yield read_state(state_dir.path_of(name))
+            yield _read(name)
         except CommandError:
             # Deleted meanwhile, or of another version.
             continue
 
 
-def _chosen(names: Sequence[str], older_than: str | None) -> list[tuple[dict[str, str], "Counts"]]:
-    """Return the submissions to delete.
+def _older(than: str) -> list[_Known]:
+    """Return the submissions that were created longer ago.
 
     Raises:
-        UsageError: neither names nor a valid duration are given, or both.
-        CommandError: there is no submission of one of the names.
+        UsageError: `than` is not a duration.
     """
-    from worker.cli.submit.state import read_state
-
-    if bool(names) == (older_than is not None):
-        raise UsageError("give the names of submissions, or --older-than.")
-    if older_than is None:
-        return [read_state(state_dir.find(name)) for name in dict.fromkeys(names)]
     try:
-        before = datetime.now(UTC) - parse_duration(older_than)
+        before = datetime.now(UTC) - parse_duration(than)
     except (ValueError, OverflowError) as error:
         raise UsageError(f"--older-than: {error}.") from None
-    return [it for it in _all() if datetime.fromisoformat(it[0]["created"]) < before]
-
-
-def _as_json(head: dict[str, str], counts: "Counts") -> dict[str, Any]:
-    from worker.cli.submit.collect import summary
-
-    fields = {field: head[field] for field in ("name", "created", "source", "jobs_queue", "reply_to")}
-    return {**fields, **summary(counts)}
+    return [it for it in _all() if datetime.fromisoformat(it.head["created"]) < before]
 
 
 def _check(state: "SubmissionState", broker: str, screen: Screen) -> None:

@@ -1,6 +1,7 @@
 """Times and durations on the command line."""
 
 import re
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -39,12 +40,9 @@ def parse_time(text: str, *, from_now: int) -> datetime:
             return datetime.now(UTC) + from_now * parse_duration(text)
         except OverflowError:
             raise ValueError(f"{text!r} is too long") from None
-    try:
-        found = parse_deadline(f"{text}T00:00:00Z" if _DATE.fullmatch(text) else text)
-    except ValueError:
-        found = None
-    if found is None:
-        raise ValueError(
-            f"{text!r} is not a time such as 2030-01-31 or 2030-01-31T12:00:00Z, or a duration such as 2h"
-        )
-    return found.astimezone(UTC)
+    with suppress(ValueError):
+        if found := parse_deadline(f"{text}T00:00:00Z" if _DATE.fullmatch(text) else text):
+            return found.astimezone(UTC)
+    raise ValueError(
+        f"{text!r} is not a time such as 2030-01-31 or 2030-01-31T12:00:00Z, or a duration such as 2h"
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import structlog
 from aio_pika import ExchangeType
@@ -148,6 +148,30 @@ class Topology:
         return [
             binding for binding in (*jobs, BindingSpec(self.reply_exchange, self.results)) if binding.exchange
         ]
+
+    def definitions(self) -> dict[str, list[dict[str, Any]]]:
+        """Return queues, exchanges and bindings as RabbitMQ definitions.
+
+        The management API imports them with `POST /api/definitions/<vhost>`.
+        """
+        durable = {"durable": True, "auto_delete": False}
+        return {
+            "queues": [{"name": it.name, **durable, "arguments": dict(it.arguments)} for it in self.queues()],
+            "exchanges": [
+                {"name": it.name, "type": it.type.value, **durable, "internal": False, "arguments": {}}
+                for it in (self.control, *self.exchanges())
+            ],
+            "bindings": [
+                {
+                    "source": it.exchange,
+                    "destination": it.queue,
+                    "destination_type": "queue",
+                    "routing_key": it.queue,
+                    "arguments": {},
+                }
+                for it in self.bindings()
+            ],
+        }
 
 
 def _quorum(name: str, **arguments: FieldValue) -> QueueSpec:

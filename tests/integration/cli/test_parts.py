@@ -17,14 +17,12 @@ from deploy.local.stack import Stack
 from tests.conftest import BUCKET, PutImage
 from vqa_worker.rabbitmq.replies import Reply
 from worker.cli import outputs, state_dir
-from worker.cli.dlq.records import Lines
-from worker.cli.private_files import make_private_folder
-from worker.cli.shell import CommandError
+from worker.cli.private_files import append_lines, make_private_folder
+from worker.cli.shell import CommandError, dollars
 from worker.cli.storage import open_s3
 from worker.cli.submit import batch
-from worker.cli.submit.estimate import dollars
 from worker.cli.submit.results import parse, received
-from worker.cli.submit.state import Plan, Planned, Received, SubmissionState
+from worker.cli.submit.state import Plan, Received, SubmissionState
 from worker.cli.times import parse_duration, parse_time
 from worker.s3.uploads import list_keys
 from worker.settings import CommandSettings, Settings, load_command_settings
@@ -65,11 +63,11 @@ def test_amounts_below_a_cent_have_six_decimal_places(usd: float, shown: str) ->
     assert dollars(usd) == shown
 
 
-def saved(path: Path, *jobs: Planned) -> SubmissionState:
-    """Save jobs in a state file and open it."""
+def saved(path: Path, *jobs: tuple[str, bytes, str | None]) -> SubmissionState:
+    """Save jobs (id, body and custom_id) in a state file and open it."""
     with contextlib.closing(Plan()) as plan:
         for job in jobs:
-            assert plan.add(job)
+            assert plan.add(*job)
         make_private_folder(path.parent)
         plan.save(path, {"name": "it"})
     return SubmissionState.open(path)
@@ -77,8 +75,8 @@ def saved(path: Path, *jobs: Planned) -> SubmissionState:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[SubmissionState]:
-    jobs = (Planned("a", b"a secret question"), Planned("b", b"{}"))
-    with contextlib.closing(saved(tmp_path / "folder" / "it.submission", *jobs)) as state:
+    jobs = saved(tmp_path / "folder" / "it.submission", ("a", b"a secret question", None), ("b", b"{}", None))
+    with contextlib.closing(jobs) as state:
         yield state
 
 
@@ -97,8 +95,7 @@ def test_only_the_owner_can_read_a_state_file_its_folder_and_sqlite_s_other_file
 
 def test_only_the_owner_can_read_saved_dead_letters(tmp_path: Path) -> None:
     path = tmp_path / "state" / "purged.jsonl"
-    with Lines(path) as lines:
-        lines.add({"body": "a question"})
+    append_lines(path, {"body": "a question"})
     assert oct(path.stat().st_mode & 0o777) == "0o600"
     assert oct(path.parent.stat().st_mode & 0o777) == "0o700"
 
@@ -110,7 +107,7 @@ def test_a_deleted_state_file_leaves_no_other_file(state: SubmissionState) -> No
 
 def test_jobs_that_a_state_file_has_are_not_added_again(state: SubmissionState) -> None:
     state.set_confirmed(state.unconfirmed(0, 10))
-    again = saved(state.path, Planned("b", b"{}"), Planned("c", b"{}"))
+    again = saved(state.path, ("b", b"{}", None), ("c", b"{}", None))
     with contextlib.closing(again):
         assert again.head()["name"] == "it"
         assert [job.id for job in again.unconfirmed(0, 10)] == ["c"]
@@ -123,7 +120,7 @@ def test_a_result_confirms_its_job(state: SubmissionState) -> None:
     assert [job.id for job in state.unconfirmed(0, 10)] == ["b"]
     counts = state.counts()
     assert (counts.total, counts.sent, counts.confirmed, counts.received) == (2, 1, 1, 1)
-    assert (counts.tokens, counts.cost, counts.knows_cost) == (3, 0.5, True)
+    assert (counts.tokens, counts.cost) == (3, 0.5)
 
 
 def test_bodies_are_deleted_after_the_confirm(state: SubmissionState) -> None:
@@ -150,7 +147,7 @@ def test_a_state_file_of_another_version_is_rejected(state: SubmissionState) -> 
 
 def test_the_unfinished_state_file_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
     (tmp_path / ".it.submission.draft").write_text("half of it")
-    with contextlib.closing(saved(tmp_path / "it.submission", Planned("a", b"{}"))) as state:
+    with contextlib.closing(saved(tmp_path / "it.submission", ("a", b"{}", None))) as state:
         assert state.counts().total == 1
     assert not list(tmp_path.glob(".*"))
 
@@ -236,7 +233,7 @@ def malformed_results() -> Iterator[dict[str, Any]]:
 
 def test_malformed_results_are_collected_and_written_in_every_format(tmp_path: Path) -> None:
     results = list(malformed_results())
-    planned = [Planned(str(number), b"{}", f"request-{number}") for number in range(len(results))]
+    planned = [(str(number), b"{}", f"request-{number}") for number in range(len(results))]
     replies = [
         Reply(json.dumps({"id": str(number), **result}).encode(), 1) for number, result in enumerate(results)
     ]
@@ -249,7 +246,7 @@ def test_malformed_results_are_collected_and_written_in_every_format(tmp_path: P
         outputs.write(state, "jsonl", tmp_path / "out.jsonl", None)
         outputs.write(state, "batch", tmp_path / "out", tmp_path / "errors")
     with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
-        assert [row["id"] for row in csv.DictReader(file)] == [job.custom_id for job in planned]
+        assert [row["id"] for row in csv.DictReader(file)] == [custom_id for *_, custom_id in planned]
     lines = {name: (tmp_path / name).read_text().splitlines() for name in ("out.jsonl", "out", "errors")}
     assert len(lines["out.jsonl"]) == len(lines["out"]) + len(lines["errors"]) == len(results)
     for line in (*lines["out"], *lines["errors"]):

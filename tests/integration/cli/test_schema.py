@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator
 
 from docs import generate
 from tests.integration.cli.running import Cli
-from worker.cli.schema import job_schema, result_schema
+from worker.rabbitmq.schemas import job_schema, result_schema
 
 
 @pytest.fixture

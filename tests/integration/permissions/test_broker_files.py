@@ -12,7 +12,6 @@ from deploy.rabbitmq import __main__ as command
 from deploy.rabbitmq.__main__ import HERE, STRICT, main, topology_with
 from deploy.rabbitmq.files import Place, files
 from deploy.rabbitmq.rights import Right, regex, users
-from worker.cli.topology import definitions
 from worker.rabbitmq.topology import Topology
 
 FOLDERS = {"plain": (HERE, topology_with({})), "strict": (HERE / "strict", topology_with(STRICT))}
@@ -79,7 +78,7 @@ def test_a_file_that_was_edited_is_reported_and_restored(
 def test_the_definitions_have_the_topology_and_an_exchange_for_publishers(
     variant: tuple[Path, Topology], server: dict[str, Any]
 ) -> None:
-    meant = definitions(variant[1])
+    meant = variant[1].definitions()
     assert server["queues"] == meant["queues"]
     intake = "vqa.jobs.intake"
     assert [it for it in server["bindings"] if it["source"] != intake] == meant["bindings"]

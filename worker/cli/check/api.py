@@ -9,7 +9,7 @@ from typing import Final
 import pydantic_core
 
 from worker.app.assembly import open_model
-from worker.cli.check.finding import Finding, Status, failed, ok, skipped, warning
+from worker.cli.check.finding import Finding, failed, ok, skipped, warning
 from worker.errors import HTTP_500, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.model.answer import Answer
 from worker.model.client import Model
@@ -42,7 +42,7 @@ async def api_findings(settings: Settings, *, ask: bool) -> AsyncIterator[Findin
             yield failed(CHECK, f"{url}: {error.message}")
             return
         access = await _access(model, settings, names)
-        if names is None and access.status is Status.FAILED and (better := await _base_url(settings)):
+        if names is None and access.status == "failed" and (better := await _base_url(settings)):
             text = f"{access.message}. The API is at {better}: set VQA_MODEL_BASE_URL={better}"
             access = failed(CHECK, text)
         yield access

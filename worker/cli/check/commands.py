@@ -1,22 +1,24 @@
 """The command `vqa-worker check`."""
 
-from collections.abc import AsyncIterator
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+import os
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Final
 
 import typer
 
-from worker.cli.check.finding import Finding, Report, Status, failed, ok, warning
+from worker.cli.check.finding import Finding, failed, ok, warning
 from worker.cli.exit_codes import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
-from worker.cli.shell import Screen, add, broker_of
+from worker.cli.shell import Screen, broker_of
 
-if TYPE_CHECKING:
-    from worker.settings import BrokerSettings, Settings
-
-
-def register(app: typer.Typer) -> None:
-    """Add `check`."""
-    add(app, "check", check)
+# A mark and a color for each status.
+_STYLES: Final = {
+    "ok": ("✓", "green"),
+    "warning": ("!", "yellow"),
+    "failed": ("✗", "red"),
+    "skipped": ("–", "blue"),
+}
 
 
 async def check(
@@ -38,53 +40,56 @@ async def check(
     Consumes no job, publishes no message, creates no queue. Writes and deletes one test object in the result
     store, if configured. Exit codes: 0 success or warnings only, 1 a check failed, 78 invalid configuration.
     """
-    report = Report(screen)
-    settings, broker_settings = _settings(screen, report)
-    if broker_settings is not None:
-        from worker.cli.check.broker import broker_findings
+    from worker.observability.redaction import Redactor
 
-        await _add_all(report, broker_findings(broker_settings, broker_of(broker_settings), screen.timeout_s))
-    if settings is not None:
-        from worker.cli.check.api import api_findings
-        from worker.cli.check.storage import storage_findings
-
-        await _add_all(report, storage_findings(settings, image or ()))
-        await _add_all(report, api_findings(settings, ask=ask))
-    report.print_summary()
-    if settings is None:
-        return EXIT_CONFIG
-    return EXIT_FAILURE if report.count[Status.FAILED] else EXIT_OK
+    redact, count, code = Redactor(()), Counter[str](), EXIT_OK
+    async for status, name, text in _findings(screen, image or (), ask=ask):
+        count[status] += 1
+        if status == "failed":
+            code = max(code, EXIT_CONFIG if name == "settings" else EXIT_FAILURE)
+        screen.emit({"check": name, "status": status, "message": redact(text)})
+        screen.print(f"{_mark(status)} {name}: {redact(text)}")
+    screen.note(", ".join(f"{count[it]} {it}" for it in _STYLES if count[it]))
+    return code
 
 
-async def _add_all(report: Report, findings: AsyncIterator[Finding]) -> None:
-    async for finding in findings:
-        report.add(finding)
+async def _findings(screen: Screen, images: Sequence[str], *, ask: bool) -> AsyncIterator[Finding]:
+    """Check the settings, then all dependencies; with wrong settings only RabbitMQ, if it can be checked."""
+    from worker.settings import BrokerSettings, Settings, SettingsError, load_broker_settings, load_settings
 
-
-def _settings(screen: Screen, report: Report) -> "tuple[Settings | None, BrokerSettings | None]":
-    """Load all settings; if one is wrong, at least the settings of the broker."""
-    from worker.settings import SettingsError, load_broker_settings, load_settings
-
-    texts: list[str] = []
-
-    def quietly(load: Any, **given: Any) -> Any:
-        settings = load(**given)
-        texts[:] = settings.warnings() if load is load_settings else []
-        # `Screen.load` would print these findings too.
-        settings.unknown_variables.clear()
-        return settings
-
+    settings: Settings | None = None
+    broker_settings: BrokerSettings
     try:
-        settings = screen.load(partial(quietly, load_settings))
+        settings = broker_settings = screen.load(load_settings, is_quiet=True)
+        yield ok("settings", "valid")
+        for text in settings.warnings():
+            yield warning("settings", text)
     except SettingsError as error:
         for fault in error.faults:
-            report.add(failed("settings", fault))
-    else:
-        report.add(ok("settings", "valid"))
-        for text in texts:
-            report.add(warning("settings", text))
-        return settings, settings
+            yield failed("settings", fault)
+        try:
+            broker_settings = screen.load(load_broker_settings, is_quiet=True)
+        except SettingsError:
+            return
+    from worker.cli.check.broker import broker_findings
+
+    async for finding in broker_findings(broker_settings, broker_of(broker_settings), screen.timeout_s):
+        yield finding
+    if settings is None:
+        return
+    from worker.cli.check.api import api_findings
+    from worker.cli.check.storage import storage_findings
+
+    for findings in (storage_findings(settings, images), api_findings(settings, ask=ask)):
+        async for finding in findings:
+            yield finding
+
+
+def _mark(status: str) -> str:
+    mark, color = _STYLES[status]
     try:
-        return None, screen.load(partial(quietly, load_broker_settings))
-    except SettingsError:
-        return None, None
+        mark.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        mark = f"[{status}]"
+    is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return typer.style(mark, fg=color) if is_colored else mark

@@ -2,25 +2,23 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
 
 from worker.cli.dlq import render
-from worker.cli.dlq.records import Lines
 from worker.cli.dlq.selection import ID_HELP, Filters, matches_id
-from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
-from worker.cli.shell import CommandError, Screen, UsageError, add, broker_of, counted
+from worker.cli.exit_codes import EXIT_FAILURE
+from worker.cli.shell import CommandError, Screen, UsageError, Yes, broker_of, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vqa_worker.rabbitmq.connection import Broker
-    from worker.cli.dlq.bulk import Selection, Step
+    from worker.rabbitmq.bulk import Selection, Step
     from worker.rabbitmq.dead_letter_record import DeadLetter
     from worker.rabbitmq.dead_letters import DeadLetters, FetchedDeadLetter
     from worker.rabbitmq.topology import Topology
@@ -33,47 +31,7 @@ MAX_SHOWN: Final = 20
 # At a lower rate a dead letter would be held unacknowledged for more than a minute.
 MIN_RATE: Final = 0.02
 
-
-def _rate(value: str | float) -> float:
-    try:
-        rate = float(value)
-    except ValueError:
-        rate = 0.0
-    if not rate >= MIN_RATE:
-        raise typer.BadParameter(f"{value} is not a number of at least {MIN_RATE:g}.")
-    return rate
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Confirmation:
-    """How a command that changes the queue asks."""
-
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")] = (
-        False
-    )
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False
-
-
-class _Action(NamedTuple):
-    """A change of the queue.
-
-    Attributes:
-        name: of the command.
-        done: what it does with the messages, for the confirmation.
-        record: the file in the state folder with a line for each message.
-    """
-
-    name: str
-    done: str
-    record: str
-
-
-def register(dlq: typer.Typer) -> None:
-    """Add the commands."""
-    add(dlq, "list", list_)
-    add(dlq, "show", show)
-    add(dlq, "replay", replay)
-    add(dlq, "purge", purge)
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
 
 
 async def list_(screen: Screen, filters: Filters) -> None:
@@ -103,19 +61,15 @@ async def show(screen: Screen, ids: Annotated[list[str], typer.Argument(metavar=
     Long data URLs are shortened; with --json, `body` is the complete message body. Messages are held unacked
     while they are read (a few seconds per thousand); other consumers cannot get them meanwhile.
     """
-
-    def pick(held: "FetchedDeadLetter") -> tuple["DeadLetter", dict[str, Any], list[str]] | None:
-        if not any(matches_id(held.record, name) for name in ids):
-            return None
-        # A body may be large: only what is printed is kept.
-        full = render.full_json(held) if screen.as_json else {}
-        return held.record, full, [] if screen.as_json else list(render.page(held))
-
-    found = await _Queue(screen).select(pick, None)
-    for number, (_, full, page) in enumerate(found.picked):
-        screen.emit(full)
-        screen.print(*([""] if number else []), *page)
-    missing = [it for it in ids if not any(matches_id(record, it) for record, *_ in found.picked)]
+    found = await _Queue(screen).select(
+        lambda held: held if any(matches_id(held.record, it) for it in ids) else None, None
+    )
+    for number, held in enumerate(found.picked):
+        if screen.as_json:
+            screen.emit(render.full_json(held))
+        else:
+            screen.print(*([""] if number else []), *render.page(held))
+    missing = [it for it in ids if not any(matches_id(held.record, it) for held in found.picked)]
     if missing:
         text = f"no such dead letter: {', '.join(missing)} ({found.examined:,} read)"
         raise CommandError(f"{text}. Run `vqa-worker dlq list`.")
@@ -124,11 +78,12 @@ async def show(screen: Screen, ids: Annotated[list[str], typer.Argument(metavar=
 async def replay(
     screen: Screen,
     filters: Filters,
-    confirmation: Confirmation,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     rate: Annotated[
-        float | None, typer.Option(metavar="N", parser=_rate, help="Maximum number of jobs per second.")
+        float | None, typer.Option(metavar="N", min=MIN_RATE, help="Maximum number of jobs per second.")
     ] = None,
-) -> int:
+) -> None:
     """Move dead letters back to the jobs queue.
 
         vqa-worker dlq replay --dry-run
@@ -142,20 +97,19 @@ async def replay(
     queue = _Queue(screen)
     found = await queue.find(filters)
     screen.note(*_warnings(found))
-    action = _Action("replay", f"moved to {queue.topology.jobs}", "replayed.jsonl")
-    if (declined := _declined(screen, found, action, confirmation)) is not None:
-        return declined
+    _confirm(screen, found, "replay", f"moved to {queue.topology.jobs}", dry_run=dry_run, yes=yes)
 
     async def step(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
         await dead.replay(held)
 
-    return await queue.process(found, action, step, rate=rate)
+    await queue.process(found, "replay", step, log="replayed.jsonl", rate=rate)
 
 
 async def purge(
     screen: Screen,
     filters: Filters,
-    confirmation: Confirmation,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Delete all of them.", rich_help_panel="Filters")
     ] = False,
@@ -163,7 +117,7 @@ async def purge(
         Path | None,
         typer.Option(dir_okay=False, help="Append the complete messages to this file first (JSONL)."),
     ] = None,
-) -> int:
+) -> None:
     """Delete dead letters. This cannot be undone; use --save to keep a copy.
 
         vqa-worker dlq purge --code invalid_job --dry-run
@@ -173,24 +127,21 @@ async def purge(
 
     Lists the messages and asks for confirmation first.
     """
+    from worker.cli.private_files import append_lines
+
     if filters.matches_all and not everything:
         raise UsageError(
             "no filter. Give one, such as an ID, --code invalid_job or --until 30d, or use --all."
         )
     queue = _Queue(screen)
     found = await queue.find(filters)
-    action = _Action("purge", "deleted", "purged.jsonl")
-    if (declined := _declined(screen, found, action, confirmation)) is not None:
-        return declined
-    with ExitStack() as files:
-        # Synced, because the message is then deleted.
-        saved = files.enter_context(Lines(save, fsync=True)) if save else None
+    _confirm(screen, found, "purge", "deleted", dry_run=dry_run, yes=yes)
 
-        async def step(_: "DeadLetters", held: "FetchedDeadLetter") -> None:
-            if saved is not None:
-                saved.add(render.full_json(held))
+    async def step(_: "DeadLetters", held: "FetchedDeadLetter") -> None:
+        if save is not None:
+            append_lines(save, render.full_json(held))
 
-        return await queue.process(found, action, step)
+    await queue.process(found, "purge", step, log="purged.jsonl")
 
 
 class _Queue:
@@ -214,18 +165,14 @@ class _Queue:
         self, pick: "Callable[[FetchedDeadLetter], T | None]", limit: int | None
     ) -> "Selection[T]":
         """Read dead letters, see `bulk.select`."""
-        from worker.cli.dlq.bulk import select
+        from worker.rabbitmq.bulk import select
 
-        work = select(self._broker, self.topology, pick, limit=limit, timeout_s=self._screen.timeout_s)
-        return await _translated(work)
+        timeout_s = self._screen.timeout_s
+        return await select(self._broker, self.topology, pick, limit=limit, timeout_s=timeout_s)
 
     async def find(self, filters: Filters) -> Sequence["DeadLetter"]:
         """Return the matching dead letters, oldest first; print how many there are in all."""
-
-        def pick(held: "FetchedDeadLetter") -> "DeadLetter | None":
-            return held.record if held.record in filters else None
-
-        found = await self.select(pick, filters.limit)
+        found = await self.select(lambda held: held.record if held.record in filters else None, filters.limit)
         total = f"{self.topology.dead_letters}: {counted(found.total, 'dead letter')}"
         read = f"{found.examined:,} read (--limit)" if found.examined < found.total else ""
         matching = "" if filters.matches_all else f"{len(found.picked):,} matching"
@@ -233,56 +180,56 @@ class _Queue:
         return sorted(found.picked, key=lambda it: it.died_at or datetime.min.replace(tzinfo=UTC))
 
     async def process(
-        self, found: Sequence["DeadLetter"], action: _Action, step: "Step", *, rate: float | None = None
-    ) -> int:
-        """Run `step` for each dead letter, remove it from the queue, and record it."""
-        from worker.cli.dlq.bulk import process
+        self,
+        found: Sequence["DeadLetter"],
+        action: str,
+        step: "Step",
+        *,
+        log: str,
+        rate: float | None = None,
+    ) -> None:
+        """Run `step` for each dead letter, remove it from the queue, and log it in the state folder."""
+        from worker.cli.private_files import append_lines
         from worker.cli.progress import Bar, show_progress
+        from worker.rabbitmq.bulk import process
 
-        screen = self._screen
-        wanted = Counter(dead_letter.name for dead_letter in found)
-        planned, done, total = Counter(wanted), Counter[str](), len(found)
+        screen, log_file = self._screen, _log_file(self._screen, log)
+        wanted, done, total = Counter(dead_letter.name for dead_letter in found), 0, len(found)
 
-        def processed() -> int:
-            # After a lost connection one dead letter can be processed twice.
-            return (done & planned).total()
+        async def process_one(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
+            nonlocal done
+            await step(dead, held)
+            line = {"action": action, "done": True, **render.in_json(held.record)}
+            if log_file is not None:
+                at = render.in_json(datetime.now(UTC))
+                append_lines(log_file, {"at": at, "queue": self.topology.dead_letters, **line})
+            screen.emit(line)
+            done += 1
 
-        with ExitStack() as files:
-            record = _record(screen, action.record, files)
-
-            async def process_one(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
-                await step(dead, held)
-                line = {"action": action.name, "done": True, **render.in_json(held.record)}
-                if record is not None:
-                    at = render.plain(datetime.now(UTC))
-                    record.add({"at": at, "queue": self.topology.dead_letters, **line})
-                screen.emit(line)
-                done[held.record.name] += 1
-
-            work = process(
-                self._broker, self.topology, wanted, process_one, rate=rate, timeout_s=screen.timeout_s
-            )
-            try:
-                async with show_progress(screen, [Bar(action.name, lambda: (processed(), total, ""))]):
-                    await _translated(work)
-            finally:
-                log = f"; log: {record.path}" if record is not None else ""
-                screen.note(f"{action.name}: {processed()} of {total} done{log}")
+        try:
+            with show_progress(screen, Bar(action, lambda: (done, total, ""))):
+                await process(
+                    self._broker, self.topology, wanted, process_one, rate=rate, timeout_s=screen.timeout_s
+                )
+        finally:
+            logged = f"; log: {log_file}" if log_file is not None else ""
+            screen.note(f"{action}: {done} of {total} done{logged}")
         if left := wanted.total():
             text = "not found: removed or held by another consumer meanwhile. Run the command again."
             raise CommandError(f"{counted(left, 'dead letter')} {text}")
-        return EXIT_OK
 
 
-def _record(screen: Screen, name: str, files: ExitStack) -> Lines | None:
-    """Open a file in the state folder; warn if it is not writable, as in a read-only container."""
+def _log_file(screen: Screen, name: str) -> Path | None:
+    """Return a file in the state folder; warn if it is not writable, as in a read-only container."""
+    from worker.cli.private_files import append_lines
     from worker.cli.state_dir import folder
 
     try:
-        return files.enter_context(Lines(folder() / name))
+        append_lines(folder() / name)
     except CommandError as error:
         screen.note(f"Warning: no log is kept: {error.lines[0]}")
         return None
+    return folder() / name
 
 
 def _warnings(found: Sequence["DeadLetter"]) -> Iterator[str]:
@@ -295,34 +242,25 @@ def _warnings(found: Sequence["DeadLetter"]) -> Iterator[str]:
         yield f"Warning: {counted(wrong, 'invalid job')} {text}"
 
 
-def _declined(
-    screen: Screen, found: Sequence["DeadLetter"], action: _Action, confirmation: Confirmation
-) -> int | None:
-    """List the dead letters and ask, as the options say; return the exit code if nothing is to be done."""
+def _confirm(
+    screen: Screen, found: Sequence["DeadLetter"], action: str, done: str, *, dry_run: bool, yes: bool
+) -> None:
+    """List the dead letters and ask, as the options say.
+
+    Raises:
+        Exit: nothing is to be done.
+    """
     if not found:
         screen.note("No matching dead letters.")
-        return EXIT_OK
-    if confirmation.dry_run or not confirmation.yes:
-        for dead_letter in found if confirmation.dry_run else ():
-            screen.emit({"action": action.name, "done": False, **render.in_json(dead_letter)})
+        raise typer.Exit
+    if dry_run or not yes:
         screen.print(*render.table(found[:MAX_SHOWN]))
-        if len(found) > MAX_SHOWN:
-            screen.print(f"… and {len(found) - MAX_SHOWN} more")
-    count = f"{len(found)} ({render.summary(found)})"
-    if confirmation.dry_run:
-        screen.note(f"{count} would be {action.done} (dry run)")
-        return EXIT_OK
-    if confirmation.yes:
-        return None
-    if not screen.is_interactive:
-        raise UsageError(f"{count} would be {action.done}, but there is no terminal to ask at. Add --yes.")
-    return None if screen.confirm(f"{count} will be {action.done}. Continue?") else EXIT_FAILURE
-
-
-async def _translated(work: Awaitable[T]) -> T:
-    from worker.rabbitmq.dead_letters import DeadLettersError
-
-    try:
-        return await work
-    except DeadLettersError as error:
-        raise CommandError(str(error)) from None
+        if more := len(found[MAX_SHOWN:]):
+            screen.print(f"… and {more} more")
+    if dry_run:
+        for dead_letter in found:
+            screen.emit({"action": action, "done": False, **render.in_json(dead_letter)})
+        screen.note(f"{render.summary(found)} would be {done} (dry run)")
+        raise typer.Exit
+    if not yes and not screen.confirm(render.summary(found), done):
+        raise typer.Exit(EXIT_FAILURE)

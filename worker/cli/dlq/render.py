@@ -6,12 +6,12 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic_core import to_jsonable_python
 from rich.cells import cell_len, set_cell_size
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ GAP: Final = "  "
 LONG_TEXT_CHARS: Final = 200
 MAX_PLAIN_CHARS: Final = 2000
 
+# Converts a `DeadLetter`, and any value of AMQP, to a value of JSON.
+in_json = partial(to_jsonable_python, bytes_mode="base64", fallback=str)
+
 
 @cache
 def _redactor() -> "Redactor":
@@ -32,48 +35,20 @@ def _redactor() -> "Redactor":
     return Redactor(())
 
 
-def _clean(text: str) -> str:
-    """Return one line without secrets and unprintable characters."""
-    return printable(_redactor()(text))
-
-
-def in_json(dead_letter: "DeadLetter") -> dict[str, Any]:
-    """Return a dead letter without headers and body."""
-    return {name: plain(value) for name, value in asdict(dead_letter).items()}
-
-
 def full_json(held: "FetchedDeadLetter") -> dict[str, Any]:
     """Return a dead letter with headers and its body: `body` if that is UTF-8, otherwise `body_base64`."""
     try:
         body = {"body": held.body.decode()}
     except UnicodeDecodeError:
         body = {"body_base64": base64.b64encode(held.body).decode()}
-    return {**in_json(held.record), "content_type": held.delivery.content_type, **_rest(held), **body}
-
-
-def _rest(held: "FetchedDeadLetter") -> dict[str, Any]:
     encoding = held.delivery.content_encoding
-    return {
+    more = {
+        "content_type": held.delivery.content_type,
         **({} if encoding is None else {"content_encoding": encoding}),
-        "timestamp": plain(held.delivery.timestamp),
-        "headers": plain(dict(held.headers)),
+        "timestamp": held.delivery.timestamp,
+        "headers": dict(held.headers),
     }
-
-
-def plain(value: Any) -> Any:
-    """Convert any AMQP value to a JSON value."""
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case datetime():
-            return value.isoformat().replace("+00:00", "Z")
-        case Mapping():
-            return {str(name): plain(item) for name, item in value.items()}
-        case list() | tuple():
-            return [plain(item) for item in value]
-        case bytes() | bytearray():
-            return base64.b64encode(value).decode()
-    return str(value)
+    return {**in_json(held.record), **in_json(more), **body}
 
 
 def table(dead_letters: Iterable["DeadLetter"]) -> Iterator[str]:
@@ -89,24 +64,22 @@ def table(dead_letters: Iterable["DeadLetter"]) -> Iterator[str]:
     for row, line in zip(rows, _aligned([row[:4] for row in rows]), strict=True):
         yield line
         if row is not HEADERS:
-            model, error = row[4:]
-            yield from textwrap.wrap(
-                f"{model}: {error}", columns, initial_indent=indent, subsequent_indent=indent
-            )
+            error = ": ".join(row[4:])
+            yield from textwrap.wrap(error, columns, initial_indent=indent, subsequent_indent=indent)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = (set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True))
-        yield GAP.join(cells).rstrip()
+        yield GAP.join(map(set_cell_size, row, widths)).rstrip()
 
 
 def _row(dead_letter: "DeadLetter", now: datetime) -> Sequence[str]:
+    """Return the cells of a row without secrets and unprintable characters."""
     age = _age((now - dead_letter.died_at).total_seconds()) if dead_letter.died_at else "-"
     error = dead_letter.message or f"dead-lettered by RabbitMQ ({dead_letter.code})"
     cells = (dead_letter.name, age, dead_letter.code, dead_letter.job_id or "-", dead_letter.model, error)
-    return [_clean(cell) for cell in cells]
+    return [printable(_redactor()(cell)) for cell in cells]
 
 
 def _age(seconds: float) -> str:
@@ -118,24 +91,21 @@ def _age(seconds: float) -> str:
 
 
 def summary(dead_letters: Sequence["DeadLetter"]) -> str:
-    """Return the number of dead letters per error code."""
-    codes = Counter(_clean(dead_letter.code) for dead_letter in dead_letters)
-    return ", ".join(f"{count} {code}" for code, count in codes.most_common())
+    """Return the number of dead letters, in all and per error code."""
+    codes = Counter(printable(dead_letter.code) for dead_letter in dead_letters)
+    return f"{len(dead_letters)} ({', '.join(f'{count} {code}' for code, count in codes.most_common())})"
 
 
 def page(held: "FetchedDeadLetter") -> Iterator[str]:
     """Yield a dead letter as lines of text that cannot control the terminal."""
-    for name, value in {**in_json(held.record), **_rest(held)}.items():
-        if name == "headers":
-            yield from (f"header {printable(key)}: {printable(_as_text(it))}" for key, it in value.items())
-        elif value is not None:
-            yield f"{name}: {printable(_as_text(value))}"
+    full = full_json(held)
+    headers = {f"header {name}": value for name, value in full.pop("headers").items()}
+    for name, value in {**full, **headers}.items():
+        if value is not None and not name.startswith("body"):
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield printable(f"{name}: {text}")
     yield ""
     yield from map(printable, _body(held.readable_body))
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _body(body: bytes) -> Sequence[str]:

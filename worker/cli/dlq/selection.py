@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from worker.cli import times
-from worker.cli.shell import count
+from worker.cli.times import parse_time
 
 if TYPE_CHECKING:
     from worker.rabbitmq.dead_letter_record import DeadLetter
@@ -19,20 +19,8 @@ MIN_PREFIX_CHARS: Final = 4
 ID_HELP: Final = "Job id, or the NAME printed by `dlq list`."
 
 
-def parse_time(text: str) -> datetime:
-    """Parse `2h` (ago; s, m, h, d, w), `2030-01-31` (UTC) or an RFC 3339 time.
-
-    Raises:
-        BadParameter: the text has another form.
-    """
-    try:
-        return times.parse_time(text, from_now=-1)
-    except ValueError as error:
-        raise typer.BadParameter(f"{error}.") from None
-
-
-def _filter(*names: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="Filters", **more)
+_filter = partial(typer.Option, rich_help_panel="Filters")
+_time = partial(_filter, metavar="TIME", parser=partial(parse_time, from_now=-1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +40,10 @@ class Filters:
     ] = None
     since: Annotated[
         datetime | None,
-        _filter(
-            "--since",
-            metavar="TIME",
-            parser=parse_time,
-            help="Dead-lettered at this time or later: 2h (ago), 2030-01-31 or an RFC 3339 time.",
-        ),
+        _time(help="Dead-lettered at this time or later: 2h (ago), 2030-01-31 or an RFC 3339 time."),
     ] = None
-    until: Annotated[
-        datetime | None,
-        _filter("--until", metavar="TIME", parser=parse_time, help="Dead-lettered before this time."),
-    ] = None
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", parser=count, help="Maximum number of messages.")
-    ] = None
+    until: Annotated[datetime | None, _time(help="Dead-lettered before this time.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of messages.")] = None
 
     @property
     def matches_all(self) -> bool:

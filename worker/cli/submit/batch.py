@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+import pydantic_core
+
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.cli.submit.results import TOKENS, failure
 
@@ -20,9 +22,13 @@ _SERVER_ERROR: Final = 500
 _API_ANSWER: Final = re.compile(r"the API answered (\d{3})(?:: (.*))?", re.DOTALL)
 
 
-def is_request(line: Mapping[str, Any]) -> bool:
-    """Return whether a line of JSON is a batch request, not a job."""
-    return "custom_id" in line and "body" in line
+def is_request(line: str) -> bool:
+    """Return whether a line of a file is a batch request, not a job."""
+    try:
+        found = pydantic_core.from_json(line)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and "custom_id" in found and "body" in found
 
 
 def job_of(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,17 @@
 """Cancel jobs: notify the workers, and fail jobs that were not sent yet."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Final
 
 from vqa_worker.messages.error_codes import ErrorCode
-from vqa_worker.messages.result import JobFailure, Result
 from vqa_worker.rabbitmq.connection import BrokerUnreachableError
 from vqa_worker.rabbitmq.outgoing import RefusedError, UnroutableError
 from worker.cli import state_dir
 from worker.cli.shell import CommandError, Screen, broker_of
-from worker.cli.submit.state import Received, SubmissionState
+from worker.cli.submit.plan import failed_result
+from worker.cli.submit.state import SubmissionState
 from worker.rabbitmq.control import cancellation
 from worker.rabbitmq.publisher import Publisher
 from worker.rabbitmq.topology import Topology
@@ -22,24 +20,25 @@ from worker.settings import CommandSettings
 CHUNK_JOBS: Final = 500
 
 
-async def cancel_pending(path: Path, name: str, settings: CommandSettings, screen: Screen) -> int:
+async def cancel_pending(name: str, settings: CommandSettings, screen: Screen) -> int:
     """Cancel all jobs of a submission that have no result; return how many.
 
     While another process sends or collects, jobs that are not sent yet are cancelled by the workers.
 
     Raises: as `publish_cancellations`.
     """
-    with closing(SubmissionState.open(path)) as state:
+    with closing(SubmissionState.open(state_dir.find(name))) as state:
         sent, unsent = state.pending()
+        count = len(sent) + len(unsent)
+        code, message = ErrorCode.CANCELLED, "cancelled before it was sent"
         try:
             with state_dir.locked(name):
-                state.store([_cancelled(job_id) for job_id in unsent])
+                state.store([failed_result(it, code, message, retryable=True) for it in unsent])
         except CommandError:
             sent += unsent
-            unsent = []
         if sent:
             await publish_cancellations(sent, settings, screen)
-        return len(sent) + len(unsent)
+        return count
 
 
 async def publish_cancellations(ids: Sequence[str], settings: CommandSettings, screen: Screen) -> int:
@@ -69,10 +68,3 @@ async def publish_cancellations(ids: Sequence[str], settings: CommandSettings, s
     except* TimeoutError:
         raise BrokerUnreachableError("VQA_RABBITMQ_URL: the broker is unreachable") from None
     return len(ids)
-
-
-def _cancelled(job_id: str) -> Received:
-    """Return the failed result of a job that was not sent."""
-    error = JobFailure(code=ErrorCode.CANCELLED, message="cancelled before it was sent", retryable=True)
-    body = Result(id=job_id, status="failed", error=error).to_body()
-    return Received(job_id, body, int(time.time()), failed=True)

@@ -1,9 +1,10 @@
 """Collect a submission's results: read its reply queue, store them in the state file, print or write them."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError, TopologyError
 from vqa_worker.rabbitmq.replies import (
@@ -17,9 +18,10 @@ from vqa_worker.rabbitmq.replies import (
 from vqa_worker.rabbitmq.session import Session
 from worker.cli import outputs
 from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
-from worker.cli.outputs import Output, Stream
-from worker.cli.progress import Bar, results_note, show_progress
+from worker.cli.outputs import Stream
+from worker.cli.progress import Bar, show_progress
 from worker.cli.shell import CommandError, Screen
+from worker.cli.submit.options import Output
 from worker.cli.submit.results import received
 from worker.cli.submit.sender import JobSender
 from worker.cli.submit.state import Counts, Received, SubmissionState
@@ -62,55 +64,40 @@ class Collector:
     def progress(self) -> tuple[int, int, str]:
         """Return the numbers of results and of jobs, and a note with failures, tokens and cost."""
         is_lost = self._is_reading and not self._reader.is_connected
-        note = "waiting for RabbitMQ" if is_lost else self.waits_for or results_note(self.counts)
+        note = "waiting for RabbitMQ" if is_lost else self.waits_for or self.counts.note()
         return self.counts.received, self.counts.total, note
 
-    async def until_complete(self) -> None:
-        """Collect until every job has a result.
+    async def run(self, *, wait: bool) -> None:
+        """Collect until every job has a result; without `wait`, only the results that are on the queue now.
 
         Raises:
             CommandError: the queue does not exist.
             BrokerRefusedError: the broker refuses the credentials.
         """
-        await self._read_while(self._until_complete())
-
-    async def until_quiet(self) -> None:
-        """Collect the results that are on the queue now.
-
-        Raises: as `until_complete`.
-        """
-        await self._read_while(self._until_quiet())
-
-    async def _read_while(self, waiting: Coroutine[Any, Any, None]) -> None:
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(self._read(), name="results")
             self._is_reading = True
             try:
-                await waiting
+                await self._wait(None if wait else QUIET_S)
             finally:
                 self._is_reading = False
                 reading.cancel()
+
+    async def _wait(self, quiet_s: float | None) -> None:
+        while self.counts.pending:
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout(quiet_s):
+                    await self._arrived.wait()
+            except TimeoutError:
+                if self._reader.is_connected:
+                    return
 
     async def _read(self) -> None:
         try:
             await self._reader.run()
         except QueueMissingError:
             raise _reply_queue_missing(self._queue) from None
-
-    async def _until_complete(self) -> None:
-        while self.counts.pending:
-            self._arrived.clear()
-            await self._arrived.wait()
-
-    async def _until_quiet(self) -> None:
-        while self.counts.pending:
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(QUIET_S):
-                    await self._arrived.wait()
-            except TimeoutError:
-                if self._reader.is_connected:
-                    return
 
     def _take(self, replies: Sequence[Reply]) -> None:
         new, unknown = self._state.store([received(reply) for reply in replies])
@@ -121,32 +108,29 @@ class Collector:
         self._arrived.set()
 
 
+@dataclass
 class Collection:
-    """Collect the results of one submission, deliver them to its output, and clean up."""
+    """Collect the results of one submission, deliver them to its output, and clean up.
 
-    def __init__(
-        self,
-        state: SubmissionState,
-        broker: Broker,
-        screen: Screen,
-        output: Output,
-        *,
-        wait_timeout_s: float | None = None,
-        is_temporary: bool = False,
-    ) -> None:
-        """`wait_timeout_s`: stop after so many seconds. `is_temporary`: delete the state file at the end."""
-        self._state = state
-        self._broker = broker
-        self._screen = screen
-        self._output = output
-        self._wait_timeout_s = wait_timeout_s
-        self._is_temporary = is_temporary
-        self._head = state.head()
-        self._form = output.form_for(self._head["form"])
+    Attributes:
+        wait_timeout_s: stop after so many seconds.
+        is_temporary: delete the state file at the end.
+    """
+
+    state: SubmissionState
+    broker: Broker
+    screen: Screen
+    output: Output
+    wait_timeout_s: float | None = None
+    is_temporary: bool = False
+
+    def __post_init__(self) -> None:
+        self._head = self.state.head()
+        self._form = self.output.form_for(self._head["form"])
         self._stream: Stream | None = None
-        if output.path is None and self._form != "csv":
-            as_text = not screen.as_json and output.form is None
-            self._stream = Stream(state, self._form, screen, as_text=as_text)
+        if self.output.path is None and self._form != "csv":
+            as_text = not self.screen.as_json and self.output.form is None
+            self._stream = Stream(self.state, self._form, self.screen, as_text=as_text)
 
     async def run(self, sender: JobSender | None = None, *, no_wait: bool = False) -> int:
         """Collect until every job has a result, while `sender` submits them; return the exit code.
@@ -156,47 +140,51 @@ class Collection:
         if self._stream is not None:
             self._stream.print_all()
         on_new = self._stream.print_new if self._stream is not None else lambda _: None
-        collector = Collector(self._state, self._broker, self._head["reply_to"], on_new)
-        if collector.counts.pending:
+        collector = Collector(self.state, self.broker, self._head["reply_to"], on_new)
+        counts = collector.counts
+        if counts.pending:
             if sender is None:
                 await self._check_queue()
-            bars = [Bar("results", collector.progress)]
-            if sender is not None:
-                bars.insert(0, Bar("submitted", sender.progress))
-            async with show_progress(self._screen, bars):
+            bars = [Bar("submitted", sender.progress)] if sender is not None else []
+            with show_progress(self.screen, *bars, Bar("results", collector.progress)):
                 await self._collect(collector, sender, no_wait=no_wait)
         if collector.unknown:
-            self._screen.note(f"Ignored {collector.unknown:,} unexpected results (unknown job id).")
-        await self._finish(collector.counts)
-        return EXIT_FAILURE if collector.counts.failed or collector.counts.pending else EXIT_OK
+            self.screen.note(f"Ignored {collector.unknown:,} unexpected results (unknown job id).")
+        files = self._write()
+        if not counts.pending:
+            await delete_replies(self.state, self.broker, self.screen)
+            if self.is_temporary:
+                self.state.delete()
+        self._print_summary(counts, files)
+        return EXIT_FAILURE if counts.failed or counts.pending else EXIT_OK
 
     async def _check_queue(self) -> None:
         """Check that the queue exists, with a timeout: the collector itself would wait for the broker."""
         queue = self._head["reply_to"]
         try:
-            await Session.once(self._broker, self._screen.timeout_s, partial(depth, queue=queue))
+            await Session.once(self.broker, self.screen.timeout_s, partial(depth, queue=queue))
         except QueueMissingError:
             raise _reply_queue_missing(queue) from None
 
     async def _collect(self, collector: Collector, sender: JobSender | None, *, no_wait: bool) -> None:
         if no_wait:
-            await collector.until_quiet()
+            await collector.run(wait=False)
             return
         try:
-            async with asyncio.timeout(self._wait_timeout_s), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(self.wait_timeout_s), asyncio.TaskGroup() as group:
                 if sender is not None:
                     group.create_task(sender.run(), name="sender")
                 watching = group.create_task(self._watch_consumers(collector), name="consumers")
-                await collector.until_complete()
+                await collector.run(wait=True)
                 watching.cancel()
         except TimeoutError:
             pending = collector.counts.pending
-            self._screen.note(f"{pending:,} results pending after {self._wait_timeout_s:g} s.")
+            self.screen.note(f"{pending:,} results pending after {self.wait_timeout_s:g} s.")
 
     async def _watch_consumers(self, collector: Collector) -> None:
         """Report when no worker consumes from the jobs queue."""
         queue, was_reported = self._head["jobs_queue"], False
-        async with Session(self._broker, "consumers") as session:
+        async with Session(self.broker, "consumers") as session:
             while True:
                 # Results that are there already arrive before.
                 await asyncio.sleep(CONSUMERS_POLL_S)
@@ -207,33 +195,27 @@ class Collection:
                 collector.waits_for = "" if count else NO_CONSUMER
                 if not count and not was_reported:
                     was_reported = True
-                    self._screen.note(
+                    self.screen.note(
                         f"No worker is consuming from the queue {queue}: none runs, or all are paused; see"
                         " `vqa-worker top` or /readyz."
                     )
 
-    async def _finish(self, counts: Counts) -> None:
-        files = []
-        if self._output.path is not None:
-            files = outputs.write(self._state, self._form, self._output.path, self._output.errors)
-        elif self._form == "csv":
-            outputs.write_csv_to_stdout(self._state)
-        if not counts.pending:
-            await delete_replies(self._state, self._broker, self._screen)
-            if self._is_temporary:
-                self._state.delete()
-        self._print_summary(counts, [str(file) for file in files])
+    def _write(self) -> list[str]:
+        """Write the output; return the names of the files."""
+        if self.output.path is not None:
+            return outputs.write(self.state, self._form, self.output.path, self.output.errors)
+        if self._form == "csv":
+            outputs.write_csv_to_stdout(self.state)
+        return []
 
     def _print_summary(self, counts: Counts, files: list[str]) -> None:
-        pending = f"; {counts.pending:,} pending" if counts.pending else ""
-        if self._stream is None or self._screen.is_terminal:
-            self._screen.note(f"{counts.succeeded:,} succeeded, {results_note(counts)}{pending}")
-        if files or (self._stream is None and self._form != "csv"):
-            self._screen.emit(
-                {**summary(counts), "name": self._head["name"], "total_tokens": counts.tokens, "files": files}
-            )
+        if self._stream is None or self.screen.is_terminal:
+            pending = f"; {counts.pending:,} pending" if counts.pending else ""
+            self.screen.note(f"{counts.succeeded:,} succeeded, {counts.note()}{pending}")
         if files:
-            self._screen.note(f"Wrote {', '.join(files)}")
+            more = {"name": self._head["name"], "total_tokens": counts.tokens, "files": files}
+            self.screen.emit({**counts.as_json(), **more})
+            self.screen.note(f"Wrote {', '.join(files)}")
 
 
 async def delete_replies(state: SubmissionState, broker: Broker, screen: Screen) -> None:
@@ -248,18 +230,6 @@ async def delete_replies(state: SubmissionState, broker: Broker, screen: Screen)
         screen.note(f"Could not delete the queue {queue}; RabbitMQ deletes it when it expires.")
     else:
         state.set_head({"is_queue_deleted": "1"})
-
-
-def summary(counts: Counts) -> dict[str, Any]:
-    """Return the progress for `--json`."""
-    return {
-        "jobs": counts.total,
-        "submitted": counts.confirmed,
-        "succeeded": counts.succeeded,
-        "failed": counts.failed,
-        "pending": counts.pending,
-        "cost_usd": counts.cost if counts.knows_cost else None,
-    }
 
 
 def _reply_queue_missing(queue: str) -> CommandError:

@@ -1,30 +1,28 @@
 """`vqa-worker submit`: from the command line to a `Submission`."""
 
-import inspect
 import json
 import os
 import shutil
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.cli.shell import Screen, UsageError
-from worker.cli.submit.inputs import FORMS_BY_SUFFIX, IMAGE_SUFFIXES, Arguments, File, Form, Listing, Source
-from worker.cli.submit.inputs import looks_like_image as is_image
-from worker.cli.submit.options import UPLOAD_PREFIX, Options
+from worker.cli.submit import inputs
+from worker.cli.submit.inputs import FORMS_BY_SUFFIX, IMAGE_SUFFIXES, Form, Source
+from worker.cli.submit.options import UPLOAD_PREFIX, Options, Output
 
 if TYPE_CHECKING:
-    from worker.cli.submit.plan import Additions, Bucket
     from worker.settings import CommandSettings
 
 STDIN: Final = "-"
 
 
-async def submit(screen: Screen, **given: Any) -> int:
+async def submit(screen: Screen, options: Options, output: Output) -> int:
     """Submit jobs: a file of jobs, or images and a question.
 
         vqa-worker submit s3://photos/table.jpg "Which fruit is this?" --wait
@@ -44,45 +42,31 @@ async def submit(screen: Screen, **given: Any) -> int:
     from worker.cli.submit.submission import Submission, estimate, submit_jobs
     from worker.settings import load_command_settings
 
-    options = Options(**given)
-    options.check()
+    options.check(output)
     images, question = options.images_and_question()
     settings = screen.load(load_command_settings)
-    async with AsyncExitStack() as stack:
-        source = await _source(images, question, options, settings, stack)
-        submission = Submission(source, _additions(question, options), options)
+    with ExitStack() as stack:
+        source = _source(images, question, options, settings, stack)
+        uploads_to = _uploads_to(options.bucket)
+        submission = Submission(source, _additions(question, options), uploads_to, options, output)
         return await (estimate if options.dry_run else submit_jobs)(submission, settings, screen)
 
 
-# typer reads the options from the signature.
-submit.__signature__ = inspect.Signature(  # type: ignore[attr-defined] # functions may have one
-    [
-        inspect.Parameter("screen", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Screen),
-        *inspect.signature(Options).parameters.values(),
-    ]
-)
+def _additions(question: str | None, options: Options) -> dict[str, Any]:
+    """Return the fields that all jobs get."""
+    fields = {
+        "question": question,
+        "system": options.system,
+        "model": options.model,
+        "deadline": options.deadline,
+        "params": dict(map(_param, options.param or [])) or None,
+        "metadata": dict(_pair("--metadata", text) for text in options.metadata or []) or None,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _additions(question: str | None, options: Options) -> "Additions":
-    from worker.cli.submit.plan import Additions
-
-    return Additions(
-        question=question,
-        system=options.system,
-        model=options.model,
-        deadline=options.deadline,
-        params=dict(map(_param, options.param or [])),
-        metadata=dict(_pair("--metadata", text) for text in options.metadata or []),
-        uploads_to=_bucket(options.bucket) if options.bucket else None,
-    )
-
-
-async def _source(
-    images: list[str],
-    question: str | None,
-    options: Options,
-    settings: "CommandSettings",
-    stack: AsyncExitStack,
+def _source(
+    images: list[str], question: str | None, options: Options, settings: "CommandSettings", stack: ExitStack
 ) -> Source:
     """Return the source of the jobs.
 
@@ -90,7 +74,7 @@ async def _source(
         UsageError: there is none, or the question is missing.
     """
     if options.prefix is not None:
-        return await _prefix(options.prefix, options.match, settings, stack)
+        return _prefix(options.prefix, options.match, settings)
     match images:
         case []:
             raise UsageError("nothing to submit. Give a file of jobs, images and a question, or --prefix.")
@@ -98,37 +82,31 @@ async def _source(
             return _file(path, options.input_form, stack)
     if question is None:
         raise UsageError(f'the question is missing. Add it: vqa-worker submit {images[0]} "What is this?"')
-    return _images(images, options)
-
-
-def _images(images: list[str], options: Options) -> Source:
     folders = [image for image in images if Path(image).is_dir()]
     if not folders:
-        return Arguments(images, each=options.each)
+        return inputs.from_arguments(images, each=options.each)
     if len(images) > 1:
         raise UsageError(f"{folders[0]} is a folder. Submit it without other images.")
-    return _folder(folders[0], options.match)
+    return _folder(Path(folders[0]), options.match)
 
 
 def _is_file_of_jobs(path: str, question: str | None, form: Form | None) -> bool:
     if form or path == STDIN or Path(path).suffix.lower() in FORMS_BY_SUFFIX:
         return True
-    return question is None and not is_image(path) and not Path(path).is_dir()
+    return question is None and not inputs.looks_like_image(path) and not Path(path).is_dir()
 
 
-def _file(path: str, form: Form | None, stack: AsyncExitStack) -> File:
+def _file(path: str, form: Form | None, stack: ExitStack) -> Source:
     if path != STDIN:
-        return File(Path(path), form)
+        return inputs.from_file(Path(path), form)
     # Jobs are read twice: once for the digest, once to plan.
     spool = stack.enter_context(NamedTemporaryFile(prefix="vqa-stdin-"))  # noqa: SIM115 - the stack closes it
     shutil.copyfileobj(sys.stdin.buffer, spool)
     spool.flush()
-    return File(Path(spool.name), form, title="stdin", folder=Path())
+    return inputs.from_file(Path(spool.name), form, title="stdin", folder=Path())
 
 
-def _folder(name: str, match: str | None) -> Listing:
-    folder = Path(name)
-
+def _folder(folder: Path, match: str | None) -> Source:
     async def images() -> AsyncIterator[tuple[str, str]]:
         for parent, folders, files in os.walk(folder):
             folders.sort()
@@ -137,35 +115,36 @@ def _folder(name: str, match: str | None) -> Listing:
                 if _matches(path, match):
                     yield str(folder / path), path
 
-    return Listing(f"{folder.resolve()} {match or ''}", images(), title=folder.resolve().name)
+    return inputs.from_listing(f"{folder.resolve()} {match or ''}", images(), title=folder.resolve().name)
 
 
-async def _prefix(url: str, match: str | None, settings: "CommandSettings", stack: AsyncExitStack) -> Listing:
-    from worker.cli.storage import open_s3
-    from worker.s3.uploads import list_keys
-
+def _prefix(url: str, match: str | None, settings: "CommandSettings") -> Source:
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     if not url.startswith("s3://") or not bucket:
         raise UsageError(f"--prefix: {url} is not of the form s3://bucket/prefix.")
-    s3 = await stack.enter_async_context(open_s3(settings))
 
     async def images() -> AsyncIterator[tuple[str, str]]:
-        async for key in list_keys(s3, bucket, prefix):
-            if _matches(key, match):
-                yield f"s3://{bucket}/{key}", f"s3://{bucket}/{key}"
+        from worker.cli.storage import open_s3
+        from worker.s3.uploads import list_keys
 
-    return Listing(f"{url} {match or ''}", images(), title=prefix or bucket)
+        async with open_s3(settings) as s3:
+            async for key in list_keys(s3, bucket, prefix):
+                if _matches(key, match):
+                    yield f"s3://{bucket}/{key}", f"s3://{bucket}/{key}"
+
+    return inputs.from_listing(f"{url} {match or ''}", images(), title=prefix or bucket)
 
 
 def _matches(name: str, match: str | None) -> bool:
     return fnmatchcase(name, match) if match else name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _bucket(text: str) -> "Bucket":
-    from worker.cli.submit.plan import Bucket
-
-    name, _, prefix = text.removeprefix("s3://").partition("/")
-    return Bucket(name, f"{prefix.rstrip('/')}/" if prefix.strip("/") else UPLOAD_PREFIX)
+def _uploads_to(bucket: str | None) -> str | None:
+    """Return the URL of the bucket and prefix for uploads."""
+    if bucket is None:
+        return None
+    name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    return f"s3://{name}/{prefix.rstrip('/') or UPLOAD_PREFIX}/"
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from vqa_worker.messages.job import ChatMessage, Job, TextPart
-from worker.cli.shell import counted
+from vqa_worker.messages.job import Job, TextPart
+from worker.cli.shell import counted, dollars
 from worker.settings import Price
 
 # Rules of thumb: for a photo, for an answer without a limit, and for English text.
 IMAGE_TOKENS: Final = 1000
 ANSWER_TOKENS: Final = 200
 CHARS_PER_TOKEN: Final = 4
-CENT_USD: Final = 0.01
 PER_PRICE: Final = 1_000_000
 # The params that limit the length of an answer.
 _LIMITS: Final = ("max_tokens", "max_completion_tokens")
@@ -33,12 +32,15 @@ class Estimate:
 
     def add(self, job: Job) -> None:
         """Count one more job."""
-        model = job.model or self.default_model
-        images, chars = _size_of(job)
+        model, params = job.model or self.default_model, job.params or {}
+        contents = list(_contents(job))
+        images = contents.count(None)
+        chars = sum(map(len, filter(None, contents)))
+        limits = [params[name] for name in _LIMITS if isinstance(params.get(name), int)]
         self.jobs += 1
         self.images += images
         self.prompt_tokens[model] += images * IMAGE_TOKENS + -(-chars // CHARS_PER_TOKEN)
-        self.completion_tokens[model] += _answer_tokens(job.params or {})
+        self.completion_tokens[model] += min([ANSWER_TOKENS, *limits])
 
     def usd(self) -> float | None:
         """Return the cost in USD; None if a model's price is unknown."""
@@ -65,12 +67,9 @@ class Estimate:
         """Yield the estimate as lines of text."""
         models = ", ".join(sorted(self.prompt_tokens))
         yield f"{counted(self.jobs, 'job')} with {counted(self.images, 'image')} for {models}"
-        usd = self.usd()
+        prompt, completion, usd = self.prompt_tokens.total(), self.completion_tokens.total(), self.usd()
         cost = "cost unknown" if usd is None else dollars(usd)
-        yield (
-            f"about {self.prompt_tokens.total():,} prompt and {self.completion_tokens.total():,}"
-            f" completion tokens, {cost}"
-        )
+        yield f"about {prompt:,} prompt and {completion:,} completion tokens, {cost}"
         yield f"assuming {IMAGE_TOKENS:,} tokens per image and at most {ANSWER_TOKENS} per answer"
         if unpriced := self._unpriced():
             yield f"VQA_PRICES has no price for {', '.join(sorted(unpriced))}"
@@ -79,27 +78,13 @@ class Estimate:
         return self.prompt_tokens.keys() - self.prices.keys()
 
 
-def _answer_tokens(params: Mapping[str, Any]) -> int:
-    limits: list[int] = [params[name] for name in _LIMITS if isinstance(params.get(name), int)]
-    return min([ANSWER_TOKENS, *limits])
-
-
-def _size_of(job: Job) -> tuple[int, int]:
-    """Return a job's number of images and of characters of text."""
-    format_chars = len(json.dumps((job.params or {}).get("response_format") or "")) - 2
-    if job.messages is None:
-        return len(job.images or ()), format_chars + len(job.question or "") + len(job.system or "")
-    sizes = [_size_of_message(message) for message in job.messages]
-    return sum(images for images, _ in sizes), format_chars + sum(chars for _, chars in sizes)
-
-
-def _size_of_message(message: ChatMessage) -> tuple[int, int]:
-    if not isinstance(message.content, list):
-        return 0, len(message.content or "")
-    texts = [part.text for part in message.content if isinstance(part, TextPart)]
-    return len(message.content) - len(texts), sum(map(len, texts))
-
-
-def dollars(usd: float) -> str:
-    """Format USD; amounts below a cent get six decimal places."""
-    return f"${usd:,.2f}" if usd >= CENT_USD or not usd else f"${usd:.6f}"
+def _contents(job: Job) -> Iterator[str | None]:
+    """Yield the texts of a job, and None for each image."""
+    yield json.dumps(schema) if (schema := (job.params or {}).get("response_format")) else ""
+    yield from (job.question or "", job.system or "", *(None for _ in job.images or ()))
+    for message in job.messages or ():
+        parts = message.content or ""
+        if isinstance(parts, str):
+            yield parts
+        else:
+            yield from (part.text if isinstance(part, TextPart) else None for part in parts)

@@ -7,9 +7,9 @@ import csv
 import hashlib
 import json
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import pydantic_core
 
@@ -20,20 +20,14 @@ Form: TypeAlias = Literal["jsonl", "csv", "batch"]
 
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_SCHEMES: Final = ("s3://", "https://", "data:")
-
 FORMS_BY_SUFFIX: Final[dict[str, Form]] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-}
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv",
+}  # fmt: skip
 # CSV columns that are fields of a job, and those that are params; other columns are metadata.
 _FIELDS: Final = ("id", "question", "system", "model", "deadline")
 _PARAMS: Final = ("max_tokens", "temperature", "top_p", "seed")
-_IMAGE_SEPARATOR: Final = ";"
 # The part of an image's name in the id of its job.
 MAX_KEY_CHARS: Final = 60
-_HASH_CHUNK_BYTES: Final = 1024 * 1024
 # Longer than any job, so that a file without line ends does not fill the memory.
 _MAX_LINE_CHARS: Final = 64 * 1024 * 1024
 
@@ -45,34 +39,25 @@ class Entry:
     Attributes:
         where: its position, for error messages.
         key: the base of its id if it has none; None: its number.
-        custom_id: set for a request of a batch.
+        custom_id: of a request of a batch, if it is readable.
+        error: why it is not a job; otherwise empty.
     """
 
     where: str
-    job: dict[str, Any]
+    job: dict[str, Any] = field(default_factory=dict)
     key: str | None = None
     custom_id: str | None = None
+    error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class InvalidEntry:
-    """An entry that is not a job; `custom_id` if it is readable."""
-
-    where: str
-    reason: str
-    custom_id: str | None = None
-
-
-def looks_like_image(word: str) -> bool:
-    """Return whether an argument is the URL or the file name of an image."""
-    return word[:8].lower().startswith(IMAGE_SCHEMES) or word.lower().endswith(IMAGE_SUFFIXES)
-
-
-class Source(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
     """A source of jobs.
 
     Attributes:
         title: becomes a part of the submission's name.
+        digest: identifies the source.
+        entries: the jobs in order.
         form: the file format; None if it is not a file.
         folder: the base of relative paths of local images.
         is_ad_hoc: repeating the command makes a new submission instead of resuming the old one.
@@ -80,224 +65,172 @@ class Source(Protocol):
     """
 
     title: str
-    form: Form | None
-    folder: Path
-    is_ad_hoc: bool
-    may_grow: bool
-
-    def digest(self) -> str:
-        """Identify the source."""
-
-    def __aiter__(self) -> AsyncIterator[Entry | InvalidEntry]:
-        """Yield the jobs in order."""
-
-
-class Arguments:
-    """Jobs from the command line: one job for all images, or one per image."""
-
-    title = "ask"
+    digest: str
+    entries: AsyncIterable[Entry]
     form: Form | None = None
-    folder = Path()
-    is_ad_hoc = True
-    may_grow = False
-
-    def __init__(self, images: Sequence[str], *, each: bool) -> None:
-        self._images = images
-        self._each = each
-
-    def digest(self) -> str:
-        """Hash the images' names."""
-        return hashlib.sha256(json.dumps([*self._images, self._each]).encode()).hexdigest()
-
-    async def __aiter__(self) -> AsyncIterator[Entry | InvalidEntry]:
-        """Yield the jobs in order."""
-        groups = [[image] for image in self._images] if self._each else [list(self._images)]
-        for number, images in enumerate(groups, start=1):
-            yield _entry_for(images, f"{number}-{_last_part(images[0])}")
+    folder: Path = Path()
+    is_ad_hoc: bool = False
+    may_grow: bool = False
 
 
-class File:
-    """A file of jobs: JSONL, CSV or Batch API requests."""
+def looks_like_image(word: str) -> bool:
+    """Return whether an argument is the URL or the file name of an image."""
+    return word[:8].lower().startswith(IMAGE_SCHEMES) or word.lower().endswith(IMAGE_SUFFIXES)
 
-    is_ad_hoc = False
-    may_grow = False
 
-    def __init__(
-        self, path: Path, form: Form | None, *, title: str | None = None, folder: Path | None = None
-    ) -> None:
-        self.path = path
-        self.title = title or path.name.split(".")[0]
-        self.folder = path.parent if folder is None else folder
-        self.form: Form | None = form or FORMS_BY_SUFFIX.get(path.suffix.lower()) or self._detected_form()
-        if self.form == "jsonl" and form is None and self._starts_with_batch_request():
-            self.form = "batch"
+def from_arguments(images: Sequence[str], *, each: bool) -> Source:
+    """Return one job for all images, or one per image."""
+    groups = [[image] for image in images] if each else [list(images)]
+    entries = (_entry_for(group, f"{n}-{_last_part(group[0])}") for n, group in enumerate(groups, start=1))
+    digest = hashlib.sha256(json.dumps(groups).encode()).hexdigest()
+    return Source(title="ask", digest=digest, entries=_async(entries), is_ad_hoc=True)
 
-    def digest(self) -> str:
-        """Hash the file's content."""
-        digest = hashlib.sha256(str(self.form).encode())
-        with self.path.open("rb") as file:
-            while chunk := file.read(_HASH_CHUNK_BYTES):
-                digest.update(chunk)
-        return digest.hexdigest()
 
-    async def __aiter__(self) -> AsyncIterator[Entry | InvalidEntry]:
-        """Yield the jobs in order."""
-        for entry in self._rows() if self.form == "csv" else self._lines():
-            yield entry
+def from_listing(identity: str, images: AsyncIterable[tuple[str, str]], *, title: str) -> Source:
+    """Return one job per image in a folder or below an S3 prefix.
 
-    def _detected_form(self) -> Form:
-        return "jsonl" if self._first_line().startswith("{") else "csv"
+    The job ids are derived from the images' names, so that a later run submits only new images.
 
-    def _starts_with_batch_request(self) -> bool:
+    Args:
+        identity: folder or prefix, and pattern.
+        images: each with the name that identifies it.
+        title: the name of the folder or prefix.
+    """
+
+    async def entries() -> AsyncIterator[Entry]:
+        async for image, name in images:
+            digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:12]
+            yield _entry_for([image], f"{_last_part(image)}-{digest}")
+
+    digest = hashlib.sha256(identity.encode(errors="replace")).hexdigest()
+    title = title.strip("/").rpartition("/")[2]
+    return Source(title=title, digest=digest, entries=entries(), may_grow=True)
+
+
+def from_file(path: Path, form: Form | None, *, title: str = "", folder: Path | None = None) -> Source:
+    """Return the jobs of a file: JSONL, CSV or Batch API requests; `form` None: detected.
+
+    Raises:
+        CommandError, UsageError: while the jobs are read, the file as a whole is wrong.
+    """
+    title = title or path.name.split(".")[0]
+    first_line = next((line.strip() for _, line in _lines(path) if line.strip()), "")
+    is_json = first_line.startswith("{")
+    found = form or FORMS_BY_SUFFIX.get(path.suffix.lower()) or ("jsonl" if is_json else "csv")
+    if found == "jsonl" and form is None and batch.is_request(first_line):
+        found = "batch"
+    if found == "csv":
+        entries = _csv_entries(path, title, delimiter=max(",;\t", key=first_line.count))
+    else:
+        lines = ((f"{title} line {number}", line) for number, line in _lines(path) if line.strip())
+        entries = (_json_entry(where, line, found) for where, line in lines)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(found.encode()))
+    folder = path.parent if folder is None else folder
+    return Source(title=title, digest=digest.hexdigest(), entries=_async(entries), form=found, folder=folder)
+
+
+async def _async(entries: Iterator[Entry]) -> AsyncIterator[Entry]:
+    for entry in entries:
+        yield entry
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    # No universal newlines: a lone CR or U+2028 does not end a line of JSON. Excel writes a BOM.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        number = 0
         try:
-            first = pydantic_core.from_json(self._first_line())
-        except ValueError:
-            return False
-        return isinstance(first, dict) and batch.is_request(first)
+            while line := file.readline(_MAX_LINE_CHARS):
+                number += 1
+                yield number, line
+        except UnicodeDecodeError:
+            raise CommandError(f"{path} is not UTF-8 text (after line {number}).") from None
 
-    def _first_line(self) -> str:
-        """Return the first line that is not blank."""
-        return next((line.strip() for _, line in self._text_lines() if line.strip()), "")
 
-    def _text_lines(self) -> Iterator[tuple[int, str]]:
-        # No universal newlines: a lone CR or U+2028 does not end a line of JSON. Excel writes a BOM.
-        with self.path.open(encoding="utf-8-sig", newline="\n") as file:
-            number = 0
+def _json_entry(where: str, line: str, form: Form) -> Entry:
+    try:
+        job = pydantic_core.from_json(line, allow_inf_nan=False)
+    except ValueError as error:
+        return Entry(where, error=f"not JSON: {error}")
+    if not isinstance(job, dict):
+        return Entry(where, error="must be a JSON object")
+    if form != "batch":
+        if isinstance(image := job.pop("image", None), str | dict):
+            job.setdefault("images", [image])
+        return Entry(where, job)
+    custom_id = job["custom_id"] if isinstance(job.get("custom_id"), str) else None
+    try:
+        return Entry(where, batch.job_of(job), key=custom_id, custom_id=custom_id)
+    except ValueError as error:
+        return Entry(where, custom_id=custom_id, error=str(error))
+
+
+def _csv_entries(path: Path, title: str, *, delimiter: str) -> Iterator[Entry]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        # A data URL in a cell is longer than the library's limit.
+        csv.field_size_limit(_MAX_LINE_CHARS)
+        rows = csv.reader(file, delimiter=delimiter)
+        try:
+            columns = [name.strip() for name in next(rows, [])]
+            if not any(map(_is_image_column, columns)):
+                text = "the first line must contain the column names, including `image` or `images`."
+                raise UsageError(f"{path}: {text}")
+            if len(set(columns)) != len(columns):
+                raise UsageError(f"{path}: two columns have the same name.")
+            for row in rows:
+                if any(row):
+                    yield _csv_entry(f"{title} line {rows.line_num}", columns, row)
+        except UnicodeDecodeError:
+            raise CommandError(f"{path} is not UTF-8 text. Save it as CSV UTF-8.") from None
+        except csv.Error as error:
+            raise CommandError(f"{path} line {rows.line_num}: {error}") from None
+
+
+def _csv_entry(where: str, columns: Sequence[str], row: Sequence[str]) -> Entry:
+    if len(row) > len(columns):
+        return Entry(where, error=f"has {len(row)} cells but the first line has {len(columns)} columns")
+    job: dict[str, Any] = {"images": [], "params": {}, "metadata": {}}
+    for name, cell in zip(columns, row, strict=False):
+        if not cell.strip():
+            continue
+        if _is_image_column(name):
+            job["images"] += _images_in(cell) if name == "images" else [cell.strip()]
+        elif name in _FIELDS:
+            job[name] = cell.strip() if name == "id" else cell
+        elif name in _PARAMS:
             try:
-                while line := file.readline(_MAX_LINE_CHARS):
-                    number += 1
-                    yield number, line
-            except UnicodeDecodeError:
-                raise CommandError(f"{self.path} is not UTF-8 text (after line {number}).") from None
-
-    def _lines(self) -> Iterator[Entry | InvalidEntry]:
-        for number, line in self._text_lines():
-            if line.strip():
-                yield self._entry(f"{self.title} line {number}", line)
-
-    def _entry(self, where: str, line: str) -> Entry | InvalidEntry:
-        try:
-            job = pydantic_core.from_json(line, allow_inf_nan=False)
-        except ValueError as error:
-            return InvalidEntry(where, f"not JSON: {error}")
-        if not isinstance(job, dict):
-            return InvalidEntry(where, "must be a JSON object")
-        if self.form != "batch":
-            if isinstance(image := job.pop("image", None), str | dict):
-                job.setdefault("images", [image])
-            return Entry(where, job)
-        custom_id = job.get("custom_id")
-        try:
-            return Entry(where, batch.job_of(job), key=custom_id, custom_id=custom_id)
-        except ValueError as error:
-            return InvalidEntry(
-                where, str(error), custom_id=custom_id if isinstance(custom_id, str) else None
-            )
-
-    def _rows(self) -> Iterator[Entry | InvalidEntry]:
-        first_line = self._first_line()
-        delimiter = max(",;\t", key=first_line.count)
-        with self.path.open(encoding="utf-8-sig", newline="") as file:
-            # A data URL in a cell is longer than the library's limit.
-            csv.field_size_limit(_MAX_LINE_CHARS)
-            rows = csv.reader(file, delimiter=delimiter)
-            try:
-                columns = [name.strip() for name in next(rows, [])]
-                self._check(columns)
-                for row in rows:
-                    if any(row):
-                        yield self._row(f"{self.title} line {rows.line_num}", columns, row)
-            except UnicodeDecodeError:
-                raise CommandError(f"{self.path} is not UTF-8 text. Save it as CSV UTF-8.") from None
-            except csv.Error as error:
-                raise CommandError(f"{self.path} line {rows.line_num}: {error}") from None
-
-    def _check(self, columns: Sequence[str]) -> None:
-        if not any(map(_is_image_column, columns)):
-            raise UsageError(
-                f"{self.path}: the first line must contain the column names, including `image` or `images`."
-            )
-        if len(set(columns)) != len(columns):
-            raise UsageError(f"{self.path}: two columns have the same name.")
-
-    def _row(self, where: str, columns: Sequence[str], row: Sequence[str]) -> Entry | InvalidEntry:
-        if len(row) > len(columns):
-            return InvalidEntry(where, f"has {len(row)} cells but the first line has {len(columns)} columns")
-        job: dict[str, Any] = {"images": [], "params": {}, "metadata": {}}
-        for name, cell in zip(columns, row, strict=False):
-            if not cell.strip():
-                continue
-            if _is_image_column(name):
-                job["images"] += _images_in(cell, several=name == "images")
-            elif name in _FIELDS:
-                job[name] = cell.strip() if name == "id" else cell
-            elif name in _PARAMS:
-                try:
-                    job["params"][name] = json.loads(cell)
-                except ValueError:
-                    return InvalidEntry(where, f"{name}: must be a number")
-            else:
-                job["metadata"][name] = cell
-        return Entry(where, {name: value for name, value in job.items() if value not in ({}, [])})
+                job["params"][name] = json.loads(cell)
+            except ValueError:
+                return Entry(where, error=f"{name}: must be a number")
+        else:
+            job["metadata"][name] = cell
+    return Entry(where, {name: value for name, value in job.items() if value not in ({}, [])})
 
 
 def _is_image_column(column: str) -> bool:
     return column == "images" or (column.startswith("image") and (column[5:] or "0").isdecimal())
 
 
-def _images_in(cell: str, *, several: bool) -> list[Any]:
-    """Return the images in a cell; `several`: a JSON list, or separated by semicolons."""
-    if not several:
-        return [cell.strip()]
+def _images_in(cell: str) -> list[Any]:
+    """Return the images in a cell: a JSON list, or separated by semicolons."""
     if cell.lstrip().startswith("["):
         try:
-            listed = json.loads(cell)
+            return list(json.loads(cell))
         except ValueError:
-            listed = None
-        if isinstance(listed, list):
-            return listed
-    return [image.strip() for image in cell.split(_IMAGE_SEPARATOR) if image.strip()]
-
-
-class Listing:
-    """One job per image in a folder or below an S3 prefix.
-
-    The job ids are derived from the images' names, so that a later run submits only new images.
-    """
-
-    form: Form | None = None
-    folder = Path()
-    is_ad_hoc = False
-    may_grow = True
-
-    def __init__(self, identity: str, images: AsyncIterable[tuple[str, str]], *, title: str) -> None:
-        """`identity`: folder or prefix, and pattern; `images`: each with the name that identifies it."""
-        self._identity = identity
-        self._images = images
-        self.title = title.strip("/").rpartition("/")[2]
-
-    def digest(self) -> str:
-        """Hash the folder or prefix and the pattern, not the listed images."""
-        return hashlib.sha256(self._identity.encode(errors="replace")).hexdigest()
-
-    async def __aiter__(self) -> AsyncIterator[Entry | InvalidEntry]:
-        """Yield the jobs in order."""
-        async for image, name in self._images:
-            digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:12]
-            yield _entry_for([image], f"{_last_part(image)}-{digest}")
+            pass
+    return [image.strip() for image in cell.split(";") if image.strip()]
 
 
 def _entry_for(images: list[str], key: str) -> Entry:
     """Return a job without an id; its metadata names the images."""
-    shown = ", ".join(images)
     # The metadata is echoed in the result; a data URL would only make it long.
-    named = [image for image in images if not image.lower().startswith("data:")]
-    metadata = {"metadata": {"image": ", ".join(named)}} if named else {}
-    return Entry(shown if named else "the image", {"images": images, **metadata}, key=key)
+    named = ", ".join(image for image in images if not image.lower().startswith("data:"))
+    metadata = {"metadata": {"image": named}} if named else {}
+    return Entry(named or "the image", {"images": images, **metadata}, key=key)
 
 
 def _last_part(image: str) -> str:
     """Return the last part of an image's URL or path."""
-    return (
-        "data" if image.lower().startswith("data:") else image.rstrip("/").rpartition("/")[2][-MAX_KEY_CHARS:]
-    )
+    if image.lower().startswith("data:"):
+        return "data"
+    return image.rstrip("/").rpartition("/")[2][-MAX_KEY_CHARS:]

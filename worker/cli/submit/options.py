@@ -1,58 +1,52 @@
 """The options of `vqa-worker submit`."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 
 from worker.cli.shell import UsageError, seconds
 from worker.cli.state_dir import check_name
-from worker.cli.submit.inputs import Form, looks_like_image
+from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Form, looks_like_image
 
 MAX_QUEUE: Final = 100_000
-UPLOAD_PREFIX: Final = "vqa-uploads/"
+UPLOAD_PREFIX: Final = "vqa-uploads"
 
 
-def _valid_name(value: str | None) -> str | None:
-    try:
-        return value if value is None else check_name(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+_jobs, _publishing, _results = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Jobs", "Publishing", "Results")
+)
 
-
-def _jobs(*names: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="Jobs", **more)
-
-
-def _publishing(*names: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="Publishing", **more)
-
-
-def _results(*names: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="Results", **more)
-
-
-OutputPath = Annotated[
-    Path | None, _results("--output", "-o", help="Write the results to this file.", dir_okay=False)
-]
-ErrorsPath = Annotated[
-    Path | None,
-    _results(
-        "--errors", help="Error file of the Batch API (default: next to the output file).", dir_okay=False
-    ),
-]
-OutputForm = Annotated[
-    Form | None,
-    _results(
-        "--output-format",
-        help="Format of the results (default: by the names of the output and input files).",
-    ),
-]
 WaitTimeout = Annotated[
     float | None,
     _results("--wait-timeout", metavar="SECONDS", parser=seconds, help="Maximum time to wait for results."),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """The destination of results, as typer parses it; without `path` it is stdout."""
+
+    path: Annotated[
+        Path | None, _results("--output", "-o", dir_okay=False, help="Write the results to this file.")
+    ] = None
+    errors: Annotated[
+        Path | None,
+        _results(dir_okay=False, help="Error file of the Batch API (default: next to the output file)."),
+    ] = None
+    form: Annotated[
+        Form | None,
+        _results("--output-format", help="Format of the results (default: by the names of the files)."),
+    ] = None
+
+    def form_for(self, submitted: str) -> Form:
+        """Return the output form for jobs submitted in the form `submitted`."""
+        by_name = FORMS_BY_SUFFIX.get(self.path.suffix.lower()) if self.path is not None else None
+        if self.form is not None or by_name == "csv":
+            return self.form or "csv"
+        return "batch" if submitted == "batch" else "jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,59 +66,48 @@ class Options:
     ] = None
     match: Annotated[
         str | None,
-        _jobs(
-            metavar="GLOB",
-            help="Only matching images of a prefix or folder (default: *.jpg, *.jpeg, *.png, *.webp).",
-        ),
+        _jobs(metavar="GLOB", help="Only these images of a prefix or folder (default: by their suffix)."),
     ] = None
     question: Annotated[str | None, _jobs(help="Question for all images.")] = None
-    each: Annotated[
-        bool, _jobs("--each", help="Create one job per image instead of one job for all images.")
-    ] = False
+    each: Annotated[bool, _jobs("--each", help="Create one job per image instead of one for all images.")] = (
+        False
+    )
     input_form: Annotated[
         Form | None,
-        _jobs(
-            "--input-format",
-            help="Format of the input file (default: detected from its name and first line).",
-        ),
+        _jobs("--input-format", help="Format of the input file (default: by its name and first line)."),
     ] = None
     bucket: Annotated[
         str | None,
         _jobs(
             metavar="BUCKET[/PREFIX]",
-            help=f"Upload local images to this bucket, each once (default prefix: {UPLOAD_PREFIX}).",
+            help=f"Upload local images to this bucket, each once (default prefix: {UPLOAD_PREFIX}/).",
         ),
     ] = None
     model: Annotated[str | None, _jobs(help="Model for all jobs; overrides the model of each job.")] = None
     system: Annotated[str | None, _jobs(help="System message.")] = None
     param: Annotated[
         list[str] | None,
-        _jobs(
-            metavar="NAME=VALUE",
-            help="Any other field of the API request, as JSON or text: max_tokens=100.",
-        ),
+        _jobs(metavar="NAME=VALUE", help="Any field of the API request, as JSON or text: max_tokens=100."),
     ] = None
     metadata: Annotated[
         list[str] | None, _jobs(metavar="NAME=TEXT", help="Metadata, echoed in the results.")
     ] = None
     deadline: Annotated[
         str | None,
-        _jobs(
-            metavar="TIME|DURATION",
-            help="Send no model request after this time: 2h, 2030-01-31T12:00:00Z.",
-        ),
+        _jobs(metavar="TIME", help="Send no model request after this time: 2h, 2030-01-31T12:00:00Z."),
     ] = None
     skip_invalid: Annotated[
-        bool,
-        _jobs("--skip-invalid", help="Submit valid lines; report invalid lines as failed results."),
+        bool, _jobs("--skip-invalid", help="Submit valid jobs; report the others as failed results.")
     ] = False
-    dry_run: Annotated[
-        bool, _publishing("--dry-run", help="Validate and estimate the cost; submit nothing.")
-    ] = False
+    dry_run: Annotated[bool, _publishing("--dry-run", help="Only validate, and estimate the cost.")] = False
     yes: Annotated[bool, _publishing("--yes", "-y", help="Skip confirmation.")] = False
     name: Annotated[
         str | None,
-        _publishing(callback=_valid_name, help="Name of the submission (default: derived from the input)."),
+        _publishing(
+            metavar="NAME",
+            parser=check_name,
+            help="Name of the submission (default: made from the input).",
+        ),
     ] = None
     max_queue: Annotated[
         int | None,
@@ -141,21 +124,16 @@ class Options:
         str | None,
         _publishing(metavar="QUEUE", help="Send the results to this queue; another program reads them."),
     ] = None
-    wait: Annotated[bool, _results("--wait", "-w", help="Wait for all results and print or write them.")] = (
-        False
-    )
+    wait: Annotated[bool, _results("--wait", "-w", help="Wait for the results; print or write them.")] = False
     wait_timeout: WaitTimeout = None
-    output: OutputPath = None
-    errors: ErrorsPath = None
-    output_form: OutputForm = None
 
-    def check(self) -> None:
+    def check(self, output: Output) -> None:
         """Check options that exclude each other.
 
         Raises:
             UsageError: two options cannot be combined.
         """
-        for option, value in (("--output", self.output), ("--wait-timeout", self.wait_timeout)):
+        for option, value in (("--output", output.path), ("--wait-timeout", self.wait_timeout)):
             if value is not None and not self.wait:
                 text = f"{option} requires --wait. Add it, or use `vqa-worker submissions collect` later."
                 raise UsageError(text)

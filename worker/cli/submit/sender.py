@@ -6,8 +6,8 @@ was killed, may be on the queue or not: it is sent again with the same ids.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -28,31 +28,31 @@ FULL_QUEUE_POLL_S: Final = 0.5
 NO_CONFIRM_S: Final = 3.0
 
 
+@dataclass
 class JobSender:
-    """Send the jobs of a state file to the jobs queue."""
+    """Send the jobs of a state file to the jobs queue.
 
-    def __init__(
-        self,
-        state: SubmissionState,
-        broker: Broker,
-        topology: Topology,
-        *,
-        exchange: str,
-        reply_to: str,
-        max_queue: int,
-    ) -> None:
-        """`max_queue`: the queue depth at which sending waits; 0: any depth."""
-        self._state = state
-        self._queue = topology.jobs
-        self._publisher = Publisher(broker, topology, retry_refusals=False)
-        self._session = Session(broker, "queue depth")
-        self._exchange = exchange
-        self._reply_to = reply_to
-        self._max_queue = max_queue
+    Attributes:
+        max_queue: the queue depth at which sending waits; 0: any depth.
+    """
+
+    state: SubmissionState
+    broker: Broker
+    topology: Topology
+    exchange: str
+    reply_to: str
+    max_queue: int
+
+    def __post_init__(self) -> None:
+        self._queue = self.topology.jobs
+        self._publisher = Publisher(self.broker, self.topology, retry_refusals=False)
+        self._session = Session(self.broker, "queue depth")
+        # The number of jobs that may be sent before the depth is read again, and the last one that was sent.
+        self._capacity = self._last = 0
         self._full_queue_depth = 0
         self._confirmed_at = time.monotonic()
         self._was_refused = False
-        counts = state.counts()
+        counts = self.state.counts()
         self._confirmed_before = self.confirmed = counts.confirmed
         self.total = counts.total
 
@@ -63,16 +63,16 @@ class JobSender:
 
     def progress(self) -> tuple[int, int, str]:
         """Return the numbers of confirmed and of all jobs, and a note with what it waits for."""
-        return self.confirmed, self.total, "" if self.confirmed == self.total else self._waits_for()
-
-    def _waits_for(self) -> str:
-        if not self._publisher.is_connected:
-            return "waiting for RabbitMQ"
-        if self._full_queue_depth:
-            return f"paused: {self._full_queue_depth:,} jobs on the queue (--max-queue)"
-        if time.monotonic() - self._confirmed_at > NO_CONFIRM_S:
-            return "waiting for confirms (queue full or alarm)"
-        return ""
+        note = ""
+        if self.confirmed == self.total:
+            pass
+        elif not self._publisher.is_connected:
+            note = "waiting for RabbitMQ"
+        elif self._full_queue_depth:
+            note = f"paused: {self._full_queue_depth:,} jobs on the queue (--max-queue)"
+        elif time.monotonic() - self._confirmed_at > NO_CONFIRM_S:
+            note = "waiting for confirms (queue full or alarm)"
+        return self.confirmed, self.total, note
 
     async def run(self) -> None:
         """Send all jobs that are not confirmed.
@@ -82,10 +82,10 @@ class JobSender:
             BrokerRefusedError: the broker refuses the credentials.
             RefusedError, TopologyError: the user lacks a permission.
         """
-        async with asyncio.TaskGroup() as group, aclosing(self._chunks()) as chunks:
+        async with asyncio.TaskGroup() as group:
             publishing = group.create_task(self._publisher.run(), name="publisher")
             try:
-                async for jobs in chunks:
+                while jobs := await self._next():
                     await self._send(jobs)
             except QueueMissingError:
                 raise jobs_queue_missing(self._queue) from None
@@ -93,56 +93,48 @@ class JobSender:
                 publishing.cancel()
                 await self._session.close()
 
-    async def _chunks(self) -> AsyncGenerator[Sequence[ToSend], None]:
-        """Yield unconfirmed jobs, as many at a time as `max_queue` permits."""
-        last = 0
-        capacity = 0
-        while jobs := self._state.unconfirmed(last, CHUNK_JOBS):
-            if capacity <= 0:
-                capacity = await self._capacity()
-            jobs = jobs[: min(capacity, _chunk_size(jobs))]
-            yield jobs
-            capacity -= len(jobs)
-            last = jobs[-1].ordinal
+    async def _next(self) -> Sequence[ToSend]:
+        """Return the next unconfirmed jobs, as many as `max_queue` permits; wait while the queue is full."""
+        jobs = self.state.unconfirmed(self._last, CHUNK_JOBS)
+        while jobs and self._capacity <= 0:
+            await self._read_capacity()
+        jobs = jobs[: min(self._capacity, _chunk_size(jobs))]
+        self._capacity -= len(jobs)
+        self._last = jobs[-1].ordinal if jobs else self._last
+        return jobs
 
-    async def _capacity(self) -> int:
-        """Return how many jobs may be sent; wait while the queue is full."""
-        if not self._max_queue:
-            return CHUNK_JOBS
-        read_depth = partial(depth, queue=self._queue)
-        while (capacity := self._max_queue - await self._session.call(read_depth)) <= 0:
-            self._full_queue_depth = self._max_queue - capacity
-            await asyncio.sleep(FULL_QUEUE_POLL_S)
-        self._full_queue_depth = 0
+    async def _read_capacity(self) -> None:
+        if not self.max_queue:
+            self._capacity = CHUNK_JOBS
+            return
+        found = await self._session.call(partial(depth, queue=self._queue))
+        self._capacity = self.max_queue - found
+        self._full_queue_depth = found if self._capacity <= 0 else 0
         self._confirmed_at = time.monotonic()
-        return capacity
+        if self._full_queue_depth:
+            await asyncio.sleep(FULL_QUEUE_POLL_S)
 
     async def _send(self, jobs: Sequence[ToSend]) -> None:
         confirmed: list[ToSend] = []
-        self._state.set_sent(jobs)
+        self.state.set_sent(jobs)
         try:
             async with asyncio.TaskGroup() as group:
                 for job in jobs:
                     group.create_task(self._send_one(job, confirmed))
         finally:
-            self._state.set_confirmed(confirmed)
+            self.state.set_confirmed(confirmed)
 
     async def _send_one(self, job: ToSend, confirmed: list[ToSend]) -> None:
+        queue, exchange = self._queue, self.exchange
+        message = job_message(job.id, job.body, queue, reply_to=self.reply_to, exchange=exchange)
         try:
-            await self._publisher.publish(
-                job_message(job.id, job.body, self._queue, reply_to=self._reply_to, exchange=self._exchange)
-            )
-        except RefusedError:
+            await self._publisher.publish(message)
+        except (RefusedError, UnroutableError) as error:
             self._was_refused = True
-            raise
-        except UnroutableError:
-            self._was_refused = True
-            if self._exchange:
-                text = (
-                    f"no queue is bound to the exchange {self._exchange} with the routing key {self._queue}."
-                )
-                raise CommandError(text) from None
-            raise jobs_queue_missing(self._queue) from None
+            if isinstance(error, RefusedError):
+                raise
+            text = f"no queue is bound to the exchange {exchange} with the routing key {queue}."
+            raise CommandError(text) if exchange else jobs_queue_missing(queue) from None
         except TooLargeError as error:
             raise CommandError(f"job {job.id}: {error}") from None
         confirmed.append(job)

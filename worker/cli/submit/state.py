@@ -10,14 +10,14 @@ The holder of `state_dir.locked` writes the file; other processes only read it.
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from worker.cli.private_files import open_private
-from worker.cli.shell import CommandError
+from worker.cli.shell import CommandError, dollars
 
 # An invalid job is `UNSENT`: it has a failed result from the beginning.
 PLANNED, SENT, CONFIRMED, UNSENT = range(4)
@@ -25,9 +25,9 @@ PLANNED, SENT, CONFIRMED, UNSENT = range(4)
 _FORMAT: Final = "2"
 _BUSY_TIMEOUT_S: Final = 30.0
 _ROWS_AT_ONCE: Final = 500
-_TABLES: Final = (
-    "CREATE TABLE IF NOT EXISTS {file}.head (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE IF NOT EXISTS {file}.jobs (
+_TABLES: Final = """
+    CREATE TABLE IF NOT EXISTS {file}.head (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS {file}.jobs (
         ordinal INTEGER PRIMARY KEY,
         id TEXT NOT NULL UNIQUE,
         custom_id TEXT,
@@ -38,29 +38,28 @@ _TABLES: Final = (
         failed INTEGER,
         tokens INTEGER,
         cost REAL
-    )""",
-    "CREATE INDEX IF NOT EXISTS {file}.unconfirmed ON jobs (ordinal) WHERE state < 2",
-)
-_RESULT_COLUMNS: Final = "ordinal, id, custom_id, result, received_at, failed"
+    );
+"""
+_PLANNED_COLUMNS: Final = "id, custom_id, body, state, result, received_at, failed"
+_RESULTS: Final = "SELECT id, custom_id, result, received_at, failed FROM jobs"
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A job to send; an invalid job has a failed result instead of a body."""
-
-    id: str
-    body: bytes | None
-    custom_id: str | None = None
-    result: "Received | None" = None
-
-
-@dataclass(frozen=True, slots=True)
-class ToSend:
+class ToSend(NamedTuple):
     """A job without a recorded confirm."""
 
     ordinal: int
     id: str
     body: bytes
+
+
+class StoredResult(NamedTuple):
+    """A stored result with the ids of its job; `at` in Unix seconds."""
+
+    id: str
+    custom_id: str | None
+    body: bytes
+    at: int
+    failed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +74,9 @@ class Received:
     cost: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredResult:
-    """A stored result with the ids of its job; `at` in Unix seconds."""
-
-    ordinal: int
-    id: str
-    custom_id: str | None
-    body: bytes
-    at: int
-    failed: bool
-
-
 @dataclass
 class Counts:
-    """The progress of a submission."""
+    """The progress of a submission; `cost` in USD, None if no result has one."""
 
     total: int = 0
     sent: int = 0
@@ -97,8 +84,7 @@ class Counts:
     succeeded: int = 0
     failed: int = 0
     tokens: int = 0
-    cost: float = 0.0
-    knows_cost: bool = False
+    cost: float | None = None
 
     @property
     def received(self) -> int:
@@ -121,11 +107,47 @@ class Counts:
         self.succeeded += not received.failed
         self.tokens += received.tokens
         if received.cost is not None:
-            self.cost += received.cost
-            self.knows_cost = True
+            self.cost = (self.cost or 0.0) + received.cost
+
+    def note(self) -> str:
+        """Return failures, tokens and cost of the results so far."""
+        cost = "" if self.cost is None else f", {dollars(self.cost)}"
+        failed = f"{self.failed:,} failed, " if self.failed else ""
+        return f"{failed}{self.tokens:,} tokens{cost}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the progress for `--json`."""
+        return {
+            "jobs": self.total,
+            "submitted": self.confirmed,
+            "succeeded": self.succeeded,
+            "failed": self.failed,
+            "pending": self.pending,
+            "cost_usd": self.cost,
+        }
 
 
-class Plan:
+class _Jobs:
+    """A database with jobs."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    def counts(self) -> Counts:
+        """Return the progress."""
+        row: tuple[Any, ...] = self._db.execute(
+            "SELECT count(*), coalesce(sum(state = 1), 0), coalesce(sum(state >= 2), 0),"
+            " coalesce(sum(failed = 0), 0), coalesce(sum(failed), 0), coalesce(sum(tokens), 0), sum(cost)"
+            " FROM jobs"
+        ).fetchone()
+        return Counts(*row)
+
+
+class Plan(_Jobs):
     """Planned jobs that are in no state file yet: in memory, or in a temporary file if there are many.
 
     Attributes:
@@ -134,30 +156,25 @@ class Plan:
 
     def __init__(self) -> None:
         # An empty name means a temporary file, which SQLite uses only when its cache is full.
-        self._db = sqlite3.connect("", isolation_level=None)
+        super().__init__(sqlite3.connect("", isolation_level=None))
         # It is not kept after a crash.
         self._db.execute("PRAGMA journal_mode = OFF")
-        _create_tables(self._db, "main")
+        self._db.executescript(_TABLES.format(file="main"))
         self.uploads: dict[str, Path] = {}
 
-    def close(self) -> None:
-        """Delete the plan."""
-        self._db.close()
+    def add(
+        self, job_id: str, body: bytes | None, custom_id: str | None = None, failed: Received | None = None
+    ) -> bool:
+        """Add a job unless its id exists; return whether it was added.
 
-    def add(self, job: Planned) -> bool:
-        """Add a job unless its id exists; return whether it was added."""
-        found = job.result
-        row = (UNSENT, found.body, found.at, found.failed) if found else (PLANNED, None, None, None)
+        An invalid job has the result `failed` instead of a body.
+        """
+        row = (UNSENT, failed.body, failed.at, True) if failed else (PLANNED, None, None, None)
         added = self._db.execute(
-            "INSERT OR IGNORE INTO jobs (id, custom_id, body, state, result, received_at, failed)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (job.id, job.custom_id, job.body, *row),
+            f"INSERT OR IGNORE INTO jobs ({_PLANNED_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - constants
+            (job_id, custom_id, body, *row),
         )
         return added.rowcount == 1
-
-    def counts(self) -> Counts:
-        """Return the numbers of jobs."""
-        return _counts(self._db)
 
     def save(self, path: Path, head: Mapping[str, str]) -> None:
         """Create the state file with these jobs, or add them to it: all of them or none."""
@@ -172,23 +189,23 @@ class Plan:
         draft.rename(path)
 
     def _copy_to(self, path: Path, head: Mapping[str, str]) -> None:
-        columns = "id, custom_id, body, state, result, received_at, failed"
         self._db.execute("ATTACH ? AS file", (str(path),))
-        with _transaction(self._db):
-            _create_tables(self._db, "file")
+        self._db.executescript(_TABLES.format(file="file"))
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("INSERT INTO file.head VALUES (?, ?)", head.items())
             self._db.execute(
-                f"INSERT OR IGNORE INTO file.jobs ({columns})"  # noqa: S608 - constants
-                f" SELECT {columns} FROM main.jobs ORDER BY ordinal"
+                f"INSERT OR IGNORE INTO file.jobs ({_PLANNED_COLUMNS})"  # noqa: S608 - constants
+                f" SELECT {_PLANNED_COLUMNS} FROM main.jobs ORDER BY ordinal"
             )
         self._db.execute("DETACH file")
 
 
-class SubmissionState:
+class SubmissionState(_Jobs):
     """An open state file. Not thread-safe."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        self._db = connection
+        super().__init__(connection)
         self.path = path
 
     @classmethod
@@ -215,10 +232,6 @@ class SubmissionState:
                 f"{path} was written by another version of vqa-worker. Submit with another --name."
             )
         return state
-
-    def close(self) -> None:
-        """Close the file."""
-        self._db.close()
 
     def delete(self) -> None:
         """Close and delete the file."""
@@ -250,7 +263,7 @@ class SubmissionState:
             "SELECT ordinal, id, body FROM jobs WHERE state < 2 AND ordinal > ? ORDER BY ordinal LIMIT ?",
             (after, limit),
         )
-        return [ToSend(*row) for row in rows]
+        return list(starmap(ToSend, rows))
 
     def set_sent(self, jobs: Sequence[ToSend]) -> None:
         """Record that jobs are about to be published."""
@@ -261,9 +274,12 @@ class SubmissionState:
         self._update("state = 2, body = NULL", jobs)
 
     def _update(self, values: str, jobs: Sequence[ToSend]) -> None:
-        ordinals = [(job.ordinal,) for job in jobs]
-        with _transaction(self._db):
-            self._db.executemany(f"UPDATE jobs SET {values} WHERE ordinal = ?", ordinals)  # noqa: S608 - constants
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany(
+                f"UPDATE jobs SET {values} WHERE ordinal = ?",  # noqa: S608 - constants
+                [(job.ordinal,) for job in jobs],
+            )
 
     def pending(self) -> tuple[list[str], list[str]]:
         """Return the ids of the jobs without a result: those that were sent, and those that were not."""
@@ -281,7 +297,8 @@ class SubmissionState:
         A second result of a job is ignored.
         """
         new, unknown = [], []
-        with _transaction(self._db):
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
             for one in received:
                 # A result also proves that its job was on the queue.
                 stored = self._db.execute(
@@ -298,24 +315,14 @@ class SubmissionState:
     def results(self, *, failed: bool | None = None) -> Iterator[StoredResult]:
         """Yield the results in the order of the jobs: all, or those that failed or did not."""
         rows = self._db.execute(
-            f"SELECT {_RESULT_COLUMNS} FROM jobs"  # noqa: S608 - constants
-            " WHERE result IS NOT NULL AND failed = ifnull(?, failed) ORDER BY ordinal",
-            (failed,),
+            f"{_RESULTS} WHERE result IS NOT NULL AND failed = ifnull(?, failed) ORDER BY ordinal", (failed,)
         )
         while some := list(islice(rows, _ROWS_AT_ONCE)):
-            yield from map(_stored_result, some)
+            yield from starmap(StoredResult, some)
 
     def result(self, job_id: str) -> StoredResult:
         """Return the result of a job that has one."""
-        row = self._db.execute(
-            f"SELECT {_RESULT_COLUMNS} FROM jobs WHERE id = ?",  # noqa: S608 - constants
-            (job_id,),
-        )
-        return _stored_result(row.fetchone())
-
-    def counts(self) -> Counts:
-        """Return the progress."""
-        return _counts(self._db)
+        return StoredResult(*self._db.execute(f"{_RESULTS} WHERE id = ?", (job_id,)).fetchone())
 
 
 def read_state(path: Path) -> tuple[dict[str, str], Counts]:
@@ -326,34 +333,3 @@ def read_state(path: Path) -> tuple[dict[str, str], Counts]:
     """
     with closing(SubmissionState.open(path)) as state:
         return state.head(), state.counts()
-
-
-def _create_tables(connection: sqlite3.Connection, file: str) -> None:
-    for statement in _TABLES:
-        connection.execute(statement.format(file=file))
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Commit everything done in the context, or nothing."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-    connection.execute("COMMIT")
-
-
-def _counts(connection: sqlite3.Connection) -> Counts:
-    row: tuple[Any, ...] = connection.execute(
-        "SELECT count(*), coalesce(sum(state = 1), 0), coalesce(sum(state >= 2), 0),"
-        " coalesce(sum(failed = 0), 0), coalesce(sum(failed), 0), coalesce(sum(tokens), 0),"
-        " coalesce(sum(cost), 0), count(cost) > 0 FROM jobs"
-    ).fetchone()
-    return Counts(*row)
-
-
-def _stored_result(row: tuple[Any, ...]) -> StoredResult:
-    ordinal, job_id, custom_id, body, at, failed = row
-    return StoredResult(ordinal, job_id, custom_id, body, at, bool(failed))

@@ -1,19 +1,21 @@
-"""Compute rates, latencies and sums of a fleet from the workers' metrics. Times are monotonic seconds."""
+"""Compute rates, latencies and costs of a fleet from the workers' metrics. Times are monotonic seconds.
+
+The dataclasses have the names of the JSON output.
+"""
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
-from typing import Final, TypeVar
+from typing import Any, Final, TypeAlias
 
 from prometheus_client.parser import text_string_to_metric_families
 
-Key = TypeVar("Key")
-
 # The window of rates and latencies.
 WINDOW_S: Final = 30.0
-QUANTILES: Final = (0.5, 0.9, 0.99)
+QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+COUNTERS: Final = ("jobs_succeeded", "jobs_failed", "prompt_tokens", "completion_tokens", "cost_usd")
+COST: Final = "cost_usd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,22 +23,18 @@ class Sample:
     """The metrics of one worker at one time.
 
     Attributes:
-        counts: by model and counter: `succeeded` and `failed` (jobs), `prompt_tokens`, `completion_tokens`,
-            `cost_usd`.
-        buckets: the job duration histogram: cumulative counts by model and upper bound in seconds.
+        counts: by model, and name of `COUNTERS` or upper bound of the job duration in seconds (cumulative).
         paused: the dependencies that it has paused consumption for.
     """
 
-    counts: Mapping[tuple[str, str], float]
-    buckets: Mapping[tuple[str, float], float]
+    counts: Mapping[tuple[str, str | float], float]
     in_flight: float
     limit: float
     paused: frozenset[str]
 
-    @property
-    def costs(self) -> Mapping[str, float]:
-        """The cost in USD by model."""
-        return {model: value for (model, name), value in self.counts.items() if name == "cost_usd"}
+
+# The samples of one worker in the window; the first one is the base of increases.
+Window: TypeAlias = deque[tuple[float, Sample]]
 
 
 def read_sample(exposition: str) -> Sample:
@@ -45,21 +43,20 @@ def read_sample(exposition: str) -> Sample:
     Raises:
         ValueError: it has no metrics of a vqa-worker.
     """
-    counts: dict[tuple[str, str], float] = defaultdict(float)
-    buckets: dict[tuple[str, float], float] = defaultdict(float)
+    counts: dict[tuple[str, str | float], float] = defaultdict(float)
     gauges: dict[str, float] = {}
     paused = set()
     for family in text_string_to_metric_families(exposition):
         for name, labels, value, *_ in family.samples:
             match name:
                 case "vqa_jobs_total":
-                    counts[labels["model"], labels["status"]] += value
+                    counts[labels["model"], f"jobs_{labels['status']}"] += value
                 case "vqa_tokens_total":
                     counts[labels["model"], f"{labels['type']}_tokens"] += value
                 case "vqa_cost_usd_total":
-                    counts[labels["model"], "cost_usd"] += value
+                    counts[labels["model"], COST] += value
                 case "vqa_job_duration_seconds_bucket":
-                    buckets[labels["model"], float(labels["le"])] += value
+                    counts[labels["model"], float(labels["le"])] += value
                 case "vqa_jobs_in_flight" | "vqa_concurrency_limit":
                     gauges[name] = value
                 case "vqa_dependency_up" if not value:
@@ -67,193 +64,134 @@ def read_sample(exposition: str) -> Sample:
     if "vqa_concurrency_limit" not in gauges:
         raise ValueError("no metrics of a vqa-worker")
     in_flight, limit = gauges.get("vqa_jobs_in_flight", 0.0), gauges["vqa_concurrency_limit"]
-    return Sample(dict(counts), dict(buckets), in_flight, limit, frozenset(paused))
+    return Sample(dict(counts), in_flight, limit, frozenset(paused))
 
 
-@dataclass(frozen=True, slots=True)
-class Latencies:
-    """Quantiles of the job duration, from delivery to ack, in seconds; None without jobs."""
-
-    p50: float | None = None
-    p90: float | None = None
-    p99: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """The figures of one worker, of one model, or of all.
 
     Attributes:
-        per_s: the rate of each counter per second; None before the second sample.
+        per_s: the rates of `COUNTERS` per second; None before the second sample.
+        latency_s: `QUANTILES` of the job duration, from delivery to ack; None without jobs.
         cost_usd: the cost since the workers' start; of models and of all, including stopped workers.
     """
 
     per_s: Mapping[str, float] | None = None
-    latencies: Latencies = Latencies()
+    latency_s: Mapping[str, float | None]
     cost_usd: float = 0.0
 
-    def rate(self, name: str) -> float:
-        """Return the rate of a counter; 0 if it is unknown."""
-        return (self.per_s or {}).get(name, 0.0)
+    def rate(self, *names: str) -> float:
+        """Return the sum of rates; 0 if they are unknown."""
+        return sum((self.per_s or {}).get(name, 0.0) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerFigures:
-    """The figures of one worker.
-
-    Attributes:
-        error: why it is unreachable; empty if it is up.
-        paused: the dependencies that it has paused consumption for.
-    """
+class WorkerLoad(Load):
+    """The figures of one worker that is up."""
 
     address: str
-    error: str = ""
-    load: Load = Load()
-    in_flight: int = 0
-    limit: int = 0
-    paused: Sequence[str] = ()
+    in_flight: int
+    limit: int
+    paused: Sequence[str]
+    error: None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FleetFigures:
-    """The figures of all workers together, of each worker, and of each model."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLoad(Load):
+    """The figures of one model."""
 
-    total: Load
-    workers: Sequence[WorkerFigures]
-    models: Mapping[str, Load]
-
-    @property
-    def up(self) -> Sequence[WorkerFigures]:
-        """The workers that are reachable."""
-        return [it for it in self.workers if not it.error]
-
-    @property
-    def in_flight(self) -> int:
-        """The jobs in flight."""
-        return sum(it.in_flight for it in self.workers)
-
-    @property
-    def limit(self) -> int:
-        """The sum of the concurrency limits."""
-        return sum(it.limit for it in self.workers)
-
-    @property
-    def paused(self) -> Mapping[str, int]:
-        """The number of workers that have paused for each dependency."""
-        return Counter(name for it in self.workers for name in it.paused)
+    model: str
 
 
-@dataclass(slots=True)
-class _Worker:
-    samples: deque[tuple[float, Sample]] = field(default_factory=deque)
-    # The cost by model before its restarts.
-    spent: Mapping[str, float] = field(default_factory=dict)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetLoad(Load):
+    """The figures of all workers; `paused`: the number of workers that have paused for each dependency."""
 
-    def add(self, now: float, sample: Sample) -> None:
-        """Add a sample; a lower cost means a restart."""
-        if self.samples and sum(sample.costs.values()) < sum(self.samples[-1][1].costs.values()):
-            self.spent = self.costs
-        self.samples.append((now, sample))
-        # The last sample before the window stays, as the base of increases.
-        while len(self.samples) > 1 and self.samples[1][0] <= now - WINDOW_S:
-            self.samples.popleft()
-
-    @property
-    def costs(self) -> Mapping[str, float]:
-        return _sum([self.spent, self.samples[-1][1].costs])
-
-    @property
-    def rates(self) -> Mapping[tuple[str, str], float] | None:
-        """The rate of each counter per second, by model; None before the second sample."""
-        if len(self.samples) < 2:  # noqa: PLR2004 - a rate needs two
-            return None
-        seconds = self.samples[-1][0] - self.samples[0][0]
-        return {key: value / seconds for key, value in _increase(it.counts for _, it in self.samples).items()}
-
-    @property
-    def buckets(self) -> Mapping[tuple[str, float], float]:
-        return _increase(it.buckets for _, it in self.samples)
+    up: int
+    in_flight: int
+    limit: int
+    paused: Mapping[str, int]
 
 
 class Fleet:
     """The workers seen so far, by address."""
 
     def __init__(self) -> None:
-        self._workers: dict[str, _Worker] = {}
-        self._up: Collection[str] = ()
-        self._unreachable: Mapping[str, str] = {}
+        self.windows: dict[str, Window] = {}
+        self.up: Sequence[str] = ()
+        # The errors by address.
+        self.unreachable: Mapping[str, str] = {}
 
-    def observe(self, now: float, samples: Mapping[str, Sample], unreachable: Mapping[str, str]) -> None:
-        """Add the samples of one scrape, and the errors of unreachable workers by address."""
-        self._up, self._unreachable = set(samples), unreachable
-        for address, sample in samples.items():
-            self._workers.setdefault(address, _Worker()).add(now, sample)
+    def observe(self, now: float, found: Mapping[str, Sample | str]) -> None:
+        """Add what one scrape found: samples, and errors of unreachable workers, by address."""
+        self.up = sorted(address for address, it in found.items() if isinstance(it, Sample))
+        self.unreachable = {it: error for it in sorted(found) if isinstance(error := found[it], str)}
+        for address, sample in found.items():
+            if isinstance(sample, Sample):
+                self._add(now, self.windows.setdefault(address, deque()), sample)
 
-    def figures(self) -> FleetFigures:
-        """Return the figures of the window."""
-        up = [self._workers[address] for address in self._up]
-        rates = [it.rates for it in up if it.rates is not None]
-        by_key = _sum(rates) if rates else None
-        buckets = _sum(it.buckets for it in up)
-        costs = _sum(it.costs for it in self._workers.values())
-        models = sorted({*costs, *(model for model, _ in by_key or ())})
-        workers = [*map(self._worker, self._up), *self._errors()]
-        return FleetFigures(
-            total=_load(by_key, buckets, costs),
-            workers=sorted(workers, key=lambda it: it.address),
-            models={model: _load(by_key, buckets, costs, model) for model in models},
+    def _add(self, now: float, window: Window, sample: Sample) -> None:
+        if window and any(sample.counts.get(key, 0.0) < value for key, value in window[-1][1].counts.items()):
+            # The worker was restarted.
+            window.clear()
+        window.append((now, sample))
+        while len(window) > 1 and window[1][0] <= now - WINDOW_S:
+            window.popleft()
+
+    def workers(self) -> list[WorkerLoad]:
+        """Return the figures of each worker that is up."""
+        return [_worker(address, self.windows[address]) for address in self.up]
+
+    def models(self) -> list[ModelLoad]:
+        """Return the figures of each model that had a job."""
+        counts = (item for window in self.windows.values() for item in window[-1][1].counts.items())
+        names = {name for (name, _), count in counts if count}
+        return [ModelLoad(model=name, **self._load(name)) for name in sorted(names)]
+
+    def total(self) -> FleetLoad:
+        """Return the figures of all workers."""
+        workers = self.workers()
+        return FleetLoad(
+            up=len(workers),
+            in_flight=sum(it.in_flight for it in workers),
+            limit=sum(it.limit for it in workers),
+            paused=dict(Counter(name for it in workers for name in it.paused)),
+            **self._load(),
         )
 
-    def _worker(self, address: str) -> WorkerFigures:
-        worker = self._workers[address]
-        last = worker.samples[-1][1]
-        return WorkerFigures(
-            address=address,
-            load=_load(worker.rates, worker.buckets, worker.costs),
-            in_flight=round(last.in_flight),
-            limit=round(last.limit),
-            paused=sorted(last.paused),
-        )
-
-    def _errors(self) -> Iterable[WorkerFigures]:
-        return (WorkerFigures(address=it, error=error) for it, error in self._unreachable.items())
+    def _load(self, model: str | None = None) -> dict[str, Any]:
+        return _load([self.windows[it] for it in self.up], self.windows.values(), model)
 
 
-def _load(
-    rates: Mapping[tuple[str, str], float] | None,
-    buckets: Mapping[tuple[str, float], float],
-    costs: Mapping[str, float],
-    only: str | None = None,
-) -> Load:
-    """Return the figures of one model, or of all."""
-
-    def of_model(values: Mapping[tuple[str, Key], float]) -> Mapping[Key, float]:
-        return _sum({key: value} for (model, key), value in values.items() if only in (None, model))
-
-    shares = of_model(buckets)
-    return Load(
-        per_s=None if rates is None else of_model(rates),
-        latencies=Latencies(*(quantile(share, shares) for share in QUANTILES)),
-        cost_usd=sum(value for model, value in costs.items() if only in (None, model)),
+def _worker(address: str, window: Window) -> WorkerLoad:
+    last = window[-1][1]
+    return WorkerLoad(
+        address=address,
+        in_flight=round(last.in_flight),
+        limit=round(last.limit),
+        paused=sorted(last.paused),
+        **_load([window], [window]),
     )
 
 
-def _increase(counts: Iterable[Mapping[Key, float]]) -> Mapping[Key, float]:
-    """Return the increase of each counter; a lower value means a restart, as in Prometheus' `increase`."""
-    increases: dict[Key, float] = {}
-    for before, after in pairwise(counts):
-        for key, value in after.items():
-            old = before.get(key, 0.0)
-            increases[key] = increases.get(key, 0.0) + (value - old if value >= old else value)
-    return increases
-
-
-def _sum(parts: Iterable[Mapping[Key, float]]) -> Mapping[Key, float]:
-    whole: dict[Key, float] = {}
-    for part in parts:
-        for key, value in part.items():
-            whole[key] = whole.get(key, 0.0) + value
-    return whole
+def _load(up: Iterable[Window], seen: Iterable[Window], model: str | None = None) -> dict[str, Any]:
+    """Return the fields of `Load`, of one model or all: rates of workers `up`, costs of those `seen`."""
+    rates: dict[str | float, float] | None = None
+    for window in up:
+        if len(window) > 1:
+            (start, first), (end, last) = window[0], window[-1]
+            rates = defaultdict(float) if rates is None else rates
+            for (of, name), value in last.counts.items():
+                if model in (None, of):
+                    rates[name] += (value - first.counts.get((of, name), 0.0)) / (end - start)
+    buckets = {bound: rate for bound, rate in (rates or {}).items() if isinstance(bound, float)}
+    counts = (item for window in seen for item in window[-1][1].counts.items())
+    return {
+        "per_s": None if rates is None else {name: round(rates[name], 6) for name in COUNTERS},
+        "latency_s": {name: quantile(share, buckets) for name, share in QUANTILES.items()},
+        "cost_usd": sum(value for (of, name), value in counts if name == COST and model in (None, of)),
+    }
 
 
 def quantile(share: float, buckets: Mapping[float, float]) -> float | None:

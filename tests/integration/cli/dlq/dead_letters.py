@@ -15,7 +15,7 @@ from tests.breaking import job
 from tests.integration.cli.running import Cli
 from tests.running import until
 from vqa_worker.rabbitmq.connection import Broker
-from worker.cli.dlq import bulk
+from worker.rabbitmq import bulk
 from worker.rabbitmq.dead_letters import FetchedDeadLetter
 from worker.rabbitmq.topology import Topology, create
 

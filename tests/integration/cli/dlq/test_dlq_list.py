@@ -48,10 +48,8 @@ async def test_an_unknown_id_and_a_malformed_time_are_errors(cli: Cli, queues: Q
         assert ended.code == 2
         assert ended.err_lines[0].startswith(f"Error: Invalid value for '--since': '{time}' is ")
     ended = await cli.run("dlq", "replay", "--rate", "0")
-    assert (ended.code, ended.err_lines[0]) == (
-        2,
-        "Error: Invalid value for '--rate': 0 is not a number of at least 0.02.",
-    )
+    assert ended.code == 2
+    assert ended.err_lines[0].startswith("Error: Invalid value for '--rate': must be greater than")
 
 
 async def test_control_characters_in_messages_are_escaped(cli: Cli, queues: Queues) -> None:

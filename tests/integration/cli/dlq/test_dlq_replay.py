@@ -23,8 +23,7 @@ from tests.integration.cli.running import Cli, ended, kill
 from tests.integration.cli.terminal import Terminal
 from tests.proxy import Proxy
 from tests.running import until
-from worker.cli.dlq import bulk
-from worker.rabbitmq import dead_letters
+from worker.rabbitmq import bulk, dead_letters
 from worker.rabbitmq.dead_letters import FetchedDeadLetter
 
 BASIC_ACK = b"\x00\x3c\x00\x50"

@@ -3,9 +3,9 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError, ConnectionLostError
 from worker.rabbitmq.dead_letters import DeadLetters, FetchedDeadLetter
@@ -51,26 +51,20 @@ async def select(
         DeadLettersError: the queue does not exist, or the user lacks a permission.
         BrokerRefusedError, BrokerUnreachableError: there is no connection to the broker, or it was lost.
     """
+    picked: list[T] = []
+    examined = 0
     try:
         async with DeadLetters.opened(broker, topology, timeout_s) as dead_letters:
-            return await _pick(dead_letters, pick, limit)
+            while limit is None or len(picked) < limit:
+                if (fetched := await dead_letters.next()) is None:
+                    break
+                examined += 1
+                if (found := pick(fetched)) is not None:
+                    picked.append(found)
+            return Selection(dead_letters.total, examined, picked)
     except ConnectionLostError as error:
         text = f"the connection to the broker was lost ({error}); nothing was changed"
         raise BrokerUnreachableError(text) from None
-
-
-async def _pick(
-    dead_letters: DeadLetters, pick: Callable[[FetchedDeadLetter], T | None], limit: int | None
-) -> Selection[T]:
-    picked: list[T] = []
-    examined = 0
-    while limit is None or len(picked) < limit:
-        if (fetched := await dead_letters.next()) is None:
-            break
-        examined += 1
-        if (found := pick(fetched)) is not None:
-            picked.append(found)
-    return Selection(dead_letters.total, examined, picked)
 
 
 async def process(
@@ -90,25 +84,26 @@ async def process(
         DeadLettersError, BrokerRefusedError, BrokerUnreachableError: as `select`. Everything else is still in
             the queue, and at most the last one too, if its ack was lost.
     """
-    pace, is_useful = _Pace(rate), True
+    is_useful = True
     try:
         while wanted.total() and is_useful:
             async with DeadLetters.opened(broker, topology, timeout_s) as dead_letters:
-                is_useful = await _round(dead_letters, wanted, step, pace)
+                is_useful = await _round(dead_letters, wanted, step, 1 / rate if rate else 0.0)
     except ConnectionLostError as error:
         text = f"the connection to the broker was lost ({error}). Run the command again for the rest"
         raise BrokerUnreachableError(text) from None
 
 
-async def _round(dead_letters: DeadLetters, wanted: Counter[str], step: Step, pace: "_Pace") -> bool:
+async def _round(dead_letters: DeadLetters, wanted: Counter[str], step: Step, pause_s: float) -> bool:
     """Read the queue for at most `HOLD_S`; return whether it had a wanted dead letter."""
     ends, is_useful = time.monotonic() + HOLD_S, False
     while wanted.total() and (fetched := await dead_letters.next()) is not None:
         if wanted[fetched.record.name] > 0:
-            await pace.turn()
-            await _finish(_take(dead_letters, fetched, step))
+            await _finish(dead_letters, fetched, step)
             wanted[fetched.record.name] -= 1
             is_useful = True
+            if wanted.total():
+                await asyncio.sleep(pause_s)
         if is_useful and time.monotonic() > ends:
             break
     # Acks are not confirmed: the answer to a later request confirms them.
@@ -116,32 +111,17 @@ async def _round(dead_letters: DeadLetters, wanted: Counter[str], step: Step, pa
     return is_useful
 
 
-async def _take(dead_letters: DeadLetters, fetched: FetchedDeadLetter, step: Step) -> None:
-    await step(dead_letters, fetched)
-    await fetched.ack()
+async def _finish(dead_letters: DeadLetters, fetched: FetchedDeadLetter, step: Step) -> None:
+    """Run the step and ack, also after Ctrl-C; otherwise the job could be on both queues."""
 
+    async def run() -> None:
+        await step(dead_letters, fetched)
+        await fetched.ack()
 
-async def _finish(step: Coroutine[Any, Any, None]) -> None:
-    """Finish the step also after Ctrl-C; otherwise the job could be on both queues."""
-    task = asyncio.create_task(step)
+    task = asyncio.create_task(run())
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait({task}, timeout=LAST_STEP_S)
         task.cancel()
         raise
-
-
-class _Pace:
-    """Limit a rate per second; the first turn is immediate."""
-
-    def __init__(self, rate: float | None) -> None:
-        self._every_s = 1 / rate if rate else 0.0
-        self._next = time.monotonic()
-
-    async def turn(self) -> None:
-        """Wait for the next turn."""
-        wait_s = self._next - time.monotonic()
-        if wait_s > 0:
-            await asyncio.sleep(wait_s)
-        self._next = max(self._next, time.monotonic() - self._every_s) + self._every_s

@@ -1,10 +1,8 @@
-"""`vqa-worker schema`: JSON Schemas of the messages and an AsyncAPI document of the worker.
+"""JSON Schemas of the messages and an AsyncAPI document of the worker.
 
 The schemas come from `Job` and `Result`, the AsyncAPI document from these and the topology.
 """
 
-import json
-from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
@@ -17,23 +15,27 @@ from vqa_worker.messages.result import Result, Usage
 from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER
 from worker import __version__
 from worker.rabbitmq import messages, properties
-from worker.rabbitmq.topology import QueueSpec, Topology
+from worker.rabbitmq.topology import Topology
 from worker.settings import BrokerSettings
 
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 ASYNCAPI: Final = "3.0.0"
 BINDINGS: Final = "0.3.0"
 
+
+def _header(name: str, description: str, kind: str = "string", **more: str) -> dict[str, Any]:
+    return {name: {"type": kind, **more, "description": description}}
+
+
 _TRACE: Final = {
-    properties.TRACEPARENT: {"type": "string", "description": "W3C Trace Context."},
-    properties.TRACESTATE: {"type": "string", "description": "W3C Trace Context."},
+    **_header(properties.TRACEPARENT, "W3C Trace Context."),
+    **_header(properties.TRACESTATE, "W3C Trace Context."),
 }
-_ENQUEUED: Final = {
-    ENQUEUED_HEADER: {
-        "type": "integer",
-        "description": "When the job was published, in Unix milliseconds; set by RabbitMQ's interceptor.",
-    }
-}
+_ENQUEUED: Final = _header(
+    ENQUEUED_HEADER,
+    "When the job was published, in Unix milliseconds; set by RabbitMQ's interceptor.",
+    "integer",
+)
 
 
 class _Generator(GenerateJsonSchema):
@@ -75,7 +77,7 @@ def _schema(model: type[BaseModel], mode: JsonSchemaMode, ref_template: str) -> 
 
 def asyncapi(settings: BrokerSettings) -> dict[str, Any]:
     """Return an AsyncAPI document of the worker with the queue names of the settings."""
-    topology = Topology.from_settings(settings)
+    address = urlsplit(settings.rabbitmq_address)
     return {
         "asyncapi": ASYNCAPI,
         "info": {
@@ -85,72 +87,56 @@ def asyncapi(settings: BrokerSettings) -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
         },
         "defaultContentType": CONTENT_TYPE,
-        "servers": {"rabbitmq": _server(settings)},
-        "channels": _channels(topology, _vhost(settings)),
+        "servers": {
+            "rabbitmq": {"host": address.netloc, "protocol": address.scheme, "protocolVersion": "0.9.1"}
+        },
+        "channels": _channels(Topology.from_settings(settings), unquote(address.path[1:]) or "/"),
         "operations": _operations(),
         "components": {"messages": _messages(), "schemas": _schemas()},
     }
 
 
-def _server(settings: BrokerSettings) -> dict[str, Any]:
-    address = urlsplit(settings.rabbitmq_address)
-    return {"host": address.netloc, "protocol": address.scheme, "protocolVersion": "0.9.1"}
-
-
-def _vhost(settings: BrokerSettings) -> str:
-    return unquote(urlsplit(settings.rabbitmq_address).path[1:]) or "/"
-
-
 def _channels(topology: Topology, vhost: str) -> dict[str, Any]:
     queues = {queue.name: queue for queue in topology.queues()}
 
-    def channel(name: str, message: str, description: str) -> dict[str, Any]:
+    def channel(name: str | None, message: str, description: str) -> dict[str, Any]:
+        ref = {message: {"$ref": f"#/components/messages/{message}"}}
+        return {"address": name, "description": description, "messages": ref}
+
+    def queue(name: str, message: str, description: str) -> dict[str, Any]:
+        about = {"name": name, "durable": True, "exclusive": False, "autoDelete": False, "vhost": vhost}
         return {
-            "address": name,
-            "description": description,
-            "messages": {message: {"$ref": f"#/components/messages/{message}"}},
-            "bindings": {"amqp": _queue(queues[name], vhost)},
+            **channel(name, message, description),
+            "bindings": {"amqp": {"is": "queue", "queue": about, "bindingVersion": BINDINGS}},
             "x-queue-arguments": dict(queues[name].arguments),
         }
 
+    control = {
+        "name": topology.control.name,
+        "type": topology.control.type.value,
+        "durable": True,
+        "autoDelete": False,
+        "vhost": vhost,
+    }
     return {
-        "jobs": channel(topology.jobs, "job", "The jobs queue."),
-        "results": channel(
+        "jobs": queue(topology.jobs, "job", "The jobs queue."),
+        "results": queue(
             topology.results, "result", "The results queue, for jobs without an allowed `reply_to`."
         ),
-        "replies": {
-            "address": None,
-            "description": "The queue in the job's `reply_to`, if `VQA_ALLOWED_REPLY_TO` permits it.",
-            "messages": {"result": {"$ref": "#/components/messages/result"}},
-        },
-        "deadLetters": channel(
+        "replies": channel(
+            None, "result", "The queue in the job's `reply_to`, if `VQA_ALLOWED_REPLY_TO` permits it."
+        ),
+        "deadLetters": queue(
             topology.dead_letters, "deadLetter", "The dead-letter queue: see `vqa-worker dlq list`."
         ),
         "control": {
-            "address": topology.control.name,
-            "description": "Messages to all workers; the routing key is ignored.",
-            "messages": {"cancellation": {"$ref": "#/components/messages/cancellation"}},
-            "bindings": {"amqp": _exchange(topology, vhost)},
+            **channel(
+                topology.control.name,
+                "cancellation",
+                "Messages to all workers; the routing key is ignored.",
+            ),
+            "bindings": {"amqp": {"is": "routingKey", "exchange": control, "bindingVersion": BINDINGS}},
         },
-    }
-
-
-def _queue(queue: QueueSpec, vhost: str) -> dict[str, Any]:
-    flags = {"durable": True, "exclusive": False, "autoDelete": False}
-    return {
-        "is": "queue",
-        "queue": {"name": queue.name, **flags, "vhost": vhost},
-        "bindingVersion": BINDINGS,
-    }
-
-
-def _exchange(topology: Topology, vhost: str) -> dict[str, Any]:
-    exchange = topology.control
-    flags = {"durable": True, "autoDelete": False}
-    return {
-        "is": "routingKey",
-        "exchange": {"name": exchange.name, "type": exchange.type.value, **flags, "vhost": vhost},
-        "bindingVersion": BINDINGS,
     }
 
 
@@ -158,13 +144,11 @@ def _operations() -> dict[str, Any]:
     def operation(action: str, channel: str, summary: str) -> dict[str, Any]:
         return {"action": action, "channel": {"$ref": f"#/channels/{channel}"}, "summary": summary}
 
-    reply = {
-        "address": {
-            "location": "$message.header#/reply_to",
-            "description": "The AMQP property `reply_to`.",
-        },
-        "channel": {"$ref": "#/channels/replies"},
+    address = {
+        "location": "$message.header#/reply_to",
+        "description": "The AMQP property `reply_to`.",
     }
+    reply = {"address": address, "channel": {"$ref": "#/channels/replies"}}
     return {
         "receiveJob": {**operation("receive", "jobs", "Consume a job."), "reply": reply},
         "sendResult": operation("send", "results", "Publish the result of a job."),
@@ -179,64 +163,52 @@ def _messages() -> dict[str, Any]:
         "description": "The AMQP property `correlation_id`; a result has the job's, or the job's id.",
     }
     died = {
-        messages.ERROR_CODE_HEADER: {"type": "string", "description": "The error's code."},
-        messages.ERROR_MESSAGE_HEADER: {"type": "string", "description": "The last error."},
-        properties.ATTEMPTS_HEADER: {"type": "integer", "description": "The number of counted attempts."},
-        properties.DIED_AT_HEADER: {
-            "type": "string",
-            "format": "date-time",
-            "description": "When it was dead-lettered.",
-        },
+        **_header(messages.ERROR_CODE_HEADER, "The error's code."),
+        **_header(messages.ERROR_MESSAGE_HEADER, "The last error."),
+        **_header(properties.ATTEMPTS_HEADER, "The number of counted attempts.", "integer"),
+        **_header(properties.DIED_AT_HEADER, "When it was dead-lettered.", "string", format="date-time"),
     }
-    undeliverable = {
-        messages.UNDELIVERABLE_HEADER: {
-            "type": "string",
-            "description": "The `reply_to` queue that could not take the result; absent otherwise.",
-        }
-    }
-    job = {"payload": {"$ref": "#/components/schemas/Job"}, "correlationId": correlation}
+    undeliverable = _header(
+        messages.UNDELIVERABLE_HEADER,
+        "The `reply_to` queue that could not take the result; absent otherwise.",
+    )
     return {
-        "job": {**job, "title": "Job", "headers": _headers({**_TRACE, **_ENQUEUED})},
+        "job": {
+            "payload": {"$ref": "#/components/schemas/Job"},
+            "correlationId": correlation,
+            "title": "Job",
+            "headers": {"type": "object", "properties": {**_TRACE, **_ENQUEUED}},
+        },
         "deadLetter": {
             "title": "Dead letter",
             "summary": "The unchanged message, with the error in its headers. It may be an invalid job.",
             "correlationId": correlation,
             "payload": {},
-            "headers": _headers({**_TRACE, **_ENQUEUED, **died}),
+            "headers": {"type": "object", "properties": {**_TRACE, **_ENQUEUED, **died}},
         },
         "result": {
             "title": "Result",
             "payload": {"$ref": "#/components/schemas/Result"},
             "correlationId": correlation,
-            "headers": _headers({**_TRACE, **undeliverable}),
+            "headers": {"type": "object", "properties": {**_TRACE, **undeliverable}},
             "bindings": {"amqp": {"messageType": messages.RESULT_TYPE, "bindingVersion": BINDINGS}},
         },
         "cancellation": {"title": "Cancellation", "payload": {"$ref": "#/components/schemas/Cancellation"}},
     }
 
 
-def _headers(properties: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": dict(properties)}
-
-
 def _schemas() -> dict[str, Any]:
-    template = "#/components/schemas/{model}"
-    cancellation = {
-        "type": "object",
-        "properties": {"cancel": {"type": "string", "description": "The id of the job to cancel."}},
-        "required": ["cancel"],
-        "additionalProperties": False,
+    schemas: dict[str, Any] = {
+        "Cancellation": {
+            "type": "object",
+            "properties": {"cancel": {"type": "string", "description": "The id of the job to cancel."}},
+            "required": ["cancel"],
+            "additionalProperties": False,
+        }
     }
-    schemas = {"Cancellation": cancellation}
+    template = "#/components/schemas/{model}"
     for name, schema in (("Job", job_schema(template)), ("Result", result_schema(template))):
         del schema["$schema"]
         schemas |= schema.pop("$defs")
         schemas[name] = schema
     return schemas
-
-
-def show(settings: BrokerSettings, what: str | None, *, compact: bool) -> str:
-    """Return `job`, `result` or `asyncapi` as JSON, or all of them in one object."""
-    objects = {"job": job_schema(), "result": result_schema(), "asyncapi": asyncapi(settings)}
-    document = objects[what] if what else objects
-    return json.dumps(document, ensure_ascii=False, indent=None if compact else 2)
