@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test test-slow bench bench-quick chaos soak image lint words format docs docs-site golden dashboard-preview scale-demo lock ci
+.PHONY: help setup demo stack test test-slow bench bench-quick chaos soak image lint words format docs docs-site golden screenshots dashboard-preview scale-demo lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -109,6 +109,9 @@ docs: $(INSTALLED) ## regenerate pages of docs/, the dashboard, files of deploy/
 # Broken links and anchors are errors. REPOSITORY_URL=https://… links to source files.
 docs-site: $(INSTALLED) ## build the documentation site into .local/site (REPOSITORY_URL=…)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+screenshots: $(INSTALLED) ## draw what commands show on a terminal into docs/screenshots/ (a minute)
+	@$(BIN)/python docs/draw_screenshots.py
 
 dashboard-preview: $(BENCH) ## draw the dashboard with a real load into docs/ (three minutes)
 	@$(BIN)/python -m tests.observability.preview
