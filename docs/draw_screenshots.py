@@ -1,4 +1,4 @@
-"""Draw what commands show on terminals of 80 and 200 columns: `python docs/draw_screenshots.py [--to FOLDER]`.
+"""Draw what commands show on terminals of 80 and 200 columns: `python docs/draw_screenshots.py`.
 
 Runs `submit`, `submissions list`, `top` and `check` in a pseudo-terminal, with two workers, on a local stack.
 """
