@@ -564,7 +564,7 @@ async def test_a_job_is_attempted_as_often_as_configured_and_can_be_replayed(
             correlation_id=f"c-{job_id}",
             reply_to=worker.results_queue,
             timestamp=sent,
-            headers={"x-private": "not kept"},
+            headers={"x-own": "kept"},
         )
         reply = await client.result(job_id)
         (kept,) = await until(
@@ -583,6 +583,7 @@ async def test_a_job_is_attempted_as_often_as_configured_and_can_be_replayed(
     died_at = datetime.fromisoformat(str(kept.headers.pop("vqa-died-at")))
     assert timedelta(0) <= datetime.now(UTC) - died_at < timedelta(minutes=1)
     assert kept.headers == {
+        "x-own": "kept",
         "vqa-error-code": "attempts_exhausted",
         "vqa-error-message": body["error"]["message"],
         "vqa-attempts": 3,
