@@ -116,7 +116,9 @@ def to_svg(terminal: Terminal, command: str, name: str) -> str:
     console = Console(record=True, width=terminal.columns, file=StringIO(), highlight=False)
     console.print(Text(f"$ {command}", style="bold"))
     console.print(terminal.text(), soft_wrap=True)
-    return _FONTS.sub("", console.export_svg(title="vqa-worker", unique_id=name))
+    svg = _FONTS.sub("", console.export_svg(title="vqa-worker", unique_id=name))
+    # Some renderers drop spaces at the beginning of a text otherwise, also no-break spaces.
+    return svg.replace("<svg ", '<svg xml:space="preserve" ', 1)
 
 
 def run(
