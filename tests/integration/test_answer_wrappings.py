@@ -17,7 +17,7 @@ import pytest
 from deploy.local.stack import Stack
 from tests.breaking import events
 from tests.conftest import PutImage, picture
-from tests.running import Client, Worker
+from tests.running import Client, Worker, until
 
 MARK = re.compile(rb"row-[0-9a-f]{32}")
 # The scripted API answers to requests larger than this without reading them.
@@ -151,32 +151,48 @@ async def scene(
             worker.kill()
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        pytest.param(GOOD, id="plain"),
-        pytest.param(stream(delta("A "), delta("cat."), delta(finish_reason="stop"),
-                            {"choices": [], "usage": USAGE}), id="stream"),
-        pytest.param(answer(f": OPENROUTER PROCESSING\n\n{TEXT}"), id="comments"),
-        pytest.param(answer(f"\ufeff{TEXT}"), id="byte order mark"),
-        pytest.param(answer(f"\n\n{TEXT}\n<!-- cached -->\n"), id="text around it"),
-        pytest.param(answer(json.dumps(TEXT)), id="JSON in JSON"),
-        pytest.param(answer(TEXT, kind="text/html"), id="content type"),
-        pytest.param(answer(gzip.compress(TEXT.encode()), "Content-Encoding: gzip"), id="gzip"),
-        pytest.param(answer(TEXT, "Content-Encoding: br"), id="wrong label"),
-        pytest.param(answer(TEXT, f"X-Long: {'v' * 30_000}"), id="long header"),
-        pytest.param(answer(TEXT, *(f"X-{n}: v" for n in range(300))), id="many headers"),
-        pytest.param(answer(completion(error={"code": 400, "message": "a warning"})), id="error field"),
-        pytest.param(answer(completion(usage={name: str(n) for name, n in USAGE.items()})), id="text usage"),
-        pytest.param(answer(completion(usage={name: float(n) for name, n in USAGE.items()})), id="floats"),
-        pytest.param(f"HTTP/1.0 200 OK\r\n\r\n{TEXT}".encode(), id="until the end of the connection"),
-    ],
-)  # fmt: skip
+WRAPPINGS = {
+    "plain": GOOD,
+    "stream": stream(
+        delta("A "), delta("cat."), delta(finish_reason="stop"), {"choices": [], "usage": USAGE}
+    ),
+    "comments": answer(f": OPENROUTER PROCESSING\n\n{TEXT}"),
+    "byte order mark": answer(f"\ufeff{TEXT}"),
+    "text around it": answer(f"\n\n{TEXT}\n<!-- cached -->\n"),
+    "JSON in JSON": answer(json.dumps(TEXT)),
+    "content type": answer(TEXT, kind="text/html"),
+    "gzip": answer(gzip.compress(TEXT.encode()), "Content-Encoding: gzip"),
+    "wrong label": answer(TEXT, "Content-Encoding: br"),
+    "long header": answer(TEXT, f"X-Long: {'v' * 30_000}"),
+    "many headers": answer(TEXT, *(f"X-{n}: v" for n in range(300))),
+    "error field": answer(completion(error={"code": 400, "message": "a warning"})),
+    "text usage": answer(completion(usage={name: str(n) for name, n in USAGE.items()})),
+    "floats": answer(completion(usage={name: float(n) for name, n in USAGE.items()})),
+    "until the end of the connection": f"HTTP/1.0 200 OK\r\n\r\n{TEXT}".encode(),
+}
+
+
+@pytest.mark.parametrize("response", WRAPPINGS.values(), ids=WRAPPINGS)
 async def test_a_good_answer_is_used_and_paid_once(scene: Scene, response: bytes) -> None:
     result, requests = await scene.ask(response)
     assert (result["status"], result["answer"], requests) == ("succeeded", "A cat.", 1), result
     assert (result["usage"], result["attempts"]) == (COUNTED, 1)
     assert (result["provider"], result["answered_model"]) == ("localhost", "m-1")
+
+
+async def test_a_queue_of_wrapped_answers_is_paid_once_each(scene: Scene) -> None:
+    found = await asyncio.gather(*(scene.ask(response) for response in [*WRAPPINGS.values()] * 7))
+    assert len(found) > 100
+    assert {(result["answer"], result["attempts"], requests) for result, requests in found} == {
+        ("A cat.", 1, 1)
+    }
+
+
+async def test_a_queue_of_half_answers_is_requested_again_once_each(scene: Scene) -> None:
+    half = answer({"choices": [HALF], "usage": USAGE})
+    found = await asyncio.gather(*(scene.ask(half, GOOD) for _ in range(6)))
+    assert {(result["answer"], requests) for result, requests in found} == {("A cat.", 2)}
+    await until(lambda: scene.worker.ready()[1]["status"] == "ready", "the worker consumes")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +305,3 @@ async def test_a_substituted_model_is_logged_once(scene: Scene) -> None:
         line for line in events(scene.worker, "model_substituted") if line["answered_model"] == "m-substitute"
     ]
     assert logged["level"] == "warning"
-
-
-async def test_no_wrapping_paused_the_worker(scene: Scene) -> None:
-    assert events(scene.worker, "consumption_paused") == []
