@@ -139,5 +139,6 @@ def test_every_provider_and_store_has_a_recipe() -> None:
         "Cloudflare R2",
         "Google Cloud Storage",
         "MinIO",
+        "Backblaze B2",
         "Ceph RGW",
     ]

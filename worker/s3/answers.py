@@ -65,7 +65,7 @@ class Rule:
         )
 
 
-CHECK_ENDPOINT: Final = "check VQA_S3_ENDPOINT_URL (is it an S3 server, does it need https://?)"
+CHECK_ENDPOINT: Final = "check VQA_S3_ENDPOINT_URL (is it an S3 server, does the port need https?)"
 _MAYBE_MISSING: Final = (
     "check that the worker has the permission s3:GetObject; without s3:ListBucket S3 also answers this for an"
     " object that does not exist"
