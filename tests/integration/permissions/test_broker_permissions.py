@@ -18,7 +18,7 @@ from aio_pika.exceptions import ChannelClosed
 from deploy.local.model_simulator.behavior import Answer, Error, Hang
 from deploy.local.stack import Stack
 from deploy.rabbitmq.rights import KEDA, OPERATOR, PUBLISHER, WORKER
-from tests.breaking import administer, calls_begun, events, job, url_as
+from tests.breaking import administer, calls_begun, events, job, results, said, url_as
 from tests.integration.permissions.realm import PLAIN_FOLDER, STRICT_FOLDER, USERS, VHOST, Realm
 from tests.running import Client, Worker, calls_with, until
 from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError
@@ -115,10 +115,15 @@ async def test_a_job_is_dead_lettered_and_replayed_by_the_operator(scene: Scene)
 
 async def test_a_worker_that_pauses_requeues_its_jobs(scene: Scene) -> None:
     marker = uuid.uuid4().hex
-    scene.stack.model.play(Error(status=401), marker=marker)
+    scene.stack.model.play(Error(status=401), marker=marker, times=None)
     before = len(events(scene.worker, "consumption_resumed"))
-    reply = await scene.client.ask(**job(marker))
-    assert (reply.body["status"], reply.body["attempts"]) == ("succeeded", 1)
+    asked = [job(marker) for _ in range(6)]
+    for it in asked:
+        await scene.client.publish(it)
+    await said(scene.worker, "paused")
+    scene.stack.model.configure(rules=[])
+    replies = await results(scene.client, [it["id"] for it in asked])
+    assert {(reply.body["status"], reply.body["attempts"]) for reply in replies} == {("succeeded", 1)}
     await until(lambda: len(events(scene.worker, "consumption_resumed")) > before, "the pause ends")
 
 
