@@ -251,8 +251,9 @@ class _Run:
                 await sender.run()
         except BaseException:
             if is_new and (state.is_unsent() or sender.is_refused):
-                # No job was published.
-                await delete_replies(state, self._broker, self.screen)
+                # No job was published. The broker is called in another task: this one can be cancelled, and
+                # Python 3.11's TaskGroup marks it as cancelled also when one of its tasks fails.
+                await asyncio.create_task(delete_replies(state, self._broker, self.screen))
                 state.delete()
                 self._state = None
             raise
