@@ -17,7 +17,6 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
-from vqa_worker.messages.job import PromptOrder
 from worker.providers import Profile, load_profile
 from worker.settings.broker import BrokerSettings, secrets
 from worker.settings.faults import shown, variable
@@ -163,7 +162,8 @@ class Settings(BrokerSettings):
     [performance](performance.md) for the memory that a pod needs."""
     max_images_per_job: Count = 16
     """Maximum number of images in a job."""
-    prompt_order: Annotated[PromptOrder, AnyCase] = "images_first"
+    # The job's `PromptOrder`, whose module loads the client: a wrong setting is reported sooner without.
+    prompt_order: Annotated[Literal["images_first", "question_first"], AnyCase] = "images_first"
     """Whether the images or the question come first in the request, for jobs in the short form without
     `prompt_order`. Providers cache common prefixes: use `question_first` if many jobs have the same question,
     `images_first` if many have the same images."""
