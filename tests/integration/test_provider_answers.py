@@ -12,7 +12,7 @@ import pytest
 
 from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
-from tests.breaking import calls_begun, hasty, job, publish, results, said, statuses
+from tests.breaking import calls_begun, events, hasty, job, publish, results, said, statuses
 from tests.running import Client, Worker, calls_with
 
 GOOD = 20
@@ -86,6 +86,30 @@ async def test_refused_jobs_among_good_jobs_stop_nobody(own_stack: Stack, client
     assert statuses(await results(client, fine)) == {"succeeded": GOOD}
     assert statuses(await results(client, refused)) == {"model_rejected": 10}
     assert len(calls_with(own_stack, bad)) == 10
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (error(401, "No auth credentials found", code=401), "attempts_exhausted"),
+        (error(402, "You can only afford 1432 tokens", code=402), "model_rejected"),
+        (error(404, "No endpoints found that support image input", code=404), "model_rejected"),
+        (error(400, "Zwrzl grmpf"), "model_rejected"),
+    ],
+    ids=range(4),
+)
+async def test_what_a_router_refuses_for_a_few_jobs_pauses_nobody(
+    own_stack: Stack, worker: Worker, client: Client, answer: Error, code: str
+) -> None:
+    bad, good = uuid.uuid4().hex, uuid.uuid4().hex
+    pauses = len(events(worker, "consumption_paused"))
+    await results(client, await publish(client, 3, good))
+    own_stack.model.play(answer, marker=bad, times=None)
+    refused = await publish(client, 2, bad)
+    while not all(client.replies.get(it) for it in refused):
+        assert statuses(await results(client, await publish(client, 5, good))) == {"succeeded": 5}
+    assert statuses(await results(client, refused)) == {code: 2}
+    assert len(events(worker, "consumption_paused")) == pauses
 
 
 @pytest.mark.parametrize(

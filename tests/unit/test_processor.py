@@ -908,6 +908,30 @@ async def test_a_short_failure_between_successes_requeues_the_job_without_a_coun
     assert set(scene.detector.outages) == {S3}
 
 
+async def test_a_refusal_by_a_router_while_others_succeed_is_tried_later_without_a_counted_attempt(
+    scene: Scene,
+) -> None:
+    def refusal() -> DependencyDownError:
+        return DependencyDownError(MODEL, "answered 401", may_be_partial=True, may_be_the_jobs=True)
+
+    found = []
+    for _ in range(6):
+        scene.model.deeds = []
+        await scene.process(id="another")
+        scene.model.deeds = [refusal()]
+        outcome = await scene.process(delivery={"counted_attempts": 1})
+        found.append((outcome.delay_s, outcome.attempts) if isinstance(outcome, Retried) else None)
+    assert scene.detector.outages == {}
+    # After several refusals among successes of others it is the job's own: it must end.
+    assert found == [(1, 1)] * 4 + [(5, 2)] * 2
+    # Twice in a row without a success of another job: it concerns all.
+    for id_ in ("b", "b"):
+        scene.model.deeds = [refusal()]
+        outcome = await scene.process(id=id_)
+    assert isinstance(outcome, Requeued)
+    assert set(scene.detector.outages) == {MODEL}
+
+
 async def test_repeated_refusals_of_one_object_are_counted_eventually(scene: Scene) -> None:
     found = []
     for _ in range(6):

@@ -70,11 +70,14 @@ class FailureOutcomes:
         or model, retry without counting.
         """
         diagnosis = self._outage_reports.report_unavailable(attempt.decoded_job_id, error)
+        reason, why = f"{error.dependency}_unavailable", Explanation.loggable(error.message)
+        if diagnosis is Diagnosis.PENDING and error.may_be_the_jobs and error.dependency is Dependency.MODEL:
+            # Others succeed: later, so that their results show whether only this job is refused.
+            return self._uncounted(attempt, reason, why, self._retry.delay_s(1))
         if diagnosis is not Diagnosis.CLEARED:
             return self._stopped_by_outage(attempt, error.model, error.message)
-        reason, why = f"{error.dependency}_unavailable", Explanation.loggable(error.message)
         if error.may_be_partial and not error.may_be_the_jobs:
-            return self._uncounted(attempt, reason, why)
+            return self._uncounted(attempt, reason, why, self._retry.longest_delay_s)
         outcome = self.after_counted_failure(attempt, reason, why)
         if not isinstance(outcome, Retried):
             self._detector.end_job(error.dependency, attempt.decoded_job_id)
@@ -100,8 +103,8 @@ class FailureOutcomes:
             case PastDeadline():
                 return self._past_deadline(attempt, why)
 
-    def _uncounted(self, attempt: Attempt, reason: str, why: Explanation) -> Outcome:
-        match check_deadline(self._retry.longest_delay_s, attempt.deadline, self._clock.now()):
+    def _uncounted(self, attempt: Attempt, reason: str, why: Explanation, delay_s: int) -> Outcome:
+        match check_deadline(delay_s, attempt.deadline, self._clock.now()):
             case RetryAfter(delay_s):
                 return retried_uncounted(attempt, delay_s, reason)
             case PastDeadline():
@@ -115,7 +118,8 @@ class FailureOutcomes:
 
     def _while_model_paused(self, attempt: Attempt, reason: str) -> Outcome:
         """Return the outcome of a job whose model is paused: a later try, so that others take its place."""
-        return self._uncounted(attempt, MODEL_PAUSED, Explanation.loggable(reason))
+        why = Explanation.loggable(reason)
+        return self._uncounted(attempt, MODEL_PAUSED, why, self._retry.longest_delay_s)
 
     def _past_deadline(self, attempt: Attempt, why: Explanation) -> Outcome:
         why = why.after("the deadline comes before the next attempt; the last one failed because ")
