@@ -925,10 +925,8 @@ async def test_a_refusal_by_a_router_while_others_succeed_is_tried_later_without
     # After several refusals among successes of others it is the job's own: it must end.
     assert found == [(1, 1)] * 4 + [(5, 2)] * 2
     # Twice in a row without a success of another job: it concerns all.
-    for id_ in ("b", "b"):
-        scene.model.deeds = [refusal()]
-        outcome = await scene.process(id=id_)
-    assert isinstance(outcome, Requeued)
+    assert isinstance(await scene.process(id="b"), Retried)
+    assert isinstance(await scene.process(id="b"), Requeued)
     assert set(scene.detector.outages) == {MODEL}
 
 
