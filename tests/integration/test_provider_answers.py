@@ -112,6 +112,21 @@ async def test_what_a_router_refuses_for_a_few_jobs_pauses_nobody(
     assert len(events(worker, "consumption_paused")) == pauses
 
 
+async def test_links_that_the_api_cannot_download_in_time_are_tried_again_and_pause_nobody(
+    own_stack: Stack, worker: Worker, client: Client
+) -> None:
+    slow, late = uuid.uuid4().hex, uuid.uuid4().hex
+    pauses = len(events(worker, "consumption_paused"))
+    timeout = error(400, "Timeout while downloading https://slow.example/1.png", code="invalid_image_url")
+    own_stack.model.play(timeout, marker=late)
+    own_stack.model.play(timeout, marker=slow, times=None)
+    once = await client.ask(**job(late, "https://slow.example/1.png"))
+    assert (once.body["status"], once.body["attempts"]) == ("succeeded", 2)
+    ids = await publish(client, 8, slow, image="https://slow.example/1.png")
+    assert statuses(await results(client, ids)) == {"attempts_exhausted": 8}
+    assert len(events(worker, "consumption_paused")) == pauses
+
+
 @pytest.mark.parametrize(
     "answer",
     [
