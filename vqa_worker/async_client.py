@@ -240,7 +240,11 @@ class AsyncClient:
         try:
             async with asyncio.timeout(timeout), self._slots:
                 return await self._ask(job_id, body, answer)
-        except (TimeoutError, asyncio.CancelledError):
+        except TimeoutError:
+            self._cancel_abandoned(job_id)
+            text = f"no result after {timeout:g} s; is a worker consuming from the queue {self._jobs_queue}?"
+            raise TimeoutError(text) from None
+        except asyncio.CancelledError:
             self._cancel_abandoned(job_id)
             raise
         except UnroutableError:

@@ -10,7 +10,11 @@ Returned = TypeVar("Returned")
 def run_coroutine(main: Coroutine[Any, Any, Returned]) -> Returned:
     """Run `main` in a new event loop and return its result."""
     try:
-        import uvloop  # noqa: PLC0415 - `--help` does not load it
-    except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
+        try:
+            import uvloop  # noqa: PLC0415 - `--help` does not load it
+        except ImportError:
+            return asyncio.run(main)
+        return uvloop.run(main)
+    finally:
+        # An interrupted import leaves it unawaited, of which Python would warn.
+        main.close()

@@ -4,6 +4,7 @@ Writes a file with the environment variables that lead to them, and prints a com
 """
 
 import argparse
+import fcntl
 import os
 import shlex
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from deploy.local.external import LOCAL_STACK, without_local_stack
 from deploy.local.sample_images import sample_images
 from deploy.local.stack import Stack
 from deploy.local.terminal import print_status, raise_keyboard_interrupt
@@ -32,9 +34,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, raise_keyboard_interrupt)
     print_status("Starting RabbitMQ, S3 and a model …")
     # RabbitMQ and S3 are always local: the worker must not consume the jobs of a real system.
-    given = {name: value for name, value in os.environ.items() if name.startswith(_MODEL_VARIABLES)}
+    around = without_local_stack(os.environ, print_status)
+    given = {name: value for name, value in around.items() if name.startswith(_MODEL_VARIABLES)}
     try:
         with ExitStack() as running:
+            running.enter_context(_claimed(options.env_file))
             stack = running.enter_context(Stack.start(given, on_progress=print_status))
             variables = {"VQA_ALLOWED_BUCKETS": stack.s3.bucket}
             running.enter_context(_env_file(options.env_file, stack.environment() | variables))
@@ -43,6 +47,7 @@ def main() -> int:
             _print_ready(stack, worker, options.env_file)
             return _wait(stack, worker)
     except KeyboardInterrupt:
+        print_status("Stopped; its data is deleted.")
         return 0
     except RuntimeError as error:
         print_status(str(error))
@@ -62,21 +67,40 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Let no other stack write this file meanwhile.
+
+    Raises:
+        RuntimeError: another one does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            shown = os.path.relpath(path)
+            raise RuntimeError(
+                f"A stack with {shown} is running already: use it (source {shown}), or stop it (Ctrl-C)."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def _env_file(path: Path, environment: Mapping[str, str]) -> Iterator[None]:
     """Write the variables as lines for a shell, readable by their owner only; delete the file at the end."""
     lines = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
+    lines.append(f"export {LOCAL_STACK}=1\n")
     lines.append(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"\n')
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.writelines(lines)
-    written = path.stat()
     try:
         yield
     finally:
-        # Another stack may have replaced it.
-        if path.exists() and path.stat().st_ino == written.st_ino:
-            path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _upload_samples(stack: Stack) -> None:
@@ -102,8 +126,9 @@ def _print_ready(stack: Stack, worker: LocalWorker | None, env_file: Path) -> No
     sample = sample_images()[0]
     path = Path(os.path.relpath(env_file))
     command = f'vqa-worker submit s3://{stack.s3.bucket}/{sample.name} "{sample.question}" --wait'
-    start = "" if worker else "Start a worker in another shell: `source` the file, then `vqa-worker run`.\n"
-    log = f"Worker:   {worker.address}/metrics; log: {worker.log}\n" if worker else ""
+    source = f"source {shlex.quote(str(path))}"
+    start = "" if worker else f"Start a worker in another shell: {source} && vqa-worker run\n"
+    log = f"Worker:   vqa-worker top --worker {worker.address}; log: {worker.log}\n" if worker else ""
     print_status(
         f"\nModel:    {model.models[0]} ({kind})\n"
         f"RabbitMQ: {stack.rabbitmq.management_url} (user and password: guest)\n"
@@ -111,7 +136,7 @@ def _print_ready(stack: Stack, worker: LocalWorker | None, env_file: Path) -> No
         f"{log}"
         f"\nReady; Ctrl-C stops everything and deletes its data. {start}Try it in another shell:\n"
     )
-    print(f"  source {shlex.quote(str(path))} && {command}\n", flush=True)
+    print(f"  {source} && {command}\n", flush=True)
 
 
 def _wait(stack: Stack, worker: LocalWorker | None) -> int:

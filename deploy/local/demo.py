@@ -17,6 +17,7 @@ from pathlib import Path
 
 import aio_pika
 
+from deploy.local.external import without_local_stack
 from deploy.local.sample_jobs import ask, console
 from deploy.local.stack import Stack
 from deploy.local.terminal import raise_keyboard_interrupt
@@ -48,8 +49,12 @@ def main() -> int:
 
 def _run() -> None:
     started = time.monotonic()
+    given = without_local_stack(os.environ, console.print)
     console.print("[bold]Starting[/bold] RabbitMQ, S3 and a model, except those that the environment names")
-    with Stack.start(os.environ, on_progress=lambda line: console.print(f"   {line}")) as stack:
+    for name in ("VQA_RABBITMQ_URL", "VQA_S3_ENDPOINT_URL", "VQA_MODEL_BASE_URL"):
+        if given.get(name):
+            console.print(f"   {name} is set: using it")
+    with Stack.start(given, on_progress=lambda line: console.print(f"   {line}")) as stack:
         if stack.model_api.is_simulated:
             stack.model.configure(latency=SIMULATED_LATENCY_S)
             model = "[bold]simulated[/bold]: it only describes the image file"

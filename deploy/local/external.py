@@ -1,6 +1,6 @@
 """External servers and model APIs that environment variables name: used instead of starting local ones."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import boto3
 from botocore.exceptions import BotoCoreError
@@ -12,6 +12,20 @@ from worker.settings.urls import fallback_key_variable
 
 _DEEPINFRA = "https://api.deepinfra.com/v1/openai"
 _OPENAI = "https://api.openai.com/v1"
+
+
+# Set by the file with a stack's environment variables.
+LOCAL_STACK = "LOCAL_VQA_STACK"
+
+
+def without_local_stack(
+    environment: Mapping[str, str], on_ignored: Callable[[str], None]
+) -> Mapping[str, str]:
+    """Return the environment without the settings of a local stack, if the shell has read its file."""
+    if LOCAL_STACK not in environment:
+        return environment
+    on_ignored("This shell has the settings of a local stack (.local/stack.env): they are ignored here.")
+    return {name: text for name, text in environment.items() if not name.startswith(("VQA_", "AWS_"))}
 
 
 class IncompleteConfigurationError(RuntimeError):

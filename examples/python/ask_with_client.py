@@ -6,7 +6,7 @@ python ask_with_client.py photo.jpg "Which fruit is on the table?"
 import os
 import sys
 
-from vqa_worker import Client, JobFailedError
+from vqa_worker import Client, JobFailedError, NoSuchQueueError
 
 RABBITMQ_URL = os.environ.get("VQA_RABBITMQ_URL", "amqp://guest:guest@localhost:5672/")
 JOBS_QUEUE = os.environ.get("VQA_JOBS_QUEUE", "vqa.jobs")
@@ -15,5 +15,5 @@ image, question = sys.argv[1:]
 with Client(RABBITMQ_URL, jobs_queue=JOBS_QUEUE) as client:
     try:
         print(client.ask(image, question, timeout=60).raise_for_error().answer)
-    except JobFailedError as error:
+    except (JobFailedError, OSError, TimeoutError, NoSuchQueueError) as error:
         sys.exit(str(error))

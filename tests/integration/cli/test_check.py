@@ -13,6 +13,7 @@ from tests.conftest import BUCKET, PutImage, StartWorker
 from tests.integration.cli.running import Cli
 from tests.integration.cli.terminal import Terminal
 from worker.cli.check.api import QUESTION
+from worker.cli.shell import counted
 
 UNKNOWN = "in the environment, is not a setting and is ignored"
 MISSING = (
@@ -95,7 +96,7 @@ async def test_text_output_has_a_mark_per_check_and_a_summary(cli: Cli) -> None:
     assert lines[0] == "✓ settings: valid"
     assert lines[1].startswith("! settings: VQA_SHUTDOWN_GRACE: 3 s are less than")
     count = Counter(line[0] for line in lines)
-    assert ended.err_lines == [f"{count['✓']} ok, {count['!']} warning"]
+    assert ended.err_lines == [f"{count['✓']} ok, {counted(count['!'], 'warning')}"]
     plain = await cli.with_settings(PYTHONIOENCODING="ascii", VQA_SHUTDOWN_GRACE="3").run("check")
     assert plain.out.startswith("[ok] settings: valid\n! settings: ")
     seen = Terminal(cli, "check")

@@ -356,12 +356,12 @@ async def test_a_missing_consumer_is_reported_while_waiting(no_worker_cli: Cli) 
     waiting = no_worker_cli.start("submit", "s3://b/k", "What?", "--wait", "--name", "mine")
     assert waiting.stderr is not None
     line = await asyncio.to_thread(waiting.stderr.readline)
-    assert line.startswith(f"No worker is consuming from the queue {no_worker_cli.jobs_queue}: none runs, or")
+    assert line.startswith(f"No worker is consuming from the queue {no_worker_cli.jobs_queue}. Start one")
     await kill(waiting)
     limited = await no_worker_cli.run("submissions", "collect", "mine", "--wait-timeout", "2")
     assert limited.code == 1
     assert "No worker is consuming from the queue" in limited.err
-    assert "1 results pending after 2 s." in limited.err
+    assert "1 result pending after 2 s." in limited.err
 
 
 async def test_results_are_collected_while_jobs_are_submitted(cli: Cli, stack: Stack) -> None:

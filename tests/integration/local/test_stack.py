@@ -1,6 +1,7 @@
 """The local services start, keep their data, and clean up."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import boto3
 import pytest
 
 from deploy.local import stack as stack_module
+from deploy.local.external import without_local_stack
 from deploy.local.install import Installation
 from deploy.local.processes import ServiceStartError
 from deploy.local.stack import Stack
@@ -113,8 +115,34 @@ def test_the_printed_command_is_answered(ups: dict[signal.Signals, Up]) -> None:
 
 def test_without_a_worker_the_output_says_how_to_start_one(ups: dict[signal.Signals, Up]) -> None:
     output = ups[WITHOUT_WORKER].output
-    assert "`vqa-worker run`" in output
+    assert re.search(r"source \S+ && vqa-worker run\n", output)
     assert "Worker:" not in output
+
+
+def test_a_second_stack_with_the_same_file_is_refused(ups: dict[signal.Signals, Up]) -> None:
+    """It would replace the addresses in it."""
+    up = ups[signal.SIGINT]
+    before = up.env_file.read_text()
+    command = [sys.executable, "-m", "deploy.local", f"--env-file={up.env_file}"]
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    assert second.returncode == 1
+    assert "is running already: use it" in second.stderr
+    assert up.env_file.read_text() == before
+
+
+def test_the_settings_of_another_stack_are_ignored(ups: dict[signal.Signals, Up]) -> None:
+    """A shell keeps them after the stack has ended."""
+    ignored: list[str] = []
+    around = {**ups[signal.SIGINT].environment, "DEEPINFRA_TOKEN": "t"}
+    kept = without_local_stack(around, ignored.append)
+    assert "DEEPINFRA_TOKEN" in kept
+    assert not [name for name in kept if name.startswith(("VQA_", "AWS_"))]
+    assert len(ignored) == 1
+    assert without_local_stack(
+        kept | {"VQA_MODEL": "m"} | {"LOCAL_VQA_STACK": "1"}, ignored.append
+    ) == kept | {"LOCAL_VQA_STACK": "1"}
+    alone = {"VQA_MODEL": "m"}
+    assert without_local_stack(alone, ignored.append) == alone
 
 
 def test_the_file_is_for_its_owner_only(ups: dict[signal.Signals, Up]) -> None:

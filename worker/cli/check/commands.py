@@ -10,7 +10,7 @@ import typer
 
 from worker.cli.check.finding import Finding, failed, ok, warning
 from worker.cli.exit_codes import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
-from worker.cli.shell import Screen, broker_of
+from worker.cli.shell import Screen, broker_of, counted
 
 # A mark and a color for each status.
 _STYLES: Final = {
@@ -49,7 +49,8 @@ async def check(
             code = max(code, EXIT_CONFIG if name == "settings" else EXIT_FAILURE)
         screen.emit({"check": name, "status": status, "message": redact(text)})
         screen.print(f"{_mark(status)} {name}: {redact(text)}")
-    screen.note(", ".join(f"{count[it]} {it}" for it in _STYLES if count[it]))
+    texts = {**{it: f"{count[it]} {it}" for it in _STYLES}, "warning": counted(count["warning"], "warning")}
+    screen.note(", ".join(texts[it] for it in _STYLES if count[it]))
     return code
 
 

@@ -20,7 +20,7 @@ from worker.cli import outputs
 from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.outputs import Stream
 from worker.cli.progress import Bar, show_progress
-from worker.cli.shell import CommandError, Screen
+from worker.cli.shell import CommandError, Screen, counted
 from worker.cli.submit.options import Output
 from worker.cli.submit.results import received
 from worker.cli.submit.sender import JobSender
@@ -30,6 +30,7 @@ from worker.cli.submit.state import Counts, Received, SubmissionState
 DELETE_TIMEOUT_S: Final = 5.0
 # The queue counts as empty after so long without a result.
 QUIET_S: Final = 1.0
+FIRST_CONSUMERS_POLL_S: Final = 0.2
 CONSUMERS_POLL_S: Final = 1.0
 NO_CONSUMER: Final = "waiting: no worker is consuming"
 
@@ -179,15 +180,17 @@ class Collection:
                 watching.cancel()
         except TimeoutError:
             pending = collector.counts.pending
-            self.screen.note(f"{pending:,} results pending after {self.wait_timeout_s:g} s.")
+            self.screen.note(f"{counted(pending, 'result')} pending after {self.wait_timeout_s:g} s.")
 
     async def _watch_consumers(self, collector: Collector) -> None:
         """Report when no worker consumes from the jobs queue."""
         queue, was_reported = self._head["jobs_queue"], False
+        # Results that are there already arrive before.
+        delay_s = FIRST_CONSUMERS_POLL_S
         async with Session(self.broker, "consumers") as session:
             while True:
-                # Results that are there already arrive before.
-                await asyncio.sleep(CONSUMERS_POLL_S)
+                await asyncio.sleep(delay_s)
+                delay_s = CONSUMERS_POLL_S
                 try:
                     count = await session.call(partial(consumer_count, queue=queue))
                 except (QueueMissingError, TopologyError):
@@ -196,8 +199,8 @@ class Collection:
                 if not count and not was_reported:
                     was_reported = True
                     self.screen.note(
-                        f"No worker is consuming from the queue {queue}: none runs, or all are paused; see"
-                        " `vqa-worker top` or /readyz."
+                        f"No worker is consuming from the queue {queue}. Start one (`vqa-worker run`); if one"
+                        " runs, it is paused, and `vqa-worker check` shows why. The jobs wait in the queue."
                     )
 
     def _write(self) -> list[str]:

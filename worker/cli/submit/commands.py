@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -47,7 +47,7 @@ async def submit(screen: Screen, options: Options, output: Output) -> int:
     settings = screen.load(load_command_settings)
     with ExitStack() as stack:
         source = _source(images, question, options, settings, stack)
-        uploads_to = _uploads_to(options.bucket)
+        uploads_to = _uploads_to(options.bucket, settings.allowed_buckets)
         submission = Submission(source, _additions(question, options), uploads_to, options, output)
         return await (estimate if options.dry_run else submit_jobs)(submission, settings, screen)
 
@@ -139,11 +139,17 @@ def _matches(name: str, match: str | None) -> bool:
     return fnmatchcase(name, match) if match else name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _uploads_to(bucket: str | None) -> str | None:
-    """Return the URL of the bucket and prefix for uploads."""
+def _uploads_to(bucket: str | None, allowed: Sequence[str]) -> str | None:
+    """Return the URL of the bucket and prefix for uploads.
+
+    Raises:
+        UsageError: the settings do not allow this bucket.
+    """
     if bucket is None:
         return None
     name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    if allowed and not any(fnmatchcase(name, glob) for glob in allowed):
+        raise UsageError(f"--bucket: {name} is not among VQA_ALLOWED_BUCKETS ({', '.join(allowed)}).")
     return f"s3://{name}/{prefix.rstrip('/') or UPLOAD_PREFIX}/"
 
 

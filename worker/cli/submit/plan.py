@@ -135,12 +135,17 @@ class Planner:
             raise ValueError(f"{image}: an image must be s3://bucket/key, https://…, data:… or a local file")
         path = (folder / image).absolute()
         if self._uploads_to is None:
-            is_file = path.is_file()
-            text = "is a local file; use --bucket to upload it" if is_file else "no such file (and not a URL)"
-            raise ValueError(f"{image}: {text}")
+            if not path.is_file():
+                raise ValueError(f"{image}: no such file (and not a URL)")
+            raise ValueError(f"{image}: is a local file; use --bucket to upload it{self._known_bucket()}")
         url = f"{self._uploads_to}{self._key(path)}"
         self.plan.uploads[url] = path
         return url
+
+    def _known_bucket(self) -> str:
+        """Return the option for the only bucket that workers may use, if the settings name one."""
+        buckets = self._settings.allowed_buckets
+        return f" (--bucket {buckets[0]})" if len(buckets) == 1 and "*" not in buckets[0] else ""
 
     def _id(self, key: str | None) -> str:
         """Return the id of a job without one: the same each time the same jobs are submitted."""

@@ -46,11 +46,14 @@ async def top(
         vqa-worker top --once --json | jq .queues.jobs
 
     Queue depths come from RabbitMQ, everything else from the workers' metrics: rates, latencies and tokens
-    cover the last 30 seconds, the cost is since the workers' start. Without --worker only queue depths are
-    shown. Press q or Ctrl-C to quit. Without a terminal, the figures are printed in each interval.
+    cover the last 30 seconds (with --once the time between two readings), the cost is since the workers'
+    start. Without --worker only queue depths are shown. Press q or Ctrl-C to quit. Without a terminal, the
+    figures are printed in each interval.
     """
     from worker.cli.top import render
 
+    if not worker:
+        screen.note("Add --worker HOST:PORT for rates, latencies, cost and the state of workers.")
     async with AsyncExitStack() as stack:
         figures = _figures(screen, worker or [], stack)
         if not (screen.as_json or once) and sys.stdin.isatty() and sys.stdout.isatty():
@@ -108,8 +111,10 @@ async def _figures(screen: Screen, workers: list[str], stack: AsyncExitStack) ->
 def _depths(topology: "Topology", found: "Mapping[str, Found | None]") -> dict[str, int | None]:
     jobs = found[topology.jobs]
     if jobs is None:
-        text = "does not exist, or the user has no permission to see it. Check VQA_JOBS_QUEUE."
-        raise CommandError(f"the queue {topology.jobs} {text}")
+        raise CommandError(
+            f"the queue {topology.jobs} does not exist, or the user has no permission to see it. Start a worker,"
+            " or check VQA_JOBS_QUEUE."
+        )
     count = {name: it.messages for name, it in found.items() if it}
     retries = [count[it] for delay_s in topology.retry_delays_s if (it := topology.retry(delay_s)) in count]
     return {
