@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from worker.settings.broker import BrokerSettings
 from worker.settings.model import AllowedModels, Price, Settings
 from worker.settings.urls import HttpUrl
-from worker.settings.values import AnyCase, Buckets, Count, JsonObject, Printable
+from worker.settings.values import AnyCase, CommaList, Count, JsonObject, Printable
 
 _DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
 
@@ -17,7 +17,7 @@ class CommandSettings(BrokerSettings):
     s3_addressing_style: Annotated[Literal["auto", "path", "virtual"], AnyCase] = _DEFAULTS[
         "s3_addressing_style"
     ]
-    allowed_buckets: Buckets = _DEFAULTS["allowed_buckets"]
+    allowed_buckets: CommaList = ()
     model: Printable = _DEFAULTS["model"]
     allowed_models: AllowedModels = _DEFAULTS["allowed_models"]
     prices: Annotated[dict[str, Price], JsonObject] = _DEFAULTS["prices"]

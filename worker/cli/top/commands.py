@@ -52,8 +52,6 @@ async def top(
     """
     from worker.cli.top import render
 
-    if not worker:
-        screen.note("Add --worker HOST:PORT for rates, latencies, cost and the state of workers.")
     async with AsyncExitStack() as stack:
         figures = _figures(screen, worker or [], stack)
         if not (screen.as_json or once) and sys.stdin.isatty() and sys.stdout.isatty():
@@ -63,6 +61,8 @@ async def top(
             if found.has_rates:
                 screen.emit(render.in_json(found))
                 screen.print(render.text(found))
+                if once and not worker:
+                    screen.note("Add --worker HOST:PORT for rates, latencies, cost and the state of workers.")
                 if once:
                     return
             await asyncio.sleep(interval)
@@ -112,8 +112,8 @@ def _depths(topology: "Topology", found: "Mapping[str, Found | None]") -> dict[s
     jobs = found[topology.jobs]
     if jobs is None:
         raise CommandError(
-            f"the queue {topology.jobs} does not exist, or the user has no permission to see it. Start a worker,"
-            " or check VQA_JOBS_QUEUE."
+            f"the queue {topology.jobs} does not exist, or the user has no permission to see it. Start a"
+            " worker, or check VQA_JOBS_QUEUE."
         )
     count = {name: it.messages for name, it in found.items() if it}
     retries = [count[it] for delay_s in topology.retry_delays_s if (it := topology.retry(delay_s)) in count]
