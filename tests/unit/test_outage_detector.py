@@ -41,6 +41,12 @@ def refused() -> TransientError:
     return TransientError(MODEL, "http_403", "it is forbidden", refused=True)
 
 
+def rejected() -> TransientError:
+    error = TransientError(MODEL, "http_400", "it is invalid", refused=True)
+    error.is_likely_the_jobs = True
+    return error
+
+
 def unavailable(dependency: Dependency = MODEL, reason: str = "the key is wrong") -> DependencyDownError:
     return DependencyDownError(dependency, reason)
 
@@ -150,6 +156,23 @@ TABLE = [
     ),
     pytest.param([DOWN], DUPLICATE, OUTAGE, id="duplicate, during an outage"),
     pytest.param(OTHERS_FAIL, DUPLICATE, PENDING, id="duplicate"),
+    pytest.param([], rejected(), CLEARED, id="rejection, the first"),
+    pytest.param(
+        [Observed(90, job, rejected()) for job in jobs(2)],
+        rejected(),
+        CLEARED,
+        id="rejection, three in a row",
+    ),
+    pytest.param(
+        [Observed(90, job, rejected()) for job in jobs(3)], rejected(), OUTAGE, id="rejection, four in a row"
+    ),
+    pytest.param(
+        [*(Observed(89, job, rejected()) for job in jobs(3)), SUCCESS],
+        rejected(),
+        CLEARED,
+        id="rejection, not in a row",
+    ),
+    pytest.param([DOWN], rejected(), OUTAGE, id="rejection, during an outage"),
     pytest.param([], refused(), PENDING, id="refusal, the first"),
     pytest.param([SUCCESS], refused(), PENDING, id="refusal, the first, after a success"),
     pytest.param(

@@ -553,7 +553,7 @@ def expiring_in(seconds: float) -> dict[str, Any]:
     return {"expires_at": datetime.now(UTC) + timedelta(seconds=seconds)}
 
 
-@pytest.mark.parametrize("deadline", [None, in_(1000)])
+@pytest.mark.parametrize("deadline", [None, in_(1000)], ids=["no deadline", "a later deadline"])
 async def test_an_expired_message_fails_without_a_call(scene: Scene, deadline: str | None) -> None:
     code, message = refusal(await scene.process(deadline=deadline, delivery=expiring_in(-1)))
     assert code is ErrorCode.DEADLINE_EXCEEDED

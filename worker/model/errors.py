@@ -22,6 +22,8 @@ MAX_OPERATOR_CHARS: Final = 300
 _BEFORE_SENDING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
 # Routers pass on what the provider of one model answers: while other jobs succeed, only one may be concerned.
 _OF_ROUTERS: Final = frozenset({400, 401, 402, 403, 404, 410, 412, 422})
+# They say that the request is wrong, as gateways do for a wrong key too.
+_REJECTIONS: Final = frozenset({400, 413, 422})
 _WRONG_PATH: Final = frozenset({301, 302, 307, 308, 404, 405})
 _NO_ADVICE: Final = "check VQA_MODEL_BASE_URL and VQA_MODEL_API_KEY"
 _URL: Final = re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s\"'<>)\]]+|\bdata:[^\s\"'<>]+", re.IGNORECASE)
@@ -80,6 +82,7 @@ def translate_answer(
         model=model if found.category is Category.MODEL_JOB else "",
         is_duplicate=found.isolated,
     )
+    error.is_likely_the_jobs = found.category is Category.UNKNOWN and status in _REJECTIONS
     error.cause = operator_message(answered, said, profile)
     return error
 

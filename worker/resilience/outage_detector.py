@@ -28,6 +28,9 @@ RECENT_SUCCESS_S = 60.0
 # An outage is a relapse if it began shortly after the last one ended, before this many requests succeeded.
 RELAPSE_S = 5.0
 SUCCESSES_TO_RECOVER = 3
+# So many jobs in a row may be rejected with an answer that no rule knows; more of them are an outage, because
+# the answer can be due to a setting, and must not fail the whole queue.
+MAX_REJECTED_IN_A_ROW = 3
 # An API that says that it is overloaded is down if nothing succeeds for so long.
 OVERLOAD_S = 5.0
 # So many probes of a job may be answered 500 in one outage. After them the job itself is the likely cause and
@@ -111,6 +114,7 @@ class _State:
         exhausted: those of them that have no retry left.
         records: each job's failures, the latest last.
         counted: attempts that are restored if the failures turn out to be an outage.
+        rejected: the distinct jobs that were rejected in a row with an answer that no rule knows.
         overloaded_since: the first answer that the API is overloaded, since the last success.
         probe_at, probe_interval_s: when a paused model is tried next, and how long after the last time.
     """
@@ -124,6 +128,7 @@ class _State:
     exhausted: set[str] = field(default_factory=set)
     records: OrderedDict[str, _JobRecord] = field(default_factory=OrderedDict)
     counted: OrderedDict[str, _CountedAttempts] = field(default_factory=OrderedDict)
+    rejected: set[str] = field(default_factory=set)
     overloaded_since: float | None = None
     probe_at: float = _NEVER
     probe_interval_s: float = FIRST_MODEL_PROBE_S
@@ -143,6 +148,8 @@ class OutageDetector:
     | any failure | a duplicate of another job's failure | pending |
     | overloaded | nothing succeeded for 5 s, and no request begun before is running | outage |
     | overloaded | otherwise | pending |
+    | rejection | 3 distinct jobs in a row at most | cleared |
+    | rejection | otherwise | outage |
     | refusal | a request begun after this job's first refusal succeeded, and no other job fails | cleared |
     | transient error | more than 3 failures after another job's success | cleared |
     | unavailable | the same, and the last such success is after the job's last failure | cleared |
@@ -151,8 +158,9 @@ class OutageDetector:
     | unavailable | may be isolated (see below) | pending |
     | unavailable | otherwise | outage |
 
-    Refusal: a 403, or an answer that no rule knows. A failure that concerns one of several models is
-    diagnosed among the results of this model, and its outage pauses this model only.
+    Rejection: a 400, 413 or 422 that no rule knows. Refusal: a 403, or any other answer that no rule knows. A
+    failure that concerns one of several models is diagnosed among the results of this model, and its outage
+    pauses this model only.
 
     In a row: without a success in between. With more than 12 slots in use, one job for each 4 of them must
     fail; if some of the failing jobs have no retry left, two more. May be isolated: may concern one bucket or
@@ -223,17 +231,12 @@ class OutageDetector:
         state = self._state(dependency, result.model)
         if result.is_duplicate:
             return Diagnosis.OUTAGE if state.outage else Diagnosis.PENDING
-        if isinstance(result, TransientError) and result.refused and _is_refused_alone(state, job, now):
-            return Diagnosis.CLEARED
-        others_succeeded = _record_failure(state, job, now)
-        if state.outage:
-            return _diagnose_probe(state.records[job], state.outage, result)
-        is_bad_job = state.records[job].failures_despite_successes > MAX_FAILURES_DESPITE_SUCCESSES
-        if isinstance(result, TransientError):
-            return Diagnosis.CLEARED if is_bad_job else self._transient(state, job, result, now)
-        if is_bad_job and others_succeeded:
-            return Diagnosis.CLEARED
-        return self._unavailable(state, job, result, now)
+        if isinstance(result, TransientError) and result.refused:
+            if result.is_likely_the_jobs and not state.outage:
+                return self._rejected(state, job, result, now)
+            if _is_refused_alone(state, job, now):
+                return Diagnosis.CLEARED
+        return self._failed(state, job, result, now)
 
     def diagnosis(self, dependency: Dependency, failed_at: float, model: str = "") -> Diagnosis:
         """Return what is known by now about a failure at `failed_at`."""
@@ -275,6 +278,7 @@ class OutageDetector:
             return Diagnosis.OUTAGE
         state.failing.clear()
         state.exhausted.clear()
+        state.rejected.clear()
         state.overloaded_since = None
         state.succeeded_at = now
         state.last_success_started_at = max(state.last_success_started_at, started)
@@ -295,6 +299,26 @@ class OutageDetector:
         if now - state.overloaded_since < OVERLOAD_S or self._oldest_request() < state.overloaded_since:
             return Diagnosis.PENDING
         return self._begin_outage(state, f"nothing succeeded for {OVERLOAD_S:g} s: {error.message}", now)
+
+    def _failed(
+        self, state: _State, job: str, result: TransientError | DependencyDownError, now: float
+    ) -> Diagnosis:
+        others_succeeded = _record_failure(state, job, now)
+        if state.outage:
+            return _diagnose_probe(state.records[job], state.outage, result)
+        is_bad_job = state.records[job].failures_despite_successes > MAX_FAILURES_DESPITE_SUCCESSES
+        if isinstance(result, TransientError):
+            return Diagnosis.CLEARED if is_bad_job else self._transient(state, job, result, now)
+        if is_bad_job and others_succeeded:
+            return Diagnosis.CLEARED
+        return self._unavailable(state, job, result, now)
+
+    def _rejected(self, state: _State, job: str, error: TransientError, now: float) -> Diagnosis:
+        state.rejected.add(job)
+        if len(state.rejected) <= MAX_REJECTED_IN_A_ROW:
+            return Diagnosis.CLEARED
+        count = len(state.rejected)
+        return self._begin_outage(state, f"{count} different jobs in a row were rejected: {error.cause}", now)
 
     def _transient(self, state: _State, job: str, error: TransientError, now: float) -> Diagnosis:
         state.failing.add(job)
