@@ -121,3 +121,20 @@ async def test_a_malformed_answer_is_bought_twice_and_not_five_times(
     assert statuses(await results(client, ids)) == {"attempts_exhausted": 1}
     assert len(calls_with(own_stack, bad)) == 2
     assert statuses(await results(client, await publish(client, 3, good))) == {"succeeded": 3}
+
+
+async def test_a_rejection_that_no_rule_knows_fails_three_jobs_and_then_pauses(
+    own_stack: Stack, start_own_worker: StartWorker, own_client_of: MakeClient
+) -> None:
+    """As with a gateway that answers 400 because of an account: three jobs fail, and not the queue."""
+    marker = uuid.uuid4().hex
+    worker = await start_own_worker(VQA_MAX_CONCURRENCY="1")
+    client = await own_client_of(worker)
+    unknown = Error(status=400, body={"error": {"message": "Zwrzl grmpf", "type": "grmpf"}})
+    own_stack.model.play(unknown, marker=marker, times=None)
+    ids = await publish(client, 30, marker)
+    _, (reason,) = await said(worker, "paused")
+    assert "4 different jobs in a row were rejected" in reason
+    assert "Zwrzl grmpf" in reason
+    own_stack.model.configure(rules=[])
+    assert statuses(await results(client, ids)) == {"model_rejected": 3, "succeeded": 27}

@@ -657,8 +657,7 @@ async def half_an_image(scene: EarlyApiScene) -> AsyncIterator[None]:
 
 EARLY: dict[int, dict[str, Any]] = {
     413: {"code": "model_rejected", "attempts": 1, "words": "the API answered 413: too much"},
-    # No rule knows these words, so it may be everybody's.
-    422: {"code": None, "attempts": 2},
+    422: {"code": "model_rejected", "attempts": 1, "words": "the API answered 422: too much"},
     401: {"code": None, "attempts": 1},
     429: {"code": None, "attempts": 1},
     500: {"code": None, "attempts": 2},

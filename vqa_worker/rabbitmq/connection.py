@@ -212,6 +212,7 @@ async def channel_lost(channel: AbstractChannel) -> "asyncio.Future[str]":
     Cancel it when it is no longer needed.
     """
     lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    why = ["the channel was closed"]
 
     def resolve(reason: str) -> None:
         if not lost.done():
@@ -219,8 +220,9 @@ async def channel_lost(channel: AbstractChannel) -> "asyncio.Future[str]":
 
     underlay = await channel.get_underlay_channel()
     underlay.on_consumer_cancel_callbacks.add(lambda _: resolve(CONSUMER_CANCELLED))
+    channel.close_callbacks.add(lambda _, error: why.extend([explain(error)] if error else []))
     closed = asyncio.ensure_future(channel.closed())
-    closed.add_done_callback(lambda _: resolve("the channel was closed"))
+    closed.add_done_callback(lambda _: resolve(why[-1]))
     lost.add_done_callback(lambda _: closed.cancel())
     return lost
 
