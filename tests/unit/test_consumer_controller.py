@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from structlog.testing import CapturingLogger
 
 from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import a_delivery, cancel_all, turns_of_the_loop
-from worker.errors import Dependency, DependencyDownError, RateLimitedError, TransientError
+from worker.errors import HTTP_500, Dependency, DependencyDownError, RateLimitedError, TransientError
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome, Requeued, Retried
 from worker.resilience import consumer_controller
@@ -315,6 +316,14 @@ async def test_a_probe_whose_job_does_not_use_the_dependency_is_followed_at_once
     await worker.down()
     await worker.clock.advance(2 * FIRST_PROBE_DELAY_S)
     assert len(worker.started) == 13
+
+
+async def test_a_probe_that_is_answered_500_is_not_followed_at_once(worker: Worker) -> None:
+    """Its attempt may count, but the outage lasts."""
+    worker.outcome = replace(RETRIED, reason=HTTP_500)
+    await worker.down()
+    await worker.clock.advance(2 * FIRST_PROBE_DELAY_S)
+    assert len(worker.started) == 1
 
 
 async def test_a_probe_whose_job_is_left_to_the_broker_is_not_followed_at_once(worker: Worker) -> None:

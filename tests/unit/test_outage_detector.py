@@ -16,6 +16,7 @@ from worker.resilience.outage_detector import (
     FREE_PROBES,
     MAX_FAILURES_DESPITE_SUCCESSES,
     MAX_MODEL_PROBE_S,
+    MAX_OVERLOADS_DESPITE_SUCCESSES,
     RECENT_SUCCESS_S,
     RELAPSE_S,
     REMEMBERED_JOBS,
@@ -273,6 +274,16 @@ def test_an_overload_is_no_outage_while_a_request_begun_before_runs() -> None:
     assert detector.outages[MODEL].reason == "nothing succeeded for 5 s: it says 503"
 
 
+def test_a_job_for_which_the_api_is_always_overloaded_is_cleared_while_others_succeed() -> None:
+    detector = Detector()
+    found = []
+    for n in range(MAX_OVERLOADS_DESPITE_SUCCESSES + 2):
+        detector.succeed(n, n + 0.1)
+        found.append(detector.observe(MODEL, "job", OVERLOADED, n + 0.2))
+        assert detector.observe(MODEL, f"another {n}", OVERLOADED, n + 0.2) is PENDING
+    assert found == [PENDING] * MAX_OVERLOADS_DESPITE_SUCCESSES + [CLEARED, PENDING]
+
+
 # One of several models
 
 
@@ -296,6 +307,16 @@ def test_an_outage_of_one_of_several_models_pauses_only_this_model() -> None:
     detector.observe(MODEL, "another", Success(4.0, "m"), 5.0)
     assert detector.paused_models == {}
     assert detector.may_request("m", 5.0)
+
+
+def test_a_first_failure_of_a_model_after_its_successes_may_concern_one_job() -> None:
+    detector = several_models()
+    detector.observe(MODEL, "another", Success(0.0, "m"), 1.0)
+    refusal = DependencyDownError(MODEL, "no such model", model="m", may_be_partial=True)
+    assert detector.observe(MODEL, "job", refusal, 2.0) is PENDING
+    assert detector.paused_models == {}
+    assert detector.observe(MODEL, "job", refusal, 3.0) is OUTAGE
+    assert detector.next_probe_s("m", 3.5) == 0.5
 
 
 def test_an_outage_of_the_only_model_is_one_of_the_api() -> None:

@@ -1075,13 +1075,14 @@ async def test_an_outage_of_one_model_delays_its_jobs_without_a_counted_attempt(
 async def test_jobs_of_a_paused_model_wait_without_a_request_or_a_counted_attempt() -> None:
     scene = Scene(has_several_models=True)
     scene.model.deeds = [DependencyDownError(MODEL, "it is missing", model="usual"), ANSWER]
-    paused = Retried(job_id="job-1", model="usual", delay_s=5, attempts=1, reason="model_paused")
+    # After the shortest delay that lasts until the next probe.
+    paused = Retried(job_id="job-1", model="usual", delay_s=1, attempts=1, reason="model_paused")
     for _ in range(3):
         assert await scene.process(delivery={"counted_attempts": 1}) == paused
     assert len(scene.model.asked) == 1
     assert isinstance(await scene.process(id="another", model="other"), Succeeded)
     assert (scene.detector.outages, set(scene.detector.paused_models)) == ({}, {"usual"})
-    late = await scene.process(deadline=in_(3))
+    late = await scene.process(deadline=in_(0.5))
     assert refusal(late)[0] is ErrorCode.DEADLINE_EXCEEDED
     assert await scene.is_free()
 

@@ -119,7 +119,10 @@ class FailureOutcomes:
     def _while_model_paused(self, attempt: Attempt, reason: str) -> Outcome:
         """Return the outcome of a job whose model is paused: a later try, so that others take its place."""
         why = Explanation.loggable(reason)
-        return self._uncounted(attempt, MODEL_PAUSED, why, self._retry.longest_delay_s)
+        until_probe_s = self._detector.next_probe_s(attempt.model, self._clock.monotonic())
+        enough_s = [delay_s for delay_s in self._retry.delays_s if delay_s >= until_probe_s]
+        delay_s = min(enough_s, default=self._retry.longest_delay_s)
+        return self._uncounted(attempt, MODEL_PAUSED, why, delay_s)
 
     def _past_deadline(self, attempt: Attempt, why: Explanation) -> Outcome:
         why = why.after("the deadline comes before the next attempt; the last one failed because ")

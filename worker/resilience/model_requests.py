@@ -7,7 +7,7 @@ from typing import Protocol
 from vqa_worker.messages.conversation import ImageRef
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import Clock
-from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError
+from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.images.memory_budget import Reservation
 from worker.images.source import ImageSource
 from worker.jobs.attempt import Attempt
@@ -119,8 +119,13 @@ class ModelRequests:
 
         Raises:
             DependencyDownError: it has been overloaded for so long that it is down.
+            TransientError: it says so of this job only.
         """
         if not error.is_overloaded:
             self._outage_reports.report_success(Dependency.MODEL, job, started)
-        elif self._outage_reports.report_overload(job, error) is Diagnosis.OUTAGE:
-            raise DependencyDownError(Dependency.MODEL, error.message) from None
+            return
+        match self._outage_reports.report_overload(job, error):
+            case Diagnosis.OUTAGE:
+                raise DependencyDownError(Dependency.MODEL, error.message) from None
+            case Diagnosis.CLEARED:
+                raise TransientError(Dependency.MODEL, "http_5xx", error.message) from None

@@ -33,6 +33,8 @@ SUCCESSES_TO_RECOVER = 3
 MAX_REJECTED_IN_A_ROW = 3
 # An API that says that it is overloaded is down if nothing succeeds for so long.
 OVERLOAD_S = 5.0
+# A job that gets this answer so often, although others succeed, is the likely cause: its attempt counts.
+MAX_OVERLOADS_DESPITE_SUCCESSES = 20
 # So many probes of a job may be answered 500 in one outage. After them the job itself is the likely cause and
 # its attempts count: a job must not be probed for ever.
 FREE_PROBES = 3
@@ -83,12 +85,16 @@ class _JobRecord:
         last_failed_at: the time of the last failure.
         failures_despite_successes: failures after another job's success.
         refused_at: the time of the first refusal.
+        overloaded_at, overloads: when the API last said that it is overloaded, and how often although others
+            had succeeded since the time before.
         outage_since, probes: the last outage in which it was answered 500, and how often.
     """
 
     last_failed_at: float
     failures_despite_successes: int = 0
     refused_at: float | None = None
+    overloaded_at: float = _NEVER
+    overloads: int = 0
     outage_since: float = _NEVER
     probes: int = 0
 
@@ -146,6 +152,7 @@ class OutageDetector:
     | 500 | an outage lasts, and more than 3 probes of this job were answered 500 in it | cleared |
     | any failure | an outage lasts | outage |
     | any failure | a duplicate of another job's failure | pending |
+    | overloaded | 21 times for this job, each time after another success | cleared |
     | overloaded | nothing succeeded for 5 s, and no request begun before is running | outage |
     | overloaded | otherwise | pending |
     | rejection | 3 distinct jobs in a row at most | cleared |
@@ -222,12 +229,16 @@ class OutageDetector:
         state.probe_at = now + state.probe_interval_s
         return True
 
+    def next_probe_s(self, model: str, now: float) -> float:
+        """Return the seconds until the next probe of a paused model."""
+        return max(0.0, self._state(Dependency.MODEL, model).probe_at - now)
+
     def observe(self, dependency: Dependency, job: str, result: RequestResult, now: float) -> Diagnosis:
         """Record the result of a job's request, and return the diagnosis: see the table above."""
         if isinstance(result, Success):
             return self._succeeded(dependency, result, now)
         if isinstance(result, RateLimitedError):
-            return self._overloaded(dependency, result, now)
+            return self._overloaded(dependency, job, result, now)
         state = self._state(dependency, result.model)
         if result.is_duplicate:
             return Diagnosis.OUTAGE if state.outage else Diagnosis.PENDING
@@ -269,8 +280,8 @@ class OutageDetector:
         return self._models.setdefault(one, _State()) if one else self._states[dependency]
 
     def _succeeded(self, dependency: Dependency, success: Success, now: float) -> Diagnosis:
-        if success.model in self._models:
-            self._record_success(self._models[success.model], success.started, now)
+        if self.one_model(success.model):
+            self._record_success(self._state(dependency, success.model), success.started, now)
         return self._record_success(self._states[dependency], success.started, now)
 
     def _record_success(self, state: _State, started: float, now: float) -> Diagnosis:
@@ -290,10 +301,16 @@ class OutageDetector:
             self._outages_changed()
         return Diagnosis.CLEARED
 
-    def _overloaded(self, dependency: Dependency, error: RateLimitedError, now: float) -> Diagnosis:
+    def _overloaded(self, dependency: Dependency, job: str, error: RateLimitedError, now: float) -> Diagnosis:
         state = self._states[dependency]
         if state.outage:
             return Diagnosis.OUTAGE
+        record = _record_of(state, job, now)
+        record.overloads += state.succeeded_at > record.overloaded_at
+        record.overloaded_at = now
+        if record.overloads > MAX_OVERLOADS_DESPITE_SUCCESSES:
+            record.overloads = 0
+            return Diagnosis.CLEARED
         if state.overloaded_since is None:
             state.overloaded_since = now
         if now - state.overloaded_since < OVERLOAD_S or self._oldest_request() < state.overloaded_since:
