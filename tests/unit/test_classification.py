@@ -3,6 +3,8 @@
 import base64
 import json
 import random
+import re
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from tests.running import ROOT
 from worker.model.classification import Classification, classify
 from worker.model.retry_hints import MAX_RETRY_AFTER_S
+from worker.providers import GENERIC as GENERIC_NAME
 from worker.providers import Category, load_profile, provider_names
 
 NOW = 1_900_000_000.0
@@ -264,6 +267,9 @@ def test_the_quoted_request_is_not_among_the_words() -> None:
         ({"RateLimit": '"default";r=0;t=5'}, 5.0),
         ({"RateLimit": '"default";r=3;t=5'}, None),
         ({"RateLimit-Reset": "5"}, 5.0),
+        ({"RateLimit-Limit": "5000", "RateLimit-Remaining": "0", "RateLimit-Reset": "3"}, 3.0),
+        ({"RateLimit-Limit": "5000", "RateLimit-Remaining": "7", "RateLimit-Reset": "3"}, None),
+        ({"RateLimit-Limit": "5000", "RateLimit-Remaining": "0", "RateLimit-Policy": "5000;w=3600"}, None),
         # The limit that is used up counts; of several, the longest.
         ({"x-ratelimit-reset-requests": "1s", "x-ratelimit-remaining-requests": "0",
           "x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "90"}, 1.0),
@@ -331,3 +337,64 @@ def test_any_header_is_a_hint_or_none(value: str, name: str) -> None:
 def test_a_huge_answer_is_read_quickly_and_bounded(provider: str) -> None:
     for text in ("a" * 5_000_000, "model " * 100_000, '{"error": ' * 100_000, "not image " * 100_000):
         assert len(found(400, text.encode(), provider).said) <= 4000
+
+
+# One classification runs in the event loop; all other requests wait for it.
+MAX_CPU_S = 0.05
+
+
+def _literals(pattern: str) -> set[str]:
+    """Return the words of a pattern."""
+    return set(re.findall(r"[a-z]{3,}", re.sub(r"\\[a-zA-Z]", " ", pattern)))
+
+
+def _cpu_s(status: int, body: bytes, provider: str) -> float:
+    """Return the least of three times, in seconds: other processes run too."""
+    times = []
+    for _ in range(3):
+        begin = time.thread_time()
+        found(status, body, provider)
+        times.append(time.thread_time() - begin)
+        if times[-1] < MAX_CPU_S:
+            break
+    return min(times)
+
+
+@pytest.mark.parametrize("provider", provider_names())
+def test_repeated_words_of_a_pattern_are_classified_quickly(provider: str) -> None:
+    common = () if provider == GENERIC_NAME else load_profile(GENERIC_NAME).rules
+    own = [rule for rule in load_profile(provider).rules if rule not in common]
+    words = {word for rule in own for pattern in rule.words for word in _literals(pattern)}
+    slow = [
+        (status, text[:20], seconds)
+        for status in (400, 429, 500)
+        for word in sorted(words)
+        for text in (word * (3900 // len(word)), f"{word} " * (3900 // len(word)))
+        if (seconds := _cpu_s(status, json.dumps(error(f"Invalid: {text}")).encode(), provider)) > MAX_CPU_S
+    ]
+    assert not slow
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<title>",
+        "<h1 ",
+        "<script>",
+        "<",
+        "<html",
+        "{",
+        '"',
+        "'",
+        "1s",
+        "9",
+        " 'a",
+        "again ",
+        "base64,",
+        "\n",
+        "a" * 499 + " ",
+    ],
+)
+def test_a_repeated_text_is_read_quickly(text: str) -> None:
+    assert _cpu_s(500, (f"<html>{text}" + text * (900_000 // len(text))).encode(), "generic") < 10 * MAX_CPU_S
+    assert _cpu_s(500, json.dumps(error(text * (190_000 // len(text)))).encode(), "generic") < 10 * MAX_CPU_S

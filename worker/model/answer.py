@@ -250,7 +250,7 @@ def _text_of(content: object) -> str | None:
 
 def _is_reasoning(part: Mapping[str, Any]) -> bool:
     # Gemini docs, Thinking: `thought` marks a summary of the reasoning.
-    return part.get("thought") is True or part.get("type") in _REASONING_PARTS
+    return part.get("thought") is True or str(part.get("type")) in _REASONING_PARTS
 
 
 def _is_plain(response: Mapping[str, Any], choice: Mapping[str, Any], message: Mapping[str, Any]) -> bool:

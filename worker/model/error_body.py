@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
 
-# Sentences are matched and shown up to this length; some APIs quote the whole request.
+# Sentences are shown up to this length; some APIs quote the whole request.
 MAX_CHARS: Final = 4000
+# They are matched up to this length, in the event loop: the patterns take about 10 ms for it.
+MAX_MATCHED_CHARS: Final = 1000
+MAX_FOUND_SENTENCES: Final = 20
+MAX_CODE_CHARS: Final = 200
 MAX_JSON_BYTES: Final = 1_000_000
 MAX_DEPTH: Final = 8
 MAX_VALUES: Final = 500
@@ -34,13 +38,13 @@ _QUOTED: Final = frozenset(
 )
 # Where validation libraries (pydantic 1 and 2) quote the input in the text of an error.
 _QUOTE: Final = re.compile(r"""[,;]?\s?(?:["'](?:input|messages)["']\s?:|\binput_value=|\bmessages = \[).*""")
-_DATA: Final = re.compile(r"(?<=base64,)[A-Za-z0-9+/=_-]{100,}|[A-Za-z0-9+/=_-]{500,}")
+_DATA: Final = re.compile(r"(?<=base64,)[A-Za-z0-9+/=_-]{100,}|(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/=_-]{500,}")
 _ERROR_CLASS: Final = re.compile(r"\b[A-Z][A-Za-z]{3,40}(?:Error|Exception)\b")
 _TITLE: Final = re.compile(r"<(title|h1)\b[^>]{0,200}>(.{1,400}?)</\1", re.IGNORECASE | re.DOTALL)
 _HTML: Final = re.compile(r"<(!doctype|html|body|head)\b", re.IGNORECASE)
 _SCRIPT: Final = re.compile(r"<(script|style)\b[^>]*>.*?</\1>", re.IGNORECASE | re.DOTALL)
 _EVENT: Final = re.compile(r"(?:(?:event|id|retry|):[^\n]*\n){0,4}data:([^\n]*)")
-_TAG: Final = re.compile(r"<[^>]{0,400}>")
+_TAG: Final = re.compile(r"<[^<>]{0,400}>")
 _STATUS: Final = re.compile(r"[45]\d\d", re.ASCII)
 _NOT_WORD: Final = re.compile(r"[^a-z0-9]+")
 
@@ -64,7 +68,7 @@ class ErrorBody:
     @property
     def words(self) -> str:
         """All sentences, bounded; for patterns."""
-        return "\n".join(self.sentences)[:MAX_CHARS]
+        return "\n".join(self.sentences)[:MAX_MATCHED_CHARS]
 
     def said(self, status: int) -> str:
         """Return the API's own words for a person; without any, the name of the status."""
@@ -86,7 +90,7 @@ def parse_error_body(body: bytes) -> ErrorBody:
         found.sentences.append(page)
     elif text and text != "null":
         _collect(text, found)
-    found.codes = list(dict.fromkeys(filter(None, map(_plain, found.codes))))
+    found.codes = list(dict.fromkeys(filter(None, (_plain(code[:MAX_CODE_CHARS]) for code in found.codes))))
     return found
 
 
@@ -113,8 +117,8 @@ def _json(text: str) -> Any:
 
 def _page(text: str) -> str:
     """Return the title of an HTML page, or else the start of its text; empty if it is not HTML."""
-    title = _TITLE.search(text)
-    if not title and not _HTML.search(text):
+    title = _TITLE.search(text, 0, MAX_PAGE_CHARS)
+    if not title and not _HTML.search(text, 0, MAX_PAGE_CHARS):
         return ""
     words = html.unescape(_TAG.sub(" ", title[2] if title else _SCRIPT.sub(" ", text[:MAX_PAGE_CHARS])))
     return f"{' '.join(words.split())[:MAX_TITLE_CHARS]} (an HTML page)".lstrip()
@@ -182,7 +186,8 @@ def _add_sentence(text: str, found: ErrorBody) -> None:
     found.codes += _ERROR_CLASS.findall(text[:MAX_CHARS])
     text = _DATA.sub(_without_data, text[:MAX_QUOTED_CHARS])
     text = _QUOTE.sub("", " ".join(text.split()))[:MAX_CHARS]
-    if text and not any(text in sentence for sentence in found.sentences):
+    is_room = len(found.sentences) < MAX_FOUND_SENTENCES
+    if text and is_room and not any(text in sentence for sentence in found.sentences):
         found.sentences.append(text)
 
 

@@ -20,7 +20,7 @@ _MAX_DEPTH: Final = 4
 _LINE_END: Final = re.compile(r"\r\n|\n|\r")
 _DATA: Final = "data:"
 # OpenAI API reference, Chat Completions, Streaming: the last event.
-_STREAM_END: Final = re.compile(r"(^|[\r\n])\s*data:\s*\[DONE\]")
+_STREAM_END: Final = re.compile(r"(?:^|[\r\n])[^\S\r\n]*data:\s*\[DONE\]")
 
 
 def _finite_float(text: str) -> float | None:
