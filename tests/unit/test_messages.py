@@ -16,10 +16,11 @@ from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.result import Result, Usage
 from vqa_worker.rabbitmq.outgoing import OutgoingMessage
 from worker.jobs.delivery import Delivery
-from worker.jobs.outcome import DeadLettered, Retried
+from worker.jobs.outcome import DeadLettered, Requeued, Retried
 from worker.rabbitmq import messages
 
 RETRIED = Retried(job_id="j", model="m", delay_s=1, attempts=3, reason="timeout")
+REQUEUED = Requeued(job_id="j", model="m", reason="paused")
 
 SENT = datetime(2030, 1, 1, tzinfo=UTC)
 TRACE = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "x=1"}
@@ -57,7 +58,7 @@ FULL: dict[str, Any] = {
 def copies_of(delivery: Delivery) -> list[OutgoingMessage]:
     return [
         messages.retry_copy(delivery, "q", RETRIED),
-        messages.requeued_copy(delivery, "q"),
+        messages.requeued_copy(delivery, "q", REQUEUED),
         messages.dead_letter(delivery, "q", DIED),
     ]
 
@@ -162,7 +163,7 @@ def test_a_requeued_job_has_the_counts_from_before_this_delivery(
     attempts: int, deliveries: int, expected: dict[str, int]
 ) -> None:
     delivery = a_delivery(counted_attempts=attempts, deliveries=deliveries)
-    headers = own_headers(messages.requeued_copy(delivery, "q"))
+    headers = own_headers(messages.requeued_copy(delivery, "q", REQUEUED))
     assert headers.pop("vqa-copy")
     assert headers == expected
 
@@ -196,7 +197,7 @@ def test_a_requeued_job_has_fewer_attempts_if_an_outage_caused_some(
     restored_attempts: int, left: int | None
 ) -> None:
     delivery = a_delivery(counted_attempts=3)
-    copy = messages.requeued_copy(delivery, "q", restored_attempts)
+    copy = messages.requeued_copy(delivery, "q", replace(REQUEUED, restored_attempts=restored_attempts))
     assert copy.headers.get("vqa-attempts") == left
 
 
@@ -204,7 +205,7 @@ def test_a_requeued_job_has_fewer_attempts_if_an_outage_caused_some(
 def test_requeueing_any_number_of_times_keeps_the_counts(attempts: int, deliveries: int, times: int) -> None:
     delivery = a_delivery(b"{}", counted_attempts=attempts, deliveries=deliveries)
     for _ in range(times):
-        again = wired(messages.requeued_copy(delivery, "q"))
+        again = wired(messages.requeued_copy(delivery, "q", REQUEUED))
         assert (again.counted_attempts, again.deliveries) == (attempts, deliveries)
         assert again.key != delivery.key
         delivery = again
@@ -264,7 +265,9 @@ def test_the_expiry_stays_the_same_in_all_copies(times: int, *, retried: bool) -
     delivery = a_delivery(expires_at=datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1))
     for _ in range(times):
         copy = (
-            messages.retry_copy(delivery, "q", RETRIED) if retried else messages.requeued_copy(delivery, "q")
+            messages.retry_copy(delivery, "q", RETRIED)
+            if retried
+            else messages.requeued_copy(delivery, "q", REQUEUED)
         )
         assert wired(copy).expires_at == delivery.expires_at
         delivery = wired(copy)
@@ -336,7 +339,7 @@ def test_headers_that_would_not_fit_are_not_copied(headers: dict[str, Any]) -> N
     delivery = delivered({"headers": pamqp.encode.field_table({**headers, "vqa-attempts": 2})})
     for copy in copies_of(delivery):
         assert set(copy.headers) <= WORKERS
-    assert messages.requeued_copy(delivery, "q").headers["vqa-attempts"] == 2
+    assert messages.requeued_copy(delivery, "q", REQUEUED).headers["vqa-attempts"] == 2
 
 
 def test_a_header_that_cannot_be_encoded_again_is_left_out() -> None:
@@ -352,7 +355,7 @@ def test_copies_carry_the_usage_of_unusable_answers() -> None:
     for copy, expected in (
         (messages.retry_copy(a_delivery(), "q", RETRIED), None),
         (messages.retry_copy(a_delivery(), "q", replace(RETRIED, unusable=usage)), usage),
-        (messages.requeued_copy(a_delivery(unusable=usage), "q"), usage),
+        (messages.requeued_copy(a_delivery(), "q", replace(REQUEUED, unusable=usage)), usage),
         (messages.replayed(a_delivery(unusable=usage), "q"), None),
     ):
         assert wired(copy).unusable == expected
@@ -368,7 +371,7 @@ def test_copies_carry_the_number_of_malformed_answers() -> None:
     for copy, expected in (
         (messages.retry_copy(a_delivery(), "q", RETRIED), 0),
         (messages.retry_copy(a_delivery(), "q", replace(RETRIED, malformed_answers=1)), 1),
-        (messages.requeued_copy(a_delivery(malformed_answers=1), "q"), 1),
+        (messages.requeued_copy(a_delivery(), "q", replace(REQUEUED, malformed_answers=1)), 1),
         (messages.replayed(a_delivery(malformed_answers=1), "q"), 0),
     ):
         assert wired(copy).malformed_answers == expected

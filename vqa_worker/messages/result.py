@@ -88,7 +88,9 @@ class Result(_Part):
         default=None, description="Why the answer ended, as reported by the model API."
     )
     usage: Usage | None = Field(
-        default=None, description="Present if the model API reported it, also on failure."
+        default=None,
+        description="Present if the model API reported it, also on failure. The sum of all answers to the"
+        " job, those that could not be used included.",
     )
     timings: Timings = Timings()
     attempts: int = Field(default=1, ge=1, description="Number of attempts, this one included.")

@@ -30,6 +30,7 @@ class Attempt:
         stage: the current stage; `stage_started_at`: when it began.
         seconds: time spent in each stage before the current one; `observed`: the part that is in the metrics.
         unusable: usage of the model's answers that could not be used, of all attempts, if it was reported.
+        has_bought_malformed: whether this attempt's answer cannot be read, and the API reported its usage.
         answer: the model's answer. From then on the request is billed, and the answer must not be lost.
     """
 
@@ -49,6 +50,7 @@ class Attempt:
     seconds: dict[Stage, float] = field(default_factory=dict)
     observed: dict[Stage, float] = field(default_factory=dict)
     unusable: Usage | None = None
+    has_bought_malformed: bool = False
     answer: Answer | None = None
 
     @classmethod
@@ -68,6 +70,11 @@ class Attempt:
     def number(self) -> int:
         """The number of this attempt: counted attempts so far, plus one."""
         return self.counted_before - self.restored_attempts + 1
+
+    @property
+    def billed_malformed(self) -> int:
+        """How many answers that cannot be read were billed so far, this attempt's included."""
+        return self.malformed_before + self.has_bought_malformed
 
     @property
     def model(self) -> str:

@@ -83,12 +83,15 @@ class Requeued(_Outcome):
 
     Attributes:
         restored_attempts: earlier attempts that an outage caused and that no longer count.
+        malformed_answers, unusable: as in `Retried`, this attempt's included if its answer was billed.
     """
 
     name: ClassVar[str] = "requeued"
 
     reason: str
     restored_attempts: int = 0
+    malformed_answers: int = 0
+    unusable: Usage | None = None
 
 
 Outcome = Succeeded | Failed | DeadLettered | Retried | Requeued

@@ -6,7 +6,7 @@ from typing import Any
 
 from vqa_worker.messages.decoding import InvalidJobError
 from vqa_worker.messages.error_codes import ErrorCode
-from vqa_worker.messages.result import JobFailure, Result, Timings
+from vqa_worker.messages.result import JobFailure, Result, Timings, Usage
 from worker.clock import Clock
 from worker.errors import MALFORMED_RESPONSE, Explanation
 from worker.jobs.attempt import Attempt, Stage
@@ -33,7 +33,7 @@ class OutcomeBuilder:
         """Return Succeeded, or Failed for an empty answer: it is billed, so there is no other attempt."""
         billed: dict[str, Any] = {
             "finish_reason": answer.finish_reason,
-            "usage": answer.usage,
+            "usage": _total(attempt.unusable, answer.usage),
             "response": answer.response if self.include_response or not answer.is_plain else None,
             "provider": answer.provider,
             "answered_model": answer.answered_model,
@@ -119,7 +119,7 @@ def retried_uncounted(attempt: Attempt, delay_s: int, reason: str) -> Outcome:
         delay_s=delay_s,
         attempts=attempt.number - 1,
         reason=reason,
-        malformed_answers=attempt.malformed_before,
+        malformed_answers=attempt.billed_malformed,
         unusable=attempt.unusable,
     )
 
@@ -131,7 +131,14 @@ def requeued(attempt: Attempt, reason: str) -> Requeued:
         model=attempt.model,
         reason=reason,
         restored_attempts=attempt.restored_attempts,
+        malformed_answers=attempt.billed_malformed,
+        unusable=attempt.unusable,
     )
+
+
+def _total(unusable: Usage | None, usage: Usage | None) -> Usage | None:
+    """Return what was billed for the job: also for its earlier answers, which could not be used."""
+    return unusable + usage if unusable is not None and usage is not None else usage or unusable
 
 
 def _seconds(attempt: Attempt, stage: Stage, now: float) -> float | None:

@@ -15,7 +15,7 @@ from pamqp.common import FieldValue
 from vqa_worker.messages.result import Result
 from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER, MAX_SHORT_BYTES, OutgoingMessage
 from worker.jobs.delivery import Delivery
-from worker.jobs.outcome import DeadLettered, Retried
+from worker.jobs.outcome import DeadLettered, Requeued, Retried
 from worker.rabbitmq import properties
 
 APP_ID = "vqa-worker"
@@ -68,25 +68,18 @@ def retry_copy(delivery: Delivery, queue: str, outcome: Retried) -> OutgoingMess
     """Build the copy of the job for a retry queue; its deliveries count from zero."""
     headers = _expires_at(delivery)
     headers |= {properties.COPY_HEADER: uuid.uuid4().hex, properties.ATTEMPTS_HEADER: outcome.attempts}
-    if outcome.malformed_answers:
-        headers[properties.MALFORMED_HEADER] = outcome.malformed_answers
-    if outcome.unusable is not None:
-        headers[properties.UNUSABLE_HEADER] = outcome.unusable.model_dump_json()
+    headers |= _bought(outcome)
     return _expiring(delivery, _copy(delivery, queue, headers))
 
 
-def requeued_copy(delivery: Delivery, queue: str, restored_attempts: int = 0) -> OutgoingMessage:
-    """Build the copy of a requeued job: this delivery and `restored_attempts` do not count.
+def requeued_copy(delivery: Delivery, queue: str, outcome: Requeued) -> OutgoingMessage:
+    """Build the copy of a requeued job: this delivery and the restored attempts do not count.
 
     Not a nack, because RabbitMQ before 4.3 counts that towards the delivery limit.
     """
-    headers = _expires_at(delivery) | {properties.COPY_HEADER: uuid.uuid4().hex}
-    if delivery.counted_attempts > restored_attempts:
-        headers[properties.ATTEMPTS_HEADER] = delivery.counted_attempts - restored_attempts
-    if delivery.malformed_answers:
-        headers[properties.MALFORMED_HEADER] = delivery.malformed_answers
-    if delivery.unusable is not None:
-        headers[properties.UNUSABLE_HEADER] = delivery.unusable.model_dump_json()
+    headers = _expires_at(delivery) | {properties.COPY_HEADER: uuid.uuid4().hex} | _bought(outcome)
+    if delivery.counted_attempts > outcome.restored_attempts:
+        headers[properties.ATTEMPTS_HEADER] = delivery.counted_attempts - outcome.restored_attempts
     if delivery.deliveries > 1:
         headers[properties.DELIVERIES_HEADER] = delivery.deliveries - 1
     return _expiring(delivery, _copy(delivery, queue, headers))
@@ -143,6 +136,16 @@ def _copy(delivery: Delivery, queue: str, headers: Mapping[str, FieldValue]) -> 
     # aio-pika gives every message an id. The header marks one that is not the publisher's: the replay of a
     # dead letter without an id must not add one that its publisher does not know.
     return replace(copy, headers={**copy.headers, properties.COPY_HEADER: copy.message_id})
+
+
+def _bought(outcome: Retried | Requeued) -> dict[str, FieldValue]:
+    """Return the headers for the answers that were billed and cannot be used."""
+    headers: dict[str, FieldValue] = {}
+    if outcome.malformed_answers:
+        headers[properties.MALFORMED_HEADER] = outcome.malformed_answers
+    if outcome.unusable is not None:
+        headers[properties.UNUSABLE_HEADER] = outcome.unusable.model_dump_json()
+    return headers
 
 
 def _expires_at(delivery: Delivery) -> dict[str, FieldValue]:

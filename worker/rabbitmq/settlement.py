@@ -95,9 +95,9 @@ class Settlement:
                 return await self._dead_letter(delivery, outcome)
             case Retried(delay_s=delay_s):
                 copy = messages.retry_copy(delivery, self._topology.retry(delay_s), outcome)
-            case Requeued(restored_attempts=restored_attempts):
+            case Requeued():
                 await delivery.wait_until_requeue_is_safe()
-                copy = messages.requeued_copy(delivery, self._topology.jobs, restored_attempts)
+                copy = messages.requeued_copy(delivery, self._topology.jobs, outcome)
             case _:
                 assert_never(outcome)
         return await self._publish_copy(copy, delivery)
