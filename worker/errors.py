@@ -140,14 +140,17 @@ class TransientError(_ExplainedError):
 
     def duplicate(self) -> "TransientError":
         """Return the same error for another job."""
-        return TransientError(
+        copy = TransientError(
             self.dependency,
             self.reason,
             self.message,
             log_message=self.log_message,
+            refused=self.refused,
             model=self.model,
             is_duplicate=True,
         )
+        copy.is_likely_the_jobs, copy.cause = self.is_likely_the_jobs, self.cause
+        return copy
 
 
 class RateLimitedError(Exception):
@@ -158,6 +161,7 @@ class RateLimitedError(Exception):
         message: what the API said, for an operator; redacted.
         is_overloaded: it said that it is overloaded (503, 529), not that this account is limited (429). If
             nothing succeeds for a while, it is down.
+        concerns_tier: only the service tier of the request has no capacity.
     """
 
     def __init__(
@@ -171,6 +175,7 @@ class RateLimitedError(Exception):
         self.retry_after_s = retry_after_s
         self.message = message
         self.is_overloaded = is_overloaded
+        self.concerns_tier = False
 
 
 class DependencyDownError(Exception):

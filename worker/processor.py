@@ -9,7 +9,14 @@ from vqa_worker.messages.decoding import InvalidJobError
 from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.result import Usage
 from worker.clock import Clock
-from worker.errors import DependencyDownError, Explanation, JobError, RateLimitedError, TransientError
+from worker.errors import (
+    MALFORMED_RESPONSE,
+    DependencyDownError,
+    Explanation,
+    JobError,
+    RateLimitedError,
+    TransientError,
+)
 from worker.jobs.attempt import Attempt, observe_stages
 from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.delivery import Delivery
@@ -85,6 +92,7 @@ class Processor:
             return self._failures.after_unavailable(attempt, error)
         except TransientError as error:
             self._record_unusable(attempt, error.usage)
+            attempt.has_bought_malformed = error.reason == MALFORMED_RESPONSE and error.usage is not None
             failure = error.without_traceback()
         except MemoryError:
             raise
@@ -114,9 +122,9 @@ class Processor:
                     if isinstance(answer, Answer):
                         return await self._admission.store(grant, answer)
                     # Rate-limited: release slot and memory, wait, send the request again.
-                    request = answer
                     observe_stages(attempt, self._deps.clock.monotonic())
-                    await self._admission.readmit(grant)
+                    await self._admission.readmit(grant, is_new=answer is not request)
+                    request = answer
         except asyncio.CancelledError:
             if attempt.answer is None:
                 raise
@@ -132,8 +140,7 @@ class Processor:
             try:
                 answer = attempt.answer = await self._requests.send(request, attempt, images)
             except RateLimitedError as error:
-                if request.fallback is not None:
-                    # Only its tier has no capacity.
+                if error.concerns_tier and request.fallback is not None:
                     return request.fallback
                 grant.slot.rate_limited(error)
                 return request

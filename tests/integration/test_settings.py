@@ -777,6 +777,18 @@ def test_a_job_timeout_shorter_than_a_call_is_a_warning() -> None:
     assert the_warning(load(job_timeout="60")).startswith("VQA_JOB_TIMEOUT: 60 s")
 
 
+@pytest.mark.parametrize(("job_timeout", "is_warned"), [("600", True), ("660", False)])
+def test_a_job_timeout_shorter_than_the_tier_flex_is_a_warning(job_timeout: str, *, is_warned: bool) -> None:
+    settings = load(provider="deepinfra", flex_fallback="true", job_timeout=job_timeout)
+    assert load(provider="deepinfra", job_timeout=job_timeout).warnings() == []
+    if not is_warned:
+        assert settings.warnings() == []
+        return
+    line = the_warning(settings)
+    assert line.startswith("VQA_JOB_TIMEOUT: 600 s are less than a request in the tier `flex` may take at ")
+    assert "(660 s)" in line
+
+
 def test_checking_presigned_urls_without_link_delivery_is_a_warning() -> None:
     assert the_warning(load(check_linked_images="true")).startswith("VQA_CHECK_LINKED_IMAGES: ")
     assert "VQA_IMAGE_DELIVERY=link" in the_warning(load(check_linked_images="true"))

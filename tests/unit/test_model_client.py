@@ -519,6 +519,72 @@ async def test_an_error_in_a_200_may_say_when_to_try_again(api: Api, model: Mode
     assert error.retry_after_s == 7
 
 
+BOUGHT = {"choices": [{"message": {"content": "half"}, "finish_reason": "error"}], "usage": USAGE}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {**BOUGHT, "error": {"code": 429, "message": "Rate limit reached"}},
+        {**BOUGHT, "error": {"code": 503, "message": "no capacity"}},
+        {**BOUGHT, "error": {"code": 529, "type": "overloaded_error", "message": "Overloaded"}},
+        {**BOUGHT, "error": {"message": "Overloaded"}},
+        {**BOUGHT, "error": {"code": 402, "message": "Insufficient credits"}},
+        {**BOUGHT, "error": {"code": 404, "message": "The model `m` does not exist"}},
+        {**BOUGHT, "error": {"code": 502, "message": "bad gateway"}},
+        # No text, but the API says that it generated some.
+        {"choices": [], "error": {"code": 503, "message": "Overloaded"}, "usage": USAGE},
+    ],
+)
+async def test_a_part_of_an_answer_is_a_malformed_one_whatever_the_error(
+    api: Api, model: Model, body: dict[str, Any]
+) -> None:
+    """It is billed: as a rate limit, it would be bought without end."""
+    api.says = response(body=body, Retry_After="1")
+    unclear = ambiguous()
+    error = await fault(model)
+    assert isinstance(error, TransientError)
+    assert (error.reason, ambiguous()) == ("malformed_response", unclear + 1)
+    assert error.usage == Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7, cost_usd=0.5)
+    assert body["error"]["message"] in error.message
+    assert body["error"]["message"] not in error.log_message
+
+
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": 3, "completion_tokens": 0}])
+async def test_an_error_without_any_answer_is_no_malformed_one(api: Api, model: Model, usage: Any) -> None:
+    api.says = response(body={"error": {"code": 429, "message": "busy"}, "usage": usage})
+    assert isinstance(await fault(model), RateLimitedError)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "tier", "expected"),
+    [
+        # OpenAI's, Groq's and DeepInfra's answers when the tier is busy.
+        (429, {"code": "resource_unavailable", "type": "rate_limit_error", "message": "Busy"}, "flex", True),
+        (498, {"code": "capacity_exceeded", "message": "Flex tier capacity exceeded"}, "flex", True),
+        (429, {"message": "Model busy, retry later"}, "flex", True),
+        (503, {"message": "Service overloaded"}, "flex", True),
+        (503, {}, "flex", True),
+        (200, {"code": 503, "message": "Overloaded"}, "flex", True),
+        (503, {"message": "Service overloaded"}, None, False),
+        # Those when the account has reached its limit.
+        (429, {"code": "rate_limit_exceeded", "message": "Slow down"}, "flex", False),
+        (429, {"message": "Rate limit reached for m on tokens per min (TPM): Limit 1"}, "flex", False),
+        (429, {"message": "Too Many Requests"}, "flex", False),
+        (429, {"message": "You exceeded your concurrency limit of 200 requests"}, "flex", False),
+        (200, {"code": 429, "message": "Rate limit reached"}, "flex", False),
+    ],
+)
+async def test_a_limit_concerns_the_tier_unless_it_is_the_account_s(
+    api: Api, model: Model, status: int, error: Any, tier: str | None, *, expected: bool
+) -> None:
+    api.says = response(status, {"error": error})
+    body = RequestBody(body_parts("m", MESSAGES, {}), [], service_tier=tier)
+    with pytest.raises(RateLimitedError) as caught:
+        await model.complete("m", body, time_left_s=30)
+    assert caught.value.concerns_tier is expected
+
+
 @pytest.mark.parametrize(("tier", "is_in_time"), [("flex", True), ("priority", False), (None, False)])
 async def test_a_request_may_take_as_long_as_its_tier(
     api: Api, tier: str | None, *, is_in_time: bool

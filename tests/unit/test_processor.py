@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import CapturingLogger
 
+from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import JOB, a_delivery, turns_of_the_loop
 from vqa_worker.messages.conversation import ImageRef
 from vqa_worker.messages.error_codes import ErrorCode
@@ -181,11 +182,12 @@ class Scene:
         job_timeout_s: float = JOB_TIMEOUT_S,
         retry: RetryPolicy = RETRY,
         has_several_models: bool = False,
+        clock: Clock | None = None,
         **rules: Any,
     ) -> None:
         self.images = Images()
         self.model = Model()
-        clock = Clock()
+        clock = clock or Clock()
         self.limiter = ConcurrencyLimiter(limit, initial=limit, clock=clock)
         self.detector = OutageDetector(
             lambda: self.limiter.slots_in_use,
@@ -389,7 +391,30 @@ async def test_the_usage_of_all_unusable_answers_is_in_the_failed_result(scene: 
     scene.model.deeds = [ANSWER]
     outcome = await scene.process(delivery=earlier)
     assert isinstance(outcome, Succeeded)
-    assert outcome.result.usage == ANSWER.usage
+    assert ANSWER.usage is not None
+    assert outcome.result.usage == USAGE + ANSWER.usage
+    scene.model.deeds = [replace(ANSWER, text=None)]
+    outcome = await scene.process(delivery=earlier)
+    assert isinstance(outcome, Failed)
+    assert (outcome.code, outcome.result.usage) == (ErrorCode.EMPTY_ANSWER, USAGE + ANSWER.usage)
+    scene.model.deeds = [replace(ANSWER, usage=None)]
+    outcome = await scene.process(delivery=earlier)
+    assert isinstance(outcome, Succeeded)
+    assert outcome.result.usage == USAGE
+
+
+async def test_an_answer_that_is_bought_in_an_outage_counts_when_the_job_is_requeued(scene: Scene) -> None:
+    """Each probe of a long outage would buy another one."""
+    bought = transient("malformed_response")
+    bought.usage = USAGE
+    scene.model.deeds = [DependencyDownError(MODEL, "check the key")]
+    assert isinstance(await scene.process(), Requeued)
+    for earlier, is_bought in [({}, True), ({"malformed_answers": 1, "unusable": USAGE}, False)]:
+        scene.limiter.allow_probe()
+        scene.model.deeds = [bought if is_bought else transient("malformed_response")]
+        outcome = await scene.process(delivery=earlier)
+        assert isinstance(outcome, Requeued)
+        assert (outcome.malformed_answers, outcome.unusable) == (1, USAGE)
 
 
 @pytest.mark.parametrize("code", [None, ErrorCode.MODEL_REJECTED])
@@ -409,9 +434,15 @@ DEFAULT_TIER = {"seed": 7, "stream": False}
 SENT = {**DEFAULT_TIER, "service_tier": "flex"}
 
 
+def busy_tier(retry_after_s: float) -> RateLimitedError:
+    error = RateLimitedError(retry_after_s)
+    error.concerns_tier = True
+    return error
+
+
 async def test_a_tier_without_capacity_falls_back_to_the_default_tier_without_a_pause() -> None:
     scene = Scene(flex_fallback=True)
-    scene.model.deeds = [RateLimitedError(1000.0), ANSWER]
+    scene.model.deeds = [busy_tier(1000.0), ANSWER]
     started = time.monotonic()
     outcome = await scene.process(**FLEX)
     assert isinstance(outcome, Succeeded)
@@ -421,14 +452,46 @@ async def test_a_tier_without_capacity_falls_back_to_the_default_tier_without_a_
 
 async def test_without_a_fallback_a_tier_without_capacity_is_waited_for() -> None:
     scene = Scene()
+    scene.model.deeds = [busy_tier(0.0), ANSWER]
+    assert isinstance(await scene.process(**FLEX), Succeeded)
+    assert [params for _, _, params, _ in scene.model.asked] == [SENT] * 2
+
+
+async def test_the_limit_of_the_account_is_waited_for_in_the_same_tier() -> None:
+    scene = Scene(flex_fallback=True)
     scene.model.deeds = [RateLimitedError(0.0), ANSWER]
     assert isinstance(await scene.process(**FLEX), Succeeded)
     assert [params for _, _, params, _ in scene.model.asked] == [SENT] * 2
 
 
+async def test_a_tier_that_times_out_is_asked_again() -> None:
+    """The request may be billed: one in the default tier would be bought in addition."""
+    scene = Scene(flex_fallback=True)
+    scene.model.deeds = [transient("timeout"), ANSWER]
+    outcome = await scene.process(**FLEX)
+    assert isinstance(outcome, Retried)
+    assert (outcome.attempts, len(scene.model.asked)) == (1, 1)
+
+
+@pytest.mark.parametrize("job_timeout_s", [600.0, 100.0])
+async def test_a_tier_that_answers_late_that_it_has_no_capacity_falls_back(job_timeout_s: float) -> None:
+    """DeepInfra answers after ten minutes: after the usual wait for a slot, and half of the time."""
+    clock = FakeClock(time.monotonic())
+    scene = Scene(flex_fallback=True, job_timeout_s=job_timeout_s, clock=clock)
+
+    async def late() -> None:
+        clock.jump(90)
+        raise busy_tier(1000.0)
+
+    scene.model.deeds = [late, ANSWER]
+    outcome = await scene.process(**FLEX)
+    assert isinstance(outcome, Succeeded)
+    assert [params for _, _, params, _ in scene.model.asked] == [SENT, DEFAULT_TIER]
+
+
 async def test_the_default_tier_is_rate_limited_as_usual() -> None:
     scene = Scene(flex_fallback=True)
-    scene.model.deeds = [RateLimitedError(1000.0), RateLimitedError(0.0), ANSWER]
+    scene.model.deeds = [busy_tier(1000.0), RateLimitedError(0.0), ANSWER]
     assert isinstance(await scene.process(**FLEX), Succeeded)
     assert [params for _, _, params, _ in scene.model.asked] == [SENT, DEFAULT_TIER, DEFAULT_TIER]
 

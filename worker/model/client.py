@@ -4,6 +4,7 @@ The openai SDK sends the requests. Its retries are off, because the worker retri
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from worker.errors import (
     Dependency,
     DependencyDownError,
     JobError,
+    RateLimitedError,
     TransientError,
 )
 from worker.http.client import open_session
@@ -32,6 +34,7 @@ from worker.model.answer import (
 )
 from worker.model.answered_model import AnsweredModels
 from worker.model.content_encoding import ACCEPT_ENCODING
+from worker.model.error_body import parse_error_body
 from worker.model.errors import connection_lost, translate_answer, unreachable, was_never_sent
 from worker.model.instrumentation import RequestObserver, observed_request
 from worker.model.request import RequestBody
@@ -47,6 +50,15 @@ LIST_TIMEOUT_S = 30.0
 _OMITTED = dict.fromkeys(("x-stainless-retry-count", "x-stainless-read-timeout"), openai.Omit())
 _NO_MODEL_LIST = frozenset({404, 405, 501})
 _FAILURES = (openai.APIError, httpx2.HTTPError, TimeoutError, MalformedAnswerError, ErrorInAnswerError)
+# OpenAI and Groq, "Flex processing": the tier is busy, and the request is not billed.
+_TIER_IS_BUSY = frozenset({"resourceunavailable", "capacityexceeded"})
+# OpenAI, "Rate limits": "Rate limit reached for … on tokens per min (TPM)", `rate_limit_exceeded`.
+_ACCOUNT_LIMIT_CODE = "ratelimitexceeded"
+_ACCOUNT_LIMIT = re.compile(
+    r"rate[ _-]?limit|too many requests|quota|throttl|concurren|limit (reached|exceeded)|\byour .{0,40}limit"
+    r"|\b(requests|tokens|images) (per|a) |\b[rt]p[smhd]\b",
+    re.IGNORECASE,
+)
 
 
 class _Client(openai.AsyncOpenAI):
@@ -209,9 +221,9 @@ class Model:
     ) -> Exception:
         answer = httpx2.Response(error.status, headers=error.headers, content=error.body)
         translated = self._translate_answer(model, answer, quotes)
-        if error.is_partial and isinstance(translated, TransientError):
-            # Half an answer is billed, so it is requested as rarely as after another malformed one.
-            translated.reason = MALFORMED_RESPONSE
+        if _is_billed(error):
+            # It is requested as rarely as after another malformed answer.
+            translated = _as_malformed(translated)
         return _with_usage(translated, error.usage)
 
     def _translate(
@@ -222,10 +234,12 @@ class Model:
         match error:
             case openai.APIStatusError():
                 observer.failed(str(error.status_code))
-                return self._translate_answer(model, error.response, body.quotes)
+                translated = self._translate_answer(model, error.response, body.quotes)
+                return _of_tier(translated, error.response.content, body)
             case ErrorInAnswerError():
-                observer.failed(str(error.status), ambiguous=error.is_partial, usage=error.usage)
-                return self._translate_error_in_answer(model, error, body.quotes)
+                observer.failed(str(error.status), ambiguous=_is_billed(error), usage=error.usage)
+                translated = self._translate_error_in_answer(model, error, body.quotes)
+                return _of_tier(translated, error.body, body)
             case openai.APIConnectionError(__cause__=httpx2.DecodingError() as cause):
                 observer.failed("malformed", ambiguous=True)
                 text = f"the API answered 200, but {cause}"
@@ -245,6 +259,35 @@ class Model:
             case _:
                 observer.failed("connection", ambiguous=is_sent)
                 return connection_lost(error)
+
+
+def _of_tier(error: Exception, answer: bytes, body: RequestBody) -> Exception:
+    """Return the error; of a request in a service tier, say whether only that has no capacity."""
+    if isinstance(error, RateLimitedError) and body.service_tier is not None:
+        said = parse_error_body(answer)
+        is_of_account = _ACCOUNT_LIMIT_CODE in said.codes or _ACCOUNT_LIMIT.search(said.words) is not None
+        error.concerns_tier = not is_of_account or not _TIER_IS_BUSY.isdisjoint(said.codes)
+    return error
+
+
+def _is_billed(error: ErrorInAnswerError) -> bool:
+    """Return whether the API has generated a part of an answer, which is probably billed."""
+    usage = error.usage
+    return error.is_partial or (usage is not None and bool(usage.completion_tokens or usage.cost_usd))
+
+
+def _as_malformed(error: Exception) -> Exception:
+    """Return the error as one of a billed answer, so that only a few are bought; a JobError ends the job."""
+    if isinstance(error, TransientError):
+        error.reason = MALFORMED_RESPONSE
+    if not isinstance(error, RateLimitedError | DependencyDownError):
+        return error
+    text = "the API answered 200 with a part of an answer and an error"
+    malformed = TransientError(
+        Dependency.MODEL, MALFORMED_RESPONSE, f"{text}: {error.message}", log_message=text
+    )
+    malformed.cause = error.message
+    return malformed
 
 
 def _with_usage(error: Exception, usage: Usage | None) -> Exception:

@@ -69,7 +69,7 @@ class Grant:
         answer: the job's stored answer; None if a model request is needed.
         lease: the right to answer the job; None without a result store.
         slot: the concurrency slot; `memory`: the image memory reservation. Set if a model request is needed.
-        slot_until: until when to wait for a slot, in seconds of the monotonic clock.
+        slot_until: until when to wait for a slot, in seconds of the monotonic clock; `until`: for anything.
         per_request: holds the slot and the memory.
     """
 
@@ -80,6 +80,7 @@ class Grant:
     slot: Slot = field(init=False)
     memory: Reservation = field(init=False)
     slot_until: float = float("inf")
+    until: float = float("inf")
     per_request: AsyncExitStack = field(default_factory=AsyncExitStack)
 
 
@@ -122,18 +123,27 @@ class Admission:
             await self._lease_or_answer(held, grant)
             if grant.answer is None:
                 grant.slot_until = self._clock.monotonic() + MAX_SLOT_WAIT_S
+                grant.until = _half(attempt)
                 # `readmit` closes and refills this stack; leaving `admit` closes it.
                 await held.enter_async_context(grant.per_request)
                 await self._slot_and_memory(grant)
             yield grant
 
-    async def readmit(self, grant: Grant) -> None:
+    async def readmit(self, grant: Grant, *, is_new: bool = False) -> None:
         """Release the slot and the memory and wait for them again, for another model request.
+
+        Args:
+            grant: of the model request before.
+            is_new: the next request is another one: it may wait as long as the first, within half of the
+                time that is left. The first can have taken minutes.
 
         Raises:
             NotAdmittedError, JobError: see `admit`.
         """
-        grant.attempt.enter("wait", self._clock.monotonic())
+        now = self._clock.monotonic()
+        if is_new:
+            grant.slot_until, grant.until = now + MAX_SLOT_WAIT_S, (now + grant.attempt.ends_at) / 2
+        grant.attempt.enter("wait", now)
         await grant.per_request.aclose()
         await self._slot_and_memory(grant)
 
@@ -180,16 +190,16 @@ class Admission:
         return deserialize_answer(stored) if stored is not None else None
 
     async def _slot_and_memory(self, grant: Grant) -> None:
-        request, half = grant.request, _half(grant.attempt)
+        request, until = grant.request, grant.until
         if not self._outage_reports.may_request(request.model):
             raise ModelPausedError(f"the model {request.model} is paused")
         try:
-            async with self._until(min(half, grant.slot_until), request, _NO_SLOT):
+            async with self._until(min(until, grant.slot_until), request, _NO_SLOT):
                 grant.slot = await grant.per_request.enter_async_context(self._limiter.slot(request.model))
         except NotAdmittedError:
             request.check_deadline(self._clock.now(), in_s=self._limiter.backoff_left_s(request.model))
             raise
-        async with self._until(half, request, _NO_MEMORY):
+        async with self._until(until, request, _NO_MEMORY):
             memory = self._images.reserve(request.images)
             grant.memory = await grant.per_request.enter_async_context(memory)
         request.check_deadline(self._clock.now())

@@ -195,10 +195,11 @@ class Settings(BrokerSettings):
     """Comma-separated models that jobs may use; must include `VQA_MODEL`."""
     model_timeout: Seconds = 120
     """Timeout of one model request in seconds. Raise it for long answers or slow models. A request in a
-    slower service tier, such as `flex`, may take as long as the [provider profile](providers.md) says."""
+    slower service tier, such as `flex`, may take as long as the [provider profile](providers.md) says, within
+    `VQA_JOB_TIMEOUT`."""
     flex_fallback: bool = False
     """Whether a job with `"service_tier": "flex"` is sent in the default tier, which costs more, if the tier
-    `flex` has no capacity. Otherwise it waits, as for any rate limit."""
+    `flex` has no capacity. Otherwise it waits, as for any rate limit; so it does at the account's limit."""
     job_timeout: Annotated[Seconds, Field(lt=JOB_TIMEOUT_CEILING_S)] = 600
     """Timeout of one delivery of a job in seconds, from receipt to ack: waiting, images, model requests and
     publishing. Less than 1740, because RabbitMQ's consumer timeout is 30 minutes."""
@@ -276,7 +277,16 @@ class Settings(BrokerSettings):
 
     def warnings(self) -> list[str]:
         """Return a line for each valid but suspicious setting, with the variable's name first."""
-        return [*self._odd_combinations(), *self._unknown_variables]
+        return [*self._odd_combinations(), *self._slow_tiers(), *self._unknown_variables]
+
+    def _slow_tiers(self) -> Iterator[str]:
+        # Without a fallback it is not known whether any job uses a tier.
+        longest_s = max((tier.timeout_s for tier in self.profile.tiers.values()), default=0.0)
+        if self.flex_fallback and longest_s > self.job_timeout:
+            yield (
+                f"VQA_JOB_TIMEOUT: {self.job_timeout:g} s are less than a request in the tier `flex` may take"
+                f" at {self.profile.title} ({longest_s:g} s): it can time out before the fallback"
+            )
 
     def _odd_combinations(self) -> Iterator[str]:
         if self.shutdown_grace < self.model_timeout:
