@@ -295,7 +295,9 @@ async def test_an_error_in_reading_is_raised_for_every_reader(kept: bool) -> Non
 async def test_an_error_that_readers_share_is_raised_once_and_then_as_duplicates(
     count: int, moment: str
 ) -> None:
-    scene, fault = Scene(), TransientError(Dependency.S3, "connection_error", "it was interrupted")
+    scene = Scene()
+    fault = TransientError(Dependency.S3, "connection_error", "it was interrupted", refused=True, model="m")
+    fault.cause, fault.is_likely_the_jobs = "S3 said so", True
     scene.s3.failure = fault if moment == "opening" else None
     tasks = scene.readers(count)
     await turns_of_the_loop()
@@ -310,6 +312,9 @@ async def test_an_error_that_readers_share_is_raised_once_and_then_as_duplicates
     assert sum(not it.is_duplicate for it in reported) == 1
     assert {(it.dependency, it.reason, it.message) for it in reported} == {
         (Dependency.S3, "connection_error", "it was interrupted")
+    }
+    assert {(it.refused, it.model, it.cause, it.is_likely_the_jobs) for it in reported} == {
+        (True, "m", "S3 said so", True)
     }
     # One exception object that several tasks raise would accumulate the traceback of each.
     assert len({id(it) for it in reported}) == count

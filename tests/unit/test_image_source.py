@@ -370,6 +370,8 @@ BARE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA
         f"base64,{BARE}",
         f"dat:image/png;base64,{BARE}",
         f" data:image/png;base64,{BARE}",
+        BARE[:88] * 400,
+        f"image/png;base64,{BARE[:88] * 400}",
         "/9j/4AAQSkZJRgABAQ",
         "UklGRiIAAABXRUJQ",
         "Q29udGVudCBvZiBhbm90aGVyIGtpbmQsIGxvbmcgZW5vdWdo",

@@ -27,6 +27,7 @@ from vqa_worker.messages.result import Usage
 from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.http.client import proxy_options
 from worker.model.client import Model
+from worker.model.content_encoding import MAX_RESPONSE_BYTES
 from worker.model.errors import MAX_API_MESSAGE_CHARS, MAX_OPERATOR_CHARS
 from worker.model.request import RequestBody, body_parts
 from worker.model.retry_hints import MAX_RETRY_AFTER_S
@@ -363,6 +364,34 @@ async def test_an_answer_in_an_unknown_or_broken_encoding_is_malformed(
     assert error.reason == "malformed_response"
     assert said in error.message
     assert calls("malformed") == before + 1
+
+
+TOO_LARGE = b" " * (MAX_RESPONSE_BYTES + 1)
+
+
+@pytest.mark.parametrize("status", [200, 503])
+@pytest.mark.parametrize("levels", [0, 1, 2])
+async def test_a_response_is_read_and_decoded_up_to_a_limit(
+    api: Api, model: Model, levels: int, status: int
+) -> None:
+    body = TOO_LARGE + ANSWER
+    for _ in range(levels):
+        body = gzip.compress(body, compresslevel=1, mtime=0)
+    api.says = response(status, body, Content_Encoding=", ".join(["gzip"] * levels) or "identity")
+    started = time.process_time()
+    error = await fault(model)
+    assert time.process_time() - started < 5
+    if status == 200:
+        assert isinstance(error, TransientError)
+        assert (error.reason, "more than 33554432 bytes" in error.message) == ("malformed_response", True)
+    else:
+        assert isinstance(error, RateLimitedError)
+
+
+async def test_a_response_just_below_the_limit_is_read(api: Api, model: Model) -> None:
+    body = b" " * (MAX_RESPONSE_BYTES - len(ANSWER)) + ANSWER
+    api.says = response(body=gzip.compress(body, compresslevel=1), Content_Encoding="gzip")
+    assert (await ask(model)).text == "A cat."
 
 
 async def test_an_error_in_an_unknown_encoding_has_its_status(api: Api, model: Model) -> None:

@@ -434,8 +434,8 @@ DEFAULT_TIER = {"seed": 7, "stream": False}
 SENT = {**DEFAULT_TIER, "service_tier": "flex"}
 
 
-def busy_tier(retry_after_s: float) -> RateLimitedError:
-    error = RateLimitedError(retry_after_s)
+def busy_tier(retry_after_s: float, *, is_overloaded: bool = False) -> RateLimitedError:
+    error = RateLimitedError(retry_after_s, is_overloaded=is_overloaded)
     error.concerns_tier = True
     return error
 
@@ -448,6 +448,16 @@ async def test_a_tier_without_capacity_falls_back_to_the_default_tier_without_a_
     assert isinstance(outcome, Succeeded)
     assert [params for _, _, params, _ in scene.model.asked] == [SENT, DEFAULT_TIER]
     assert time.monotonic() - started < 30
+
+
+async def test_a_tier_without_capacity_for_long_is_no_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.resilience.outage_detector.OVERLOAD_S", 0.0)
+    scene = Scene(flex_fallback=True)
+    monkeypatch.setattr(scene.detector, "_oldest_request", lambda: float("inf"))
+    for _ in range(3):
+        scene.model.deeds = [busy_tier(1000.0, is_overloaded=True), ANSWER]
+        assert isinstance(await scene.process(**FLEX), Succeeded)
+    assert not scene.detector.outages
 
 
 async def test_without_a_fallback_a_tier_without_capacity_is_waited_for() -> None:

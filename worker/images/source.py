@@ -30,6 +30,7 @@ _LINK = re.compile(
     r"(?:[/?#][^\s\\\x00-\x1f\x7f]*)?",
 )
 _DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+_FORMS = "must be an s3://bucket/key, https:// or data: URL"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
@@ -94,20 +95,18 @@ def parse_source(url: str, name: str, policy: SourcePolicy, body: bytes) -> Sour
         JobError: the URL is malformed, or the policy does not allow it.
     """
     scheme = url[:8].lower()
-    if len(url) > (
-        MAX_S3_URL_CHARS if scheme.startswith("s3://") else MAX_LINK_CHARS
-    ) and not scheme.startswith("data:"):
+    if scheme.startswith("data:"):
+        return _parse_data(url, name, body)
+    if is_bare_base64(url):
+        text = f"{_FORMS}; base64 needs the prefix data:image/png;base64, (with its type)"
+        raise _error(name, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, text)
+    if len(url) > (MAX_S3_URL_CHARS if scheme.startswith("s3://") else MAX_LINK_CHARS):
         raise _error(name, ErrorCode.INVALID_JOB, "the URL is too long")
     if scheme.startswith("s3://"):
         return _parse_s3(url, name, policy.allowed_buckets)
     if scheme.startswith("https://"):
         return _parse_link(url, name, policy.allowed_link_hosts)
-    if scheme.startswith("data:"):
-        return _parse_data(url, name, body)
-    text = "must be an s3://bucket/key, https:// or data: URL"
-    if is_bare_base64(url):
-        text += "; base64 needs the prefix data:image/png;base64, (with its type)"
-    raise _error(name, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, text)
+    raise _error(name, ErrorCode.IMAGE_SOURCE_NOT_ALLOWED, _FORMS)
 
 
 def of_version(source: Source, version_id: str | None, name: str) -> Source:

@@ -14,7 +14,7 @@ import httpx2
 from yarl import URL
 
 from worker.http.client import proxy_options
-from worker.model.content_encoding import decode_content
+from worker.model.content_encoding import MAX_RESPONSE_BYTES, check_size, decode_content
 from worker.model.response_body import is_complete
 
 _ENCODING = b"content-encoding"
@@ -98,15 +98,22 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
 
     If the connection is lost within it, a body that is complete all the same is used (a server closed the
     connection too early, or announced a wrong length), and of an error the part that has arrived.
+
+    Raises:
+        httpx2.DecodingError: the body of a 2xx response is larger than MAX_RESPONSE_BYTES.
     """
     body = bytearray()
     try:
         # `response.read` would wait until the whole request is sent, also after an early answer.
         async for piece in response.content.iter_any():
             body += piece
+            if len(body) > MAX_RESPONSE_BYTES:
+                break
     except aiohttp.ClientError:
         if response.ok and not is_complete(bytes(body)):
             raise
+    if response.ok:
+        check_size(body)
     return bytes(body)
 
 

@@ -97,7 +97,9 @@ class ModelRequests:
         try:
             answer = await self._model.complete(request.model, body, time_left_s=attempt.time_left_s(started))
         except RateLimitedError as error:
-            self._report_limit(job, error, started)
+            # The request in the default tier will show how the API is.
+            if not (error.concerns_tier and request.fallback is not None):
+                self._report_limit(job, error, started)
             raise
         except JobError:
             if body.failure is None:
