@@ -109,7 +109,8 @@ class TransientError(_ExplainedError):
         refused: the API refuses this job, or every job: a 403, or an answer that no rule knows.
         model: only this model is concerned; empty: all.
         is_duplicate: another job reports the same failure, so this is not further evidence of an outage.
-        is_likely_the_jobs: a 400, 413 or 422 that no rule knows: the job's own, unless many jobs get it.
+        is_likely_the_jobs: a rejection in general words, or one that no rule knows: the job's own,
+            unless many jobs get it.
         cause: for an operator, if this is an outage: also with words of the API, without data of the job.
     """
 

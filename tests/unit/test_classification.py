@@ -97,6 +97,9 @@ GENERIC: list[tuple[int, Any, Category]] = [
     (529, error("Overloaded", type="overloaded_error"), CAPACITY),
     (498, b"", CAPACITY),
     (500, error("upstream says: too many requests"), CAPACITY),
+    (400, {"fault": {"faultstring": "the model is overloaded"}}, CAPACITY),
+    (400, b'{"error": {"message": "the model is overlo', JOB),
+    (400, b'{"error": {"message": "the model is overloaded", "co', CAPACITY),
     (500, error("CUDA out of memory while processing image"), TRANSIENT),
     *((status, b"", TRANSIENT) for status in (408, 409, 421, 423, 424, 425, 444, 449, 460, 499)),
     *((status, b"", TRANSIENT) for status in (500, 501, 502, 504, 507, 520, 524)),
@@ -180,6 +183,110 @@ def test_an_overloaded_api_is_distinguished_from_a_limited_account(status: int, 
 )  # fmt: skip
 def test_the_reason_is_from_a_closed_set(status: int, reason: str) -> None:
     assert found(status, error("no")).reason == reason
+
+
+# The words of the job, which the API quotes, do not decide.
+QUOTING: list[tuple[int, str, Category]] = [
+    (400, "Invalid role: 'rate limit'", JOB),
+    (400, "Unsupported value: 'is the backup server busy?'", JOB),
+    (400, 'Unsupported value: "what is a spending limit exceeded notice?"', JOB),
+    (400, "Invalid message \u201cmy api key has expired\u201d", JOB),
+    (400, "Invalid content: `too many requests`", JOB),
+    (400, "Invalid value: 'what's the overloaded truck\u2026", JOB),
+    (403, "Your input 'is this truck overloaded?' was flagged by moderation", JOB),
+    (403, f"{MODEL} requires moderation on OpenAI. Your input was flagged for violence.", JOB),
+    (400, "Your prompt was flagged. Repeated violations may get your account suspended.", JOB),
+    (403, "Your account has been suspended for violating our usage policies", CONFIGURATION),
+    (403, "Your account was flagged and has been deactivated", CONFIGURATION),
+    (400, "Could not download image: 403: access token expired", JOB),
+    (422, "Failed to fetch the picture at the url: invalid credentials", JOB),
+    (400, "Image usage limit exceeded: 10 images", JOB),
+    (400, "You exceeded the maximum image budget of 20 tiles", JOB),
+    (400, "You can send at most 5 images in a request on your current plan. Upgrade your plan.", JOB),
+    (400, "Usage limit exceeded: upgrade your plan", CONFIGURATION),
+    # Messages of other APIs, names of fields and of the model are not the job's words.
+    (400, "Error code: 400 - {'error': {'message': 'The model is overloaded', 'param': None}}", CAPACITY),
+    (400, "BadRequestError: [{'msg': 'too many requests'}]", CAPACITY),
+    (400, "the users' requests can't be served: server overloaded", CAPACITY),
+    (404, f"'{MODEL}' was not found", ONE_MODEL),
+    (400, "The model 'somebody/elses-large-model' is not supported", ONE_MODEL),
+    (400, "'response_format' is not supported with this model", MODEL_JOB),
+    (400, "unknown variant `image_url`, expected `text`", ONE_MODEL),
+]
+
+
+@pytest.mark.parametrize(("status", "message", "category"), QUOTING)
+def test_the_words_of_the_job_do_not_decide(status: int, message: str, category: Category) -> None:
+    assert found(status, error(message)).category is category
+    assert found(status, error(message), "litellm").category is category
+
+
+# Whether a job alone is to blame.
+BLAME: list[tuple[int, Any, bool]] = [
+    (400, error("This model's maximum context length is 8192 tokens.", type="invalid_request_error"), False),
+    (400, error("no", code="content_filter"), False),
+    (400, error("Invalid image", type="invalid_request_error"), False),
+    (400, error("max_tokens is too large", type="invalid_request_error"), False),
+    (400, error("temperature must be less than 2", type="invalid_request_error"), False),
+    (500, error("cannot identify image file"), False),
+    (400, error("Could not process image", type="invalid_request_error"), False),
+    (400, error("Unable to process input image. Please retry or report."), False),
+    (400, error("Image exceeds 5 MB maximum", type="invalid_request_error"), False),
+    (400, error("Too many images: 20 > 16", type="invalid_request_error"), False),
+    (400, error("no", type="invalid_request_error"), True),
+    (400, error("no such luck"), True),
+    (400, error("The requests must use zero data retention", type="invalid_request_error"), True),
+    (400, error("The project you are requesting is odd", type="invalid_request_error"), True),
+    (400, error("Tenant content type not enabled"), True),
+    (400, error("Missing required parameter: 'x-version'", code="missing_required_parameter"), True),
+    (422, {"detail": [{"loc": ["header", "x-tenant-id"], "msg": "Field required", "type": "missing"}]}, True),
+    (413, b"<html><head><title>413 Request Entity Too Large</title></head></html>", True),
+    (500, error("could not load the image"), True),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "likely"), BLAME)
+def test_a_rejection_in_general_words_can_concern_all_jobs(status: int, body: Any, likely: bool) -> None:
+    answer = found(status, body)
+    assert answer.category in (JOB, UNKNOWN)
+    assert answer.is_likely is likely
+
+
+NOT_THE_JOBS: list[tuple[int, str, Category]] = [
+    (400, "Your organization must be verified to use the model", CONFIGURATION),
+    (400, "The project you are requesting has been archived", CONFIGURATION),
+    (400, "Invocation of model ID a.b with on-demand throughput isn't supported", ONE_MODEL),
+    (400, "The model is offline", ONE_MODEL),
+    (400, "missing required parameter: api-version", CONFIGURATION),
+    (500, "cannot load image: [Errno 28] No space left on device", TRANSIENT),
+    (500, "could not load image processor for model", TRANSIENT),
+    (502, "failed to load image from cache backend", TRANSIENT),
+]
+
+
+@pytest.mark.parametrize(("status", "message", "category"), NOT_THE_JOBS)
+def test_what_is_wrong_for_all_jobs_is_no_job_s(status: int, message: str, category: Category) -> None:
+    assert found(status, error(message, type="invalid_request_error")).category is category
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "isolated"),
+    [
+        (400, "Timeout while downloading https://a.example/b", True),
+        (400, "Download the media resource timed out during the data inspection process.", True),
+        (422, "The image url could not be fetched within 10 seconds (timeout)", True),
+        (400, "Could not download file: timeout", False),
+        (504, "upstream timed out accessing http://vllm:8000", False),
+        (502, "error fetching response from backend: timeout", False),
+        (503, "Could not fetch worker: dial tcp i/o timeout", False),
+        (500, "litellm.Timeout: the request timed out loading https://vllm.example/v1/images", False),
+        (408, "timed out while fetching the image", False),
+    ],
+)
+def test_only_links_of_the_job_are_its_own(status: int, message: str, isolated: bool) -> None:
+    answer = found(status, error(message))
+    assert answer.category is (CAPACITY if status == 503 else TRANSIENT)
+    assert answer.isolated is isolated
 
 
 # The API's own words

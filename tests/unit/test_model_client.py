@@ -28,7 +28,7 @@ from worker.errors import Dependency, DependencyDownError, JobError, RateLimited
 from worker.http.client import proxy_options
 from worker.model.client import Model
 from worker.model.content_encoding import MAX_RESPONSE_BYTES
-from worker.model.errors import MAX_API_MESSAGE_CHARS, MAX_OPERATOR_CHARS
+from worker.model.errors import MAX_API_MESSAGE_CHARS, MAX_OPERATOR_CHARS, operator_message
 from worker.model.request import RequestBody, body_parts
 from worker.model.retry_hints import MAX_RETRY_AFTER_S
 from worker.observability import metrics
@@ -471,7 +471,7 @@ def figures() -> dict[str, float]:
 
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": "4", "cost": 0.5}
-BAD = {"code": 400, "type": "invalid_request_error"}
+BAD = {"code": 400, "type": "content_policy_violation"}
 
 
 @pytest.mark.parametrize(
@@ -709,7 +709,7 @@ async def outcome_of_early(answer: bytes, *, blocks: bool) -> Exception:
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 @pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize(
-    ("status", "expected"), [(413, JobError), (429, RateLimitedError), (401, DependencyDownError)]
+    ("status", "expected"), [(413, TransientError), (429, RateLimitedError), (401, DependencyDownError)]
 )
 async def test_an_early_answer_is_used(
     run: Callable[[Any], Any], status: int, expected: type[Exception], *, blocks: bool
@@ -742,7 +742,7 @@ async def test_an_early_answer_is_used_at_once_though_the_server_reads_no_furthe
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         async with a_model(f"http://127.0.0.1:{port}/v1") as model, asyncio.timeout(20):
-            with pytest.raises(JobError, match="413"):
+            with pytest.raises(TransientError, match="413"):
                 await model.complete("m", RequestBody([b"", b""], [Pieces(never)]), time_left_s=30)
         done.set()
 
@@ -759,7 +759,9 @@ async def test_localhost_is_reached_at_both_of_its_addresses(api: Api, address: 
 # Each status
 
 
-@pytest.mark.parametrize(("status", "said"), [(400, "Invalid image"), (413, "?"), (403, "It was flagged")])
+@pytest.mark.parametrize(
+    ("status", "said"), [(400, "Invalid image"), (413, "The prompt is too long"), (403, "It was flagged")]
+)
 async def test_a_permanently_rejected_request_fails_the_job(
     api: Api, model: Model, status: int, said: str
 ) -> None:
@@ -783,6 +785,20 @@ async def test_a_refusal_that_no_rule_knows_can_concern_all_jobs(api: Api, model
     assert error.message == f"the API answered {status}: no such luck"
 
 
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(400, "Your tenant is odd"), (413, "Request Entity Too Large"), (422, "x: Field required")],
+)
+async def test_a_rejection_in_general_words_is_only_likely_the_job_s(
+    api: Api, model: Model, status: int, said: str
+) -> None:
+    api.says = response(status, {"error": {"message": said, "type": "invalid_request_error"}})
+    error = await fault(model)
+    assert isinstance(error, TransientError)
+    assert (error.refused, error.is_likely_the_jobs, error.model) == (True, True, "")
+    assert error.message == f"the API answered {status}: {said}"
+
+
 async def test_a_refusal_of_one_job_with_one_model_names_the_model(api: Api, model: Model) -> None:
     api.says = response(404, {"error": {"message": "No endpoints found that support image input"}})
     error = await fault(model)
@@ -791,7 +807,8 @@ async def test_a_refusal_of_one_job_with_one_model_names_the_model(api: Api, mod
 
 
 @pytest.mark.parametrize(
-    ("status", "isolated"), [(400, True), (401, True), (404, True), (405, False), (429, False)]
+    ("status", "isolated"),
+    [(400, True), (401, True), (404, True), (405, False), (429, True), (500, True), (502, True)],
 )
 async def test_the_answer_of_a_router_can_concern_one_job_while_others_succeed(
     api: Api, model: Model, status: int, isolated: bool
@@ -825,6 +842,24 @@ async def test_the_operator_reads_the_api_s_sentence_without_data_of_the_job(api
     assert "[URL] and [data], see https://console.x.ai/keys." in error.message
     for secret in (KEY, "secret.png", "QUJD"):
         assert secret not in error.message
+
+
+@pytest.mark.parametrize(
+    ("provider", "url", "is_shown"),
+    [
+        ("openai", "https://platform.openai.com/account/api-keys", True),
+        ("openai", "https://api.openai.com/v1", True),
+        ("azure", "https://a-resource.openai.azure.com/openai", True),
+        ("openrouter", "https://openrouter.ai/credits", True),
+        ("dashscope", "https://tenant-photos.oss-cn.aliyuncs.com/patients/anna-meyer.jpg", False),
+        ("gemini", "https://storage.googleapis.com/patients/anna-meyer.jpg", False),
+        ("azure", "https://photos.blob.core.azure.com/anna-meyer.jpg", False),
+        ("generic", "https://api.openai.com/v1", False),
+    ],
+)
+def test_the_operator_reads_urls_of_the_provider_only(provider: str, url: str, is_shown: bool) -> None:
+    text = operator_message("no", f"see {url}", load_profile(provider))
+    assert text == f'no ("see {url if is_shown else "[URL]"}")'
 
 
 @pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
@@ -902,7 +937,7 @@ async def test_a_redirect_is_reported_and_not_followed(api: Api, model: Model, s
 
 async def test_secrets_and_images_in_error_messages_are_redacted(api: Api, model: Model) -> None:
     said = f"key {KEY} url https://h/p?X-Amz-Signature=abc image data:image/png;base64,{'A' * 5000} end"
-    api.says = response(400, {"error": {"message": said}})
+    api.says = response(400, {"error": {"message": said, "code": "invalid_image"}})
     error = await fault(model)
     assert isinstance(error, JobError)
     for secret in (KEY, "abc", "AAAA"):
@@ -911,7 +946,7 @@ async def test_secrets_and_images_in_error_messages_are_redacted(api: Api, model
 
 
 async def test_a_long_error_message_of_the_api_is_truncated(api: Api, model: Model) -> None:
-    api.says = response(400, {"error": {"message": f"image {'x' * 1_000_000}"}})
+    api.says = response(400, {"error": {"message": f"image {'x' * 500_000}", "code": "invalid_image"}})
     error = await fault(model)
     assert isinstance(error, JobError)
     assert len(error.message) < MAX_API_MESSAGE_CHARS + 100
@@ -1087,7 +1122,8 @@ async def test_half_of_an_error_is_an_error(api: Api, model: Model) -> None:
 
     api.says = close
     error = await fault(model)
-    assert isinstance(error, JobError)
+    assert isinstance(error, TransientError)
+    assert error.is_likely_the_jobs
     assert "too large" in error.message
 
 

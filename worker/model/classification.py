@@ -14,6 +14,8 @@ from worker.providers import Category, Profile, Rule
 _SERVER_ERROR: Final = 500
 # Groq's status for "no capacity". All other capacity answers that do not concern the account are 5xx.
 _NO_CAPACITY: Final = 498
+# They say that the request is wrong, as gateways do for a wrong key too.
+_REJECTIONS: Final = frozenset({400, 413, 422})
 _OWN_REASONS: Final = frozenset({403, 408, 409})
 _UNKNOWN: Final = Rule(category=Category.UNKNOWN)
 
@@ -28,6 +30,7 @@ class Classification:
         reason: the label of metrics, from a closed set.
         said: the API's words, not redacted.
         isolated: whether a transient error concerns only this job.
+        is_likely: whether the job is only likely to blame: many different jobs in a row are an outage.
         advice: for the operator: what to check; empty if nothing can be done.
         retry_after_s: when the API wants to be asked again, in seconds from now.
     """
@@ -37,6 +40,7 @@ class Classification:
     reason: str
     said: str
     isolated: bool
+    is_likely: bool
     advice: str
     retry_after_s: float | None
 
@@ -69,12 +73,12 @@ def classify(
     effective = _effective_status(status, error)
     # An error object without a status in a 200 is classified as a 500 would be.
     asked = effective if effective >= HTTPStatus.MULTIPLE_CHOICES else _SERVER_ERROR
-    codes, words = error.codes, error.words
+    codes, words = error.codes, error.words_without_quotes(model)
     rule = next((it for it in profile.rules if it.matches(asked, codes, words, model)), _UNKNOWN)
     hint = retry_after_s(
         {name.lower(): value for name, value in headers.items()},
         error.values,
-        words,
+        error.words,
         hints=profile.retry,
         now=time.time() if now is None else now,
     )
@@ -84,6 +88,7 @@ def classify(
         reason=_reason(effective),
         said=error.said(effective),
         isolated=rule.isolated,
+        is_likely=rule.likely or (rule.category is Category.UNKNOWN and status in _REJECTIONS),
         advice=rule.advice,
         retry_after_s=hint,
     )

@@ -38,6 +38,19 @@ _QUOTED: Final = frozenset(
 )
 # Where validation libraries (pydantic 1 and 2) quote the input in the text of an error.
 _QUOTE: Final = re.compile(r"""[,;]?\s?(?:["'](?:input|messages)["']\s?:|\binput_value=|\bmessages = \[).*""")
+# A text in quotation marks of any kind, also if its end is missing. Not: an apostrophe; a field; a message
+# of another API, as in `{'error': {'message': 'Overloaded'}}`, which Python's SDKs write.
+_FIELD: Final = (
+    r"\w{0,16}_\w{1,24}|model|messages?|content|role|tools?|functions?|temperature|stop|seed|text|images?"
+)
+_QUOTATION: Final = re.compile(
+    r"""(?<![^\s(\[{:=,])(?<!message['"]:\s)(?<!msg['"]:\s)(?<!error['"]:\s)(?<!detail['"]:\s)(?<!reason['"]:\s)"""
+    rf"""(?!['"`\u2018\u201c](?:{_FIELD})['"`\u2019\u201d])"""
+    r"""(?:'(?=\S)(?:[^'\n]|(?<=\w)'(?=\w))*(?:'|$)|"[^"\n]*(?:"|$)|`[^`\n]*(?:`|$)"""
+    r"""|\u2018[^\u2019\n]*(?:\u2019|$)|\u201c[^\u201d\n]*(?:\u201d|$))""",
+    re.MULTILINE,
+)
+_QUOTED_TEXT: Final = "'x'"
 _DATA: Final = re.compile(r"(?<=base64,)[A-Za-z0-9+/=_-]{100,}|(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/=_-]{500,}")
 _ERROR_CLASS: Final = re.compile(r"\b[A-Z][A-Za-z]{3,40}(?:Error|Exception)\b")
 _TITLE: Final = re.compile(r"<(title|h1)\b[^>]{0,200}>(.{1,400}?)</\1", re.IGNORECASE | re.DOTALL)
@@ -69,6 +82,18 @@ class ErrorBody:
     def words(self) -> str:
         """All sentences, bounded; for patterns."""
         return "\n".join(self.sentences)[:MAX_MATCHED_CHARS]
+
+    def words_without_quotes(self, model: str) -> str:
+        """Return the words without what they quote: the job's words must not decide.
+
+        Names of fields stay, and the name of the model.
+        """
+        text = "\n".join(self.sentences)[:MAX_CHARS]
+        if text.startswith(("{", "[")):
+            # JSON without a known field, or a part of it: all words are in quotation marks.
+            return self.words
+        kept = _QUOTATION.sub(lambda it: it[0] if it[0][1:-1] == model else _QUOTED_TEXT, text)
+        return kept[:MAX_MATCHED_CHARS]
 
     def said(self, status: int) -> str:
         """Return the API's own words for a person; without any, the name of the status."""

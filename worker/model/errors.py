@@ -20,11 +20,12 @@ MAX_API_MESSAGE_CHARS: Final = 1000
 MAX_OPERATOR_CHARS: Final = 300
 
 _BEFORE_SENDING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+_REFUSALS: Final = frozenset({Category.JOB, Category.UNKNOWN, Category.MODEL_JOB})
 # Routers pass on what the provider of one model answers: while other jobs succeed, only one may be concerned.
-_OF_ROUTERS: Final = frozenset({400, 401, 402, 403, 404, 410, 412, 422})
-# They say that the request is wrong, as gateways do for a wrong key too.
-_REJECTIONS: Final = frozenset({400, 413, 422})
+_OF_ROUTERS: Final = frozenset({400, 401, 402, 403, 404, 410, 412, 422, 429, 500, 501, 502})
 _WRONG_PATH: Final = frozenset({301, 302, 307, 308, 404, 405})
+# Of a provider's console and documentation.
+_SITES: Final = ("platform", "console", "docs", "help", "www", "dashboard")
 _NO_ADVICE: Final = "check VQA_MODEL_BASE_URL and VQA_MODEL_API_KEY"
 _URL: Final = re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s\"'<>)\]]+|\bdata:[^\s\"'<>]+", re.IGNORECASE)
 # Base64 and other data: no word of a sentence is as long.
@@ -59,7 +60,7 @@ def translate_answer(
     # The request has the name of the model too.
     said = "" if quotes(said.replace(model, "")) else said
     match found.category:
-        case Category.JOB:
+        case Category.JOB if not found.is_likely:
             return JobError(ErrorCode.MODEL_REJECTED, message, log_message=answered)
         case Category.CAPACITY:
             text = operator_message(answered, said, profile)
@@ -78,11 +79,11 @@ def translate_answer(
         found.reason,
         message,
         log_message=answered,
-        refused=found.category in (Category.UNKNOWN, Category.MODEL_JOB),
+        refused=found.category in _REFUSALS,
         model=model if found.category is Category.MODEL_JOB else "",
         is_duplicate=found.isolated,
     )
-    error.is_likely_the_jobs = found.category is Category.UNKNOWN and status in _REJECTIONS
+    error.is_likely_the_jobs = found.is_likely
     error.cause = operator_message(answered, said, profile)
     return error
 
@@ -93,10 +94,9 @@ def operator_message(start: str, said: str, profile: Profile) -> str:
     Args:
         start: of the worker's own words.
         said: the API's words, redacted.
-        profile: of the provider, whose own URLs stay.
+        profile: of the provider, whose own URLs stay: of its API, its console and its documentation.
     """
-    domains = {_domain(host) for host in profile.hosts}
-    words = _URL.sub(lambda url: url[0] if _domain(_host(url[0])) in domains else "[URL]", said)
+    words = _URL.sub(lambda url: url[0] if _is_own(_host(url[0]), profile) else "[URL]", said)
     words = _DATA.sub("[data]", words)
     left = MAX_OPERATOR_CHARS - len(start) - len(' ("")')
     if not words or left <= 0:
@@ -142,6 +142,13 @@ def _host(url: str) -> str:
         return ""
 
 
+def _is_own(host: str, profile: Profile) -> bool:
+    """Return whether a host is the provider's. Others of its domain can be customers' buckets."""
+    domains = {_domain(api) for api in profile.hosts}
+    sites = {f"{name}.{domain}" for domain in domains for name in _SITES}
+    return host in sites or any(f".{host}".endswith(f".{api}") for api in profile.hosts)
+
+
 def _domain(host: str) -> str:
-    """Return the last two labels of a host, which a provider's hosts share."""
+    """Return the last two labels of a host."""
     return ".".join(host.lower().split(".")[-2:])

@@ -88,13 +88,15 @@ class Rule(_Part):
     code: str = ""
     """Regular expression, searched in each code and type: in lower case, only a-z and 0-9."""
     words: tuple[str, ...] = ()
-    """Regular expressions, one of which must be found in the answer's sentences."""
+    """Regular expressions, one of which must be found in the answer's sentences, without what these quote."""
     names_model: bool = False
     """Whether the sentences must contain the model's name."""
     category: Category
     """Whose fault it is."""
     isolated: bool = False
     """Whether a transient error concerns only this job, so that it is not evidence of an outage."""
+    likely: bool = False
+    """Whether the job is only likely to blame: many different jobs in a row are an outage."""
     advice: str = ""
     """For the operator: what to check or to do."""
 
