@@ -38,8 +38,8 @@ _QUOTED: Final = frozenset(
 )
 # Where validation libraries (pydantic 1 and 2) quote the input in the text of an error.
 _QUOTE: Final = re.compile(r"""[,;]?\s?(?:["'](?:input|messages)["']\s?:|\binput_value=|\bmessages = \[).*""")
-# A text in quotation marks of any kind, also if its end is missing. Not: an apostrophe; a field; a message
-# of another API, as in `{'error': {'message': 'Overloaded'}}`, which Python's SDKs write.
+# A text in quotation marks of any kind, also if its end is missing; a question after a colon. Not: an
+# apostrophe; a field; a message of another API, as in `{'error': {'message': 'Overloaded'}}`.
 _FIELD: Final = (
     r"\w{0,16}_\w{1,24}|model|messages?|content|role|tools?|functions?|temperature|stop|seed|text|images?"
 )
@@ -47,7 +47,8 @@ _QUOTATION: Final = re.compile(
     r"""(?<![^\s(\[{:=,])(?<!message['"]:\s)(?<!msg['"]:\s)(?<!error['"]:\s)(?<!detail['"]:\s)(?<!reason['"]:\s)"""
     rf"""(?!['"`\u2018\u201c](?:{_FIELD})['"`\u2019\u201d])"""
     r"""(?:'(?=\S)(?:[^'\n]|(?<=\w)'(?=\w))*(?:'|$)|"[^"\n]*(?:"|$)|`[^`\n]*(?:`|$)"""
-    r"""|\u2018[^\u2019\n]*(?:\u2019|$)|\u201c[^\u201d\n]*(?:\u201d|$))""",
+    r"""|\u2018[^\u2019\n]*(?:\u2019|$)|\u201c[^\u201d\n]*(?:\u201d|$)"""
+    r"""|(?<=:\s)[^.:!\n'"]{1,400}\?)""",
     re.MULTILINE,
 )
 _QUOTED_TEXT: Final = "'x'"
