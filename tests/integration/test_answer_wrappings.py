@@ -259,6 +259,24 @@ async def test_half_an_answer_is_not_an_answer_and_its_usage_is_reported(scene: 
     assert scene.worker.metric("vqa_ambiguous_calls_total") == before + 2
 
 
+@pytest.mark.parametrize("code", [429, 503, 529, 402])
+async def test_half_an_answer_is_bought_twice_at_most_whatever_its_error(scene: Scene, code: int) -> None:
+    # A success: several jobs in a row without one would be an outage.
+    await scene.ask(GOOD)
+    error = {"code": code, "message": "Overloaded"}
+    result, requests = await scene.ask(answer({"choices": [HALF], "usage": USAGE, "error": error}))
+    assert (result["error"]["code"], requests) == ("attempts_exhausted", 2)
+    assert result["usage"] == {**{name: 2 * count for name, count in USAGE.items()}, "cost_usd": None}
+
+
+async def test_the_usage_of_half_an_answer_is_added_to_that_of_the_next_one(scene: Scene) -> None:
+    await scene.ask(GOOD)
+    good = answer({**completion(), "usage": USAGE})
+    result, requests = await scene.ask(answer({"choices": [HALF], "usage": USAGE}), good)
+    assert (result["status"], requests) == ("succeeded", 2)
+    assert result["usage"] == {**{name: 2 * count for name, count in USAGE.items()}, "cost_usd": None}
+
+
 async def test_an_answer_that_comes_before_the_end_of_the_request_is_used(scene: Scene) -> None:
     scene.api.early = answer(
         {"error": {"message": "the request is too large"}}, "Connection: close", status=413
@@ -295,6 +313,17 @@ async def test_a_tier_without_capacity_is_left_at_once(scene: Scene) -> None:
     assert result["service_tier"] == "default"
     first, second = [*scene.api.bodies.values()][-1]
     assert (first["service_tier"], "service_tier" in second) == ("flex", False)
+
+
+async def test_the_limit_of_the_account_does_not_move_a_job_to_another_tier(scene: Scene) -> None:
+    limited = answer(
+        {"error": {"message": "Rate limit reached on tokens per min", "code": "rate_limit_exceeded"}},
+        "Retry-After: 0",
+        status=429,
+    )
+    result, requests = await scene.ask(limited, GOOD, params={"service_tier": "flex"})
+    assert (result["status"], result["attempts"], requests) == ("succeeded", 1, 2)
+    assert [body["service_tier"] for body in [*scene.api.bodies.values()][-1]] == ["flex", "flex"]
 
 
 async def test_a_substituted_model_is_logged_once(scene: Scene) -> None:
