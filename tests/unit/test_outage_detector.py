@@ -173,6 +173,18 @@ TABLE = [
         CLEARED,
         id="rejection, not in a row",
     ),
+    pytest.param(
+        [SUCCESS, *(Observed(91, job, rejected()) for job in jobs(9))],
+        rejected(),
+        CLEARED,
+        id="rejection, ten in a row, others just succeeded",
+    ),
+    pytest.param(
+        [SUCCESS, *(Observed(91, job, rejected()) for job in jobs(10))],
+        rejected(),
+        OUTAGE,
+        id="rejection, eleven in a row, others just succeeded",
+    ),
     pytest.param([DOWN], rejected(), OUTAGE, id="rejection, during an outage"),
     pytest.param([], refused(), PENDING, id="refusal, the first"),
     pytest.param([SUCCESS], refused(), PENDING, id="refusal, the first, after a success"),

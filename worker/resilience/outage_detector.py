@@ -31,6 +31,8 @@ SUCCESSES_TO_RECOVER = 3
 # So many jobs in a row may be rejected with an answer that no rule knows; more of them are an outage, because
 # the answer can be due to a setting, and must not fail the whole queue.
 MAX_REJECTED_IN_A_ROW = 3
+# As many if another job succeeded just before: the settings were right a moment ago.
+MAX_REJECTED_AFTER_SUCCESS = 10
 # An API that says that it is overloaded is down if nothing succeeds for so long.
 OVERLOAD_S = 5.0
 # A job that gets this answer so often, although others succeed, is the likely cause: its attempt counts.
@@ -155,7 +157,7 @@ class OutageDetector:
     | overloaded | 21 times for this job, each time after another success | cleared |
     | overloaded | nothing succeeded for 5 s, and no request begun before is running | outage |
     | overloaded | otherwise | pending |
-    | rejection | 3 distinct jobs in a row at most | cleared |
+    | rejection | 3 distinct jobs in a row at most; 10 if a request succeeded within 60 s | cleared |
     | rejection | otherwise | outage |
     | refusal | a request begun after this job's first refusal succeeded, and no other job fails | cleared |
     | transient error | more than 3 failures after another job's success | cleared |
@@ -332,7 +334,8 @@ class OutageDetector:
 
     def _rejected(self, state: _State, job: str, error: TransientError, now: float) -> Diagnosis:
         state.rejected.add(job)
-        if len(state.rejected) <= MAX_REJECTED_IN_A_ROW:
+        is_recent = now - state.succeeded_at < RECENT_SUCCESS_S
+        if len(state.rejected) <= (MAX_REJECTED_AFTER_SUCCESS if is_recent else MAX_REJECTED_IN_A_ROW):
             return Diagnosis.CLEARED
         count = len(state.rejected)
         return self._begin_outage(state, f"{count} different jobs in a row were rejected: {error.cause}", now)
