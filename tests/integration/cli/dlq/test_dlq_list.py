@@ -177,7 +177,12 @@ async def test_a_dead_letter_that_cannot_be_renewed_is_reported_and_kept(
         dead_letters.DeadLettersError, match=r"was returned 3 times and cannot be renewed, .* is full"
     ):
         await read_dead_letters(stack, queues)
-    assert await queues.depth(queues.dead) == 2
+
+    async def are_returned() -> bool:
+        return await queues.depth(queues.dead) == 2
+
+    # RabbitMQ returns them when it notices that the connection is closed.
+    await until(are_returned, "both are in the queue")
 
 
 async def test_without_write_permission_reading_is_rejected_before_it_adds_to_delivery_counts(
