@@ -58,10 +58,7 @@ class FailureOutcomes:
             return self._outcomes.failed(attempt, code, error.explanation)
         if diagnosis is Diagnosis.PENDING:
             self._detector.count_attempt(error.dependency, job, failed_at, error.model)
-        outcome = self.after_counted_failure(attempt, error.reason, error.explanation)
-        if not isinstance(outcome, Retried):
-            self._detector.end_job(error.dependency, job, error.model)
-        return outcome
+        return self._counted(attempt, error, error.reason, error.explanation)
 
     def after_unavailable(self, attempt: Attempt, error: DependencyDownError) -> Outcome:
         """Return the outcome of a job whose dependency is unreachable or rejects every request.
@@ -78,10 +75,7 @@ class FailureOutcomes:
             return self._stopped_by_outage(attempt, error.model, error.message)
         if error.may_be_partial and not error.may_be_the_jobs:
             return self._uncounted(attempt, reason, why, self._retry.longest_delay_s)
-        outcome = self.after_counted_failure(attempt, reason, why)
-        if not isinstance(outcome, Retried):
-            self._detector.end_job(error.dependency, attempt.decoded_job_id)
-        return outcome
+        return self._counted(attempt, error, reason, why)
 
     def after_refused_admission(self, attempt: Attempt, error: NotAdmittedError) -> Outcome:
         """Requeue a job that was not admitted, or retry it later while its model is paused."""
@@ -102,6 +96,14 @@ class FailureOutcomes:
                 return self._outcomes.dead_lettered(attempt, ErrorCode.ATTEMPTS_EXHAUSTED, why)
             case PastDeadline():
                 return self._past_deadline(attempt, why)
+
+    def _counted(
+        self, attempt: Attempt, error: TransientError | DependencyDownError, reason: str, why: Explanation
+    ) -> Outcome:
+        outcome = self.after_counted_failure(attempt, reason, why)
+        if not isinstance(outcome, Retried):
+            self._detector.end_job(error.dependency, attempt.decoded_job_id, error.model)
+        return outcome
 
     def _uncounted(self, attempt: Attempt, reason: str, why: Explanation, delay_s: int) -> Outcome:
         match check_deadline(delay_s, attempt.deadline, self._clock.now()):
