@@ -213,22 +213,22 @@ def test_long_images_are_shown_by_their_length_and_the_rest_in_full() -> None:
     url = "data:image/png;base64," + "A" * 1000
     body = json.dumps({"id": "a", "question": "q" * 500, "images": [url, {"url": url}], "more": 1.5}).encode()
     page = "\n".join(render.page(arrived(body, Basic.Properties())))
-    assert page.count("data:image/png;base64,[1000 characters]") == 2
+    assert page.count("… (1,022 characters)") == 2
     assert "q" * 500 in page
-    assert "AAAA" not in page
+    assert "A" * 100 not in page
 
 
 def test_a_body_that_is_not_json_is_shown_escaped_and_shortened() -> None:
-    page = list(render.page(arrived(b"\x1b[31m\xff" + b"x" * 5000, Basic.Properties())))
-    assert page[-1] == "… (5009 characters)"
-    assert page[-2].startswith("\\x1b[31m\\xffxxx")
+    page = render.page(arrived(b"\x1b[31m\xff" + b"x" * 5000, Basic.Properties()))
+    assert page[-2].startswith('  "body": "\\u001b[31m\\\\xffxxx')
+    assert page[-2].endswith('x… (5,009 characters)"')
 
 
 def test_a_compressed_body_is_read_and_shown_decompressed_and_saved_unchanged() -> None:
     body = gzip.compress(b'{"id": "a", "model": "m"}')
     held = arrived(body, Basic.Properties(content_encoding="gzip"))
     assert (held.record.job_id, held.record.model, held.record.size) == ("a", "m", len(body))
-    assert '  "id": "a",' in render.page(held)
+    assert '    "id": "a",' in render.page(held)
     full = render.full_json(held)
     assert (base64.b64decode(full["body_base64"]), full["content_encoding"]) == (body, "gzip")
 
@@ -236,7 +236,8 @@ def test_a_compressed_body_is_read_and_shown_decompressed_and_saved_unchanged() 
 @pytest.mark.parametrize(("encoding", "body"), [("gzip", b"damaged"), ("br", b"{}")])
 def test_a_body_that_cannot_be_decompressed_is_shown_unchanged(encoding: str, body: bytes) -> None:
     held = arrived(body, Basic.Properties(content_encoding=encoding))
-    assert list(render.page(held))[-1] == body.decode()
+    shown = json.loads("\n".join(render.page(held)))["body"]
+    assert shown in (body.decode(), json.loads(b"{}"))
 
 
 # Records

@@ -1,8 +1,9 @@
 """`top`: figures of a fleet from the metrics of its workers."""
 
-from collections.abc import Mapping
-from datetime import UTC, datetime
+import json
+from collections.abc import Mapping, Sequence
 from math import inf
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,12 +11,19 @@ from hypothesis import strategies as st
 
 from worker.cli.shell import UsageError
 from worker.cli.top import render
-from worker.cli.top.figures import COUNTERS, WINDOW_S, Fleet, FleetLoad, Sample, quantile, read_sample
-from worker.cli.top.scraper import DEFAULT_PORT, parse_url
+from worker.cli.top.fleet import (
+    COUNTERS,
+    DEFAULT_PORT,
+    WINDOW_S,
+    Fleet,
+    Sample,
+    parse_url,
+    quantile,
+    read_sample,
+)
 from worker.observability import metrics
 from worker.settings import Settings
 
-NOW = datetime(2030, 1, 31, 12, 0, tzinfo=UTC)
 MODEL = "meta-llama/Llama-3.2-90B-Vision-Instruct"
 
 
@@ -24,9 +32,9 @@ def sample(
     jobs: float = 0,
     failed: float = 0,
     cost: float = 0,
-    in_flight: float = 0,
-    limit: float = 8,
-    paused: frozenset[str] = frozenset(),
+    in_flight: int = 0,
+    limit: int = 8,
+    paused: Sequence[str] = (),
     model: str = "m/a",
 ) -> Sample:
     counts: dict[str | float, float] = {
@@ -42,7 +50,7 @@ def sample(
         {(model, name): value for name, value in counts.items()},
         in_flight,
         limit,
-        paused,
+        list(paused),
     )
 
 
@@ -53,8 +61,21 @@ def fleet_of(*observed: tuple[float, Mapping[str, Sample | str]]) -> Fleet:
     return fleet
 
 
-def total_of(*observed: tuple[float, Mapping[str, Sample | str]]) -> FleetLoad:
+def total_of(*observed: tuple[float, Mapping[str, Sample | str]]) -> dict[str, Any]:
     return fleet_of(*observed).total()
+
+
+def figures(queues: Mapping[str, int | None] | None, fleet: Fleet | None, error: str = "") -> dict[str, Any]:
+    """Return what `top --json` prints."""
+    return {
+        "at": "2030-01-31T12:00:00.000Z",
+        "queue": "vqa.jobs",
+        "queues": queues,
+        "error": error,
+        "fleet": fleet and fleet.total(),
+        "workers": fleet and fleet.workers(),
+        "models": fleet and fleet.models(),
+    }
 
 
 # One worker
@@ -108,31 +129,31 @@ def test_rates_are_computed_between_readings_by_worker_by_model_and_in_total() -
         ),
     )
     total = fleet.total()
-    assert total.rate("jobs_succeeded") == pytest.approx(2.5)
-    assert total.rate("prompt_tokens", "completion_tokens") == pytest.approx(250)
-    assert total.rate("cost_usd") == pytest.approx(0.2)
-    assert total.cost_usd == pytest.approx(3.0)
-    assert total.latency_s == {"p50": 1.0, "p90": 1.8, "p99": 1.98}
-    assert (total.up, total.in_flight, total.limit) == (2, 3, 12)
-    workers = [(it.address, it.rate("jobs_succeeded"), it.in_flight) for it in fleet.workers()]
+    assert total["per_s"]["jobs_succeeded"] == pytest.approx(2.5)
+    assert total["per_s"]["prompt_tokens"] == pytest.approx(250)
+    assert total["per_s"]["cost_usd"] == pytest.approx(0.2)
+    assert total["cost_usd"] == pytest.approx(3.0)
+    assert total["latency_s"] == {"p50": 1.0, "p90": 1.8, "p99": 1.98}
+    assert (total["up"], total["in_flight"], total["limit"]) == (2, 3, 12)
+    workers = [(it["address"], it["per_s"]["jobs_succeeded"], it["in_flight"]) for it in fleet.workers()]
     assert workers == [("a", 2.0, 2), ("b", 0.5, 1)]
-    models = {it.model: (it.rate("jobs_succeeded"), it.cost_usd) for it in fleet.models()}
+    models = {it["model"]: (it["per_s"]["jobs_succeeded"], it["cost_usd"]) for it in fleet.models()}
     assert models == {"m/a": (2.0, 3.0), "m/b": (0.5, 0.0)}
 
 
 def test_one_reading_gives_no_rate() -> None:
     total = total_of((0.0, {"a": sample(jobs=10, cost=1)}))
-    assert (total.per_s, set(total.latency_s.values())) == (None, {None})
-    assert total.cost_usd == 1.0
+    assert (total["per_s"], set(total["latency_s"].values())) == (None, {None})
+    assert total["cost_usd"] == 1.0
 
 
 def test_old_readings_are_forgotten() -> None:
     observed = [(float(second), {"a": sample(jobs=1000 if second else 0)}) for second in range(0, 100, 5)]
     total = total_of(*observed)
-    assert total.per_s is not None
-    assert total.rate("jobs_succeeded") == 0
+    assert total["per_s"] is not None
+    assert total["per_s"]["jobs_succeeded"] == 0
     fleet = fleet_of(*((float(second), {"a": sample(jobs=second)}) for second in range(1000)))
-    assert fleet.total().rate("jobs_succeeded") == pytest.approx(1.0)
+    assert fleet.total()["per_s"]["jobs_succeeded"] == pytest.approx(1.0)
     assert len(fleet.windows["a"]) <= WINDOW_S + 2
 
 
@@ -143,8 +164,8 @@ def test_a_restarted_worker_counts_from_zero() -> None:
         (20.0, {"a": sample(jobs=4, cost=0.5)}),
         (30.0, {"a": sample(jobs=14, cost=0.75)}),
     )
-    assert total.rate("jobs_succeeded") == pytest.approx(1.0)
-    assert total.cost_usd == pytest.approx(0.75)
+    assert total["per_s"]["jobs_succeeded"] == pytest.approx(1.0)
+    assert total["cost_usd"] == pytest.approx(0.75)
 
 
 def test_a_stopped_worker_counts_no_more_and_its_cost_is_kept() -> None:
@@ -152,23 +173,24 @@ def test_a_stopped_worker_counts_no_more_and_its_cost_is_kept() -> None:
         (0.0, {"a": sample(jobs=0, cost=1), "b": sample(jobs=0, cost=2)}),
         (10.0, {"a": sample(jobs=10, cost=1), "b": "connection refused"}),
     )
-    assert [it.address for it in fleet.workers()] == ["a"]
-    assert fleet.unreachable == {"b": "connection refused"}
+    up, away = fleet.workers()
+    assert up["address"] == "a"
+    assert away == {"address": "b", "error": "connection refused"}
     total = fleet.total()
-    assert (total.up, total.cost_usd) == (1, 3.0)
-    assert total.rate("jobs_succeeded") == pytest.approx(1.0)
+    assert (total["up"], total["cost_usd"]) == (1, 3.0)
+    assert total["per_s"]["jobs_succeeded"] == pytest.approx(1.0)
 
 
 def test_paused_workers_are_counted_by_dependency() -> None:
-    paused = frozenset({"model"})
-    fleet = fleet_of((0.0, {"a": sample(paused=paused), "b": sample(paused=paused | {"s3"}), "c": sample()}))
-    assert fleet.total().paused == {"model": 2, "s3": 1}
-    assert [it.paused for it in fleet.workers()] == [["model"], ["model", "s3"], []]
+    paused = ["model"]
+    fleet = fleet_of((0.0, {"a": sample(paused=paused), "b": sample(paused=[*paused, "s3"]), "c": sample()}))
+    assert fleet.total()["paused"] == {"model": 2, "s3": 1}
+    assert [it["paused"] for it in fleet.workers()] == [["model"], ["model", "s3"], []]
 
 
 def test_a_fleet_without_workers_has_figures_too() -> None:
     total = total_of((0.0, {}))
-    assert (total.up, total.per_s, total.cost_usd) == (0, None, 0)
+    assert (total["up"], total["per_s"], total["cost_usd"]) == (0, None, 0)
 
 
 # Quantiles
@@ -206,7 +228,7 @@ FLEET = fleet_of(
         100.0,
         {
             "10.0.0.7:8080": sample(jobs=1000, failed=50, model=MODEL, cost=1.5, in_flight=60, limit=64),
-            "10.0.0.8:8080": sample(model=MODEL, limit=32, paused=frozenset({"model"})),
+            "10.0.0.8:8080": sample(model=MODEL, limit=32, paused=["model"]),
             "10.0.0.9:8080": "connection refused",
         },
     ),
@@ -217,7 +239,7 @@ def test_the_tables_have_a_row_for_each_worker_and_each_model_and_fit_80_columns
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    lines = render.text(render.Figures(NOW, "vqa.jobs", QUEUES, "", FLEET)).split("\n")
+    lines = render.text(figures(QUEUES, FLEET)).split("\n")
     assert max(map(len, lines)) <= 80
     models, workers = (number for number, line in enumerate(lines) if line.startswith(("MODEL", "WORKER")))
     assert lines[models].split() == ["MODEL", "JOBS/S", "FAILED/S", "TOKENS/S", "P90", "COST", "$/H"]
@@ -234,14 +256,14 @@ def test_the_tables_have_a_row_for_each_worker_and_each_model_and_fit_80_columns
 
 
 def text(queues: Mapping[str, int | None] | None, fleet: Fleet | None, error: str = "") -> list[str]:
-    return render.text(render.Figures(NOW, "vqa.jobs", queues, error, fleet)).split("\n")[1:]
+    return render.text(figures(queues, fleet, error)).split("\n")[1:]
 
 
 def test_the_first_lines_are_the_queues_and_the_totals() -> None:
     assert text(QUEUES, FLEET)[:7] == [
         "queues   1,200 ready, 3 in retry, 2 dead-lettered, 1 results, 4 consumers",
         "workers  2 up, 1 unreachable",
-        "jobs     10.0/s, 0.5/s failed, 60 in flight of 96, ETA 2 min",
+        "jobs     10.0/s, 0.5/s failed, 60 in flight of 96, ETA 0:02:00",
         "latency  p50 1.0 s, p90 1.8 s, p99 2.0 s",
         "tokens   1,000 + 0/s",
         "cost     $1.5000 so far, $3.60/h",
@@ -260,9 +282,7 @@ def test_without_workers_only_the_queues_are_shown_and_a_broker_error_is_shown()
 
 
 def test_json_output_has_numbers() -> None:
-    printed = render.in_json(render.Figures(NOW, "q", QUEUES, "", FLEET))
-    assert printed["at"] == "2030-01-31T12:00:00.000Z"
-    assert printed["queues"] == {"jobs": 1200, "retries": 3, "results": 1, "dead_letters": 2, "consumers": 4}
+    printed = json.loads(json.dumps(figures(QUEUES, FLEET)))
     fleet = printed["fleet"]
     assert (fleet["up"], fleet["in_flight"], fleet["limit"], fleet["paused"]) == (2, 60, 96, {"model": 1})
     assert fleet["latency_s"] == {"p50": 1.0, "p90": 1.8, "p99": 1.98}
@@ -272,7 +292,6 @@ def test_json_output_has_numbers() -> None:
     assert (busy["error"], busy["in_flight"], busy["cost_usd"]) == (None, 60, 1.5)
     assert (paused["per_s"], paused["paused"]) == (None, ["model"])
     assert away == {"address": "10.0.0.9:8080", "error": "connection refused"}
-    assert render.in_json(render.Figures(NOW, "q", None, "", None))["workers"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
-"""Write results as JSONL, CSV, or output and error files of OpenAI's Batch API, in the order of the jobs.
+"""Print results, or write them as JSONL, CSV, or output and error files of OpenAI's Batch API.
 
-Files are replaced atomically: a file exists completely or not.
+Files have the order of the jobs, and are replaced atomically: a file exists completely or not.
 """
 
 import csv
 import json
 import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -17,7 +16,7 @@ from worker.cli.shell import Screen
 from worker.cli.submit import batch
 from worker.cli.submit.inputs import Form
 from worker.cli.submit.results import failure, parse
-from worker.cli.submit.state import Received, StoredResult, SubmissionState
+from worker.cli.submit.state import JobResult, SubmissionState
 
 _COLUMNS: Final = (
     "id",
@@ -34,57 +33,28 @@ _COLUMNS: Final = (
 )
 
 
-class Stream:
-    """Print results on stdout as they arrive: JSON lines, or short text."""
-
-    def __init__(self, state: SubmissionState, form: Form, screen: Screen, *, as_text: bool) -> None:
-        self._state = state
-        self._form = form
-        self._screen = screen
-        self._as_text = as_text
-        self._has_many = state.counts().total > 1
-
-    def print_all(self) -> None:
-        """Print the results collected so far."""
-        for stored in self._state.results():
-            self._print(stored)
-
-    def print_new(self, new: Sequence[Received]) -> None:
-        """Print results that have just arrived."""
-        for received in new:
-            self._print(self._state.result(received.id))
-
-    def _print(self, stored: StoredResult) -> None:
-        if not self._as_text:
-            self._screen.write(line_of(stored, self._form))
-            return
-        result = parse(stored.body)
-        own = result["metadata"].get("image") or stored.custom_id or stored.id
-        title = f"{own}: " if self._has_many else ""
-        if stored.failed:
-            code, message = failure(result)
-            self._screen.note(encodable(f"{title}failed: {message} ({code})"))
-        else:
-            answer = result["answer"] or "the model called tools; use --json to see them"
-            self._screen.write(encodable(f"{title}{answer}"))
+def print_text(it: JobResult, screen: Screen, *, has_title: bool) -> None:
+    """Print the answer on stdout, or the error on stderr."""
+    result = parse(it.body)
+    title = f"{result['metadata'].get('image') or it.custom_id or it.id}: " if has_title else ""
+    if it.failed:
+        code, message = failure(result)
+        screen.note(f"{title}failed: {message} ({code})")
+    else:
+        screen.write(f"{title}{result['answer'] or 'the model called tools; use --json to see them'}")
 
 
-def line_of(stored: StoredResult, form: Form) -> str:
+def line_of(it: JobResult, form: Form) -> str:
     """Format a result as a line of JSONL or of a Batch API file."""
     if form == "batch":
-        return _json(batch.line_of(stored.custom_id or stored.id, parse(stored.body), stored.at))
-    return _json(parse_leniently(stored.body))
+        return _json(batch.line_of(it.custom_id or it.id, parse(it.body), it.at))
+    return _json(parse_leniently(it.body))
 
 
 def _json(value: Any) -> str:
     line = json.dumps(value, ensure_ascii=False)
-    # Half of a surrogate pair, which JSON can contain and UTF-8 cannot.
-    return line if line == encodable(line) else json.dumps(value)
-
-
-def encodable(text: str) -> str:
-    """Return the text with `?` in place of characters that UTF-8 cannot encode."""
-    return text.encode(errors="replace").decode()
+    # JSON can contain half of a surrogate pair, and UTF-8 cannot.
+    return line if line.isascii() or line == line.encode(errors="replace").decode() else json.dumps(value)
 
 
 def write(state: SubmissionState, form: Form, path: Path, errors: Path | None) -> list[str]:
@@ -94,11 +64,12 @@ def write(state: SubmissionState, form: Form, path: Path, errors: Path | None) -
     """
     if form == "csv":
         with _atomic(path) as file:
-            _write_csv(state, file)
-    else:
-        _write_lines(state.results(failed=False if form == "batch" else None), form, path)
-    if form != "batch":
+            write_csv(state, file)
         return [str(path)]
+    if form == "jsonl":
+        _write_lines(state.results(), form, path)
+        return [str(path)]
+    _write_lines(state.results(failed=False), form, path)
     errors = errors or path.with_name(f"{path.stem}.errors{path.suffix}")
     if not state.counts().failed:
         # A file of an earlier run would list errors that no longer exist.
@@ -108,34 +79,29 @@ def write(state: SubmissionState, form: Form, path: Path, errors: Path | None) -
     return [str(path), str(errors)]
 
 
-def write_csv_to_stdout(state: SubmissionState) -> None:
-    """Print the collected results as CSV."""
-    _write_csv(state, sys.stdout)
-
-
-def _write_lines(results: Iterable[StoredResult], form: Form, path: Path) -> None:
+def _write_lines(results: Iterable[JobResult], form: Form, path: Path) -> None:
     with _atomic(path) as file:
-        file.writelines(f"{line_of(stored, form)}\n" for stored in results)
+        file.writelines(f"{line_of(it, form)}\n" for it in results)
 
 
-def _write_csv(state: SubmissionState, file: TextIO) -> None:
-    names: dict[str, None] = {}
-    for stored in state.results():
-        names.update(dict.fromkeys(parse(stored.body)["metadata"]))
-    columns = [*_COLUMNS, *(name for name in names if name not in _COLUMNS)]
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(map(encodable, columns))
-    for stored in state.results():
-        result = parse(stored.body)
-        flat = {**result, **result["usage"], "id": stored.custom_id or stored.id}
-        if stored.failed:
-            flat["error_code"], flat["error_message"] = failure(result)
-        row = {**result["metadata"], **{name: flat.get(name) for name in _COLUMNS}}
-        writer.writerow(_cell(row.get(name)) for name in columns)
+def write_csv(state: SubmissionState, file: TextIO) -> None:
+    """Write the collected results as CSV, with a column for each name in `metadata`."""
+    names = dict.fromkeys(name for it in state.results() for name in parse(it.body)["metadata"])
+    writer = csv.DictWriter(
+        file, [*_COLUMNS, *(it for it in names if it not in _COLUMNS)], lineterminator="\n"
+    )
+    writer.writeheader()
+    for it in state.results():
+        result = parse(it.body)
+        values = {**result, **result["usage"], "id": it.custom_id or it.id}
+        if it.failed:
+            values["error_code"], values["error_message"] = failure(result)
+        row = {**result["metadata"], **{name: values.get(name) for name in _COLUMNS}}
+        writer.writerow({name: _cell(value) for name, value in row.items()})
 
 
 def _cell(value: Any) -> str:
-    return encodable(value or "") if value is None or isinstance(value, str) else _json(value)
+    return value or "" if value is None or isinstance(value, str) else _json(value)
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from rich.console import RenderableType
 from rich.padding import Padding
@@ -16,8 +15,7 @@ REFRESHES_PER_S: Final = 4
 BAR_COLUMNS: Final = 10
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """One progress bar; `read` returns the done and total counts and a note."""
 
     title: str
@@ -39,9 +37,6 @@ class _Bars(Progress):
 @contextmanager
 def show_progress(screen: Screen, *bars: Bar) -> Iterator[None]:
     """Show progress bars while the context lasts."""
-    if not screen.shows_progress:
-        yield
-        return
     progress = _Bars(
         TextColumn("{task.description}"),
         BarColumn(bar_width=BAR_COLUMNS),
@@ -50,6 +45,7 @@ def show_progress(screen: Screen, *bars: Bar) -> Iterator[None]:
         TextColumn("{task.fields[note]}"),
         console=screen.progress,
         refresh_per_second=REFRESHES_PER_S,
+        disable=not screen.shows_progress,
         # Stdout may be a pipe.
         redirect_stdout=False,
         redirect_stderr=False,

@@ -2,13 +2,14 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 from vqa_worker.messages.image_types import media_type
-from worker.cli.shell import CommandError
+from worker.cli.progress import Bar, show_progress
+from worker.cli.shell import CommandError, Screen
 from worker.s3.aws import Aws, Endpoint, S3Object
 from worker.s3.client import S3
 from worker.s3.uploads import upload_if_missing
@@ -32,40 +33,28 @@ async def open_s3(settings: CommandSettings) -> AsyncIterator[S3]:
         await s3.close()
 
 
-class Uploads:
-    """Upload files to S3, each once."""
+async def upload(files: Mapping[str, Path], settings: CommandSettings, screen: Screen) -> None:
+    """Upload files, by the URL of the object, that are not in S3 yet.
 
-    def __init__(self, files: Mapping[str, Path], s3: S3) -> None:
-        """`files`: by the URL of the object."""
-        self._files = files
-        self._s3 = s3
-        self._done = 0
-        self._new = 0
+    Raises:
+        CommandError: a file is unreadable or has changed.
+        DependencyDownError: S3 is unreachable or refuses access.
+    """
+    done, limit = 0, asyncio.Semaphore(MAX_CONCURRENT_UPLOADS)
 
-    def progress(self) -> tuple[int, int, str]:
-        """Return the numbers of finished and of all uploads, and a note with the number of new objects."""
-        return self._done, len(self._files), f"{self._new:,} new"
-
-    async def run(self) -> None:
-        """Upload all files that are not in S3 yet.
-
-        Raises:
-            CommandError: a file is unreadable or has changed.
-            DependencyDownError: S3 is unreachable or refuses access.
-        """
-        todo = iter(self._files.items())
-        async with asyncio.TaskGroup() as group:
-            for _ in range(MAX_CONCURRENT_UPLOADS):
-                group.create_task(self._work(todo))
-
-    async def _work(self, todo: Iterator[tuple[str, Path]]) -> None:
-        for url, path in todo:
+    async def upload_one(url: str, path: Path) -> None:
+        nonlocal done
+        async with limit:
             bucket, _, key = url.removeprefix("s3://").partition("/")
             content = await asyncio.to_thread(_read, path, key)
             kind = media_type(content) or "application/octet-stream"
-            is_new = await upload_if_missing(self._s3, S3Object(bucket, key), content, kind)
-            self._new += is_new
-            self._done += 1
+            await upload_if_missing(s3, S3Object(bucket, key), content, kind)
+            done += 1
+
+    with show_progress(screen, Bar("uploaded", lambda: (done, len(files), ""))):
+        async with open_s3(settings) as s3, asyncio.TaskGroup() as group:
+            for url, path in files.items():
+                group.create_task(upload_one(url, path))
 
 
 def _read(path: Path, key: str) -> bytes:

@@ -1,9 +1,10 @@
 """`vqa-worker submissions`: list, show, collect, cancel and delete submissions; `vqa-worker cancel`."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
 
@@ -14,8 +15,10 @@ from worker.cli.submit.options import Output, WaitTimeout
 from worker.cli.times import parse_duration
 
 if TYPE_CHECKING:
-    from worker.cli.submit.state import Counts, SubmissionState
+    from worker.cli.submit.state import Counts
     from worker.settings import CommandSettings
+
+CANCELLED_AT_ONCE: Final = 500
 
 Name = Annotated[
     str,
@@ -102,7 +105,7 @@ async def collect(
 
     settings = _settings(screen)
     with state_dir.locked(name), closing(SubmissionState.open(state_dir.find(name))) as state:
-        _check(state, settings.rabbitmq_address, screen)
+        _warn(state.head(), state.counts(), settings.rabbitmq_address, screen)
         collection = Collection(state, broker_of(settings), screen, output, wait_timeout_s=wait_timeout)
         return await collection.run(no_wait=no_wait)
 
@@ -141,15 +144,67 @@ async def cancel(
     """
     if bool(ids) == (submission is not None):
         raise UsageError("give the ids of jobs, or --submission NAME.")
-    from worker.cli.submit.cancel import cancel_pending, publish_cancellations
-
     settings = _settings(screen)
     if submission is None:
-        count = await publish_cancellations(ids or [], settings, screen)
+        count = await _publish_cancellations(ids or [], settings, screen)
     else:
-        count = await cancel_pending(submission, settings, screen)
+        count = await _cancel_pending(submission, settings, screen)
     screen.emit({"cancelled": count})
     screen.print(f"Cancelled {counted(count, 'job')}.")
+
+
+async def _cancel_pending(name: str, settings: "CommandSettings", screen: Screen) -> int:
+    """Cancel all jobs of a submission that have no result; return how many."""
+    from vqa_worker.messages.error_codes import ErrorCode
+    from worker.cli.submit.plan import failed_result
+    from worker.cli.submit.state import SubmissionState
+
+    with closing(SubmissionState.open(state_dir.find(name))) as state:
+        sent, unsent = state.pending(sent=True), state.pending(sent=False)
+        code, message = ErrorCode.CANCELLED, "cancelled before it was sent"
+        try:
+            with state_dir.locked(name):
+                state.store([failed_result(it, code, message, retryable=True) for it in unsent])
+        except CommandError:
+            # Another process sends or collects: the workers cancel the jobs that it sends.
+            sent += unsent
+            unsent = []
+    return len(unsent) + (await _publish_cancellations(sent, settings, screen) if sent else 0)
+
+
+async def _publish_cancellations(ids: Sequence[str], settings: "CommandSettings", screen: Screen) -> int:
+    """Notify all workers that jobs are cancelled; return how many.
+
+    Raises:
+        CommandError: no worker listens.
+        BrokerUnreachableError: the broker is unreachable.
+    """
+    from vqa_worker.rabbitmq.connection import BrokerUnreachableError
+    from vqa_worker.rabbitmq.outgoing import RefusedError, UnroutableError
+    from worker.rabbitmq.control import cancellation
+    from worker.rabbitmq.publisher import Publisher
+    from worker.rabbitmq.topology import Topology
+
+    topology = Topology.from_settings(settings)
+    publisher = Publisher(broker_of(settings), topology, retry_refusals=False)
+    exchange = topology.control.name
+    try:
+        async with asyncio.timeout(screen.timeout_s) as timeout, asyncio.TaskGroup() as group:
+            publishing = group.create_task(publisher.run(), name="publisher")
+            for start in range(0, len(ids), CANCELLED_AT_ONCE):
+                some = ids[start : start + CANCELLED_AT_ONCE]
+                await asyncio.gather(*(publisher.publish(cancellation(exchange, it)) for it in some))
+                timeout.reschedule(asyncio.get_running_loop().time() + screen.timeout_s)
+            publishing.cancel()
+    except* (UnroutableError, RefusedError) as failed:
+        error = failed.exceptions[0]
+        if isinstance(error, RefusedError) and "NOT_FOUND" not in str(error):
+            raise
+        text = f"no worker listens on the exchange {exchange}, so nothing was cancelled. Start a worker."
+        raise CommandError(text) from None
+    except* TimeoutError:
+        raise BrokerUnreachableError("VQA_RABBITMQ_URL: the broker is unreachable") from None
+    return len(ids)
 
 
 async def delete(
@@ -234,16 +289,8 @@ def _older(than: str) -> list[_Known]:
     return [it for it in _all() if datetime.fromisoformat(it.head["created"]) < before]
 
 
-def _check(state: "SubmissionState", broker: str, screen: Screen) -> None:
-    """Warn about a different broker and about jobs that are not submitted yet.
-
-    Raises:
-        CommandError: the results go to a queue that another program reads.
-    """
-    head, counts = state.head(), state.counts()
-    if not head["is_private"]:
-        text = f"the results of {head['name']} are sent to the queue {head['reply_to']}. Read them there."
-        raise CommandError(text)
+def _warn(head: Mapping[str, str], counts: "Counts", broker: str, screen: Screen) -> None:
+    """Warn about a different broker and about jobs that are not submitted yet."""
     if head["broker"] != broker:
         screen.note(f"Warning: submitted to {head['broker']}, but VQA_RABBITMQ_URL is {broker}.")
     if counts.unconfirmed:

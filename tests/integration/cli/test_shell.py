@@ -217,7 +217,6 @@ async def test_a_missing_jobs_queue_is_one_message(stack: Stack, tmp_path: Path)
 async def test_wrong_usage_exits_with_2(cli: Cli) -> None:
     wrong: tuple[tuple[tuple[str, ...], str], ...] = (
         (("submit",), "nothing to submit"),
-        (("submit", "s3://b/k", "What?", "--reply-to", "q", "--wait"), "--reply-to"),
         (("submit", "s3://b/k", "What?", "-o", "out.jsonl"), "--output"),
         (
             ("submit", "--prefix", "photos/", "What?"),

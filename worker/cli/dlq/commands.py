@@ -2,16 +2,20 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
 
+from worker.cli import state_dir
 from worker.cli.dlq import render
 from worker.cli.dlq.selection import ID_HELP, Filters, matches_id
-from worker.cli.exit_codes import EXIT_FAILURE
+from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
+from worker.cli.private_files import append_lines
+from worker.cli.progress import Bar, show_progress
 from worker.cli.shell import CommandError, Screen, UsageError, Yes, broker_of, counted
 
 if TYPE_CHECKING:
@@ -31,7 +35,15 @@ MAX_SHOWN: Final = 20
 # At a lower rate a dead letter would be held unacknowledged for more than a minute.
 MIN_RATE: Final = 0.02
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """The options of commands that change the queue."""
+
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")] = (
+        False
+    )
+    yes: Yes = False
 
 
 async def list_(screen: Screen, filters: Filters) -> None:
@@ -58,7 +70,7 @@ async def show(screen: Screen, ids: Annotated[list[str], typer.Argument(metavar=
         vqa-worker dlq show order-4711-photo
         vqa-worker dlq show 3f9a12c04b --json | jq -r .body > job.json
 
-    Long data URLs are shortened; with --json, `body` is the complete message body. Messages are held unacked
+    Long texts are shortened; with --json, `body` is the complete message body. Messages are held unacked
     while they are read (a few seconds per thousand); other consumers cannot get them meanwhile.
     """
     found = await _Queue(screen).select(
@@ -78,12 +90,11 @@ async def show(screen: Screen, ids: Annotated[list[str], typer.Argument(metavar=
 async def replay(
     screen: Screen,
     filters: Filters,
-    dry_run: DryRun = False,
-    yes: Yes = False,
+    confirmation: Confirmation,
     rate: Annotated[
         float | None, typer.Option(metavar="N", min=MIN_RATE, help="Maximum number of jobs per second.")
     ] = None,
-) -> None:
+) -> int:
     """Move dead letters back to the jobs queue.
 
         vqa-worker dlq replay --dry-run
@@ -96,20 +107,23 @@ async def replay(
     """
     queue = _Queue(screen)
     found = await queue.find(filters)
-    screen.note(*_warnings(found))
-    _confirm(screen, found, "replay", f"moved to {queue.topology.jobs}", dry_run=dry_run, yes=yes)
+    now = datetime.now(UTC)
+    if late := sum(it.deadline is not None and it.deadline < now for it in found):
+        screen.note(f"Warning: {counted(late, 'job')} past the deadline will fail again (deadline_exceeded)")
+    if not queue.is_confirmed(found, "replay", f"moved to {queue.topology.jobs}", confirmation):
+        return EXIT_OK if confirmation.dry_run or not found else EXIT_FAILURE
 
     async def step(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
         await dead.replay(held)
 
     await queue.process(found, "replay", step, log="replayed.jsonl", rate=rate)
+    return EXIT_OK
 
 
 async def purge(
     screen: Screen,
     filters: Filters,
-    dry_run: DryRun = False,
-    yes: Yes = False,
+    confirmation: Confirmation,
     everything: Annotated[
         bool, typer.Option("--all", help="Delete all of them.", rich_help_panel="Filters")
     ] = False,
@@ -117,7 +131,7 @@ async def purge(
         Path | None,
         typer.Option(dir_okay=False, help="Append the complete messages to this file first (JSONL)."),
     ] = None,
-) -> None:
+) -> int:
     """Delete dead letters. This cannot be undone; use --save to keep a copy.
 
         vqa-worker dlq purge --code invalid_job --dry-run
@@ -127,21 +141,21 @@ async def purge(
 
     Lists the messages and asks for confirmation first.
     """
-    from worker.cli.private_files import append_lines
-
     if filters.matches_all and not everything:
         raise UsageError(
             "no filter. Give one, such as an ID, --code invalid_job or --until 30d, or use --all."
         )
     queue = _Queue(screen)
     found = await queue.find(filters)
-    _confirm(screen, found, "purge", "deleted", dry_run=dry_run, yes=yes)
+    if not queue.is_confirmed(found, "purge", "deleted", confirmation):
+        return EXIT_OK if confirmation.dry_run or not found else EXIT_FAILURE
 
     async def step(_: "DeadLetters", held: "FetchedDeadLetter") -> None:
         if save is not None:
             append_lines(save, render.full_json(held))
 
     await queue.process(found, "purge", step, log="purged.jsonl")
+    return EXIT_OK
 
 
 class _Queue:
@@ -179,6 +193,25 @@ class _Queue:
         self._screen.note(", ".join(filter(None, (total, read, matching))))
         return sorted(found.picked, key=lambda it: it.died_at or datetime.min.replace(tzinfo=UTC))
 
+    def is_confirmed(
+        self, found: Sequence["DeadLetter"], action: str, done: str, confirmation: Confirmation
+    ) -> bool:
+        """List the dead letters and ask, as the options say; return whether to go on."""
+        screen = self._screen
+        if not found or (confirmation.yes and not confirmation.dry_run):
+            screen.note(*([] if found else ["No matching dead letters."]))
+            return bool(found)
+        screen.print(*render.table(found[:MAX_SHOWN]))
+        if more := len(found[MAX_SHOWN:]):
+            screen.print(f"… and {more} more")
+        what = counted(len(found), "dead letter")
+        if not confirmation.dry_run:
+            return screen.confirm(what, done)
+        for dead_letter in found:
+            screen.emit({"action": action, "done": False, **render.in_json(dead_letter)})
+        screen.note(f"{what} would be {done} (dry run)")
+        return False
+
     async def process(
         self,
         found: Sequence["DeadLetter"],
@@ -189,18 +222,23 @@ class _Queue:
         rate: float | None = None,
     ) -> None:
         """Run `step` for each dead letter, remove it from the queue, and log it in the state folder."""
-        from worker.cli.private_files import append_lines
-        from worker.cli.progress import Bar, show_progress
         from worker.rabbitmq.bulk import process
 
-        screen, log_file = self._screen, _log_file(self._screen, log)
+        screen, log_file = self._screen, state_dir.folder() / log
+        try:
+            append_lines(log_file)
+            logged = f"; log: {log_file}"
+        except CommandError as error:
+            # As in a container with a read-only file system.
+            screen.note(f"Warning: no log is kept: {error.lines[0]}")
+            logged = ""
         wanted, done, total = Counter(dead_letter.name for dead_letter in found), 0, len(found)
 
         async def process_one(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
             nonlocal done
             await step(dead, held)
             line = {"action": action, "done": True, **render.in_json(held.record)}
-            if log_file is not None:
+            if logged:
                 at = render.in_json(datetime.now(UTC))
                 append_lines(log_file, {"at": at, "queue": self.topology.dead_letters, **line})
             screen.emit(line)
@@ -212,55 +250,7 @@ class _Queue:
                     self._broker, self.topology, wanted, process_one, rate=rate, timeout_s=screen.timeout_s
                 )
         finally:
-            logged = f"; log: {log_file}" if log_file is not None else ""
             screen.note(f"{action}: {done} of {total} done{logged}")
         if left := wanted.total():
             text = "not found: removed or held by another consumer meanwhile. Run the command again."
             raise CommandError(f"{counted(left, 'dead letter')} {text}")
-
-
-def _log_file(screen: Screen, name: str) -> Path | None:
-    """Return a file in the state folder; warn if it is not writable, as in a read-only container."""
-    from worker.cli.private_files import append_lines
-    from worker.cli.state_dir import folder
-
-    try:
-        append_lines(folder() / name)
-    except CommandError as error:
-        screen.note(f"Warning: no log is kept: {error.lines[0]}")
-        return None
-    return folder() / name
-
-
-def _warnings(found: Sequence["DeadLetter"]) -> Iterator[str]:
-    """Yield a warning for each kind of job that will fail again."""
-    now = datetime.now(UTC)
-    if late := sum(it.deadline is not None and it.deadline < now for it in found):
-        yield f"Warning: {counted(late, 'job')} past the deadline will fail again (deadline_exceeded)"
-    if wrong := sum(it.code == "invalid_job" for it in found):
-        text = "will fail again unless the worker was upgraded (invalid_job)"
-        yield f"Warning: {counted(wrong, 'invalid job')} {text}"
-
-
-def _confirm(
-    screen: Screen, found: Sequence["DeadLetter"], action: str, done: str, *, dry_run: bool, yes: bool
-) -> None:
-    """List the dead letters and ask, as the options say.
-
-    Raises:
-        Exit: nothing is to be done.
-    """
-    if not found:
-        screen.note("No matching dead letters.")
-        raise typer.Exit
-    if dry_run or not yes:
-        screen.print(*render.table(found[:MAX_SHOWN]))
-        if more := len(found[MAX_SHOWN:]):
-            screen.print(f"… and {more} more")
-    if dry_run:
-        for dead_letter in found:
-            screen.emit({"action": action, "done": False, **render.in_json(dead_letter)})
-        screen.note(f"{render.summary(found)} would be {done} (dry run)")
-        raise typer.Exit
-    if not yes and not screen.confirm(render.summary(found), done):
-        raise typer.Exit(EXIT_FAILURE)

@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
 HEADERS: Final = ("NAME", "AGE", "CODE", "JOB", "MODEL", "ERROR")
 GAP: Final = "  "
-LONG_TEXT_CHARS: Final = 200
-MAX_PLAIN_CHARS: Final = 2000
+LONG_TEXT_CHARS: Final = 1000
+SHORT_TEXT_CHARS: Final = 100
 
 # Converts a `DeadLetter`, and any value of AMQP, to a value of JSON.
 in_json = partial(to_jsonable_python, bytes_mode="base64", fallback=str)
@@ -90,39 +89,26 @@ def _age(seconds: float) -> str:
     return f"{max(0, seconds):.0f}s"
 
 
-def summary(dead_letters: Sequence["DeadLetter"]) -> str:
-    """Return the number of dead letters, in all and per error code."""
-    codes = Counter(printable(dead_letter.code) for dead_letter in dead_letters)
-    return f"{len(dead_letters)} ({', '.join(f'{count} {code}' for code, count in codes.most_common())})"
+def page(held: "FetchedDeadLetter") -> list[str]:
+    """Return a dead letter as indented JSON that cannot control the terminal; long texts are shortened.
 
-
-def page(held: "FetchedDeadLetter") -> Iterator[str]:
-    """Yield a dead letter as lines of text that cannot control the terminal."""
+    The body is decompressed, and a value if it is JSON.
+    """
     full = full_json(held)
-    headers = {f"header {name}": value for name, value in full.pop("headers").items()}
-    for name, value in {**full, **headers}.items():
-        if value is not None and not name.startswith("body"):
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield printable(f"{name}: {text}")
-    yield ""
-    yield from map(printable, _body(held.readable_body))
-
-
-def _body(body: bytes) -> Sequence[str]:
-    """Return the lines of a body: JSON is indented, long data URLs and long texts are shortened."""
+    full.pop("body_base64", None)
     try:
-        return json.dumps(_shortened(json.loads(body)), indent=2, ensure_ascii=False).split("\n")
+        full["body"] = json.loads(held.readable_body)
     except (ValueError, RecursionError):
-        text = body.decode(errors="backslashreplace")
-    more = [f"… ({len(text)} characters)"] if len(text) > MAX_PLAIN_CHARS else []
-    return [*text[:MAX_PLAIN_CHARS].split("\n"), *more]
+        full["body"] = held.readable_body.decode(errors="backslashreplace")
+    return [
+        printable(line) for line in json.dumps(_shortened(full), indent=2, ensure_ascii=False).split("\n")
+    ]
 
 
 def _shortened(value: Any) -> Any:
     match value:
-        case str() if value[:5].lower() == "data:" and len(value) > LONG_TEXT_CHARS:
-            head, _, payload = value.partition(",")
-            return f"{head[:LONG_TEXT_CHARS]},[{len(payload)} characters]"
+        case str() if len(value) > LONG_TEXT_CHARS:
+            return f"{value[:SHORT_TEXT_CHARS]}… ({len(value):,} characters)"
         case dict():
             return {name: _shortened(item) for name, item in value.items()}
         case list():

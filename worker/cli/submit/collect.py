@@ -1,6 +1,7 @@
 """Collect a submission's results: read its reply queue, store them in the state file, print or write them."""
 
 import asyncio
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +19,12 @@ from vqa_worker.rabbitmq.replies import (
 from vqa_worker.rabbitmq.session import Session
 from worker.cli import outputs
 from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
-from worker.cli.outputs import Stream
 from worker.cli.progress import Bar, show_progress
 from worker.cli.shell import CommandError, Screen, counted
 from worker.cli.submit.options import Output
 from worker.cli.submit.results import received
 from worker.cli.submit.sender import JobSender
-from worker.cli.submit.state import Counts, Received, SubmissionState
+from worker.cli.submit.state import JobResult, SubmissionState
 
 # An unused reply queue expires, so that its deletion need not be waited for any longer.
 DELETE_TIMEOUT_S: Final = 5.0
@@ -45,26 +45,21 @@ class Collector:
     """
 
     def __init__(
-        self,
-        state: SubmissionState,
-        broker: Broker,
-        queue: str,
-        on_new: Callable[[Sequence[Received]], None] = lambda _: None,
+        self, state: SubmissionState, broker: Broker, on_new: Callable[[JobResult], None] = lambda _: None
     ) -> None:
-        """`on_new` is called with results that have just been stored."""
+        """`on_new` is called with each result that has just been stored."""
         self._state = state
-        self._queue = queue
         self._on_new = on_new
-        self._reader = ReplyReader(broker, queue, self._take)
+        self._queue = state.head()["reply_to"]
+        self._reader = ReplyReader(broker, self._queue, self._take)
         self._arrived = asyncio.Event()
-        self._is_reading = False
         self.counts = state.counts()
         self.unknown = 0
         self.waits_for = ""
 
     def progress(self) -> tuple[int, int, str]:
         """Return the numbers of results and of jobs, and a note with failures, tokens and cost."""
-        is_lost = self._is_reading and not self._reader.is_connected
+        is_lost = self.counts.pending and not self._reader.is_connected
         note = "waiting for RabbitMQ" if is_lost else self.waits_for or self.counts.note()
         return self.counts.received, self.counts.total, note
 
@@ -77,22 +72,15 @@ class Collector:
         """
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(self._read(), name="results")
-            self._is_reading = True
-            try:
-                await self._wait(None if wait else QUIET_S)
-            finally:
-                self._is_reading = False
-                reading.cancel()
-
-    async def _wait(self, quiet_s: float | None) -> None:
-        while self.counts.pending:
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(quiet_s):
-                    await self._arrived.wait()
-            except TimeoutError:
-                if self._reader.is_connected:
-                    return
+            while self.counts.pending:
+                self._arrived.clear()
+                try:
+                    async with asyncio.timeout(None if wait else QUIET_S):
+                        await self._arrived.wait()
+                except TimeoutError:
+                    if self._reader.is_connected:
+                        break
+            reading.cancel()
 
     async def _read(self) -> None:
         try:
@@ -102,20 +90,18 @@ class Collector:
 
     def _take(self, replies: Sequence[Reply]) -> None:
         new, unknown = self._state.store([received(reply) for reply in replies])
-        self.unknown += len(unknown)
+        self.unknown += unknown
         for one in new:
             self.counts.add(one)
-        self._on_new(new)
+            self._on_new(one)
         self._arrived.set()
 
 
 @dataclass
 class Collection:
-    """Collect the results of one submission, deliver them to its output, and clean up.
+    """Collect the results of one submission, deliver them to its output, and delete the reply queue.
 
-    Attributes:
-        wait_timeout_s: stop after so many seconds.
-        is_temporary: delete the state file at the end.
+    `wait_timeout_s`: stop after so many seconds.
     """
 
     state: SubmissionState
@@ -123,41 +109,57 @@ class Collection:
     screen: Screen
     output: Output
     wait_timeout_s: float | None = None
-    is_temporary: bool = False
 
     def __post_init__(self) -> None:
         self._head = self.state.head()
         self._form = self.output.form_for(self._head["form"])
-        self._stream: Stream | None = None
-        if self.output.path is None and self._form != "csv":
-            as_text = not self.screen.as_json and self.output.form is None
-            self._stream = Stream(self.state, self._form, self.screen, as_text=as_text)
+        self._is_streaming = self.output.path is None and self._form != "csv"
+        self._collector = Collector(
+            self.state, self.broker, self._print if self._is_streaming else lambda _: None
+        )
 
     async def run(self, sender: JobSender | None = None, *, no_wait: bool = False) -> int:
         """Collect until every job has a result, while `sender` submits them; return the exit code.
 
         `no_wait`: collect only what is there now.
         """
-        if self._stream is not None:
-            self._stream.print_all()
-        on_new = self._stream.print_new if self._stream is not None else lambda _: None
-        collector = Collector(self.state, self.broker, self._head["reply_to"], on_new)
-        counts = collector.counts
+        counts = self._collector.counts
+        if self._is_streaming:
+            for it in self.state.results():
+                self._print(it)
         if counts.pending:
             if sender is None:
                 await self._check_queue()
             bars = [Bar("submitted", sender.progress)] if sender is not None else []
-            with show_progress(self.screen, *bars, Bar("results", collector.progress)):
-                await self._collect(collector, sender, no_wait=no_wait)
-        if collector.unknown:
-            self.screen.note(f"Ignored {collector.unknown:,} unexpected results (unknown job id).")
+            with show_progress(self.screen, *bars, Bar("results", self._collector.progress)):
+                await self._collect(sender, no_wait=no_wait)
+        if self._collector.unknown:
+            self.screen.note(f"Ignored {self._collector.unknown:,} unexpected results (unknown job id).")
         files = self._write()
         if not counts.pending:
             await delete_replies(self.state, self.broker, self.screen)
-            if self.is_temporary:
-                self.state.delete()
-        self._print_summary(counts, files)
+        if not self._is_streaming or self.screen.is_terminal:
+            pending = f"; {counts.pending:,} pending" if counts.pending else ""
+            self.screen.note(f"{counts.succeeded:,} succeeded, {counts.note()}{pending}")
+        if files:
+            more = {"name": self._head["name"], "total_tokens": counts.tokens, "files": files}
+            self.screen.emit({**counts.as_json(), **more})
+            self.screen.note(f"Wrote {', '.join(files)}")
         return EXIT_FAILURE if counts.failed or counts.pending else EXIT_OK
+
+    def _print(self, it: JobResult) -> None:
+        if self.screen.as_json or self.output.form is not None:
+            self.screen.write(outputs.line_of(it, self._form))
+        else:
+            outputs.print_text(it, self.screen, has_title=self._collector.counts.total > 1)
+
+    def _write(self) -> list[str]:
+        """Write the output; return the names of the files."""
+        if self.output.path is not None:
+            return outputs.write(self.state, self._form, self.output.path, self.output.errors)
+        if self._form == "csv":
+            outputs.write_csv(self.state, sys.stdout)
+        return []
 
     async def _check_queue(self) -> None:
         """Check that the queue exists, with a timeout: the collector itself would wait for the broker."""
@@ -167,22 +169,22 @@ class Collection:
         except QueueMissingError:
             raise _reply_queue_missing(queue) from None
 
-    async def _collect(self, collector: Collector, sender: JobSender | None, *, no_wait: bool) -> None:
+    async def _collect(self, sender: JobSender | None, *, no_wait: bool) -> None:
         if no_wait:
-            await collector.run(wait=False)
+            await self._collector.run(wait=False)
             return
         try:
             async with asyncio.timeout(self.wait_timeout_s), asyncio.TaskGroup() as group:
                 if sender is not None:
                     group.create_task(sender.run(), name="sender")
-                watching = group.create_task(self._watch_consumers(collector), name="consumers")
-                await collector.run(wait=True)
+                watching = group.create_task(self._watch_consumers(), name="consumers")
+                await self._collector.run(wait=True)
                 watching.cancel()
         except TimeoutError:
-            pending = collector.counts.pending
+            pending = self._collector.counts.pending
             self.screen.note(f"{counted(pending, 'result')} pending after {self.wait_timeout_s:g} s.")
 
-    async def _watch_consumers(self, collector: Collector) -> None:
+    async def _watch_consumers(self) -> None:
         """Report when no worker consumes from the jobs queue."""
         queue, was_reported = self._head["jobs_queue"], False
         # Results that are there already arrive before.
@@ -195,7 +197,7 @@ class Collection:
                     count = await session.call(partial(consumer_count, queue=queue))
                 except (QueueMissingError, TopologyError):
                     return
-                collector.waits_for = "" if count else NO_CONSUMER
+                self._collector.waits_for = "" if count else NO_CONSUMER
                 if not count and not was_reported:
                     was_reported = True
                     self.screen.note(
@@ -203,28 +205,11 @@ class Collection:
                         " runs, it is paused, and `vqa-worker check` shows why. The jobs wait in the queue."
                     )
 
-    def _write(self) -> list[str]:
-        """Write the output; return the names of the files."""
-        if self.output.path is not None:
-            return outputs.write(self.state, self._form, self.output.path, self.output.errors)
-        if self._form == "csv":
-            outputs.write_csv_to_stdout(self.state)
-        return []
-
-    def _print_summary(self, counts: Counts, files: list[str]) -> None:
-        if self._stream is None or self.screen.is_terminal:
-            pending = f"; {counts.pending:,} pending" if counts.pending else ""
-            self.screen.note(f"{counts.succeeded:,} succeeded, {counts.note()}{pending}")
-        if files:
-            more = {"name": self._head["name"], "total_tokens": counts.tokens, "files": files}
-            self.screen.emit({**counts.as_json(), **more})
-            self.screen.note(f"Wrote {', '.join(files)}")
-
 
 async def delete_replies(state: SubmissionState, broker: Broker, screen: Screen) -> None:
-    """Delete the reply queue of a submission, unless another program reads it or it is deleted."""
+    """Delete the reply queue of a submission, unless it is deleted."""
     head = state.head()
-    if not head["is_private"] or head.get("is_queue_deleted"):
+    if head.get("is_queue_deleted"):
         return
     try:
         await Session.once(broker, DELETE_TIMEOUT_S, partial(delete_queue, name=head["reply_to"]))

@@ -1,10 +1,9 @@
 """`vqa-worker submit`: from the command line to a `Submission`."""
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -39,17 +38,36 @@ async def submit(screen: Screen, options: Options, output: Output) -> int:
     If interrupted, run the same command again to resume; no job is submitted twice.
     """
     # These imports load aio-pika and the S3 SDK.
-    from worker.cli.submit.submission import Submission, estimate, submit_jobs
+    from worker.cli.submit.submission import Submission
     from worker.settings import load_command_settings
 
-    options.check(output)
-    images, question = options.images_and_question()
+    for option, value in (("--output", output.path), ("--wait-timeout", options.wait_timeout)):
+        if value is not None and not options.wait:
+            text = f"{option} requires --wait. Add it, or use `vqa-worker submissions collect` later."
+            raise UsageError(text)
+    images, question = _images_and_question(options)
     settings = screen.load(load_command_settings)
     with ExitStack() as stack:
         source = _source(images, question, options, settings, stack)
-        uploads_to = _uploads_to(options.bucket, settings.allowed_buckets)
-        submission = Submission(source, _additions(question, options), uploads_to, options, output)
-        return await (estimate if options.dry_run else submit_jobs)(submission, settings, screen)
+        additions, uploads_to = _additions(question, options), _uploads_to(options.bucket, settings)
+        submission = Submission(source, additions, uploads_to, options, output, settings, screen)
+        return await (submission.dry_run() if options.dry_run else submission.run())
+
+
+def _images_and_question(options: Options) -> tuple[list[str], str | None]:
+    """Split the arguments: the question is the last of several, unless an option has it.
+
+    Raises:
+        UsageError: with `--prefix`, there are images or two questions.
+    """
+    words, question = options.inputs or [], options.question
+    if options.prefix is not None:
+        questions = [*words, *([] if question is None else [question])]
+        if len(questions) != 1:
+            raise UsageError("--prefix takes one question and no images.")
+        return [], questions[0]
+    is_last_a_question = question is None and len(words) > 1 and not inputs.looks_like_image(words[-1])
+    return (words[:-1], words[-1]) if is_last_a_question else (words, question)
 
 
 def _additions(question: str | None, options: Options) -> dict[str, Any]:
@@ -75,19 +93,18 @@ def _source(
     """
     if options.prefix is not None:
         return _prefix(options.prefix, options.match, settings)
-    match images:
-        case []:
-            raise UsageError("nothing to submit. Give a file of jobs, images and a question, or --prefix.")
-        case [path] if _is_file_of_jobs(path, question, options.input_form):
-            return _file(path, options.input_form, stack)
+    if not images:
+        raise UsageError("nothing to submit. Give a file of jobs, images and a question, or --prefix.")
+    folder = next((Path(image) for image in images if Path(image).is_dir()), None)
+    if len(images) == 1 and _is_file_of_jobs(images[0], question, options.input_form):
+        return _file(images[0], options.input_form, stack)
     if question is None:
         raise UsageError(f'the question is missing. Add it: vqa-worker submit {images[0]} "What is this?"')
-    folders = [image for image in images if Path(image).is_dir()]
-    if not folders:
+    if folder is None:
         return inputs.from_arguments(images, each=options.each)
     if len(images) > 1:
-        raise UsageError(f"{folders[0]} is a folder. Submit it without other images.")
-    return _folder(Path(folders[0]), options.match)
+        raise UsageError(f"{folder}/ is a folder. Submit it without other images.")
+    return _folder(folder, options.match)
 
 
 def _is_file_of_jobs(path: str, question: str | None, form: Form | None) -> bool:
@@ -107,15 +124,10 @@ def _file(path: str, form: Form | None, stack: ExitStack) -> Source:
 
 
 def _folder(folder: Path, match: str | None) -> Source:
-    async def images() -> AsyncIterator[tuple[str, str]]:
-        for parent, folders, files in os.walk(folder):
-            folders.sort()
-            for file in sorted(files):
-                path = (Path(parent) / file).relative_to(folder).as_posix()
-                if _matches(path, match):
-                    yield str(folder / path), path
-
-    return inputs.from_listing(f"{folder.resolve()} {match or ''}", images(), title=folder.resolve().name)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    images = (str(path) for path in files if _matches(path.relative_to(folder).as_posix(), match))
+    whole = folder.resolve()
+    return inputs.from_listing(f"{whole} {match or ''}", inputs.as_async(images), title=whole.name)
 
 
 def _prefix(url: str, match: str | None, settings: "CommandSettings") -> Source:
@@ -123,14 +135,14 @@ def _prefix(url: str, match: str | None, settings: "CommandSettings") -> Source:
     if not url.startswith("s3://") or not bucket:
         raise UsageError(f"--prefix: {url} is not of the form s3://bucket/prefix.")
 
-    async def images() -> AsyncIterator[tuple[str, str]]:
+    async def images() -> AsyncIterator[str]:
         from worker.cli.storage import open_s3
         from worker.s3.uploads import list_keys
 
         async with open_s3(settings) as s3:
             async for key in list_keys(s3, bucket, prefix):
                 if _matches(key, match):
-                    yield f"s3://{bucket}/{key}", f"s3://{bucket}/{key}"
+                    yield f"s3://{bucket}/{key}"
 
     return inputs.from_listing(f"{url} {match or ''}", images(), title=prefix or bucket)
 
@@ -139,7 +151,7 @@ def _matches(name: str, match: str | None) -> bool:
     return fnmatchcase(name, match) if match else name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _uploads_to(bucket: str | None, allowed: Sequence[str]) -> str | None:
+def _uploads_to(bucket: str | None, settings: "CommandSettings") -> str | None:
     """Return the URL of the bucket and prefix for uploads.
 
     Raises:
@@ -148,6 +160,7 @@ def _uploads_to(bucket: str | None, allowed: Sequence[str]) -> str | None:
     if bucket is None:
         return None
     name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    allowed = settings.allowed_buckets
     if allowed and not any(fnmatchcase(name, glob) for glob in allowed):
         raise UsageError(f"--bucket: {name} is not among VQA_ALLOWED_BUCKETS ({', '.join(allowed)}).")
     return f"s3://{name}/{prefix.rstrip('/') or UPLOAD_PREFIX}/"

@@ -6,16 +6,17 @@ Each source yields entries: a job as written, and its position for error message
 import csv
 import hashlib
 import json
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import pydantic_core
 
 from worker.cli.shell import CommandError, UsageError
 from worker.cli.submit import batch
 
+T = TypeVar("T")
 Form: TypeAlias = Literal["jsonl", "csv", "batch"]
 
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
@@ -61,7 +62,6 @@ class Source:
         form: the file format; None if it is not a file.
         folder: the base of relative paths of local images.
         is_ad_hoc: repeating the command makes a new submission instead of resuming the old one.
-        may_grow: a later run can find more jobs.
     """
 
     title: str
@@ -70,7 +70,6 @@ class Source:
     form: Form | None = None
     folder: Path = Path()
     is_ad_hoc: bool = False
-    may_grow: bool = False
 
 
 def looks_like_image(word: str) -> bool:
@@ -83,28 +82,24 @@ def from_arguments(images: Sequence[str], *, each: bool) -> Source:
     groups = [[image] for image in images] if each else [list(images)]
     entries = (_entry_for(group, f"{n}-{_last_part(group[0])}") for n, group in enumerate(groups, start=1))
     digest = hashlib.sha256(json.dumps(groups).encode()).hexdigest()
-    return Source(title="ask", digest=digest, entries=_async(entries), is_ad_hoc=True)
+    return Source(title="ask", digest=digest, entries=as_async(entries), is_ad_hoc=True)
 
 
-def from_listing(identity: str, images: AsyncIterable[tuple[str, str]], *, title: str) -> Source:
+def from_listing(identity: str, images: AsyncIterable[str], *, title: str) -> Source:
     """Return one job per image in a folder or below an S3 prefix.
 
-    The job ids are derived from the images' names, so that a later run submits only new images.
-
-    Args:
-        identity: folder or prefix, and pattern.
-        images: each with the name that identifies it.
-        title: the name of the folder or prefix.
+    `identity`: folder or prefix, and pattern; `title`: the name of the folder or prefix.
     """
 
     async def entries() -> AsyncIterator[Entry]:
-        async for image, name in images:
-            digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:12]
-            yield _entry_for([image], f"{_last_part(image)}-{digest}")
+        number = 0
+        async for image in images:
+            number += 1
+            yield _entry_for([image], f"{number}-{_last_part(image)}")
 
     digest = hashlib.sha256(identity.encode(errors="replace")).hexdigest()
     title = title.strip("/").rpartition("/")[2]
-    return Source(title=title, digest=digest, entries=entries(), may_grow=True)
+    return Source(title=title, digest=digest, entries=entries())
 
 
 def from_file(path: Path, form: Form | None, *, title: str = "", folder: Path | None = None) -> Source:
@@ -127,12 +122,15 @@ def from_file(path: Path, form: Form | None, *, title: str = "", folder: Path | 
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.sha256(found.encode()))
     folder = path.parent if folder is None else folder
-    return Source(title=title, digest=digest.hexdigest(), entries=_async(entries), form=found, folder=folder)
+    return Source(
+        title=title, digest=digest.hexdigest(), entries=as_async(entries), form=found, folder=folder
+    )
 
 
-async def _async(entries: Iterator[Entry]) -> AsyncIterator[Entry]:
-    for entry in entries:
-        yield entry
+async def as_async(items: Iterable[T]) -> AsyncIterator[T]:
+    """Yield the items."""
+    for item in items:
+        yield item
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

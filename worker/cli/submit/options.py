@@ -1,4 +1,4 @@
-"""The options of `vqa-worker submit`."""
+"""The options of `vqa-worker submit`, as typer parses them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,9 +7,9 @@ from typing import Annotated, Final
 
 import typer
 
-from worker.cli.shell import UsageError, seconds
+from worker.cli.shell import Yes, seconds
 from worker.cli.state_dir import check_name
-from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Form, looks_like_image
+from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Form
 
 MAX_QUEUE: Final = 100_000
 UPLOAD_PREFIX: Final = "vqa-uploads"
@@ -27,7 +27,7 @@ WaitTimeout = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """The destination of results, as typer parses it; without `path` it is stdout."""
+    """The destination of results; without `path` it is stdout."""
 
     path: Annotated[
         Path | None, _results("--output", "-o", dir_okay=False, help="Write the results to this file.")
@@ -51,7 +51,7 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The command line of `submit`, as typer parses it."""
+    """The jobs and how to publish them."""
 
     inputs: Annotated[
         list[str] | None,
@@ -100,13 +100,11 @@ class Options:
         bool, _jobs("--skip-invalid", help="Submit valid jobs; report the others as failed results.")
     ] = False
     dry_run: Annotated[bool, _publishing("--dry-run", help="Only validate, and estimate the cost.")] = False
-    yes: Annotated[bool, _publishing("--yes", "-y", help="Skip confirmation.")] = False
+    yes: Yes = False
     name: Annotated[
         str | None,
         _publishing(
-            metavar="NAME",
-            parser=check_name,
-            help="Name of the submission (default: made from the input).",
+            metavar="NAME", parser=check_name, help="Name of the submission (default: made from the input)."
         ),
     ] = None
     max_queue: Annotated[
@@ -120,37 +118,5 @@ class Options:
     exchange: Annotated[
         str, _publishing(metavar="NAME", help="Publish to this exchange instead of the default exchange.")
     ] = ""
-    reply_to: Annotated[
-        str | None,
-        _publishing(metavar="QUEUE", help="Send the results to this queue; another program reads them."),
-    ] = None
     wait: Annotated[bool, _results("--wait", "-w", help="Wait for the results; print or write them.")] = False
     wait_timeout: WaitTimeout = None
-
-    def check(self, output: Output) -> None:
-        """Check options that exclude each other.
-
-        Raises:
-            UsageError: two options cannot be combined.
-        """
-        for option, value in (("--output", output.path), ("--wait-timeout", self.wait_timeout)):
-            if value is not None and not self.wait:
-                text = f"{option} requires --wait. Add it, or use `vqa-worker submissions collect` later."
-                raise UsageError(text)
-        if self.reply_to is not None and self.wait:
-            raise UsageError("--reply-to and --wait cannot be combined: another program reads that queue.")
-
-    def images_and_question(self) -> tuple[list[str], str | None]:
-        """Split the arguments: the question is the last of several, unless an option has it.
-
-        Raises:
-            UsageError: with `--prefix`, there are images or two questions.
-        """
-        words = self.inputs or []
-        if self.prefix is not None:
-            questions = [*words, *([] if self.question is None else [self.question])]
-            if len(questions) != 1:
-                raise UsageError("--prefix takes one question and no images.")
-            return [], questions[0]
-        is_last_a_question = self.question is None and len(words) > 1 and not looks_like_image(words[-1])
-        return (words[:-1], words[-1]) if is_last_a_question else (words, self.question)

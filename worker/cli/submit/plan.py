@@ -1,4 +1,4 @@
-"""Plan a submission: complete each job and validate it as a worker does.
+"""Plan a submission: complete each job, validate it as a worker does, and estimate the cost.
 
 Jobs are sent only after all of them are planned.
 """
@@ -6,7 +6,8 @@ Jobs are sent only after all of them are planned.
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -15,13 +16,12 @@ from typing import Any, Final
 from vqa_worker.messages.decoding import InvalidJobError, decode
 from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.image_types import media_type
-from vqa_worker.messages.job import Job, valid_id
+from vqa_worker.messages.job import valid_id
 from vqa_worker.messages.result import JobFailure, Result
 from vqa_worker.messages.serialization import to_json
-from worker.cli.shell import UsageError
-from worker.cli.submit.estimate import Estimate
+from worker.cli.shell import UsageError, counted, dollars
 from worker.cli.submit.inputs import IMAGE_SCHEMES, Entry, Source
-from worker.cli.submit.state import Plan, Received
+from worker.cli.submit.state import JobResult, SubmissionState
 from worker.cli.times import parse_time
 from worker.settings import CommandSettings
 
@@ -29,45 +29,42 @@ from worker.settings import CommandSettings
 MAX_ERRORS_SHOWN: Final = 10
 # After so many jobs the event loop runs, so that Ctrl-C works.
 YIELD_EVERY_JOBS: Final = 200
+# Rules of thumb for a photo and for an answer.
+IMAGE_TOKENS: Final = 1000
+ANSWER_TOKENS: Final = 200
+PER_PRICE: Final = 1_000_000
 
 _SUFFIXES: Final = {"image/jpeg": "jpg", "image/png": "png", "image/webp": "webp"}
 
 
-def resolve_deadline(additions: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the additions with the deadline as a time: `2h` is two hours from now.
+def parse_deadline_option(text: str) -> str:
+    """Return the RFC 3339 time of `--deadline`: `2h` is two hours from now.
 
     Raises:
-        UsageError: the deadline is not a time or duration, or has passed.
+        UsageError: the text is not a time or duration, or has passed.
     """
-    if (text := additions.get("deadline")) is None:
-        return additions
     try:
         deadline = parse_time(text, from_now=1)
     except ValueError as error:
         raise UsageError(f"--deadline: {error}.") from None
     if deadline <= datetime.now(UTC):
         raise UsageError(f"--deadline: {text!r} has passed.")
-    return {**additions, "deadline": deadline.isoformat(timespec="seconds")}
+    return deadline.isoformat(timespec="seconds")
 
 
 class Planner:
     """Plan the jobs of a source.
 
     Attributes:
-        plan: the jobs that are not in the submission yet.
-        estimate: of these jobs' cost.
+        draft: the jobs.
+        uploads: the local images, by the URL to upload them to.
+        jobs, images: the numbers of valid jobs and of their images, by model.
         errors: one message per invalid job, at most `MAX_ERRORS_SHOWN`.
         error_count: the number of invalid jobs.
     """
 
     def __init__(
-        self,
-        name: str,
-        additions: Mapping[str, Any],
-        uploads_to: str | None,
-        settings: CommandSettings,
-        *,
-        is_known: Callable[[str], bool] | None = None,
+        self, name: str, additions: Mapping[str, Any], uploads_to: str | None, settings: CommandSettings
     ) -> None:
         """Plan the submission `name`.
 
@@ -76,20 +73,17 @@ class Planner:
             additions: fields for all jobs, which override the jobs' own.
             uploads_to: the URL of a bucket and prefix for local images.
             settings: the settings of the command.
-            is_known: whether the submission already has a job, if it can; with it, ids may repeat.
-
-        Raises:
-            UsageError: an addition is invalid.
         """
         self._name = name
-        self._additions = resolve_deadline(additions)
+        self._additions = additions
         self._uploads_to = uploads_to
-        self._is_known = is_known
         self._settings = settings
         self._number = 0
         self._key = lru_cache(maxsize=4096)(_key)
-        self.plan = Plan()
-        self.estimate = Estimate(settings.model, settings.prices)
+        self.draft = SubmissionState.draft()
+        self.uploads: dict[str, Path] = {}
+        self.jobs: Counter[str] = Counter()
+        self.images: Counter[str] = Counter()
         self.errors: list[str] = []
         self.error_count = 0
 
@@ -106,26 +100,42 @@ class Planner:
             except (InvalidJobError, ValueError) as error:
                 self._reject(entry, str(error))
 
+    def usd(self) -> float | None:
+        """Return the estimated cost in USD; None if a model's price is unknown."""
+        prices = self._settings.prices
+        if self.jobs.keys() - prices.keys():
+            return None
+        prompts = sum(prices[model].prompt * IMAGE_TOKENS * count for model, count in self.images.items())
+        answers = sum(prices[model].completion * ANSWER_TOKENS * count for model, count in self.jobs.items())
+        return (prompts + answers) / PER_PRICE
+
+    def estimate(self) -> list[str]:
+        """Return the estimate as lines of text."""
+        jobs, images = counted(self.jobs.total(), "job"), counted(self.images.total(), "image")
+        what, usd = f"{jobs} with {images} for {', '.join(sorted(self.jobs))}", self.usd()
+        if usd is None:
+            unknown = sorted(self.jobs.keys() - self._settings.prices.keys())
+            return [what, f"cost unknown: VQA_PRICES has no price for {', '.join(unknown)}"]
+        basis = f"for {IMAGE_TOKENS:,} prompt tokens per image and {ANSWER_TOKENS} completion tokens per job"
+        return [what, f"about {dollars(usd)}, {basis}"]
+
     def _add(self, entry: Entry, folder: Path) -> None:
         job = _with(entry.job, self._additions)
         job.setdefault("id", self._id(entry.key))
-        if self._is_known is not None and self._is_known(job["id"]):
-            return
-        for holder, key in _images(job):
+        images = list(_images(job))
+        for holder, key in images:
             holder[key] = self._upload_url(holder[key], folder)
         body = to_json(job)
         checked = decode(body, None, self._settings.max_job_bytes)
-        self._check_model(checked)
-        if self.plan.add(str(checked.id), body, entry.custom_id):
-            self.estimate.add(checked)
-        elif self._is_known is None:
-            raise ValueError(f"duplicate {'custom_id' if entry.custom_id else 'id'}")
-
-    def _check_model(self, job: Job) -> None:
         # Only if the setting is there: the workers' settings need not be those of the command.
         is_set = "allowed_models" in self._settings.model_fields_set
-        if is_set and job.model is not None and job.model not in self._settings.allowed_models:
-            raise ValueError(f"model: {job.model} is not among VQA_ALLOWED_MODELS")
+        if is_set and checked.model is not None and checked.model not in self._settings.allowed_models:
+            raise ValueError(f"model: {checked.model} is not among VQA_ALLOWED_MODELS")
+        if not self.draft.add(str(checked.id), body, entry.custom_id):
+            raise ValueError(f"duplicate {'custom_id' if entry.custom_id else 'id'}")
+        model = checked.model or self._settings.model
+        self.jobs[model] += 1
+        self.images[model] += len(images)
 
     def _upload_url(self, image: Any, folder: Path) -> Any:
         """Return the URL of an image; a local one is uploaded, named by the SHA-256 of its content."""
@@ -134,18 +144,13 @@ class Planner:
         if "://" in image:
             raise ValueError(f"{image}: an image must be s3://bucket/key, https://…, data:… or a local file")
         path = (folder / image).absolute()
+        if self._uploads_to is None and not path.is_file():
+            raise ValueError(f"{image}: no such file (and not a URL)")
         if self._uploads_to is None:
-            if not path.is_file():
-                raise ValueError(f"{image}: no such file (and not a URL)")
-            raise ValueError(f"{image}: is a local file; use --bucket to upload it{self._known_bucket()}")
+            raise ValueError(f"{image}: is a local file; use --bucket to upload it")
         url = f"{self._uploads_to}{self._key(path)}"
-        self.plan.uploads[url] = path
+        self.uploads[url] = path
         return url
-
-    def _known_bucket(self) -> str:
-        """Return the option for the only bucket that workers may use, if the settings name one."""
-        buckets = self._settings.allowed_buckets
-        return f" (--bucket {buckets[0]})" if len(buckets) == 1 and "*" not in buckets[0] else ""
 
     def _id(self, key: str | None) -> str:
         """Return the id of a job without one: the same each time the same jobs are submitted."""
@@ -159,17 +164,17 @@ class Planner:
             self.errors.append(f"{where}{reason}")
         own = valid_id(entry.job.get("id")) or self._id(entry.custom_id)
         # A duplicate id fails too; its result needs another id than the first job's.
-        for job_id in (own,) if self._is_known else (own, f"{self._name}-{self._number}-invalid"):
+        for job_id in (own, f"{self._name}-{self._number}-invalid"):
             failed = failed_result(job_id, ErrorCode.INVALID_JOB, reason, retryable=False)
-            if self.plan.add(job_id, None, entry.custom_id, failed):
+            if self.draft.add(job_id, None, entry.custom_id, failed):
                 break
 
 
-def failed_result(job_id: str, code: ErrorCode, message: str, *, retryable: bool) -> Received:
+def failed_result(job_id: str, code: ErrorCode, message: str, *, retryable: bool) -> JobResult:
     """Return the failed result of a job that is not sent, as a worker would publish it."""
     error = JobFailure(code=code, message=message, retryable=retryable)
     body = Result(id=job_id, status="failed", error=error).to_body()
-    return Received(job_id, body, int(time.time()), failed=True)
+    return JobResult(job_id, body, int(time.time()), failed=True)
 
 
 def _with(job: Mapping[str, Any], additions: Mapping[str, Any]) -> dict[str, Any]:

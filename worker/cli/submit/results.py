@@ -5,40 +5,41 @@ from typing import Any, Final
 
 from vqa_worker.messages.decoding import parse_leniently
 from vqa_worker.rabbitmq.replies import Reply
-from worker.cli.submit.state import Received
+from worker.cli.submit.state import JobResult
 
 TOKENS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 # Larger numbers are errors, and the sums of some of them would overflow.
 _MAX_TOKENS: Final = 10**12
-_MAX_USD: Final = 1e9
-_TEXTS: Final = ("id", "answer", "model", "finish_reason")
-_OBJECTS: Final = ("error", "metadata", "response")
+_MAX_USD: Final = 10**9
 
 
-def received(reply: Reply) -> Received:
+def received(reply: Reply) -> JobResult:
     """Return what the state file stores of a result; one without a status counts as failed."""
     result = parse(reply.body)
     usage = result["usage"]
-    return Received(
+    return JobResult(
         id=result["id"] or "",
         body=reply.body,
         at=reply.at,
         failed=result["status"] != "succeeded",
-        tokens=usage.get("total_tokens", 0),
-        cost=usage.get("cost_usd"),
+        tokens=usage["total_tokens"] or 0,
+        cost=usage["cost_usd"],
     )
 
 
 def parse(body: bytes) -> dict[str, Any]:
     """Return the fields of a result with the types that they should have; others are None or empty."""
     found = parse_leniently(body) or {}
+    texts = {name: _if(str, found.get(name)) for name in ("id", "answer", "model", "finish_reason")}
+    objects = {name: _if(dict, found.get(name)) or {} for name in ("error", "metadata", "response", "usage")}
+    usage = {name: _number(objects["usage"].get(name), _MAX_TOKENS, int) for name in TOKENS}
+    usage["cost_usd"] = _number(objects["usage"].get("cost_usd"), _MAX_USD, int, float)
     return {
-        **found,
-        **{name: _if(str, found.get(name)) for name in _TEXTS},
-        **{name: _if(dict, found.get(name)) or {} for name in _OBJECTS},
+        **texts,
+        **objects,
         "status": "succeeded" if found.get("status") == "succeeded" else "failed",
-        "attempts": found.get("attempts") if _is_count(found.get("attempts")) else None,
-        "usage": _usage(found.get("usage")),
+        "attempts": _number(found.get("attempts"), _MAX_TOKENS, int),
+        "usage": usage,
     }
 
 
@@ -48,18 +49,9 @@ def failure(result: Mapping[str, Any]) -> tuple[str, str]:
     return code or "unknown", message or "the result has no error message"
 
 
-def _usage(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {}
-    usage: dict[str, Any] = {name: value[name] for name in TOKENS if _is_count(value.get(name))}
-    cost = value.get("cost_usd")
-    if isinstance(cost, int | float) and not isinstance(cost, bool) and 0 <= cost <= _MAX_USD:
-        usage["cost_usd"] = float(cost)
-    return usage
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_TOKENS
+def _number(value: Any, most: int, *kinds: type) -> Any:
+    """Return a number from 0 to `most` of one of the types; None for anything else."""
+    return value if type(value) in kinds and 0 <= value <= most else None
 
 
 def _if(kind: type, value: object) -> Any:

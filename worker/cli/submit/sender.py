@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Final
 
 from vqa_worker.rabbitmq.connection import Broker
@@ -44,11 +45,8 @@ class JobSender:
     max_queue: int
 
     def __post_init__(self) -> None:
-        self._queue = self.topology.jobs
         self._publisher = Publisher(self.broker, self.topology, retry_refusals=False)
         self._session = Session(self.broker, "queue depth")
-        # The number of jobs that may be sent before the depth is read again, and the last one that was sent.
-        self._capacity = self._last = 0
         self._full_queue_depth = 0
         self._confirmed_at = time.monotonic()
         self._was_refused = False
@@ -82,37 +80,31 @@ class JobSender:
             BrokerRefusedError: the broker refuses the credentials.
             RefusedError, TopologyError: the user lacks a permission.
         """
+        last = 0
         async with asyncio.TaskGroup() as group:
             publishing = group.create_task(self._publisher.run(), name="publisher")
             try:
-                while jobs := await self._next():
+                while jobs := self.state.unconfirmed(last, CHUNK_JOBS):
+                    jobs = jobs[: min(await self._capacity(), _chunk_size(jobs))]
                     await self._send(jobs)
+                    last = jobs[-1].ordinal
             except QueueMissingError:
-                raise jobs_queue_missing(self._queue) from None
+                raise jobs_queue_missing(self.topology.jobs) from None
             finally:
                 publishing.cancel()
                 await self._session.close()
 
-    async def _next(self) -> Sequence[ToSend]:
-        """Return the next unconfirmed jobs, as many as `max_queue` permits; wait while the queue is full."""
-        jobs = self.state.unconfirmed(self._last, CHUNK_JOBS)
-        while jobs and self._capacity <= 0:
-            await self._read_capacity()
-        jobs = jobs[: min(self._capacity, _chunk_size(jobs))]
-        self._capacity -= len(jobs)
-        self._last = jobs[-1].ordinal if jobs else self._last
-        return jobs
-
-    async def _read_capacity(self) -> None:
-        if not self.max_queue:
-            self._capacity = CHUNK_JOBS
-            return
-        found = await self._session.call(partial(depth, queue=self._queue))
-        self._capacity = self.max_queue - found
-        self._full_queue_depth = found if self._capacity <= 0 else 0
-        self._confirmed_at = time.monotonic()
-        if self._full_queue_depth:
+    async def _capacity(self) -> int:
+        """Wait while the queue is full; return how many jobs may be sent."""
+        while self.max_queue:
+            found = await self._session.call(partial(depth, queue=self.topology.jobs))
+            self._confirmed_at = time.monotonic()
+            if found < self.max_queue:
+                self._full_queue_depth = 0
+                return self.max_queue - found
+            self._full_queue_depth = found
             await asyncio.sleep(FULL_QUEUE_POLL_S)
+        return CHUNK_JOBS
 
     async def _send(self, jobs: Sequence[ToSend]) -> None:
         confirmed: list[ToSend] = []
@@ -125,14 +117,15 @@ class JobSender:
             self.state.set_confirmed(confirmed)
 
     async def _send_one(self, job: ToSend, confirmed: list[ToSend]) -> None:
-        queue, exchange = self._queue, self.exchange
+        queue, exchange = self.topology.jobs, self.exchange
         message = job_message(job.id, job.body, queue, reply_to=self.reply_to, exchange=exchange)
         try:
             await self._publisher.publish(message)
-        except (RefusedError, UnroutableError) as error:
+        except RefusedError:
             self._was_refused = True
-            if isinstance(error, RefusedError):
-                raise
+            raise
+        except UnroutableError:
+            self._was_refused = True
             text = f"no queue is bound to the exchange {exchange} with the routing key {queue}."
             raise CommandError(text) if exchange else jobs_queue_missing(queue) from None
         except TooLargeError as error:
@@ -152,9 +145,4 @@ def jobs_queue_missing(queue: str) -> CommandError:
 
 def _chunk_size(jobs: Sequence[ToSend]) -> int:
     """Return how many jobs have at most `CHUNK_BYTES` together; at least 1."""
-    size = 0
-    for count, job in enumerate(jobs):
-        size += len(job.body)
-        if count and size > CHUNK_BYTES:
-            return count
-    return len(jobs)
+    return max(1, sum(size <= CHUNK_BYTES for size in accumulate(len(job.body) for job in jobs)))

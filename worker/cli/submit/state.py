@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice, starmap
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
@@ -22,26 +22,24 @@ from worker.cli.shell import CommandError, dollars
 # An invalid job is `UNSENT`: it has a failed result from the beginning.
 PLANNED, SENT, CONFIRMED, UNSENT = range(4)
 
-_FORMAT: Final = "2"
+_FORMAT: Final = "3"
 _BUSY_TIMEOUT_S: Final = 30.0
 _ROWS_AT_ONCE: Final = 500
 _TABLES: Final = """
-    CREATE TABLE IF NOT EXISTS {file}.head (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS {file}.jobs (
+    CREATE TABLE head (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE jobs (
         ordinal INTEGER PRIMARY KEY,
         id TEXT NOT NULL UNIQUE,
         custom_id TEXT,
-        body BLOB,
         state INTEGER NOT NULL,
-        result BLOB,
-        received_at INTEGER,
         failed INTEGER,
+        at INTEGER,
         tokens INTEGER,
-        cost REAL
+        cost REAL,
+        body BLOB,
+        result BLOB
     );
 """
-_PLANNED_COLUMNS: Final = "id, custom_id, body, state, result, received_at, failed"
-_RESULTS: Final = "SELECT id, custom_id, result, received_at, failed FROM jobs"
 
 
 class ToSend(NamedTuple):
@@ -52,19 +50,8 @@ class ToSend(NamedTuple):
     body: bytes
 
 
-class StoredResult(NamedTuple):
-    """A stored result with the ids of its job; `at` in Unix seconds."""
-
-    id: str
-    custom_id: str | None
-    body: bytes
-    at: int
-    failed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A result from the reply queue, with the figures that the progress shows; `at` in Unix seconds."""
+class JobResult(NamedTuple):
+    """A result: `at` in Unix seconds, `cost` in USD, `custom_id` of a Batch API request."""
 
     id: str
     body: bytes
@@ -72,6 +59,7 @@ class Received:
     failed: bool
     tokens: int = 0
     cost: float | None = None
+    custom_id: str | None = None
 
 
 @dataclass
@@ -101,13 +89,13 @@ class Counts:
         """The number of jobs without a recorded confirm."""
         return self.total - self.confirmed
 
-    def add(self, received: Received) -> None:
+    def add(self, result: JobResult) -> None:
         """Count one more result."""
-        self.failed += received.failed
-        self.succeeded += not received.failed
-        self.tokens += received.tokens
-        if received.cost is not None:
-            self.cost = (self.cost or 0.0) + received.cost
+        self.failed += result.failed
+        self.succeeded += not result.failed
+        self.tokens += result.tokens
+        if result.cost is not None:
+            self.cost = (self.cost or 0.0) + result.cost
 
     def note(self) -> str:
         """Return failures, tokens and cost of the results so far."""
@@ -127,86 +115,21 @@ class Counts:
         }
 
 
-class _Jobs:
-    """A database with jobs."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._db = connection
-
-    def close(self) -> None:
-        """Close the database."""
-        self._db.close()
-
-    def counts(self) -> Counts:
-        """Return the progress."""
-        row: tuple[Any, ...] = self._db.execute(
-            "SELECT count(*), coalesce(sum(state = 1), 0), coalesce(sum(state >= 2), 0),"
-            " coalesce(sum(failed = 0), 0), coalesce(sum(failed), 0), coalesce(sum(tokens), 0), sum(cost)"
-            " FROM jobs"
-        ).fetchone()
-        return Counts(*row)
-
-
-class Plan(_Jobs):
-    """Planned jobs that are in no state file yet: in memory, or in a temporary file if there are many.
-
-    Attributes:
-        uploads: the local files to upload first, by URL.
-    """
-
-    def __init__(self) -> None:
-        # An empty name means a temporary file, which SQLite uses only when its cache is full.
-        super().__init__(sqlite3.connect("", isolation_level=None))
-        # It is not kept after a crash.
-        self._db.execute("PRAGMA journal_mode = OFF")
-        self._db.executescript(_TABLES.format(file="main"))
-        self.uploads: dict[str, Path] = {}
-
-    def add(
-        self, job_id: str, body: bytes | None, custom_id: str | None = None, failed: Received | None = None
-    ) -> bool:
-        """Add a job unless its id exists; return whether it was added.
-
-        An invalid job has the result `failed` instead of a body.
-        """
-        row = (UNSENT, failed.body, failed.at, True) if failed else (PLANNED, None, None, None)
-        added = self._db.execute(
-            f"INSERT OR IGNORE INTO jobs ({_PLANNED_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - constants
-            (job_id, custom_id, body, *row),
-        )
-        return added.rowcount == 1
-
-    def save(self, path: Path, head: Mapping[str, str]) -> None:
-        """Create the state file with these jobs, or add them to it: all of them or none."""
-        if path.exists():
-            self._copy_to(path, {})
-            return
-        draft = path.with_name(f".{path.name}.draft")
-        for suffix in ("", "-journal"):
-            Path(f"{draft}{suffix}").unlink(missing_ok=True)
-        os.close(open_private(str(draft), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        self._copy_to(draft, {"format": _FORMAT, **head})
-        draft.rename(path)
-
-    def _copy_to(self, path: Path, head: Mapping[str, str]) -> None:
-        self._db.execute("ATTACH ? AS file", (str(path),))
-        self._db.executescript(_TABLES.format(file="file"))
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT INTO file.head VALUES (?, ?)", head.items())
-            self._db.execute(
-                f"INSERT OR IGNORE INTO file.jobs ({_PLANNED_COLUMNS})"  # noqa: S608 - constants
-                f" SELECT {_PLANNED_COLUMNS} FROM main.jobs ORDER BY ordinal"
-            )
-        self._db.execute("DETACH file")
-
-
-class SubmissionState(_Jobs):
-    """An open state file. Not thread-safe."""
+class SubmissionState:
+    """A state file, or a draft of one. Not thread-safe."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        super().__init__(connection)
+        self._db = connection
         self.path = path
+
+    @classmethod
+    def draft(cls) -> Self:
+        """Return a state without a file; `save` writes it to one."""
+        # An empty name means a temporary file, which SQLite uses only when its cache is full.
+        connection = sqlite3.connect("", isolation_level=None)
+        connection.execute("PRAGMA journal_mode = OFF")
+        connection.executescript(_TABLES)
+        return cls(connection, Path())
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -233,6 +156,21 @@ class SubmissionState(_Jobs):
             )
         return state
 
+    def save(self, path: Path, head: Mapping[str, str]) -> None:
+        """Write a draft to a new state file, which exists completely or not."""
+        self.set_head({"format": _FORMAT, **head})
+        unfinished = path.with_name(f".{path.name}.draft")
+        unfinished.unlink(missing_ok=True)
+        descriptor = open_private(str(unfinished), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        self._db.execute("VACUUM INTO ?", (str(unfinished),))
+        os.fsync(descriptor)
+        os.close(descriptor)
+        unfinished.rename(path)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
     def delete(self) -> None:
         """Close and delete the file."""
         self.close()
@@ -247,11 +185,31 @@ class SubmissionState(_Jobs):
         """Set fields of the submission as a whole."""
         self._db.executemany("INSERT OR REPLACE INTO head VALUES (?, ?)", values.items())
 
+    def counts(self) -> Counts:
+        """Return the progress."""
+        row: tuple[Any, ...] = self._db.execute(
+            "SELECT count(*), coalesce(sum(state = 1), 0), coalesce(sum(state >= 2), 0),"
+            " coalesce(sum(failed = 0), 0), coalesce(sum(failed), 0), coalesce(sum(tokens), 0), sum(cost)"
+            " FROM jobs"
+        ).fetchone()
+        return Counts(*row)
+
     # Jobs
 
-    def has(self, job_id: str) -> bool:
-        """Return whether there is such a job."""
-        return self._db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone() is not None
+    def add(
+        self, job_id: str, body: bytes | None, custom_id: str | None = None, failed: JobResult | None = None
+    ) -> bool:
+        """Add a job unless its id exists; return whether it was added.
+
+        An invalid job has the result `failed` instead of a body.
+        """
+        state, *result = (UNSENT, True, failed.at, failed.body) if failed else (PLANNED, None, None, None)
+        added = self._db.execute(
+            "INSERT OR IGNORE INTO jobs (id, custom_id, body, state, failed, at, result)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (job_id, custom_id, body, state, *result),
+        )
+        return added.rowcount == 1
 
     def is_unsent(self) -> bool:
         """Return whether no job was ever sent."""
@@ -263,66 +221,61 @@ class SubmissionState(_Jobs):
             "SELECT ordinal, id, body FROM jobs WHERE state < 2 AND ordinal > ? ORDER BY ordinal LIMIT ?",
             (after, limit),
         )
-        return list(starmap(ToSend, rows))
+        return [ToSend(*row) for row in rows]
 
     def set_sent(self, jobs: Sequence[ToSend]) -> None:
         """Record that jobs are about to be published."""
-        self._update("state = 1", jobs)
+        self._for_each("UPDATE jobs SET state = 1 WHERE ordinal = ?", jobs)
 
     def set_confirmed(self, jobs: Sequence[ToSend]) -> None:
         """Record confirms, and delete the bodies of the jobs."""
-        self._update("state = 2, body = NULL", jobs)
+        self._for_each("UPDATE jobs SET state = 2, body = NULL WHERE ordinal = ?", jobs)
 
-    def _update(self, values: str, jobs: Sequence[ToSend]) -> None:
+    def _for_each(self, statement: str, jobs: Sequence[ToSend]) -> None:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(
-                f"UPDATE jobs SET {values} WHERE ordinal = ?",  # noqa: S608 - constants
-                [(job.ordinal,) for job in jobs],
-            )
+            self._db.executemany(statement, [(job.ordinal,) for job in jobs])
 
-    def pending(self) -> tuple[list[str], list[str]]:
-        """Return the ids of the jobs without a result: those that were sent, and those that were not."""
-        rows = self._db.execute("SELECT id, state FROM jobs WHERE result IS NULL ORDER BY ordinal").fetchall()
-        return (
-            [job_id for job_id, state in rows if state != PLANNED],
-            [job_id for job_id, state in rows if state == PLANNED],
+    def pending(self, *, sent: bool) -> list[str]:
+        """Return the ids of the jobs without a result that were sent, or those that were not."""
+        rows = self._db.execute(
+            "SELECT id FROM jobs WHERE result IS NULL AND (state > 0) = ? ORDER BY ordinal", (sent,)
         )
+        return [job_id for (job_id,) in rows]
 
     # Results
 
-    def store(self, received: Sequence[Received]) -> tuple[list[Received], list[Received]]:
-        """Store results on the disk; return the new ones, and those of unknown jobs.
+    def store(self, results: Sequence[JobResult]) -> tuple[list[JobResult], int]:
+        """Store results on the disk; return the new ones, and the number of results of unknown jobs.
 
         A second result of a job is ignored.
         """
-        new, unknown = [], []
+        new, unknown = [], 0
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            for one in received:
+            for one in results:
                 # A result also proves that its job was on the queue.
                 stored = self._db.execute(
-                    "UPDATE jobs SET result = ?, received_at = ?, failed = ?, tokens = ?, cost = ?,"
-                    " state = 2, body = NULL WHERE id = ? AND result IS NULL",
+                    "UPDATE jobs SET result = ?, at = ?, failed = ?, tokens = ?, cost = ?, state = 2,"
+                    " body = NULL WHERE id = ? AND result IS NULL RETURNING custom_id",
                     (one.body, one.at, one.failed, one.tokens, one.cost, one.id),
-                )
-                if stored.rowcount:
-                    new.append(one)
-                elif not self.has(one.id):
-                    unknown.append(one)
+                ).fetchone()
+                if stored is not None:
+                    new.append(one._replace(custom_id=stored[0]))
+                elif not self._db.execute("SELECT 1 FROM jobs WHERE id = ?", (one.id,)).fetchone():
+                    unknown += 1
         return new, unknown
 
-    def results(self, *, failed: bool | None = None) -> Iterator[StoredResult]:
+    def results(self, *, failed: bool | None = None) -> Iterator[JobResult]:
         """Yield the results in the order of the jobs: all, or those that failed or did not."""
         rows = self._db.execute(
-            f"{_RESULTS} WHERE result IS NOT NULL AND failed = ifnull(?, failed) ORDER BY ordinal", (failed,)
+            "SELECT id, result, at, failed, tokens, cost, custom_id FROM jobs"
+            " WHERE result IS NOT NULL AND failed = ifnull(?, failed) ORDER BY ordinal",
+            (failed,),
         )
+        # Not one by one, since other statements run meanwhile.
         while some := list(islice(rows, _ROWS_AT_ONCE)):
-            yield from starmap(StoredResult, some)
-
-    def result(self, job_id: str) -> StoredResult:
-        """Return the result of a job that has one."""
-        return StoredResult(*self._db.execute(f"{_RESULTS} WHERE id = ?", (job_id,)).fetchone())
+            yield from (JobResult(*row) for row in some)
 
 
 def read_state(path: Path) -> tuple[dict[str, str], Counts]:

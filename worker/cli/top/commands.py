@@ -1,28 +1,23 @@
 """The command `vqa-worker top`."""
 
 import asyncio
-import os
 import sys
-import termios
 import time
-import tty
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from worker.cli.shell import CommandError, Screen, broker_of, seconds
 
 if TYPE_CHECKING:
-    from worker.cli.top.render import Figures
     from worker.rabbitmq.permission_checks import Found
     from worker.rabbitmq.topology import Topology
 
 # After the first read, a broker that is unreachable must not delay the workers' metrics.
 RECONNECT_TIMEOUT_S: Final = 1.0
-QUIT_KEYS: Final = frozenset(b"qQ\x03\x04\x1b")
 
 
 async def top(
@@ -47,19 +42,26 @@ async def top(
 
     Queue depths come from RabbitMQ, everything else from the workers' metrics: rates, latencies and tokens
     cover the last 30 seconds (with --once the time between two readings), the cost is since the workers'
-    start. Without --worker only queue depths are shown. Press q or Ctrl-C to quit. Without a terminal, the
-    figures are printed in each interval.
+    start. Without --worker only queue depths are shown. Press Ctrl-C to quit. Without a terminal, the figures
+    are printed in each interval.
     """
+    from rich.console import Console
+    from rich.live import Live
+
     from worker.cli.top import render
 
     async with AsyncExitStack() as stack:
         figures = _figures(screen, worker or [], stack)
-        if not (screen.as_json or once) and sys.stdin.isatty() and sys.stdout.isatty():
-            await _live(figures, interval)
-            return
+        live: Live | None = None
+        if not (screen.as_json or once) and sys.stdout.isatty():
+            live = stack.enter_context(Live(console=Console(highlight=False), auto_refresh=False))
         async for found in figures:
-            if found.has_rates:
-                screen.emit(render.in_json(found))
+            fleet = found["fleet"]
+            if live is not None:
+                live.update(render.view(found), refresh=True)
+            # Rates need two samples of a worker.
+            elif fleet is None or not fleet["up"] or fleet["per_s"] is not None:
+                screen.emit(found)
                 screen.print(render.text(found))
                 if once and not worker:
                     screen.note("Add --worker HOST:PORT for rates, latencies, cost and the state of workers.")
@@ -68,44 +70,57 @@ async def top(
             await asyncio.sleep(interval)
 
 
-async def _figures(screen: Screen, workers: list[str], stack: AsyncExitStack) -> "AsyncIterator[Figures]":
-    """Yield all figures, each time they are asked for.
+async def _figures(
+    screen: Screen, workers: list[str], stack: AsyncExitStack
+) -> AsyncIterator[dict[str, Any]]:
+    """Yield the figures for `--json`, each time they are asked for.
+
+    `queues` is None while the broker is unreachable; `error` says why.
 
     Raises:
         BrokerRefusedError, BrokerUnreachableError: at the first time, the broker is not available.
         CommandError: at the first time, the jobs queue does not exist.
     """
     from vqa_worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachableError
-    from worker.cli.top import scraper
-    from worker.cli.top.figures import Fleet
-    from worker.cli.top.render import Figures
+    from worker.cli.top.fleet import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Fleet, parse_url, scrape
+    from worker.http.client import open_session
+    from worker.rabbitmq.messages import rfc3339
     from worker.rabbitmq.permission_checks import QueueWatch
     from worker.rabbitmq.topology import Topology
     from worker.settings import load_broker_settings
 
-    urls = [scraper.parse_url(text) for text in workers]
+    urls = [parse_url(text) for text in workers]
     settings = screen.load(load_broker_settings)
     topology = Topology.from_settings(settings)
     watch = QueueWatch(broker_of(settings), topology.queues())
     stack.push_async_callback(watch.close)
-    http = await stack.enter_async_context(scraper.open_http())
-    fleet = Fleet() if urls else None
-    is_first = True
+    http = await stack.enter_async_context(
+        open_session(connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S)
+    )
+    fleet, is_first = Fleet(), True
     while True:
-        queues, error = None, ""
+        queues, error = None, None
         async with asyncio.TaskGroup() as group:
-            scraping = group.create_task(scraper.scrape(http, urls), name="scrape")
+            scraping = group.create_task(scrape(http, urls), name="scrape")
             try:
-                found = await watch.read(screen.timeout_s if is_first else RECONNECT_TIMEOUT_S)
-                queues = _depths(topology, found)
+                queues = _depths(
+                    topology, await watch.read(screen.timeout_s if is_first else RECONNECT_TIMEOUT_S)
+                )
             except (BrokerRefusedError, BrokerUnreachableError, CommandError) as caught:
                 if is_first:
                     raise
                 error = str(caught)
         is_first = False
-        if fleet:
-            fleet.observe(time.monotonic(), scraping.result())
-        yield Figures(datetime.now(UTC), topology.jobs, queues, error, fleet)
+        fleet.observe(time.monotonic(), scraping.result())
+        yield {
+            "at": rfc3339(datetime.now(UTC)),
+            "queue": topology.jobs,
+            "queues": queues,
+            "error": error,
+            "fleet": fleet.total() if urls else None,
+            "workers": fleet.workers() if urls else None,
+            "models": fleet.models() if urls else None,
+        }
 
 
 def _depths(topology: "Topology", found: "Mapping[str, Found | None]") -> dict[str, int | None]:
@@ -124,43 +139,3 @@ def _depths(topology: "Topology", found: "Mapping[str, Found | None]") -> dict[s
         "dead_letters": count.get(topology.dead_letters),
         "consumers": jobs.consumers,
     }
-
-
-async def _live(figures: "AsyncIterator[Figures]", interval_s: float) -> None:
-    """Refresh the tables until a key quits; the last ones stay on the screen."""
-    from rich.console import Console
-    from rich.live import Live
-
-    from worker.cli.top import render
-
-    quits = asyncio.Event()
-    with (
-        _quit_keys(quits.set),
-        Live(console=Console(highlight=False), auto_refresh=False) as live,
-    ):
-        async for found in figures:
-            live.update(render.view(found, hint="   (q or Ctrl-C to quit)"), refresh=True)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(interval_s):
-                    await quits.wait()
-            if quits.is_set():
-                return
-
-
-@contextmanager
-def _quit_keys(quit_: Callable[[], None]) -> Iterator[None]:
-    """Call `quit_` when `q` is pressed; restore the terminal at the end."""
-    descriptor, loop = sys.stdin.fileno(), asyncio.get_running_loop()
-    before = termios.tcgetattr(descriptor)
-
-    def on_key() -> None:
-        if QUIT_KEYS & set(os.read(descriptor, 64)):
-            quit_()
-
-    tty.setcbreak(descriptor)
-    loop.add_reader(descriptor, on_key)
-    try:
-        yield
-    finally:
-        loop.remove_reader(descriptor)
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

@@ -39,7 +39,7 @@ async def test_a_dead_lettered_job_is_listed_shown_replayed_and_answered(
     assert listed.out.splitlines()[1].split()[0] == dead_letter["name"]
     shown = await cli.run("dlq", "show", dead["id"])
     assert marker in shown.out
-    assert "data:image/png;base64,[" in shown.out or "data:image/png;base64," in shown.out
+    assert "data:image/png;base64," in shown.out
 
     client.replies.clear()
     replayed = await cli.run("dlq", "replay", dead_letter["name"], "--yes")

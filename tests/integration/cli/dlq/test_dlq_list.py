@@ -71,7 +71,7 @@ async def test_show_prints_several_and_names_those_that_are_missing(cli: Cli, qu
     first, second = await add_dead_letters(queues, 2)
     ended = await cli.run("dlq", "show", first, "nobody", second)
     assert ended.code == 1
-    assert all(f"job_id: {it}" in ended.lines for it in (first, second))
+    assert all(f'  "job_id": "{it}",' in ended.lines for it in (first, second))
     assert ended.err_lines == ["Error: no such dead letter: nobody (2 read). Run `vqa-worker dlq list`."]
 
 
