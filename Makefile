@@ -26,10 +26,10 @@ stack: $(INSTALLED) ## start RabbitMQ, S3, a model simulator and a worker, until
 
 PYTEST := $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
-test: $(INSTALLED) ## run the unit and integration tests, on real services
-	$(BIN)/coverage erase
-	$(PYTEST) --cov --cov-report= tests/integration tests/unit
-	$(BIN)/coverage report
+test: $(INSTALLED) ## run the unit and integration tests, on real services (COVERAGE=yes: measure their coverage)
+	$(if $(COVERAGE),$(BIN)/coverage erase)
+	$(PYTEST) $(if $(COVERAGE),--cov --cov-report=) tests/integration tests/unit
+	$(if $(COVERAGE),$(BIN)/coverage report)
 
 test-slow: $(INSTALLED) ## run the slow tests: image, chart, chaos, scaling, memory, dashboard
 	$(PYTEST) $(SLOW)
@@ -129,5 +129,6 @@ lock: ## update the locks to the latest releases (requires uv)
 LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
 # Without the tests of images, chaos, memory and a scaling run, which take long: run `make test-slow` for those.
+ci: COVERAGE := yes
 ci: SLOW := tests/slow/helm tests/slow/test_alerts.py tests/slow/test_dashboard.py
 ci: lint test test-slow ## what CI runs: the checks, the tests, and the slow tests of the chart, the alerts and the dashboard

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import sys
 import urllib.request
 import uuid
 from collections import Counter
@@ -81,11 +80,10 @@ async def said(worker: Worker, status: str) -> tuple[int, list[str]]:
 
 def hasty(worker: Worker) -> Worker:
     """Shorten the probe intervals of a worker before its start."""
-    code = (
-        "import sys, worker.resilience.consumer_controller as controller; from worker.__main__ import main;"
-        "controller.FIRST_PROBE_DELAY_S, controller.MAX_PROBE_INTERVAL_S = 0.05, 0.1; sys.exit(main())"
+    worker.patch = (
+        "from worker.resilience import consumer_controller as controller\n"
+        "controller.FIRST_PROBE_DELAY_S, controller.MAX_PROBE_INTERVAL_S = 0.05, 0.1"
     )
-    worker.command = [sys.executable, "-c", code, "run"]
     return worker
 
 

@@ -20,11 +20,17 @@ class ForkedRun:
     """
 
     def __init__(
-        self, environment: Mapping[str, str], folder: Path, stdout: Path, stderr: Path | None = None
+        self,
+        environment: Mapping[str, str],
+        folder: Path,
+        stdout: Path,
+        stderr: Path | None = None,
+        *,
+        patch: str = "",
     ) -> None:
-        """Append output to `stdout`, and errors to `stderr` (default: the same)."""
+        """Append output to `stdout`, and errors to `stderr` (default: the same); run `patch` first."""
         self._process = FORKS.Process(
-            target=_run, args=(dict(environment), folder, stdout, stderr or stdout), daemon=True
+            target=_run, args=(dict(environment), folder, stdout, stderr or stdout, patch), daemon=True
         )
         self._process.start()
         assert self._process.pid is not None
@@ -51,11 +57,12 @@ class ForkedRun:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(environment: dict[str, str], folder: Path, stdout: Path, stderr: Path) -> None:
+def _run(environment: dict[str, str], folder: Path, stdout: Path, stderr: Path, patch: str) -> None:
     for path, descriptor in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    exec(patch, {})  # noqa: S102 - a test's own
     sys.exit(main(["run"]))

@@ -27,6 +27,7 @@ from tests.forked import ForkedRun
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "worker", "run"]
+PATCHED = "{patch}\nimport sys\nfrom worker.__main__ import main\nsys.exit(main(['run']))"
 PATIENCE_S = 90.0
 # More frequent polling would use CPU time that the worker needs.
 MAX_POLL_INTERVAL_S = 0.1
@@ -82,6 +83,8 @@ class Worker:
         self._log_bytes = 0
         self._log_lines: list[dict[str, Any]] = []
         self.command = COMMAND
+        # Python code that the process runs before the worker, to change constants.
+        self.patch = ""
         self.process: subprocess.Popen[bytes] | ForkedRun | None = None
         self.port = 0
 
@@ -124,17 +127,22 @@ class Worker:
     def launch(self) -> None:
         """Start without waiting."""
         if self.forks and self.command is COMMAND:
-            self.process = ForkedRun(self._environment, self._log_file.parent, self._log_file)
+            self.process = ForkedRun(
+                self._environment, self._log_file.parent, self._log_file, patch=self.patch
+            )
             return
         # A working directory without a developer's `.env`.
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen(  # noqa: S603 - a test's own
-                self.command,
+                self._command(),
                 env={**self._environment, "PYTHONPATH": str(ROOT)},
                 cwd=self._log_file.parent,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-c", PATCHED.format(patch=self.patch)] if self.patch else self.command
 
     async def start(self) -> Self:
         """Start the worker and wait until it is ready."""
@@ -184,9 +192,16 @@ class Worker:
 
     async def run_to_end(self, patience_s: float = PATIENCE_S) -> "Ended":
         """Run a worker that exits by itself."""
+        if self.forks and self.command is COMMAND:
+            errors = self._log_file.with_suffix(".errors")
+            self.process = ForkedRun(
+                self._environment, self._log_file.parent, self._log_file, errors, patch=self.patch
+            )
+            code = await self.ended(patience_s)
+            return Ended.of(subprocess.CompletedProcess((), code, self.output(), errors.read_text()))
         done = await asyncio.to_thread(
             subprocess.run,
-            self.command,
+            self._command(),
             env={**self._environment, "PYTHONPATH": str(ROOT)},
             cwd=self._log_file.parent,
             capture_output=True,

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -36,12 +35,8 @@ from tests.running import Worker, calls_with, until
 
 # A worker that leaves a refused copy to the broker after two tries instead of one minute.
 FEW_COPY_TRIES = """
-import sys
-from worker.rabbitmq import settlement
-from worker.__main__ import main
-from worker.rabbitmq import messages
+from worker.rabbitmq import messages, settlement
 messages.COPY_TRIES, settlement.COPY_ROUNDS = 2, 1
-sys.exit(main(["run"]))
 """
 
 
@@ -318,7 +313,7 @@ async def few_copy_tries(
             VQA_MODEL_BASE_URL=model.url(own_stack.model.base_url),
             VQA_MAX_CONCURRENCY="3",
         )
-        worker.command = [sys.executable, "-c", FEW_COPY_TRIES]
+        worker.patch = FEW_COPY_TRIES
         await worker.start()
         yield worker, model
         model.thaw()

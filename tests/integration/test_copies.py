@@ -15,7 +15,6 @@ from tests.breaking import job, publish, results, said, statuses
 from tests.conftest import MakeClient, StartWorker
 from tests.running import Client, Worker, calls_with, until
 
-SENT = datetime.now(UTC).replace(microsecond=0) - timedelta(seconds=5)
 HEADERS: dict[str, Any] = {
     "tenant": "a",
     "x-request-id": "r-1",
@@ -36,7 +35,6 @@ PROPERTIES: dict[str, Any] = {
     "priority": 7,
     "correlation_id": "c-1",
     "message_id": "m-1",
-    "timestamp": SENT,
     "type": "a.job.v2",
     "app_id": "backend",
 }
@@ -51,15 +49,17 @@ def _repaired(stack: Stack) -> Any:
 
 async def copies(
     start_worker: StartWorker, client_of: MakeClient, stack: Stack, kind: str
-) -> tuple[bytes, AbstractIncomingMessage]:
-    """Publish a job that a worker retries, requeues or dead-letters; return its body and its copy."""
+) -> tuple[bytes, datetime, AbstractIncomingMessage]:
+    """Publish a job that a worker retries, requeues or dead-letters; return body, timestamp and copy."""
     settings = {"VQA_RETRY_DELAYS": "300", "VQA_MAX_ATTEMPTS": "1" if kind == "dead letter" else "3"}
     worker = await start_worker(**settings)
     client = await client_of(worker)
     marker = uuid.uuid4().hex
     stack.model.play(Error(status=401 if kind == "requeue" else 500), marker=marker, times=None)
     body = json.dumps(job(marker)).encode()
-    await client.publish(body, headers={**HEADERS, **ROUTING}, expiration=600, **PROPERTIES)
+    sent = datetime.now(UTC).replace(microsecond=0) - timedelta(seconds=5)
+    headers = {**HEADERS, **ROUTING}
+    await client.publish(body, headers=headers, expiration=600, timestamp=sent, **PROPERTIES)
     if kind == "requeue":
         await said(worker, "paused")
         assert await worker.stop() == 0
@@ -68,16 +68,16 @@ async def copies(
         "requeue": worker.jobs_queue,
         "dead letter": worker.dead_letter_queue,
     }
-    return body, await client.take(queues[kind])
+    return body, sent, await client.take(queues[kind])
 
 
 @pytest.mark.parametrize("kind", ["retry", "requeue", "dead letter"])
 async def test_a_copy_keeps_what_belongs_to_the_job(
     start_worker: StartWorker, client_of: MakeClient, stack: Stack, kind: str
 ) -> None:
-    body, copy = await copies(start_worker, client_of, stack, kind)
+    body, sent, copy = await copies(start_worker, client_of, stack, kind)
     assert copy.body == body
-    for name, value in PROPERTIES.items():
+    for name, value in {**PROPERTIES, "timestamp": sent}.items():
         assert getattr(copy, name) == value, name
     assert {name: copy.headers.get(name) for name in HEADERS} == HEADERS
     assert not ROUTING.keys() & copy.headers.keys() - {"x-delivery-count"}
@@ -90,7 +90,7 @@ async def test_a_copy_keeps_what_belongs_to_the_job(
     if kind == "dead letter":
         assert (copy.expiration, expires_at) == (None, None)
         return
-    error = datetime.fromisoformat(str(expires_at)) - SENT - timedelta(seconds=600)
+    error = datetime.fromisoformat(str(expires_at)) - sent - timedelta(seconds=600)
     assert abs(error.total_seconds()) < 0.1
     assert isinstance(copy.expiration, float)
     assert 400 < copy.expiration <= 595

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +22,8 @@ EXIT_CONFIG = 78
 QUEUES = ["vqa.jobs.dead", "vqa.results", "vqa.jobs", *(f"vqa.jobs.retry.{n}s" for n in (1, 5, 30, 120))]
 # A worker that leaves a copy of a job to the broker after two tries.
 FEW_COPY_TRIES = """
-import sys
-from worker.__main__ import main
 from worker.rabbitmq import messages
 messages.COPY_TRIES = 2
-sys.exit(main(["run"]))
 """
 EXCHANGES = {"VQA_REPLY_EXCHANGE": "vqa.replies", "VQA_JOBS_EXCHANGE": "vqa.back"}
 
@@ -336,7 +332,7 @@ async def test_a_deleted_jobs_exchange_is_created_again_and_no_job_is_lost(
     marker, exchange = uuid.uuid4().hex, f"back-{uuid.uuid4().hex}"
     stack.model.play(Error(status=500), marker=marker, times=2)
     worker = await start_worker(wait=False, VQA_JOBS_EXCHANGE=exchange)
-    worker.command = [sys.executable, "-c", FEW_COPY_TRIES]
+    worker.patch = FEW_COPY_TRIES
     await worker.start()
     client = await client_of(worker)
     async with await connect(stack.rabbitmq.url) as connection:

@@ -477,9 +477,9 @@ def test_repeated_words_of_a_pattern_are_classified_quickly(provider: str) -> No
     words = {word for rule in own for pattern in rule.words for word in _literals(pattern)}
     slow = [
         (status, text[:20], seconds)
-        for status in (400, 429, 500)
         for word in sorted(words)
-        for text in (word * (3900 // len(word)), f"{word} " * (3900 // len(word)))
+        for status, separator in ((400, ""), (429, " "), (500, " "))
+        for text in (f"{word}{separator}" * (3900 // len(word)),)
         if (seconds := _cpu_s(status, json.dumps(error(f"Invalid: {text}")).encode(), provider)) > MAX_CPU_S
     ]
     assert not slow

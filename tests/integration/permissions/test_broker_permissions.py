@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -26,14 +25,11 @@ from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError
 # RabbitMQ 4.3.0 denies passive declarations to users without configure permission. Here the tests
 # declare actively, which every version denies to them.
 NO_PASSIVE_DECLARE = """
-import sys
-from worker.__main__ import main
 from worker.rabbitmq.topology import ExchangeSpec, QueueSpec
 def refused(declare):
     return lambda self, channel, *, passive: declare(self, channel, passive=False)
 for kind in (ExchangeSpec, QueueSpec):
     kind.declare = refused(kind.declare)
-sys.exit(main(["run"]))
 """
 VARIANTS = {"plain": PLAIN_FOLDER, "strict": STRICT_FOLDER}
 INTAKE, CONTROL, REPLIES, BACK = "vqa.jobs.intake", "vqa.jobs.control", "vqa.replies", "vqa.jobs.back"
@@ -192,7 +188,7 @@ async def test_direct_replies_work_if_the_worker_may_write_to_the_default_exchan
 
 async def test_a_worker_that_may_not_check_its_queues_still_works(scene: Scene, tmp_path: Path) -> None:
     worker = Worker.of(scene.stack, tmp_path, **scene.realm.settings)
-    worker.command = [sys.executable, "-c", NO_PASSIVE_DECLARE]
+    worker.patch = NO_PASSIVE_DECLARE
 
     async def has_answered() -> bool:
         assert (await scene.client.ask(**job())).body["status"] == "succeeded"
