@@ -267,7 +267,7 @@ def sample_sum(exposition: str, name: str, **labels: str) -> float:
 
 def calls_with(stack: Stack, marker: str) -> list[Call]:
     """Return the simulator's calls whose last user message contains `marker`."""
-    return [call for call in stack.model.calls() if marker in call.question]
+    return stack.model.calls(marker)
 
 
 class Client:

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
@@ -87,9 +88,15 @@ class SimulatedModel(ModelApi):
         rule = Rule(outcome=outcome, times=times, marker=marker)
         self._request("POST", "/simulator/play", rule.model_dump(mode="json"))
 
-    def calls(self) -> list[Call]:
-        """Return all calls, those in progress included, in the order of their arrival."""
-        return _calls.validate_python(self._request("GET", "/simulator/calls"))
+    def calls(self, marker: str = "") -> list[Call]:
+        """Return all calls, those in progress included, in the order of their arrival.
+
+        Args:
+            marker: Only calls whose question contains this text.
+        """
+        return _calls.validate_python(
+            self._request("GET", f"/simulator/calls?{urlencode({'marker': marker})}")
+        )
 
     def state(self) -> State:
         """Return the counters."""

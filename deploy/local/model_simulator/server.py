@@ -109,9 +109,10 @@ class ModelSimulator:
         self._state = State()
         return web.json_response({})
 
-    async def list_calls(self, _request: web.Request) -> web.Response:
-        """List the calls."""
-        return web.json_response([call.model_dump() for call in self._calls])
+    async def list_calls(self, request: web.Request) -> web.Response:
+        """List the calls, or those whose question contains the query's `marker`."""
+        marker = request.query.get("marker", "")
+        return web.json_response([call.model_dump() for call in self._calls if marker in call.question])
 
     async def show_state(self, _request: web.Request) -> web.Response:
         """Return the counters."""

@@ -106,7 +106,7 @@ async def test_unconfirmed_jobs_with_a_result_are_not_sent_again(cli: Cli, stack
 
 
 def _answered(stack: Stack, question: str) -> list[object]:
-    return [call for call in stack.model.calls() if call.question == question and call.ended]
+    return [call for call in stack.model.calls(question) if call.question == question and call.ended]
 
 
 async def test_resumptions_at_the_same_time_submit_no_job_twice(no_worker_cli: Cli, stack: Stack) -> None:
