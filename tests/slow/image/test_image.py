@@ -294,7 +294,7 @@ def test_invalid_settings_end_it_with_78_and_a_line_for_each(engine: Engine, ima
     )
     assert done.returncode == 78
     faults = done.stderr.splitlines()
-    assert [fault.split(":")[0] for fault in faults] == [
+    assert [fault.removeprefix("Error: ").partition(":")[0] for fault in faults] == [
         "VQA_MAX_ATTEMPTS",
         "VQA_ALLOWED_BUCKETS",
         "VQA_MODEL_API_KEY",
