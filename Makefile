@@ -128,7 +128,7 @@ lock: ## update the locks to the latest releases (requires uv)
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock
 LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
-# Without the tests of images, chaos, memory and a scaling run, which take long: run `make test-slow` for those.
+# Without the tests of images, chaos, memory and a scaling run: `make test-slow` runs those too.
 ci: COVERAGE := yes
-ci: SLOW := tests/slow/helm tests/slow/test_alerts.py tests/slow/test_dashboard.py
-ci: lint test test-slow ## what CI runs: the checks, the tests, and the slow tests of the chart, the alerts and the dashboard
+ci: SLOW := tests/slow/helm $(addprefix tests/slow/test_,alerts.py dashboard.py autoscaler.py client_wheel.py scaling_report.py scaling_simulation.py)
+ci: lint test test-slow ## what CI runs: the checks, the tests, and most slow tests

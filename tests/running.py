@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,7 +26,7 @@ from deploy.local.stack import Stack
 from tests.forked import ForkedRun
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "worker", "run"]
+COMMAND = (sys.executable, "-m", "worker", "run")
 PATCHED = "{patch}\nimport sys\nfrom worker.__main__ import main\nsys.exit(main(['run']))"
 PATIENCE_S = 90.0
 # More frequent polling would use CPU time that the worker needs.
@@ -82,7 +82,7 @@ class Worker:
         self._log_file = log_file
         self._log_bytes = 0
         self._log_lines: list[dict[str, Any]] = []
-        self.command = COMMAND
+        self.command: Sequence[str] = COMMAND
         # Python code that the process runs before the worker, to change constants.
         self.patch = ""
         self.process: subprocess.Popen[bytes] | ForkedRun | None = None
@@ -141,7 +141,7 @@ class Worker:
                 stderr=subprocess.STDOUT,
             )
 
-    def _command(self) -> list[str]:
+    def _command(self) -> Sequence[str]:
         return [sys.executable, "-c", PATCHED.format(patch=self.patch)] if self.patch else self.command
 
     async def start(self) -> Self:

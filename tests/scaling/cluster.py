@@ -35,7 +35,7 @@ async def installed(stack: Stack, folder: Path, release: Release) -> AsyncIterat
     await broker.shorten_statistics_intervals(stack)
     settings = {**release.settings, "VQA_HTTP_HOST": "127.0.0.1", "VQA_HTTP_PORT": "0"}
     hook = Worker.of(stack, folder, **settings)
-    hook.command[-1:] = release.hook
+    hook.command = [*hook.command[:-1], *release.hook]
     ended = await hook.run_to_end()
     assert ended.code == 0, ended.errors
     async with (
