@@ -19,6 +19,8 @@ NEUTRAL_FAILURES: Final = frozenset({ErrorCode.CANCELLED})
 HTTP_500: Final = "http_500"
 # The reason of an attempt whose answer was billed, but cannot be read.
 MALFORMED_RESPONSE: Final = "malformed_response"
+# The reasons of attempts that look like an outage, but can be due to one job, however often it is tried.
+REASONS_OF_BAD_JOBS: Final = frozenset({HTTP_500, MALFORMED_RESPONSE})
 
 
 class Dependency(StrEnum):
@@ -186,8 +188,7 @@ class DependencyDownError(Exception):
         dependency: that failed.
         message: what happened and what to do, for an operator.
         model: only this model is concerned; empty: all.
-        may_be_partial: only one bucket may be affected.
-        may_be_the_jobs: only one object may be affected: if others succeed, the job's attempts count.
+        may_be_the_jobs: only this job, or only its bucket, may be concerned: while others succeed, it is.
         is_duplicate: another job reports the same failure, so this is not further evidence of an outage.
     """
 
@@ -197,7 +198,6 @@ class DependencyDownError(Exception):
         message: str,
         *,
         model: str = "",
-        may_be_partial: bool = False,
         may_be_the_jobs: bool = False,
         is_duplicate: bool = False,
     ) -> None:
@@ -205,7 +205,6 @@ class DependencyDownError(Exception):
         self.dependency = dependency
         self.message = message
         self.model = model
-        self.may_be_partial = may_be_partial
         self.may_be_the_jobs = may_be_the_jobs
         self.is_duplicate = is_duplicate
 
@@ -215,7 +214,6 @@ class DependencyDownError(Exception):
             self.dependency,
             self.message,
             model=self.model,
-            may_be_partial=self.may_be_partial,
             may_be_the_jobs=self.may_be_the_jobs,
             is_duplicate=True,
         )

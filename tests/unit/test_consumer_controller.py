@@ -13,9 +13,21 @@ from structlog.testing import CapturingLogger
 
 from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import a_delivery, cancel_all, turns_of_the_loop
-from worker.errors import HTTP_500, Dependency, DependencyDownError, RateLimitedError, TransientError
+from vqa_worker.messages.error_codes import ErrorCode
+from worker.clock import Clock
+from worker.errors import (
+    REASONS_OF_BAD_JOBS,
+    Dependency,
+    DependencyDownError,
+    Explanation,
+    RateLimitedError,
+    TransientError,
+)
+from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import Outcome, Requeued, Retried
+from worker.jobs.outcome_builder import OutcomeBuilder
+from worker.observability.redaction import Redactor
 from worker.resilience import consumer_controller
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter, NotAdmittedError
 from worker.resilience.consumer_controller import (
@@ -30,6 +42,9 @@ from worker.resilience.outage_detector import SUCCESSES_TO_RECOVER, OutageDetect
 MODEL, S3 = Dependency.MODEL, Dependency.S3
 MAXIMUM = 200
 RETRIED = Retried(job_id="j", model="m", delay_s=1, attempts=1, reason="http_5xx")
+DEAD = OutcomeBuilder(Redactor(()), Clock()).dead_lettered(
+    Attempt.from_delivery(a_delivery()), ErrorCode.ATTEMPTS_EXHAUSTED, Explanation.loggable("it failed")
+)
 
 
 class Consumer:
@@ -318,9 +333,14 @@ async def test_a_probe_whose_job_does_not_use_the_dependency_is_followed_at_once
     assert len(worker.started) == 13
 
 
-async def test_a_probe_that_is_answered_500_is_not_followed_at_once(worker: Worker) -> None:
-    """Its attempt may count, but the outage lasts."""
-    worker.outcome = replace(RETRIED, reason=HTTP_500)
+@pytest.mark.parametrize(
+    "outcome", [*(replace(RETRIED, reason=reason) for reason in sorted(REASONS_OF_BAD_JOBS)), DEAD]
+)
+async def test_a_probe_that_may_show_the_outage_is_not_followed_at_once(
+    worker: Worker, outcome: Outcome
+) -> None:
+    """Its attempt may count, and be its last, but the outage lasts."""
+    worker.outcome = outcome
     await worker.down()
     await worker.clock.advance(2 * FIRST_PROBE_DELAY_S)
     assert len(worker.started) == 1

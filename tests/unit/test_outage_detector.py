@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.errors import HTTP_500, Dependency, DependencyDownError, RateLimitedError, TransientError
+from worker.errors import (
+    HTTP_500,
+    MALFORMED_RESPONSE,
+    Dependency,
+    DependencyDownError,
+    RateLimitedError,
+    TransientError,
+)
 from worker.observability import metrics
 from worker.resilience.outage_detector import (
     DISTINCT_JOBS,
@@ -53,7 +60,7 @@ def unavailable(dependency: Dependency = MODEL, reason: str = "the key is wrong"
 
 
 def partial(dependency: Dependency = MODEL) -> DependencyDownError:
-    return DependencyDownError(dependency, "SlowDown", may_be_partial=True)
+    return DependencyDownError(dependency, "SlowDown", may_be_the_jobs=True)
 
 
 def jobs(count: int) -> list[str]:
@@ -140,6 +147,18 @@ TABLE = [
         id="500, the fourth probe of this job",
     ),
     pytest.param(
+        [DOWN, *[Observed(96, "job", transient(reason=MALFORMED_RESPONSE))] * (FREE_PROBES - 1)],
+        transient(reason=MALFORMED_RESPONSE),
+        OUTAGE,
+        id="malformed answer, the third probe of this job",
+    ),
+    pytest.param(
+        [DOWN, *[Observed(96, "job", transient(reason=MALFORMED_RESPONSE))] * FREE_PROBES],
+        transient(reason=MALFORMED_RESPONSE),
+        CLEARED,
+        id="malformed answer, the fourth probe of this job",
+    ),
+    pytest.param(
         [DOWN, *[Observed(96, "job", transient())] * 9],
         transient(),
         OUTAGE,
@@ -174,16 +193,10 @@ TABLE = [
         id="rejection, not in a row",
     ),
     pytest.param(
-        [SUCCESS, *(Observed(91, job, rejected()) for job in jobs(9))],
-        rejected(),
-        CLEARED,
-        id="rejection, ten in a row, others just succeeded",
-    ),
-    pytest.param(
-        [SUCCESS, *(Observed(91, job, rejected()) for job in jobs(10))],
+        [SUCCESS, *(Observed(91, job, rejected()) for job in jobs(3))],
         rejected(),
         OUTAGE,
-        id="rejection, eleven in a row, others just succeeded",
+        id="rejection, four in a row, others just succeeded",
     ),
     pytest.param([DOWN], rejected(), OUTAGE, id="rejection, during an outage"),
     pytest.param([], refused(), PENDING, id="refusal, the first"),
@@ -238,6 +251,12 @@ TABLE = [
         unavailable(),
         OUTAGE,
         id="unavailable, 4 despite successes and another one",
+    ),
+    pytest.param(
+        [*again(MOST_FAILURES + 1, partial()), Observed(99, "job", partial())],
+        partial(),
+        CLEARED,
+        id="partly unavailable, 4 despite successes and another one",
     ),
     pytest.param([], transient(), PENDING, id="transient error, the first"),
     pytest.param([Observed(90, "job", transient())] * 9, transient(), PENDING, id="transient error, one job"),
@@ -296,6 +315,14 @@ def test_a_job_for_which_the_api_is_always_overloaded_is_cleared_while_others_su
     assert found == [PENDING] * MAX_OVERLOADS_DESPITE_SUCCESSES + [CLEARED, PENDING]
 
 
+def test_a_service_tier_without_capacity_uses_no_attempt_while_the_default_tier_answers() -> None:
+    detector, busy = Detector(), RateLimitedError(None, "flex is busy", is_overloaded=True)
+    busy.concerns_tier = True
+    for n in range(3 * MAX_OVERLOADS_DESPITE_SUCCESSES):
+        detector.succeed(n, n + 0.1)
+        assert detector.observe(MODEL, "job", busy, n + 0.2) is PENDING
+
+
 # One of several models
 
 
@@ -324,7 +351,7 @@ def test_an_outage_of_one_of_several_models_pauses_only_this_model() -> None:
 def test_a_first_failure_of_a_model_after_its_successes_may_concern_one_job() -> None:
     detector = several_models()
     detector.observe(MODEL, "another", Success(0.0, "m"), 1.0)
-    refusal = DependencyDownError(MODEL, "no such model", model="m", may_be_partial=True)
+    refusal = DependencyDownError(MODEL, "no such model", model="m", may_be_the_jobs=True)
     assert detector.observe(MODEL, "job", refusal, 2.0) is PENDING
     assert detector.paused_models == {}
     assert detector.observe(MODEL, "job", refusal, 3.0) is OUTAGE
@@ -405,14 +432,15 @@ def test_three_distinct_jobs_that_fail_in_a_row_are_an_outage(dependency: Depend
     assert up(dependency) == 0
 
 
-def test_bad_jobs_that_end_one_after_another_are_an_outage_only_after_five() -> None:
-    detector = Detector()
-    for job in jobs(4):
+@pytest.mark.parametrize("slots_in_use", [0, 64])
+def test_three_jobs_in_a_row_may_end_and_the_next_failure_is_an_outage(slots_in_use: int) -> None:
+    detector = Detector(slots_in_use)
+    for job in jobs(3):
         assert {detector.fail(job, float(now)) for now in range(3)} == {PENDING}
         detector.end_job(MODEL, job)
     detector.end_job(MODEL, "unknown")
-    assert detector.fail("fifth", 9.0) is OUTAGE
-    assert detector.outages[MODEL].reason.startswith("5 different jobs in a row failed: http_5xx, ")
+    assert detector.fail("fourth", 9.0) is OUTAGE
+    assert detector.outages[MODEL].reason.startswith("4 different jobs in a row failed: http_5xx, ")
 
 
 def test_a_success_clears_jobs_that_have_ended() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_s3 import FakeS3, give, refuse, with_sessions
-from tests.unit.s3 import CONTENT, IMAGE, SDK_IMAGE, an_s3, fault, isolate, read
+from tests.unit.s3 import CONTENT, IMAGE, SDK_IMAGE, fault, isolate
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.errors import Dependency, DependencyDownError, JobError, TransientError
 from worker.s3.answers import RULES, Category, rule_for
@@ -210,32 +210,9 @@ async def test_an_answer_has_its_consequence_on_both_ways(fake: FakeS3, row: Row
     else:
         assert isinstance(error, DependencyDownError)
         assert error.dependency is Dependency.S3
-        assert error.may_be_partial is (row.category in (BUSY, FAILING, REGION, NOT_S3))
-        assert not error.may_be_the_jobs
+        assert error.may_be_the_jobs
     # Only a busy S3 is asked again at once; a region is asked for once, and credentials are renewed once.
     assert len(fake.asked) <= (4 if row.category in (BUSY, FAILING, CREDENTIALS) else 3)
-
-
-@pytest.mark.parametrize("source", BOTH_WAYS, ids=["aiohttp", "SDK"])
-@pytest.mark.parametrize(
-    ("status", "code", "is_counted"),
-    [(500, "InternalError", True), (502, "", True), (404, "", True), (503, "SlowDown", False)],
-)
-async def test_a_failure_may_be_one_object_s_if_others_of_the_bucket_are_read(
-    fake: FakeS3, source: S3Object, status: int, code: str, is_counted: bool
-) -> None:
-    """The attempts of a job must count at last, but not while its whole bucket fails."""
-    elsewhere = S3Object(f"other-{source.bucket}", "k")
-    good = fake.answer
-    async with an_s3(fake.url) as s3:
-        fake.answer = with_sessions(good)
-        await read(s3, source)
-        fake.answer = with_sessions(refuse(status, code) if code else give(b"", status))
-        for asked, expected in ((source, is_counted), (elsewhere, False)):
-            with pytest.raises(DependencyDownError) as caught:
-                await read(s3, asked)
-            assert caught.value.may_be_the_jobs is expected
-            assert caught.value.duplicate().may_be_the_jobs is expected
 
 
 def test_every_answer_with_a_code_has_a_rule() -> None:

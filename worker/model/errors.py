@@ -21,8 +21,6 @@ MAX_OPERATOR_CHARS: Final = 300
 
 _BEFORE_SENDING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
 _REFUSALS: Final = frozenset({Category.JOB, Category.UNKNOWN, Category.MODEL_JOB})
-# Routers pass on what the provider of one model answers: while other jobs succeed, only one may be concerned.
-_OF_ROUTERS: Final = frozenset({400, 401, 402, 403, 404, 410, 412, 422, 429, 500, 501, 502})
 _WRONG_PATH: Final = frozenset({301, 302, 307, 308, 404, 405})
 # Of a provider's console and documentation.
 _SITES: Final = ("platform", "console", "docs", "help", "www", "dashboard")
@@ -67,12 +65,12 @@ def translate_answer(
             return RateLimitedError(found.retry_after_s, text, is_overloaded=found.is_overloaded)
         case Category.CONFIGURATION | Category.MODEL:
             start = f"{answered}: {found.advice or _NO_ADVICE}{_form(found, profile)}"
+            # Routers pass on what the provider of one model answers, and gateways what concerns one request.
             return DependencyDownError(
                 Dependency.MODEL,
                 operator_message(start, said, profile),
                 model=model if found.category is Category.MODEL else "",
-                may_be_partial=found.status in _OF_ROUTERS,
-                may_be_the_jobs=found.status in _OF_ROUTERS,
+                may_be_the_jobs=True,
             )
     error = TransientError(
         Dependency.MODEL,

@@ -8,9 +8,9 @@ from typing import Protocol
 import structlog
 
 from worker.clock import Clock
-from worker.errors import HTTP_500, Dependency
+from worker.errors import REASONS_OF_BAD_JOBS, Dependency
 from worker.jobs.delivery import Delivery
-from worker.jobs.outcome import Outcome, Requeued, Retried
+from worker.jobs.outcome import DeadLettered, Outcome, Requeued, Retried
 from worker.resilience.concurrency_limiter import LASTING_LIMIT_S, ConcurrencyLimiter
 from worker.resilience.outage_detector import Outage, OutageDetector
 
@@ -162,15 +162,15 @@ class ConsumerController:
             logged = self._log_outages(logged)
 
     async def _is_settled_by_probe(self, delivery: Delivery) -> bool:
-        """Process one job; return False if it was requeued or left to the broker, or was answered 500."""
+        """Process one job; return False if it was requeued or left to the broker, or may show the outage."""
         self._limiter.allow_probe()
         probe = self._jobs.accept(delivery)
         await asyncio.wait({probe})
         outcome = None if probe.cancelled() else probe.result()
         if isinstance(outcome, Retried):
             # Its attempt counts, but the outage lasts.
-            return outcome.reason != HTTP_500
-        return outcome is not None and not isinstance(outcome, Requeued)
+            return outcome.reason not in REASONS_OF_BAD_JOBS
+        return outcome is not None and not isinstance(outcome, Requeued | DeadLettered)
 
 
 def next_prefetch(prefetch: int, wanted: int, unsettled: int, maximum: int) -> int:

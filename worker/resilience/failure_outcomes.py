@@ -63,19 +63,20 @@ class FailureOutcomes:
     def after_unavailable(self, attempt: Attempt, error: DependencyDownError) -> Outcome:
         """Return the outcome of a job whose dependency is unreachable or rejects every request.
 
-        Requeue, unless only this job is affected. Then count the attempt; if the error may concern one bucket
-        or model, retry without counting.
+        Requeue, unless only this job may be concerned. Then retry later: without counting, until the results
+        of other jobs show that it is.
         """
         diagnosis = self._outage_reports.report_unavailable(attempt.decoded_job_id, error)
         reason, why = f"{error.dependency}_unavailable", Explanation.loggable(error.message)
-        if diagnosis is Diagnosis.PENDING and error.may_be_the_jobs and error.dependency is Dependency.MODEL:
-            # Others succeed: later, so that their results show whether only this job is refused.
-            return self._uncounted(attempt, reason, why, self._retry.delay_s(1))
-        if diagnosis is not Diagnosis.CLEARED:
-            return self._stopped_by_outage(attempt, error.model, error.message)
-        if error.may_be_partial and not error.may_be_the_jobs:
-            return self._uncounted(attempt, reason, why, self._retry.longest_delay_s)
-        return self._counted(attempt, error, reason, why)
+        match diagnosis:
+            case Diagnosis.OUTAGE:
+                return self._stopped_by_outage(attempt, error.model, error.message)
+            case Diagnosis.PENDING:
+                return self._uncounted(attempt, reason, why, self._retry.delay_s(1))
+            case Diagnosis.CLEARED:
+                # A whole bucket or model can be concerned for a while: its jobs must not end within minutes.
+                patient = replace(self._retry, delays_s=(self._retry.longest_delay_s,))
+                return self._counted(attempt, error, reason, why, patient)
 
     def after_refused_admission(self, attempt: Attempt, error: NotAdmittedError) -> Outcome:
         """Requeue a job that was not admitted, or retry it later while its model is paused."""
@@ -83,9 +84,14 @@ class FailureOutcomes:
             return self._while_model_paused(attempt, str(error))
         return requeued(attempt, str(error))
 
-    def after_counted_failure(self, attempt: Attempt, reason: str, why: Explanation) -> Outcome:
-        """Return the outcome of a counted attempt: a retry, if attempts and time are left."""
-        policy = self._retry
+    def after_counted_failure(
+        self, attempt: Attempt, reason: str, why: Explanation, policy: RetryPolicy | None = None
+    ) -> Outcome:
+        """Return the outcome of a counted attempt: a retry, if attempts and time are left.
+
+        `policy`: None for the settings'.
+        """
+        policy = policy or self._retry
         if reason == MALFORMED_RESPONSE and attempt.malformed_before + 1 >= MAX_MALFORMED:
             policy = replace(policy, max_attempts=attempt.number)
         match next_step(attempt.number, policy, attempt.deadline, self._clock.now()):
@@ -98,9 +104,14 @@ class FailureOutcomes:
                 return self._past_deadline(attempt, why)
 
     def _counted(
-        self, attempt: Attempt, error: TransientError | DependencyDownError, reason: str, why: Explanation
+        self,
+        attempt: Attempt,
+        error: TransientError | DependencyDownError,
+        reason: str,
+        why: Explanation,
+        policy: RetryPolicy | None = None,
     ) -> Outcome:
-        outcome = self.after_counted_failure(attempt, reason, why)
+        outcome = self.after_counted_failure(attempt, reason, why, policy)
         if not isinstance(outcome, Retried):
             self._detector.end_job(error.dependency, attempt.decoded_job_id, error.model)
         return outcome

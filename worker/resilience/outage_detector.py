@@ -7,15 +7,21 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, TypeAlias
 
-from worker.errors import HTTP_500, Dependency, DependencyDownError, RateLimitedError, TransientError
+from worker.errors import (
+    REASONS_OF_BAD_JOBS,
+    Dependency,
+    DependencyDownError,
+    RateLimitedError,
+    TransientError,
+)
 from worker.observability import metrics
 
 # This many distinct failing jobs in a row are an outage. Fewer would report an outage for two bad jobs; with
 # more, many requests would fail in an outage.
 DISTINCT_JOBS = 3
-# This many more if some of those jobs have no retry left: bad jobs one after another are a weaker sign than
-# jobs that fail at the same time.
-EXTRA_IF_EXHAUSTED = 2
+# So many jobs in a row may end with a failure that is not known to be their own. One more job that fails is
+# an outage: a wrong setting or a failing dependency must not fail the whole queue.
+MAX_FAILED_IN_A_ROW = 3
 # Of many requests, some fail in a row by chance: at least one job for this many slots in use must fail.
 SLOTS_PER_FAILING_JOB = 4
 # After this many failures after another job's success, a job no longer counts as a sign of an outage. A
@@ -28,17 +34,12 @@ RECENT_SUCCESS_S = 60.0
 # An outage is a relapse if it began shortly after the last one ended, before this many requests succeeded.
 RELAPSE_S = 5.0
 SUCCESSES_TO_RECOVER = 3
-# So many jobs in a row may be rejected with an answer that no rule knows; more of them are an outage, because
-# the answer can be due to a setting, and must not fail the whole queue.
-MAX_REJECTED_IN_A_ROW = 3
-# As many if another job succeeded just before: the settings were right a moment ago.
-MAX_REJECTED_AFTER_SUCCESS = 10
 # An API that says that it is overloaded is down if nothing succeeds for so long.
 OVERLOAD_S = 5.0
 # A job that gets this answer so often, although others succeed, is the likely cause: its attempt counts.
 MAX_OVERLOADS_DESPITE_SUCCESSES = 20
-# So many probes of a job may be answered 500 in one outage. After them the job itself is the likely cause and
-# its attempts count: a job must not be probed for ever.
+# So many probes of a job may be answered 500, or with a malformed answer, in one outage. After them the job
+# itself is the likely cause and its attempts count: it must not be probed, or its answers bought, for ever.
 FREE_PROBES = 3
 # A paused model is tried with one job at growing intervals.
 FIRST_MODEL_PROBE_S = 1.0
@@ -89,7 +90,7 @@ class _JobRecord:
         refused_at: the time of the first refusal.
         overloaded_at, overloads: when the API last said that it is overloaded, and how often although others
             had succeeded since the time before.
-        outage_since, probes: the last outage in which it was answered 500, and how often.
+        outage_since, probes: the last outage in which a probe of it failed as a bad job does, and how often.
     """
 
     last_failed_at: float
@@ -122,7 +123,7 @@ class _State:
         exhausted: those of them that have no retry left.
         records: each job's failures, the latest last.
         counted: attempts that are restored if the failures turn out to be an outage.
-        rejected: the distinct jobs that were rejected in a row with an answer that no rule knows.
+        rejected: the distinct jobs that were rejected in a row with an answer that may concern all jobs.
         overloaded_since: the first answer that the API is overloaded, since the last success.
         probe_at, probe_interval_s: when a paused model is tried next, and how long after the last time.
     """
@@ -151,17 +152,17 @@ class OutageDetector:
     |---|---|---|
     | success | begun before the outage | outage |
     | success | otherwise | cleared; ends the outage |
-    | 500 | an outage lasts, and more than 3 probes of this job were answered 500 in it | cleared |
+    | 500, malformed answer | an outage lasts, and 3 probes of this job in it failed so | cleared |
     | any failure | an outage lasts | outage |
     | any failure | a duplicate of another job's failure | pending |
-    | overloaded | 21 times for this job, each time after another success | cleared |
+    | overloaded | 21 times for this job, each time after another success; not of a service tier | cleared |
     | overloaded | nothing succeeded for 5 s, and no request begun before is running | outage |
     | overloaded | otherwise | pending |
-    | rejection | 3 distinct jobs in a row at most; 10 if a request succeeded within 60 s | cleared |
+    | rejection | 3 distinct jobs in a row at most | cleared |
     | rejection | otherwise | outage |
     | refusal | a request begun after this job's first refusal succeeded, and no other job fails | cleared |
     | transient error | more than 3 failures after another job's success | cleared |
-    | unavailable | the same, and the last such success is after the job's last failure | cleared |
+    | unavailable | the same, and may concern one job, or another success since the last failure | cleared |
     | transient error | 3 distinct jobs failed in a row (see below) | outage |
     | transient error | otherwise | pending |
     | unavailable | may be isolated (see below) | pending |
@@ -172,8 +173,8 @@ class OutageDetector:
     pauses this model only.
 
     In a row: without a success in between. With more than 12 slots in use, one job for each 4 of them must
-    fail; if some of the failing jobs have no retry left, two more. May be isolated: may concern one bucket or
-    model; a success within 60 s; first failure of this job; fewer than 3 jobs failing.
+    fail; or a fourth job if some of them have ended. May be isolated: may concern one job; a success within
+    60 s; first failure of this job; fewer than 3 jobs failing.
 
     An outage restores the attempts that were counted for it while the diagnosis was pending, unless a request
     begun after them succeeded.
@@ -308,7 +309,8 @@ class OutageDetector:
         if state.outage:
             return Diagnosis.OUTAGE
         record = _record_of(state, job, now)
-        record.overloads += state.succeeded_at > record.overloaded_at
+        # That requests succeed in the default tier does not show that another tier has capacity.
+        record.overloads += state.succeeded_at > record.overloaded_at and not error.concerns_tier
         record.overloaded_at = now
         if record.overloads > MAX_OVERLOADS_DESPITE_SUCCESSES:
             record.overloads = 0
@@ -328,14 +330,13 @@ class OutageDetector:
         is_bad_job = state.records[job].failures_despite_successes > MAX_FAILURES_DESPITE_SUCCESSES
         if isinstance(result, TransientError):
             return Diagnosis.CLEARED if is_bad_job else self._transient(state, job, result, now)
-        if is_bad_job and others_succeeded:
+        if is_bad_job and (others_succeeded or result.may_be_the_jobs):
             return Diagnosis.CLEARED
         return self._unavailable(state, job, result, now)
 
     def _rejected(self, state: _State, job: str, error: TransientError, now: float) -> Diagnosis:
         state.rejected.add(job)
-        is_recent = now - state.succeeded_at < RECENT_SUCCESS_S
-        if len(state.rejected) <= (MAX_REJECTED_AFTER_SUCCESS if is_recent else MAX_REJECTED_IN_A_ROW):
+        if len(state.rejected) <= MAX_FAILED_IN_A_ROW:
             return Diagnosis.CLEARED
         count = len(state.rejected)
         return self._begin_outage(state, f"{count} different jobs in a row were rejected: {error.cause}", now)
@@ -351,15 +352,15 @@ class OutageDetector:
     def _unavailable(self, state: _State, job: str, error: DependencyDownError, now: float) -> Diagnosis:
         may_be_isolated = job not in state.failing and now - state.succeeded_at < RECENT_SUCCESS_S
         state.failing.add(job)
-        if error.may_be_partial and may_be_isolated and not self._enough_jobs_failed(state):
+        if error.may_be_the_jobs and may_be_isolated and not self._enough_jobs_failed(state):
             return Diagnosis.PENDING
         return self._begin_outage(state, error.message, now)
 
     def _enough_jobs_failed(self, state: _State) -> bool:
         """Return whether enough distinct jobs have failed in a row."""
         enough = max(DISTINCT_JOBS, self._slots_in_use() // SLOTS_PER_FAILING_JOB)
-        with_exhausted = len(state.failing | state.exhausted)
-        return len(state.failing) >= enough or with_exhausted >= enough + EXTRA_IF_EXHAUSTED
+        has_ended = bool(state.exhausted) and len(state.failing | state.exhausted) > MAX_FAILED_IN_A_ROW
+        return len(state.failing) >= enough or has_ended
 
     def _begin_outage(self, state: _State, reason: str, now: float) -> Diagnosis:
         is_relapse = now - state.recovered_at < RELAPSE_S and state.successes < SUCCESSES_TO_RECOVER
@@ -382,8 +383,8 @@ class OutageDetector:
 
 
 def _diagnose_probe(record: _JobRecord, outage: Outage, result: RequestResult) -> Diagnosis:
-    """Diagnose a failure during an outage: a job whose probes are all answered 500 is the likely cause."""
-    if not isinstance(result, TransientError) or result.reason != HTTP_500:
+    """Diagnose a failure during an outage: a job whose probes all fail so may be the cause."""
+    if not isinstance(result, TransientError) or result.reason not in REASONS_OF_BAD_JOBS:
         return Diagnosis.OUTAGE
     if record.outage_since != outage.since:
         record.outage_since, record.probes = outage.since, 0

@@ -22,17 +22,17 @@ class Category(Enum):
     INVALID = auto()
     """S3 cannot have such an object: the job fails with `invalid_job`."""
     BUSY = auto()
-    """S3 throttles: retried at once; then the job is requeued, and the worker pauses if all fail."""
+    """S3 throttles: retried at once; then the worker pauses, or only the job waits if others are read."""
     FAILING = auto()
-    """S3 fails: the same; but the job's attempts count if others read from the bucket."""
+    """S3 fails: the same."""
     CREDENTIALS = auto()
-    """The keys are wrong or expired: read again; then the worker pauses."""
+    """The keys are wrong or expired: read again; then as BUSY, without quick retries."""
     CONFIGURATION = auto()
-    """The account, the clock or a setting is wrong: the worker pauses."""
+    """The account, the clock or a setting is wrong: as BUSY, without quick retries."""
     REGION = auto()
     """The bucket is elsewhere: read there if S3 says where; then as BUSY, without quick retries."""
     NOT_S3 = auto()
-    """Not the answer of an S3 server: the worker pauses, unless others succeed."""
+    """Not the answer of an S3 server: as BUSY, without quick retries."""
     UNKNOWN = auto()
     """Maybe one object's, maybe everybody's: the job fails if others succeed; else the worker pauses."""
 

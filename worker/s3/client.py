@@ -4,7 +4,6 @@ import asyncio
 import random
 import re
 import ssl
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -14,7 +13,6 @@ from yarl import URL
 
 from worker.http.client import open_session, proxy_options
 from worker.s3.aws import (
-    MAX_CACHED_BUCKETS,
     Aws,
     S3ConfigurationError,
     S3Object,
@@ -43,8 +41,6 @@ MAX_RETRY_DELAY_S = 1.0
 # Of an error response; its code is in the first few hundred bytes.
 MAX_ERROR_BYTES = 16 * 1024
 
-# A bucket works if an object was read so shortly before.
-RECENT_SUCCESS_S = 60.0
 # Of an object without Content-Length, what is kept in memory. A larger one is read twice.
 MAX_BUFFERED_BYTES = 256 * 1024
 DEFAULT_MAX_UNSIZED_BYTES: Final = 20_000_000
@@ -91,8 +87,6 @@ class S3:
             read_timeout_s=READ_TIMEOUT_S,
             max_unsized_bytes=max_unsized_bytes,
         )
-        # The time of the last successful read, by bucket.
-        self._succeeded_at: dict[str, float] = {}
         self._session = open_session(
             connect_timeout_s=CONNECT_TIMEOUT_S,
             read_timeout_s=READ_TIMEOUT_S,
@@ -112,15 +106,13 @@ class S3:
         """
         try:
             if is_directory_bucket(source.bucket):
-                stream = CheckedStream(await self._boto.open(source))
-                self._note_success(source.bucket)
-                return stream
+                return CheckedStream(await self._boto.open(source))
             response = await self._read(source)
             if response.content_length is not None:
                 return _checked(response, response.content_length)
             return await self._open_unsized(source, response)
         except FAILURES as error:
-            raise self._translate(error, source.bucket) from None
+            raise translate(error, is_access_point=is_access_point(source.bucket)) from None
 
     async def read_beginning(self, source: S3Object, length: int) -> tuple[int, bytes]:
         """Return the size of an object and its first `length` bytes.
@@ -132,7 +124,7 @@ class S3:
             try:
                 found = await self._read_range(source, length)
             except FAILURES as error:
-                raise self._translate(error, source.bucket) from None
+                raise translate(error, is_access_point=is_access_point(source.bucket)) from None
             if found is not None:
                 return found
         stream = await self.open(source)
@@ -225,19 +217,7 @@ class S3:
         if _is_page(response.headers):
             response.close()
             raise not_s3("the server answered with a web page instead of an object")
-        self._note_success(source.bucket)
         return response
-
-    def _note_success(self, bucket: str) -> None:
-        if len(self._succeeded_at) >= MAX_CACHED_BUCKETS:
-            self._succeeded_at.clear()
-        self._succeeded_at[bucket] = time.monotonic()
-
-    def _translate(self, error: Exception, bucket: str) -> Exception:
-        if isinstance(error, S3ResponseError):
-            succeeded_at = self._succeeded_at.get(bucket, float("-inf"))
-            error.bucket_works = time.monotonic() - succeeded_at < RECENT_SUCCESS_S
-        return translate(error, is_access_point=is_access_point(bucket))
 
     async def _find_region(self, request: Request, error: S3ResponseError) -> str | None:
         """Return the region of a bucket that is elsewhere, if S3 reports it."""

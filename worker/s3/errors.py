@@ -54,8 +54,6 @@ _JOB_ERRORS = {
     Category.FORBIDDEN: (ErrorCode.IMAGE_FORBIDDEN, "S3 denies access to this object"),
     Category.INVALID: (ErrorCode.INVALID_JOB, "S3 can have no such bucket or key"),
 }
-# These may concern one bucket or prefix only.
-_PARTIAL = frozenset({Category.BUSY, Category.FAILING, Category.REGION, Category.NOT_S3})
 
 _UNREACHABLE = (
     aiohttp.ClientConnectorError,
@@ -86,7 +84,6 @@ class S3ResponseError(Exception):
         log_sentence: the same for the log; empty if it may contain the key.
         location: the scheme and host of a redirect.
         rule: what the answer means.
-        bucket_works: whether other objects of the bucket were read shortly before.
     """
 
     def __init__(
@@ -106,7 +103,6 @@ class S3ResponseError(Exception):
         self.code = code
         self.region = region
         self.location = location
-        self.bucket_works = False
         self.sentence = _REDACT(_IDENTITY.sub(MARK, " ".join(sentence.split())))
         self.log_sentence = "" if _may_contain(self.sentence, key) else self.sentence
         self.rule: Rule = rule_for(
@@ -179,7 +175,7 @@ def region_in(headers: Mapping[str, str]) -> str | None:
 def not_s3(what: str) -> DependencyDownError:
     """Return the error for a response that no S3 server would send."""
     text = f"{what}: {CHECK_ENDPOINT}"
-    return DependencyDownError(Dependency.S3, text, may_be_partial=True, may_be_the_jobs=True)
+    return DependencyDownError(Dependency.S3, text, may_be_the_jobs=True)
 
 
 def translate(error: Exception, *, is_access_point: bool = False) -> Exception:
@@ -198,7 +194,7 @@ def translate(error: Exception, *, is_access_point: bool = False) -> Exception:
         return _from_response(error)
     if is_access_point and isinstance(error, _UNREACHABLE):
         text = f"the access point cannot be reached: {describe_failure(error)}"
-        return DependencyDownError(Dependency.S3, text, may_be_partial=True, may_be_the_jobs=True)
+        return DependencyDownError(Dependency.S3, text, may_be_the_jobs=True)
     return _from_failure(error)
 
 
@@ -216,12 +212,8 @@ def _from_response(error: S3ResponseError) -> Exception:
         return TransientError(
             Dependency.S3, "s3_refused", why.message, log_message=why.log_message, refused=True
         )
-    return DependencyDownError(
-        Dependency.S3,
-        _explain_outage(error),
-        may_be_partial=category in _PARTIAL,
-        may_be_the_jobs=error.bucket_works and category in (Category.FAILING, Category.NOT_S3),
-    )
+    # Also an answer about the account or the keys: a bucket can belong to another account.
+    return DependencyDownError(Dependency.S3, _explain_outage(error), may_be_the_jobs=True)
 
 
 def _explain_unknown(error: S3ResponseError) -> Explanation:
