@@ -19,7 +19,9 @@ from worker.model.answer import (
     parse_answer,
     serialize_answer,
 )
+from worker.model.classification import classify
 from worker.model.usage import MAX_AMOUNT
+from worker.providers import GENERIC, load_profile
 
 
 @dataclass(frozen=True)
@@ -317,45 +319,48 @@ def test_a_malformed_answer_has_its_usage(body: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
+    ("error", "status", "category"),
     [
-        ({"message": "x", "code": 400}, 400),
-        ({"message": "x", "code": 429}, 429),
-        ({"message": "x", "code": 502}, 502),
-        ({"message": "x", "code": "503"}, 503),
-        ({"message": "x", "code": "429 Too Many Requests"}, 429),
-        ({"message": "x", "status": 402}, 402),
-        ({"message": "x", "code": 429, "status": "RESOURCE_EXHAUSTED"}, 429),
-        ({"message": "x", "status": "UNAVAILABLE"}, 503),
-        ({"message": "x", "type": "rate_limit_error", "code": None}, 429),
-        ({"message": "x", "type": "insufficient_quota", "code": "insufficient_quota"}, 429),
-        ({"message": "x", "type": "invalid_request_error", "code": "model_not_found"}, 404),
-        ({"message": "x", "type": "invalid_request_error", "code": "invalid_api_key"}, 401),
-        ({"message": "x", "type": "invalid_request_error", "code": "context_length_exceeded"}, 400),
-        ({"message": "x", "code": "content_policy_violation"}, 400),
-        ({"message": "x", "code": "DataInspectionFailed"}, 400),
-        ({"message": "x", "code": "Arrearage"}, 402),
-        ({"message": "x", "type": "overloaded_error"}, 503),
-        ({"message": "x", "type": "server_error"}, 500),
-        ({"message": "x", "code": 0}, 500),
-        ({"message": "x", "code": 20015}, 500),
-        ({"message": "x", "code": True}, 500),
-        ({"message": "Model busy, retry later"}, 503),
-        ({"message": "The engine is overloaded"}, 503),
-        ({"message": "Rate limit reached"}, 429),
-        ({"message": "invalid"}, 500),
-        ({"message": None}, 500),
-        ({"code": [400]}, 500),
-        ("rate_limit_exceeded", 429),
-        ("invalid_request_error", 400),
-        ("the service is unavailable now", 503),
-        ("an invalid thing happened", 500),
-        ("429", 429),
-        (["x"], 500),
+        ({"message": "x", "code": 400}, 400, "unknown"),
+        ({"message": "x", "code": 429}, 429, "capacity"),
+        ({"message": "x", "code": 502}, 502, "transient"),
+        ({"message": "x", "code": "503"}, 503, "capacity"),
+        ({"message": "x", "code": "429 Too Many Requests"}, 429, "capacity"),
+        ({"message": "x", "status": 402}, 402, "configuration"),
+        ({"message": "x", "code": 429, "status": "RESOURCE_EXHAUSTED"}, 429, "capacity"),
+        ({"message": "x", "status": "UNAVAILABLE"}, 503, "capacity"),
+        ({"message": "x", "status": "DEADLINE_EXCEEDED"}, 504, "transient"),
+        ({"message": "x", "type": "rate_limit_error", "code": None}, 429, "capacity"),
+        ({"message": "x", "type": "insufficient_quota", "code": "insufficient_quota"}, 429, "configuration"),
+        ({"message": "x", "type": "invalid_request_error", "code": "model_not_found"}, 400, "model"),
+        ({"message": "x", "type": "invalid_request_error", "code": "invalid_api_key"}, 400, "configuration"),
+        ({"message": "x", "type": "invalid_request_error", "code": "context_length_exceeded"}, 400, "job"),
+        ({"message": "x", "code": "content_policy_violation"}, 500, "job"),
+        ({"message": "x", "code": "DataInspectionFailed"}, 500, "job"),
+        ({"message": "x", "code": "Arrearage"}, 500, "configuration"),
+        ({"message": "x", "type": "overloaded_error"}, 529, "capacity"),
+        ({"message": "x", "type": "server_error"}, 500, "transient"),
+        ({"message": "x", "code": 0}, 500, "transient"),
+        ({"message": "x", "code": 20015}, 500, "transient"),
+        ({"message": "x", "code": True}, 500, "transient"),
+        ({"message": "Model busy, retry later"}, 500, "capacity"),
+        ({"message": "The engine is overloaded"}, 500, "capacity"),
+        ({"message": "Rate limit reached"}, 500, "capacity"),
+        ({"message": "invalid"}, 500, "transient"),
+        ({"message": None}, 500, "transient"),
+        ({"code": [400]}, 400, "unknown"),
+        ("rate_limit_exceeded", 429, "capacity"),
+        ("invalid_request_error", 400, "job"),
+        ("the service is unavailable now", 500, "capacity"),
+        ("an invalid thing happened", 500, "transient"),
+        ("429", 429, "capacity"),
+        (["x"], 500, "transient"),
     ],
 )
 @pytest.mark.parametrize("place", ["error", "errors", "choice", "event", "list", "no answer"])
-def test_an_error_in_a_200_has_the_status_that_it_means(error: Any, status: int, place: str) -> None:
+def test_an_error_in_a_200_has_the_status_and_the_category_that_it_means(
+    error: Any, status: int, category: str, place: str
+) -> None:
     empty = {"message": {"content": ""}, "finish_reason": None}
     body = {
         "error": {"error": error},
@@ -370,6 +375,8 @@ def test_an_error_in_a_200_has_the_status_that_it_means(error: Any, status: int,
         parse_answer(text.encode(), None)
     assert caught.value.status == status
     assert json.loads(caught.value.body) == {"error": error}
+    answer = classify(status, {}, caught.value.body, profile=load_profile(GENERIC))
+    assert (answer.category, answer.status) == (category, status)
     assert (caught.value.usage, caught.value.is_partial) == (None, False)
 
 
@@ -377,7 +384,7 @@ def test_an_error_in_a_200_has_the_status_that_it_means(error: Any, status: int,
     ("body", "status"),
     [
         ({"object": "error", "message": "x", "type": "BadRequestError", "code": 400}, 400),
-        ({"type": "error", "error": {"type": "overloaded_error", "message": "x"}}, 503),
+        ({"type": "error", "error": {"type": "overloaded_error", "message": "x"}}, 529),
         ({"detail": "x"}, 500),
         ({"code": 401, "message": "x"}, 401),
         ({"status": 503, "title": "x"}, 503),

@@ -4,12 +4,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from http import HTTPStatus
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
 from vqa_worker.messages.result import Usage
 from vqa_worker.messages.serialization import to_json
+from worker.model.classification import effective_status
+from worker.model.error_body import parse_error_body
 from worker.model.reported_error import error_in
 from worker.model.response_body import MalformedBodyError, read_object
 from worker.model.stream import INTERRUPTED
@@ -45,16 +48,16 @@ class ErrorInAnswerError(Exception):
     """A 200 response reports an error instead of an answer, or after a part of it.
 
     Attributes:
-        status: the HTTP status that the error should have had.
+        status: the HTTP status that the error should have had; 500 if it says nothing about it.
         body: the JSON of the error response that it should have been.
         usage: tokens and cost, if the response reports them.
         is_partial: whether there is a part of an answer, which was probably billed.
         headers: of the response.
     """
 
-    def __init__(self, status: int, body: bytes, usage: Usage | None, *, is_partial: bool) -> None:
-        super().__init__(f"the API answered 200 with an error of status {status}")
-        self.status = status
+    def __init__(self, body: bytes, usage: Usage | None, *, is_partial: bool) -> None:
+        self.status = effective_status(HTTPStatus.OK, parse_error_body(body))
+        super().__init__(f"the API answered 200 with an error of status {self.status}")
         self.body = body
         self.usage = usage
         self.is_partial = is_partial
@@ -135,12 +138,11 @@ def parse_answer(body: bytes, price: Price | None, headers: Mapping[str, str] = 
     except MalformedAnswerError as error:
         error.usage = usage
         if (reported := error_in(response)) is not None:
-            raise ErrorInAnswerError(reported.status, reported.body, usage, is_partial=False) from None
+            raise ErrorInAnswerError(reported, usage, is_partial=False) from None
         raise
     is_interrupted = (answer.finish_reason or "").lower() in _INTERRUPTED
     if (answer.is_empty or is_interrupted) and (reported := error_in(response)) is not None:
-        is_partial = not answer.is_empty
-        raise ErrorInAnswerError(reported.status, reported.body, usage, is_partial=is_partial)
+        raise ErrorInAnswerError(reported, usage, is_partial=not answer.is_empty)
     if is_interrupted:
         raise MalformedAnswerError(
             f"the answer was interrupted (finish_reason {answer.finish_reason})", usage

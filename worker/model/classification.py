@@ -18,6 +18,18 @@ _NO_CAPACITY: Final = 498
 _REJECTIONS: Final = frozenset({400, 413, 422})
 _OWN_REASONS: Final = frozenset({403, 408, 409})
 _UNKNOWN: Final = Rule(category=Category.UNKNOWN)
+# Codes that stand for a status: Anthropic docs (Errors), Google API design guide (Handling errors), OpenAI
+# docs (Error codes), and the names of the OpenAI SDK's exceptions, which vLLM and SGLang answer.
+_STATUS_OF_CODE: Final = {
+    "invalidrequesterror": 400, "authenticationerror": 401, "permissionerror": 403, "notfounderror": 404,
+    "requesttoolarge": 413, "ratelimiterror": 429, "apierror": 500, "overloadederror": 529,
+    "invalidargument": 400, "failedprecondition": 400, "outofrange": 400, "unauthenticated": 401,
+    "permissiondenied": 403, "notfound": 404, "aborted": 409, "resourceexhausted": 429, "cancelled": 499,
+    "internal": 500, "unimplemented": 501, "unavailable": 503, "deadlineexceeded": 504,
+    "insufficientquota": 429, "ratelimitexceeded": 429, "servererror": 500,
+    "badrequesterror": 400, "permissiondeniederror": 403, "conflicterror": 409,
+    "unprocessableentityerror": 422, "internalservererror": 500,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +82,9 @@ def classify(
         now: Unix time, for points in time in headers; None: now.
     """
     error = parse_error_body(body)
-    effective = _effective_status(status, error)
-    # An error object without a status in a 200 is classified as a 500 would be.
-    asked = effective if effective >= HTTPStatus.MULTIPLE_CHOICES else _SERVER_ERROR
+    effective = effective_status(status, error)
     codes, words = error.codes, error.words_without_quotes(model)
-    rule = next((it for it in profile.rules if it.matches(asked, codes, words, model)), _UNKNOWN)
+    rule = next((it for it in profile.rules if it.matches(effective, codes, words, model)), _UNKNOWN)
     hint = retry_after_s(
         {name.lower(): value for name, value in headers.items()},
         error.values,
@@ -94,15 +104,21 @@ def classify(
     )
 
 
-def _effective_status(status: int, error: ErrorBody) -> int:
-    """Return the status in the body if the response is a 200, or a gateway's 5xx for another status."""
-    is_vague = status < HTTPStatus.MULTIPLE_CHOICES or status >= _SERVER_ERROR
-    return error.status if is_vague and error.status is not None else status
+def effective_status(status: int, error: ErrorBody) -> int:
+    """Return the status in the body if the response is a 200, or a gateway's 5xx for another status.
+
+    An error in a 200 that says nothing about its status is a 500: transient, until other jobs show that it is
+    not.
+    """
+    is_success = status < HTTPStatus.MULTIPLE_CHOICES
+    if error.status is not None and (is_success or status >= _SERVER_ERROR):
+        return error.status
+    if is_success:
+        return next((_STATUS_OF_CODE[code] for code in error.codes if code in _STATUS_OF_CODE), _SERVER_ERROR)
+    return status
 
 
 def _reason(status: int) -> str:
-    if status < HTTPStatus.BAD_REQUEST:
-        return "malformed_response"
     if status in _OWN_REASONS:
         return f"http_{status}"
     if status >= _SERVER_ERROR:

@@ -25,7 +25,8 @@ MAX_PAGE_CHARS: Final = 5000
 MAX_TITLE_CHARS: Final = 200
 
 _CODES: Final = frozenset(
-    {"code", "type", "status", "reason", "error_code", "errorcode", "error_type", "errortype"}
+    {"code", "type", "status", "status_code", "statuscode", "http_code", "reason"}
+    | {"error_code", "errorcode", "error_type", "errortype"}
     | {"limit_source", "quotaid", "error"}
 )
 _SENTENCES: Final = frozenset(
@@ -59,7 +60,8 @@ _HTML: Final = re.compile(r"<(!doctype|html|body|head)\b", re.IGNORECASE)
 _SCRIPT: Final = re.compile(r"<(script|style)\b[^>]*>.*?</\1>", re.IGNORECASE | re.DOTALL)
 _EVENT: Final = re.compile(r"(?:(?:event|id|retry|):[^\n]*\n){0,4}data:([^\n]*)")
 _TAG: Final = re.compile(r"<[^<>]{0,400}>")
-_STATUS: Final = re.compile(r"[45]\d\d", re.ASCII)
+# Also `429 Too Many Requests`.
+_STATUS: Final = re.compile(r"([45]\d\d)(?:\s|$)", re.ASCII)
 _NOT_WORD: Final = re.compile(r"[^a-z0-9]+")
 
 
@@ -227,5 +229,5 @@ def _without_data(run: re.Match[str]) -> str:
 
 
 def _note_status(text: str, found: ErrorBody) -> None:
-    if found.status is None and _STATUS.fullmatch(text.strip()):
-        found.status = int(text)
+    if found.status is None and (match := _STATUS.match(text.strip())):
+        found.status = int(match[1])
