@@ -100,7 +100,6 @@ _FACTS: Final = {
     (RequestFields, "system_with_images"): "System message with images",
     (RequestFields, "json_schema"): "JSON schema",
     (RequestFields, "stream_only_models"): "Models that only stream",
-    (RequestFields, "gzip"): "Compressed requests",
 }
 
 # Added by the Prometheus client library, on Linux.
@@ -439,12 +438,12 @@ def _profile_row(profile: Profile) -> tuple[str, str, str]:
 
 def _provider_section(profile: Profile, generic: Profile) -> str:
     own = profile.rules[: len(profile.rules) - len(generic.rules)]
+    rules = ("Its own rules:", "\n".join(map(_rule_line, own))) if own else ()
     return "\n\n".join(
         (
             f"## {profile.title}",
             _table(("Profile", f"`{profile.name}`"), _profile_facts(profile)),
-            "Its own rules:",
-            "\n".join(map(_rule_line, own)),
+            *rules,
             f"Sources: {', '.join(f'<{source}>' for source in profile.sources)}.",
             f"Not verified: {profile.unverified}",
         )
@@ -485,7 +484,9 @@ def _rule_line(rule: Rule) -> str:
     if rule.words:
         conditions.append(f"words {', '.join(f'`{pattern}`' for pattern in rule.words)}")
     advice = f": {rule.advice}" if rule.advice else ""
-    return f"- {'; '.join(conditions)} → **{rule.category}**{advice}"
+    notes = [note for note in ("likely", "isolated") if getattr(rule, note)]
+    category = f"**{rule.category}**{f' ({notes[0]})' if notes else ''}"
+    return f"- {'; '.join(conditions)} → {category}{advice}"
 
 
 PAGES: Final[Mapping[str, Callable[[], str]]] = {

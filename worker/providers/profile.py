@@ -60,8 +60,6 @@ class RequestFields(_Part):
     """Whether `response_format: json_schema` works, at least with some models."""
     stream_only_models: tuple[str, ...] = ()
     """Globs for models that only stream."""
-    gzip: bool = False
-    """Whether the API decompresses request bodies."""
 
 
 class RetryHints(_Part):
