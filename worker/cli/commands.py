@@ -27,7 +27,9 @@ def shell(arguments: Sequence[str], run: Run) -> int:
     """Run a command; return its exit code."""
     app = build(run)
     if COMPLETION_VARIABLE in os.environ:
-        _complete(app)
+        # typer registers the shells with the options that the commands here do not have.
+        typer.main.get_command(typer.Typer(callback=lambda: None))
+        app([], prog_name=PROGRAM, complete_var=COMPLETION_VARIABLE)
     return execute(app, arguments)
 
 
@@ -41,9 +43,9 @@ def build(run: Run) -> typer.Typer:
         schema=schema,
         check=check,
         top=top,
+        completion=completion,
     )
     app.callback()(with_common_options(_main))
-    app.command("completion", cls=Command)(with_common_options(_completion_command(app)))
     groups = {
         "submissions": _group(
             "Manage submissions: list, show, collect, cancel, delete.",
@@ -103,36 +105,28 @@ def schema(
 
     settings = screen.load(load_broker_settings)
     found = {"job": job_schema(), "result": result_schema(), "asyncapi": asyncapi(settings)}
-    indent = None if screen.as_json else 2
-    screen.write(json.dumps(found[document] if document else found, ensure_ascii=False, indent=indent))
+    chosen = found[document] if document else found
+    screen.emit(chosen, json.dumps(chosen, ensure_ascii=False, indent=2))
 
 
-def _completion_command(app: typer.Typer) -> Callable[..., None]:
-    def completion(
-        screen: Screen,  # noqa: ARG001 - every command has it
-        shell: Annotated[
-            Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="bash, zsh or fish.")
-        ],
-    ) -> None:
-        """Print the completion script of a shell.
+def completion(
+    screen: Screen,
+    shell: Annotated[
+        Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="bash, zsh or fish.")
+    ],
+) -> None:
+    """Print the completion script of a shell.
 
-            eval "$(vqa-worker completion bash)"    # in ~/.bashrc
-            eval "$(vqa-worker completion zsh)"     # in ~/.zshrc
-            vqa-worker completion fish > ~/.config/fish/completions/vqa-worker.fish
+        eval "$(vqa-worker completion bash)"    # in ~/.bashrc
+        eval "$(vqa-worker completion zsh)"     # in ~/.zshrc
+        vqa-worker completion fish > ~/.config/fish/completions/vqa-worker.fish
 
-        Completes commands, options, and names of submissions.
-        """
-        os.environ[COMPLETION_VARIABLE] = f"source_{shell}"
-        _complete(app)
+    Completes commands, options, and names of submissions.
+    """
+    # typer has no public name for it.
+    from typer._completion_shared import get_completion_script
 
-    return completion
-
-
-def _complete(app: typer.Typer) -> None:
-    """Answer the shell's completion request in the environment variable, then exit."""
-    # typer registers the shells with the options that the commands here do not have.
-    typer.main.get_command(typer.Typer(callback=lambda: None))
-    app([], prog_name=PROGRAM, complete_var=COMPLETION_VARIABLE)
+    screen.write(get_completion_script(prog_name=PROGRAM, complete_var=COMPLETION_VARIABLE, shell=shell))
 
 
 def _print_version(is_given: bool) -> None:

@@ -43,8 +43,8 @@ def show(screen: Screen) -> None:
             getattr(settings, field) if settings else given, is_secret="SecretStr" in str(info.annotation)
         )
         value, source = None if text is None else redact(text), names.get(field, DEFAULT)
-        screen.emit({"name": variable(field), "value": value, "source": source})
-        screen.print(f"{source:{width}}  {variable(field)}={value or ''}")
+        line = f"{source:{width}}  {variable(field)}={value or ''}"
+        screen.emit({"name": variable(field), "value": value, "source": source}, line)
     if error is not None:
         raise error
 
@@ -62,14 +62,10 @@ def _as_text(value: Any, *, is_secret: bool) -> str | None:
         case str() if is_secret:
             # One of the settings is invalid, so that this one is not parsed.
             return MARK
-        case None:
-            return None
-        case bool():
-            return json.dumps(value)
         case float():
             return f"{value:g}"
-        case dict():
+        case bool() | dict():
             return json.dumps(value, default=lambda _: MARK)
         case tuple() | list():
             return ",".join(map(str, value))
-    return str(value)
+    return None if value is None else str(value)

@@ -13,17 +13,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# What typer prints for the type of an option without a `metavar`.
-_METAVARS: Final = {
-    "str": "TEXT",
-    "int": "N",
-    "int range": "N",
-    "float range": "N",
-    "file": "FILE",
-    "list[str]": "",
-}
-_TYPE: Final = re.compile(r" <([^>]*)>$")
-_RANGE: Final = re.compile(r"(  \[|; )[\d.<=]*x[\d.<>=]+\]$")
+# typer's notation for the type of an option without a `metavar`, and for a range.
+_NOTATION: Final = re.compile(r" <[^>]*>$|  \[required\]$|  \[x>=[\d.]+\]$|; x>=[\d.]+(?=\]$)")
 
 # The section of the common options: only the help of the program describes them.
 COMMON: Final = "Options for all commands"
@@ -51,27 +42,16 @@ class _Help(_Base):
             default = "Arguments" if param.param_type_name == "argument" else "Options"
             section = getattr(param, "rich_help_panel", None) or default
             if record := param.get_help_record(ctx):
-                sections.setdefault(section, []).append(_plain(*record))
+                names, text = (_NOTATION.sub("", part) for part in record)
+                sections.setdefault(section, []).append((names, text))
         common = sections.pop(COMMON, [])
-        for title, records in sections.items():
+        for title, records in (sections if ctx.parent else {**sections, COMMON: common}).items():
             with formatter.section(title):
                 formatter.write_dl(records)
-        if ctx.parent is None:
-            with formatter.section(COMMON):
-                formatter.write_dl(common)
-        elif common:
+        if ctx.parent is not None and common:
             names = " ".join(names.split(" ")[0].rstrip(",") for names, _ in common)
             formatter.write_paragraph()
             formatter.write_text(f"{COMMON} (see vqa-worker --help): {names}")
-
-
-def _plain(names: str, text: str) -> tuple[str, str]:
-    """Return the names and the description of a parameter without typer's notation for types and ranges."""
-    names = _TYPE.sub(lambda found: f" {_METAVARS.get(found[1], found[1])}".rstrip(), names)
-    if "-" not in names:
-        # A required argument.
-        names, text = names.removesuffix(" TEXT"), text.removesuffix("  [required]")
-    return names, _RANGE.sub(lambda found: "" if "[" in found[1] else "]", text)
 
 
 class Command(_Help, TyperCommand):
@@ -79,22 +59,15 @@ class Command(_Help, TyperCommand):
 
 
 class Group(_Help, TyperGroup):
-    """A group of commands with this help, which is printed if no command is given."""
+    """A group of commands with this help."""
 
     def format_options(self, ctx: "_Context", formatter: "_Formatter") -> None:
-        """Write the commands, then the options."""
-        self.format_commands(ctx, formatter)
-        super().format_options(ctx, formatter)
-
-    def format_commands(self, ctx: "_Context", formatter: "_Formatter") -> None:
-        """Write the first line of each command's docstring."""
-        names = self.list_commands(ctx)
+        """Write the first line of each command's docstring, then the options."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, (self.commands[name].help or "").split("\n")[0]) for name in names])
-
-    def list_commands(self, ctx: "_Context") -> list[str]:  # noqa: ARG002 - typer's signature
-        """Return the names of the commands in the order of the alphabet."""
-        return sorted(self.commands)
+            formatter.write_dl(
+                [(name, (self.commands[name].help or "").split("\n")[0]) for name in sorted(self.commands)]
+            )
+        super().format_options(ctx, formatter)
 
     def parse_args(self, ctx: "_Context", args: list[str]) -> list[str]:
         """Parse the arguments; none means `--help`."""

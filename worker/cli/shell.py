@@ -1,22 +1,8 @@
 """Common options, output, settings, errors and exit codes of all commands.
 
-A command is a plain function, sync or async, in a module next to this one. It gets a `Screen` and parameters
-of typer, and returns its exit code (None: 0):
-
-    async def peek(screen: Screen, queue: Annotated[str, typer.Argument(help="…")]) -> int | None:
-        '''Show the depth of a queue.
-
-            vqa-worker peek vqa.jobs
-
-        The list of commands shows the first line. Paragraphs that are indented, such as examples, stay as is.
-        '''
-        settings = screen.load(load_broker_settings)        # only the settings that it uses
-        screen.emit({"queue": queue, "found": found})       # with --json: one object a line, on stdout
-        screen.print(f"{queue}: {found}")                   # without --json: text on stdout
-        screen.note("…")                                    # without --quiet: text on stderr
-        raise CommandError("<what is wrong>. <What to do>.")
-
-Options that several commands share are a dataclass, which is one parameter: `filters: Filters`.
+A command is a plain function, sync or async, that gets a `Screen` and parameters of typer, and returns its
+exit code (None: 0). Options that several commands share are a dataclass, which is one parameter. The list of
+commands shows the first line of its docstring; indented paragraphs, such as examples, stay as they are.
 
 Commands import slow modules (aio-pika, the SDKs) inside functions: `--help` and shell completion import
 every command.
@@ -24,6 +10,7 @@ every command.
 
 import dataclasses
 import inspect
+import io
 import json
 import logging
 import math
@@ -112,7 +99,8 @@ class CommonOptions:
         None
     )
     env_file: Annotated[
-        Path | None, _common(exists=True, dir_okay=False, help="File with settings (default: .env).")
+        Path | None,
+        _common(metavar="FILE", exists=True, dir_okay=False, help="File with settings (default: .env)."),
     ] = None
     timeout: Annotated[
         float,
@@ -133,6 +121,8 @@ class Screen:
         as_json: whether stdout gets JSON.
         timeout_s: the connection timeout in seconds.
         progress: the console on stderr for progress bars; draw them only if `shows_progress`.
+        is_terminal: whether stderr is a terminal.
+        is_interactive: whether stdin is one too, so that the command can ask for confirmation.
     """
 
     def __init__(self, options: CommonOptions) -> None:
@@ -140,21 +130,9 @@ class Screen:
         self.as_json = options.as_json
         self.timeout_s = options.timeout
         self.progress = Console(stderr=True, highlight=False)
-
-    @property
-    def is_terminal(self) -> bool:
-        """Whether stderr is a terminal."""
-        return self.progress.is_terminal
-
-    @property
-    def is_interactive(self) -> bool:
-        """Whether stdin and stderr are a terminal, so that it can ask for confirmation."""
-        return self.is_terminal and sys.stdin.isatty()
-
-    @property
-    def shows_progress(self) -> bool:
-        """Whether to draw progress bars."""
-        return self.is_terminal and not self.options.quiet
+        self.is_terminal = self.progress.is_terminal
+        self.is_interactive = self.is_terminal and sys.stdin.isatty()
+        self.shows_progress = self.is_terminal and not options.quiet
 
     def load(self, load_settings: Callable[..., Kind], *, is_quiet: bool = False) -> Kind:
         """Load settings, warn about unknown variables (unless `is_quiet`), and silence the libraries' log.
@@ -176,13 +154,12 @@ class Screen:
             logging.disable()
         return settings
 
-    def emit(self, value: Mapping[str, Any]) -> None:
-        """With `--json`, print one object on one line."""
-        if self.as_json:
-            self.write(json.dumps(value, ensure_ascii=False))
+    def emit(self, value: Mapping[str, Any], *lines: str) -> None:
+        """Print one object on one line with `--json`, otherwise lines of text."""
+        self.write(*([json.dumps(value, ensure_ascii=False)] if self.as_json else lines))
 
     def print(self, *lines: str) -> None:
-        """Without `--json`, print lines of text."""
+        """Print lines of text, unless `--json` is given."""
         if not self.as_json:
             self.write(*lines)
 
@@ -285,26 +262,24 @@ def _merged(before: Any, after: CommonOptions) -> CommonOptions:
 
 def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
     """Run a command; return its exit code. Exceptions become messages on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Answers may contain characters that the terminal's encoding does not have.
+        sys.stdout.reconfigure(errors="replace")
     try:
         command = typer.main.get_command(app)
         with command.make_context(PROGRAM, list(arguments)) as context:
             code = command.invoke(context)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - a command never ends in a traceback
-        return _end(_first(error), as_json="--json" in arguments)
+        return _end(error, as_json="--json" in arguments)
     return code or EXIT_OK
 
 
-def _first(error: BaseException) -> BaseException:
-    """Return the first exception of a task group, or the exception itself."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
 def _end(error: BaseException, *, as_json: bool) -> int:
-    """Report an error on stderr; return the exit code."""
+    """Report an error on stderr, the first one of a task group; return the exit code."""
     match error:
+        case BaseExceptionGroup():
+            return _end(error.exceptions[0], as_json=as_json)
         case typer.Exit():
             return error.exit_code
         case SystemExit():
@@ -321,11 +296,8 @@ def _end(error: BaseException, *, as_json: bool) -> int:
         print(json.dumps({"error": text, "exit_code": code}, ensure_ascii=False), file=sys.stderr)  # noqa: T201
         return code
     console = Console(stderr=True, highlight=False)
-    for line in errors:
-        message = Text.assemble(("Error:", "bold red"), f" {line}")
-        console.print(message, soft_wrap=not console.is_terminal)
-    for line in details:
-        console.print(line, markup=False, emoji=False, soft_wrap=not console.is_terminal)
+    for line in (*(Text.assemble(("Error:", "bold red"), f" {it}") for it in errors), *map(Text, details)):
+        console.print(line, soft_wrap=not console.is_terminal)
     return code
 
 

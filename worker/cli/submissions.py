@@ -45,7 +45,7 @@ class _Known(NamedTuple):
 
 def list_(
     screen: Screen,
-    limit: Annotated[int, typer.Option(min=1, help="Show at most N, newest first.")] = 20,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Show at most N, newest first.")] = 20,
 ) -> None:
     """List the submissions of this user on this host, newest first.
 
@@ -60,11 +60,10 @@ def list_(
         return
     screen.print("CREATED           JOBS      PENDING   SUCCEEDED FAILED    NAME")
     for it in found[:limit]:
-        screen.emit(it.as_json())
         created, counts = datetime.fromisoformat(it.head["created"]).astimezone(), it.counts
         figures = (counts.total, counts.pending, counts.succeeded, counts.failed)
         cells = "".join(f"{figure:<10,}" for figure in figures)
-        screen.print(f"{created:%Y-%m-%d %H:%M}  {cells}{it.head['name']}")
+        screen.emit(it.as_json(), f"{created:%Y-%m-%d %H:%M}  {cells}{it.head['name']}")
     if more := len(found[limit:]):
         screen.note(f"{more:,} more (--limit)")
 
@@ -77,10 +76,8 @@ def show(screen: Screen, name: Name) -> None:
     Reads only the state file; `submissions collect` reads the results from RabbitMQ.
     """
     fields = {**_read(name).as_json(), "state_file": str(state_dir.path_of(name))}
-    screen.emit(fields)
-    screen.print(
-        *(f"{field.replace('_', ' '):<11} {'-' if it is None else it}" for field, it in fields.items())
-    )
+    lines = (f"{field.replace('_', ' '):<11} {'-' if it is None else it}" for field, it in fields.items())
+    screen.emit(fields, *lines)
 
 
 async def collect(
@@ -149,8 +146,7 @@ async def cancel(
         count = await _publish_cancellations(ids or [], settings, screen)
     else:
         count = await _cancel_pending(submission, settings, screen)
-    screen.emit({"cancelled": count})
-    screen.print(f"Cancelled {counted(count, 'job')}.")
+    screen.emit({"cancelled": count}, f"Cancelled {counted(count, 'job')}.")
 
 
 async def _cancel_pending(name: str, settings: "CommandSettings", screen: Screen) -> int:
@@ -228,9 +224,7 @@ async def delete(
     """
     if bool(names) == (older_than is not None):
         raise UsageError("give the names of submissions, or --older-than.")
-    chosen = (
-        _older(older_than) if older_than is not None else [_read(name) for name in dict.fromkeys(names or [])]
-    )
+    chosen = _older(older_than) if older_than else [_read(name) for name in dict.fromkeys(names or [])]
     if not chosen:
         screen.note("No matching submissions.")
         return EXIT_OK
@@ -249,8 +243,7 @@ async def delete(
             state = SubmissionState.open(state_dir.find(name))
             await delete_replies(state, broker, screen)
             state.delete()
-        screen.emit({"name": name, "pending": it.counts.pending, "deleted": True})
-        screen.print(f"Deleted {name}.")
+        screen.emit({"name": name, "pending": it.counts.pending, "deleted": True}, f"Deleted {name}.")
     return EXIT_OK
 
 

@@ -1,8 +1,6 @@
 """`vqa-worker topology`: show the queues, exchanges and bindings of the settings, or create them."""
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 from worker.cli.shell import Screen, broker_of
 
@@ -19,12 +17,16 @@ def show(screen: Screen) -> None:
     from worker.settings import load_broker_settings
 
     topology = Topology.from_settings(screen.load(load_broker_settings))
-    queues = [
-        f"{it}: durable" + "".join(f", {name}: {json.dumps(value)}" for name, value in it.arguments.items())
-        for it in topology.queues()
-    ]
-    exchanges = [f"{it}: durable, {it.type.value}" for it in (topology.control, *topology.exchanges())]
-    _print(screen, [*queues, *exchanges, *map(str, topology.bindings())], topology.definitions())
+    screen.emit(
+        topology.definitions(),
+        *(
+            f"{it}: durable"
+            + "".join(f", {name}: {json.dumps(value)}" for name, value in it.arguments.items())
+            for it in topology.queues()
+        ),
+        *(f"{it}: durable, {it.type.value}" for it in (topology.control, *topology.exchanges())),
+        *map(str, topology.bindings()),
+    )
 
 
 async def apply(screen: Screen) -> None:
@@ -49,11 +51,4 @@ async def apply(screen: Screen) -> None:
     for entry, (_, is_new) in zip([*found["queues"], *found["exchanges"]], parts, strict=True):
         entry["created"] = is_new
     lines = [f"{part}: {'created' if is_new else 'exists'}" for part, is_new in parts]
-    _print(screen, [*lines, *(f"{it}: exists" for it in topology.bindings())], found)
-
-
-def _print(screen: Screen, lines: Iterable[str], found: Mapping[str, Any]) -> None:
-    """Print the lines; with `--json` one indented object, a file of definitions."""
-    screen.print(*lines)
-    if screen.as_json:
-        screen.write(json.dumps(found, indent=2))
+    screen.emit(found, *lines, *(f"{it}: exists" for it in topology.bindings()))

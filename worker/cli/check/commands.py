@@ -12,13 +12,8 @@ from worker.cli.check.finding import Finding, failed, ok, warning
 from worker.cli.exit_codes import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from worker.cli.shell import Screen, broker_of, counted
 
-# A mark and a color for each status.
-_STYLES: Final = {
-    "ok": ("✓", "green"),
-    "warning": ("!", "yellow"),
-    "failed": ("✗", "red"),
-    "skipped": ("–", "blue"),
-}
+MARKS: Final = {"ok": "✓", "warning": "!", "failed": "✗", "skipped": "–"}
+COLORS: Final = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "blue"}
 
 
 async def check(
@@ -43,14 +38,16 @@ async def check(
     from worker.observability.redaction import Redactor
 
     redact, count, code = Redactor(()), Counter[str](), EXIT_OK
+    is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     async for status, name, text in _findings(screen, image or (), ask=ask):
         count[status] += 1
         if status == "failed":
             code = max(code, EXIT_CONFIG if name == "settings" else EXIT_FAILURE)
-        screen.emit({"check": name, "status": status, "message": redact(text)})
-        screen.print(f"{_mark(status)} {name}: {redact(text)}")
-    texts = {**{it: f"{count[it]} {it}" for it in _STYLES}, "warning": counted(count["warning"], "warning")}
-    screen.note(", ".join(texts[it] for it in _STYLES if count[it]))
+        mark = typer.style(MARKS[status], fg=COLORS[status]) if is_colored else MARKS[status]
+        found = {"check": name, "status": status, "message": redact(text)}
+        screen.emit(found, f"{mark} {name}: {redact(text)}")
+    texts = {**{it: f"{count[it]} {it}" for it in MARKS}, "warning": counted(count["warning"], "warning")}
+    screen.note(", ".join(texts[it] for it in MARKS if count[it]))
     return code
 
 
@@ -84,13 +81,3 @@ async def _findings(screen: Screen, images: Sequence[str], *, ask: bool) -> Asyn
     for findings in (storage_findings(settings, images), api_findings(settings, ask=ask)):
         async for finding in findings:
             yield finding
-
-
-def _mark(status: str) -> str:
-    mark, color = _STYLES[status]
-    try:
-        mark.encode(sys.stdout.encoding)
-    except UnicodeEncodeError:
-        mark = f"[{status}]"
-    is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return typer.style(mark, fg=color) if is_colored else mark

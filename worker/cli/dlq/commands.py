@@ -2,8 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
@@ -13,19 +12,15 @@ import typer
 from worker.cli import state_dir
 from worker.cli.dlq import render
 from worker.cli.dlq.selection import ID_HELP, Filters, matches_id
-from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
+from worker.cli.exit_codes import EXIT_FAILURE
 from worker.cli.private_files import append_lines
 from worker.cli.progress import Bar, show_progress
 from worker.cli.shell import CommandError, Screen, UsageError, Yes, broker_of, counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from vqa_worker.rabbitmq.connection import Broker
     from worker.rabbitmq.bulk import Selection, Step
     from worker.rabbitmq.dead_letter_record import DeadLetter
     from worker.rabbitmq.dead_letters import DeadLetters, FetchedDeadLetter
-    from worker.rabbitmq.topology import Topology
 
 T = TypeVar("T")
 
@@ -36,7 +31,7 @@ MAX_SHOWN: Final = 20
 MIN_RATE: Final = 0.02
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Confirmation:
     """The options of commands that change the queue."""
 
@@ -76,11 +71,8 @@ async def show(screen: Screen, ids: Annotated[list[str], typer.Argument(metavar=
     found = await _Queue(screen).select(
         lambda held: held if any(matches_id(held.record, it) for it in ids) else None, None
     )
-    for number, held in enumerate(found.picked):
-        if screen.as_json:
-            screen.emit(render.full_json(held))
-        else:
-            screen.print(*([""] if number else []), *render.page(held))
+    for held in found.picked:
+        screen.emit(render.full_json(held), *render.page(held))
     missing = [it for it in ids if not any(matches_id(held.record, it) for held in found.picked)]
     if missing:
         text = f"no such dead letter: {', '.join(missing)} ({found.examined:,} read)"
@@ -94,7 +86,7 @@ async def replay(
     rate: Annotated[
         float | None, typer.Option(metavar="N", min=MIN_RATE, help="Maximum number of jobs per second.")
     ] = None,
-) -> int:
+) -> None:
     """Move dead letters back to the jobs queue.
 
         vqa-worker dlq replay --dry-run
@@ -110,14 +102,12 @@ async def replay(
     now = datetime.now(UTC)
     if late := sum(it.deadline is not None and it.deadline < now for it in found):
         screen.note(f"Warning: {counted(late, 'job')} past the deadline will fail again (deadline_exceeded)")
-    if not queue.is_confirmed(found, "replay", f"moved to {queue.topology.jobs}", confirmation):
-        return EXIT_OK if confirmation.dry_run or not found else EXIT_FAILURE
+    queue.confirm(found, "replay", f"moved to {queue.topology.jobs}", confirmation)
 
     async def step(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
         await dead.replay(held)
 
     await queue.process(found, "replay", step, log="replayed.jsonl", rate=rate)
-    return EXIT_OK
 
 
 async def purge(
@@ -129,9 +119,11 @@ async def purge(
     ] = False,
     save: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Append the complete messages to this file first (JSONL)."),
+        typer.Option(
+            metavar="FILE", dir_okay=False, help="Append the complete messages to this file first (JSONL)."
+        ),
     ] = None,
-) -> int:
+) -> None:
     """Delete dead letters. This cannot be undone; use --save to keep a copy.
 
         vqa-worker dlq purge --code invalid_job --dry-run
@@ -147,22 +139,17 @@ async def purge(
         )
     queue = _Queue(screen)
     found = await queue.find(filters)
-    if not queue.is_confirmed(found, "purge", "deleted", confirmation):
-        return EXIT_OK if confirmation.dry_run or not found else EXIT_FAILURE
+    queue.confirm(found, "purge", "deleted", confirmation)
 
     async def step(_: "DeadLetters", held: "FetchedDeadLetter") -> None:
         if save is not None:
             append_lines(save, render.full_json(held))
 
     await queue.process(found, "purge", step, log="purged.jsonl")
-    return EXIT_OK
 
 
 class _Queue:
     """The dead-letter queue of the settings."""
-
-    topology: "Topology"
-    _broker: "Broker"
 
     def __init__(self, screen: Screen) -> None:
         from worker.rabbitmq.properties import install_tolerant_decoders
@@ -188,29 +175,34 @@ class _Queue:
         """Return the matching dead letters, oldest first; print how many there are in all."""
         found = await self.select(lambda held: held.record if held.record in filters else None, filters.limit)
         total = f"{self.topology.dead_letters}: {counted(found.total, 'dead letter')}"
-        read = f"{found.examined:,} read (--limit)" if found.examined < found.total else ""
-        matching = "" if filters.matches_all else f"{len(found.picked):,} matching"
-        self._screen.note(", ".join(filter(None, (total, read, matching))))
+        read = f", {found.examined:,} read (--limit)" if found.examined < found.total else ""
+        matching = "" if filters.matches_all else f", {len(found.picked):,} matching"
+        self._screen.note(f"{total}{read}{matching}")
         return sorted(found.picked, key=lambda it: it.died_at or datetime.min.replace(tzinfo=UTC))
 
-    def is_confirmed(
+    def confirm(
         self, found: Sequence["DeadLetter"], action: str, done: str, confirmation: Confirmation
-    ) -> bool:
-        """List the dead letters and ask, as the options say; return whether to go on."""
-        screen = self._screen
-        if not found or (confirmation.yes and not confirmation.dry_run):
-            screen.note(*([] if found else ["No matching dead letters."]))
-            return bool(found)
-        screen.print(*render.table(found[:MAX_SHOWN]))
-        if more := len(found[MAX_SHOWN:]):
-            screen.print(f"… and {more} more")
-        what = counted(len(found), "dead letter")
-        if not confirmation.dry_run:
-            return screen.confirm(what, done)
-        for dead_letter in found:
-            screen.emit({"action": action, "done": False, **render.in_json(dead_letter)})
-        screen.note(f"{what} would be {done} (dry run)")
-        return False
+    ) -> None:
+        """List the dead letters and ask, as the options say.
+
+        Raises:
+            Exit: nothing is to be done.
+        """
+        screen, what = self._screen, counted(len(found), "dead letter")
+        if not found:
+            screen.note("No matching dead letters.")
+            raise typer.Exit
+        if confirmation.dry_run or not confirmation.yes:
+            screen.print(*render.table(found[:MAX_SHOWN]))
+            if more := len(found[MAX_SHOWN:]):
+                screen.print(f"… and {more} more")
+        if confirmation.dry_run:
+            for dead_letter in found:
+                screen.emit({"action": action, "done": False, **render.in_json(dead_letter)})
+            screen.note(f"{what} would be {done} (dry run)")
+            raise typer.Exit
+        if not confirmation.yes and not screen.confirm(what, done):
+            raise typer.Exit(EXIT_FAILURE)
 
     async def process(
         self,

@@ -7,14 +7,13 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import to_jsonable_python
 from rich.cells import cell_len, set_cell_size
 
 if TYPE_CHECKING:
-    from worker.observability.redaction import Redactor
     from worker.rabbitmq.dead_letter_record import DeadLetter
     from worker.rabbitmq.dead_letters import FetchedDeadLetter
 
@@ -27,27 +26,16 @@ SHORT_TEXT_CHARS: Final = 100
 in_json = partial(to_jsonable_python, bytes_mode="base64", fallback=str)
 
 
-@cache
-def _redactor() -> "Redactor":
-    from worker.observability.redaction import Redactor
-
-    return Redactor(())
-
-
 def full_json(held: "FetchedDeadLetter") -> dict[str, Any]:
     """Return a dead letter with headers and its body: `body` if that is UTF-8, otherwise `body_base64`."""
+    delivery = held.delivery
+    encoded = {"content_encoding": delivery.content_encoding} if delivery.content_encoding else {}
+    more = {"content_type": delivery.content_type, **encoded, "timestamp": delivery.timestamp}
+    full = {**in_json(held.record), **in_json(more), "headers": in_json(dict(held.headers))}
     try:
-        body = {"body": held.body.decode()}
+        return {**full, "body": held.body.decode()}
     except UnicodeDecodeError:
-        body = {"body_base64": base64.b64encode(held.body).decode()}
-    encoding = held.delivery.content_encoding
-    more = {
-        "content_type": held.delivery.content_type,
-        **({} if encoding is None else {"content_encoding": encoding}),
-        "timestamp": held.delivery.timestamp,
-        "headers": dict(held.headers),
-    }
-    return {**in_json(held.record), **in_json(more), **body}
+        return {**full, "body_base64": base64.b64encode(held.body).decode()}
 
 
 def table(dead_letters: Iterable["DeadLetter"]) -> Iterator[str]:
@@ -75,10 +63,13 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def _row(dead_letter: "DeadLetter", now: datetime) -> Sequence[str]:
     """Return the cells of a row without secrets and unprintable characters."""
+    from worker.observability.redaction import Redactor
+
+    redact = Redactor(())
     age = _age((now - dead_letter.died_at).total_seconds()) if dead_letter.died_at else "-"
     error = dead_letter.message or f"dead-lettered by RabbitMQ ({dead_letter.code})"
     cells = (dead_letter.name, age, dead_letter.code, dead_letter.job_id or "-", dead_letter.model, error)
-    return [printable(_redactor()(cell)) for cell in cells]
+    return [printable(redact(cell)) for cell in cells]
 
 
 def _age(seconds: float) -> str:
@@ -100,9 +91,8 @@ def page(held: "FetchedDeadLetter") -> list[str]:
         full["body"] = json.loads(held.readable_body)
     except (ValueError, RecursionError):
         full["body"] = held.readable_body.decode(errors="backslashreplace")
-    return [
-        printable(line) for line in json.dumps(_shortened(full), indent=2, ensure_ascii=False).split("\n")
-    ]
+    text = json.dumps(_shortened(full), indent=2, ensure_ascii=False)
+    return [printable(line) for line in text.split("\n")]
 
 
 def _shortened(value: Any) -> Any:

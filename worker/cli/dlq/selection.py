@@ -43,7 +43,7 @@ class Filters:
         _time(help="Dead-lettered at this time or later: 2h (ago), 2030-01-31 or an RFC 3339 time."),
     ] = None
     until: Annotated[datetime | None, _time(help="Dead-lettered before this time.")] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of messages.")] = None
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Maximum number of messages.")] = None
 
     @property
     def matches_all(self) -> bool:

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -35,73 +35,12 @@ CONSUMERS_POLL_S: Final = 1.0
 NO_CONSUMER: Final = "waiting: no worker is consuming"
 
 
-class Collector:
-    """Read results from the reply queue and store each once in the state file.
-
-    Attributes:
-        counts: the progress of the submission.
-        unknown: the number of results that belong to no job of this submission.
-        waits_for: why no result can arrive, for the progress; empty if unknown.
-    """
-
-    def __init__(
-        self, state: SubmissionState, broker: Broker, on_new: Callable[[JobResult], None] = lambda _: None
-    ) -> None:
-        """`on_new` is called with each result that has just been stored."""
-        self._state = state
-        self._on_new = on_new
-        self._queue = state.head()["reply_to"]
-        self._reader = ReplyReader(broker, self._queue, self._take)
-        self._arrived = asyncio.Event()
-        self.counts = state.counts()
-        self.unknown = 0
-        self.waits_for = ""
-
-    def progress(self) -> tuple[int, int, str]:
-        """Return the numbers of results and of jobs, and a note with failures, tokens and cost."""
-        is_lost = self.counts.pending and not self._reader.is_connected
-        note = "waiting for RabbitMQ" if is_lost else self.waits_for or self.counts.note()
-        return self.counts.received, self.counts.total, note
-
-    async def run(self, *, wait: bool) -> None:
-        """Collect until every job has a result; without `wait`, only the results that are on the queue now.
-
-        Raises:
-            CommandError: the queue does not exist.
-            BrokerRefusedError: the broker refuses the credentials.
-        """
-        async with asyncio.TaskGroup() as group:
-            reading = group.create_task(self._read(), name="results")
-            while self.counts.pending:
-                self._arrived.clear()
-                try:
-                    async with asyncio.timeout(None if wait else QUIET_S):
-                        await self._arrived.wait()
-                except TimeoutError:
-                    if self._reader.is_connected:
-                        break
-            reading.cancel()
-
-    async def _read(self) -> None:
-        try:
-            await self._reader.run()
-        except QueueMissingError:
-            raise _reply_queue_missing(self._queue) from None
-
-    def _take(self, replies: Sequence[Reply]) -> None:
-        new, unknown = self._state.store([received(reply) for reply in replies])
-        self.unknown += unknown
-        for one in new:
-            self.counts.add(one)
-            self._on_new(one)
-        self._arrived.set()
-
-
 @dataclass
 class Collection:
-    """Collect the results of one submission, deliver them to its output, and delete the reply queue.
+    """Collect the results of one submission: store each once in the state file, then deliver them to the output.
 
-    `wait_timeout_s`: stop after so many seconds.
+    Attributes:
+        wait_timeout_s: stop after so many seconds.
     """
 
     state: SubmissionState
@@ -113,17 +52,21 @@ class Collection:
     def __post_init__(self) -> None:
         self._head = self.state.head()
         self._form = self.output.form_for(self._head["form"])
-        self._is_streaming = self.output.path is None and self._form != "csv"
-        self._collector = Collector(
-            self.state, self.broker, self._print if self._is_streaming else lambda _: None
-        )
+        self._is_streaming = False
+        self._reader = ReplyReader(self.broker, self._head["reply_to"], self._take)
+        self._arrived = asyncio.Event()
+        self._counts = self.state.counts()
+        self._unknown = 0
+        # Why no result can arrive.
+        self._waits_for = ""
 
     async def run(self, sender: JobSender | None = None, *, no_wait: bool = False) -> int:
         """Collect until every job has a result, while `sender` submits them; return the exit code.
 
         `no_wait`: collect only what is there now.
         """
-        counts = self._collector.counts
+        counts = self._counts
+        self._is_streaming = self.output.path is None and self._form != "csv"
         if self._is_streaming:
             for it in self.state.results():
                 self._print(it)
@@ -131,10 +74,10 @@ class Collection:
             if sender is None:
                 await self._check_queue()
             bars = [Bar("submitted", sender.progress)] if sender is not None else []
-            with show_progress(self.screen, *bars, Bar("results", self._collector.progress)):
-                await self._collect(sender, no_wait=no_wait)
-        if self._collector.unknown:
-            self.screen.note(f"Ignored {self._collector.unknown:,} unexpected results (unknown job id).")
+            with show_progress(self.screen, *bars, Bar("results", self._progress)):
+                await (self.read_available() if no_wait else self._read_all(sender))
+        if self._unknown:
+            self.screen.note(f"Ignored {self._unknown:,} unexpected results (unknown job id).")
         files = self._write()
         if not counts.pending:
             await delete_replies(self.state, self.broker, self.screen)
@@ -147,11 +90,67 @@ class Collection:
             self.screen.note(f"Wrote {', '.join(files)}")
         return EXIT_FAILURE if counts.failed or counts.pending else EXIT_OK
 
+    async def read_available(self) -> None:
+        """Store the results that are on the queue now.
+
+        Raises:
+            CommandError: the queue does not exist.
+            BrokerRefusedError: the broker refuses the credentials.
+        """
+        await self._read(QUIET_S)
+
+    async def _read_all(self, sender: JobSender | None) -> None:
+        try:
+            async with asyncio.timeout(self.wait_timeout_s), asyncio.TaskGroup() as group:
+                if sender is not None:
+                    group.create_task(sender.run(), name="sender")
+                watching = group.create_task(self._watch_consumers(), name="consumers")
+                await self._read(None)
+                watching.cancel()
+        except TimeoutError:
+            pending = counted(self._counts.pending, "result")
+            self.screen.note(f"{pending} pending after {self.wait_timeout_s:g} s.")
+
+    async def _read(self, quiet_s: float | None) -> None:
+        """Store results until every job has one, or no further one arrived for `quiet_s`."""
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(self._run_reader(), name="results")
+            while self._counts.pending:
+                self._arrived.clear()
+                try:
+                    async with asyncio.timeout(quiet_s):
+                        await self._arrived.wait()
+                except TimeoutError:
+                    if self._reader.is_connected:
+                        break
+            reading.cancel()
+
+    async def _run_reader(self) -> None:
+        try:
+            await self._reader.run()
+        except QueueMissingError:
+            raise _reply_queue_missing(self._head["reply_to"]) from None
+
+    def _take(self, replies: Sequence[Reply]) -> None:
+        new, unknown = self.state.store([received(reply) for reply in replies])
+        self._unknown += unknown
+        for one in new:
+            self._counts.add(one)
+            if self._is_streaming:
+                self._print(one)
+        self._arrived.set()
+
+    def _progress(self) -> tuple[int, int, str]:
+        counts = self._counts
+        is_lost = counts.pending and not self._reader.is_connected
+        note = "waiting for RabbitMQ" if is_lost else self._waits_for or counts.note()
+        return counts.received, counts.total, note
+
     def _print(self, it: JobResult) -> None:
         if self.screen.as_json or self.output.form is not None:
             self.screen.write(outputs.line_of(it, self._form))
         else:
-            outputs.print_text(it, self.screen, has_title=self._collector.counts.total > 1)
+            outputs.print_text(it, self.screen, has_title=self._counts.total > 1)
 
     def _write(self) -> list[str]:
         """Write the output; return the names of the files."""
@@ -169,21 +168,6 @@ class Collection:
         except QueueMissingError:
             raise _reply_queue_missing(queue) from None
 
-    async def _collect(self, sender: JobSender | None, *, no_wait: bool) -> None:
-        if no_wait:
-            await self._collector.run(wait=False)
-            return
-        try:
-            async with asyncio.timeout(self.wait_timeout_s), asyncio.TaskGroup() as group:
-                if sender is not None:
-                    group.create_task(sender.run(), name="sender")
-                watching = group.create_task(self._watch_consumers(), name="consumers")
-                await self._collector.run(wait=True)
-                watching.cancel()
-        except TimeoutError:
-            pending = self._collector.counts.pending
-            self.screen.note(f"{counted(pending, 'result')} pending after {self.wait_timeout_s:g} s.")
-
     async def _watch_consumers(self) -> None:
         """Report when no worker consumes from the jobs queue."""
         queue, was_reported = self._head["jobs_queue"], False
@@ -197,7 +181,7 @@ class Collection:
                     count = await session.call(partial(consumer_count, queue=queue))
                 except (QueueMissingError, TopologyError):
                     return
-                self._collector.waits_for = "" if count else NO_CONSUMER
+                self._waits_for = "" if count else NO_CONSUMER
                 if not count and not was_reported:
                     was_reported = True
                     self.screen.note(

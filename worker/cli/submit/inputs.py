@@ -171,7 +171,7 @@ def _csv_entries(path: Path, title: str, *, delimiter: str) -> Iterator[Entry]:
         try:
             columns = [name.strip() for name in next(rows, [])]
             if not any(map(_is_image_column, columns)):
-                text = "the first line must contain the column names, including `image` or `images`."
+                text = "the first line must contain the column names, including `image`."
                 raise UsageError(f"{path}: {text}")
             if len(set(columns)) != len(columns):
                 raise UsageError(f"{path}: two columns have the same name.")
@@ -192,7 +192,7 @@ def _csv_entry(where: str, columns: Sequence[str], row: Sequence[str]) -> Entry:
         if not cell.strip():
             continue
         if _is_image_column(name):
-            job["images"] += _images_in(cell) if name == "images" else [cell.strip()]
+            job["images"].append(cell.strip())
         elif name in _FIELDS:
             job[name] = cell.strip() if name == "id" else cell
         elif name in _PARAMS:
@@ -206,17 +206,7 @@ def _csv_entry(where: str, columns: Sequence[str], row: Sequence[str]) -> Entry:
 
 
 def _is_image_column(column: str) -> bool:
-    return column == "images" or (column.startswith("image") and (column[5:] or "0").isdecimal())
-
-
-def _images_in(cell: str) -> list[Any]:
-    """Return the images in a cell: a JSON list, or separated by semicolons."""
-    if cell.lstrip().startswith("["):
-        try:
-            return list(json.loads(cell))
-        except ValueError:
-            pass
-    return [image.strip() for image in cell.split(";") if image.strip()]
+    return column.startswith("image") and (column[5:] or "0").isdecimal()
 
 
 def _entry_for(images: list[str], key: str) -> Entry:

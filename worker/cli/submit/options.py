@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, get_args
 
 import typer
 
@@ -13,6 +13,7 @@ from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Form
 
 MAX_QUEUE: Final = 100_000
 UPLOAD_PREFIX: Final = "vqa-uploads"
+FORMS: Final = "|".join(get_args(Form))
 
 
 _jobs, _publishing, _results = (
@@ -30,15 +31,24 @@ class Output:
     """The destination of results; without `path` it is stdout."""
 
     path: Annotated[
-        Path | None, _results("--output", "-o", dir_okay=False, help="Write the results to this file.")
+        Path | None,
+        _results("--output", "-o", metavar="FILE", dir_okay=False, help="Write the results to this file."),
     ] = None
     errors: Annotated[
         Path | None,
-        _results(dir_okay=False, help="Error file of the Batch API (default: next to the output file)."),
+        _results(
+            metavar="FILE",
+            dir_okay=False,
+            help="Error file of the Batch API (default: next to the output file).",
+        ),
     ] = None
     form: Annotated[
         Form | None,
-        _results("--output-format", help="Format of the results (default: by the names of the files)."),
+        _results(
+            "--output-format",
+            metavar=FORMS,
+            help="Format of the results (default: by the names of the files).",
+        ),
     ] = None
 
     def form_for(self, submitted: str) -> Form:
@@ -68,13 +78,17 @@ class Options:
         str | None,
         _jobs(metavar="GLOB", help="Only these images of a prefix or folder (default: by their suffix)."),
     ] = None
-    question: Annotated[str | None, _jobs(help="Question for all images.")] = None
+    question: Annotated[str | None, _jobs(metavar="TEXT", help="Question for all images.")] = None
     each: Annotated[bool, _jobs("--each", help="Create one job per image instead of one for all images.")] = (
         False
     )
     input_form: Annotated[
         Form | None,
-        _jobs("--input-format", help="Format of the input file (default: by its name and first line)."),
+        _jobs(
+            "--input-format",
+            metavar=FORMS,
+            help="Format of the input file (default: by its name and first line).",
+        ),
     ] = None
     bucket: Annotated[
         str | None,
@@ -83,8 +97,10 @@ class Options:
             help=f"Upload local images to this bucket, each once (default prefix: {UPLOAD_PREFIX}/).",
         ),
     ] = None
-    model: Annotated[str | None, _jobs(help="Model for all jobs; overrides the model of each job.")] = None
-    system: Annotated[str | None, _jobs(help="System message.")] = None
+    model: Annotated[
+        str | None, _jobs(metavar="TEXT", help="Model for all jobs; overrides the model of each job.")
+    ] = None
+    system: Annotated[str | None, _jobs(metavar="TEXT", help="System message.")] = None
     param: Annotated[
         list[str] | None,
         _jobs(metavar="NAME=VALUE", help="Any field of the API request, as JSON or text: max_tokens=100."),
@@ -110,6 +126,7 @@ class Options:
     max_queue: Annotated[
         int | None,
         _publishing(
+            metavar="N",
             min=0,
             help="Pause publishing while the jobs queue has at least this many messages; 0: no limit. "
             f"[default: {MAX_QUEUE}; 0 with --exchange]",

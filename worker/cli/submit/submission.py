@@ -18,7 +18,7 @@ from worker.cli import state_dir
 from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.progress import Bar, show_progress
 from worker.cli.shell import Screen, UsageError, broker_of, counted, dollars
-from worker.cli.submit.collect import Collection, Collector, delete_replies
+from worker.cli.submit.collect import Collection, delete_replies
 from worker.cli.submit.inputs import Source
 from worker.cli.submit.options import MAX_QUEUE, Options, Output
 from worker.cli.submit.plan import Planner, parse_deadline_option
@@ -72,16 +72,14 @@ class Submission:
         """Validate the jobs and print the estimated cost; return the exit code."""
         planner = await self._plan()
         planner.draft.close()
-        self.screen.emit(
-            {
-                "jobs": planner.jobs.total(),
-                "images": planner.images.total(),
-                "models": sorted(planner.jobs),
-                "cost_usd": planner.usd(),
-                "uploads": len(planner.uploads),
-            }
-        )
-        self.screen.print(*planner.estimate(), "Nothing submitted (dry run).")
+        found = {
+            "jobs": planner.jobs.total(),
+            "images": planner.images.total(),
+            "models": sorted(planner.jobs),
+            "cost_usd": planner.usd(),
+            "uploads": len(planner.uploads),
+        }
+        self.screen.emit(found, *planner.estimate(), "Nothing submitted (dry run).")
         return EXIT_OK
 
     async def run(self) -> int:
@@ -196,8 +194,15 @@ class Submission:
             self.screen.note(f"Already submitted: {counted(counts.total, 'job')} (submission {self._name}).")
         elif is_resumed:
             await self._declare_queues(head["reply_to"])
+        collection = Collection(state, self._broker, self.screen, self.output, options.wait_timeout)
         if counts.sent:
-            await self._resolve_unconfirmed(state, counts.sent)
+            # Jobs without a confirm but with a result are not sent again.
+            await collection.read_available()
+            left = state.counts().sent
+            self.screen.note(
+                f"{counted(counts.sent, 'job')} sent without a confirm before the interruption:"
+                f" {counts.sent - left:,} answered, {left:,} sent again with the same ids."
+            )
         max_queue = options.max_queue
         if max_queue is None:
             # A user that publishes to an exchange may have no permission on the queue.
@@ -208,9 +213,6 @@ class Submission:
                 with show_progress(self.screen, Bar("submitted", sender.progress)):
                     await sender.run()
             else:
-                collection = Collection(
-                    state, self._broker, self.screen, self.output, wait_timeout_s=options.wait_timeout
-                )
                 code = await collection.run(sender if counts.unconfirmed else None)
                 if self._is_temporary and not state.counts().pending:
                     state.delete()
@@ -224,19 +226,8 @@ class Submission:
             raise
         sent = {"jobs": counts.total, "submitted": counts.unconfirmed}
         self.screen.emit(
-            {"name": self._name, **sent, "queue": self._topology.jobs, "reply_to": head["reply_to"]}
-        )
-        self.screen.print(
+            {"name": self._name, **sent, "queue": self._topology.jobs, "reply_to": head["reply_to"]},
             f"Submitted {counted(counts.unconfirmed, 'job')} (submission {self._name}).",
             f"Collect the results with: vqa-worker submissions collect {self._name}",
         )
         return EXIT_OK
-
-    async def _resolve_unconfirmed(self, state: SubmissionState, unconfirmed: int) -> None:
-        """Collect the results that are there: jobs without a confirm but with a result are not sent again."""
-        await Collector(state, self._broker).run(wait=False)
-        left = state.counts().sent
-        self.screen.note(
-            f"{counted(unconfirmed, 'job')} sent without a confirm before the interruption:"
-            f" {unconfirmed - left:,} answered, {left:,} sent again with the same ids."
-        )

@@ -61,8 +61,7 @@ async def top(
                 live.update(render.view(found), refresh=True)
             # Rates need two samples of a worker.
             elif fleet is None or not fleet["up"] or fleet["per_s"] is not None:
-                screen.emit(found)
-                screen.print(render.text(found))
+                screen.emit(found, render.text(found))
                 if once and not worker:
                     screen.note("Add --worker HOST:PORT for rates, latencies, cost and the state of workers.")
                 if once:
