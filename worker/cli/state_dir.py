@@ -1,19 +1,22 @@
-"""The state folder: one file for each submission, named after it, and its lock."""
+"""The state folder, which only its owner can read: a file for each submission, and its lock."""
 
 import fcntl
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from worker.cli.private_files import make_private_folder, open_private
 from worker.cli.shell import CommandError
 
 SUFFIX: Final = ".submission"
 # The name is part of a queue name, which is limited to 255 bytes.
 MAX_NAME_CHARS: Final = 100
+# The files hold questions and answers: only their owner can read them.
+PRIVATE_FILE_MODE: Final = 0o600
+PRIVATE_FOLDER_MODE: Final = 0o700
 
 
 def folder() -> Path:
@@ -104,3 +107,36 @@ def check_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or len(name) > MAX_NAME_CHARS:
         raise ValueError(f"must consist of at most {MAX_NAME_CHARS} letters, digits, '-', '_' and '.'")
     return name
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file, created with mode 0600; an `opener` for `open`."""
+    return os.open(path, flags, PRIVATE_FILE_MODE)
+
+
+def make_private_folder(path: Path) -> None:
+    """Create a folder with mode 0700 and its parents; leave one that exists as it is."""
+    if not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=PRIVATE_FOLDER_MODE, exist_ok=True)
+
+
+def append_lines(path: Path, *lines: Mapping[str, Any]) -> None:
+    """Append lines to a private JSONL file; they are on the disk when this returns.
+
+    Raises:
+        CommandError: the file cannot be written.
+    """
+    try:
+        make_private_folder(path.parent)
+        with open(path, "ab", opener=open_private) as file:  # pathlib has no opener
+            if path.is_file():
+                # It may exist with another mode. (The mode of a device such as /dev/stdout stays.)
+                os.fchmod(file.fileno(), PRIVATE_FILE_MODE)
+            texts = (json.dumps(line, ensure_ascii=False) for line in lines)
+            file.writelines(f"{text}\n".encode(errors="replace") for text in texts)
+            file.flush()
+            if path.is_file():
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}. Choose another file.") from None

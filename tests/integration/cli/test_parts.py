@@ -17,8 +17,8 @@ from deploy.local.stack import Stack
 from tests.conftest import BUCKET, PutImage
 from vqa_worker.rabbitmq.replies import Reply
 from worker.cli import outputs, state_dir
-from worker.cli.private_files import append_lines, make_private_folder
 from worker.cli.shell import CommandError, dollars
+from worker.cli.state_dir import append_lines, make_private_folder
 from worker.cli.storage import open_s3
 from worker.cli.submit import batch
 from worker.cli.submit.results import parse, received

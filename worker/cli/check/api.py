@@ -76,27 +76,25 @@ async def _access(model: Model, settings: Settings, names: Collection[str] | Non
         body = pydantic_core.to_json({"model": name, "stream": False})
         await model.complete(name, RequestBody([body], []), time_left_s=TIMEOUT_S)
     except (JobError, RateLimitedError, TransientError, DependencyDownError) as error:
-        if _is_of_the_server(error):
+        is_accepted = _accepts_key(error)
+        if is_accepted is None:
             return warning(CHECK, f"{url}: {error} (to a request without messages). Use --ask.")
-        if not _refuses_this_request(error):
+        if not is_accepted:
             return failed(CHECK, f"{url}: {error}")
     if names is None:
         return skipped(CHECK, f"{url} accepts the key, but lists no models. Check the model with --ask.")
     return ok(CHECK, f"{url} accepts the key and lists {len(names)} models")
 
 
-def _is_of_the_server(error: Exception) -> bool:
-    """Return whether the API failed or is overloaded: the key is not checked then."""
-    if isinstance(error, RateLimitedError):
-        return error.is_overloaded
-    return isinstance(error, TransientError) and error.reason in ("http_5xx", HTTP_500)
-
-
-def _refuses_this_request(error: Exception) -> bool:
-    """Return whether the API refuses a request without messages, which it does after it checked the key."""
-    if isinstance(error, TransientError):
-        return error.refused and error.reason != "http_403"
-    return isinstance(error, JobError | RateLimitedError)
+def _accepts_key(error: Exception) -> bool | None:
+    """Return whether the API accepted the key before this error; None if it failed or is overloaded."""
+    match error:
+        case RateLimitedError():
+            return None if error.is_overloaded else True
+        case TransientError():
+            is_down = error.reason in ("http_5xx", HTTP_500)
+            return None if is_down else error.refused and error.reason != "http_403"
+    return isinstance(error, JobError)
 
 
 def _listed(name: str, names: Collection[str]) -> Finding:
@@ -123,8 +121,8 @@ async def _asked(model: Model, settings: Settings) -> Finding:
 
 
 def _cost(answer: Answer) -> str:
-    if answer.usage is None or answer.usage.prompt_tokens is None:
+    usage = answer.usage
+    if usage is None or usage.prompt_tokens is None:
         return ", no token usage reported"
-    tokens = f", {answer.usage.prompt_tokens} + {answer.usage.completion_tokens or 0} tokens"
-    cost = answer.usage.cost_usd
-    return tokens if cost is None else f"{tokens}, ${cost:.6f}"
+    cost = "" if usage.cost_usd is None else f", ${usage.cost_usd:.6f}"
+    return f", {usage.prompt_tokens} + {usage.completion_tokens or 0} tokens{cost}"

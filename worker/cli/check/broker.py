@@ -12,7 +12,6 @@ from worker.cli.check.finding import Finding, failed, ok, skipped, warning
 from worker.cli.shell import counted
 from worker.rabbitmq.permission_checks import (
     BlockedError,
-    Found,
     NotAllowedError,
     NotFoundError,
     Probes,
@@ -43,8 +42,7 @@ async def broker_findings(
             yield ok("broker", f"{probes.version} at {settings.rabbitmq_address}{user}")
             parts: list[Part] = [*topology.queues(), topology.control, *topology.exchanges()]
             for part in parts:
-                async for finding in _part(probes, topology, part):
-                    yield finding
+                yield await _part(probes, topology, part)
             async for finding in _permissions(probes, topology):
                 yield finding
             # Last: RabbitMQ can close the connection.
@@ -56,39 +54,37 @@ async def broker_findings(
         yield failed("broker", f"the connection was lost ({type(error).__name__}). Try again.")
 
 
-async def _part(probes: Probes, topology: Topology, part: Part) -> AsyncIterator[Finding]:
+async def _part(probes: Probes, topology: Topology, part: Part) -> Finding:
     """Check that a queue or exchange exists as the worker needs it, or that the worker can create it."""
     check, is_optional = str(part), part == topology.control
     is_declared = topology.declare and not part.may_differ
-    state = ""
+    state, advice = "", ""
     try:
         found = await probes.find(part)
         if found is None:
-            yield await _missing(probes, part, is_needed=not is_declared and not is_optional)
-            return
-        state = "exists"
-        if isinstance(part, QueueSpec):
-            state = f"{found.messages} ready, {counted(found.consumers, 'consumer')}"
-            for finding in _activity(topology, part, found):
-                yield finding
+            return await _missing(probes, part, is_needed=not is_declared and not is_optional)
+        state = f"{found.messages} ready, {counted(found.consumers, 'consumer')}"
+        if not isinstance(part, QueueSpec):
+            state = "exists"
+        elif part.name == topology.jobs and not found.consumers:
+            advice = ". Start a worker."
+        elif part.name == topology.dead_letters and found.messages:
+            advice = ". Run `vqa-worker dlq list`."
         difference = None if part.may_differ else await probes.compare(part)
     except NotAllowedError as error:
         # RabbitMQ 4.3 hides a queue from a user without permissions on it; to declare it, a worker needs one.
         if is_declared and is_optional:
-            yield warning(check, f"the worker will not receive cancellations: {error}")
-        elif is_declared:
-            yield failed(check, f"{error}; or set VQA_DECLARE_TOPOLOGY=false")
-        elif state:
-            yield ok(check, f"{state}; arguments not checked (this user may not declare it)")
-        else:
-            yield skipped(check, f"hidden from this user: {error}")
-        return
-    if difference is None:
-        yield ok(check, state if part.may_differ else f"{state}; arguments OK")
-    else:
+            return warning(check, f"the worker will not receive cancellations: {error}")
+        if is_declared:
+            return failed(check, f"{error}; or set VQA_DECLARE_TOPOLOGY=false")
+        if not state:
+            return skipped(check, f"hidden from this user: {error}")
+        return ok(check, f"{state}; arguments not checked (this user may not declare it)")
+    if difference is not None:
         fix = "Delete it, change it with a policy, or configure another name."
         text = f"arguments differ from the worker's: {difference}. {fix}"
-        yield failed(check, text) if topology.declare else warning(check, text)
+        return failed(check, text) if topology.declare else warning(check, text)
+    return (warning if advice else ok)(check, f"{state}{'' if part.may_differ else '; arguments OK'}{advice}")
 
 
 async def _missing(probes: Probes, part: Part, *, is_needed: bool) -> Finding:
@@ -100,16 +96,6 @@ async def _missing(probes: Probes, part: Part, *, is_needed: bool) -> Finding:
         except NotAllowedError as error:
             return failed(str(part), f"does not exist, and the worker cannot create it: {error}. {CREATE}")
     return warning(str(part), f"does not exist yet. Start a worker or run {CREATE[4:]}")
-
-
-def _activity(topology: Topology, part: QueueSpec, found: Found) -> list[Finding]:
-    """Check for consumers and dead letters."""
-    if part.name == topology.jobs and not found.consumers:
-        return [warning("workers", f"no consumers on {part.name}")]
-    if part.name == topology.dead_letters and found.messages:
-        text = f"{counted(found.messages, 'message')} on {part.name}. Run `vqa-worker dlq list`."
-        return [warning("dead letters", text)]
-    return []
 
 
 async def _permissions(probes: Probes, topology: Topology) -> AsyncIterator[Finding]:

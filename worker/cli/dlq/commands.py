@@ -1,9 +1,11 @@
-"""The commands of `vqa-worker dlq`."""
+"""The commands of `vqa-worker dlq`, and the options that select dead letters."""
 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
@@ -11,11 +13,11 @@ import typer
 
 from worker.cli import state_dir
 from worker.cli.dlq import render
-from worker.cli.dlq.selection import ID_HELP, Filters, matches_id
 from worker.cli.exit_codes import EXIT_FAILURE
-from worker.cli.private_files import append_lines
 from worker.cli.progress import Bar, show_progress
 from worker.cli.shell import CommandError, Screen, UsageError, Yes, broker_of, counted
+from worker.cli.state_dir import append_lines
+from worker.cli.times import parse_time
 
 if TYPE_CHECKING:
     from worker.rabbitmq.bulk import Selection, Step
@@ -29,6 +31,50 @@ MAX_LISTED: Final = 1000
 MAX_SHOWN: Final = 20
 # At a lower rate a dead letter would be held unacknowledged for more than a minute.
 MIN_RATE: Final = 0.02
+# A shorter prefix could match by accident.
+MIN_PREFIX_CHARS: Final = 4
+ID_HELP: Final = "Job id, or the NAME printed by `dlq list`."
+
+
+_filter = partial(typer.Option, rich_help_panel="Filters")
+_time = partial(_filter, metavar="TIME", parser=partial(parse_time, from_now=-1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Filters:
+    """Conditions on dead letters: all that are given must match; of several values of one, any."""
+
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", show_default=False, help=ID_HELP)] = None
+    codes: Annotated[list[str] | None, _filter("--code", metavar="GLOB", help="Filter by error code.")] = None
+    since: Annotated[
+        datetime | None,
+        _time(help="Dead-lettered at this time or later: 2h (ago), 2030-01-31 or an RFC 3339 time."),
+    ] = None
+    until: Annotated[datetime | None, _time(help="Dead-lettered before this time.")] = None
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Maximum number of messages.")] = None
+
+    @property
+    def matches_all(self) -> bool:
+        """Whether no condition is given."""
+        return not (self.codes or self.ids or self.since or self.until)
+
+    def __contains__(self, dead_letter: "DeadLetter") -> bool:
+        return (
+            (not self.codes or any(fnmatchcase(dead_letter.code, glob) for glob in self.codes))
+            and (not self.ids or any(matches_id(dead_letter, name) for name in self.ids))
+            and self._is_in_range(dead_letter.died_at)
+        )
+
+    def _is_in_range(self, died_at: datetime | None) -> bool:
+        """Return whether the time matches; an unknown time matches only without `since` and `until`."""
+        if died_at is None:
+            return self.since is None and self.until is None
+        return (self.since is None or died_at >= self.since) and (self.until is None or died_at <= self.until)
+
+
+def matches_id(dead_letter: "DeadLetter", name: str) -> bool:
+    """Return whether `name` is the job's id, or the dead letter's name or a prefix of it."""
+    return dead_letter.job_id == name or (len(name) >= MIN_PREFIX_CHARS and dead_letter.name.startswith(name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ NO_CONSUMER: Final = "waiting: no worker is consuming"
 
 @dataclass
 class Collection:
-    """Collect the results of one submission: store each once in the state file, then deliver them to the output.
+    """Collect the results of a submission: store each once in the state file, then print or write them.
 
     Attributes:
         wait_timeout_s: stop after so many seconds.

@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
-from worker.cli.private_files import open_private
 from worker.cli.shell import CommandError, dollars
+from worker.cli.state_dir import open_private
 
 # An invalid job is `UNSENT`: it has a failed result from the beginning.
 PLANNED, SENT, CONFIRMED, UNSENT = range(4)
