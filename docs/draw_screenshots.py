@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -126,11 +127,11 @@ def run(
     columns: int,
     folder: Path,
     environment: Mapping[str, str],
-    while_running: Callable[[int], None] = lambda _: None,
+    while_running: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
 ) -> Terminal:
     """Run a command in a pseudo-terminal; return what it shows at the end.
 
-    `while_running` gets the descriptor of the keyboard, again and again.
+    `while_running` gets the process, again and again.
 
     Raises:
         TimeoutError: the command does not end.
@@ -145,7 +146,7 @@ def run(
         output, ends = b"", time.monotonic() + PATIENCE_S
         while some := _read(keyboard):
             output += some.removeprefix(NOTHING)
-            while_running(keyboard)
+            while_running(process)
             if time.monotonic() > ends:
                 process.kill()
                 raise TimeoutError(f"{arguments} does not end: {output!r}")
@@ -234,7 +235,7 @@ def _take(
     name: str,
     arguments: Sequence[str],
     *,
-    while_running: Callable[[int], None] = lambda _: None,
+    while_running: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
 ) -> None:
     """Run a command and write its picture."""
     print_status(f"{name}, {columns} columns")
@@ -258,15 +259,15 @@ def _in_background(arguments: Sequence[str], folder: Path, environment: Mapping[
             process.kill()
 
 
-def _quitter() -> Callable[[int], None]:
-    """Return a function that presses `q` once, after `TOP_S` seconds."""
+def _quitter() -> Callable[[subprocess.Popen[bytes]], None]:
+    """Return a function that interrupts a process once, as Ctrl-C does, after `TOP_S` seconds."""
     ends = time.monotonic() + TOP_S
 
-    def press(keyboard: int) -> None:
+    def press(process: subprocess.Popen[bytes]) -> None:
         nonlocal ends
         if time.monotonic() > ends:
             ends = math.inf
-            os.write(keyboard, b"q")
+            process.send_signal(signal.SIGINT)
 
     return press
 
