@@ -19,18 +19,9 @@ from worker.cli.submit.results import failure, parse
 from worker.cli.submit.state import JobResult, SubmissionState
 
 _COLUMNS: Final = (
-    "id",
-    "status",
-    "answer",
-    "error_code",
-    "error_message",
-    "model",
-    "finish_reason",
-    "prompt_tokens",
-    "completion_tokens",
-    "cost_usd",
-    "attempts",
-)
+    "id", "status", "answer", "error_code", "error_message", "model", "finish_reason",
+    "prompt_tokens", "completion_tokens", "cost_usd", "attempts",
+)  # fmt: skip
 
 
 def print_text(it: JobResult, screen: Screen, *, has_title: bool) -> None:

@@ -17,9 +17,9 @@ from tests.conftest import BUCKET, PutImage
 from tests.fake_s3 import Answer, FakeS3, give, refuse
 from vqa_worker.rabbitmq import connection
 from vqa_worker.rabbitmq.session import Session
+from worker.cli.check import Finding
 from worker.cli.check.api import RED_PNG, api_findings
 from worker.cli.check.broker import broker_findings
-from worker.cli.check.finding import Finding
 from worker.cli.check.storage import storage_findings
 from worker.cli.shell import broker_of
 from worker.rabbitmq import permission_checks

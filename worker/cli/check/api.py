@@ -9,7 +9,7 @@ from typing import Final
 import pydantic_core
 
 from worker.app.assembly import open_model
-from worker.cli.check.finding import Finding, failed, ok, skipped, warning
+from worker.cli.check import Finding, failed, ok, skipped, warning
 from worker.errors import HTTP_500, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.model.answer import Answer
 from worker.model.client import Model

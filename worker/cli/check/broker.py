@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError
 from vqa_worker.rabbitmq.replies import PRIVATE_PREFIX
 from vqa_worker.rabbitmq.session import Session
-from worker.cli.check.finding import Finding, failed, ok, skipped, warning
+from worker.cli.check import Finding, failed, ok, skipped, warning
 from worker.cli.shell import counted
 from worker.rabbitmq.permission_checks import (
     BlockedError,

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from worker.cli.check.finding import Finding, failed, ok, warning
+from worker.cli.check import Finding, failed, ok, warning
 from worker.cli.exit_codes import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from worker.cli.shell import Screen, broker_of, counted
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.image_types import SIGNATURE_BYTES, media_type
 from worker.app.assembly import conditional_store_at, open_s3
-from worker.cli.check.finding import Finding, failed, ok, skipped, warning
+from worker.cli.check import Finding, failed, ok, skipped, warning
 from worker.errors import DependencyDownError, JobError, TransientError
 from worker.images.source import Link, SourcePolicy, parse_source
 from worker.observability.redaction import display_url
