@@ -18,9 +18,18 @@ import structlog
 from tests.unit.model_queue import MAX_ATTEMPTS, Scene
 from tests.unit.test_classification import BLAME, GENERIC, MODEL, NOT_THE_JOBS, RECORDED, error, found
 from tests.unit.test_model_client import Api, a_body, a_model, response
-from worker.errors import DependencyDownError, JobError, RateLimitedError, TransientError
+from worker.errors import (
+    MALFORMED_RESPONSE,
+    Dependency,
+    DependencyDownError,
+    JobError,
+    RateLimitedError,
+    TransientError,
+)
 from worker.model.client import Model
 from worker.providers import Category, load_profile, provider_names
+from worker.resilience.failure_outcomes import MAX_MALFORMED
+from worker.resilience.outage_detector import FREE_PROBES
 
 GOOD: Final = [f"good-{n}" for n in range(100)]
 BAD: Final = [f"bad-{n}" for n in range(20)]
@@ -43,8 +52,24 @@ class Row:
         return f"{self.number}-{self.provider}-{self.status}-{self.category}"
 
 
+HALF: Final = {"choices": [{"message": {"content": "half"}, "finish_reason": "error"}]}
+USAGE: Final = {"prompt_tokens": 3, "completion_tokens": 4}
+# Answers with status 200 that are billed and cannot be used.
+MALFORMED: Final[list[Any]] = [
+    b"<p>no JSON",
+    b"",
+    {"choices": []},
+    HALF,
+    {**HALF, "usage": USAGE},
+    {**HALF, "usage": USAGE, "error": {"code": 429, "message": "Rate limit reached"}},
+    {**HALF, "usage": USAGE, "error": {"code": 402, "message": "Insufficient credits"}},
+    b'data: {"choices": [{"delta": {"content": "ha"}}]}\n\n',
+]
+
+
 def _rows() -> list[Row]:
     rows = [
+        *(Row(200, body, Category.TRANSIENT) for body in MALFORMED),
         *(Row(row["status"], row["body"], Category(row["category"]), row["provider"]) for row in RECORDED),
         *(Row(status, body, category) for status, body, category in GENERIC),
         *(Row(status, error(message), category) for status, message, category in NOT_THE_JOBS),
@@ -116,6 +141,11 @@ def consequences(failure: Failing) -> Hashable:
 def is_the_jobs(failure: Failing) -> bool:
     """Return whether an answer is known to be the job's own."""
     return isinstance(failure, JobError) or (isinstance(failure, TransientError) and failure.is_duplicate)
+
+
+def most_attempts(failure: Failing) -> int:
+    is_malformed = isinstance(failure, TransientError) and failure.reason == MALFORMED_RESPONSE
+    return MAX_MALFORMED if is_malformed else MAX_ATTEMPTS
 
 
 def is_overload(failure: Failing) -> bool:
@@ -250,7 +280,7 @@ async def test_a_single_job_ends_or_waits(row: Row, ask: Ask) -> None:
         case Category.UNKNOWN if row.status in (400, 413, 422):
             assert (facts.ended, facts.calls, facts.pauses) == ({REJECTED: 1}, 1, 0)
         case Category.UNKNOWN | Category.MODEL_JOB | Category.TRANSIENT:
-            assert (facts.ended, facts.calls, facts.pauses) == ({EXHAUSTED: 1}, MAX_ATTEMPTS, 0)
+            assert (facts.ended, facts.calls, facts.pauses) == ({EXHAUSTED: 1}, most_attempts(failure), 0)
 
 
 @EACH
@@ -275,16 +305,17 @@ async def test_among_100_good_jobs_only_the_bad_one_ends_or_waits(row: Row, ask:
             assert facts.ended == {REJECTED: 1}
             assert facts.calls <= 2
         case Category.CONFIGURATION | Category.MODEL | Category.TRANSIENT:
-            assert (facts.ended, facts.attempts) == ({EXHAUSTED: 1}, {MAX_ATTEMPTS})
+            assert (facts.ended, facts.attempts) == ({EXHAUSTED: 1}, {most_attempts(failure)})
 
 
-@pytest.mark.parametrize("kind", ["whole queue", "whole queue, later"])
 @EACH
-async def test_a_whole_queue_fails_only_for_what_is_known_to_be_the_jobs_own(
-    row: Row, ask: Ask, kind: str
-) -> None:
+async def test_a_whole_queue_fails_only_for_what_is_known_to_be_the_jobs_own(row: Row, ask: Ask) -> None:
     failure = await ask(row)
-    facts = await run(kind, failure)
+    for kind in ("whole queue", "whole queue, later"):
+        check_whole_queue(row, failure, await run(kind, failure))
+
+
+def check_whole_queue(row: Row, failure: Failing, facts: Facts) -> None:
     if is_the_jobs(failure):
         expected = REJECTED if isinstance(failure, JobError) else EXHAUSTED
         assert (facts.ended, facts.pauses) == ({expected: len(BAD)}, 0)
@@ -308,6 +339,51 @@ async def test_what_concerns_one_model_pauses_only_its_jobs(row: Row, ask: Ask) 
     assert not facts.ended
     assert (facts.pauses, facts.paused_models) == (0, {MODEL})
     assert (facts.repaired, facts.attempts_after) == ({SUCCEEDED: len(BAD)}, {1})
+
+
+@pytest.mark.parametrize("reason", ["timeout", "connection_error"])
+async def test_a_request_without_an_answer_concerns_its_job_unless_several_fail_in_a_row(reason: str) -> None:
+    failure = TransientError(Dependency.MODEL, reason, "no answer")
+    for kind, good in (("alone", {}), ("among 100 good", {SUCCEEDED: len(GOOD)})):
+        facts = await run(kind, failure)
+        assert (facts.ended, facts.attempts, facts.pauses) == ({EXHAUSTED: 1}, {MAX_ATTEMPTS}, 0)
+        assert facts.good == good
+    facts = await run("whole queue", failure)
+    assert (facts.ended, facts.pauses, facts.attempts_after) == ({}, 1, {1})
+
+
+async def test_an_api_that_cannot_be_reached_pauses_the_worker_at_once_and_uses_no_attempt() -> None:
+    failure = DependencyDownError(Dependency.MODEL, "unreachable")
+    for kind in ("alone", "whole queue", "whole queue, later"):
+        facts = await run(kind, failure)
+        assert (facts.ended, facts.pauses, facts.attempts_after) == ({}, 1, {1})
+
+
+LONG_OUTAGE_S: Final = 2400
+
+
+@pytest.mark.parametrize("is_billed", [True, False])
+async def test_half_answers_of_a_long_outage_are_bought_a_few_times_for_each_job(
+    api: Api, models: dict[str, Model], *, is_billed: bool
+) -> None:
+    """As with 500, which a job may cause, its attempts count after some probes."""
+    api.says = response(200, {**HALF, "usage": USAGE if is_billed else None})
+    with pytest.raises(TransientError) as caught:
+        await models["generic"].complete(MODEL, a_body({}), time_left_s=60.0)
+    async with Scene(caught.value, _is_bad, MODEL).running() as scene:
+        scene.put(BAD[:6])
+        await scene.run(LONG_OUTAGE_S, until=BAD[:6])
+        assert scene.codes(BAD) == {EXHAUSTED: 6}
+        assert max(scene.api.calls.values()) <= FREE_PROBES + MAX_MALFORMED + (not is_billed)
+        # Not one after another: each probe is followed by a longer wait.
+        assert scene.clock.monotonic() > 300
+
+
+async def test_a_long_outage_with_another_status_ends_no_job() -> None:
+    async with Scene(TransientError(Dependency.MODEL, "http_5xx", "x"), _is_bad, MODEL).running() as scene:
+        scene.put(BAD[:6])
+        await scene.run(LONG_OUTAGE_S, until=BAD[:6])
+        assert not scene.ended
 
 
 def test_the_rows_have_every_category() -> None:
