@@ -117,6 +117,8 @@ class Environment:
             "max_concurrent": None,
             "busy_status": 429,
             "retry_after": None,
+            "early_status": None,
+            "wrapping": None,
         }
         rules = [*first, *jobs.MARKER_RULES]
         self.stack.model.configure(**{**usual, **behaviour, "rules": rules})

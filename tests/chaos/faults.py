@@ -302,6 +302,12 @@ def _rate_limited(fault: Fault) -> Outcome:
     return Error(status=429, headers={"Retry-After": str(fault.value)})
 
 
+def _quota_used_up(_: Fault) -> Outcome:
+    """Not a rate limit: the worker pauses."""
+    error = {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": None}
+    return Error(status=429, body={"error": error})
+
+
 def _malformed(fault: Fault) -> Outcome:
     return Malformed.model_validate({"how": fault.value})
 
@@ -330,6 +336,10 @@ INJECTED: Final[dict[str, Inject]] = {
     "model hangs": _model_rule(lambda _: Hang()),
     "model resets connections": _model_rule(lambda _: Reset()),
     "model malformed": _model_rule(_malformed),
+    "model interrupts answers": _model_rule(lambda _: Malformed(how="interrupted")),
+    "model wraps answers": _model_behaviour(wrapping=lambda fault: fault.value),
+    "model answers early": _model_behaviour(early_status=lambda fault: fault.value),
+    "model's quota used up": _model_rule(_quota_used_up),
     "model limits concurrency": _model_behaviour(max_concurrent=lambda fault: fault.value),
     "model overloaded": _model_behaviour(max_concurrent=lambda fault: fault.value, busy_status=lambda _: 503),
     "model sends Retry-After": _model_rule(_rate_limited),

@@ -4,11 +4,11 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from deploy.local.model_simulator.behavior import Answer
+from deploy.local.model_simulator.behavior import Answer, Wrapping
 from deploy.local.model_simulator.calls import Picture
 from deploy.local.model_simulator.request import Conversation, RefusedError
 
@@ -87,6 +87,44 @@ def body(
         if changes.usage == "no_cost":
             del answer["usage"]["estimated_cost"]
     return answer | changes.extra
+
+
+def wrap(answer: dict[str, Any], wrapping: Wrapping | None) -> bytes:
+    """Return the JSON of an answer with something around it."""
+    raw = json.dumps(answer).encode()
+    match wrapping:
+        case None:
+            return raw
+        case "bom":
+            return b"\xef\xbb\xbf" + raw
+        case "comments":
+            return b": processing\n\n: processing\n\n" + raw + b"\n"
+        case "object":
+            return json.dumps({"success": True, "result": answer}).encode()
+        case "stream":
+            return b"".join(b"data: " + json.dumps(it).encode() + b"\n\n" for it in _chunks(answer)) + (
+                b"data: [DONE]\n\n"
+            )
+
+
+def interrupted(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer with half of its text, and the finish reason `error`."""
+    choices = [
+        {**choice, "message": {**choice["message"], "content": "half of"}, "finish_reason": "error"}
+        for choice in answer["choices"]
+    ]
+    return {**answer, "choices": choices}
+
+
+def _chunks(answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the chunks of an answer: each choice, then its end, then the usage."""
+    common = {**answer, "object": "chat.completion.chunk", "choices": [], "usage": None}
+    for choice in answer["choices"]:
+        index = choice["index"]
+        delta = {"index": index, "delta": choice["message"], "finish_reason": None}
+        yield {**common, "choices": [delta]}
+        yield {**common, "choices": [{"index": index, "delta": {}, "finish_reason": choice["finish_reason"]}]}
+    yield {**common, "usage": answer.get("usage")}
 
 
 def _usage(

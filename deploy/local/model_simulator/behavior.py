@@ -6,6 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 DEFAULT_MODELS = ("simulated/vision", "simulated/vision-small")
 
+# What is around the JSON of a good answer, as some gateways send it: a byte order mark, comments as in
+# server-sent events, a whole stream that nobody requested, or another JSON value.
+Wrapping = Literal["bom", "comments", "stream", "object"]
+
 
 class _Strict(BaseModel):
     # A misspelt name in a test is an error.
@@ -54,11 +58,12 @@ class Malformed(_Outcome):
     """A 200 that no client can use.
 
     `not_json`: an HTML page; `no_choices_key`: JSON of another shape; `cut_json`: half a body, complete for
-    HTTP; `truncated`: fewer bytes than announced, then a connection reset.
+    HTTP; `truncated`: fewer bytes than announced, then a connection reset; `interrupted`: half an answer with
+    the finish reason `error`.
     """
 
     kind: Literal["malformed"] = "malformed"
-    how: Literal["not_json", "no_choices_key", "cut_json", "truncated"] = "not_json"
+    how: Literal["not_json", "no_choices_key", "cut_json", "truncated", "interrupted"] = "not_json"
 
 
 class Hang(_Outcome):
@@ -97,6 +102,10 @@ class Behavior(_Strict):
     busy_status: int = 429
     retry_after: str | None = None
     """The `Retry-After` of those answers; DeepInfra is not known to send one."""
+    early_status: int | None = None
+    """Answer every call with this error status before its body is read, and close the connection."""
+    wrapping: Wrapping | None = None
+    """Of every usual answer."""
     decode: bool = True
     """Whether images are decoded completely; if not, only their headers are read."""
     rules: list[Rule] = []

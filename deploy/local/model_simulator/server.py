@@ -128,6 +128,11 @@ class ModelSimulator:
         return call
 
     async def _answer(self, request: web.Request, call: Call) -> web.StreamResponse:
+        if self._behavior.early_status is not None:
+            call.error = "answered before the request was read"
+            early = _error(self._behavior.early_status, call.error, "scripted_error")
+            early.force_close()
+            return early
         limit = self._behavior.max_concurrent
         is_busy = limit is not None and self._state.in_progress > limit
         content = await request.read()
@@ -155,7 +160,12 @@ class ModelSimulator:
         changes = outcome if isinstance(outcome, Answer) else Answer()
         usual = answers.body(body, conversation, call.images, changes)
         if outcome is None or isinstance(outcome, Answer):
-            return web.json_response(usual, headers=changes.headers)
+            wrapping = self._behavior.wrapping
+            kind = "text/event-stream" if wrapping == "stream" else "application/json"
+            wrapped = answers.wrap(usual, wrapping)
+            return web.Response(body=wrapped, content_type=kind, headers=changes.headers)
+        if isinstance(outcome, Malformed) and outcome.how == "interrupted":
+            return web.json_response(answers.interrupted(usual))
         return await _misbehave(outcome, request, json.dumps(usual).encode())
 
     async def _look_at(self, conversation: Conversation) -> list[Picture]:

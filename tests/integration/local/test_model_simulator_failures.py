@@ -3,16 +3,18 @@
 import asyncio
 import json
 import time
-from typing import Any
+from typing import Any, get_args
 
 import aiohttp
 import pytest
 
-from deploy.local.model_simulator.behavior import Answer, Error, Hang, Malformed, Reset, Rule
+from deploy.local.model_simulator.answers import PREFIX
+from deploy.local.model_simulator.behavior import Answer, Error, Hang, Malformed, Reset, Rule, Wrapping
 from deploy.local.model_simulator.calls import Call
 from deploy.local.simulated_model import SimulatedModel
 from tests.integration.local.fixture_types import Ask
 from tests.running import until
+from worker.model.answer import MalformedAnswerError, parse_answer
 
 
 def message_of(answer: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +45,45 @@ async def test_an_error_can_have_headers_and_any_body(
     async with http.post(f"{model.base_url}/chat/completions", json=body) as response:
         assert response.headers["Retry-After"] == "7"
         assert await response.text() == "slow down"
+
+
+async def _posted(model: SimulatedModel, http: aiohttp.ClientSession) -> tuple[aiohttp.ClientResponse, bytes]:
+    body = {"model": model.models[0], "messages": [{"role": "user", "content": "?"}]}
+    async with http.post(f"{model.base_url}/chat/completions", json=body) as response:
+        return response, await response.read()
+
+
+@pytest.mark.parametrize("wrapping", get_args(Wrapping))
+async def test_an_answer_can_be_wrapped(
+    model: SimulatedModel, http: aiohttp.ClientSession, wrapping: Wrapping
+) -> None:
+    model.configure(wrapping=wrapping)
+    _, raw = await _posted(model, http)
+    assert b'{"id"' in raw
+    assert not raw.startswith(b'{"id"')
+    answer = parse_answer(raw, None)
+    assert answer.text is not None
+    assert answer.text.startswith(PREFIX)
+    assert answer.usage is not None
+    assert answer.finish_reason == "stop"
+
+
+async def test_an_answer_can_be_interrupted(model: SimulatedModel, http: aiohttp.ClientSession) -> None:
+    model.play(Malformed(how="interrupted"))
+    _, raw = await _posted(model, http)
+    with pytest.raises(MalformedAnswerError, match="interrupted") as caught:
+        parse_answer(raw, None)
+    assert caught.value.usage is not None
+
+
+async def test_a_call_can_be_answered_before_its_body_is_read(
+    model: SimulatedModel, http: aiohttp.ClientSession
+) -> None:
+    model.configure(early_status=429)
+    response, _ = await _posted(model, http)
+    assert (response.status, response.headers["Connection"]) == (429, "close")
+    [call] = model.calls()
+    assert (call.status, call.body_bytes) == (429, 0)
 
 
 async def test_an_outcome_is_played_the_given_number_of_times(model: SimulatedModel, ask: Ask) -> None:
