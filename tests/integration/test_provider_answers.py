@@ -12,7 +12,8 @@ import pytest
 
 from deploy.local.model_simulator.behavior import Error
 from deploy.local.stack import Stack
-from tests.breaking import calls_begun, events, hasty, job, publish, results, said, statuses
+from tests.breaking import PICTURE, calls_begun, events, hasty, job, publish, results, said, statuses
+from tests.conftest import BUCKET
 from tests.running import Client, Worker, calls_with
 
 GOOD = 20
@@ -178,6 +179,22 @@ async def test_a_wrong_configuration_pauses_and_names_the_setting_and_the_api_s_
     replies = await results(client, ids)
     assert {(it.body["status"], it.body["attempts"]) for it in replies} == {("succeeded", 1)}
     await said(worker, "ready")
+
+
+@pytest.mark.parametrize(
+    ("broken", "code"),
+    [
+        (f"s3://{BUCKET}/none.png", "image_not_found"),
+        ("data:image/png;base64,bm8gcGljdHVyZQ==", "image_unsupported_type"),
+        ("data:image/png;base64,bm8gcGljdHVyZQ=!", "image_corrupt"),
+    ],
+)
+async def test_the_broken_one_of_many_images_is_named(client: Client, broken: str, code: str) -> None:
+    images = [PICTURE] * 12
+    images[5] = broken
+    reply = await client.ask(**{**job(), "images": images})
+    assert reply.body["error"]["code"] == code
+    assert reply.body["error"]["message"].startswith("images[5] (")
 
 
 async def test_the_limit_of_tokens_and_the_rules_follow_the_profile(

@@ -29,7 +29,7 @@ from worker.jobs.outcome import Outcome, Requeued, Retried
 from worker.jobs.outcome_builder import OutcomeBuilder
 from worker.observability.redaction import Redactor
 from worker.resilience import consumer_controller
-from worker.resilience.concurrency_limiter import ConcurrencyLimiter, NotAdmittedError
+from worker.resilience.concurrency_limiter import LASTING_LIMIT_S, ConcurrencyLimiter, NotAdmittedError
 from worker.resilience.consumer_controller import (
     ADJUST_INTERVAL_S,
     FIRST_PROBE_DELAY_S,
@@ -392,6 +392,24 @@ async def test_after_a_relapse_probes_are_less_frequent(worker: Worker) -> None:
             await worker.clock.advance(0.5)
         waited.append(worker.consumer.asked_at[-1] - started)
     assert waited == [1, 2, 4, 8, 16, MAX_PROBE_INTERVAL_S, MAX_PROBE_INTERVAL_S]
+
+
+async def test_a_rate_limit_that_lasts_is_logged_once_with_the_words_of_the_api(
+    worker: Worker, log: CapturingLogger
+) -> None:
+    async with worker.limiter.slot("m") as slot:
+        slot.rate_limited(RateLimitedError(None, "Daily requests used up"))
+        await worker.clock.advance(3 * LASTING_LIMIT_S)
+        (warning,) = [call for call in log.calls if call.args == ("rate_limit_lasts",)]
+        assert warning.method_name == "warning"
+        assert (warning.kwargs["model"], warning.kwargs["reason"]) == ("m", "Daily requests used up")
+        slot.succeeded()
+        await worker.clock.advance(1)
+        slot.rate_limited(RateLimitedError(None, "again"))
+        await worker.clock.advance(2 * LASTING_LIMIT_S)
+    assert [call.kwargs["reason"] for call in log.calls if call.args == ("rate_limit_lasts",)][1:] == [
+        "again"
+    ]
 
 
 async def test_an_outage_after_some_successes_starts_with_the_first_probe_interval(worker: Worker) -> None:

@@ -96,7 +96,7 @@ async def run(settings: Settings) -> bool:
             background.start(name, keep_going)
         heartbeat = Heartbeat()
         background.start("heartbeat", heartbeat.run)
-        app = endpoints.application(heartbeat, lambda: _readiness(parts, stopping=stop.is_set()))
+        app = endpoints.application(heartbeat, lambda: readiness(parts, stopping=stop.is_set()))
         port = await _serve_http(stack, app, settings)
         log.info("started", version=__version__, rabbitmq=settings.rabbitmq_address, http_port=port)
         background.start("consumer-controller", parts.controller.run)
@@ -248,7 +248,8 @@ async def _in_time(waiting: Awaitable[None], seconds: float) -> bool:
     return True
 
 
-def _readiness(parts: Parts, *, stopping: bool) -> Readiness:
+def readiness(parts: Parts, *, stopping: bool) -> Readiness:
+    """Return what `/readyz` answers: the status, and why the worker takes no jobs or fewer."""
     if stopping:
         return Readiness(is_ready=False, status="stopping", reasons=("the worker was asked to stop",))
     if not parts.consumer.is_connected:
@@ -281,7 +282,7 @@ def _handle_status_signal(parts: Parts, stop: asyncio.Event) -> None:
 
 def _log_in_flight(parts: Parts, *, stopping: bool) -> None:
     """Log how many jobs are in flight, and the oldest of them."""
-    jobs, state = parts.in_flight.snapshot(), _readiness(parts, stopping=stopping)
+    jobs, state = parts.in_flight.snapshot(), readiness(parts, stopping=stopping)
     in_flight_log.info(
         "in_flight_summary",
         status=state.status,
