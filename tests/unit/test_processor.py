@@ -811,7 +811,7 @@ async def test_bad_jobs_one_after_another_each_get_their_outcome(scene: Scene) -
     for n in range(3):
         assert isinstance(await scene.process(id=f"job-{n}", delivery={"counted_attempts": 2}), DeadLettered)
     assert scene.detector.outages == {}
-    # Whatever they fail of may concern all jobs: it fails three in a row at most.
+    # Their failure may concern all jobs: it fails three in a row at most.
     assert isinstance(await scene.process(id="job-3", delivery={"counted_attempts": 2}), Requeued)
     assert set(scene.detector.outages) == {MODEL}
 

@@ -209,7 +209,7 @@ GOOD = [f"good-{n}" for n in range(100)]
 async def test_a_bad_object_among_good_ones_ends_alone(
     fake: FakeS3, queue: Queue, answer: Answer, expected: str
 ) -> None:
-    """Whatever S3 says of it: while others are read, it is the job's own, and the others do not wait."""
+    """Any answer about it is the job's own while others are read, and the others do not wait."""
     only(fake, ["bad"], answer)
     queue.put(["good", "bad", *GOOD])
     await queue.work(rounds=12)
