@@ -112,7 +112,7 @@ async def test_the_worker_answers_a_job_and_its_probes_succeed(
 ) -> None:
     pod = start()
     container = rendered.container
-    assert container["args"] == pod.command[-1:]
+    assert container["args"] == [*pod.command[-1:]]
     await pod.start()
     assert pod.port == container["ports"][0]["containerPort"]
     for name in ("startupProbe", "livenessProbe", "readinessProbe"):
