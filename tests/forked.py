@@ -24,13 +24,13 @@ class ForkedRun:
         environment: Mapping[str, str],
         folder: Path,
         stdout: Path,
-        stderr: Path | None = None,
+        stderr: Path,
         *,
-        patch: str = "",
+        patch: str,
     ) -> None:
-        """Append output to `stdout`, and errors to `stderr` (default: the same); run `patch` first."""
+        """Append output to `stdout` and errors to `stderr`, perhaps the same file; run `patch` first."""
         self._process = FORKS.Process(
-            target=_run, args=(dict(environment), folder, stdout, stderr or stdout, patch), daemon=True
+            target=_run, args=(dict(environment), folder, stdout, stderr, patch), daemon=True
         )
         self._process.start()
         assert self._process.pid is not None

@@ -65,11 +65,6 @@ class Ended:
     output: str
     errors: list[str]
 
-    @classmethod
-    def of(cls, done: "subprocess.CompletedProcess[str]") -> "Ended":
-        errors = [line.removeprefix("Error: ") for line in done.stderr.splitlines()]
-        return cls(done.returncode, done.stdout, errors)
-
 
 class Worker:
     """Run `vqa-worker run` in its own process with its own queues."""
@@ -124,25 +119,22 @@ class Worker:
     def dead_letter_queue(self) -> str:
         return self._environment.get("VQA_DEAD_LETTER_QUEUE", f"{self.jobs_queue}.dead")
 
-    def launch(self) -> None:
-        """Start without waiting."""
+    def launch(self, errors: Path | None = None) -> None:
+        """Start without waiting; write stderr to `errors`, by default to the log with stdout."""
+        log, errors = self._log_file, errors or self._log_file
         if self.forks and self.command is COMMAND:
-            self.process = ForkedRun(
-                self._environment, self._log_file.parent, self._log_file, patch=self.patch
-            )
+            self.process = ForkedRun(self._environment, log.parent, log, errors, patch=self.patch)
             return
+        patched = [sys.executable, "-c", PATCHED.format(patch=self.patch)]
         # A working directory without a developer's `.env`.
-        with self._log_file.open("ab") as log:
+        with log.open("ab") as stdout, errors.open("ab") as stderr:
             self.process = subprocess.Popen(  # noqa: S603 - a test's own
-                self._command(),
+                patched if self.patch else self.command,
                 env={**self._environment, "PYTHONPATH": str(ROOT)},
-                cwd=self._log_file.parent,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                cwd=log.parent,
+                stdout=stdout,
+                stderr=stderr,
             )
-
-    def _command(self) -> Sequence[str]:
-        return [sys.executable, "-c", PATCHED.format(patch=self.patch)] if self.patch else self.command
 
     async def start(self) -> Self:
         """Start the worker and wait until it is ready."""
@@ -192,24 +184,14 @@ class Worker:
 
     async def run_to_end(self, patience_s: float = PATIENCE_S) -> "Ended":
         """Run a worker that exits by itself."""
-        if self.forks and self.command is COMMAND:
-            errors = self._log_file.with_suffix(".errors")
-            self.process = ForkedRun(
-                self._environment, self._log_file.parent, self._log_file, errors, patch=self.patch
-            )
+        errors = self._log_file.with_suffix(".errors")
+        self.launch(errors)
+        try:
             code = await self.ended(patience_s)
-            return Ended.of(subprocess.CompletedProcess((), code, self.output(), errors.read_text()))
-        done = await asyncio.to_thread(
-            subprocess.run,
-            self._command(),
-            env={**self._environment, "PYTHONPATH": str(ROOT)},
-            cwd=self._log_file.parent,
-            capture_output=True,
-            text=True,
-            timeout=patience_s,
-            check=False,
-        )
-        return Ended.of(done)
+        finally:
+            self.kill()
+        lines = [line.removeprefix("Error: ") for line in errors.read_text().splitlines()]
+        return Ended(code, self.output(), lines)
 
     def kill(self) -> None:
         """Send SIGKILL if the process still runs."""

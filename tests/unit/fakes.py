@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from vqa_worker.messages.result import Usage
 from vqa_worker.rabbitmq.outgoing import (
     OutgoingMessage,
     PublishAbandonedError,
@@ -14,9 +15,20 @@ from vqa_worker.rabbitmq.outgoing import (
 )
 from worker.images.memory_budget import MemoryBudget
 from worker.jobs.delivery import Delivery
+from worker.model.answer import Answer
 from worker.rabbitmq.topology import Topology
 
 JOB: dict[str, Any] = {"id": "job-1", "question": "What is it?", "images": ["s3://photos/cat.png"]}
+
+ANSWER = Answer(
+    text="A cat.",
+    calls_tools=False,
+    finish_reason="stop",
+    usage=Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7),
+    refusal=None,
+    is_plain=True,
+    response={"id": "r-1"},
+)
 
 TOPOLOGY = Topology(
     jobs="jobs",

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from tests.unit.fake_clock import FakeClock
-from tests.unit.fakes import a_delivery, cancel_all
+from tests.unit.fakes import ANSWER, a_delivery, cancel_all
 from vqa_worker.messages.conversation import ImageRef
 from vqa_worker.messages.result import Usage
 from worker.errors import Dependency
@@ -37,15 +37,6 @@ SLOTS = 8
 JOB_TIMEOUT_S = 60.0
 # Refusals come sooner than answers.
 ANSWER_S, REFUSAL_S = 0.4, 0.1
-ANSWER = Answer(
-    text="A cat.",
-    calls_tools=False,
-    finish_reason="stop",
-    usage=Usage(prompt_tokens=1, completion_tokens=1, total_tokens=2),
-    refusal=None,
-    is_plain=True,
-    response={},
-)
 
 
 @dataclass

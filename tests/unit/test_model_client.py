@@ -13,7 +13,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import uvloop
@@ -85,6 +85,16 @@ class Api:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1/openai"
 
+    @classmethod
+    @asynccontextmanager
+    async def serving(cls) -> AsyncIterator[Self]:
+        api = cls()
+        server = await asyncio.start_server(api.serve, "127.0.0.1", 0)
+        api.port = server.sockets[0].getsockname()[1]
+        async with server:
+            yield api
+            api.end.set()
+
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
@@ -110,12 +120,8 @@ async def _read(reader: asyncio.StreamReader) -> Request:
 
 @pytest.fixture(scope="module")
 async def running_api() -> AsyncIterator[Api]:
-    api = Api()
-    server = await asyncio.start_server(api.serve, "127.0.0.1", 0)
-    api.port = server.sockets[0].getsockname()[1]
-    async with server:
+    async with Api.serving() as api:
         yield api
-        api.end.set()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ The rows are all answers of test_classification.py. Each is sent over HTTP once,
 answers with the same consequences then share the runs of a worker, which are in virtual time.
 """
 
-import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
@@ -91,12 +90,8 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 async def api() -> AsyncIterator[Api]:
-    api = Api()
-    server = await asyncio.start_server(api.serve, "127.0.0.1", 0)
-    api.port = server.sockets[0].getsockname()[1]
-    async with server:
+    async with Api.serving() as api:
         yield api
-        api.end.set()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from structlog.testing import CapturingLogger
 
 from tests.unit.fake_clock import FakeClock
-from tests.unit.fakes import JOB, a_delivery, turns_of_the_loop
+from tests.unit.fakes import ANSWER, JOB, a_delivery, turns_of_the_loop
 from vqa_worker.messages.conversation import ImageRef
 from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.result import Usage
@@ -44,15 +44,6 @@ from worker.s3.aws import S3Object
 
 MODEL, S3 = Dependency.MODEL, Dependency.S3
 CANARY = "the words of the question"
-ANSWER = Answer(
-    text="A cat.",
-    calls_tools=False,
-    finish_reason="stop",
-    usage=Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7),
-    refusal=None,
-    is_plain=True,
-    response={"id": "r-1"},
-)
 JOB_TIMEOUT_S = 60.0
 RETRY = RetryPolicy(max_attempts=3, delays_s=(1, 5))
 RULES = RequestRules(

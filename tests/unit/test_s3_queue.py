@@ -11,10 +11,9 @@ import pytest
 from aiohttp import web
 
 from tests.fake_s3 import Answer, FakeS3, give, refuse
-from tests.unit.fakes import a_delivery
+from tests.unit.fakes import ANSWER, a_delivery
 from tests.unit.s3 import isolate
 from vqa_worker.messages.error_codes import ErrorCode
-from vqa_worker.messages.result import Usage
 from worker.clock import Clock
 from worker.errors import Dependency
 from worker.images.loader import ImageLoader
@@ -42,15 +41,6 @@ PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(100)
 MAX_ATTEMPTS = 3
 SLOTS = 8
 PAGE = give(b"<html><title>A proxy</title></html>", 403)
-ANSWER = ModelAnswer(
-    text="A cat.",
-    calls_tools=False,
-    finish_reason="stop",
-    usage=Usage(prompt_tokens=1, completion_tokens=1, total_tokens=2),
-    refusal=None,
-    is_plain=True,
-    response={},
-)
 
 
 class _Model:
