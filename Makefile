@@ -24,7 +24,7 @@ demo: $(INSTALLED) ## start RabbitMQ, S3, a simulated model and a worker, and an
 stack: $(INSTALLED) ## start RabbitMQ, S3, a model simulator and a worker, until Ctrl-C (WORKER=no: without a worker)
 	@$(BIN)/python -m deploy.local $(if $(filter no,$(WORKER)),--no-worker)
 
-PYTEST := $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -n 6 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED) ## run the unit and integration tests, on real services (COVERAGE=yes: measure their coverage)
 	$(if $(COVERAGE),$(BIN)/coverage erase)

@@ -58,6 +58,8 @@ class Proxy:
         """The number of connections with bytes that are held because the proxy is frozen."""
         self.freezes_on: bytes | None = None
         """Freeze once, before these bytes from a client are forwarded."""
+        self.passes = 0
+        """How many chunks with the bytes of `freezes_on` are forwarded before."""
         self.holds_up: bytes | None = None
         """Hold once the bytes of a client, starting with these."""
         self.deafens_on: bytes | None = None
@@ -203,8 +205,10 @@ class Proxy:
 
     def _watch_out(self, chunk: bytes) -> None:
         if self.freezes_on is not None and self.freezes_on in chunk:
-            self.freezes_on = None
-            self.freeze()
+            self.passes -= 1
+            if self.passes < 0:
+                self.freezes_on = None
+                self.freeze()
 
     async def _passage(self) -> None:
         self.held += 1

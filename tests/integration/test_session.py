@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import gc
+import logging
 from typing import Any
 
 import aio_pika
@@ -45,6 +47,21 @@ async def test_a_broker_that_stays_unreachable_is_named_with_the_reason() -> Non
     with pytest.raises(BrokerUnreachableError, match=message):
         async with session.opened(0.5):
             pass
+
+
+async def test_a_failed_attempt_to_connect_is_collected_in_any_thread_without_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.CRITICAL)  # a record would hold the error
+    failed = []
+    try:
+        await Broker("amqp://127.0.0.1:1/", None, "test").connect()
+    except BrokerUnreachableError as error:
+        # Its traceback holds the connection.
+        failed.append(error)
+    assert len(failed) == 1
+    await asyncio.to_thread(failed.clear)
+    await asyncio.to_thread(gc.collect)
 
 
 async def test_a_refusal_is_raised_at_the_start_and_retried_later(stack: Stack) -> None:

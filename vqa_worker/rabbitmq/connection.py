@@ -54,6 +54,15 @@ class ConnectionLostError(Exception):
     """The connection was lost during a request; the message is aio-pika's error."""
 
 
+class _Connection(aio_pika.Connection):
+    """A connection that is closed explicitly."""
+
+    def __del__(self) -> None:
+        # aio-pika would close it here, also after a failed attempt to connect. Outside of the event loop,
+        # such as in another thread of the caller, Python then warns of a coroutine that nobody awaits.
+        pass
+
+
 @dataclass(frozen=True)
 class Broker:
     """The broker's address and the client's credentials.
@@ -93,6 +102,7 @@ class Broker:
                 timeout=CONNECT_TIMEOUT_S,
                 heartbeat=_heartbeat_s(self.url),
                 client_properties={"connection_name": self.name},
+                connection_class=_Connection,
             )
         except (ProbableAuthenticationError, AuthenticationError):
             text = f"{self.setting}: the broker refuses this user name and password"

@@ -73,13 +73,10 @@ async def test_replay_moves_matching_jobs_and_warns_about_those_that_will_fail_a
 async def test_a_replay_that_is_killed_loses_no_job(stack: Stack, cli: Cli, queues: Queues) -> None:
     ids = await add_dead_letters(queues, 6)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
+        proxy.freezes_on, proxy.passes = BASIC_ACK, 2
         behind = cli.with_settings(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
-        process = behind.start("dlq", "replay", "--yes", "--rate", "50", "--json")
-        assert process.stdout is not None
-        for _ in range(2):
-            await asyncio.to_thread(process.stdout.readline)
+        process = behind.start("dlq", "replay", "--yes")
         # The job is confirmed; the command is about to ack its dead letter.
-        proxy.freezes_on = BASIC_ACK
         await until(lambda: proxy.held, "the command is about to ack a message")
         await kill(process)
         proxy.reset()
@@ -116,11 +113,11 @@ async def test_after_a_lost_connection_the_same_command_replays_the_rest(
 ) -> None:
     ids = await add_dead_letters(queues, 6)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
+        proxy.freezes_on, proxy.passes = BASIC_ACK, 2
         behind = cli.with_settings(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
-        process = behind.start("dlq", "replay", "--yes", "--rate", "5", "--json")
-        assert process.stdout is not None
-        for _ in range(2):
-            await asyncio.to_thread(process.stdout.readline)
+        process = behind.start("dlq", "replay", "--yes", "--json")
+        await until(lambda: proxy.held, "the command is about to ack a message")
+        proxy.thaw()
         proxy.reset()
         lost = await ended(process)
     assert lost.code == 1
