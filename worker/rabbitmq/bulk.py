@@ -68,17 +68,11 @@ async def select(
 
 
 async def process(
-    broker: Broker,
-    topology: Topology,
-    wanted: Counter[str],
-    step: Step,
-    *,
-    rate: float | None,
-    timeout_s: float,
+    broker: Broker, topology: Topology, wanted: Counter[str], step: Step, *, timeout_s: float
 ) -> None:
     """Run `step` for each dead letter whose name is in `wanted`, then ack it.
 
-    At most `rate` of them a second. Names are counted down in `wanted`; those left at the end were not found.
+    Names are counted down in `wanted`; those left at the end were not found.
 
     Raises:
         DeadLettersError, BrokerRefusedError, BrokerUnreachableError: as `select`. Everything else is still in
@@ -88,13 +82,13 @@ async def process(
     try:
         while wanted.total() and is_useful:
             async with DeadLetters.opened(broker, topology, timeout_s) as dead_letters:
-                is_useful = await _round(dead_letters, wanted, step, 1 / rate if rate else 0.0)
+                is_useful = await _round(dead_letters, wanted, step)
     except ConnectionLostError as error:
         text = f"the connection to the broker was lost ({error}). Run the command again for the rest"
         raise BrokerUnreachableError(text) from None
 
 
-async def _round(dead_letters: DeadLetters, wanted: Counter[str], step: Step, pause_s: float) -> bool:
+async def _round(dead_letters: DeadLetters, wanted: Counter[str], step: Step) -> bool:
     """Read the queue for at most `HOLD_S`; return whether it had a wanted dead letter."""
     ends, is_useful = time.monotonic() + HOLD_S, False
     while wanted.total() and (fetched := await dead_letters.next()) is not None:
@@ -102,8 +96,6 @@ async def _round(dead_letters: DeadLetters, wanted: Counter[str], step: Step, pa
             await _finish(dead_letters, fetched, step)
             wanted[fetched.record.name] -= 1
             is_useful = True
-            if wanted.total():
-                await asyncio.sleep(pause_s)
         if is_useful and time.monotonic() > ends:
             break
     # Acks are not confirmed: the answer to a later request confirms them.

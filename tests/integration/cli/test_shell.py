@@ -228,7 +228,7 @@ async def test_wrong_usage_exits_with_2(cli: Cli) -> None:
         (("submit", "--nothing"), "No such option"),
         (("submit", "s3://b/k", "What?", "--max-queue", "-1"), "must be greater than or equal to 0."),
         (("dlq", "list", "--limit", "0"), "'--limit': must be greater than or equal to 1."),
-        (("dlq", "replay", "--rate", "fast"), "'--rate': must be a valid number."),
+        (("dlq", "list", "--limit", "few"), "'--limit': must be a valid integer."),
         (("top", "--interval", "0"), "'--interval': 0 is not a number of seconds above 0."),
         (("top", "--worker", "https://host"), "--worker: 'https://host' is not a URL of a worker"),
         (

@@ -29,8 +29,6 @@ T = TypeVar("T")
 MAX_LISTED: Final = 1000
 # Before the confirmation.
 MAX_SHOWN: Final = 20
-# At a lower rate a dead letter would be held unacknowledged for more than a minute.
-MIN_RATE: Final = 0.02
 # A shorter prefix could match by accident.
 MIN_PREFIX_CHARS: Final = 4
 ID_HELP: Final = "Job id, or the NAME printed by `dlq list`."
@@ -125,18 +123,11 @@ async def show(screen: Screen, ids: Annotated[list[str], typer.Argument(metavar=
         raise CommandError(f"{text}. Run `vqa-worker dlq list`.")
 
 
-async def replay(
-    screen: Screen,
-    filters: Filters,
-    confirmation: Confirmation,
-    rate: Annotated[
-        float | None, typer.Option(metavar="N", min=MIN_RATE, help="Maximum number of jobs per second.")
-    ] = None,
-) -> None:
+async def replay(screen: Screen, filters: Filters, confirmation: Confirmation) -> None:
     """Move dead letters back to the jobs queue.
 
         vqa-worker dlq replay --dry-run
-        vqa-worker dlq replay --code attempts_exhausted --since 2h --rate 5
+        vqa-worker dlq replay --code attempts_exhausted --since 2h
         vqa-worker dlq replay order-4711-photo --yes
 
     Lists the jobs and asks for confirmation first. The attempt count is reset to 0. A message is removed
@@ -153,7 +144,7 @@ async def replay(
     async def step(dead: "DeadLetters", held: "FetchedDeadLetter") -> None:
         await dead.replay(held)
 
-    await queue.process(found, "replay", step, log="replayed.jsonl", rate=rate)
+    await queue.process(found, "replay", step, log="replayed.jsonl")
 
 
 async def purge(
@@ -250,15 +241,7 @@ class _Queue:
         if not confirmation.yes and not screen.confirm(what, done):
             raise typer.Exit(EXIT_FAILURE)
 
-    async def process(
-        self,
-        found: Sequence["DeadLetter"],
-        action: str,
-        step: "Step",
-        *,
-        log: str,
-        rate: float | None = None,
-    ) -> None:
+    async def process(self, found: Sequence["DeadLetter"], action: str, step: "Step", *, log: str) -> None:
         """Run `step` for each dead letter, remove it from the queue, and log it in the state folder."""
         from worker.rabbitmq.bulk import process
 
@@ -284,9 +267,7 @@ class _Queue:
 
         try:
             with show_progress(screen, Bar(action, lambda: (done, total, ""))):
-                await process(
-                    self._broker, self.topology, wanted, process_one, rate=rate, timeout_s=screen.timeout_s
-                )
+                await process(self._broker, self.topology, wanted, process_one, timeout_s=screen.timeout_s)
         finally:
             screen.note(f"{action}: {done} of {total} done{logged}")
         if left := wanted.total():

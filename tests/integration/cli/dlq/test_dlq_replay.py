@@ -27,6 +27,7 @@ from worker.rabbitmq import bulk, dead_letters
 from worker.rabbitmq.dead_letters import FetchedDeadLetter
 
 BASIC_ACK = b"\x00\x3c\x00\x50"
+BASIC_PUBLISH = b"\x00\x3c\x00\x28"
 
 
 async def test_replay_and_purge_change_nothing_before_confirmation(cli: Cli, queues: Queues) -> None:
@@ -89,17 +90,22 @@ async def test_a_replay_that_is_killed_loses_no_job(stack: Stack, cli: Cli, queu
     assert sorted(found.values()) == [1] * (len(ids) - 1) + [2]
 
 
-async def test_ctrl_c_stops_a_replay_between_two_jobs(cli: Cli, queues: Queues) -> None:
+async def test_ctrl_c_stops_a_replay_between_two_jobs(stack: Stack, cli: Cli, queues: Queues) -> None:
     ids = await add_dead_letters(queues, 5)
-    process = cli.start("dlq", "replay", "--yes", "--rate", "0.5", "--json")
-    assert process.stdout is not None
-    await asyncio.to_thread(process.stdout.readline)
-    process.send_signal(signal.SIGINT)
-    done = await ended(process)
+    async with Proxy.before(stack.rabbitmq.url) as proxy:
+        # The second job is sent and not confirmed: the command finishes it.
+        proxy.freezes_on, proxy.passes = BASIC_PUBLISH, 1
+        behind = cli.with_settings(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
+        process = behind.start("dlq", "replay", "--yes", "--json")
+        await until(lambda: proxy.held, "the command publishes the second job")
+        process.send_signal(signal.SIGINT)
+        await asyncio.sleep(0.2)
+        proxy.thaw()
+        done = await ended(process)
     assert done.code == 130
-    assert done.err_lines[-1] == f"replay: 1 of 5 done; log: {state(cli)}/replayed.jsonl"
+    assert done.err_lines[-1] == f"replay: 2 of 5 done; log: {state(cli)}/replayed.jsonl"
     assert "Traceback" not in done.err
-    await queues.until_depth(queues.dead, 4)
+    await queues.until_depth(queues.dead, 3)
     found = ids_of(await queues.drain(queues.jobs) + await queues.drain(queues.dead))
     assert sorted(found) == sorted(ids)
 
@@ -146,7 +152,7 @@ async def test_dead_letters_that_do_not_match_are_requeued_after_each_round(
         begun.append(held.record.returns)
         await dead.replay(held)
 
-    await bulk.process(broker_of(stack), queues.topology, wanted, step, rate=None, timeout_s=15.0)
+    await bulk.process(broker_of(stack), queues.topology, wanted, step, timeout_s=15.0)
     assert (wanted.total(), len(begun)) == (0, 4)
     assert sorted(ids_of(await queues.drain(queues.dead))) == sorted(others)
 
