@@ -150,11 +150,11 @@ async def test_a_model_that_is_limited_does_not_slow_another(
     client = await own_client_of(worker)
     await publish(client, 3, limited, model=busy)
     await until(lambda: worker.ready()[1]["reasons"], "the worker waits")
-    before = len(calls_with(own_stack, limited))
     ids = await publish(client, 100, marker, model=idle)
     assert statuses(await results(client, ids)) == {"succeeded": 100}
     assert busy in worker.ready()[1]["reasons"][0]
-    assert len(calls_with(own_stack, limited)) == before
+    # Each job at most once: the others can be on their way when the first is refused.
+    assert len(calls_with(own_stack, limited)) <= 3
     # At a stop during Retry-After, waiting jobs are requeued at once.
     assert await worker.stop() == 0
     assert await client.depth(worker.jobs_queue) == 3
