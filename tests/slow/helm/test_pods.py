@@ -16,6 +16,7 @@ from worker.settings import Settings
 
 NAMES = [path.name.removesuffix("-values.yaml") for path in CI_FILES]
 MIB = 1024 * 1024
+CONVERTERS = 2
 MEMORY_UNITS = {"Mi": MIB, "Gi": 1024 * MIB}
 
 
@@ -178,8 +179,10 @@ def test_the_memory_limit_is_the_measured_sum() -> None:
         + 40 * MIB
     )
     resources = render(minimal()).container["resources"]
-    assert resources["requests"]["memory"] == resources["limits"]["memory"]
     assert needed <= _bytes(resources["requests"]["memory"]) <= 1.2 * needed
+    # Images are converted in bursts, in processes that end when they are idle.
+    needed += _default("image_decode_bytes") + CONVERTERS * 64e6
+    assert needed <= _bytes(resources["limits"]["memory"]) <= 1.2 * needed
 
 
 def test_the_cpu_is_enough_for_all_jobs_in_flight() -> None:
