@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test test-slow bench bench-quick chaos soak image lint words format docs docs-site golden screenshots dashboard-preview scale-demo lock ci
+.PHONY: help setup demo stack test test-slow bench bench-quick bench-images chaos soak image lint words format docs docs-site golden screenshots dashboard-preview scale-demo lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -46,6 +46,9 @@ bench: $(BENCH) ## compare the worker with others (40 minutes or more; Linux), w
 
 bench-quick: $(BENCH) ## short benchmark (under two minutes), prints results only
 	@$(BIN)/python -m tests.bench --quick
+
+bench-images: $(BENCH) ## measure what converting images costs (10 minutes; Linux), write docs/images.md (QUICK=yes: print a short version)
+	@$(BIN)/python -m tests.bench.conversion $(if $(filter yes,$(QUICK)),--quick,--write docs)
 
 scale-demo: $(BENCH) ## scale workers from zero to the maximum and back like KEDA (8 minutes; Linux), write docs/scaling.md
 	@$(BIN)/python -m tests.scaling --write docs
@@ -120,9 +123,9 @@ golden: $(INSTALLED) ## update the chart's golden files (tests/slow/helm/golden)
 	$(BIN)/python -m tests.slow.helm.goldens
 
 lock: ## update the locks to the latest releases (requires uv)
-	uv pip compile $(LOCK) pyproject.toml -o requirements.lock
-	uv pip compile $(LOCK) pyproject.toml --extra tracing --group local --group dev -o requirements-dev.lock
-	uv pip compile $(LOCK) pyproject.toml --extra tracing -c requirements-dev.lock -o requirements-tracing.lock
+	uv pip compile $(LOCK) pyproject.toml --extra images -o requirements.lock
+	uv pip compile $(LOCK) pyproject.toml --all-extras --group local --group dev -o requirements-dev.lock
+	uv pip compile $(LOCK) pyproject.toml --all-extras -c requirements-dev.lock -o requirements-tracing.lock
 	uv pip compile $(LOCK) --group build -c requirements-dev.lock -o requirements-build.lock
 	uv pip compile $(LOCK) --group simulator -c requirements-dev.lock -o requirements-simulator.lock
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock

@@ -57,6 +57,7 @@ DEFAULTS_IN_WORDS: Final = {
     "provider": "from the base URL's host",
     "model_api_key": "required",
     "allowed_models": "the value of `VQA_MODEL`",
+    "image_processes": "CPUs, 4 at most",
     "initial_concurrency": "`32`, or `VQA_MAX_CONCURRENCY` if that is less",
     "log_format": "`json` on a pipe, `console` on a terminal",
 }

@@ -68,6 +68,16 @@ def peak_mb(pid: int) -> float:
     return sum(_status_kb(each, "VmHWM") for each in _tree(pid)) * 1024 / 1e6
 
 
+def own_peak_mb(pid: int) -> float:
+    """Return the peak resident memory of one process in MB, without its descendants."""
+    return _status_kb(pid, "VmHWM") * 1024 / 1e6
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the ids of the running descendants of a process."""
+    return sorted(_tree(pid)[1:])
+
+
 def resident_mb(pid: int) -> float:
     """Return the resident memory in MB; count shared memory of several processes once."""
     tree = _tree(pid)
