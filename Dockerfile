@@ -34,7 +34,8 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
-# No init process: the worker starts no child processes, and handles SIGTERM as process 1 before its imports.
+# No init process: the worker waits for the processes that convert images, and handles SIGTERM as process 1 before
+# its imports.
 ENTRYPOINT ["vqa-worker"]
 CMD ["run"]
 # Last, as they change with every commit.

@@ -191,7 +191,7 @@ class AsyncClient:
 
         Args:
             images: URLs (`s3://…`, `https://…`, `data:…`), paths of local files, or the contents of such as
-                bytes. Local images are sent inside the job: JPEG, PNG or WebP, at most 11 MB together.
+                bytes. Local images are sent inside the job, at most 11 MB together.
             question: about the images.
             options: the fields `id`, `system`, `model`, `params`, `metadata` and `deadline` of a job, and
                 `timeout`, as for `ask_job`.

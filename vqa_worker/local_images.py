@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from vqa_worker.messages.decoding import InvalidJobError
-from vqa_worker.messages.image_types import media_type
+from vqa_worker.messages.image_types import describe, media_type
 
 # A URL (`s3://…`, `https://…`, `data:…`), the path of a file, or the content of one.
 Image: TypeAlias = str | bytes | os.PathLike[str]
@@ -27,7 +27,7 @@ def embed_local_images(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a job with its files and bytes replaced with data URLs.
 
     Raises:
-        InvalidJobError: an image is neither JPEG, PNG nor WebP, or they are too large for a message.
+        InvalidJobError: an image is of an unsupported type, or they are too large for a message.
         OSError: a file cannot be read.
     """
     left, embedded = MAX_BYTES, []
@@ -68,8 +68,7 @@ def _read(image: Image, most: int, name: str) -> bytes:
 def _data_url(content: bytes, name: str) -> str:
     kind = media_type(content)
     if kind is None:
-        wrong = "is not JPEG, PNG or WebP" if content else "is empty"
-        raise _invalid(f"{name}: the content {wrong}")
+        raise _invalid(f"{name}: the content is {describe(content)}")
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 

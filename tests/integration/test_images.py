@@ -168,7 +168,7 @@ async def test_a_too_large_image_is_rejected_before_its_bytes_are_read(
     s3.answer = usual
 
     assert reply.body["error"]["code"] == "image_too_large"
-    assert "has 1000000000000 bytes; VQA_MAX_IMAGE_BYTES allows 1000" in reply.body["error"]["message"]
+    assert "has 1000000000000 bytes; VQA_MAX_SOURCE_BYTES allows 100000000" in reply.body["error"]["message"]
     assert len(s3.targets) == 1
 
 

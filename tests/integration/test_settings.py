@@ -150,6 +150,8 @@ CONTRACT_IN_WORDS = {
         "`info`",
         "`json` on a pipe, `console` on a terminal",
     ],
+    "none; `200000000`; `100000000`": ["none", "`200000000`", "`100000000`"],
+    "CPUs, 4 at most; `150`; `20`": ["CPUs, 4 at most", "`150`", "`20`"],
     "required": ["required"],
     "none": ["none"],
 }

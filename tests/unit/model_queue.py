@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import ANSWER, a_delivery, cancel_all
 from vqa_worker.messages.conversation import ImageRef
-from vqa_worker.messages.result import Usage
+from vqa_worker.messages.result import SentImage, Usage
 from worker.errors import Dependency
 from worker.images.memory_budget import MemoryBudget, Reservation
 from worker.images.source import ImageSource
@@ -52,6 +52,8 @@ class Message:
 
 class _Opened:
     urls: Sequence[ImageUrl] = ()
+    sent: Sequence[SentImage] = ()
+    converted_s = 0.0
 
     def mark_sent(self) -> None:
         pass

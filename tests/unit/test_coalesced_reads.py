@@ -23,6 +23,7 @@ class FakeReading:
 
     def __init__(self) -> None:
         self.size = SIZE
+        self.encoding = ""
         self.go = asyncio.Semaphore(0)
         self.failure: Exception | None = None
         self.given = 0

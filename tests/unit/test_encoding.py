@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from worker.errors import Dependency, DependencyDownError, TransientError
 from worker.images.encoding import EncodedStream, decode_slices, encode, encoded_length, iterate_async
-from worker.images.loader import SMALL_BYTES
+from worker.images.preparation import SMALL_BYTES
 from worker.images.urls import BufferedUrl, StreamedUrl
 from worker.model.request import PLACEHOLDER, ImageUrl, RequestBody, body_parts
 from worker.model.request import SMALL_BYTES as SMALL_BODY_BYTES

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tests.conftest import picture
 from tests.fake_s3 import Answer, FakeS3, give, head, say
 from tests.unit.fakes import turns_of_the_loop
 from vqa_worker.messages.conversation import ImageRef
 from worker.errors import TransientError
 from worker.http.client import proxy_options
-from worker.images.loader import ImageLoader, LinkPolicy, OpenImages, display_name
+from worker.images.conversion_pool import ConversionPool
+from worker.images.loader import ImageLoader, LinkPolicy, display_name
+from worker.images.open_images import OpenImages
+from worker.images.preparation import ImageRules
 from worker.images.source import ImageSource, SourcePolicy
 from worker.images.urls import BufferedUrl, StreamedUrl
 from worker.model.request import PLACEHOLDER, RequestBody, body_parts
@@ -24,7 +28,9 @@ from worker.s3.aws import Aws, Endpoint
 from worker.s3.client import S3
 
 KIB = 1024
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG = picture()
+RULES = ImageRules(max_image_bytes=10_000_000, max_source_bytes=20_000_000)
+MEMORY_BYTES = 256 * 1024 * KIB
 NOISE = random.Random(2).randbytes(900 * KIB)  # noqa: S311 - no secret
 SMALL, LARGE = PNG + NOISE[: 100 * KIB], PNG + NOISE
 PATIENCE_S = 60
@@ -52,12 +58,12 @@ async def loader(
     fake: FakeS3, *, buffer_bytes: int = 1024 * KIB, links: LinkPolicy | None = None
 ) -> AsyncIterator[ImageLoader]:
     s3 = S3(Aws(Endpoint(fake.url, "auto")))
+    pool = ConversionPool(processes=1, memory_bytes=MEMORY_BYTES)
     policy = SourcePolicy(allowed_buckets=["*"], allowed_link_hosts=["*"])
     try:
-        yield ImageLoader(
-            s3, policy, max_bytes=10_000_000, max_per_job=16, buffer_bytes=buffer_bytes, links=links
-        )
+        yield ImageLoader(s3, policy, RULES, pool, max_per_job=16, buffer_bytes=buffer_bytes, links=links)
     finally:
+        await pool.close()
         await s3.close()
 
 

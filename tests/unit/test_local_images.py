@@ -48,7 +48,7 @@ def test_other_jobs_have_no_local_images(job: dict[str, Any]) -> None:
     ("content", "text"),
     [
         (b"", "the content is empty"),
-        (picture("GIF"), "the content is not JPEG, PNG or WebP"),
+        (picture("ICO"), "the content is an icon"),
         (PNG + bytes(MAX_BYTES), "may have 11000000 bytes together; upload larger ones to S3"),
     ],
 )

@@ -19,7 +19,7 @@ from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import ANSWER, JOB, a_delivery, turns_of_the_loop
 from vqa_worker.messages.conversation import ImageRef
 from vqa_worker.messages.error_codes import ErrorCode
-from vqa_worker.messages.result import Usage
+from vqa_worker.messages.result import SentImage, Usage
 from worker.clock import Clock
 from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.images.encoding import iterate_async
@@ -78,6 +78,8 @@ class Opened:
     """The images of one model request."""
 
     urls: Sequence[Url]
+    sent: Sequence[SentImage] = ()
+    converted_s: float = 0.0
     was_sent: bool = False
     was_closed: bool = False
 

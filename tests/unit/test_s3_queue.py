@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from tests.conftest import picture
 from tests.fake_s3 import Answer, FakeS3, give, refuse
 from tests.unit.fakes import ANSWER, a_delivery
 from tests.unit.s3 import isolate
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import Clock
 from worker.errors import Dependency
+from worker.images.conversion_pool import ConversionPool
 from worker.images.loader import ImageLoader
+from worker.images.preparation import ImageRules
 from worker.images.source import SourcePolicy
 from worker.jobs.attempt import Attempt
 from worker.jobs.cancellation import CancelledJobs
@@ -37,7 +40,7 @@ from worker.s3 import client
 from worker.s3.aws import Aws, Endpoint
 from worker.s3.client import S3
 
-PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(100)
+PICTURE = picture() + bytes(100)
 MAX_ATTEMPTS = 3
 SLOTS = 8
 PAGE = give(b"<html><title>A proxy</title></html>", 403)
@@ -110,7 +113,8 @@ async def queue(fake: FakeS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         images=ImageLoader(
             s3,
             SourcePolicy(["*"], ["*"]),
-            max_bytes=10_000,
+            ImageRules(10_000, why_not_converted="VQA_IMAGE_CONVERT is never"),
+            ConversionPool(processes=1, memory_bytes=1024),
             max_per_job=4,
             buffer_bytes=64 * 1024 * 1024,
             links=None,

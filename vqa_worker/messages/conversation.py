@@ -6,6 +6,9 @@ from typing import Any
 
 from vqa_worker.messages.job import ImageObject, ImagePart, ImageUrl, Job, PromptOrder
 
+# Fields of an image that are not for the model API.
+_FOR_THE_WORKER = ("version_id", "max_edge", "pages")
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
@@ -16,12 +19,16 @@ class ImageRef:
         url: as the job gives it.
         detail: the requested level of detail.
         version_id: of the S3 object; None: the current version.
+        max_edge: the longest side in pixels that it is sent with; None: as it is.
+        pages: of a document, see `parse_pages`; None: all.
     """
 
     location: str
     url: str
     detail: str | None = None
     version_id: str | None = None
+    max_edge: int | None = None
+    pages: str | None = None
 
 
 class Conversation:
@@ -32,10 +39,13 @@ class Conversation:
 
     def images(self) -> list[ImageRef]:
         """Return all images, in order."""
+        max_edge = self._job.image_max_edge
         if self._job.messages is None:
-            return [_image_ref(f"images[{n}]", image) for n, image in enumerate(self._job.images or ())]
+            images = self._job.images or ()
+            return [_image_ref(f"images[{n}]", image, max_edge) for n, image in enumerate(images)]
         return [
-            _image_ref(f"messages[{m}].content[{p}]", part.image_url) for m, p, part in self._image_parts()
+            _image_ref(f"messages[{m}].content[{p}]", part.image_url, max_edge)
+            for m, p, part in self._image_parts()
         ]
 
     def render(
@@ -54,8 +64,8 @@ class Conversation:
         for m, p, _ in self._image_parts():
             image_url = messages[m]["content"][p]["image_url"]
             image_url["url"] = url
-            # For the worker, not for the model API.
-            image_url.pop("version_id", None)
+            for name in _FOR_THE_WORKER:
+                image_url.pop(name, None)
             if not send_detail or image_url.get("detail") is None:
                 image_url.pop("detail", None)
         return messages
@@ -83,7 +93,10 @@ class Conversation:
         return [question] if system is None else [{"role": "system", "content": system}, question]
 
 
-def _image_ref(location: str, image: str | ImageObject | ImageUrl) -> ImageRef:
+def _image_ref(location: str, image: str | ImageObject | ImageUrl, max_edge: int | None) -> ImageRef:
     if isinstance(image, str):
-        return ImageRef(location, image)
-    return ImageRef(location, image.url, image.detail, image.version_id)
+        return ImageRef(location, image, max_edge=max_edge)
+    edges = [it for it in (image.max_edge, max_edge) if it is not None]
+    return ImageRef(
+        location, image.url, image.detail, image.version_id, min(edges, default=None), image.pages
+    )

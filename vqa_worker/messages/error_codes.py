@@ -28,7 +28,8 @@ class ErrorCode(StrEnum):
 DESCRIPTIONS: Final[Mapping[ErrorCode, str]] = {
     ErrorCode.INVALID_JOB: "The message is not a valid job: not strict JSON in UTF-8 (JSON in a JSON string,"
     " UTF-16 or an unknown `content_encoding`, for example), an invalid or unknown field, no id, a model that"
-    " is not allowed, control characters in an object key, too many JSON values, more than 1 MB apart from"
+    " is not allowed, control characters in an object key, `pages` that an image does not have, too many"
+    " JSON values, more than 1 MB apart from"
     " data URLs, or a body larger than `VQA_MAX_JOB_BYTES`. If the body has no readable id, a"
     " copy goes to the dead-letter queue; a result is then published only if the message has a `message_id`,"
     " a `reply_to` or a `correlation_id`.",
@@ -39,12 +40,17 @@ DESCRIPTIONS: Final[Mapping[ErrorCode, str]] = {
     " contains S3's own.",
     ErrorCode.IMAGE_SOURCE_NOT_ALLOWED: "The bucket is not in `VQA_ALLOWED_BUCKETS`, the link's host is not"
     " in `VQA_ALLOWED_LINK_HOSTS`, or the URL has another scheme, `http://` included.",
-    ErrorCode.IMAGE_TOO_LARGE: "The image is larger than `VQA_MAX_IMAGE_BYTES`.",
-    ErrorCode.IMAGE_UNSUPPORTED_TYPE: "The content is not JPEG, PNG or WebP. With `VQA_IMAGE_DELIVERY=link`"
-    " the model API checks the type and size of S3 images, not the worker.",
-    ErrorCode.IMAGE_CORRUPT: "The image is empty, its base64 is invalid (the message names the first wrong"
-    " character), or it differs from the checksum that S3 has stored for it.",
-    ErrorCode.TOO_MANY_IMAGES: "The job has more images than `VQA_MAX_IMAGES_PER_JOB`.",
+    ErrorCode.IMAGE_TOO_LARGE: "The content is larger than `VQA_MAX_SOURCE_BYTES` (`VQA_MAX_IMAGE_BYTES` if"
+    " images are not converted), or has more pixels than `VQA_IMAGE_MAX_PIXELS`, or decoding it needs more"
+    " memory than `VQA_IMAGE_DECODE_BYTES`.",
+    ErrorCode.IMAGE_UNSUPPORTED_TYPE: "The content is neither an image that the model API takes nor one that"
+    " can be [converted](images.md); the message says what it is. With `VQA_IMAGE_DELIVERY=link` the model"
+    " API checks the type and size of S3 images, not the worker.",
+    ErrorCode.IMAGE_CORRUPT: "The image or document is empty, incomplete, damaged or encrypted, its base64 is"
+    " invalid (the message names the first wrong character), or it differs from the checksum that S3 has"
+    " stored for it.",
+    ErrorCode.TOO_MANY_IMAGES: "The job has more images than `VQA_MAX_IMAGES_PER_JOB`, or a document has more"
+    " pages than `VQA_PDF_MAX_PAGES` and the job does not choose some.",
     ErrorCode.MODEL_REJECTED: "The model API rejects this request permanently (400, 413, 422, its content"
     " policy; 403 for this job while others succeed). The message contains the error message of the API.",
     ErrorCode.EMPTY_ANSWER: "The model API returned neither text nor a tool call: the token limit was spent"

@@ -31,12 +31,19 @@ MAX_DEADLINE_CHARS = 64
 # Amazon S3 user guide, "How S3 Versioning works": version IDs are at most 1,024 bytes.
 MAX_VERSION_ID_CHARS = 1024
 
+# Of `image_max_edge` and `max_edge`, in pixels.
+MIN_EDGE, MAX_EDGE = 64, 16_384
+MAX_PAGES_CHARS = 200
+# Larger numbers are typing errors.
+MAX_PAGE = 100_000
+
 # Providers cache common prefixes of requests: the images of a document, or the same question.
 PromptOrder: TypeAlias = Literal["images_first", "question_first"]
 
 # An approximation of "printable" that regular expressions of every language understand.
 _ID_PATTERN = r"^[^\u0000-\u001f\u007f-\u009f]*$"
 _VERSION_ID = re.compile(rf"[!-~]{{1,{MAX_VERSION_ID_CHARS}}}")
+_PAGES = re.compile(r"[0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*")
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:[0-5]\d)", re.ASCII)
 
 
@@ -112,12 +119,51 @@ VersionId = Annotated[
 ]
 
 
+def parse_pages(text: str) -> tuple[tuple[int, int], ...]:
+    """Parse page numbers such as `1-3,7`; return the first and last page of each range.
+
+    Raises:
+        ValueError: the text has another form; the message says which.
+    """
+    if len(text) <= MAX_PAGES_CHARS and _PAGES.fullmatch(text):
+        ends = [part.partition("-") for part in text.split(",")]
+        ranges = tuple((int(first), int(last or first)) for first, _, last in ends)
+        if all(1 <= first <= last <= MAX_PAGE for first, last in ranges):
+            return ranges
+    raise ValueError("must be page numbers from 1 such as 1-3,7")
+
+
+def _check_pages(value: str | None) -> str | None:
+    if value is not None:
+        parse_pages(value)
+    return value
+
+
+Edge: TypeAlias = Annotated[int | None, Field(ge=MIN_EDGE, le=MAX_EDGE)]
+MaxEdge = Annotated[
+    Edge,
+    Field(
+        description="The longest side in pixels that this image is sent with; larger ones are scaled down."
+    ),
+]
+Pages = Annotated[
+    str | None,
+    AfterValidator(_check_pages),
+    Field(
+        description="Pages of a PDF or TIFF, such as `1-3,7`; each is sent as an image. Default: all.",
+        json_schema_extra={"maxLength": MAX_PAGES_CHARS, "pattern": f"^{_PAGES.pattern}$"},
+    ),
+]
+
+
 class ImageUrl(_Open):
     """The URL of an image: `s3://bucket/key`, `https://…` or `data:image/…;base64,…`."""
 
     url: str
     detail: str | None = Field(default=None, description=_DETAIL)
     version_id: VersionId = None
+    max_edge: MaxEdge = None
+    pages: Pages = None
 
 
 class ImageObject(_Strict):
@@ -126,6 +172,8 @@ class ImageObject(_Strict):
     url: str
     detail: str | None = Field(default=None, description=_DETAIL)
     version_id: VersionId = None
+    max_edge: MaxEdge = None
+    pages: Pages = None
 
 
 class TextPart(_Open):
@@ -199,6 +247,11 @@ class Job(_Strict):
     )
     system: str | None = Field(default=None, description="Short form only: a system message.")
     model: str | None = Field(default=None, description="One of `VQA_ALLOWED_MODELS`. Default: `VQA_MODEL`.")
+    image_max_edge: Edge = Field(
+        default=None,
+        description="The longest side in pixels that images are sent with; larger ones are scaled down."
+        " At most `VQA_IMAGE_MAX_EDGE`, if that is set.",
+    )
     prompt_order: PromptOrder | None = Field(
         default=None,
         description="Short form only: whether the images or the question come first. Default: "

@@ -51,12 +51,25 @@ class Usage(_Part):
         return Usage(**{name: known[name] + others[name] for name in known.keys() & others.keys()})
 
 
+class SentImage(_Part):
+    """An image as it was sent to the model API."""
+
+    url: str = Field(description="As in the job; of a data URL only the beginning.")
+    page: int | None = Field(default=None, description="Page of a PDF or TIFF, from 1; else null.")
+    source_type: str = Field(description="Media type of the content, such as `image/heic`.")
+    source_bytes: int = Field(description="Size of the content.")
+    sent_type: str = Field(description="Media type of what was sent.")
+    sent_bytes: int = Field(description="Size of what was sent, before base64.")
+    width: int | None = Field(default=None, description="In pixels, as sent; null if unknown.")
+    height: int | None = Field(default=None, description="In pixels, as sent; null if unknown.")
+
+
 class Timings(_Part):
     """Durations in seconds. Null if not measured."""
 
     queued_s: float | None = Field(default=None, description="From the message's timestamp to its delivery.")
     fetch_s: float | None = Field(
-        default=None, description="Loading the images, in all attempts of this delivery."
+        default=None, description="Loading and converting the images, in all attempts of this delivery."
     )
     model_s: float | None = Field(
         default=None, description="Waiting for the model API, in all attempts of this delivery."
@@ -102,6 +115,11 @@ class Result(_Part):
         default=None,
         description="The whole response body of the model API, if the answer is more than plain text "
         "or with `VQA_INCLUDE_RESPONSE=true`.",
+    )
+    images: list[SentImage] | None = Field(
+        default=None,
+        description="What was sent for each image that the worker read, in order, pages one by one; null if"
+        " no request was sent, or all images were sent as links.",
     )
     provider: str | None = Field(default=None, description="The provider that answered; null if none did.")
     answered_model: str | None = Field(

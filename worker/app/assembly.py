@@ -5,9 +5,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
+from vqa_worker.messages.image_types import COMMON_TYPES
 from worker.app.parts import Parts
 from worker.errors import DependencyDownError
+from worker.images.conversion import is_installed
+from worker.images.conversion_pool import ConversionPool
 from worker.images.loader import ImageLoader, LinkPolicy
+from worker.images.preparation import ImageRules
 from worker.images.source import SourcePolicy
 from worker.jobs.outcome_builder import OutcomeBuilder
 from worker.jobs.request import RequestRules
@@ -56,7 +60,7 @@ async def assemble(settings: Settings, parts: Parts, stack: AsyncExitStack) -> A
             "cancelled-jobs": cancelled_job_store.run,
         }
     dependencies = ProcessorDependencies(
-        images=_images(settings, s3),
+        images=image_loader(settings, s3, stack),
         model=open_model(settings, redact, stack),
         store=store,
         limiter=parts.limiter,
@@ -86,7 +90,8 @@ async def open_s3(settings: Settings, stack: AsyncExitStack) -> S3:
         unsigned=settings.s3_unsigned,
     )
     # In a thread, since it reads files.
-    s3 = S3(await asyncio.to_thread(Aws, endpoint), max_unsized_bytes=settings.max_image_bytes)
+    max_bytes = image_rules(settings).max_read_bytes
+    s3 = S3(await asyncio.to_thread(Aws, endpoint), max_unsized_bytes=max_bytes)
     stack.push_async_callback(s3.close)
     return s3
 
@@ -104,14 +109,44 @@ async def _catch_up(cancelled_job_store: CancelledJobStore) -> None:
             await cancelled_job_store.catch_up()
 
 
-def _images(settings: Settings, s3: S3) -> ImageLoader:
+def image_rules(settings: Settings) -> ImageRules:
+    """Return what may be sent of images, and how the rest is converted."""
+    accepted, why_not = settings.profile.images, _why_not_converted(settings)
+    max_bytes = settings.max_image_bytes
+    if not why_not and accepted.max_bytes is not None:
+        max_bytes = min(max_bytes, accepted.max_bytes)
+    return ImageRules(
+        max_image_bytes=max_bytes,
+        max_source_bytes=settings.max_source_bytes,
+        max_edge=settings.image_max_edge,
+        max_pixels=settings.image_max_pixels,
+        pdf_dpi=settings.pdf_dpi,
+        pdf_max_pages=settings.pdf_max_pages,
+        types=accepted.types or COMMON_TYPES,
+        takes_cmyk=bool(accepted.cmyk),
+        takes_16_bit=bool(accepted.bits_16),
+        why_not_converted=why_not,
+    )
+
+
+def _why_not_converted(settings: Settings) -> str:
+    if settings.image_convert == "never":
+        return "VQA_IMAGE_CONVERT is never"
+    return "" if is_installed() else "the extra `images` is not installed (vqa-worker[images])"
+
+
+def image_loader(settings: Settings, s3: S3, stack: AsyncExitStack) -> ImageLoader:
+    """Return the loader of the settings; `stack` ends its processes."""
     # A presigned link must be valid for the whole job and its last call.
     expires_s = int(settings.job_timeout + settings.model_timeout)
     by_link = settings.image_delivery == "link"
+    pool = ConversionPool(processes=settings.image_processes, memory_bytes=settings.image_decode_bytes)
+    stack.push_async_callback(pool.close)
     return ImageLoader(
         s3,
         SourcePolicy(settings.allowed_buckets, settings.allowed_link_hosts),
-        max_bytes=settings.max_image_bytes,
+        image_rules(settings),
+        pool,
         max_per_job=settings.max_images_per_job,
         buffer_bytes=settings.image_buffer_bytes,
         links=LinkPolicy(expires_s, check_content=settings.check_linked_images) if by_link else None,

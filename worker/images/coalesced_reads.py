@@ -95,7 +95,7 @@ class _SharedRead:
         if self.stream is None or self._is_taken:
             return None
         if self.buffer is not None:
-            return _SharedStream(self, self.stream.size)
+            return _SharedStream(self, self.stream)
         self._is_taken = True
         return self.stream
 
@@ -158,10 +158,11 @@ class _SharedRead:
 class _SharedStream:
     """The stream of one reader of a shared read."""
 
-    def __init__(self, read: _SharedRead, size: int) -> None:
+    def __init__(self, read: _SharedRead, stream: ObjectStream) -> None:
         self._read = read
         self._is_closed = False
-        self.size = size
+        self.size = stream.size
+        self.encoding = stream.encoding
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self._read.pieces()

@@ -7,11 +7,28 @@ from contextlib import asynccontextmanager
 
 
 class Reservation:
-    """Reserved bytes of a memory budget; can only shrink."""
+    """Reserved bytes of a memory budget."""
 
     def __init__(self, budget: "MemoryBudget", size: int) -> None:
         self._budget = budget
         self._size = size
+        self._extending = asyncio.Lock()
+
+    async def extend(self, size: int) -> None:
+        """Wait until `size` more bytes are free, and reserve them too.
+
+        The present bytes are free meanwhile, so that two reservations never wait for each other.
+        """
+        async with self._extending:
+            wanted = min(self._size + size, self._budget.limit)
+            self.release()
+            await self._budget._acquire(wanted)  # noqa: SLF001 - a reservation is part of its budget
+            self._size = wanted
+
+    def grow(self, size: int) -> None:
+        """Reserve `size` more bytes at once, also if they are not free; others wait until they are."""
+        self._size += size
+        self._budget._free -= size  # noqa: SLF001 - a reservation is part of its budget
 
     def shrink_to(self, size: int) -> None:
         """Release all but `size` bytes."""
@@ -25,18 +42,22 @@ class Reservation:
 
 
 class MemoryBudget:
-    """A number of bytes, reserved in first-in, first-out order."""
+    """A number of bytes, reserved in first-in, first-out order.
+
+    Attributes:
+        limit: in bytes.
+    """
 
     def __init__(self, limit: int) -> None:
         """`limit`: in bytes."""
-        self._limit = limit
+        self.limit = limit
         self._free = limit
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
     async def reserve(self, size: int) -> AsyncIterator[Reservation]:
         """Wait until `size` bytes are free, or the whole budget if `size` exceeds it; hold them."""
-        size = min(size, self._limit)
+        size = min(size, self.limit)
         await self._acquire(size)
         reservation = Reservation(self, size)
         try:

@@ -63,10 +63,18 @@ class ImageSource:
     Attributes:
         name: its place in the job and its URL, for error messages; see `display_name`.
         source: where to read it.
+        url: for the result, without secrets.
+        max_edge: the longest side in pixels that the job wants it to be sent with; None: as it is.
+        pages: the first and last page of each range that the job wants of a document; None: all.
+        separator: the JSON of the request between the URLs of two pages.
     """
 
     name: str
     source: Source
+    url: str = ""
+    max_edge: int | None = None
+    pages: tuple[tuple[int, int], ...] | None = None
+    separator: bytes = b""
 
     @property
     def location(self) -> str:

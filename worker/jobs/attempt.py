@@ -1,19 +1,20 @@
 """One attempt at a job: ids, stage timings and the answer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Self, TypeAlias
 
 from vqa_worker.messages.job import Job
-from vqa_worker.messages.result import Usage
+from vqa_worker.messages.result import SentImage, Usage
 from worker.jobs.delivery import Delivery
 from worker.model.answer import Answer
 from worker.observability import metrics
 
-Stage: TypeAlias = Literal["decode", "wait", "fetch", "model", "diagnose", "store", "publish"]
+Stage: TypeAlias = Literal["decode", "wait", "fetch", "convert", "model", "diagnose", "store", "publish"]
 
 # The stages in `vqa_stage_duration_seconds`, without `publish`, which the settlement measures.
-_MEASURED: tuple[Stage, ...] = ("wait", "fetch", "model")
+_MEASURED: tuple[Stage, ...] = ("wait", "fetch", "convert", "model")
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +32,7 @@ class Attempt:
         seconds: time spent in each stage before the current one; `observed`: the part that is in the metrics.
         unusable: usage of the model's answers that could not be used, of all attempts, if it was reported.
         has_bought_malformed: whether this attempt's answer cannot be read, and the API reported its usage.
+        images: what the last request sent of the images that the worker reads; None: nothing yet.
         answer: the model's answer. From then on the request is billed, and the answer must not be lost.
     """
 
@@ -51,6 +53,7 @@ class Attempt:
     observed: dict[Stage, float] = field(default_factory=dict)
     unusable: Usage | None = None
     has_bought_malformed: bool = False
+    images: Sequence[SentImage] | None = None
     answer: Answer | None = None
 
     @classmethod

@@ -38,6 +38,7 @@ class OutcomeBuilder:
             "provider": answer.provider,
             "answered_model": answer.answered_model,
             "service_tier": answer.service_tier,
+            "images": answer.images,
         }
         if answer.is_empty:
             return self.failed(attempt, ErrorCode.EMPTY_ANSWER, _why_empty(answer), **billed)
@@ -79,7 +80,8 @@ class OutcomeBuilder:
         self, attempt: Attempt, code: ErrorCode, message: str, *, retryable: bool, **billed: Any
     ) -> Result:
         error = JobFailure(code=code, message=self.redact(message), retryable=retryable)
-        return self._result(attempt, status="failed", error=error, **{"usage": attempt.unusable, **billed})
+        known = {"usage": attempt.unusable, "images": attempt.images and [*attempt.images]}
+        return self._result(attempt, status="failed", error=error, **{**known, **billed})
 
     def _result(self, attempt: Attempt, **fields: Any) -> Result:
         now = self.clock.monotonic()
@@ -90,8 +92,8 @@ class OutcomeBuilder:
             metadata=attempt.metadata,
             timings=Timings(
                 queued_s=attempt.queued_s,
-                fetch_s=_seconds(attempt, "fetch", now),
-                model_s=_seconds(attempt, "model", now),
+                fetch_s=_seconds(attempt, now, "fetch", "convert"),
+                model_s=_seconds(attempt, now, "model"),
                 total_s=round(now - attempt.received_at, _DIGITS),
             ),
             **fields,
@@ -141,8 +143,11 @@ def _total(unusable: Usage | None, usage: Usage | None) -> Usage | None:
     return unusable + usage if unusable is not None and usage is not None else usage or unusable
 
 
-def _seconds(attempt: Attempt, stage: Stage, now: float) -> float | None:
-    return round(attempt.seconds_in(stage, now), _DIGITS) if attempt.has_entered(stage) else None
+def _seconds(attempt: Attempt, now: float, *stages: Stage) -> float | None:
+    """Return the seconds spent in stages; None if the first one was not entered."""
+    if not attempt.has_entered(stages[0]):
+        return None
+    return round(sum(attempt.seconds_in(stage, now) for stage in stages), _DIGITS)
 
 
 def _why_empty(answer: Answer) -> Explanation:

@@ -15,7 +15,7 @@ from worker.errors import JobError
 from worker.images.source import Embedded, ImageSource
 from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
-from worker.model.request import PLACEHOLDER, body_parts, fingerprint, with_token_limit
+from worker.model.request import PLACEHOLDER, body_parts, fingerprint, page_separators, with_token_limit
 from worker.s3.aws import S3Object
 
 # A job over the delivery limit is decoded in this many further deliveries, to find the id for its result.
@@ -160,6 +160,10 @@ def check_job(
     conversation = Conversation(job)
     images = check_images(conversation.images(), delivery.body)
     messages = _messages(conversation, PLACEHOLDER, rules)
+    images = [
+        replace(image, separator=separator)
+        for image, separator in zip(images, page_separators(messages), strict=True)
+    ]
     params = with_token_limit(job.params or {}, rules.token_limit)
     tier, streams = params.get("service_tier"), model in rules.stream_only_models
     request = Request(
@@ -209,13 +213,20 @@ def _store_key(job: Job, images: Sequence[ImageSource], model: str, rules: Reque
     messages = _messages(conversation, "", rules)
     # A long data URL of a decoded job only refers to the body.
     urls = [
-        image.source.text if isinstance(image.source, Embedded) else _identity(ref)
+        _embedded_identity(image.source, ref) if isinstance(image.source, Embedded) else _identity(ref)
         for ref, image in zip(conversation.images(), images, strict=True)
     ]
     return fingerprint(job.id or "", model, messages, job.params or {}, urls)
 
 
 def _identity(ref: ImageRef) -> bytes:
-    """Return what the key depends on: another version of an object is another image."""
+    """Return what the key depends on: another version, size or page of an object is another image."""
+    wanted = {"max_edge": ref.max_edge, "pages": ref.pages}
+    parts = [ref.url, ref.version_id, *(f"{name}={value}" for name, value in wanted.items() if value)]
     # No URL contains a line break.
-    return ref.url.encode() if ref.version_id is None else f"{ref.url}\n{ref.version_id}".encode()
+    return "\n".join(part for part in parts if part is not None).encode()
+
+
+def _embedded_identity(source: Embedded, ref: ImageRef) -> bytes | memoryview:
+    wanted = _identity(replace(ref, url=""))
+    return b"%s\n%s" % (source.text, wanted) if wanted else source.text

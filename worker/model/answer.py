@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from vqa_worker.messages.result import Usage
+from vqa_worker.messages.result import SentImage, Usage
 from vqa_worker.messages.serialization import to_json
 from worker.model.classification import effective_status
 from worker.model.error_body import parse_error_body
@@ -79,6 +79,7 @@ class Answer:
         answered_model: the model that answered, as the API reports it.
         service_tier: of the answer, as the API reports it.
         provider: that answered.
+        images: what was sent of the images that the worker read; None: of none.
     """
 
     text: str | None
@@ -91,6 +92,7 @@ class Answer:
     answered_model: str | None = None
     service_tier: str | None = None
     provider: str | None = None
+    images: list[SentImage] | None = None
 
     @property
     def is_empty(self) -> bool:

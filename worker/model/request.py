@@ -53,6 +53,17 @@ def body_parts(
     return request.split(PLACEHOLDER.encode())
 
 
+def page_separators(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    """Return, for each image, the JSON between its URL and that of another one like it right after it.
+
+    `messages`: of the conversation, with PLACEHOLDER in place of every image URL.
+    """
+    contents = [it["content"] for it in messages if isinstance(it.get("content"), list)]
+    parts = [part for content in contents for part in content if part.get("type") == "image_url"]
+    sides = [pydantic_core.to_json(part).split(PLACEHOLDER.encode()) for part in parts]
+    return [b"%s,%s" % (after, before) for before, after in sides]
+
+
 def with_token_limit(params: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the fields of a request with the token limit under the name that the API takes.
 

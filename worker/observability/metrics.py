@@ -144,8 +144,9 @@ JOB_QUEUE_LONGEST = _made.gauge(
 STAGE_DURATION = _made.histogram(
     "vqa_stage_duration_seconds",
     "seconds",
-    "Duration of a job's stages: wait (for a concurrency slot), fetch (images), model (request), publish.",
-    Label("stage", "`wait`, `fetch`, `model`, `publish`"),
+    "Duration of a job's stages: wait (for a concurrency slot), fetch (images), convert (images), model"
+    " (request), publish.",
+    Label("stage", "`wait`, `fetch`, `convert`, `model`, `publish`"),
     _MODEL,
     buckets=_SECONDS,
 )
@@ -207,6 +208,22 @@ IMAGE_BYTES = _made.counter(
     "bytes",
     "Image bytes sent to the model API.",
     Label("delivery", "`inline`"),
+)
+_SOURCE_TYPE = Label("source_type", "media type of the content, such as `image/heic`")
+_SENT_TYPE = Label("sent_type", "media type of what was sent: `image/jpeg`, `image/png`, …")
+IMAGES_CONVERTED = _made.counter(
+    "vqa_images_converted_total",
+    "images",
+    "Images and pages that were converted before they were sent.",
+    _SOURCE_TYPE,
+    _SENT_TYPE,
+)
+IMAGE_BYTES_SAVED = _made.counter(
+    "vqa_image_bytes_saved_total",
+    "bytes",
+    "Bytes by which converted images are smaller than their content; 0 for those that became larger.",
+    _SOURCE_TYPE,
+    _SENT_TYPE,
 )
 JOBS_IN_FLIGHT = _made.gauge(
     "vqa_jobs_in_flight", "jobs", "Jobs in flight in this process, including those that wait for a slot."

@@ -37,6 +37,10 @@ class Images(_Part):
 
     types: tuple[str, ...] = ()
     """Media types."""
+    cmyk: bool | None = None
+    """Whether CMYK JPEGs are decoded; they are converted unless it is known."""
+    bits_16: bool | None = None
+    """Whether images with 16 bits a channel are decoded; they are converted unless it is known."""
     max_bytes: Positive | None = None
     """Of one image, before base64."""
     max_request_bytes: Positive | None = None

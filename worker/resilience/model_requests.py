@@ -2,10 +2,12 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from vqa_worker.messages.conversation import ImageRef
 from vqa_worker.messages.error_codes import ErrorCode
+from vqa_worker.messages.result import SentImage
 from worker.clock import Clock
 from worker.errors import Dependency, DependencyDownError, JobError, RateLimitedError, TransientError
 from worker.images.memory_budget import Reservation
@@ -25,6 +27,14 @@ class OpenImages(Protocol):
     @property
     def urls(self) -> Sequence[ImageUrl]:
         """What the request body has in the place of each image's URL, in order."""
+
+    @property
+    def sent(self) -> Sequence[SentImage]:
+        """What is sent of each image that the worker reads, in order."""
+
+    @property
+    def converted_s(self) -> float:
+        """The time in which any of the images was being converted, in seconds."""
 
     def mark_sent(self) -> None:
         """Release the images: the model API has received all of them."""
@@ -94,6 +104,9 @@ class ModelRequests:
         )
         fetch_started, started = attempt.stage_started_at, self._clock.monotonic()
         attempt.enter("model", started)
+        attempt.images = images.sent or None
+        if images.converted_s:
+            attempt.reassign("fetch", "convert", images.converted_s)
         try:
             answer = await self._model.complete(request.model, body, time_left_s=attempt.time_left_s(started))
         except RateLimitedError as error:
@@ -108,7 +121,7 @@ class ModelRequests:
             raise
         else:
             self._outage_reports.report_success(Dependency.MODEL, job, started, request.model)
-            return answer
+            return replace(answer, images=[*images.sent] or None)
         finally:
             # Record the stage's time so far.
             attempt.enter("model", self._clock.monotonic())

@@ -56,9 +56,9 @@ class BotoClient:
         response = await self._in_thread(self._get, source)
         size = response.get("ContentLength")
         if size is not None:
-            return SdkReading(self, response["Body"], size)
+            return SdkReading(self, response, size)
         content = await self._in_thread(self._read_unsized, response["Body"])
-        return BufferedStream(content, len(content))
+        return BufferedStream(content, len(content), response.get("ContentEncoding", ""))
 
     async def link(self, source: S3Object, expires_s: int) -> str:
         """Return a presigned URL of an object, valid for `expires_s` seconds.
@@ -162,10 +162,11 @@ def is_directory_bucket(bucket: str) -> bool:
 class SdkReading:
     """An object that boto3 reads in chunks."""
 
-    def __init__(self, client: BotoClient, body: Any, size: int) -> None:
+    def __init__(self, client: BotoClient, response: Any, size: int) -> None:
         self._client = client
-        self._body = body
+        self._body = response["Body"]
         self.size = size
+        self.encoding = response.get("ContentEncoding", "")
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while chunk := await self._client._in_thread(self._body.read, CHUNK_BYTES):  # noqa: SLF001 - its pool

@@ -178,7 +178,7 @@ class S3:
         if checksum is not None and not checksum.is_right:
             raise checksum_mismatch()
         if size <= MAX_BUFFERED_BYTES:
-            return BufferedStream(b"".join(pieces), size)
+            return BufferedStream(b"".join(pieces), size, response.headers.get("Content-Encoding", ""))
         again = await self._read(source)
         return _checked(again, size if again.content_length is None else again.content_length)
 

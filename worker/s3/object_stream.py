@@ -15,9 +15,11 @@ class ObjectStream(Protocol):
 
     Attributes:
         size: of the object in bytes.
+        encoding: its `Content-Encoding`; empty if it has none.
     """
 
     size: int
+    encoding: str
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the content in pieces.
@@ -37,6 +39,7 @@ class ResponseStream:
     def __init__(self, response: aiohttp.ClientResponse, size: int) -> None:
         self._response = response
         self.size = size
+        self.encoding = response.headers.get("Content-Encoding", "")
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self._response.content.iter_any()
@@ -50,9 +53,10 @@ class ResponseStream:
 class BufferedStream:
     """An object in memory, or the size of one that is too large."""
 
-    def __init__(self, content: bytes, size: int) -> None:
+    def __init__(self, content: bytes, size: int, encoding: str = "") -> None:
         self._content = content
         self.size = size
+        self.encoding = encoding
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the content in one piece."""
@@ -71,6 +75,7 @@ class CheckedStream:
         self._pieces = aiter(stream)
         self._received = 0
         self.size = stream.size
+        self.encoding = stream.encoding
 
     def __aiter__(self) -> Self:
         return self

@@ -48,6 +48,13 @@ JOB_TIMEOUT_CEILING_S: Final = 1740
 
 # Memory of an image that is being sent: receive buffer, a chunk of 256 KiB, and its base64.
 IMAGE_ON_ITS_WAY_BYTES: Final = 768 * 1024
+DEFAULT_MAX_IMAGE_PROCESSES: Final = 4
+MAX_IMAGE_PROCESSES: Final = 64
+# Less would not hold the libraries and a small photo.
+MIN_IMAGE_DECODE_BYTES: Final = 64 * 1024 * 1024
+# Of a job's `image_max_edge`, see `vqa_worker.messages.job`, which would delay the start.
+MIN_EDGE: Final = 64
+MAX_EDGE: Final = 16_384
 # Enough for one image.
 MIN_IMAGE_BUFFER_BYTES: Final = 1024 * 1024
 
@@ -71,6 +78,11 @@ AllowedModels: TypeAlias = Annotated[
     AfterValidator(_model_is_allowed),
     default(lambda above: (above["model"],) if "model" in above else ()),
 ]
+
+
+def _default_image_processes() -> int:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(DEFAULT_MAX_IMAGE_PROCESSES, cpus)
 
 
 def _at_most_max_concurrency(initial: int, info: ValidationInfo) -> int:
@@ -156,6 +168,31 @@ class Settings(BrokerSettings):
     `VQA_IMAGE_DELIVERY=link`; costs one small S3 request per image."""
     max_image_bytes: Count = 20_000_000
     """Maximum size of an image in bytes, before base64. Set it to your provider's limit."""
+    image_convert: Annotated[Literal["auto", "never"], AnyCase] = "auto"
+    """`auto`: images that the model API takes are sent unchanged; others that can be decoded (HEIC, AVIF,
+    GIF, TIFF, BMP, JPEG 2000, PDF, CMYK, 16 bits), that lie on their side, or that exceed a limit are
+    converted. Needs the extra `images`, which the container image has. `never`: they are refused, or sent as
+    they are. See [images](images.md)."""
+    image_max_edge: Annotated[int, Field(ge=MIN_EDGE, le=MAX_EDGE)] | None = None
+    """The longest side in pixels that images are sent with; larger ones are scaled down, which saves tokens.
+    Jobs can ask for less. Not for images sent as links."""
+    image_max_pixels: Count = 200_000_000
+    """Maximum number of pixels of an image or page; one with more is `image_too_large`."""
+    max_source_bytes: Count = 100_000_000
+    """Maximum size in bytes of an image or document that is read to be converted."""
+    image_processes: Annotated[
+        int, Field(ge=1, le=MAX_IMAGE_PROCESSES), default(lambda _: _default_image_processes())
+    ] = DERIVED
+    """Maximum number of processes that convert images. They are started when they are needed, and end after a
+    minute without work."""
+    image_decode_bytes: Annotated[int, Field(ge=MIN_IMAGE_DECODE_BYTES)] = 1024 * 1024 * 1024
+    """Memory budget in bytes for decoding images, of all these processes together, in addition to
+    `VQA_IMAGE_BUFFER_BYTES`. A photo of 12 megapixels needs about 100 MB. An image that needs more than the
+    whole budget is `image_too_large`."""
+    pdf_dpi: Annotated[int, Field(ge=36, le=600)] = 150
+    """Resolution in dots per inch that pages of a PDF are rendered with."""
+    pdf_max_pages: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Maximum number of pages that are sent of one PDF or TIFF."""
     image_buffer_bytes: Annotated[int, Field(ge=MIN_IMAGE_BUFFER_BYTES)] = 64 * 1024 * 1024
     """Memory budget in bytes for images that are being sent from S3 to the model API, per process; further
     jobs wait. An image reserves 768 KiB while it is sent, regardless of its size. See
@@ -301,6 +338,8 @@ class Settings(BrokerSettings):
             )
         if self.check_linked_images and self.image_delivery == "inline":
             yield "VQA_CHECK_LINKED_IMAGES: has no effect without VQA_IMAGE_DELIVERY=link"
+        if self.image_convert == "never" and self.image_max_edge is not None:
+            yield "VQA_IMAGE_MAX_EDGE: larger images are refused, because VQA_IMAGE_CONVERT is never"
         needed = self.max_images_per_job * IMAGE_ON_ITS_WAY_BYTES
         if self.image_delivery == "inline" and self.image_buffer_bytes < needed:
             yield (

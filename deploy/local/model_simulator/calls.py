@@ -19,6 +19,8 @@ class Picture(BaseModel):
     height: int
     colours: list[str] = []
     """The names of the main colours, the most frequent first; empty if the image was not decoded."""
+    corners: list[str] = []
+    """The colours near the four corners as `#rrggbb`: top left, top right, bottom left, bottom right."""
     detail: str | None = None
     """`image_url.detail` of the request."""
 

@@ -16,6 +16,8 @@ MAX_PIXELS = 100_000_000
 _SAMPLE_SIZE = (96, 96)
 _MAX_COLOURS = 3
 _MIN_SHARE = 0.06
+# The distance of the corners' sample points from the sides, as a part of these.
+_CORNER = 8
 # Each pixel counts for the nearest of these.
 _SHADES = {
     "black": ("#000000", "#202024"),
@@ -50,7 +52,7 @@ def look_at(picture: InlinePicture, where: str, *, decode: bool) -> Picture:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise RefusedError(f"{where}: {width}x{height} pixels are too many", code="image_too_large")
-            colours = _decoded_colours(image) if decode else []
+            pixels = _decoded(image) if decode else None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RefusedError(f"{where}: the image cannot be decoded ({error})", code="invalid_image") from None
     return Picture(
@@ -60,12 +62,14 @@ def look_at(picture: InlinePicture, where: str, *, decode: bool) -> Picture:
         format=image.format or "",
         width=width,
         height=height,
-        colours=colours,
+        colours=[] if pixels is None else main_colours(pixels),
+        corners=[] if pixels is None else _corners(pixels),
         detail=picture.detail,
     )
 
 
-def _decoded_colours(image: Image.Image) -> list[str]:
+def _decoded(image: Image.Image) -> Image.Image:
+    """Return the pixels as RGB, perhaps in a smaller size."""
     # Makes JPEGs decode faster, and still reads all of their data.
     image.draft("RGB", _SAMPLE_SIZE)
     image.load()
@@ -73,8 +77,14 @@ def _decoded_colours(image: Image.Image) -> list[str]:
         # Transparent pixels count as white.
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
-        return main_colours(opaque.convert("RGB"))
-    return main_colours(image.convert("RGB"))
+        return opaque.convert("RGB")
+    return image.convert("RGB")
+
+
+def _corners(image: Image.Image) -> list[str]:
+    sides = [(side // _CORNER, side - 1 - side // _CORNER) for side in image.size]
+    pixels = [image.getpixel((x, y)) for y in sides[1] for x in sides[0]]
+    return [f"#{bytes(pixel).hex()}" for pixel in pixels if isinstance(pixel, tuple)]
 
 
 def main_colours(image: Image.Image) -> list[str]:

@@ -253,21 +253,37 @@ async def test_unreadable_buckets_and_images_are_reported(
 ) -> None:
     large, text = put_image(), put_image(b"not an image")
     others = (f"s3://{BUCKET}/no", "s3://other/k", "http://x/y", "https://x/y", "data:image/png;base64,AA==")
-    limits = {"VQA_ALLOWED_BUCKETS": f"{BUCKET},missing,cat-*", "VQA_MAX_IMAGE_BYTES": "20"}
+    limits = {
+        "VQA_ALLOWED_BUCKETS": f"{BUCKET},missing,cat-*",
+        "VQA_MAX_IMAGE_BYTES": "20",
+        "VQA_MAX_SOURCE_BYTES": "20",
+    }
     findings = await doctor.storage(large, text, *others, **limits)
     assert findings["bucket missing"][1].startswith("does not exist. Check VQA_ALLOWED_BUCKETS")
-    assert "the limit VQA_MAX_IMAGE_BYTES is 20" in findings[f"image {large}"][1]
-    assert findings[f"image {text}"] == ("failed", "not a JPEG, PNG or WebP image")
+    assert "bytes; VQA_MAX_SOURCE_BYTES allows 20" in findings[f"image {large}"][1]
+    assert findings[f"image {text}"] == ("failed", "the content is plain text: check the URL or the key")
     assert "no such object" in findings[f"image s3://{BUCKET}/no"][1]
     assert "bucket other is not in VQA_ALLOWED_BUCKETS" in findings["image s3://other/k"][1]
     assert findings["image http://x/y"][0] == "failed"
-    assert findings["image data: URL"] == ("skipped", "part of the job")
+    assert findings["image data: URL"][0] == "failed"
     assert findings["image https://x/y"] == ("ok", "allowed; the API fetches it")
     any_bucket = await doctor.storage(VQA_ALLOWED_BUCKETS="*")
     assert any_bucket["S3"] == ("ok", f"{stack.s3.endpoint_url} accepts the credentials")
     wildcards = "*: wildcards. To check a bucket, use --image s3://bucket/key."
     assert any_bucket["buckets"] == ("skipped", wildcards)
     assert (await doctor.storage(AWS_CA_BUNDLE="/no/such/file"))["S3"][1].startswith("AWS_CA_BUNDLE")
+
+
+async def test_the_check_of_an_image_says_what_would_be_sent(doctor: Checks, put_image: PutImage) -> None:
+    buffer = BytesIO()
+    Image.new("RGB", (1024, 768)).save(buffer, "BMP")
+    scan, photo = put_image(buffer.getvalue()), put_image()
+    model = {"VQA_MODEL": "qwen2.5-vl-7b", "VQA_ALLOWED_MODELS": "qwen2.5-vl-7b"}
+    findings = await doctor.storage(scan, photo, VQA_IMAGE_MAX_EDGE="560", **model)
+    assert findings[f"image {scan}"][0] == "ok"
+    assert findings[f"image {scan}"][1].startswith("image/bmp, 2,359,350 bytes; sent as image/")
+    assert findings[f"image {scan}"][1].endswith("bytes, 560 × 420, about 302 tokens")
+    assert findings[f"image {photo}"][1].endswith("48 × 32, about 8 tokens; sent unchanged")
 
 
 async def test_a_bucket_that_cannot_be_listed_is_a_warning(doctor: Checks) -> None:

@@ -102,7 +102,7 @@ async def test_invalid_images_are_reported_before_any_job_is_sent(cli: Cli, tmp_
     (tmp_path / "notes.png").write_text("no picture")
     (tmp_path / "ok.png").write_bytes(picture())
     wrong: tuple[tuple[tuple[str, ...], str], ...] = (
-        (("notes.png", "--bucket", BUCKET), "notes.png: is not a JPEG, PNG or WebP image"),
+        (("notes.png", "--bucket", BUCKET), "notes.png: the content is plain text: check the URL or the key"),
         (("missing.png", "--bucket", BUCKET), "missing.png: No such file or directory"),
         (("ok.png",), "ok.png: is a local file; use --bucket to upload it"),
         (("missing.png",), "missing.png: no such file (and not a URL)"),

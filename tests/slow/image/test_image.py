@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pillow_heif
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -23,6 +24,8 @@ from tests.proxy import Proxy
 from tests.running import Worker, until
 from tests.slow.image.engine import ROOT, Engine, python_image, run
 from worker import __version__
+
+pillow_heif.register_heif_opener()
 
 # The first test includes the installation of packages and the build.
 pytestmark = pytest.mark.timeout(900)
@@ -171,6 +174,13 @@ async def test_the_container_answers_a_job_and_drains_when_the_engine_stops_it(
         reply = await client.ask(question=f"What is it? {uuid.uuid4().hex}", images=[put_image()])
         assert reply.body["status"] == "succeeded", reply.body
         await until(lambda: worker.metric("vqa_jobs_total", status="succeeded") == 1, "it is counted")
+        # It has the libraries that convert images, and converts without a writable folder.
+        converted = await client.ask(
+            question="?", images=[put_image(picture(kind)) for kind in ("HEIF", "AVIF", "PDF")]
+        )
+        assert converted.body["status"] == "succeeded", converted.body
+        types = [image["source_type"] for image in converted.body["images"]]
+        assert types == ["image/heic", "image/avif", "application/pdf"]
 
         # Stop as an orchestrator does, with a grace period: jobs in flight finish.
         model.freeze()

@@ -5,12 +5,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
+from vqa_worker.messages.conversation import ImageRef
 from vqa_worker.messages.error_codes import ErrorCode
-from vqa_worker.messages.image_types import SIGNATURE_BYTES, media_type
-from worker.app.assembly import conditional_store_at, open_s3
+from worker.app.assembly import conditional_store_at, image_loader, open_s3
 from worker.cli.check import Finding, failed, ok, skipped, warning
+from worker.cli.sent_images import prepare
 from worker.errors import DependencyDownError, JobError, TransientError
-from worker.images.source import Link, SourcePolicy, parse_source
+from worker.images.loader import ImageLoader, display_name
 from worker.observability.redaction import display_url
 from worker.s3.aws import S3ConfigurationError, S3Object
 from worker.settings import Settings
@@ -39,8 +40,9 @@ async def storage_findings(settings: Settings, images: Sequence[str]) -> AsyncIt
             yield await _credentials(s3, settings.s3_endpoint_url or "AWS")
         for bucket in buckets:
             yield await _bucket(s3, bucket)
+        loader = image_loader(settings, s3, stack)
         for image in images:
-            yield await _image(s3, settings, image)
+            yield await _image(loader, settings.model, image)
         if globs and not images:
             text = f"{', '.join(globs)}: wildcards. To check a bucket, use --image s3://bucket/key."
             yield skipped("buckets", text)
@@ -82,25 +84,13 @@ async def _problem(s3: "S3", bucket: str) -> str:
     return "the server returns content for an object that does not exist: check VQA_S3_ENDPOINT_URL"
 
 
-async def _image(s3: "S3", settings: Settings, url: str) -> Finding:
-    """Check an image as a worker does, up to its first bytes."""
-    check = f"image {display_url(url)}"
-    policy = SourcePolicy(settings.allowed_buckets, settings.allowed_link_hosts)
+async def _image(loader: ImageLoader, model: str, url: str) -> Finding:
+    """Open an image as a worker does, and say what would be sent."""
+    check, ref = f"image {display_url(url)}", ImageRef("it", url)
     try:
-        source = parse_source(url, "it", policy, url.encode())
-        if isinstance(source, Link):
-            return ok(check, "allowed; the API fetches it")
-        if not isinstance(source, S3Object):
-            return skipped(check, "part of the job")
-        size, beginning = await s3.read_beginning(source, SIGNATURE_BYTES)
+        return ok(check, (await prepare(loader, model, ref, url)).text)
     except (JobError, TransientError, DependencyDownError) as error:
-        return failed(check, error.message)
-    kind = media_type(beginning)
-    if kind is None:
-        return failed(check, "not a JPEG, PNG or WebP image")
-    if size > settings.max_image_bytes:
-        return failed(check, f"has {size} bytes; the limit VQA_MAX_IMAGE_BYTES is {settings.max_image_bytes}")
-    return ok(check, f"{kind}, {size} bytes")
+        return failed(check, error.message.removeprefix(f"{display_name(ref)}: "))
 
 
 async def _store(objects: "ConditionalStore") -> Finding:

@@ -51,7 +51,7 @@ async def submit(screen: Screen, options: Options, output: Output) -> int:
         source = _source(images, question, options, settings, stack)
         additions, uploads_to = _additions(question, options), _uploads_to(options.bucket, settings)
         submission = Submission(source, additions, uploads_to, options, output, settings, screen)
-        return await (submission.dry_run() if options.dry_run else submission.run())
+        return await (submission.dry_run() if options.dry_run or options.estimate else submission.run())
 
 
 def _images_and_question(options: Options) -> tuple[list[str], str | None]:

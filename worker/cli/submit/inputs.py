@@ -19,7 +19,11 @@ from worker.cli.submit import batch
 T = TypeVar("T")
 Form: TypeAlias = Literal["jsonl", "csv", "batch"]
 
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES: Final = (
+    ".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".jp2",
+)  # fmt: skip
+# Each of their pages is an image: of a folder or prefix, they are submitted only if they are asked for.
+DOCUMENT_SUFFIXES: Final = (".pdf",)
 IMAGE_SCHEMES: Final = ("s3://", "https://", "data:")
 FORMS_BY_SUFFIX: Final[dict[str, Form]] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv",
@@ -74,7 +78,9 @@ class Source:
 
 def looks_like_image(word: str) -> bool:
     """Return whether an argument is the URL or the file name of an image."""
-    return word[:8].lower().startswith(IMAGE_SCHEMES) or word.lower().endswith(IMAGE_SUFFIXES)
+    return word[:8].lower().startswith(IMAGE_SCHEMES) or word.lower().endswith(
+        IMAGE_SUFFIXES + DOCUMENT_SUFFIXES
+    )
 
 
 def from_arguments(images: Sequence[str], *, each: bool) -> Source:

@@ -116,6 +116,13 @@ class Options:
         bool, _jobs("--skip-invalid", help="Submit valid jobs; report the others as failed results.")
     ] = False
     dry_run: Annotated[bool, _publishing("--dry-run", help="Only validate, and estimate the cost.")] = False
+    estimate: Annotated[
+        bool,
+        _publishing(
+            "--estimate",
+            help="Like --dry-run; also reads a few images, and shows what a worker would send of them.",
+        ),
+    ] = False
     yes: Yes = False
     name: Annotated[
         str | None,

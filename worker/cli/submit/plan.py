@@ -13,9 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
+from vqa_worker.messages.conversation import Conversation, ImageRef
 from vqa_worker.messages.decoding import InvalidJobError, decode
 from vqa_worker.messages.error_codes import ErrorCode
-from vqa_worker.messages.image_types import media_type
+from vqa_worker.messages.image_types import SUFFIXES, describe, media_type
 from vqa_worker.messages.job import valid_id
 from vqa_worker.messages.result import JobFailure, Result
 from vqa_worker.messages.serialization import to_json
@@ -32,9 +33,9 @@ YIELD_EVERY_JOBS: Final = 200
 # Rules of thumb for a photo and for an answer.
 IMAGE_TOKENS: Final = 1000
 ANSWER_TOKENS: Final = 200
+# How many images `--estimate` reads.
+MAX_SAMPLES: Final = 20
 PER_PRICE: Final = 1_000_000
-
-_SUFFIXES: Final = {"image/jpeg": "jpg", "image/png": "png", "image/webp": "webp"}
 
 
 def parse_deadline_option(text: str) -> str:
@@ -59,6 +60,8 @@ class Planner:
         draft: the jobs.
         uploads: the local images, by the URL to upload them to.
         jobs, images: the numbers of valid jobs and of their images, by model.
+        samples: the first images, each with its model.
+        tokens_per_image: for the estimate.
         errors: one message per invalid job, at most `MAX_ERRORS_SHOWN`.
         error_count: the number of invalid jobs.
     """
@@ -84,6 +87,8 @@ class Planner:
         self.uploads: dict[str, Path] = {}
         self.jobs: Counter[str] = Counter()
         self.images: Counter[str] = Counter()
+        self.samples: list[tuple[str, ImageRef]] = []
+        self.tokens_per_image = IMAGE_TOKENS
         self.errors: list[str] = []
         self.error_count = 0
 
@@ -105,7 +110,8 @@ class Planner:
         prices = self._settings.prices
         if self.jobs.keys() - prices.keys():
             return None
-        prompts = sum(prices[model].prompt * IMAGE_TOKENS * count for model, count in self.images.items())
+        tokens = self.tokens_per_image
+        prompts = sum(prices[model].prompt * tokens * count for model, count in self.images.items())
         answers = sum(prices[model].completion * ANSWER_TOKENS * count for model, count in self.jobs.items())
         return (prompts + answers) / PER_PRICE
 
@@ -116,7 +122,8 @@ class Planner:
         if usd is None:
             unknown = sorted(self.jobs.keys() - self._settings.prices.keys())
             return [what, f"cost unknown: VQA_PRICES has no price for {', '.join(unknown)}"]
-        basis = f"for {IMAGE_TOKENS:,} prompt tokens per image and {ANSWER_TOKENS} completion tokens per job"
+        per_image = f"{self.tokens_per_image:,} prompt tokens per image"
+        basis = f"for {per_image} and {ANSWER_TOKENS} completion tokens per job"
         return [what, f"about {dollars(usd)}, {basis}"]
 
     def _add(self, entry: Entry, folder: Path) -> None:
@@ -136,6 +143,9 @@ class Planner:
         model = checked.model or self._settings.model
         self.jobs[model] += 1
         self.images[model] += len(images)
+        if len(self.samples) < MAX_SAMPLES:
+            self.samples += [(model, ref) for ref in Conversation(checked).images()]
+            del self.samples[MAX_SAMPLES:]
 
     def _upload_url(self, image: Any, folder: Path) -> Any:
         """Return the URL of an image; a local one is uploaded, named by the SHA-256 of its content."""
@@ -207,5 +217,5 @@ def _key(path: Path) -> str:
         raise ValueError(f"{path}: {error.strerror}") from None
     kind = media_type(content)
     if kind is None:
-        raise ValueError(f"{path}: is not a JPEG, PNG or WebP image")
-    return f"{hashlib.sha256(content).hexdigest()}.{_SUFFIXES[kind]}"
+        raise ValueError(f"{path}: the content is {describe(content)}")
+    return f"{hashlib.sha256(content).hexdigest()}.{SUFFIXES[kind]}"

@@ -72,12 +72,20 @@ class Submission:
         """Validate the jobs and print the estimated cost; return the exit code."""
         planner = await self._plan()
         planner.draft.close()
+        samples = []
+        if self.options.estimate:
+            from worker.cli.submit.estimate import prepare_samples
+
+            async for name, sent in prepare_samples(planner, self.screen):
+                samples.append({"image": name, "sent": sent.text, "tokens": sent.tokens})
+                self.screen.print(f"{name}: {sent.text}")
         found = {
             "jobs": planner.jobs.total(),
             "images": planner.images.total(),
             "models": sorted(planner.jobs),
             "cost_usd": planner.usd(),
             "uploads": len(planner.uploads),
+            **({"samples": samples} if self.options.estimate else {}),
         }
         self.screen.emit(found, *planner.estimate(), "Nothing submitted (dry run).")
         return EXIT_OK

@@ -27,7 +27,6 @@ from worker.rabbitmq import bulk, dead_letters
 from worker.rabbitmq.dead_letters import FetchedDeadLetter
 
 BASIC_ACK = b"\x00\x3c\x00\x50"
-BASIC_PUBLISH = b"\x00\x3c\x00\x28"
 
 
 async def test_replay_and_purge_change_nothing_before_confirmation(cli: Cli, queues: Queues) -> None:
@@ -93,11 +92,11 @@ async def test_a_replay_that_is_killed_loses_no_job(stack: Stack, cli: Cli, queu
 async def test_ctrl_c_stops_a_replay_between_two_jobs(stack: Stack, cli: Cli, queues: Queues) -> None:
     ids = await add_dead_letters(queues, 5)
     async with Proxy.before(stack.rabbitmq.url) as proxy:
-        # The second job is sent and not confirmed: the command finishes it.
-        proxy.freezes_on, proxy.passes = BASIC_PUBLISH, 1
+        # The second job is replayed, and its dead letter not acked: the command finishes it.
+        proxy.freezes_on, proxy.passes = BASIC_ACK, 1
         behind = cli.with_settings(VQA_RABBITMQ_URL=proxy.url(stack.rabbitmq.url))
         process = behind.start("dlq", "replay", "--yes", "--json")
-        await until(lambda: proxy.held, "the command publishes the second job")
+        await until(lambda: proxy.held, "the command is about to ack a message")
         process.send_signal(signal.SIGINT)
         await asyncio.sleep(0.2)
         proxy.thaw()
