@@ -6,6 +6,7 @@ from string import Template
 from typing import Final
 
 from tests.bench.contenders import WORKER
+from tests.bench.conversion.sources import RECIPES
 from tests.bench.results import Results, Spread
 from tests.bench.tables import number, table
 from worker.model.image_tokens import image_tokens
@@ -18,6 +19,15 @@ ALL_LIBRARIES: Final = "all libraries"
 IDLE: Final = "without jobs"
 EDGES: Final = (2048, 1568, 1024, 768)
 MODELS: Final = {"Qwen2.5-VL": "Qwen/Qwen2.5-VL-7B-Instruct", "gpt-4o": "gpt-4o"}
+
+# Sources in the table of the largest pictures.
+_EXAMPLES: Final = {
+    "JPEG on its side, 50 MP": "JPEG, BMP, PNG",
+    "HEIC, 12 MP": "HEIC, AVIF",
+    "JPEG 2000, 8 MP": "JPEG 2000",
+    "GIF, a photo, 2 MP": "GIF",
+    "TIFF (LZW), A4 at 300 dpi, colour": "TIFF",
+}
 
 _PAGE: Final = Path(__file__).parents[1] / "images_page.md"
 _NONE: Final = "–"
@@ -43,6 +53,7 @@ def page(results: Results) -> str:
         machine=_machine(results),
         rounds=1 + max(it.round for it in results.measurements if it.scenario == "conversion"),
         conversions=sections["Conversions"],
+        largest=sections["Largest pictures"],
         scans=sections["Images that are sent unchanged"],
         throughput=sections["Throughput and event loop lag"],
         processes=sections["Memory of a process"],
@@ -81,6 +92,7 @@ def _machine(results: Results) -> str:
 
 def _sections(results: Results) -> Iterable[tuple[str, str]]:
     yield "Conversions", _conversions(results)
+    yield "Largest pictures", _largest(results)
     yield "Images that are sent unchanged", _scans(results)
     if results.cases("mix"):
         yield "Throughput and event loop lag", _throughput(results)
@@ -113,6 +125,23 @@ def _conversions(results: Results) -> str:
         "result, MB",
         "plain, MB",
     ]
+    return table(header, rows)
+
+
+def _largest(results: Results) -> str:
+    """Return the table of what the memory for decoding is enough for, without a budget of pixels."""
+    budgets = (_default("image_decode_bytes"), float(_CHART_DECODE_BYTES))
+    rows = []
+    for recipe in RECIPES:
+        if recipe.name not in _EXAMPLES or recipe.name not in results.cases("conversion"):
+            continue
+        reserved, source = (
+            _median(results, "conversion", WORKER, recipe.name, figure) * scale / recipe.pixels
+            for figure, scale in (("reserved_mb", 1e6), ("source_kb", 1e3))
+        )
+        largest = [f"{budget / reserved / 1e6:.0f}" for budget in budgets]
+        rows.append([_EXAMPLES[recipe.name], f"{reserved - source:.0f}", *largest])
+    header = ["source", "bytes per pixel", *(f"megapixels with {it / 1024**2:.0f} MiB" for it in budgets)]
     return table(header, rows)
 
 

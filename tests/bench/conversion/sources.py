@@ -58,6 +58,11 @@ class Recipe:
     size: tuple[int, int]
     max_edge: int | None = None
 
+    @property
+    def pixels(self) -> int:
+        """The number of pixels."""
+        return self.size[0] * self.size[1]
+
     def source(self) -> Source:
         """Make it; takes up to 20 seconds for large ones."""
         content, tiny = _made(self.make, self.size), _made(self.make, TINY)
