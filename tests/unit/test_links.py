@@ -12,7 +12,7 @@ def pages() -> list[Path]:
     listed = subprocess.run(tracked, cwd=ROOT, capture_output=True, check=True)  # noqa: S603 - a constant
     paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
     # Links in templates are checked in the generated pages.
-    templates = {path for path in paths if path.name == "page.md" or "templates" in path.parts}
+    templates = {path for path in paths if path.name.endswith("page.md") or "templates" in path.parts}
     return [path for path in paths if path.is_file() and path not in templates]
 
 
