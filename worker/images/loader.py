@@ -92,6 +92,9 @@ class ImageLoader:
     def _check_one(self, ref: ImageRef, body: bytes) -> ImageSource:
         name = display_name(ref)
         source = of_version(parse_source(ref.url, name, self._policy, body), ref.version_id, name)
+        if ref.pages is not None and isinstance(source, Link):
+            text = f"{name}: `pages` is only for s3:// and data: documents, not for links"
+            raise JobError(ErrorCode.INVALID_JOB, text, log_message=f"{ref.location}: `pages` of a link")
         return ImageSource(
             name,
             source,

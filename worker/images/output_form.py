@@ -18,6 +18,8 @@ MIN_EDGE = 64
 _QUALITIES = (90, 80, 70)
 # A picture of few colours is a drawing or a screenshot, for which PNG can be smaller.
 _FEW_COLOURS, _FEW_GREYS = 256, 64
+# The highest level of compression makes a PNG at most this much smaller than the lowest one.
+_PNG_GAIN = 2.0
 _HIGH_BYTES = [value >> 8 for value in range(1 << 16)]
 _SRGB = ImageCms.createProfile("sRGB")
 _LAB = ImageCms.createProfile("LAB")
@@ -138,14 +140,17 @@ def _smallest(
 ) -> ConvertedImage:
     """Return the smaller of PNG and JPEG; if it is over the limit, lower the quality, then the size."""
     use_jpeg = JPEG in options.types
-    forms = [_png(picture, page)] if PNG in options.types and (try_png or not use_jpeg) else []
     flat = _on_white(picture) if use_jpeg else picture
-    smallest = forms[0] if forms else None
+    smallest = None
     for quality in _QUALITIES if use_jpeg else ():
         jpeg = _jpeg(flat, quality, page)
+        if smallest is None and try_png and PNG in options.types and _may_be_smaller(picture, jpeg):
+            smallest = _png(picture, page)
         smallest = min(smallest or jpeg, jpeg, key=lambda form: len(form.content))
         if len(smallest.content) <= options.max_bytes:
             return smallest
+    if not use_jpeg and PNG in options.types:
+        smallest = _png(picture, page)
     while smallest is None or len(smallest.content) > options.max_bytes:
         if smallest is None or max(smallest.width, smallest.height) <= MIN_EDGE:
             text = f"does not fit into {options.max_bytes} bytes even with {MIN_EDGE} pixels"
@@ -155,6 +160,12 @@ def _smallest(
         smaller = _resized(flat, fitted(flat.size, edge))
         smallest = _jpeg(smaller, _QUALITIES[-1], page) if use_jpeg else _png(smaller, page)
     return smallest
+
+
+def _may_be_smaller(picture: Image.Image, jpeg: ConvertedImage) -> bool:
+    """Return whether it is worth to compress a PNG well, which takes far longer than the JPEG for noise."""
+    quick = len(_png(picture, None, level=1).content)
+    return quick <= _PNG_GAIN * len(jpeg.content)
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -167,9 +178,10 @@ def _on_white(picture: Image.Image) -> Image.Image:
     return flat
 
 
-def _png(picture: Image.Image, page: int | None) -> ConvertedImage:
+def _png(picture: Image.Image, page: int | None, *, level: int = 6) -> ConvertedImage:
+    """Return a PNG; `level`: of zlib's compression."""
     buffer = BytesIO()
-    picture.save(buffer, "PNG")
+    picture.save(buffer, "PNG", compress_level=level)
     return ConvertedImage(PNG, buffer.getvalue(), *picture.size, page)
 
 
