@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME",
         help=f"only these scenarios ({', '.join(SCENARIOS)}) or contenders "
-        f"({', '.join(repr(it.name) for it in _all_contenders(None))})",
+        f"({', '.join(repr(it.name) for it in _all_contenders(None))})".replace("%", "%%"),
     )
     parser.add_argument("--rounds", type=int, help="number of repetitions")
     parser.add_argument(

@@ -71,7 +71,9 @@ class Preparation:
             TransientError, DependencyDownError: it cannot be read.
         """
         self.check_size(content.size)
-        beginning = await _read(content, content.size if content.size <= SMALL_BYTES else SIGNATURE_BYTES)
+        is_small = content.size <= SMALL_BYTES
+        # A small one to its end, where the content is checked.
+        beginning = await _read(content, content.size + 1 if is_small else SIGNATURE_BYTES)
         kind = self.check_type(beginning)
         if kind not in COMMON_TYPES:
             return await self._converted(image, kind, [beginning], content, opened)
@@ -81,7 +83,7 @@ class Preparation:
             raise JobError(ErrorCode.IMAGE_CORRUPT, fault)
         if self._must_convert(image, kind, scan, content.size):
             return await self._converted(image, kind, pieces, content, opened)
-        return await self._unchanged(image, kind, scan, pieces, content)
+        return self._unchanged(image, kind, scan, pieces, content)
 
     def check_size(self, size: int) -> None:
         """Check the size of the content in bytes.
@@ -144,7 +146,7 @@ class Preparation:
             or (scan.is_16_bit and not rules.takes_16_bit)
         )
 
-    async def _unchanged(
+    def _unchanged(
         self, image: ImageSource, kind: str, scan: Scan, pieces: list[bytes], content: Content
     ) -> Prepared:
         size = content.size
@@ -157,10 +159,12 @@ class Preparation:
             width=scan.width,
             height=scan.height,
         )
-        stream = _CheckedImage(image.name, scan, pieces, content)
         if size > SMALL_BYTES:
+            stream = _CheckedImage(image.name, scan, pieces, content)
             return Prepared(StreamedUrl(_prefix(kind), size, stream), [sent])
-        whole = b"".join([piece async for piece in stream])
+        if fault := scan.finish():
+            raise JobError(ErrorCode.IMAGE_CORRUPT, fault)
+        (whole,) = pieces
         return Prepared(BufferedUrl(_prefix(kind) + encode(whole)), [sent])
 
     async def _converted(

@@ -1,6 +1,5 @@
 """One attempt at a job: ids, stage timings and the answer."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Self, TypeAlias
@@ -53,7 +52,7 @@ class Attempt:
     observed: dict[Stage, float] = field(default_factory=dict)
     unusable: Usage | None = None
     has_bought_malformed: bool = False
-    images: Sequence[SentImage] | None = None
+    images: list[SentImage] | None = None
     answer: Answer | None = None
 
     @classmethod

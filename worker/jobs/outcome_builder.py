@@ -38,7 +38,7 @@ class OutcomeBuilder:
             "provider": answer.provider,
             "answered_model": answer.answered_model,
             "service_tier": answer.service_tier,
-            "images": answer.images,
+            "images": answer.images or attempt.images,
         }
         if answer.is_empty:
             return self.failed(attempt, ErrorCode.EMPTY_ANSWER, _why_empty(answer), **billed)
@@ -80,7 +80,7 @@ class OutcomeBuilder:
         self, attempt: Attempt, code: ErrorCode, message: str, *, retryable: bool, **billed: Any
     ) -> Result:
         error = JobFailure(code=code, message=self.redact(message), retryable=retryable)
-        known = {"usage": attempt.unusable, "images": attempt.images and [*attempt.images]}
+        known = {"usage": attempt.unusable, "images": attempt.images}
         return self._result(attempt, status="failed", error=error, **{**known, **billed})
 
     def _result(self, attempt: Attempt, **fields: Any) -> Result:

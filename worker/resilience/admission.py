@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
@@ -152,7 +152,8 @@ class Admission:
         if grant.lease is None:
             return answer
         grant.attempt.enter("store", self._clock.monotonic())
-        return deserialize_answer(await grant.lease.put(serialize_answer(answer))) or answer
+        with_images = replace(answer, images=grant.attempt.images)
+        return deserialize_answer(await grant.lease.put(serialize_answer(with_images))) or with_images
 
     async def _lease_or_answer(self, held: AsyncExitStack, grant: Grant) -> None:
         """Acquire the job's lease, or find its stored answer; past its deadline, only the latter."""

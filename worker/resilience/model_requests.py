@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import replace
 from typing import Protocol
 
 from vqa_worker.messages.conversation import ImageRef
@@ -104,7 +103,7 @@ class ModelRequests:
         )
         fetch_started, started = attempt.stage_started_at, self._clock.monotonic()
         attempt.enter("model", started)
-        attempt.images = images.sent or None
+        attempt.images = [*images.sent] or None
         if images.converted_s:
             attempt.reassign("fetch", "convert", images.converted_s)
         try:
@@ -121,7 +120,7 @@ class ModelRequests:
             raise
         else:
             self._outage_reports.report_success(Dependency.MODEL, job, started, request.model)
-            return replace(answer, images=[*images.sent] or None)
+            return answer
         finally:
             # Record the stage's time so far.
             attempt.enter("model", self._clock.monotonic())
