@@ -34,7 +34,7 @@ _NONE: Final = "–"
 _MAX_OTHERS: Final = 0.05
 # Defaults of the Helm chart: settings.imageProcesses and settings.imageDecodeBytes.
 _CHART_PROCESSES: Final = 2
-_CHART_DECODE_BYTES: Final = 256 * 1024 * 1024
+_SMALL_DECODE_BYTES: Final = 256 * 1024 * 1024
 
 
 def tables(results: Results) -> str:
@@ -68,8 +68,7 @@ def page(results: Results) -> str:
         buffer=f"{buffer_mb:.0f}",
         base=f"{base_mb:.0f}",
         processes_in_chart=_CHART_PROCESSES,
-        decode_in_chart=f"{_CHART_DECODE_BYTES / 1e6:.0f}",
-        sum=f"{idle_mb + buffer_mb + _CHART_DECODE_BYTES / 1e6 + _CHART_PROCESSES * base_mb:.0f}",
+        sum=f"{idle_mb + buffer_mb + _default('image_decode_bytes') / 1e6 + _CHART_PROCESSES * base_mb:.0f}",
         decode=f"{_default('image_decode_bytes') / 1e6:.0f}",
         others=_others(results),
         lag=_lag_sentence(results),
@@ -130,7 +129,7 @@ def _conversions(results: Results) -> str:
 
 def _largest(results: Results) -> str:
     """Return the table of what the memory for decoding is enough for, without a budget of pixels."""
-    budgets = (_default("image_decode_bytes"), float(_CHART_DECODE_BYTES))
+    budgets = (_default("image_decode_bytes"), float(_SMALL_DECODE_BYTES))
     rows = []
     for recipe in RECIPES:
         if recipe.name not in _EXAMPLES or recipe.name not in results.cases("conversion"):
