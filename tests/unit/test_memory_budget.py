@@ -175,3 +175,17 @@ async def test_the_limit_holds_and_no_bytes_leak_in_any_order_of_events() -> Non
             them.leave(*range(len(sizes)))
             await asyncio.gather(*them.tasks.values(), return_exceptions=True)
         assert free(budget) == 20
+
+
+async def test_a_waiter_cancelled_just_before_its_turn_is_only_cancelled() -> None:
+    budget = MemoryBudget(10)
+    async with holders(budget) as them:
+        them.come(0, 10)
+        them.come(1, 10)
+        await turns_of_the_loop()
+        # All in one turn of the event loop: 1 leaves the queue with the bytes of 0.
+        them.cancel(1)
+        them.shares[0].release()
+        with pytest.raises(asyncio.CancelledError):
+            await them.tasks[1]
+    assert free(budget) == 10

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 
 class Reservation:
@@ -84,7 +84,9 @@ class MemoryBudget:
             if granted.done() and not granted.cancelled():
                 self._release(size)
             else:
-                self._waiters.remove((size, granted))
+                # Bytes that were released since may have removed it already.
+                with suppress(ValueError):
+                    self._waiters.remove((size, granted))
                 self._grant()
             raise
 
