@@ -189,3 +189,44 @@ async def test_a_waiter_cancelled_just_before_its_turn_is_only_cancelled() -> No
         with pytest.raises(asyncio.CancelledError):
             await them.tasks[1]
     assert free(budget) == 10
+
+
+async def test_a_reservation_that_holds_content_grows_without_waiting_and_others_wait() -> None:
+    budget = MemoryBudget(10)
+    async with budget.reserve(1) as one, budget.reserve(1) as other:
+        await one.extend(5)
+        one.grow(1)
+        # Waits for 8 of 3 bytes, and holds nothing meanwhile.
+        waiting = asyncio.create_task(other.extend(7))
+        await turns_of_the_loop()
+        await one.extend(4)
+        one.grow(1)
+        one.shrink_to(3)
+        assert not waiting.done()
+        one.release()
+        await waiting
+        assert free(budget) == 2
+    assert free(budget) == 10
+
+
+async def test_jobs_with_several_images_to_convert_stay_near_the_limit() -> None:
+    budget, processes, held = MemoryBudget(64), asyncio.Semaphore(2), [0]
+    peak = 0
+
+    async def convert(reservation: Reservation) -> None:
+        nonlocal peak
+        await reservation.extend(3)
+        async with processes:
+            await turns_of_the_loop(3)
+        held[0] += 3
+        peak = max(peak, held[0])
+
+    async def run() -> None:
+        async with budget.reserve(8) as reservation:
+            await asyncio.gather(*(convert(reservation) for _ in range(8)))
+            await turns_of_the_loop(3)
+            held[0] -= 24
+
+    await asyncio.gather(*(run() for _ in range(40)))
+    assert peak <= 2 * 64
+    assert free(budget) == 64

@@ -175,7 +175,7 @@ class ImageLoader:
         if self._links is not None:
             if await self._may_be_linked(source, image, self._links):
                 return Prepared(BufferedUrl(escape_json(await self._s3.link(source, self._links.expires_s))))
-            await opened.reservation.extend(IMAGE_ON_ITS_WAY_BYTES)
+            await opened.reservation.extend(IMAGE_ON_ITS_WAY_BYTES, holds=False)
 
         async def reopen() -> ObjectStream:
             again = await self._s3.open(source)

@@ -13,17 +13,27 @@ class Reservation:
         self._budget = budget
         self._size = size
         self._extending = asyncio.Lock()
+        self._holds = False
 
-    async def extend(self, size: int) -> None:
-        """Wait until `size` more bytes are free, and reserve them too.
+    async def extend(self, size: int, *, holds: bool = True) -> None:
+        """Reserve `size` more bytes; wait until they are free, unless the reservation holds content already.
 
-        The present bytes are free meanwhile, so that two reservations never wait for each other.
+        The present bytes are free meanwhile, so that two reservations never wait for each other. Memory with
+        content cannot be free: from the second content on, others wait until the bytes are free again.
+
+        Args:
+            size: in bytes.
+            holds: whether they hold content from now on.
         """
         async with self._extending:
+            if self._holds:
+                self.grow(size)
+                return
             wanted = min(self._size + size, self._budget.limit)
             self.release()
             await self._budget._acquire(wanted)  # noqa: SLF001 - a reservation is part of its budget
-            self._size = wanted
+            self._size += wanted
+            self._holds = holds
 
     def grow(self, size: int) -> None:
         """Reserve `size` more bytes at once, also if they are not free; others wait until they are."""
