@@ -59,6 +59,7 @@ class ConversionPool:
         *,
         again: Callable[[], Awaitable[Pieces]],
         reserve: Reserve,
+        asked_at: float | None = None,
     ) -> list[ConvertedImage]:
         """Return the image in a form that may be sent, or its pages.
 
@@ -70,6 +71,7 @@ class ConversionPool:
             options: what may be sent.
             again: opens the source a second time: after a crash, or after a long wait for a process.
             reserve: awaited before so many bytes of results are read.
+            asked_at: since when `pieces` is not read, in seconds of `time.monotonic`. Default: now.
 
         Raises:
             ConversionError: the source cannot be converted.
@@ -77,7 +79,7 @@ class ConversionPool:
             Exception: those of `pieces`, `again` and `reserve`.
         """
         options = replace(options, max_decode_bytes=self._memory_bytes)
-        asked_at = time.monotonic()
+        asked_at = time.monotonic() if asked_at is None else asked_at
         async with self._slots:
             if time.monotonic() - asked_at > MAX_PAUSE_S:
                 pieces = await again()

@@ -49,13 +49,13 @@ class OpenImages:
 
     @property
     def converted_s(self) -> float:
-        """The time in which any of the images was being converted, in seconds."""
+        """The time in which any of the images was being converted or waited for it, in seconds."""
         now = time.monotonic()
         return self._converted_s + (now - self._converting_since if self._conversions else 0.0)
 
     @contextmanager
     def converting(self) -> Iterator[None]:
-        """Measure the time of a conversion; several at the same time count once."""
+        """Measure the time of a conversion and of the wait for it; several at the same time count once."""
         if not self._conversions:
             self._converting_since = time.monotonic()
         self._conversions += 1

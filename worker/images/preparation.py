@@ -1,5 +1,6 @@
 """Decide what is sent of an image: its content as it is, or what the conversion makes of it."""
 
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -172,13 +173,13 @@ class Preparation:
     ) -> Prepared:
         # Wait for memory before a process is held: a job that holds one then never waits for memory. The
         # content of photos becomes up to twice as large.
-        expected = min(2 * content.size, self._rules.max_image_bytes)
-        await opened.reservation.extend(expected)
+        expected, asked_at = min(2 * content.size, self._rules.max_image_bytes), time.monotonic()
 
         async def reserve(size: int) -> None:
             opened.reservation.grow(max(0, size - expected))
 
         with opened.converting():
+            await opened.reservation.extend(expected)
             try:
                 images = await self._pool.convert(
                     kind,
@@ -186,6 +187,7 @@ class Preparation:
                     self._options(image),
                     again=content.again,
                     reserve=reserve,
+                    asked_at=asked_at,
                 )
             except ConversionError as error:
                 raise JobError(error.code, error.message) from None
