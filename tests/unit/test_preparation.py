@@ -6,10 +6,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from tests.unit.conversions import picture, pool_of
+from tests.unit.conversions import picture, pool_of, saved
 from tests.unit.fakes import turns_of_the_loop
+from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.result import SentImage
+from worker.errors import JobError
 from worker.images import conversion_pool
 from worker.images.content import Content
 from worker.images.memory_budget import MemoryBudget
@@ -18,6 +21,10 @@ from worker.images.preparation import ImageRules, Preparation
 from worker.images.source import ImageSource, Link
 
 LIMIT = 10_000_000
+NEVER = "VQA_IMAGE_CONVERT is never"
+JPEG = "image/jpeg"
+# A segment of metadata of 64 KB.
+SEGMENT = b"\xff\xe1\xff\xfd" + b"http://ns.adobe.com/xmp/extension/\0".ljust(0xFFFB, b"x")
 
 
 class Scene:
@@ -71,3 +78,42 @@ async def test_the_wait_for_memory_counts_as_conversion_and_not_as_reading(
         assert it.converted_s > 0.05
         # The server may have closed the connection meanwhile.
         assert it.openings == 2
+
+
+@pytest.mark.parametrize("size", [(60, 40), (2000, 1500)])
+async def test_without_conversion_every_type_that_the_api_takes_is_sent_unchanged(
+    size: tuple[int, int],
+) -> None:
+    frames = [Image.effect_noise(size, 50) for _ in range(2)]
+    content = saved(frames[0], "GIF", save_all=True, append_images=frames[1:], loop=0)
+    async with scene(types=(JPEG, "image/gif"), max_edge=64, why_not_converted=NEVER) as it:
+        sent = await it.prepare(content)
+        assert (sent.sent_type, sent.sent_bytes, sent.width) == ("image/gif", len(content), None)
+        with pytest.raises(JobError, match=NEVER) as caught:
+            await it.prepare(content, pages=((1, 1),))
+        assert caught.value.code == ErrorCode.INVALID_JOB
+
+
+async def test_a_jpeg_whose_header_is_behind_long_metadata_is_checked_by_a_decoder() -> None:
+    image = Image.effect_noise((900, 600), 50)
+    plain = saved(image.convert("RGB"), "JPEG")
+    content = plain[:2] + 20 * SEGMENT + plain[2:]
+    async with scene() as it:
+        sent = await it.prepare(content)
+        assert (sent.sent_bytes, sent.width, sent.height) == (len(content), 900, 600)
+        sent = await it.prepare(content, max_edge=300)
+        assert (sent.width, sent.height) == (300, 200)
+        plain = saved(image.convert("CMYK"), "JPEG")
+        content = plain[:2] + 20 * SEGMENT + plain[2:]
+        assert (await it.prepare(content)).sent_bytes < len(content)
+    async with scene(max_pixels=1000) as it:
+        with pytest.raises(JobError) as caught:
+            await it.prepare(content)
+        assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE
+
+
+async def test_what_only_begins_and_ends_like_a_jpeg_is_corrupt() -> None:
+    async with scene() as it:
+        with pytest.raises(JobError) as caught:
+            await it.prepare(b"\xff\xd8\xff" + bytes(range(254)) * 8000 + b"\xff\xd9")
+        assert caught.value.code == ErrorCode.IMAGE_CORRUPT

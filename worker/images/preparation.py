@@ -76,6 +76,8 @@ class Preparation:
         # A small one to its end, where the content is checked.
         beginning = await _read(content, content.size + 1 if is_small else SIGNATURE_BYTES)
         kind = self.check_type(beginning)
+        if kind not in COMMON_TYPES and not self._rules.converts:
+            return self._unread(image, kind, [beginning], content)
         if kind not in COMMON_TYPES:
             return await self._converted(image, kind, [beginning], content, opened)
         scan = scan_for(kind)
@@ -136,6 +138,8 @@ class Preparation:
             return False
         return (
             is_over_edge
+            # The header is damaged or far behind metadata: only a decoder knows more.
+            or scan.width is None
             or size > rules.max_image_bytes
             or kind not in rules.types
             or scan.orientation != _UPRIGHT
@@ -167,6 +171,25 @@ class Preparation:
             raise JobError(ErrorCode.IMAGE_CORRUPT, fault)
         (whole,) = pieces
         return Prepared(BufferedUrl(_prefix(kind) + encode(whole)), [sent])
+
+    def _unread(self, image: ImageSource, kind: str, pieces: list[bytes], content: Content) -> Prepared:
+        """Return an image that the model API takes, and of which only a decoder knows the size in pixels.
+
+        Raises:
+            JobError: pages of it are wanted.
+        """
+        if image.pages is not None:
+            text = f"`pages` of {kind} are sent only after a conversion, and {self._rules.why_not_converted}"
+            raise JobError(ErrorCode.INVALID_JOB, text)
+        sent = SentImage(
+            url=image.url,
+            source_type=kind,
+            source_bytes=content.size,
+            sent_type=kind,
+            sent_bytes=content.size,
+        )
+        stream = _named(image.name, _rest(pieces, content.pieces))
+        return Prepared(StreamedUrl(_prefix(kind), content.size, stream), [sent])
 
     async def _converted(
         self, image: ImageSource, kind: str, pieces: list[bytes], content: Content, opened: OpenImages
@@ -326,6 +349,12 @@ async def _rest(pieces: list[bytes], rest: AsyncIterator[bytes]) -> AsyncIterato
         yield pieces.pop(0)
     async for piece in rest:
         yield piece
+
+
+async def _named(name: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    with errors_name(name):
+        async for piece in pieces:
+            yield piece
 
 
 def _url(image: ConvertedImage) -> PageUrl:
