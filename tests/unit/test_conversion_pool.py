@@ -279,7 +279,7 @@ async def test_a_process_knows_no_secrets_and_cannot_write_files(monkeypatch: py
 def test_a_process_ends_with_its_worker() -> None:
     command = [sys.executable, "-m", "worker.images.converter"]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)  # noqa: S603
-    assert (ended.returncode, ended.stdout) == (0, b"")
+    assert (ended.returncode, ended.stdout[4:]) == (0, b'{"ready": true}')
 
 
 async def test_the_event_loop_does_not_wait_for_a_conversion(large: bytes) -> None:
@@ -301,3 +301,30 @@ async def test_the_event_loop_does_not_wait_for_a_conversion(large: bytes) -> No
     text = f"{len(large)} to {len(image.content)} bytes in {duration:.2f} s, lag {max(lags) * 1000:.1f} ms"
     print(text)  # noqa: T201 - shown by `pytest -s`
     assert max(lags) < 0.25
+
+
+async def test_a_process_that_cannot_start_says_nothing_about_the_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with pool_of() as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(OSError, match="cannot be started"):
+                await Conversion(pool, picture()).run()
+        assert await Conversion(pool, picture()).run()
+
+
+async def test_a_job_that_is_cancelled_while_its_process_starts_ends_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "slow"
+    script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+    async with pool_of() as pool:
+        running = asyncio.create_task(Conversion(pool, picture()).run())
+        await until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert not is_running(int((tmp_path / "pid").read_text()))

@@ -193,8 +193,13 @@ class _Process:
 
     @classmethod
     async def start(cls) -> Self:
+        """Start a process and wait until it has loaded the libraries.
+
+        Raises:
+            OSError: it cannot be started; the image has no part in that.
+        """
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        return cls(
+        process = cls(
             await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-B",
@@ -207,6 +212,14 @@ class _Process:
                 limit=_READ_BYTES,
             )
         )
+        try:
+            await process.reply()
+        except BaseException as error:
+            await process.end()
+            if isinstance(error, _ProcessLostError):
+                raise OSError("a process that converts images cannot be started") from None
+            raise
+        return process
 
     @property
     def pid(self) -> int:

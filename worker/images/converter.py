@@ -86,6 +86,7 @@ def main() -> None:
     os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    _write_frame(results, {"ready": True})
     while (request := _read_frame(source)) is not None:
         _limit_memory(None)
         content = _read_content(source)
