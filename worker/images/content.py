@@ -71,16 +71,18 @@ async def _decompressed(pieces: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
         if is_plain:
             yield piece
             continue
-        left = piece
-        while left and not decompressor.eof:
+        left = decompressor.unused_data + piece if decompressor.eof else piece
+        while left:
+            if decompressor.eof and left.startswith(_GZIP_MAGIC):
+                # A gzip file can have several members (RFC 1952, §2.2).
+                decompressor = zlib.decompressobj(_GZIP_OR_ZLIB)
+            if decompressor.eof:
+                break
             try:
                 yield decompressor.decompress(left, _PIECE_BYTES)
             except zlib.error:
                 raise JobError(ErrorCode.IMAGE_CORRUPT, _DAMAGED) from None
             left = decompressor.unconsumed_tail or decompressor.unused_data
-            if decompressor.eof and left.startswith(_GZIP_MAGIC):
-                # A gzip file can have several members (RFC 1952, §2.2).
-                decompressor = zlib.decompressobj(_GZIP_OR_ZLIB)
             await asyncio.sleep(0)
     if not (is_plain or decompressor.eof):
         raise JobError(ErrorCode.IMAGE_CORRUPT, _DAMAGED)
