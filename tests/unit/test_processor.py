@@ -717,9 +717,12 @@ async def test_the_last_attempt_dead_letters_the_job_with_the_reason(scene: Scen
     assert outcome.result.attempts == 3
 
 
-async def test_the_timeout_for_images_is_that_of_the_delivery(scene: Scene) -> None:
+async def test_images_have_half_of_the_time_that_is_left_and_the_model_request_the_rest(
+    scene: Scene,
+) -> None:
     await scene.process(delivery={"received_at": time.monotonic() - 20})
-    assert 30 < scene.images.time_left_s <= 40
+    assert 15 < scene.images.time_left_s <= 20
+    assert 30 < scene.model.asked[0][3] <= 40
 
 
 async def test_a_job_that_gets_no_memory_in_time_is_requeued_without_a_counted_attempt() -> None:

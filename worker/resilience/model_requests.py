@@ -78,7 +78,8 @@ class ModelRequests:
         """
         started = self._clock.monotonic()
         attempt.enter("fetch", started)
-        time_left_s = attempt.time_left_s(started)
+        # The other half is for the model request, which is billed even if the time ends before its answer.
+        time_left_s = attempt.time_left_s(started) / 2
         try:
             async with self._images.open(request.images, memory, time_left_s=time_left_s) as images:
                 yield images
