@@ -1,6 +1,7 @@
 """What is converted, and what a job waits for meanwhile."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -54,8 +55,7 @@ class Scene:
             self.converted_s = opened.converted_s
             sent = b"".join([piece async for piece in prepared.url.pieces()])
             assert len(sent) == prepared.url.length
-            (image,) = prepared.sent
-            return image
+            return prepared.sent[0]
 
 
 @asynccontextmanager
@@ -117,3 +117,14 @@ async def test_what_only_begins_and_ends_like_a_jpeg_is_corrupt() -> None:
         with pytest.raises(JobError) as caught:
             await it.prepare(b"\xff\xd8\xff" + bytes(range(254)) * 8000 + b"\xff\xd9")
         assert caught.value.code == ErrorCode.IMAGE_CORRUPT
+
+
+async def test_the_pages_of_a_document_fit_into_the_memory_of_a_job() -> None:
+    pages = [Image.frombytes("L", (700, 700), os.urandom(700 * 700)) for _ in range(2)]
+    content = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:] * 9)
+    async with scene(max_image_bytes=1_000_000, max_source_bytes=LIMIT) as it:
+        it.budget = MemoryBudget(2_000_000)
+        with pytest.raises(JobError, match="VQA_IMAGE_BUFFER_BYTES") as caught:
+            await it.prepare(content)
+        assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE
+        assert (await it.prepare(content, max_edge=100)).page == 1

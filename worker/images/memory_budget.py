@@ -15,6 +15,10 @@ class Reservation:
         self._extending = asyncio.Lock()
         self._holds = False
 
+    def fits(self, size: int) -> bool:
+        """Return whether `size` more bytes are within the limit of the budget, if nothing else is."""
+        return self._size + size <= self._budget.limit
+
     async def extend(self, size: int, *, holds: bool = True) -> None:
         """Reserve `size` more bytes; wait until they are free, unless the reservation holds content already.
 

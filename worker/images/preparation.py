@@ -199,7 +199,13 @@ class Preparation:
         expected, asked_at = min(2 * content.size, self._rules.max_image_bytes), time.monotonic()
 
         async def reserve(size: int) -> None:
-            opened.reservation.grow(max(0, size - expected))
+            more = max(0, size - expected)
+            # Only pages together are larger than an image may be, which always fits.
+            if size > self._rules.max_image_bytes and not opened.reservation.fits(more):
+                text = f"its pages have {size} bytes, more than VQA_IMAGE_BUFFER_BYTES allows for a job"
+                hint = "choose some with `pages`, or set `max_edge`"
+                raise ConversionError("image_too_large", f"{text}: {hint}")
+            opened.reservation.grow(more)
 
         with opened.converting():
             await opened.reservation.extend(expected)
