@@ -82,7 +82,9 @@ class Preparation:
             return await self._converted(image, kind, [beginning], content, opened)
         scan = scan_for(kind)
         pieces = await _read_header(scan, beginning, content)
-        if fault := scan.check(content.size):
+        # A whole file without a header is not worth a decoder.
+        is_read = is_small and scan.width is None
+        if fault := scan.finish() if is_read else scan.check(content.size):
             raise JobError(ErrorCode.IMAGE_CORRUPT, fault)
         if self._must_convert(image, kind, scan, content.size):
             return await self._converted(image, kind, pieces, content, opened)
