@@ -100,6 +100,7 @@ _FACTS: Final = {
     (RequestFields, "token_limit"): "Token limit",
     (RequestFields, "system_with_images"): "System message with images",
     (RequestFields, "json_schema"): "JSON schema",
+    (RequestFields, "json_object"): "JSON mode",
     (RequestFields, "stream_only_models"): "Models that only stream",
 }
 

@@ -17,6 +17,7 @@ from worker.errors import (
     RateLimitedError,
     TransientError,
 )
+from worker.jobs.answer_checks import checked, with_schema
 from worker.jobs.attempt import Attempt, observe_stages
 from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.delivery import Delivery
@@ -32,6 +33,7 @@ from worker.resilience.failure_outcomes import FailureOutcomes
 from worker.resilience.model_requests import Images, ModelApi, ModelRequests
 from worker.resilience.outage_detector import OutageDetector
 from worker.resilience.outage_reports import OutageReports
+from worker.resilience.repairs import Repairs
 from worker.resilience.retry_policy import RetryPolicy
 
 log = structlog.get_logger(__name__)
@@ -64,6 +66,7 @@ class Processor:
         reports, clock = deps.outage_reports, deps.clock
         self._admission = Admission(deps.limiter, deps.images, deps.store, reports, clock)
         self._requests = ModelRequests(deps.images, deps.model, reports, clock)
+        self._repairs = Repairs(self._admission, deps.outcomes)
         self._failures = FailureOutcomes(deps.detector, reports, deps.retry, deps.outcomes, clock)
 
     async def process(self, delivery: Delivery, attempt: Attempt) -> Outcome:
@@ -73,6 +76,9 @@ class Processor:
             MemoryError, CancelledError: they concern the worker, not the job.
         """
         attempt.ends_at = attempt.received_at + self._deps.job_timeout_s
+        return self._repairs.after_failure(attempt, await self._process(delivery, attempt))
+
+    async def _process(self, delivery: Delivery, attempt: Attempt) -> Outcome:
         try:
             request = await self._decode(delivery, attempt)
             with self._deps.cancelled_jobs.cancellable(attempt.decoded_job_id):
@@ -109,7 +115,8 @@ class Processor:
         delivery = await decompress(delivery, attempt, self._deps.rules)
         job = read_job(delivery, attempt, self._deps.rules)
         attempt.restore_attempts(self._deps.detector.take_restored_attempts(attempt.decoded_job_id))
-        return check_job(job, delivery, attempt, self._deps.rules, self._deps.images.check)
+        request = check_job(job, delivery, attempt, self._deps.rules, self._deps.images.check)
+        return await with_schema(request, job.params or {}, self._deps.rules)
 
     async def _answer(self, request: Request, attempt: Attempt) -> Answer:
         """Return the stored answer; without one, send the model request and store its answer."""
@@ -117,28 +124,32 @@ class Processor:
             async with self._admission.admit(request, attempt) as grant:
                 if grant.answer is not None:
                     return grant.answer
-                while True:
-                    answer = await self._send_request(request, attempt, grant)
-                    if isinstance(answer, Answer):
-                        return await self._admission.store(grant, answer)
-                    # Rate-limited: release slot and memory, wait, send the request again.
-                    observe_stages(attempt, self._deps.clock.monotonic())
-                    await self._admission.readmit(grant, is_new=answer is not request)
-                    request = answer
+                step = self._repairs.resume(request, grant)
+                while isinstance(step, Request):
+                    request, step = step, await self._send_request(step, attempt, grant)
+                    if isinstance(step, Request):
+                        # Rate-limited, or a repair: release slot and memory, wait, send the request.
+                        observe_stages(attempt, self._deps.clock.monotonic())
+                        await self._admission.readmit(grant, is_new=step is not request)
+                return await self._admission.store(grant, step)
         except asyncio.CancelledError:
-            if attempt.answer is None:
+            if attempt.answer is None or attempt.can_resume:
                 raise
             # The answer is billed: publish it. Requeueing the job would bill it again.
-            return attempt.answer
+            attempt.draft = None
+            return checked(request, attempt.answer)
 
     async def _send_request(self, request: Request, attempt: Attempt, grant: Grant) -> Answer | Request:
-        """Open the images and send the model request; if it is rate-limited, return the one to send next."""
+        """Open the images and send the model request; return the answer, or the request to send next.
+
+        There is one if this one is rate-limited, or if the answer does not satisfy the job's JSON schema.
+        """
         async with self._requests.open_images(request, attempt, grant.memory) as images:
             request.check_deadline(self._deps.clock.now())
             if grant.slot.must_wait:
                 return request
             try:
-                answer = attempt.answer = await self._requests.send(request, attempt, images)
+                answer = await self._requests.send(request, attempt, images)
             except RateLimitedError as error:
                 if error.concerns_tier and request.fallback is not None:
                     return request.fallback
@@ -146,7 +157,7 @@ class Processor:
                 return request
         grant.slot.succeeded()
         self._deps.tenants.billed(attempt.metadata, request.model, answer.usage)
-        return answer
+        return await self._repairs.after_answer(request, answer, grant)
 
     def _record_unusable(self, attempt: Attempt, usage: Usage | None) -> None:
         """Record the usage of an answer that cannot be used, and was billed all the same."""

@@ -1199,12 +1199,18 @@ class StoredLease:
 
     def __init__(self) -> None:
         self.answer: bytes | None = None
+        self.draft: bytes | None = None
         self.put_deeds: list[Deed] = []
 
     async def put(self, answer: bytes) -> bytes:
         await _do(self.put_deeds)
         self.answer = answer
         return answer
+
+    async def put_draft(self, draft: bytes) -> bool:
+        await _do(self.put_deeds)
+        self.draft = draft
+        return True
 
 
 class FakeResultStore:

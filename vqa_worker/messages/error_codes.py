@@ -17,6 +17,7 @@ class ErrorCode(StrEnum):
     IMAGE_CORRUPT = "image_corrupt"
     TOO_MANY_IMAGES = "too_many_images"
     MODEL_REJECTED = "model_rejected"
+    SCHEMA_MISMATCH = "schema_mismatch"
     EMPTY_ANSWER = "empty_answer"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"
@@ -53,6 +54,9 @@ DESCRIPTIONS: Final[Mapping[ErrorCode, str]] = {
     " pages than `VQA_PDF_MAX_PAGES` and the job does not choose some.",
     ErrorCode.MODEL_REJECTED: "The model API rejects this request permanently (400, 413, 422, its content"
     " policy; 403 for this job while others succeed). The message contains the error message of the API.",
+    ErrorCode.SCHEMA_MISMATCH: "The answer does not satisfy the job's JSON schema, after"
+    " `VQA_SCHEMA_REPAIRS` [repairs](structured-answers.md), or the token limit cut it off. The message says"
+    " what is wrong, `response` has the answer, and `usage` is that of all calls. It is not retried.",
     ErrorCode.EMPTY_ANSWER: "The model API returned neither text nor a tool call: the token limit was spent"
     " on reasoning, or a content filter removed the text. The request was billed and is not retried; the"
     " result has `finish_reason` and `usage`.",

@@ -94,6 +94,11 @@ class Result(_Part):
         default=None,
         description="The text of the answer. Null on failure, and if the model only called tools.",
     )
+    parsed: Any = Field(
+        default=None,
+        description="The value of an answer to `response_format: json_schema`, which satisfies the schema."
+        " Null for other jobs, on failure, and with `VQA_SCHEMA_REPAIRS=off`.",
+    )
     model: str | None = Field(
         default=None, description="The requested model; null if the job was unreadable."
     )
@@ -113,8 +118,8 @@ class Result(_Part):
     error: JobFailure | None = None
     response: dict[str, Any] | None = Field(
         default=None,
-        description="The whole response body of the model API, if the answer is more than plain text "
-        "or with `VQA_INCLUDE_RESPONSE=true`.",
+        description="The whole response body of the model API, if the answer is more than plain text or does"
+        " not satisfy the job's JSON schema, or with `VQA_INCLUDE_RESPONSE=true`.",
     )
     images: list[SentImage] | None = Field(
         default=None,

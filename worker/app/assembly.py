@@ -178,6 +178,9 @@ def _rules(settings: Settings) -> RequestRules:
         stores_results=settings.result_store is not None,
         prompt_order=settings.prompt_order,
         flex_fallback=settings.flex_fallback,
+        max_schema_repairs=settings.schema_repairs,
+        schema_in_prompt=settings.profile.request.json_schema is False,
+        json_mode=settings.profile.request.json_object is True,
         token_limit=settings.profile.request.token_limit,
         stream_only_models=frozenset(filter(settings.profile.only_streams, settings.allowed_models)),
     )

@@ -33,6 +33,8 @@ class Attempt:
         has_bought_malformed: whether this attempt's answer cannot be read, and the API reported its usage.
         images: what the last request sent of the images that the worker reads; None: nothing yet.
         answer: the model's answer. From then on the request is billed, and the answer must not be lost.
+        draft: the answer that is being repaired, because it does not satisfy the job's JSON schema.
+        can_resume: whether the result store has the draft, so that any worker can go on with it.
     """
 
     received_at: float
@@ -54,6 +56,8 @@ class Attempt:
     has_bought_malformed: bool = False
     images: list[SentImage] | None = None
     answer: Answer | None = None
+    draft: Answer | None = None
+    can_resume: bool = False
 
     @classmethod
     def from_delivery(cls, delivery: Delivery) -> Self:

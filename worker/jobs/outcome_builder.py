@@ -6,12 +6,13 @@ from typing import Any
 
 from vqa_worker.messages.decoding import InvalidJobError
 from vqa_worker.messages.error_codes import ErrorCode
-from vqa_worker.messages.result import JobFailure, Result, Timings, Usage
+from vqa_worker.messages.result import JobFailure, Result, Timings
 from worker.clock import Clock
 from worker.errors import MALFORMED_RESPONSE, Explanation
 from worker.jobs.attempt import Attempt, Stage
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
 from worker.model.answer import Answer
+from worker.model.usage import total
 
 _DIGITS = 6
 
@@ -29,11 +30,19 @@ class OutcomeBuilder:
     clock: Clock
     include_response: bool = False
 
-    def for_answer(self, attempt: Attempt, answer: Answer) -> Outcome:
-        """Return Succeeded, or Failed for an empty answer: it is billed, so there is no other attempt."""
+    def for_answer(self, attempt: Attempt, answer: Answer, repair_failure: str = "") -> Outcome:
+        """Return Succeeded, or Failed for an answer that is empty or does not satisfy the job's JSON schema.
+
+        It is billed, so there is no other attempt.
+
+        Args:
+            attempt: that ended with the answer.
+            answer: of the model.
+            repair_failure: why the answer could not be repaired, in the worker's own words.
+        """
         billed: dict[str, Any] = {
             "finish_reason": answer.finish_reason,
-            "usage": _total(attempt.unusable, answer.usage),
+            "usage": total(attempt.unusable, answer.usage),
             "response": answer.response if self.include_response or not answer.is_plain else None,
             "provider": answer.provider,
             "answered_model": answer.answered_model,
@@ -42,7 +51,12 @@ class OutcomeBuilder:
         }
         if answer.is_empty:
             return self.failed(attempt, ErrorCode.EMPTY_ANSWER, _why_empty(answer), **billed)
-        result = self._result(attempt, status="succeeded", answer=answer.text, **billed)
+        if answer.checked is not None and answer.checked.errors is not None:
+            billed["response"] = answer.response
+            why = _why_mismatched(answer.checked.errors, answer.repairs, repair_failure)
+            return self.failed(attempt, ErrorCode.SCHEMA_MISMATCH, why, **billed)
+        parsed = answer.checked.value if answer.checked is not None else None
+        result = self._result(attempt, status="succeeded", answer=answer.text, parsed=parsed, **billed)
         return Succeeded(job_id=attempt.job_id, model=attempt.model, result=result)
 
     def failed(self, attempt: Attempt, code: ErrorCode, why: Explanation, **billed: Any) -> Outcome:
@@ -138,16 +152,18 @@ def requeued(attempt: Attempt, reason: str) -> Requeued:
     )
 
 
-def _total(unusable: Usage | None, usage: Usage | None) -> Usage | None:
-    """Return what was billed for the job: also for its earlier answers, which could not be used."""
-    return unusable + usage if unusable is not None and usage is not None else usage or unusable
-
-
 def _seconds(attempt: Attempt, now: float, *stages: Stage) -> float | None:
     """Return the seconds spent in stages; None if the first one was not entered."""
     if not attempt.has_entered(stages[0]):
         return None
     return round(sum(attempt.seconds_in(stage, now) for stage in stages), _DIGITS)
+
+
+def _why_mismatched(errors: str, repairs: int, repair_failure: str) -> Explanation:
+    known = "the answer does not satisfy the job's JSON schema"
+    after = f" (after {repairs} {'repair' if repairs == 1 else 'repairs'})" if repairs else ""
+    failed = f"; it could not be repaired: {repair_failure}" if repair_failure else ""
+    return Explanation(f"{known}{after}: {errors}{failed}", f"{known}{after}{failed}")
 
 
 def _why_empty(answer: Answer) -> Explanation:

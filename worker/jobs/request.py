@@ -1,7 +1,7 @@
 """The request: a decoded and validated job, without image data."""
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -15,7 +15,10 @@ from worker.errors import JobError
 from worker.images.source import Embedded, ImageSource
 from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
+from worker.model.answer import Answer
+from worker.model.answer_schema import AnswerSchema
 from worker.model.request import PLACEHOLDER, body_parts, fingerprint, page_separators, with_token_limit
+from worker.model.response_format import with_schema_in_prompt
 from worker.s3.aws import S3Object
 
 # A job over the delivery limit is decoded in this many further deliveries, to find the id for its result.
@@ -47,6 +50,9 @@ class RequestRules:
         flex_fallback: whether a job whose tier `flex` has no capacity is sent again without a tier.
         token_limit: the name of the token limit in requests; any other: as the job has it.
         stream_only_models: those that answer only as a stream.
+        max_schema_repairs: see `Request.max_repairs`; None: answers are not validated (`off`).
+        schema_in_prompt: whether a JSON schema is sent as text, because the API does not take it.
+        json_mode: whether the API then takes `{"type": "json_object"}`.
     """
 
     default_model: str
@@ -59,6 +65,9 @@ class RequestRules:
     flex_fallback: bool = False
     token_limit: str = ""
     stream_only_models: Collection[str] = ()
+    max_schema_repairs: int | None = None
+    schema_in_prompt: bool = False
+    json_mode: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,9 @@ class Request:
         is_expiration: whether `deadline` is when the message expires.
         service_tier: that the job asks for.
         fallback: the same request in the default tier, for when this one's has no capacity; or None.
+        schema: that the answer must satisfy; None: any answer will do.
+        max_repairs: how many further requests may follow an answer that does not satisfy it.
+        draft: the answer that this request is to repair.
     """
 
     model: str
@@ -85,6 +97,9 @@ class Request:
     is_expiration: bool = False
     service_tier: str | None = None
     fallback: "Request | None" = None
+    schema: AnswerSchema | None = None
+    max_repairs: int = 0
+    draft: Answer | None = None
 
     @property
     def reads_s3(self) -> bool:
@@ -160,11 +175,14 @@ def check_job(
     conversation = Conversation(job)
     images = check_images(conversation.images(), delivery.body)
     messages = _messages(conversation, PLACEHOLDER, rules)
+    params: Mapping[str, Any] = job.params or {}
+    if rules.schema_in_prompt:
+        messages, params = with_schema_in_prompt(messages, params, json_mode=rules.json_mode)
     images = [
         replace(image, separator=separator)
         for image, separator in zip(images, page_separators(messages), strict=True)
     ]
-    params = with_token_limit(job.params or {}, rules.token_limit)
+    params = with_token_limit(params, rules.token_limit)
     tier, streams = params.get("service_tier"), model in rules.stream_only_models
     request = Request(
         model=model,

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vqa_worker.messages.result import SentImage, Usage
 from vqa_worker.messages.serialization import to_json
+from worker.model.answer_schema import Checked
 from worker.model.classification import effective_status
 from worker.model.error_body import parse_error_body
 from worker.model.reported_error import error_in
@@ -72,7 +73,7 @@ class Answer:
         text: None if there is none, or only white space.
         calls_tools: whether the model requests a tool call.
         finish_reason: as the API reports it.
-        usage: tokens and cost, if the API reports them.
+        usage: tokens and cost, if the API reports them; of all calls, if this answer repairs another one.
         refusal: the text of the field `refusal`, if the model refused.
         is_plain: whether `text` is all; if not, the result includes `response`.
         response: the whole body.
@@ -80,6 +81,8 @@ class Answer:
         service_tier: of the answer, as the API reports it.
         provider: that answered.
         images: what was sent of the images that the worker read; None: of none.
+        checked: the value of the text, or what is wrong with it; None: the job has no JSON schema.
+        repairs: how many answers before this one did not satisfy the schema.
     """
 
     text: str | None
@@ -93,6 +96,8 @@ class Answer:
     service_tier: str | None = None
     provider: str | None = None
     images: list[SentImage] | None = None
+    checked: Checked | None = None
+    repairs: int = 0
 
     @property
     def is_empty(self) -> bool:

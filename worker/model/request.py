@@ -53,6 +53,13 @@ def body_parts(
     return request.split(PLACEHOLDER.encode())
 
 
+def with_further_messages(parts: Sequence[bytes], messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    """Return the parts of `body_parts` with messages added at the end of the conversation."""
+    end = b"]}"
+    added = pydantic_core.to_json(messages).removeprefix(b"[").removesuffix(b"]")
+    return [*parts[:-1], parts[-1].removesuffix(end) + b"," + added + end]
+
+
 def page_separators(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
     """Return, for each image, the JSON between its URL and that of another one like it right after it.
 

@@ -57,6 +57,11 @@ class Price(Protocol):
         """Of prompt tokens that the provider has in its cache; None: as other prompt tokens."""
 
 
+def total(usage: Usage | None, other: Usage | None) -> Usage | None:
+    """Return the usage of both requests; if only one is known, that one."""
+    return usage + other if usage is not None and other is not None else other or usage
+
+
 def read_usage(reported: object, price: Price | None, headers: Mapping[str, str]) -> Usage | None:
     """Return the reported usage, even if incomplete; None if nothing is reported.
 

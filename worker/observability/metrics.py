@@ -203,6 +203,13 @@ RESULT_STORE = _made.counter(
         " `store_failed` (S3 error)",
     ),
 )
+SCHEMA_REPAIRS = _made.counter(
+    "vqa_schema_repairs_total",
+    "repairs",
+    "Repairs of answers that did not satisfy the job's JSON schema, by result.",
+    _ASKED,
+    Label("result", "`repaired`, or `failed` (the next answer did not satisfy it either, or there was none)"),
+)
 IMAGE_BYTES = _made.counter(
     "vqa_image_bytes_total",
     "bytes",
@@ -323,6 +330,8 @@ def initialize_series(models: Collection[str]) -> None:
         for kind in ("prompt", "completion"):
             series(TOKENS, model, kind)
         series(COST, model)
+        for result in ("repaired", "failed"):
+            series(SCHEMA_REPAIRS, model, result)
         series(AMBIGUOUS_CALLS, model)
         for answer in ("200", "429"):
             series(MODEL_REQUESTS, model, answer)

@@ -62,6 +62,9 @@ class RequestFields(_Part):
     """Whether a request may have a system message and images."""
     json_schema: bool | None = None
     """Whether `response_format: json_schema` works, at least with some models."""
+    json_object: bool | None = None
+    """Whether `response_format: json_object` works. If `json_schema` is false, jobs with a JSON schema are
+    sent with it, and with the schema in the prompt."""
     stream_only_models: tuple[str, ...] = ()
     """Globs for models that only stream."""
 

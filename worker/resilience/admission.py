@@ -36,12 +36,21 @@ _NO_LEASE = "another worker still has the same job after half of VQA_JOB_TIMEOUT
 
 
 class Lease(Protocol):
-    """The right to answer one job; `answer` is the stored answer, if there is one."""
+    """The right to answer one job.
+
+    Attributes:
+        answer: the stored answer, if there is one.
+        draft: a stored answer that another request is to repair.
+    """
 
     answer: bytes | None
+    draft: bytes | None
 
     async def put(self, answer: bytes) -> bytes:
         """Store an answer; return it, or the one that another worker stored first."""
+
+    async def put_draft(self, draft: bytes) -> bool:
+        """Store an answer that another request is to repair; return whether it is stored."""
 
 
 class ResultStore(Protocol):
@@ -67,6 +76,7 @@ class Grant:
 
     Attributes:
         answer: the job's stored answer; None if a model request is needed.
+        draft: the job's stored answer that this request is to repair.
         lease: the right to answer the job; None without a result store.
         slot: the concurrency slot; `memory`: the image memory reservation. Set if a model request is needed.
         slot_until: until when to wait for a slot, in seconds of the monotonic clock; `until`: for anything.
@@ -76,6 +86,7 @@ class Grant:
     request: Request
     attempt: Attempt
     answer: Answer | None = None
+    draft: Answer | None = None
     lease: Lease | None = None
     slot: Slot = field(init=False)
     memory: Reservation = field(init=False)
@@ -155,6 +166,13 @@ class Admission:
         with_images = replace(answer, images=grant.attempt.images)
         return deserialize_answer(await grant.lease.put(serialize_answer(with_images))) or with_images
 
+    async def store_draft(self, grant: Grant, draft: Answer) -> bool:
+        """Store a billed answer that is to be repaired; return whether another worker can go on with it."""
+        if grant.lease is None:
+            return False
+        grant.attempt.enter("store", self._clock.monotonic())
+        return await grant.lease.put_draft(serialize_answer(draft))
+
     async def _lease_or_answer(self, held: AsyncExitStack, grant: Grant) -> None:
         """Acquire the job's lease, or find its stored answer; past its deadline, only the latter."""
         if self._store is None:
@@ -171,6 +189,8 @@ class Admission:
             return
         if grant.lease.answer is not None:
             grant.answer = deserialize_answer(grant.lease.answer)
+        elif grant.lease.draft is not None:
+            grant.draft = deserialize_answer(grant.lease.draft)
 
     async def _acquire(self, store: ResultStore, held: AsyncExitStack, grant: Grant) -> Lease:
         request, started = grant.request, self._clock.monotonic()

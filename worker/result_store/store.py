@@ -3,7 +3,8 @@
 Each job has one object, named by a hash of its id and its whole request. Before the call, a worker creates
 the object with a claim in it (`If-None-Match: *`). The answer then replaces the claim (`If-Match`). A worker
 that finds another worker's claim waits for the answer while that worker is alive: each worker with claims
-rewrites a heartbeat object every few seconds.
+rewrites a heartbeat object every few seconds. A claim can have a draft in it: an answer that another call is
+to repair. The worker that takes the claim over goes on with the draft.
 """
 
 import asyncio
@@ -42,7 +43,9 @@ _NO_PRECONDITIONS = (
     "VQA_RESULT_STORE: this S3 ignores If-None-Match and If-Match, so two workers could pay for the same job:"
     " use another store, or none"
 )
-_CLAIM = re.compile(rb'\{"claimed_by": ?"([0-9a-f-]{36})"\}')
+_CLAIM = re.compile(rb'\{"claimed_by": ?"([0-9a-f-]{36})"(?:, ?"draft": ?(.*))?\}', re.DOTALL)
+# Holds the claim of a job that was released with a draft. It has no heartbeat.
+_NOBODY = str(uuid.UUID(int=0))
 
 
 class Lease:
@@ -50,14 +53,18 @@ class Lease:
 
     Attributes:
         answer: the stored answer; None: the holder makes the call and then calls `put`.
+        draft: a stored answer that the call is to repair; None: there is none.
         is_settled: whether an answer is stored.
     """
 
-    def __init__(self, store: "ResultStore", name: str, etag: str, answer: bytes | None) -> None:
+    def __init__(
+        self, store: "ResultStore", name: str, etag: str, answer: bytes | None, draft: bytes | None
+    ) -> None:
         self._store = store
         self.name = name
         self.etag = etag
         self.answer = answer
+        self.draft = draft
         self.is_settled = answer is not None
 
     async def put(self, answer: bytes) -> bytes:
@@ -84,6 +91,20 @@ class Lease:
                 return stored
             await clock.sleep(STORE_RETRY_S)
 
+    async def put_draft(self, draft: bytes) -> bool:
+        """Store an answer that another call is to repair; return whether it is stored. Never raises."""
+        try:
+            is_stored = await self._store.put_draft_once(self, draft)
+        except DependencyDownError as error:
+            _count("store_failed")
+            log.error("result_store_write_failed", reason=error.message)  # noqa: TRY400 - needs no traceback
+            return False
+        except Exception as error:  # noqa: BLE001 - a bug must not lose a paid answer
+            _count("store_failed")
+            log.error("result_store_write_failed", exception=describe_exception(error))  # noqa: TRY400 - the same
+            return False
+        return is_stored
+
 
 class ResultStore:
     """The answers in `VQA_RESULT_STORE`."""
@@ -102,21 +123,18 @@ class ResultStore:
         self._ensuring: asyncio.Task[None] | None = None
         self._is_verified = False
 
-    @property
-    def _claim_body(self) -> bytes:
-        return b'{"claimed_by": "%s"}' % self._id.encode()
-
     async def find(self, name: str) -> bytes | None:
-        """Return the stored answer of a job, or None.
+        """Return the stored answer of a job, or its draft, or None.
 
         Raises:
             DependencyDownError: the store is unreachable or refuses.
         """
         found = await self._objects.read(_job(name))
-        if found is None or _CLAIM.fullmatch(found.body):
+        claim = _CLAIM.fullmatch(found.body) if found is not None else None
+        if found is None or (claim is not None and claim[2] is None):
             return None
         _count("reused")
-        return found.body
+        return found.body if claim is None else claim[2]
 
     @asynccontextmanager
     async def acquire(
@@ -176,7 +194,7 @@ class ResultStore:
         await self._ensure_alive()
         poll_s = FIRST_POLL_S
         while True:
-            if (etag := await self._objects.create(_job(name), self._claim_body)) is not None:
+            if (etag := await self._objects.create(_job(name), _claim_of(self._id))) is not None:
                 return self._lease(name, etag, "claimed")
             found = await self._objects.read(_job(name))
             if found is not None:
@@ -184,18 +202,21 @@ class ResultStore:
                 if holder is None:
                     return self._lease(name, found.etag, "reused", answer=found.body)
                 if not await self._is_working(holder[1].decode(), found):
-                    etag = await self._objects.replace(_job(name), self._claim_body, found.etag)
+                    draft: bytes | None = holder[2]
+                    etag = await self._objects.replace(_job(name), _claim_of(self._id, draft), found.etag)
                     if etag is not None:
-                        return self._lease(name, etag, "taken_over")
+                        return self._lease(name, etag, "taken_over", draft=draft)
             check_admission()
             if poll_s == FIRST_POLL_S:
                 _count("waited")
             await self.clock.sleep(poll_s)
             poll_s = min(poll_s * 2, MAX_POLL_S)
 
-    def _lease(self, name: str, etag: str, result: str, *, answer: bytes | None = None) -> Lease:
+    def _lease(
+        self, name: str, etag: str, result: str, *, answer: bytes | None = None, draft: bytes | None = None
+    ) -> Lease:
         _count(result)
-        return Lease(self, name, etag, answer)
+        return Lease(self, name, etag, answer, draft)
 
     async def _is_working(self, holder: str, claim: StoredObject) -> bool:
         """Return whether the worker with a claim can still be working on the job."""
@@ -225,21 +246,40 @@ class ResultStore:
         _count("stored")
         return answer
 
+    async def put_draft_once(self, lease: Lease, draft: bytes) -> bool:
+        """Add a draft to the claim; return whether it is stored: not if another worker has the claim.
+
+        Raises:
+            DependencyDownError: it is unknown whether the draft is stored.
+        """
+        etag = await self._objects.replace(_job(lease.name), _claim_of(self._id, draft), lease.etag)
+        if etag is None:
+            return False
+        lease.etag, lease.draft = etag, draft
+        return True
+
     async def _release(self, lease: Lease) -> None:
-        """Delete the claim of a job without an answer."""
+        """Delete the claim of a job without an answer; one with a draft is left for any worker."""
         if lease.is_settled:
             self._leftovers.discard(lease.name)
             return
         with suppress(DependencyDownError, TimeoutError):
             async with asyncio.timeout(RELEASE_TIMEOUT_S):
-                await self._objects.delete(_job(lease.name), lease.etag)
+                if lease.draft is None:
+                    await self._objects.delete(_job(lease.name), lease.etag)
+                else:
+                    await self._objects.replace(_job(lease.name), _claim_of(_NOBODY, lease.draft), lease.etag)
             self._leftovers.discard(lease.name)
 
     async def _delete_leftover(self, name: str) -> None:
-        """Delete a claim that was left behind, if it is this worker's and the job is not back."""
+        """Delete a claim that was left behind, or release its draft, if it is this worker's and unused."""
         found = await self._objects.read(_job(name))
-        if found is not None and found.body == self._claim_body and name not in self._held:
-            await self._objects.delete(_job(name), found.etag)
+        claim = _CLAIM.fullmatch(found.body) if found is not None else None
+        if found is not None and claim and claim[1] == self._id.encode() and name not in self._held:
+            if claim[2] is None:
+                await self._objects.delete(_job(name), found.etag)
+            else:
+                await self._objects.replace(_job(name), _claim_of(_NOBODY, claim[2]), found.etag)
         self._leftovers.discard(name)
 
     async def _ensure_alive(self) -> None:
@@ -300,6 +340,12 @@ def _log_unreachable() -> Iterator[None]:
         yield
     except DependencyDownError as error:
         log.warning("result_store_unreachable", reason=error.message)
+
+
+def _claim_of(holder: str, draft: bytes | None = None) -> bytes:
+    if draft is None:
+        return b'{"claimed_by": "%s"}' % holder.encode()
+    return b'{"claimed_by": "%s", "draft": %s}' % (holder.encode(), draft)
 
 
 def _job(name: str) -> str:

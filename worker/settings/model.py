@@ -30,6 +30,7 @@ from worker.settings.values import (
     Buckets,
     CommaList,
     Count,
+    CountOrOff,
     Headers,
     Hosts,
     JsonObject,
@@ -240,6 +241,11 @@ class Settings(BrokerSettings):
     job_timeout: Annotated[Seconds, Field(lt=JOB_TIMEOUT_CEILING_S)] = 600
     """Timeout of one delivery of a job in seconds, from receipt to ack: waiting, images, model requests and
     publishing. Less than 1740, because RabbitMQ's consumer timeout is 30 minutes."""
+    schema_repairs: CountOrOff = 1
+    """How many further model requests may follow an answer that does not satisfy the job's JSON schema
+    (`response_format`); each shows the model its answer and the errors. `0`: the answer is only validated.
+    `off`: it is not validated, and results have no `parsed`. See [structured answers](structured-answers.md).
+    """
     model_headers: Headers = {}  # noqa: RUF012 - pydantic copies it
     """JSON object with extra HTTP headers for every model request, e.g. `{"X-Project": "vision"}`. Values are
     treated as secrets."""

@@ -23,6 +23,9 @@ CLIENT_HEADERS: Final = frozenset(
 # Prefix of settings that name a field of the jobs' metadata.
 METADATA: Final = "metadata."
 
+# A value that turns a setting off.
+OFF: Final = "off"
+
 # Placeholder for a default that is derived from other settings; replaced during validation.
 DERIVED: Final[Any] = None
 
@@ -106,6 +109,10 @@ def _retry_queues_fit(delays: tuple[int, ...], info: ValidationInfo) -> tuple[in
     return delays
 
 
+def _off(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() == OFF else value
+
+
 def _globs_of(what: str, pattern: str = r"[!-.0-~]+") -> Callable[[tuple[str, ...]], tuple[str, ...]]:
     def check(globs: tuple[str, ...]) -> tuple[str, ...]:
         for glob in globs:
@@ -141,6 +148,8 @@ def _header_value(secret: SecretStr) -> SecretStr:
 
 Count: TypeAlias = Annotated[int, Field(ge=1)]
 Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# None: off.
+CountOrOff: TypeAlias = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_off)]
 AnyCase: Final = BeforeValidator(_lower)
 CommaList: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_items)]
 JsonObject: Final = BeforeValidator(_json_object)
