@@ -355,6 +355,8 @@ def _type_in_words(schema: Mapping[str, Any], field: Mapping[str, Any]) -> str:
         found = _resolve(schema, kind["$ref"]) if "$ref" in kind else kind
         if "enum" in found and "$ref" not in kind:
             words.append(" or ".join(f"`{value}`" for value in found["enum"]))
+        elif "type" not in found:
+            words.append("any JSON value")
         elif found["type"] == "array":
             words.append(f"list of {_type_in_words(schema, found['items']).replace(' or ', 's or ')}s")
         elif found.get("format") == "date-time":

@@ -94,11 +94,6 @@ class Result(_Part):
         default=None,
         description="The text of the answer. Null on failure, and if the model only called tools.",
     )
-    parsed: Any = Field(
-        default=None,
-        description="The value of an answer to `response_format: json_schema`, which satisfies the schema."
-        " Null for other jobs, on failure, and with `VQA_SCHEMA_REPAIRS=off`.",
-    )
     model: str | None = Field(
         default=None, description="The requested model; null if the job was unreadable."
     )
@@ -125,6 +120,11 @@ class Result(_Part):
         default=None,
         description="What was sent for each image that the worker read, in order, pages one by one; null if"
         " no request was sent, or all images were sent as links.",
+    )
+    parsed: Any = Field(
+        default=None,
+        description="The value of an answer to `response_format: json_schema`, which satisfies the schema."
+        " Null for other jobs, on failure, and with `VQA_SCHEMA_REPAIRS=off`.",
     )
     provider: str | None = Field(default=None, description="The provider that answered; null if none did.")
     answered_model: str | None = Field(

@@ -20,7 +20,7 @@ _MAX_SPANS: Final = 50
 _REASONING: Final = re.compile(
     r"\A(?!\s*[\[{`]).*?</(think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE
 )
-_FENCE: Final = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
+_FENCE: Final = re.compile(r"[ \t]*(`{3,}|~{3,})[^`]*$")
 _STRING: Final = r'"(?:[^"\\]|\\.)*"'
 _OTHER_STRING: Final = r"'(?:[^'\\]|\\.)*'"
 _BRACKET: Final = re.compile(r"[{\[]")
@@ -57,12 +57,27 @@ def candidates(text: str) -> list[Any]:
     then there is none.
     """
     text = _REASONING.sub("", text.removeprefix("\ufeff"), count=1)
-    fenced = "\n".join(match[2] for match in _FENCE.finditer(text))
     found: list[Any] = []
-    for value in _values(fenced) or _values(text):
+    for value in _values(_fenced(text)) or _values(text):
         if not any(_is_same(value, other) for other in found):
             found.append(value)
     return found
+
+
+def _fenced(text: str) -> str:
+    """Return what is inside the code fences of a text; one without its end does not count."""
+    blocks: list[str] = []
+    lines: list[str] = []
+    fence = ""
+    for line in text.splitlines(keepends=True):
+        if fence and line.strip() == fence:
+            blocks += lines
+            fence = ""
+        elif fence:
+            lines.append(line)
+        elif (opening := _FENCE.match(line)) is not None:
+            fence, lines = opening[1], []
+    return "".join(blocks)
 
 
 def _values(text: str) -> list[Any]:
@@ -133,7 +148,9 @@ def _parse(text: str, *, strict: bool = True) -> Any:
             text, strict=strict, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates
         )
     except json.JSONDecodeError as error:
-        raise NotJsonError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
+        raise NotJsonError(
+            f"{error.msg.removesuffix(' at')} at line {error.lineno}, column {error.colno}"
+        ) from None
     except RecursionError:
         raise NotJsonError("it is nested too deeply") from None
     except _RefusedError as error:
