@@ -395,3 +395,64 @@ async def test_releasing_and_closing_do_not_wait_for_a_hanging_store(
             monkeypatch.setattr(objects, "delete", hanging.delete)
         await store.close()
     assert hanging.requests == 2
+
+
+# Drafts: answers that another call is to repair
+
+
+@pytest.mark.parametrize("how", ["killed", "released", "not released, but alive"])
+async def test_a_draft_outlives_its_worker(objects: Memory, how: str) -> None:
+    first, second = a_worker(objects), a_worker(objects)
+    if how == "killed":
+        lease = await first.acquire("job").__aenter__()
+        assert await lease.put_draft(b'{"text": "}"}')
+        await first.close()
+    else:
+        async with first.acquire("job") as lease:
+            assert lease.draft is None
+            assert await lease.put_draft(b'{"text": "}"}')
+            if how == "not released, but alive":
+                objects.fails = lambda method, _name: method == "replace"
+        objects.fails = lambda _method, _name: False
+    life = living(first) if how == "not released, but alive" else None
+    async with asyncio.timeout(PATIENCE_S), second.acquire("job") as lease:
+        assert (lease.answer, lease.draft) == (None, b'{"text": "}"}')
+        assert await second.find("job") == b'{"text": "}"}'
+        assert await lease.put(b"repaired") == b"repaired"
+    if life is not None:
+        life.cancel()
+    assert await ask(first, b"?") == (b"repaired", None)
+
+
+async def test_a_draft_is_passed_on_until_there_is_an_answer(objects: Memory) -> None:
+    for _ in range(3):
+        async with a_worker(objects).acquire("job") as lease:
+            if lease.draft is None:
+                await lease.put_draft(b"1")
+            assert lease.draft == b"1"
+    async with a_worker(objects).acquire("job") as lease:
+        assert await lease.put_draft(b"2")
+    async with a_worker(objects).acquire("job") as lease:
+        assert lease.draft == b"2"
+
+
+async def test_a_draft_that_cannot_be_stored_does_not_stop_the_job(objects: Memory) -> None:
+    async with a_worker(objects).acquire("job") as lease:
+        objects.fails = lambda method, _name: method == "replace"
+        assert not await lease.put_draft(b"draft")
+        objects.fails = lambda _method, _name: False
+        objects.forgets = lambda method, _name: method == "replace"
+        assert not await lease.put_draft(b"draft")
+        objects.forgets = lambda _method, _name: False
+        assert await lease.put(b"cat") == b"cat"
+    assert await ask(a_worker(objects), b"?") == (b"cat", None)
+
+
+async def test_a_worker_considered_dead_does_not_replace_the_claim_by_its_draft(objects: Memory) -> None:
+    slow, new_owner = a_worker(objects), a_worker(objects)
+    async with slow.acquire("job") as lease:
+        await slow.close()
+        async with new_owner.acquire("job") as new_owners:
+            assert not await lease.put_draft(b"draft")
+            assert await new_owners.put(b"dog") == b"dog"
+        assert await lease.put(b"cat") == b"dog"
