@@ -278,6 +278,7 @@ def test_a_body_without_an_id_is_a_result_of_an_unknown_job(body: bytes) -> None
         ("attempts_exhausted", "5 attempts failed, the last one because the API answered 500: busy", 500,
          "server_error"),
         ("empty_answer", "the model returned nothing", 200, None),
+        ("schema_mismatch", "the answer does not satisfy it: the API answered 400: no", 200, None),
         ("invalid_job", "model: is not among VQA_ALLOWED_MODELS", None, None),
         ("image_not_found", "images[0] does not exist", None, None),
     ],

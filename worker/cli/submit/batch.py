@@ -65,12 +65,9 @@ def line_of(custom_id: str, result: Mapping[str, Any], created: int) -> dict[str
         return {**line, "response": {**response, "body": body}, "error": None}
     code, message = failure(result)
     error = {"code": code, "message": message}
-    if code == ErrorCode.EMPTY_ANSWER:
-        return {
-            **line,
-            "response": {**response, "body": _completion(digest, result, created)},
-            "error": error,
-        }
+    if code in {ErrorCode.EMPTY_ANSWER, ErrorCode.SCHEMA_MISMATCH}:
+        body = result["response"] or _completion(digest, result, created)
+        return {**line, "response": {**response, "body": body}, "error": error}
     if (answered := _API_ANSWER.search(message)) is None:
         return {**line, "response": None, "error": error}
     status = int(answered[1])
