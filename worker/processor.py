@@ -128,9 +128,10 @@ class Processor:
                 while isinstance(step, Request):
                     request, step = step, await self._send_request(step, attempt, grant)
                     if isinstance(step, Request):
-                        # Rate-limited, or a repair: release slot and memory, wait, send the request.
+                        # Rate-limited: release slot and memory, and wait. A repair keeps the slot.
                         observe_stages(attempt, self._deps.clock.monotonic())
-                        await self._admission.readmit(grant, is_new=step is not request)
+                        is_new, is_repair = step is not request, step.draft is not request.draft
+                        await self._admission.readmit(grant, is_new=is_new, keeps_slot=is_repair)
                 return await self._admission.store(grant, step)
         except asyncio.CancelledError:
             if attempt.answer is None or attempt.can_resume:

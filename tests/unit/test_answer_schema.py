@@ -76,11 +76,11 @@ MALFORMED: dict[str, tuple[str, Any]] = {
     "Infinity": ('{"total": -Infinity, "currency": "EUR"}', refused("not JSON: -Infinity is not JSON")),
     "a number that is too large": ('{"total": 1e999, "currency": "EUR"}', refused("a number is too large")),
     "an integer that is too long": (f'{{"total": {"9" * 5000}}}', refused("a number is too long")),
-    "cut off": (
+    "truncated": (
         '{"total": 12.5, "currency": "E',
         refused("not JSON: Unterminated string starting at line 1"),
     ),
-    "cut off after an example": (f'Like {TEXT}: {{"total": 3, "cur', refused("not JSON")),
+    "truncated after an example": (f'Like {TEXT}: {{"total": 3, "cur', refused("not JSON")),
     "a valid object inside a damaged one": (f'{{"invoice": {TEXT}, total: }}', refused("not JSON")),
     "a damaged object before a valid one": (f'{{"total": NaN}} or {TEXT}', refused("not JSON")),
     "an apostrophe in single quotes": ("{'note': 'it's', 'total': 1}", refused("not JSON")),
@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "an anchor": ({"$ref": "#name"}, "$ref must begin with #/"),
     "a reference to nothing": ({"$ref": "#/$defs/a"}, "$ref does not name a subschema"),
     "a reference into data": ({"enum": [{"$dynamicRef": "#a"}], "$ref": "#/enum/0"}, "$ref does not name"),
-    "a reference that is no text": ({"$ref": 5}, "$ref must begin with #/"),
+    "a number as a reference": ({"$ref": 5}, "$ref must begin with #/"),
     "a dynamic reference": ({"not": {"$dynamicRef": "#a"}}, "/not: $dynamicRef is not supported"),
     "another base": ({"properties": {"a": {"$id": "http://a/"}}}, "$id is only supported at the top"),
     "itself": ({"$ref": "#"}, "refers to itself"),

@@ -250,19 +250,39 @@ async def test_an_outage_during_repairs_is_detected() -> None:
     assert set(scene.detector.outages) == {Dependency.MODEL}
 
 
-async def test_a_worker_that_is_paused_before_a_repair_fails_the_job_without_a_store() -> None:
-    scene = a_scene()
-
-    async def pause() -> None:
-        scene.limiter.close("the worker is shutting down")
+async def test_a_worker_that_shuts_down_still_repairs_its_answers() -> None:
+    """Without a store, the job would fail although it is billed."""
+    scene, asked = a_scene(), 0
 
     async def answer(*_: Any, **__: Any) -> Answer:
-        await pause()
-        return WRONG
+        nonlocal asked
+        asked += 1
+        scene.limiter.close("the worker is shutting down")
+        return RIGHT if asked > 1 else WRONG
 
     scene.model.complete = answer  # type: ignore[method-assign]  # simpler than another fake
-    message = mismatch(await scene.process(**PARAMS), 1)
-    assert "the worker is shutting down" in message
+    outcome = await scene.process(**PARAMS)
+    assert isinstance(outcome, Succeeded)
+    assert (outcome.result.parsed, scene.images.rooms) == ({"n": 3}, 0)
+    scene.limiter.open()
+    assert await scene.is_free()
+
+
+async def test_a_repair_that_gets_no_memory_fails_the_job_without_a_store() -> None:
+    clock = FakeClock()
+    scene = a_scene(WRONG, clock=clock)
+
+    async def wait() -> None:
+        if scene.model.asked:
+            await for_ever()
+
+    scene.images.room_deeds = [wait]
+    job = asyncio.create_task(scene.process(**PARAMS))
+    while not job.done():
+        await clock.advance(1.0)
+        await asyncio.sleep(0.001)
+    assert "no memory for the images" in mismatch(await job, 1)
+    assert await scene.is_free()
 
 
 async def test_past_its_deadline_no_repair_is_bought() -> None:

@@ -1,7 +1,7 @@
 """Find the JSON value in the text of an answer; mend only what cannot change its meaning.
 
 Models write code fences and prose around the JSON, reasoning before it, and the syntax of Python or
-JavaScript inside. All this has one meaning. `NaN`, a value that is cut off, and a name that occurs twice in
+JavaScript inside. All this has one meaning. `NaN`, a truncated value, and a name that occurs twice in
 an object have none in JSON, so they are not mended.
 """
 
@@ -53,7 +53,7 @@ def parse_strictly(text: str) -> Any:
 def candidates(text: str) -> list[Any]:
     """Return the different values that a text which is not JSON may mean, in order; none: it is not clear.
 
-    A value inside another one is not among them. If one is cut off or damaged, it may have been the answer:
+    A value inside another one is not among them. If one is truncated or damaged, it may have been the answer:
     then there is none.
     """
     text = _REASONING.sub("", text.removeprefix("\ufeff"), count=1)

@@ -140,13 +140,14 @@ class Admission:
                 await self._slot_and_memory(grant)
             yield grant
 
-    async def readmit(self, grant: Grant, *, is_new: bool = False) -> None:
+    async def readmit(self, grant: Grant, *, is_new: bool = False, keeps_slot: bool = False) -> None:
         """Release the slot and the memory and wait for them again, for another model request.
 
         Args:
             grant: of the model request before.
             is_new: the next request is another one: it may wait as long as the first, within half of the
                 time that is left. The first can have taken minutes.
+            keeps_slot: only wait for memory, so that a worker that shuts down finishes a billed job.
 
         Raises:
             NotAdmittedError, JobError: see `admit`.
@@ -155,8 +156,13 @@ class Admission:
         if is_new:
             grant.slot_until, grant.until = now + MAX_SLOT_WAIT_S, (now + grant.attempt.ends_at) / 2
         grant.attempt.enter("wait", now)
-        await grant.per_request.aclose()
-        await self._slot_and_memory(grant)
+        if keeps_slot:
+            grant.memory.release()
+            await self._memory(grant)
+            grant.slot.restart()
+        else:
+            await grant.per_request.aclose()
+            await self._slot_and_memory(grant)
 
     async def store(self, grant: Grant, answer: Answer) -> Answer:
         """Store a billed answer; return it, or the one that another worker stored first."""
@@ -211,16 +217,20 @@ class Admission:
         return deserialize_answer(stored) if stored is not None else None
 
     async def _slot_and_memory(self, grant: Grant) -> None:
-        request, until = grant.request, grant.until
+        request = grant.request
         if not self._outage_reports.may_request(request.model):
             raise ModelPausedError(f"the model {request.model} is paused")
         try:
-            async with self._until(min(until, grant.slot_until), request, _NO_SLOT):
+            async with self._until(min(grant.until, grant.slot_until), request, _NO_SLOT):
                 grant.slot = await grant.per_request.enter_async_context(self._limiter.slot(request.model))
         except NotAdmittedError:
             request.check_deadline(self._clock.now(), in_s=self._limiter.backoff_left_s(request.model))
             raise
-        async with self._until(until, request, _NO_MEMORY):
+        await self._memory(grant)
+
+    async def _memory(self, grant: Grant) -> None:
+        request = grant.request
+        async with self._until(grant.until, request, _NO_MEMORY):
             memory = self._images.reserve(request.images)
             grant.memory = await grant.per_request.enter_async_context(memory)
         request.check_deadline(self._clock.now())

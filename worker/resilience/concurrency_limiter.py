@@ -89,6 +89,10 @@ class Slot:
         """Return whether a Retry-After received since admission is still in effect."""
         return self._queue.limit.retry_after_until > self._clock.monotonic()
 
+    def restart(self) -> None:
+        """Begin another request of the same job."""
+        self.started = self._clock.monotonic()
+
     def succeeded(self) -> None:
         """Record that the API answered the request."""
         self._queue.limited_since = None

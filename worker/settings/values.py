@@ -110,7 +110,14 @@ def _retry_queues_fit(delays: tuple[int, ...], info: ValidationInfo) -> tuple[in
 
 
 def _off(value: Any) -> Any:
-    return None if isinstance(value, str) and value.strip().lower() == OFF else value
+    """Return None for `off`, and numbers as they are."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() == OFF:
+        return None
+    if not re.fullmatch(r"-?[0-9]+", value.strip()):
+        raise ValueError(f"must be a whole number, or {OFF}")
+    return value
 
 
 def _globs_of(what: str, pattern: str = r"[!-.0-~]+") -> Callable[[tuple[str, ...]], tuple[str, ...]]:

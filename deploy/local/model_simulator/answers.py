@@ -225,6 +225,8 @@ def _tool_call(function: dict[str, Any], text: str, pictures: Sequence[Picture])
 
 def _fill(schema: dict[str, Any], text: str, count: int) -> Any:
     """Return a value for a simple JSON schema: the text for strings, the count for numbers."""
+    if schema.get("enum"):
+        return schema["enum"][0]
     kind = schema.get("type", "object")
     if kind == "object":
         return {name: _fill(inner, text, count) for name, inner in schema.get("properties", {}).items()}
