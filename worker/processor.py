@@ -151,6 +151,7 @@ class Processor:
                 return request
             try:
                 answer = await self._requests.send(request, attempt, images)
+                self._repairs.received(request, answer, attempt)
             except RateLimitedError as error:
                 if error.concerns_tier and request.fallback is not None:
                     return request.fallback
@@ -158,7 +159,7 @@ class Processor:
                 return request
         grant.slot.succeeded()
         self._deps.tenants.billed(attempt.metadata, request.model, answer.usage)
-        return await self._repairs.after_answer(request, answer, grant)
+        return await self._repairs.after_answer(request, grant)
 
     def _record_unusable(self, attempt: Attempt, usage: Usage | None) -> None:
         """Record the usage of an answer that cannot be used, and was billed all the same."""

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -366,6 +367,26 @@ async def test_a_job_that_is_stopped_while_its_answer_is_checked_publishes_it(
     else:
         assert isinstance(outcome, Succeeded)
         assert outcome.result.parsed == {"n": 3}
+
+
+async def test_a_job_that_is_stopped_while_its_images_are_closed_publishes_its_answer() -> None:
+    scene, reached = a_scene(RIGHT), asyncio.Event()
+    usual = scene.images.open
+
+    @asynccontextmanager
+    async def slow(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
+        async with usual(*arguments, **options) as opened:
+            yield opened
+        reached.set()
+        await for_ever()
+
+    scene.images.open = slow  # type: ignore[method-assign]  # simpler than another fake
+    job = asyncio.create_task(scene.process(**PARAMS))
+    await reached.wait()
+    job.cancel()
+    outcome = await job
+    assert isinstance(outcome, Succeeded)
+    assert outcome.result.parsed == {"n": 3}
 
 
 # With a result store

@@ -49,7 +49,7 @@ def received(request: Request, answer: Answer) -> Answer:
 
 def checked(request: Request, answer: Answer) -> Answer:
     """Return the answer with its value, or with what is wrong. It can take 0.3 s."""
-    if request.schema is None or answer.text is None or answer.calls_tools:
+    if request.schema is None or answer.checked is not None or answer.text is None or answer.calls_tools:
         return answer
     is_cut_off = answer.finish_reason == "length"
     result = request.schema.check(answer.text, is_cut_off=is_cut_off)

@@ -31,12 +31,16 @@ class Repairs:
         attempt.draft, attempt.can_resume = draft, True
         return repair
 
-    async def after_answer(self, request: Request, answer: Answer, grant: Grant) -> Answer | Request:
-        """Return the checked answer, or store it and return the request that repairs it."""
-        attempt = grant.attempt
-        answer = attempt.answer = received(request, answer)
-        # From here on, a cancelled job ends with this answer.
+    def received(self, request: Request, answer: Answer, attempt: Attempt) -> None:
+        """Record an answer: from here on, a cancelled job ends with it, and no longer with a draft."""
+        attempt.answer = received(request, answer)
         attempt.draft, attempt.can_resume = None, False
+
+    async def after_answer(self, request: Request, grant: Grant) -> Answer | Request:
+        """Check the answer and return it, or store it and return the request that repairs it."""
+        attempt = grant.attempt
+        answer = attempt.answer
+        assert answer is not None  # noqa: S101 - for the type checker: see `received`
         if request.schema is not None:
             # In a thread: a long answer takes longer than the event loop may be blocked.
             answer = attempt.answer = await asyncio.to_thread(checked, request, answer)
