@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_SCHEMA_BYTES: Final = 64 * 1024
 MAX_SCHEMA_DEPTH: Final = 64
 # Of a compiled regular expression; a large repetition of a Unicode class exceeds it.
-MAX_PATTERN_BYTES: Final = 128 * 1024
+MAX_PATTERN_BYTES: Final = 512 * 1024
 # Linear time, but up to 5 µs for each character, in which the library holds the interpreter's lock.
 CHARS_PER_STEP: Final = 2
 # A step is one subschema and one value. The first takes about 0.1 s, in Python; the second lists the errors.
@@ -31,6 +31,8 @@ MAX_STEPS_IN_PLACE: Final = 50_000
 MAX_ERRORS: Final = 10
 MAX_ERROR_CHARS: Final = 200
 MAX_ALTERNATIVES: Final = 4
+
+_PATTERN_REFUSED: Final = "this pattern is too large, or has look-around or a back-reference"
 
 _REFERENCE: Final = "$ref"
 _OTHER_REFERENCES: Final = ("$dynamicRef", "$recursiveRef")
@@ -197,7 +199,7 @@ def _compile(schema: Any) -> "jsonschema_rs.Validator":
             mask="the value",
         )
     except jsonschema_rs.ValidationError as error:
-        message = "this pattern is not supported" if "regex" in error.message else error.message
+        message = _PATTERN_REFUSED if "regex" in error.message else error.message
         raise InvalidSchemaError(f"{_path(error.instance_path)}{_short(message)}") from None
     except ValueError as error:
         raise InvalidSchemaError(_short(str(error))) from None
