@@ -10,6 +10,7 @@ from vqa_worker.rabbitmq.connection import BrokerRefusedError, BrokerUnreachable
 from vqa_worker.rabbitmq.outgoing import RefusedError, TooLargeError
 from vqa_worker.rabbitmq.requests import Replies
 from vqa_worker.results import Failure, JobFailedError, Result
+from vqa_worker.structured import NoValueError
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "Job",
     "JobFailedError",
     "NoSuchQueueError",
+    "NoValueError",
     "RefusedError",
     "Replies",
     "ReplyLostError",

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterab
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from os import PathLike
-from typing import Any, Final, Self, TypedDict, Unpack
+from typing import Any, Final, Self, TypedDict, Unpack, overload
 
 from pydantic import ValidationError
 
@@ -25,6 +25,7 @@ from vqa_worker.rabbitmq.outgoing import UnroutableError
 from vqa_worker.rabbitmq.replies import job_message
 from vqa_worker.rabbitmq.requests import Replies, Requests
 from vqa_worker.results import Result
+from vqa_worker.structured import Model, params_for, value_of
 
 # A program that uses the client need not configure structlog.
 log = logging.getLogger(__name__)
@@ -184,20 +185,46 @@ class AsyncClient:
         await self._stop()
         await _wait_for(self._ends_of_calls)
 
+    @overload
     async def ask(
         self, images: Image | Sequence[Image], question: str, **options: Unpack[JobOptions]
-    ) -> Result:
+    ) -> Result: ...
+
+    @overload
+    async def ask(
+        self,
+        images: Image | Sequence[Image],
+        question: str,
+        *,
+        returns: type[Model],
+        **options: Unpack[JobOptions],
+    ) -> Model: ...
+
+    async def ask(
+        self,
+        images: Image | Sequence[Image],
+        question: str,
+        *,
+        returns: type[Model] | None = None,
+        **options: Unpack[JobOptions],
+    ) -> Result | Model:
         """Ask a question about one or more images.
 
         Args:
             images: URLs (`s3://…`, `https://…`, `data:…`), paths of local files, or the contents of such as
                 bytes. Local images are sent inside the job, at most 11 MB together.
             question: about the images.
+            returns: a pydantic model. Its JSON schema is the `response_format` of the job, and its instance
+                is returned instead of a result.
             options: the fields `id`, `system`, `model`, `params`, `metadata` and `deadline` of a job, and
                 `timeout`, as for `ask_job`.
 
-        Raises: as `ask_job`.
+        Raises: as `ask_job`; and with `returns`
+            JobFailedError: the job failed, for example with `schema_mismatch`.
+            NoValueError: the answer is not an instance of the model.
         """
+        if returns is not None:
+            options["params"] = params_for(returns, options.get("params"))
         timeout, deadline = options.get("timeout"), options.get("deadline")
         fields: dict[str, Any] = {
             **options,
@@ -206,7 +233,8 @@ class AsyncClient:
             "deadline": deadline and _rfc3339(deadline),
         }
         job = {name: value for name, value in fields.items() if name != "timeout" and value is not None}
-        return await self.ask_job(job, timeout=timeout)
+        result = await self.ask_job(job, timeout=timeout)
+        return result if returns is None else value_of(result, returns)
 
     async def ask_job(self, job: Job | Mapping[str, Any], *, timeout: float | None = None) -> Result:
         """Publish a job and return its result; a job without an id gets one.

@@ -4,12 +4,13 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack, overload
 
 from vqa_worker.async_client import AsyncClient, ClientOptions, JobOptions
 from vqa_worker.local_images import Image
 from vqa_worker.messages.job import Job
 from vqa_worker.results import Result
+from vqa_worker.structured import Model
 
 T = TypeVar("T")
 
@@ -63,9 +64,33 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def ask(self, images: Image | Sequence[Image], question: str, **options: Unpack[JobOptions]) -> Result:
+    @overload
+    def ask(
+        self, images: Image | Sequence[Image], question: str, **options: Unpack[JobOptions]
+    ) -> Result: ...
+
+    @overload
+    def ask(
+        self,
+        images: Image | Sequence[Image],
+        question: str,
+        *,
+        returns: type[Model],
+        **options: Unpack[JobOptions],
+    ) -> Model: ...
+
+    def ask(
+        self,
+        images: Image | Sequence[Image],
+        question: str,
+        *,
+        returns: type[Model] | None = None,
+        **options: Unpack[JobOptions],
+    ) -> Result | Model:
         """Ask a question about one or more images, see `AsyncClient.ask`."""
-        return self._wait(self._client.ask(images, question, **options))
+        if returns is None:
+            return self._wait(self._client.ask(images, question, **options))
+        return self._wait(self._client.ask(images, question, returns=returns, **options))
 
     def ask_job(self, job: Job | Mapping[str, Any], *, timeout: float | None = None) -> Result:
         """Publish a job and return its result, see `AsyncClient.ask_job`."""

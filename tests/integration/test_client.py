@@ -14,6 +14,7 @@ from typing import Any
 
 import aio_pika
 import pytest
+from pydantic import BaseModel
 
 from deploy.local.model_simulator.behavior import Answer
 from deploy.local.stack import Stack
@@ -126,6 +127,16 @@ async def test_jobs_may_have_local_images(asking: AsyncClient, tmp_path: Path) -
     for image, error in (("nowhere.png", FileNotFoundError), (b"<html>", InvalidJobError)):
         with pytest.raises(error):
             await asking.ask(image, "?")
+
+
+class Seen(BaseModel):
+    colour: str
+    count: int
+
+
+async def test_an_answer_can_be_an_instance_of_a_pydantic_model(asking: AsyncClient) -> None:
+    seen = await asking.ask(picture("JPEG"), "Which colour, and how many?", returns=Seen, timeout=60)
+    assert isinstance(seen, Seen)
 
 
 async def test_many_jobs_are_published_some_at_a_time(stack: Stack, worker: Worker) -> None:

@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from vqa_worker.messages.conversation import ImageRef
 from worker.images.source import ImageSource, SourcePolicy, parse_source
 from worker.jobs.attempt import Attempt
 from worker.jobs.request import Request, RequestRules, check_job, read_job
-from worker.model.request import with_token_limit
+from worker.model.request import with_token_bounds, with_token_limit
 
 RULES = RequestRules("m", {"m"}, 1_000_000, 3, send_image_detail=False, stores_results=True)
 ANYWHERE = SourcePolicy(["*"], ["*"])
@@ -88,6 +89,29 @@ def test_the_token_limit_has_the_name_that_the_api_takes(
     name: str, params: Mapping[str, object], sent: Mapping[str, object]
 ) -> None:
     assert with_token_limit(params, name) == sent
+
+
+@pytest.mark.parametrize(
+    ("params", "default", "limit", "sent"),
+    [
+        ({}, None, None, {}),
+        ({}, 100, None, {"max_tokens": 100}),
+        ({}, None, 50, {"max_tokens": 50}),
+        ({}, 100, 50, {"max_tokens": 50}),
+        ({"max_tokens": None}, 100, None, {"max_tokens": 100}),
+        ({"max_tokens": 9}, 100, 50, {"max_tokens": 9}),
+        ({"max_tokens": 900}, 100, 50, {"max_tokens": 50}),
+        ({"max_completion_tokens": 900}, 100, 50, {"max_completion_tokens": 50}),
+        ({"max_completion_tokens": 900}, 100, None, {"max_completion_tokens": 900}),
+        # The API says what is wrong with it.
+        ({"max_tokens": "many"}, 100, 50, {"max_tokens": "many"}),
+    ],
+)
+def test_the_token_limit_has_a_default_and_a_ceiling(
+    params: dict[str, Any], default: int | None, limit: int | None, sent: dict[str, Any]
+) -> None:
+    others = {"temperature": 0.5}
+    assert with_token_bounds({**others, **params}, default=default, limit=limit) == {**others, **sent}
 
 
 @pytest.mark.parametrize("image", [LARGE, SMALL, "s3://b/k"])

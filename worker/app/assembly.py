@@ -182,5 +182,7 @@ def _rules(settings: Settings) -> RequestRules:
         schema_in_prompt=settings.profile.request.json_schema is False,
         json_mode=settings.profile.request.json_object is True,
         token_limit=settings.profile.request.token_limit,
+        default_max_tokens=settings.default_max_tokens,
+        max_tokens_limit=settings.max_tokens_limit,
         stream_only_models=frozenset(filter(settings.profile.only_streams, settings.allowed_models)),
     )

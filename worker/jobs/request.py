@@ -17,7 +17,14 @@ from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
 from worker.model.answer import Answer
 from worker.model.answer_schema import AnswerSchema
-from worker.model.request import PLACEHOLDER, body_parts, fingerprint, page_separators, with_token_limit
+from worker.model.request import (
+    PLACEHOLDER,
+    body_parts,
+    fingerprint,
+    page_separators,
+    with_token_bounds,
+    with_token_limit,
+)
 from worker.model.response_format import with_schema_in_prompt
 from worker.s3.aws import S3Object
 
@@ -49,6 +56,7 @@ class RequestRules:
         prompt_order: of jobs that do not say it (`VQA_PROMPT_ORDER`).
         flex_fallback: whether a job whose tier `flex` has no capacity is sent again without a tier.
         token_limit: the name of the token limit in requests; any other: as the job has it.
+        default_max_tokens: the token limit of jobs that name none; `max_tokens_limit`: the highest one.
         stream_only_models: those that answer only as a stream.
         max_schema_repairs: see `Request.max_repairs`; None: answers are not validated (`off`).
         schema_in_prompt: whether a JSON schema is sent as text, because the API does not take it.
@@ -64,6 +72,8 @@ class RequestRules:
     prompt_order: PromptOrder = "images_first"
     flex_fallback: bool = False
     token_limit: str = ""
+    default_max_tokens: int | None = None
+    max_tokens_limit: int | None = None
     stream_only_models: Collection[str] = ()
     max_schema_repairs: int | None = None
     schema_in_prompt: bool = False
@@ -182,6 +192,7 @@ def check_job(
         replace(image, separator=separator)
         for image, separator in zip(images, page_separators(messages), strict=True)
     ]
+    params = with_token_bounds(params, default=rules.default_max_tokens, limit=rules.max_tokens_limit)
     params = with_token_limit(params, rules.token_limit)
     tier, streams = params.get("service_tier"), model in rules.stream_only_models
     request = Request(

@@ -11,6 +11,7 @@ import pydantic_core
 
 from worker.errors import Dependency, DependencyDownError, Explanation, JobError, TransientError
 
+_TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 # Replaces the URLs of images while the JSON is created. Publishers cannot know it.
 PLACEHOLDER = uuid.uuid4().hex
 # A body of at most this size is sent in one piece.
@@ -69,6 +70,26 @@ def page_separators(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
     parts = [part for content in contents for part in content if part.get("type") == "image_url"]
     sides = [pydantic_core.to_json(part).split(PLACEHOLDER.encode()) for part in parts]
     return [b"%s,%s" % (after, before) for before, after in sides]
+
+
+def with_token_bounds(
+    params: Mapping[str, Any], *, default: int | None, limit: int | None
+) -> Mapping[str, Any]:
+    """Return the fields of a request with a token limit of at most `limit`.
+
+    Args:
+        params: further fields of the request.
+        default: for a request that names none; None: `limit`.
+        limit: that no request exceeds; None: any.
+    """
+    given = {name: params[name] for name in _TOKEN_LIMITS if params.get(name) is not None}
+    if not given:
+        bounds = [it for it in (default, limit) if it is not None]
+        return {**params, "max_tokens": min(bounds)} if bounds else params
+    if limit is None:
+        return params
+    lowered = {name: limit for name, value in given.items() if isinstance(value, int) and value > limit}
+    return {**params, **lowered}
 
 
 def with_token_limit(params: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -246,6 +246,11 @@ class Settings(BrokerSettings):
     (`response_format`); each shows the model its answer and the errors. `0`: the answer is only validated.
     `off`: it is not validated, and results have no `parsed`. See [structured answers](structured-answers.md).
     """
+    default_max_tokens: Count | None = None
+    """Token limit (`max_tokens`) of jobs whose `params` have none. Default: that of the model API."""
+    max_tokens_limit: Count | None = None
+    """Highest token limit that is sent: a job's higher one is lowered to it, and a job without one gets it,
+    or `VQA_DEFAULT_MAX_TOKENS` if that is lower. It bounds what one answer can cost."""
     model_headers: Headers = {}  # noqa: RUF012 - pydantic copies it
     """JSON object with extra HTTP headers for every model request, e.g. `{"X-Project": "vision"}`. Values are
     treated as secrets."""
