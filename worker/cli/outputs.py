@@ -6,7 +6,7 @@ Files have the order of the jobs, and are replaced atomically: a file exists com
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -76,19 +76,32 @@ def _write_lines(results: Iterable[JobResult], form: Form, path: Path) -> None:
 
 
 def write_csv(state: SubmissionState, file: TextIO) -> None:
-    """Write the collected results as CSV, with a column for each name in `metadata`."""
-    names = dict.fromkeys(name for it in state.results() for name in parse(it.body)["metadata"])
-    writer = csv.DictWriter(
-        file, [*_COLUMNS, *(it for it in names if it not in _COLUMNS)], lineterminator="\n"
-    )
+    """Write the collected results as CSV, with a column for each field of `parsed` and of `metadata`."""
+    metadata, fields = dict[str, None](), dict[str, None]()
+    for it in state.results():
+        result = parse(it.body)
+        metadata |= dict.fromkeys(result["metadata"])
+        fields |= dict.fromkeys(_fields(result))
+    # The columns of the result and of the answer come first; a metadata field of the same name is left out.
+    names = dict.fromkeys((*_COLUMNS, *fields, *metadata))
+    writer = csv.DictWriter(file, [*names], lineterminator="\n")
     writer.writeheader()
     for it in state.results():
         result = parse(it.body)
         values = {**result, **result["usage"], "id": it.custom_id or it.id}
         if it.failed:
             values["error_code"], values["error_message"] = failure(result)
-        row = {**result["metadata"], **{name: values.get(name) for name in _COLUMNS}}
+        columns = {name: values.get(name) for name in _COLUMNS}
+        row = {**result["metadata"], **dict.fromkeys(fields), **_fields(result), **columns}
         writer.writerow({name: _cell(value) for name, value in row.items()})
+
+
+def _fields(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the fields of an answer to a JSON schema; one with the name of another column gets a prefix."""
+    parsed = result["parsed"]
+    if not isinstance(parsed, dict):
+        return {}
+    return {f"parsed.{name}" if name in _COLUMNS else name: value for name, value in parsed.items()}
 
 
 def _cell(value: Any) -> str:

@@ -135,6 +135,30 @@ async def test_invalid_requests_are_in_the_error_file(cli: Cli) -> None:
     assert errors[0]["error"]["message"] == "body: must be an object"
 
 
+async def test_the_fields_of_answers_to_a_schema_are_columns(cli: Cli, put_image: PutImage) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"type": "string"}, "model": {"type": "integer"}},
+        "required": ["colour", "model"],
+    }
+    cli.write("seen.json", schema)
+    asked = ("submit", put_image(), put_image(), "Which?", "--each", "--schema", "seen.json", "--wait")
+    done = await cli.run(*asked, "-o", "out.csv")
+    assert done.code == 0, done.err
+    with (cli.folder / "out.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    for row in rows:
+        answer = json.loads(row["answer"])
+        assert (row["colour"], row["parsed.model"]) == (answer["colour"], str(answer["model"]))
+        assert row["model"] == "simulated/vision"
+    (cli.folder / "no.json").write_text("[1]")
+    for name, text in (("no.json", "is not a JSON object"), ("out.csv", "is not JSON")):
+        wrong = await cli.run("submit", put_image(), "Which?", "--schema", name)
+        assert wrong.code == 2
+        assert f"--schema: {name} {text}" in wrong.err
+
+
 async def test_results_are_written_as_csv(cli: Cli, put_image: PutImage) -> None:
     cli.write(
         "jobs.csv",

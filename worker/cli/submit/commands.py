@@ -1,6 +1,7 @@
 """`vqa-worker submit`: from the command line to a `Submission`."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import AsyncIterator
@@ -77,10 +78,28 @@ def _additions(question: str | None, options: Options) -> dict[str, Any]:
         "system": options.system,
         "model": options.model,
         "deadline": options.deadline,
-        "params": dict(map(_param, options.param or [])) or None,
+        "params": {**_response_format(options.schema), **dict(map(_param, options.param or []))} or None,
         "metadata": dict(_pair("--metadata", text) for text in options.metadata or []) or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _response_format(path: Path | None) -> dict[str, Any]:
+    """Return the param for answers that satisfy the JSON schema in a file.
+
+    Raises:
+        UsageError: the file is not a JSON object.
+    """
+    if path is None:
+        return {}
+    try:
+        schema = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"--schema: {path} is not JSON: {error}.") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"--schema: {path} is not a JSON object.")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem)[:64]
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}}
 
 
 def _source(

@@ -105,6 +105,15 @@ class Options:
         list[str] | None,
         _jobs(metavar="NAME=VALUE", help="Any field of the API request, as JSON or text: max_tokens=100."),
     ] = None
+    schema: Annotated[
+        Path | None,
+        _jobs(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="JSON schema for all answers; a CSV file gets a column for each of its fields.",
+        ),
+    ] = None
     metadata: Annotated[
         list[str] | None, _jobs(metavar="NAME=TEXT", help="Metadata, echoed in the results.")
     ] = None

@@ -38,6 +38,7 @@ def parse(body: bytes) -> dict[str, Any]:
         **texts,
         **objects,
         "status": "succeeded" if found.get("status") == "succeeded" else "failed",
+        "parsed": found.get("parsed"),
         "attempts": _number(found.get("attempts"), _MAX_TOKENS, int),
         "usage": usage,
     }
