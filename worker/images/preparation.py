@@ -223,7 +223,8 @@ class Preparation:
             except ConversionError as error:
                 raise JobError(error.code, error.message) from None
         size = content.size
-        for it in images:
+        is_changed = len(images) > 1 or images[0].media_type != kind or len(images[0].content) != size
+        for it in images if is_changed else ():
             metrics.series(metrics.IMAGES_CONVERTED, kind, it.media_type).inc()
             saved = max(0, size // len(images) - len(it.content))
             metrics.series(metrics.IMAGE_BYTES_SAVED, kind, it.media_type).inc(saved)

@@ -104,7 +104,6 @@ class ModelRequests:
         )
         fetch_started, started = attempt.stage_started_at, self._clock.monotonic()
         attempt.enter("model", started)
-        attempt.images = [*images.sent] or None
         if images.converted_s:
             attempt.reassign("fetch", "convert", images.converted_s)
         try:
@@ -126,6 +125,8 @@ class ModelRequests:
             # Record the stage's time so far.
             attempt.enter("model", self._clock.monotonic())
             attempt.reassign("model", "fetch", body.waited_s)
+            if body.is_sent:
+                attempt.images = [*images.sent] or None
             if body.is_sent and request.reads_s3:
                 self._outage_reports.report_success(Dependency.S3, job, fetch_started)
 
