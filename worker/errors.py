@@ -217,3 +217,7 @@ class DependencyDownError(Exception):
             may_be_the_jobs=self.may_be_the_jobs,
             is_duplicate=True,
         )
+
+
+class NotAdmittedError(Exception):
+    """The job was not admitted: the worker is paused, stopping or busy; another one can take the job."""

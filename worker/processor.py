@@ -14,6 +14,7 @@ from worker.errors import (
     DependencyDownError,
     Explanation,
     JobError,
+    NotAdmittedError,
     RateLimitedError,
     TransientError,
 )
@@ -28,7 +29,7 @@ from worker.model.answer import Answer
 from worker.observability.logs import describe_exception
 from worker.observability.tenants import Tenants
 from worker.resilience.admission import Admission, Grant, ResultStore
-from worker.resilience.concurrency_limiter import ConcurrencyLimiter, NotAdmittedError
+from worker.resilience.concurrency_limiter import ConcurrencyLimiter
 from worker.resilience.failure_outcomes import FailureOutcomes
 from worker.resilience.model_requests import Images, ModelApi, ModelRequests
 from worker.resilience.outage_detector import OutageDetector

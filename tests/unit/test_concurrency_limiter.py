@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 from tests.unit.fake_clock import FakeClock
 from tests.unit.fakes import cancel_all, turns_of_the_loop
-from worker.errors import RateLimitedError
+from worker.errors import NotAdmittedError, RateLimitedError
 from worker.observability import metrics
 from worker.resilience.concurrency_limiter import (
     LASTING_LIMIT_S,
     PREFETCH_DURING_BACKOFF,
     PREFETCH_HORIZON_S,
     ConcurrencyLimiter,
-    NotAdmittedError,
     Slot,
 )
 

@@ -20,6 +20,7 @@ from worker.errors import (
     Dependency,
     DependencyDownError,
     Explanation,
+    NotAdmittedError,
     RateLimitedError,
     TransientError,
 )
@@ -29,7 +30,7 @@ from worker.jobs.outcome import Outcome, Requeued, Retried
 from worker.jobs.outcome_builder import OutcomeBuilder
 from worker.observability.redaction import Redactor
 from worker.resilience import consumer_controller
-from worker.resilience.concurrency_limiter import LASTING_LIMIT_S, ConcurrencyLimiter, NotAdmittedError
+from worker.resilience.concurrency_limiter import LASTING_LIMIT_S, ConcurrencyLimiter
 from worker.resilience.consumer_controller import (
     ADJUST_INTERVAL_S,
     FIRST_PROBE_DELAY_S,

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from PIL import Image
 
 from tests.conftest import picture
 from tests.fake_s3 import Answer, FakeS3, give, head, say
+from tests.running import until
+from tests.unit.conversions import OPTIONS, saved
 from tests.unit.fakes import turns_of_the_loop
 from vqa_worker.messages.conversation import ImageRef
-from worker.errors import TransientError
+from worker.errors import NotAdmittedError, TransientError
 from worker.http.client import proxy_options
 from worker.images.conversion_pool import ConversionPool
 from worker.images.loader import ImageLoader, LinkPolicy, display_name
@@ -55,10 +58,14 @@ async def fake() -> AsyncIterator[FakeS3]:
 
 @asynccontextmanager
 async def loader(
-    fake: FakeS3, *, buffer_bytes: int = 1024 * KIB, links: LinkPolicy | None = None
+    fake: FakeS3,
+    *,
+    buffer_bytes: int = 1024 * KIB,
+    links: LinkPolicy | None = None,
+    pool: ConversionPool | None = None,
 ) -> AsyncIterator[ImageLoader]:
     s3 = S3(Aws(Endpoint(fake.url, "auto")))
-    pool = ConversionPool(processes=1, memory_bytes=MEMORY_BYTES)
+    pool = pool or ConversionPool(processes=1, memory_bytes=MEMORY_BYTES)
     policy = SourcePolicy(allowed_buckets=["*"], allowed_link_hosts=["*"])
     try:
         yield ImageLoader(s3, policy, RULES, pool, max_per_job=16, buffer_bytes=buffer_bytes, links=links)
@@ -204,3 +211,36 @@ async def test_images_that_cannot_be_opened_in_time_are_a_transient_error(fake: 
                 async with images.open(wanted, reservation, time_left_s=0.2):
                     pass
     assert caught.value.reason == "timeout"
+
+
+async def endless() -> AsyncIterator[bytes]:
+    yield b"GIF89a"
+    await asyncio.Event().wait()
+
+
+async def test_a_job_that_gets_no_process_for_its_images_is_left_to_another_worker(fake: FakeS3) -> None:
+    fake.answer = give(saved(Image.new("RGB", (60, 40)), "GIF"))
+
+    async def again() -> AsyncIterator[bytes]:
+        return endless()
+
+    async def reserve(_: int) -> None:
+        pass
+
+    pool = ConversionPool(processes=1, memory_bytes=MEMORY_BYTES)
+    async with loader(fake, pool=pool) as images:
+        wanted = located(images, "s3://b/one")
+        holding = asyncio.create_task(
+            pool.convert("image/gif", endless(), OPTIONS, again=again, reserve=reserve)
+        )
+        await until(lambda: pool.process_ids, "the other image has the process")
+        with pytest.raises(NotAdmittedError, match="no process to convert the images"):
+            async with (
+                images.reserve(wanted) as memory,
+                images.open(wanted, memory, time_left_s=0.2),
+            ):
+                pass
+        holding.cancel()
+        await asyncio.gather(holding, return_exceptions=True)
+        async with opened(images, "s3://b/one") as found:
+            assert found.sent[0].source_type == "image/gif"

@@ -8,8 +8,7 @@ from collections.abc import Callable  # noqa: TC003 - an attribute's
 import pytest
 
 from worker.clock import Clock
-from worker.errors import Dependency, DependencyDownError
-from worker.resilience.concurrency_limiter import NotAdmittedError
+from worker.errors import Dependency, DependencyDownError, NotAdmittedError
 from worker.result_store import store as result_store
 from worker.result_store.store import ResultStore
 from worker.s3.conditional_store import ConditionalStore, StoredObject

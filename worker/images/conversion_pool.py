@@ -60,6 +60,7 @@ class ConversionPool:
         again: Callable[[], Awaitable[Pieces]],
         reserve: Reserve,
         asked_at: float | None = None,
+        on_start: Callable[[], None] = lambda: None,
     ) -> list[ConvertedImage]:
         """Return the image in a form that may be sent, or its pages.
 
@@ -71,6 +72,7 @@ class ConversionPool:
             options: what may be sent.
             again: opens the source a second time: after a crash, or after a long wait for a process.
             reserve: awaited before so many bytes of results are read.
+            on_start: called when the image has a process.
             asked_at: since when `pieces` is not read, in seconds of `time.monotonic`. Default: now.
 
         Raises:
@@ -81,6 +83,7 @@ class ConversionPool:
         options = replace(options, max_decode_bytes=self._memory_bytes)
         asked_at = time.monotonic() if asked_at is None else asked_at
         async with self._slots:
+            on_start()
             if time.monotonic() - asked_at > MAX_PAUSE_S:
                 pieces = await again()
             with suppress(_ProcessLostError):

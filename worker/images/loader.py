@@ -11,7 +11,7 @@ from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.image_types import SIGNATURE_BYTES
 from vqa_worker.messages.job import parse_pages
 from vqa_worker.messages.serialization import escape_json
-from worker.errors import Dependency, JobError, TransientError
+from worker.errors import Dependency, JobError, NotAdmittedError, TransientError
 from worker.images.coalesced_reads import CoalescedReads
 from worker.images.content import Content, content_of_object
 from worker.images.conversion_pool import ConversionPool
@@ -120,6 +120,7 @@ class ImageLoader:
             JobError: an image is missing, forbidden, too large, or of an unsupported type.
             TransientError: reading failed with a transient error; so can sending a large image.
             DependencyDownError: S3 is unreachable or denies access to the worker.
+            NotAdmittedError: the images of other jobs are converted meanwhile.
         """
         opened = OpenImages(reservation)
         try:
@@ -140,10 +141,11 @@ class ImageLoader:
                 return await self._open_all(images, opened)
         except TimeoutError:
             if opened.converted_s > (time_left_s or 0.0) / 2:
-                text = (
-                    "the images could not be converted in time: other jobs have more of them than CPUs allow"
-                )
+                if not opened.has_process:
+                    text = "no process to convert the images within half of VQA_JOB_TIMEOUT"
+                    raise NotAdmittedError(text) from None
                 # It says nothing about S3.
+                text = "the images could not be converted in time"
                 raise TransientError(Dependency.S3, "timeout", text, is_duplicate=True) from None
             raise TransientError(Dependency.S3, "timeout", "the images could not be read in time") from None
 

@@ -31,6 +31,7 @@ class OpenImages:
         sent: what is sent of each image that the worker reads, in order.
         streams: the S3 objects that are being read.
         reservation: the memory for the images.
+        has_process: whether any image had a process that converts it.
     """
 
     def __init__(self, reservation: Reservation) -> None:
@@ -38,6 +39,7 @@ class OpenImages:
         self.sent: Sequence[SentImage] = ()
         self.streams: list[ObjectStream] = []
         self.reservation = reservation
+        self.has_process = False
         self._converted_s = 0.0
         self._conversions = 0
         self._converting_since = 0.0
@@ -52,6 +54,10 @@ class OpenImages:
         """The time in which any of the images was being converted or waited for it, in seconds."""
         now = time.monotonic()
         return self._converted_s + (now - self._converting_since if self._conversions else 0.0)
+
+    def start(self) -> None:
+        """Note that an image has a process."""
+        self.has_process = True
 
     @contextmanager
     def converting(self) -> Iterator[None]:

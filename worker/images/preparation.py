@@ -219,6 +219,7 @@ class Preparation:
                     again=content.again,
                     reserve=reserve,
                     asked_at=asked_at,
+                    on_start=opened.start,
                 )
             except ConversionError as error:
                 raise JobError(error.code, error.message) from None

@@ -9,7 +9,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from worker.clock import TIMER_SLACK_S, Clock
-from worker.errors import Dependency, DependencyDownError, JobError
+from worker.errors import Dependency, DependencyDownError, JobError, NotAdmittedError
 from worker.images.memory_budget import Reservation
 from worker.images.source import ImageSource
 from worker.jobs.attempt import Attempt
@@ -18,7 +18,6 @@ from worker.model.answer import Answer, deserialize_answer, serialize_answer
 from worker.resilience.concurrency_limiter import (
     ConcurrencyLimiter,
     ModelPausedError,
-    NotAdmittedError,
     Slot,
 )
 from worker.resilience.outage_reports import OutageReports

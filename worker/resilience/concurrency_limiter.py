@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from worker.clock import TIMER_SLACK_S, Clock
-from worker.errors import RateLimitedError
+from worker.errors import NotAdmittedError, RateLimitedError
 from worker.observability import metrics
 from worker.resilience.adaptive_limit import AdaptiveLimit
 
@@ -21,10 +21,6 @@ PREFETCH_DURING_BACKOFF = 8
 IDLE_MODEL_S = 60.0
 # A rate limit is reported if nothing succeeds for so long.
 LASTING_LIMIT_S = 30.0
-
-
-class NotAdmittedError(Exception):
-    """The job was not admitted: the worker is paused or stopping, or the wait timed out."""
 
 
 class ModelPausedError(NotAdmittedError):

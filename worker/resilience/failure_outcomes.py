@@ -5,11 +5,18 @@ from typing import Final
 
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.clock import TIMER_SLACK_S, Clock
-from worker.errors import MALFORMED_RESPONSE, Dependency, DependencyDownError, Explanation, TransientError
+from worker.errors import (
+    MALFORMED_RESPONSE,
+    Dependency,
+    DependencyDownError,
+    Explanation,
+    NotAdmittedError,
+    TransientError,
+)
 from worker.jobs.attempt import Attempt
 from worker.jobs.outcome import Outcome, Retried
 from worker.jobs.outcome_builder import OutcomeBuilder, requeued, retried, retried_uncounted
-from worker.resilience.concurrency_limiter import ModelPausedError, NotAdmittedError
+from worker.resilience.concurrency_limiter import ModelPausedError
 from worker.resilience.outage_detector import Diagnosis, OutageDetector
 from worker.resilience.outage_reports import OutageReports
 from worker.resilience.retry_policy import (
