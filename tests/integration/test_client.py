@@ -199,7 +199,7 @@ async def test_a_job_is_cancelled_when_its_caller_stops_waiting(
             await client.ask_job(text_job(marker), timeout=1.0)
         # The next job gets the only slot, because the call was cancelled.
         assert (await client.ask_job(text_job("Next?"), timeout=60)).succeeded
-    assert worker.metric("vqa_jobs_total", error="cancelled") == 1
+    await until(lambda: worker.metric("vqa_jobs_total", error="cancelled") == 1, "the job is counted")
 
 
 async def test_jobs_in_flight_are_cancelled_when_the_iteration_ends_early(

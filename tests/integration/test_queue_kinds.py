@@ -144,7 +144,8 @@ async def test_the_next_worker_takes_over_when_the_active_consumer_ends(
     await results(client, await publish(client, 3, "first"))
     assert await first.stop() == 0
     await results(client, await publish(client, 3, "second"))
-    assert second.metric("vqa_jobs_total", status="succeeded") == 3
+    # Counted after the ack.
+    await until(lambda: second.metric("vqa_jobs_total", status="succeeded") == 3, "all are counted")
 
 
 @pytest.mark.parametrize("waiting", [0, 3])

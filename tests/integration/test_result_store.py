@@ -151,7 +151,10 @@ async def test_of_two_workers_with_the_same_job_one_calls_the_model_and_the_othe
 
     assert len({reply.body["answer"] for reply in client.replies[it["id"]]}) == 1
     assert len(calls_with(stack, marker)) == 1
-    assert {worker.metric("vqa_jobs_total", status="succeeded") for worker in workers} == {2}
+    await until(
+        lambda: {worker.metric("vqa_jobs_total", status="succeeded") for worker in workers} == {2},
+        "both workers have counted two jobs",
+    )
     assert sum(worker.metric("vqa_result_store_operations_total", result="waited") for worker in workers) >= 1
     assert await asyncio.gather(*(worker.stop() for worker in workers)) == [0, 0]
     # Their heartbeat objects are deleted with them.
