@@ -18,8 +18,8 @@ MIN_EDGE = 64
 _QUALITIES = (90, 80, 70)
 # A picture of few colours is a drawing or a screenshot, for which PNG can be smaller.
 _FEW_COLOURS, _FEW_GREYS = 256, 64
-# The highest level of compression makes a PNG at most this much smaller than the lowest one.
-_PNG_GAIN = 2.0
+# How much smaller than with the lowest level of compression a PNG of noise becomes, at most.
+_PNG_GAIN = 1.25
 _HIGH_BYTES = [value >> 8 for value in range(1 << 16)]
 _SRGB = ImageCms.createProfile("sRGB")
 _LAB = ImageCms.createProfile("LAB")
@@ -164,6 +164,8 @@ def _smallest(
 
 def _may_be_smaller(picture: Image.Image, jpeg: ConvertedImage) -> bool:
     """Return whether it is worth to compress a PNG well, which takes far longer than the JPEG for noise."""
+    if picture.mode == "1":
+        return True
     quick = len(_png(picture, None, level=1).content)
     return quick <= _PNG_GAIN * len(jpeg.content)
 
