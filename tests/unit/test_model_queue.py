@@ -209,7 +209,8 @@ async def _among(failure: Failing) -> Facts:
     async with Scene(failure, _is_bad, MODEL).running() as scene:
         good = [*GOOD]
         scene.put([*GOOD[:10], *BAD[:1], *GOOD[10:]])
-        for n in range(80 if is_overload(failure) else 40):
+        # The pauses between the attempts are random.
+        for n in range(300 if is_overload(failure) else 40):
             if scene.ended.keys() >= {*BAD[:1], *GOOD}:
                 break
             await scene.run(1)
