@@ -125,13 +125,13 @@ async def test_a_process_that_dies_while_it_is_idle_is_replaced() -> None:
 async def test_a_process_that_hangs_ends_after_the_time_limit(
     source: str, large: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A large source fills the pipe to a process that does not read.
-    monkeypatch.setattr(conversion_pool, "TIMEOUT_S", 0.5)
+    # A large source fills the pipe to a process that does not read. The time is also that of its start.
+    monkeypatch.setattr(conversion_pool, "TIMEOUT_S", 2.5)
     async with pool_of() as pool:
         content = large if source == "large" else picture("JPEG", (900, 900))
         conversion = Conversion(pool, content, "image/jpeg")
         conversion.on_piece = lambda: os.kill(pool.process_ids[0], signal.SIGSTOP)
-        assert await conversion.refusal() == (ErrorCode.IMAGE_CORRUPT, "decoding it takes more than 0.5 s")
+        assert await conversion.refusal() == (ErrorCode.IMAGE_CORRUPT, "decoding it takes more than 2.5 s")
         assert conversion.openings == 2
 
 
@@ -300,7 +300,8 @@ async def test_the_event_loop_does_not_wait_for_a_conversion(large: bytes) -> No
         measuring.cancel()
     text = f"{len(large)} to {len(image.content)} bytes in {duration:.2f} s, lag {max(lags) * 1000:.1f} ms"
     print(text)  # noqa: T201 - shown by `pytest -s`
-    assert max(lags) < 0.25
+    # Not a measurement, which a busy machine would fail: a loop that waits does so for all of the time.
+    assert max(lags) < max(0.25, duration / 2)
 
 
 async def test_a_process_that_cannot_start_says_nothing_about_the_image(
