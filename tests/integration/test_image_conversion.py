@@ -21,6 +21,7 @@ from deploy.local.model_simulator.calls import Picture
 from deploy.local.stack import Stack
 from tests.conftest import BUCKET, MakeClient, PutImage, StartWorker
 from tests.running import Client, Worker, calls_with, until
+from tests.unit.conversions import LYING
 
 pillow_heif.register_heif_opener()
 
@@ -46,22 +47,10 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-# The transformation that the EXIF orientation asks a viewer for, undone.
-_LYING = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
-
-
 def lying(orientation: int, form: str) -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    return encoded(draw().transpose(_LYING[orientation]), form, exif=exif)
+    return encoded(draw().transpose(LYING[orientation]), form, exif=exif)
 
 
 def sixteen_bit_grey() -> bytes:
@@ -89,7 +78,7 @@ CASES = {
     **{
         f"{form} with orientation {number}": Case(partial(lying, number, form), f"image/{form.lower()}")
         for form in ("JPEG", "PNG", "WebP")
-        for number in _LYING
+        for number in LYING
     },
     "HEIC": Case(lambda: encoded(draw(), "HEIF"), "image/heic"),
     "AVIF": Case(lambda: encoded(draw(), "AVIF"), "image/avif"),

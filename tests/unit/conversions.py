@@ -28,6 +28,16 @@ OPTIONS = ConversionOptions(
     pdf_dpi=72,
 )
 PIECE_BYTES = 64 * 1024
+# How an upright picture is stored with an EXIF orientation: what the orientation asks a viewer for, undone.
+LYING = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -12,6 +12,7 @@ import pillow_heif
 import pytest
 from PIL import Image, ImageChops, ImageCms
 
+from tests.unit.conversions import LYING
 from vqa_worker.messages.error_codes import ErrorCode
 from worker.images import converter
 from worker.images.conversion import (
@@ -53,17 +54,6 @@ Colour = tuple[int, int, int]
 # Top left, top right, bottom left, bottom right.
 CORNERS = (RED, GREEN, BLUE, WHITE)
 SIZE = (96, 64)
-# How a stored picture must be turned to stand upright, per EXIF orientation; here: how to store it.
-STORE = {
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 
 
 def corners(size: tuple[int, int] = SIZE, mode: str = "RGB") -> Image.Image:
@@ -85,8 +75,7 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 def oriented(kind: str, orientation: int) -> bytes:
     exif = Image.Exif()
     exif[274] = orientation
-    turn = STORE[orientation]
-    image = corners() if turn is None else corners().transpose(turn)
+    image = corners() if orientation == 1 else corners().transpose(LYING[orientation])
     return saved(image, kind, exif=exif.tobytes() if kind != "TIFF" else exif)
 
 

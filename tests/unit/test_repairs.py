@@ -433,7 +433,8 @@ async def test_the_last_attempt_at_a_repair_fails_the_job_with_the_stored_answer
     assert len(scene.model.asked) == 3
 
 
-async def test_with_a_store_a_job_that_is_stopped_during_its_repair_is_requeued() -> None:
+async def during_a_repair() -> tuple[Scene, asyncio.Task[Outcome]]:
+    """Return a job with a result store whose repair does not end."""
     scene, reached = a_scene(store=FakeResultStore()), asyncio.Event()
 
     async def hang() -> None:
@@ -443,6 +444,11 @@ async def test_with_a_store_a_job_that_is_stopped_during_its_repair_is_requeued(
     scene.model.deeds = [WRONG, hang]
     job = asyncio.create_task(scene.process(**PARAMS))
     await reached.wait()
+    return scene, job
+
+
+async def test_with_a_store_a_job_that_is_stopped_during_its_repair_is_requeued() -> None:
+    scene, job = await during_a_repair()
     job.cancel()
     with pytest.raises(asyncio.CancelledError):
         await job
@@ -452,15 +458,7 @@ async def test_with_a_store_a_job_that_is_stopped_during_its_repair_is_requeued(
 
 
 async def test_a_job_that_is_cancelled_during_its_repair_reports_what_it_has_cost() -> None:
-    scene, reached = a_scene(store=FakeResultStore()), asyncio.Event()
-
-    async def hang() -> None:
-        reached.set()
-        await for_ever()
-
-    scene.model.deeds = [WRONG, hang]
-    job = asyncio.create_task(scene.process(**PARAMS))
-    await reached.wait()
+    scene, job = await during_a_repair()
     scene.cancelled_jobs.cancel("job-1")
     assert "the job was cancelled" in mismatch(await job, 1)
 

@@ -20,7 +20,7 @@ def read_orientation(exif: bytes) -> int:
     order = _BYTE_ORDERS.get(exif[:4])
     if order is None:
         return 1
-    # A slice past the end is shorter; the number is then smaller, but there is no error.
+    # A slice past the end is shorter: the number is smaller, and no exception is raised.
     first = int.from_bytes(exif[4:8], order)
     end = first + 2 + _ENTRY_BYTES * int.from_bytes(exif[first : first + 2], order)
     for entry in range(first + 2, min(end, len(exif) - _ENTRY_BYTES + 1), _ENTRY_BYTES):

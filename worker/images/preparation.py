@@ -76,10 +76,10 @@ class Preparation:
         # A small one to its end, where the content is checked.
         beginning = await _read(content, content.size + 1 if is_small else SIGNATURE_BYTES)
         kind = self.check_type(beginning)
-        if kind not in COMMON_TYPES and not self._rules.converts:
-            return self._unread(image, kind, [beginning], content)
         if kind not in COMMON_TYPES:
-            return await self._converted(image, kind, [beginning], content, opened)
+            if self._rules.converts:
+                return await self._converted(image, kind, [beginning], content, opened)
+            return self._unread(image, kind, [beginning], content)
         scan = scan_for(kind)
         pieces = await _read_header(scan, beginning, content)
         # A whole file without a header is not worth a decoder.
@@ -157,15 +157,7 @@ class Preparation:
         self, image: ImageSource, kind: str, scan: Scan, pieces: list[bytes], content: Content
     ) -> Prepared:
         size = content.size
-        sent = SentImage(
-            url=image.url,
-            source_type=kind,
-            source_bytes=size,
-            sent_type=kind,
-            sent_bytes=size,
-            width=scan.width,
-            height=scan.height,
-        )
+        sent = _sent_unchanged(image, kind, size, scan.width, scan.height)
         if size > SMALL_BYTES:
             stream = _CheckedImage(image.name, scan, pieces, content)
             return Prepared(StreamedUrl(_prefix(kind), size, stream), [sent])
@@ -183,13 +175,7 @@ class Preparation:
         if image.pages is not None:
             text = f"`pages` of {kind} are sent only after a conversion, and {self._rules.why_not_converted}"
             raise JobError(ErrorCode.INVALID_JOB, text)
-        sent = SentImage(
-            url=image.url,
-            source_type=kind,
-            source_bytes=content.size,
-            sent_type=kind,
-            sent_bytes=content.size,
-        )
+        sent = _sent_unchanged(image, kind, content.size)
         stream = _named(image.name, _rest(pieces, content.pieces))
         return Prepared(StreamedUrl(_prefix(kind), content.size, stream), [sent])
 
@@ -333,6 +319,20 @@ def errors_name(name: str) -> Iterator[None]:
         # The reason of an outage is not about one image.
         named.cause = error.cause
         raise named from None
+
+
+def _sent_unchanged(
+    image: ImageSource, kind: str, size: int, width: int | None = None, height: int | None = None
+) -> SentImage:
+    return SentImage(
+        url=image.url,
+        source_type=kind,
+        source_bytes=size,
+        sent_type=kind,
+        sent_bytes=size,
+        width=width,
+        height=height,
+    )
 
 
 async def _read(content: Content, size: int) -> bytes:

@@ -101,7 +101,7 @@ def _open(content: bytes, media_type: str) -> ImageFile.ImageFile:
         raise ConversionError("image_unsupported_type", text)
     file_type = _heif() if media_type == HEIC else _FORMATS.get(media_type)
     if file_type is None:
-        raise ConversionError("image_unsupported_type", "there is no decoder for this type")
+        raise ConversionError("image_unsupported_type", "this type cannot be decoded")
     return file_type(BytesIO(content))
 
 

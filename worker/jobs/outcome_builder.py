@@ -33,7 +33,7 @@ class OutcomeBuilder:
     def for_answer(self, attempt: Attempt, answer: Answer, repair_failure: str = "") -> Outcome:
         """Return Succeeded, or Failed for an answer that is empty or does not satisfy the job's JSON schema.
 
-        It is billed, so there is no other attempt.
+        It is billed, so it is not retried.
 
         Args:
             attempt: that ended with the answer.

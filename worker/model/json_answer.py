@@ -38,7 +38,7 @@ _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class NotJsonError(Exception):
-    """There is no JSON value; the message says why, without words of the text."""
+    """The text is not JSON; the message says why and does not quote it."""
 
 
 def parse_strictly(text: str) -> Any:

@@ -79,12 +79,10 @@ class Lease:
                 stored = await self._store.put_once(self, answer)
             except DependencyDownError as error:
                 if clock.monotonic() > ends:
-                    _count("store_failed")
-                    log.error("result_store_write_failed", reason=error.message)  # noqa: TRY400 - needs no traceback
+                    _report_failed_write(error)
                     return answer
             except Exception as error:  # noqa: BLE001 - a bug must not lose a paid answer
-                _count("store_failed")
-                log.error("result_store_write_failed", exception=describe_exception(error))  # noqa: TRY400 - the same
+                _report_failed_write(error)
                 return answer
             else:
                 self.is_settled = True
@@ -94,16 +92,10 @@ class Lease:
     async def put_draft(self, draft: bytes) -> bool:
         """Store an answer that another call is to repair; return whether it is stored. Never raises."""
         try:
-            is_stored = await self._store.put_draft_once(self, draft)
-        except DependencyDownError as error:
-            _count("store_failed")
-            log.error("result_store_write_failed", reason=error.message)  # noqa: TRY400 - needs no traceback
-            return False
+            return await self._store.put_draft_once(self, draft)
         except Exception as error:  # noqa: BLE001 - a bug must not lose a paid answer
-            _count("store_failed")
-            log.error("result_store_write_failed", exception=describe_exception(error))  # noqa: TRY400 - the same
+            _report_failed_write(error)
             return False
-        return is_stored
 
 
 class ResultStore:
@@ -340,6 +332,14 @@ def _log_unreachable() -> Iterator[None]:
         yield
     except DependencyDownError as error:
         log.warning("result_store_unreachable", reason=error.message)
+
+
+def _report_failed_write(error: Exception) -> None:
+    _count("store_failed")
+    if isinstance(error, DependencyDownError):
+        log.error("result_store_write_failed", reason=error.message)
+    else:
+        log.error("result_store_write_failed", exception=describe_exception(error))
 
 
 def _claim_of(holder: str, draft: bytes | None = None) -> bytes:
