@@ -21,7 +21,7 @@ from worker.images.conversion_pool import ConversionPool
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(100):
         while not condition():  # noqa: ASYNC110 - about processes
             await asyncio.sleep(0.01)
 
@@ -197,8 +197,8 @@ async def test_images_wait_for_memory() -> None:
         tasks.create_task(first.run())
         await until(lambda: bool(first.reserved))
         waiting = tasks.create_task(second.run())
+        await second.sent.wait()
         await asyncio.sleep(0.5)
-        assert second.sent.is_set()
         assert not second.reserved
         release.set()
         await waiting
@@ -244,7 +244,7 @@ async def test_closing_ends_a_process_whose_result_is_not_read(large: bytes) -> 
     conversion.on_reserve = asyncio.Event().wait
     running = asyncio.create_task(conversion.run())
     await until(lambda: bool(conversion.reserved))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await pool.close()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -3,7 +3,6 @@
 import random
 import re
 import struct
-import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,8 +17,6 @@ from worker.images.conversion_pool import ConversionPool
 MEMORY_BYTES = 200_000_000
 # One and a half times the memory, the base, and what the interpreter and its libraries map.
 MAX_RESIDENT_BYTES = MEMORY_BYTES * 3 // 2 + 260_000_000
-# Of CPU-bound work of a fraction of a second: generous, because the machine may be busy.
-LIMIT_S = 30.0
 MUTATIONS = 250
 
 JPEG, PNG, GIF, TIFF, WEBP, HEIC = (
@@ -34,14 +31,13 @@ async def pool() -> AsyncIterator[ConversionPool]:
 
 
 async def outcome(pool: ConversionPool, content: bytes, media_type: str) -> str:
-    """Convert; return the message of the refusal, or "picture". Check the time and the memory."""
-    start = time.perf_counter()
+    """Convert; return the message of the refusal, or "picture". Check the memory, and that it ends."""
     try:
         await Conversion(pool, content, media_type, max_edge=40).run()
         result = "picture"
     except ConversionError as error:
         result = error.message
-    assert time.perf_counter() - start < LIMIT_S, result
+    assert "takes more than" not in result
     for pid in pool.process_ids:
         assert peak_resident_bytes(pid) < MAX_RESIDENT_BYTES, result
     return result

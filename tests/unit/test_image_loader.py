@@ -237,7 +237,7 @@ async def test_a_job_that_gets_no_process_for_its_images_is_left_to_another_work
         with pytest.raises(NotAdmittedError, match="no process to convert the images"):
             async with (
                 images.reserve(wanted) as memory,
-                images.open(wanted, memory, time_left_s=0.2),
+                images.open(wanted, memory, time_left_s=2.0),
             ):
                 pass
         holding.cancel()

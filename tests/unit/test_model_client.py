@@ -384,9 +384,7 @@ async def test_a_response_is_read_and_decoded_up_to_a_limit(
     for _ in range(levels):
         body = gzip.compress(body, compresslevel=1, mtime=0)
     api.says = response(status, body, Content_Encoding=", ".join(["gzip"] * levels) or "identity")
-    started = time.process_time()
     error = await fault(model)
-    assert time.process_time() - started < 5
     if status == 200:
         assert isinstance(error, TransientError)
         assert (error.reason, "more than 33554432 bytes" in error.message) == ("malformed_response", True)

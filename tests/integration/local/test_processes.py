@@ -11,9 +11,11 @@ from deploy.local.processes import ServiceStartError, SupervisedProcess
 from tests.integration.local.proc import alive, wait_until_ended
 
 OWNER = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from deploy.local.processes import SupervisedProcess
+# It may have been started with SIGINT ignored; and a KeyboardInterrupt can be lost in a finalizer.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 folder = Path(sys.argv[1]) / "stack" / "part"
 command = ["sh", "-c", "sleep 600 & sleep 600"]
 process = SupervisedProcess("sleeper", command, environment=os.environ, folder=folder)
@@ -88,9 +90,13 @@ def test_services_end_with_their_killed_owner(tmp_path: Path, how: signal.Signal
     )
     assert owner.stdout is not None
     with owner, owner.stdout as output:
-        service = int(output.readline())
-        assert alive([service]) == [service]
-        owner.send_signal(how)
+        try:
+            service = int(output.readline())
+            assert alive([service]) == [service]
+            owner.send_signal(how)
+            assert owner.wait(60) == -how
+        finally:
+            owner.kill()
     assert wait_until_ended([service]) == []
     # The folder is deleted just after the processes have ended.
     give_up = time.monotonic() + 5
