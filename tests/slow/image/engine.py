@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.debian import install
+from tests.debian import KEYRING, install
 from tests.slow.image.machine import pip_secrets
-from tests.slow.image.python_base import KEYRING, python_base
+from tests.slow.image.python_base import python_base
 
 ROOT = Path(__file__).parents[3]
 COMMAND_TIMEOUT_S = 600

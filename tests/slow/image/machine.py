@@ -1,4 +1,4 @@
-"""Read the machine's Debian mirror and pip configuration."""
+"""Read the machine's pip configuration."""
 
 import ast
 import os
@@ -17,17 +17,6 @@ PIP_SETTINGS = (
     "timeout",
     "default-timeout",
 )
-
-
-def debian_mirror() -> str | None:
-    """Return the machine's Debian mirror, or None."""
-    targets = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    return next((line.split()[1] for line in targets if line.startswith("Debian ")), None)
 
 
 def pip_secrets(folder: Path) -> list[str]:
