@@ -15,7 +15,7 @@ from aio_pika import ExchangeType, Message, connect
 from deploy.local.model_simulator.behavior import Answer, Error, Outcome, Reset
 from deploy.local.stack import Stack
 from tests.conftest import BUCKET, picture
-from tests.observability.prometheus import RULES, Prometheus
+from tests.observability.prometheus import RULES, Prometheus, Release
 from tests.running import Client, Worker, until
 
 TENANTS: Final = ("search", "support")
@@ -62,8 +62,8 @@ class ObservedWorker:
 
     @classmethod
     @asynccontextmanager
-    async def set_up(cls, stack: Stack, folder: Path) -> AsyncIterator["ObservedWorker"]:
-        """Start a worker with all optional metrics, and scrape it from its start."""
+    async def set_up(cls, stack: Stack, folder: Path, release: Release) -> AsyncIterator["ObservedWorker"]:
+        """Start a worker with all optional metrics, and scrape it from its start with a Prometheus."""
         settings = {
             "VQA_MAX_ATTEMPTS": "2",
             "VQA_MAX_CONCURRENCY": "16",
@@ -76,7 +76,7 @@ class ObservedWorker:
             Client.of(stack, worker) as client,
         ):
             rules = RULES.read_text().replace("vqa.jobs", worker.jobs_queue)
-            with Prometheus.scraping(_scraped(stack, worker), rules=rules) as prometheus:
+            with Prometheus.scraping(release, _scraped(stack, worker), rules=rules) as prometheus:
                 stack.model.configure(latency=0.1)
                 # Prometheus starts slowly, and `increase` ignores counts before the first scrape.
                 await until(lambda: prometheus.query("vqa_build_info"), "the first scrape")

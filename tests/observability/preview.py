@@ -14,11 +14,10 @@ import pytest
 
 from deploy.local.stack import Stack
 from deploy.local.terminal import print_status
-from tests import debian
 from tests.conftest import BUCKET
 from tests.observability import dashboard, drawing
 from tests.observability.load import Durations, ObservedWorker
-from tests.observability.prometheus import PACKAGES, Series
+from tests.observability.prometheus import Release, Series, installed
 from tests.running import ROOT
 
 FILE: Final = ROOT / "docs" / "dashboard-preview.svg"
@@ -41,24 +40,24 @@ def main() -> int:
     file = parser.parse_args().to
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     try:
-        debian.install(PACKAGES)
+        release = installed()
     except pytest.skip.Exception as missing:
         print_status(str(missing))
         return 1
-    found = asyncio.run(_run_load())
+    found = asyncio.run(_run_load(release))
     drawing.draw(dashboard.load(), found, file, TITLE)
     print_status(f"wrote {file}")
     return 0
 
 
-async def _run_load() -> dict[int, list[drawing.Line]]:
+async def _run_load(release: Release) -> dict[int, list[drawing.Line]]:
     seconds = sum(value for name, value in vars(DURATIONS).items() if name != "jobs_per_s")
     print_status(
         f"Starting RabbitMQ, S3, the model simulator and Prometheus; then {seconds:.0f} seconds of jobs"
     )
     with Stack.start() as stack, tempfile.TemporaryDirectory() as folder:
         stack.s3.client().create_bucket(Bucket=BUCKET)
-        async with ObservedWorker.set_up(stack, Path(folder)) as observed:
+        async with ObservedWorker.set_up(stack, Path(folder), release) as observed:
             await observed.run(DURATIONS)
             return _query_panels(observed, time.time())
 

@@ -1,4 +1,4 @@
-"""Run a Prometheus server and query it."""
+"""Run a Prometheus server of one of two releases and query it."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,37 @@ import yaml
 from deploy.local.ports import PortBlock
 from deploy.local.processes import SupervisedProcess
 from deploy.local.service import Service, http_ok
+from tests import debian
 from tests.running import ROOT
 
 RULES: Final = ROOT / "deploy" / "prometheus" / "vqa-worker.rules.yaml"
-PACKAGES: Final = {"prometheus": "prometheus", "promtool": "prometheus"}
 SCRAPE_S: Final = 1
+# Debian's next release, with Prometheus 3.
+SUITE: Final = "forky"
+
+
+@dataclass(frozen=True)
+class Release:
+    """The programs of a release of Prometheus."""
+
+    prometheus: Path
+    promtool: Path
+
+
+def installed() -> Release:
+    """Return this machine's release (2.42 on Debian 12), installed if missing, or skip the test."""
+    programs = ("prometheus", "promtool")
+    debian.install(dict.fromkeys(programs, "prometheus"))
+    return Release(*(Path(shutil.which(name) or name) for name in programs))
+
+
+def release_3() -> Release:
+    """Return Prometheus 3, unpacked next to this machine's release, or skip the test."""
+    folder = debian.unpacked(SUITE, "prometheus", "promtool") / "usr" / "bin"
+    return Release(folder / "prometheus", folder / "promtool")
+
+
+RELEASES: Final[Mapping[str, Callable[[], Release]]] = {"installed": installed, "3": release_3}
 
 
 @dataclass(frozen=True)
@@ -38,10 +64,10 @@ class Prometheus(Service):
     ready_timeout_seconds = 60.0
     advice = "Is it installed?"
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, program: Path, folder: Path, port: int) -> None:
         server = SupervisedProcess(
             "Prometheus",
-            _command(folder, port),
+            _command(program, folder, port),
             environment={"PATH": "/usr/bin:/bin"},
             folder=folder,
         )
@@ -55,11 +81,12 @@ class Prometheus(Service):
     @classmethod
     @contextmanager
     def scraping(
-        cls, jobs: Sequence[Mapping[str, Any]], *, rules: str | None = None
+        cls, release: Release, jobs: Sequence[Mapping[str, Any]], *, rules: str | None = None
     ) -> Iterator["Prometheus"]:
         """Run a server in this context.
 
         Args:
+            release: Its programs.
             jobs: The `scrape_configs`.
             rules: The content of the rule file.
         """
@@ -69,7 +96,7 @@ class Prometheus(Service):
             ports = PortBlock()
             resources.callback(ports.close)
             _configure(folder, jobs, rules)
-            server = cls(folder, ports.take())
+            server = cls(release.prometheus, folder, ports.take())
             resources.callback(server.close)
             server.start()
             yield server
@@ -119,9 +146,9 @@ def _configure(folder: Path, jobs: Sequence[Mapping[str, Any]], rules: str | Non
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
 
 
-def _command(folder: Path, port: int) -> list[str]:
+def _command(program: Path, folder: Path, port: int) -> list[str]:
     return [
-        shutil.which("prometheus") or "prometheus",
+        str(program),
         f"--config.file={folder / 'prometheus.yaml'}",
         f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address=127.0.0.1:{port}",

@@ -2,14 +2,14 @@
 
 import re
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import yaml
 
-from tests import debian
 from tests.observability import rules
-from tests.observability.prometheus import PACKAGES, RULES
+from tests.observability.prometheus import RELEASES, RULES, release_3
 from tests.running import ROOT
 
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
@@ -18,18 +18,29 @@ NAMES = {alert["alert"] for alert in ALERTS}
 TESTS = yaml.safe_load(rules.TESTS.read_text())
 
 
-def _promtool(*arguments: str) -> None:
-    debian.install(PACKAGES)
-    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)  # noqa: S603, S607 - on PATH
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module", params=RELEASES, ids=lambda name: f"Prometheus {name}")
+def promtool(request: pytest.FixtureRequest) -> Callable[..., str]:
+    program = RELEASES[request.param]().promtool
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)  # noqa: S603 - of Prometheus
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
 
 
-def test_promtool_accepts_the_rules() -> None:
-    _promtool("check", "rules", str(RULES))
+def test_promtool_accepts_the_rules(promtool: Callable[..., str]) -> None:
+    promtool("check", "rules", str(RULES))
 
 
-def test_each_alert_fires_when_it_should_and_only_then() -> None:
-    _promtool("test", "rules", str(rules.TESTS))
+def test_each_alert_fires_when_it_should_and_only_then(promtool: Callable[..., str]) -> None:
+    promtool("test", "rules", str(rules.TESTS))
+
+
+def test_two_releases_are_tested() -> None:
+    version = subprocess.run([release_3().promtool, "--version"], capture_output=True, text=True, check=True)  # noqa: S603 - of Prometheus
+    assert version.stdout.startswith("promtool, version 3.")
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: f"{alert['alert']} {alert['labels']['severity']}")

@@ -18,10 +18,9 @@ from deploy.grafana.__main__ import main
 from deploy.grafana.build import dashboard_json
 from deploy.local.stack import Stack
 from docs.generate import BROKER_METRICS
-from tests import debian
 from tests.observability import dashboard
 from tests.observability.load import NAMESPACE, TENANTS, Durations, ObservedWorker
-from tests.observability.prometheus import PACKAGES, Series
+from tests.observability.prometheus import RELEASES, Series
 from tests.running import until
 
 BOARD = dashboard.load()
@@ -97,11 +96,13 @@ def test_queries_use_only_variables_of_the_dashboard() -> None:
     assert used - grafana_s_own == set(dashboard.variables(BOARD)) - {"datasource"}
 
 
-@pytest.fixture(scope="module")
-async def observed(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ObservedWorker]:
+@pytest.fixture(scope="module", params=RELEASES, ids=lambda name: f"Prometheus {name}")
+async def observed(
+    request: pytest.FixtureRequest, stack: Stack, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[ObservedWorker]:
     """A worker after a load with all kinds of failures, scraped until its end."""
-    debian.install(PACKAGES)
-    async with ObservedWorker.set_up(stack, tmp_path_factory.mktemp("observed")) as observed:
+    release = RELEASES[request.param]()
+    async with ObservedWorker.set_up(stack, tmp_path_factory.mktemp("observed"), release) as observed:
         await observed.run(Durations())
         ended = time.time()
         await until(

@@ -10,9 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local.stack import Stack
 from docs.generate import BROKER_METRICS, PROCESS_METRICS
-from tests import debian
 from tests.observability import dashboard, promql, rules
-from tests.observability.prometheus import PACKAGES
+from tests.observability.prometheus import installed
 from tests.running import ROOT, Worker, until
 from worker.errors import NEUTRAL_FAILURES, SERVICE_FAILURES
 from worker.observability.metrics import DECLARED
@@ -122,10 +121,9 @@ def test_a_worker_exposes_exactly_the_documented_metrics(worker: Worker) -> None
 
 
 def test_promtool_accepts_the_exposition_of_a_worker(worker: Worker) -> None:
-    debian.install(PACKAGES)
     exposition = worker.get("/metrics")[1]
-    done = subprocess.run(
-        ["promtool", "check", "metrics"],  # noqa: S607 - on PATH
+    done = subprocess.run(  # noqa: S603 - of Prometheus
+        [installed().promtool, "check", "metrics"],
         input=exposition,
         capture_output=True,
         text=True,

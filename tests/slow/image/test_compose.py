@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.debian import install
+from tests.observability.prometheus import release_3
 from tests.slow.image.engine import ROOT
 from worker.settings import Settings, load_settings, variable
 
@@ -113,9 +113,8 @@ def test_prometheus_scrapes_existing_services(services: dict[str, Any]) -> None:
 
 @pytest.mark.timeout(900)  # with the installation
 def test_prometheus_accepts_its_configuration() -> None:
-    install({"promtool": "prometheus"})
     done = subprocess.run(
-        ["promtool", "check", "config", str(DEPLOY / "compose" / "prometheus.yaml")],
+        [release_3().promtool, "check", "config", str(DEPLOY / "compose" / "prometheus.yaml")],
         capture_output=True,
         text=True,
         check=False,
