@@ -20,6 +20,7 @@ from vqa_worker.local_images import Image, embed_local_images, has_local_images
 from vqa_worker.messages.decoding import decode
 from vqa_worker.messages.job import Job
 from vqa_worker.messages.serialization import to_json
+from vqa_worker.rabbitmq.addresses import check_same_cluster, split_urls
 from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError
 from vqa_worker.rabbitmq.outgoing import UnroutableError
 from vqa_worker.rabbitmq.replies import job_message
@@ -81,7 +82,9 @@ class AsyncClient:
             print(result.raise_for_error().answer)
 
     Args:
-        url: the broker's, `amqp://user:password@host:port/vhost`, or `amqps://`.
+        url: the broker's, `amqp://user:password@host:port/vhost`, or `amqps://`. For a cluster, the URLs of
+            its nodes, as a sequence or a comma-separated list: the client connects to a random one, and to
+            another one when the connection is lost.
         jobs_queue: the workers' jobs queue.
         jobs_exchange: the exchange to publish to (`vqa.jobs.intake`: see docs/permissions.md), if the user
             may not write to the default exchange.
@@ -99,7 +102,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         jobs_queue: str = "vqa.jobs",
         jobs_exchange: str = "",
@@ -111,11 +114,13 @@ class AsyncClient:
         ssl_context: ssl.SSLContext | None = None,
         name: str = "vqa-client",
     ) -> None:
-        if not url.startswith(("amqp://", "amqps://")):
+        urls = split_urls(url) if isinstance(url, str) else list(url)
+        if not urls or not all(it.startswith(("amqp://", "amqps://")) for it in urls):
             raise ValueError("the broker's URL must begin with amqp:// or amqps://")
-        if ssl_context is None and url.startswith("amqps:"):
+        check_same_cluster(urls)
+        if ssl_context is None and urls[0].startswith("amqps:"):
             ssl_context = ssl.create_default_context()
-        broker = Broker(url, ssl_context, name, setting="the broker's URL")
+        broker = Broker(",".join(urls), ssl_context, name, setting="the broker's URL")
         self._requests = Requests(
             broker,
             jobs_queue,

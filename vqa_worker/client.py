@@ -25,7 +25,7 @@ class Client:
     In a program with asyncio, use `AsyncClient`, which has the same methods, arguments and exceptions.
     """
 
-    def __init__(self, url: str, **options: Unpack[ClientOptions]) -> None:
+    def __init__(self, url: str | Sequence[str], **options: Unpack[ClientOptions]) -> None:
         """`options`: as for `AsyncClient`."""
         self._client = AsyncClient(url, **options)
         self._loop: asyncio.AbstractEventLoop | None = None

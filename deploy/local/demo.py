@@ -7,6 +7,7 @@ images; submits questions about them; shows the answers; stops everything that i
 import asyncio
 import os
 import signal
+import ssl
 import sys
 import tempfile
 import time
@@ -15,13 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import aio_pika
-
 from deploy.local.external import without_local_stack
 from deploy.local.sample_jobs import ask, console
 from deploy.local.stack import Stack
 from deploy.local.terminal import raise_keyboard_interrupt
 from deploy.local.worker import running_worker
+from vqa_worker.rabbitmq.connection import Broker
 from worker.rabbitmq.topology import Topology
 
 SIMULATED_LATENCY_S = 0.8
@@ -101,7 +101,8 @@ def _worker(stack: Stack, topology: Topology) -> Iterator[None]:
 
 
 async def _delete(topology: Topology, url: str) -> None:
-    async with await aio_pika.connect(url) as connection:
+    broker = Broker(url, ssl.create_default_context() if url.startswith("amqps:") else None, "vqa-demo")
+    async with await broker.connect() as connection:
         channel = await connection.channel()
         for queue in topology.queues():
             await channel.queue_delete(queue.name, if_unused=False, if_empty=False)

@@ -330,6 +330,9 @@ async def test_the_reply_queue_is_deleted_with_the_client(stack: Stack, worker: 
 
 @pytest.mark.parametrize("url", ["", "rabbitmq:5672", "http://rabbitmq:15672/"])
 def test_a_url_of_another_kind_is_refused(url: str) -> None:
+    for urls in ([], ["amqp://a/", "b"], "amqp://a/,amqps://b/", ["amqp://a/v", "amqp://b/w"]):
+        with pytest.raises(ValueError, match=r"^the "):
+            AsyncClient(urls)
     with pytest.raises(ValueError, match=r"^the broker's URL must begin with amqp:// or amqps://$"):
         AsyncClient(url)
 

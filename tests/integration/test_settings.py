@@ -316,7 +316,7 @@ def test_settings_are_immutable() -> None:
 
 def test_no_representation_of_the_settings_contains_secrets() -> None:
     settings = load(
-        rabbitmq_url="amqp://user:br0ker-pw@host/",
+        rabbitmq_url="amqp://user:br0ker-pw@host/,amqp://user:br0ker-pw@other/",
         model_api_key="sk-very-secret",
         model_headers='{"X-Token": "h3ader-value"}',
     )
@@ -326,7 +326,7 @@ def test_no_representation_of_the_settings_contains_secrets() -> None:
 
 def test_errors_and_their_tracebacks_contain_no_secrets() -> None:
     environ = {
-        "VQA_RABBITMQ_URL": "amqp://user:s3cret/word@host/",
+        "VQA_RABBITMQ_URL": "amqp://user:s3cret@other/,amqp://user:s3cret/word@host/",
         "VQA_MODEL_API_KEY": "s3cret word",
         "VQA_MODEL_HEADERS": '{"Content-Length": "s3cret word"}',
         "VQA_MODEL_BASE_URL": "https://user:s3cret@host/",
@@ -347,6 +347,8 @@ def test_secret_values_are_listed_encoded_and_decoded() -> None:
         model_headers='{"X-A": "value-a", "X-B": ""}',
     )
     assert settings.secret_values() == ("p%40ss-word", "p@ss-word", "sk-key", "value-a")
+    urls = "amqp://user:p%40ss-1@host/,amqp://user:p,ss-2@other/"
+    assert load(rabbitmq_url=urls).secret_values() == ("p%40ss-1", "p,ss-2", "p@ss-1", "p,ss-2", "sk-test")
 
 
 def test_the_default_password_of_rabbitmq_is_not_a_secret() -> None:
@@ -360,6 +362,10 @@ def test_the_default_password_of_rabbitmq_is_not_a_secret() -> None:
         ("amqps://user:p%40ss@Rabbit.Example/vhost", "amqps://rabbit.example:5671/vhost"),
         ("amqp://rabbit:5673", "amqp://rabbit:5673/"),
         ("amqp://u:p@[::1]:5672/%2F?heartbeat=30", "amqp://[::1]:5672/%2F"),
+        (
+            "amqps://u:p,w@b/v , amqps://u:p,w@[::1]/v,amqps://u:p,w@b/v",
+            "amqps://[::1]:5671/v,amqps://b:5671/v",
+        ),
     ],
 )
 def test_the_address_of_the_broker_has_no_credentials(url: str, address: str) -> None:
@@ -513,6 +519,13 @@ def test_a_valid_value_is_accepted(name: str, text: str, value: Any) -> None:
 
 
 BAD = [
+    ("rabbitmq_url", "amqp://a/,amqp://u:p@/v", "URL 2 of 2 must have a host"),
+    ("rabbitmq_url", "amqp://a:amqp/,amqp://b/", "URL 1 of 2 is not a URL: host or port cannot be read"),
+    ("rabbitmq_url", "amqp://a/,amqp://u:p#w@b/", "URL 2 of 2 is not a URL: host or port"),
+    ("rabbitmq_url", "amqp://a/,amqps://b/", "all must have the same scheme"),
+    ("rabbitmq_url", "amqp://a/v,amqp://b/", "different virtual hosts: all must be nodes of one cluster"),
+    ("rabbitmq_url", "amqp://u:p@a,b/", "has several hosts: give a whole URL for each"),
+    ("rabbitmq_url", "amqp://u:p@a:5672,b:5672/", "has several hosts: give a whole URL for each"),
     ("rabbitmq_url", "http://host/", "must begin with amqp:// or amqps://"),
     ("rabbitmq_url", "amqp://", "must have a host"),
     ("rabbitmq_url", "amqp://user:pw@/vhost", "must have a host"),

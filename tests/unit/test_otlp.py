@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,24 @@ async def traced(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Traced]:
         for name, value in receiver.environment().items():
             monkeypatch.setenv(name, value)
         yield Traced(receiver)
+
+
+@pytest.mark.parametrize(
+    ("address", "attributes"),
+    [
+        ("amqp://broker:5672/", {"server.address": "broker", "server.port": 5672}),
+        ("amqp://a:5672/,amqp://b:5672/", {}),
+    ],
+)
+async def test_a_span_has_the_address_of_the_broker_unless_it_is_a_cluster(
+    traced: Traced, address: str, attributes: Mapping[str, object]
+) -> None:
+    tracer = Otlp(replace(SCENE, rabbitmq_address=address))
+    with tracer.process(a_delivery()):
+        pass
+    await tracer.close()
+    found = (await traced.only_span()).attributes
+    assert {name: value for name, value in found.items() if name.startswith("server.")} == attributes
 
 
 @pytest.mark.parametrize(

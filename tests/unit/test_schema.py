@@ -271,3 +271,12 @@ def test_the_document_has_the_queues_and_the_broker_of_the_settings(
     assert (queue["name"], queue["vhost"]) == ("pictures", "my/host")
     assert channels["jobs"]["x-queue-arguments"]["x-delivery-limit"] == 100
     assert "s3cr3t" not in json.dumps(document)
+
+
+def test_the_document_has_a_server_for_each_node_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VQA_RABBITMQ_URL", "amqp://u:s3cr3t@b/my%2Fhost,amqp://u:s3cr3t@a:5673/my%2Fhost")
+    document = schema.asyncapi(load_broker_settings(env_file=None))
+    objects().validate(document)
+    hosts = {name: server["host"] for name, server in document["servers"].items()}
+    assert hosts == {"rabbitmq": "a:5673", "rabbitmq-2": "b:5672"}
+    assert document["channels"]["jobs"]["bindings"]["amqp"]["queue"]["vhost"] == "my/host"

@@ -1,10 +1,12 @@
 """Connect to the broker once, and distinguish its refusals from lost connections."""
 
 import asyncio
+import random
 import ssl
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 from urllib.parse import parse_qs, urlsplit
 
 import aio_pika
@@ -17,7 +19,11 @@ from aio_pika.exceptions import (
     ProbableAuthenticationError,
 )
 
+from vqa_worker.rabbitmq.addresses import host_and_port, split_urls
+
 CONNECT_TIMEOUT_S = 15.0
+# With several addresses: a silent node delays the next one by no more.
+NODE_TIMEOUT_S = 5.0
 # aiormq closes a connection after a silence of three heartbeats; a minute is long for a queue of paid work.
 HEARTBEAT_S = 20
 CONSUMER_CANCELLED = (
@@ -65,9 +71,10 @@ class _Connection(aio_pika.Connection):
 
 @dataclass(frozen=True)
 class Broker:
-    """The broker's address and the client's credentials.
+    """The broker's addresses and the client's credentials.
 
     Attributes:
+        url: one URL, or a comma-separated list with the URLs of the nodes of one cluster.
         name: the connection name that the broker shows.
         setting: what error messages call the URL.
     """
@@ -77,29 +84,60 @@ class Broker:
     name: str
     setting: str = "VQA_RABBITMQ_URL"
 
-    async def connect(self) -> AbstractConnection:
-        """Connect once.
+    def nodes(self) -> "list[Broker]":
+        """Return a broker for each address."""
+        return [replace(self, url=url) for url in split_urls(self.url)]
+
+    async def connect(self, *, last: str = "") -> AbstractConnection:
+        """Connect once: try the addresses in random order until one accepts.
+
+        Args:
+            last: `host:port` of the node to try after all others.
 
         Raises:
-            BrokerRefusedError: the broker refuses the credentials, the virtual host or TLS.
-            BrokerUnreachableError: any other failure.
+            BrokerRefusedError: every node that answers refuses the credentials, the virtual host or TLS.
+            BrokerUnreachableError: any other failure; names each node with its reason.
+        """
+        nodes = self.nodes()
+        if len(nodes) == 1:
+            return await self._connect(CONNECT_TIMEOUT_S)
+        # Random, so that the clients of a node that fails do not all connect to the same other node.
+        random.shuffle(nodes)
+        nodes.sort(key=lambda node: host_and_port(node.url) == last)
+        reasons, refusal = [], None
+        for node in nodes:
+            address = host_and_port(node.url)
+            try:
+                return await node._connect(NODE_TIMEOUT_S)  # noqa: SLF001 - of the same class
+            except BrokerRefusedError as error:
+                # It can be an error of this node, such as of its authentication backend.
+                refusal = BrokerRefusedError(f"{error} ({address})")
+            except BrokerUnreachableError as error:
+                reasons.append(f"{address}: {error}")
+        raise refusal or BrokerUnreachableError("; ".join(reasons))
+
+    async def _connect(self, timeout_s: float) -> AbstractConnection:
+        """Connect to the only address.
+
+        Raises:
+            BrokerRefusedError, BrokerUnreachableError: as `connect`.
         """
         try:
             with connection_losses():
-                connection = await self._connect()
+                connection = await self._open(timeout_s)
                 if is_cancelled():
                     await close(connection)
                     raise asyncio.CancelledError
                 return connection
         except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
-            raise BrokerUnreachableError(_explain_unreachable(self.url, error)) from None
+            raise BrokerUnreachableError(_explain_unreachable(self.url, error, timeout_s)) from None
 
-    async def _connect(self) -> AbstractConnection:
+    async def _open(self, timeout_s: float) -> AbstractConnection:
         try:
             return await aio_pika.connect(
                 self.url,
                 ssl_context=self.ssl_context,
-                timeout=CONNECT_TIMEOUT_S,
+                timeout=timeout_s,
                 heartbeat=_heartbeat_s(self.url),
                 client_properties={"connection_name": self.name},
                 connection_class=_Connection,
@@ -121,13 +159,25 @@ class Broker:
             raise
 
 
+def url_of(connection: AbstractConnection) -> str:
+    """Return the URL that a connection was made with; it has credentials."""
+    return str(cast("aio_pika.Connection", connection).url)
+
+
+def node_of(connection: AbstractConnection) -> str:
+    """Return `host:port` of the node that a connection was made to."""
+    return host_and_port(url_of(connection))
+
+
 def _heartbeat_s(url: str) -> int:
     """Return the seconds between heartbeats: `heartbeat=` in the URL, which aio-pika would overwrite."""
     value = parse_qs(urlsplit(url).query).get("heartbeat", [""])[-1]
     return int(value) if value.isdecimal() else HEARTBEAT_S
 
 
-def _explain_unreachable(url: str, error: BaseException) -> str:
+def _explain_unreachable(url: str, error: BaseException, timeout_s: float) -> str:
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer within {timeout_s:g} s"
     text = f"{type(error).__name__}: {error}"
     if "unexpectedly closed" in text and url.startswith("amqp:"):
         return f"{text}: is it RabbitMQ, and does the port need amqps://?"

@@ -1,6 +1,7 @@
 """A session with the broker: one connection, made again whenever it is lost."""
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from vqa_worker.rabbitmq.connection import (
     close,
     connection_losses,
     explain,
+    node_of,
     raise_if_cancelled,
 )
 from vqa_worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
@@ -30,6 +32,7 @@ FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 3.0
 # After a connection that lasted this long, the next one is tried with the first delay again.
 STABLE_S = 2.0
+_REFUSALS = (BrokerRefusedError, TopologyError)
 
 
 class Session:
@@ -52,6 +55,8 @@ class Session:
         self._report_to = report
         self._warnings = RateLimitedWarnings()
         self._was_ready = False
+        # `host:port` of the node whose connection was lost, until the next attempt.
+        self._lost_node = ""
         self.connection: AbstractConnection | None = None
         self.ready = asyncio.Event()
         self.problem = ""
@@ -146,10 +151,12 @@ class Session:
         self.ready.clear()
         connection, self.connection = self.connection, None
         if connection is not None:
+            self._lost_node = node_of(connection)
             await close(connection)
 
     async def _connect(self) -> AbstractConnection:
-        self.connection = await self._broker.connect()
+        last, self._lost_node = self._lost_node, ""
+        self.connection = await self._broker.connect(last=last)
         return self.connection
 
     async def _retried(self, attempt: Callable[[], Awaitable[T]], timeout_s: float | None) -> T:
@@ -169,18 +176,18 @@ class Session:
             began = time.monotonic()
             try:
                 return await attempt()
-            except (BrokerRefusedError, TopologyError) as error:
-                if not self._was_ready:
+            except (*_REFUSALS, BrokerUnreachableError, TimeoutError, *CONNECTION_EXCEPTIONS) as error:
+                if isinstance(error, _REFUSALS) and not self._was_ready:
                     raise
-                self._report(error, delay_s)
-            except (BrokerUnreachableError, TimeoutError, *CONNECTION_EXCEPTIONS) as error:
-                self._report(error, delay_s)
-            if time.monotonic() - began > STABLE_S:
-                delay_s = FIRST_DELAY_S
-            await asyncio.sleep(delay_s)
+                if time.monotonic() - began > STABLE_S:
+                    delay_s = FIRST_DELAY_S
+                # Random, so that the clients of a broker that fails do not all come back at the same moment.
+                pause_s = round(delay_s * random.uniform(0.5, 1.5), 2)  # noqa: S311 - not a secret
+                self._report(error, pause_s)
+            await asyncio.sleep(pause_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
-    def _report(self, error: Exception, delay_s: float) -> None:
+    def _report(self, error: Exception, pause_s: float) -> None:
         is_unreachable = isinstance(error, BrokerUnreachableError | BrokerRefusedError | TopologyError)
         self.problem = str(error) if is_unreachable else explain(error)
         if self._report_to is not None:
@@ -193,7 +200,12 @@ class Session:
                 pass
             case BrokerUnreachableError() | BrokerRefusedError():
                 log.warning(
-                    "rabbitmq_unreachable", purpose=self._purpose, reason=self.problem, next_try_s=delay_s
+                    "rabbitmq_unreachable", purpose=self._purpose, reason=self.problem, next_try_s=pause_s
                 )
             case _ if self._warnings.should_log("connection", self.problem):
-                log.warning("rabbitmq_connection_lost", purpose=self._purpose, reason=self.problem)
+                log.warning(
+                    "rabbitmq_connection_lost",
+                    purpose=self._purpose,
+                    node=self._lost_node,
+                    reason=self.problem,
+                )

@@ -21,6 +21,7 @@ def show(screen: Screen) -> None:
     Variables that are not settings are reported on stderr. Does not connect to anything. If a setting is
     wrong, the values are printed as they are given, and the exit code is 78.
     """
+    from vqa_worker.rabbitmq.addresses import split_urls
     from worker.observability.redaction import Redactor
     from worker.settings import Settings, SettingsError, load_settings, setting_sources, variable
     from worker.settings.urls import fallback_key_variable
@@ -42,7 +43,9 @@ def show(screen: Screen) -> None:
         text = _as_text(
             getattr(settings, field) if settings else given, is_secret="SecretStr" in str(info.annotation)
         )
-        value, source = None if text is None else redact(text), names.get(field, DEFAULT)
+        # URLs of a list one by one: the redaction of a query would extend over the next URL.
+        value = None if text is None else ",".join(map(redact, split_urls(text)))
+        source = names.get(field, DEFAULT)
         line = f"{source:{width}}  {variable(field)}={value or ''}"
         screen.emit({"name": variable(field), "value": value, "source": source}, line)
     if error is not None:

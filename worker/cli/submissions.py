@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
 
+from vqa_worker.rabbitmq.addresses import split_urls
 from worker.cli import state_dir
 from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.shell import CommandError, Screen, UsageError, Yes, broker_of, counted
@@ -284,7 +285,7 @@ def _older(than: str) -> list[_Known]:
 
 def _warn(head: Mapping[str, str], counts: "Counts", broker: str, screen: Screen) -> None:
     """Warn about a different broker and about jobs that are not submitted yet."""
-    if head["broker"] != broker:
+    if not set(split_urls(head["broker"])) & set(split_urls(broker)):
         screen.note(f"Warning: submitted to {head['broker']}, but VQA_RABBITMQ_URL is {broker}.")
     if counts.unconfirmed:
         screen.note(

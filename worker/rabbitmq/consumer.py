@@ -16,6 +16,7 @@ from vqa_worker.rabbitmq.connection import (
     channel_lost,
     connection_losses,
     explain,
+    node_of,
     raise_if_cancelled,
 )
 from vqa_worker.rabbitmq.session import Session
@@ -256,7 +257,12 @@ class Consumer:
                 if not self._held:
                     await self._consume(queue)
             self._session.mark_ready()
-            log.info("rabbitmq_connected", queue=self._topology.jobs, prefetch=self._prefetch)
+            log.info(
+                "rabbitmq_connected",
+                queue=self._topology.jobs,
+                prefetch=self._prefetch,
+                node=node_of(connection),
+            )
             raise_if_cancelled()
             await self._until_lost(lost, connection)
         finally:

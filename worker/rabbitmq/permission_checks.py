@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelClosed, ChannelNotFoundEntity, ChannelPreconditionFailed
@@ -79,9 +80,18 @@ class Probes:
     @property
     def version(self) -> str:
         """The broker's product and version: `RabbitMQ 4.3.6`."""
-        transport = self._connection.transport
-        server = getattr(transport and transport.connection, "server_properties", None) or {}
+        server = self._server_properties
         return " ".join(str(server[name]) for name in ("product", "version") if name in server) or "a broker"
+
+    @property
+    def cluster(self) -> str:
+        """The name of the broker's cluster; empty if it has none."""
+        return str(self._server_properties.get("cluster_name", ""))
+
+    @property
+    def _server_properties(self) -> Mapping[str, Any]:
+        transport = self._connection.transport
+        return getattr(transport and transport.connection, "server_properties", None) or {}
 
     async def find(self, part: Part) -> Found | None:
         """Return the figures of a queue or an exchange; None if it does not exist.

@@ -4,7 +4,7 @@ The schemas come from `Job` and `Result`, the AsyncAPI document from these and t
 """
 
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
@@ -12,6 +12,7 @@ from pydantic_core import core_schema
 
 from vqa_worker.messages.job import Job
 from vqa_worker.messages.result import Result, Usage
+from vqa_worker.rabbitmq.addresses import split_urls, virtual_host
 from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, ENQUEUED_HEADER
 from worker import __version__
 from worker.rabbitmq import messages, properties
@@ -77,7 +78,7 @@ def _schema(model: type[BaseModel], mode: JsonSchemaMode, ref_template: str) -> 
 
 def asyncapi(settings: BrokerSettings) -> dict[str, Any]:
     """Return an AsyncAPI document of the worker with the queue names of the settings."""
-    address = urlsplit(settings.rabbitmq_address)
+    urls = split_urls(settings.rabbitmq_address)
     return {
         "asyncapi": ASYNCAPI,
         "info": {
@@ -88,9 +89,14 @@ def asyncapi(settings: BrokerSettings) -> dict[str, Any]:
         },
         "defaultContentType": CONTENT_TYPE,
         "servers": {
-            "rabbitmq": {"host": address.netloc, "protocol": address.scheme, "protocolVersion": "0.9.1"}
+            f"rabbitmq-{nth}" if nth > 1 else "rabbitmq": {
+                "host": address.netloc,
+                "protocol": address.scheme,
+                "protocolVersion": "0.9.1",
+            }
+            for nth, address in enumerate(map(urlsplit, urls), start=1)
         },
-        "channels": _channels(Topology.from_settings(settings), unquote(address.path[1:]) or "/"),
+        "channels": _channels(Topology.from_settings(settings), virtual_host(urls[0])),
         "operations": _operations(),
         "components": {"messages": _messages(), "schemas": _schemas()},
     }

@@ -6,9 +6,10 @@ from urllib.parse import unquote, urlsplit
 from pydantic import PrivateAttr, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from vqa_worker.rabbitmq.addresses import split_urls, without_credentials
 from worker.settings.faults import PREFIX
 from worker.settings.tls import CaFile, KeyFile, TlsFile
-from worker.settings.urls import AMQP_PORTS, BrokerUrl
+from worker.settings.urls import BrokerUrl
 from worker.settings.values import DERIVED, ExchangeName, QueueName, RetryDelays, default
 
 # RabbitMQ's default password is not a secret, and redacting "guest" would make messages unreadable.
@@ -36,7 +37,9 @@ class BrokerSettings(BaseSettings):
     rabbitmq_url: BrokerUrl = SecretStr("amqp://guest:guest@localhost:5672/")
     """`amqp://user:password@host:port/vhost`, or `amqps://` for TLS. Percent-encode special characters in
     user name, password and vhost (the vhost `/` is the empty path or `%2F`). `?heartbeat=N` sets the
-    heartbeat interval in seconds (20); a connection without traffic for three intervals is closed. Secret."""
+    heartbeat interval in seconds (20); a connection without traffic for three intervals is closed. For a
+    cluster, a comma-separated list with a whole URL for each node, all with the same scheme and vhost: each
+    connection picks one at random and tries the next one if it fails. Secret."""
     rabbitmq_ca_file: CaFile = None
     """PEM file with the CA certificates for RabbitMQ's certificate, only with `amqps://`. Default: the
     operating system's."""
@@ -87,16 +90,17 @@ class BrokerSettings(BaseSettings):
 
     @property
     def rabbitmq_address(self) -> str:
-        """Return the broker's address without credentials, for logs."""
-        parts = urlsplit(self.rabbitmq_url.get_secret_value())
-        host = parts.hostname or ""
-        host = f"[{host}]" if ":" in host else host
-        return f"{parts.scheme}://{host}:{parts.port or AMQP_PORTS[parts.scheme]}{parts.path or '/'}"
+        """Return the broker's address without credentials; with several, a sorted comma-separated list."""
+        return ",".join(sorted(map(without_credentials, self._rabbitmq_urls)))
 
     def secret_values(self) -> tuple[str, ...]:
-        """Return every secret value: the broker's password, encoded and decoded."""
-        password = urlsplit(self.rabbitmq_url.get_secret_value()).password or ""
-        return secrets(password, unquote(password))
+        """Return every secret value: the broker's passwords, encoded and decoded."""
+        passwords = [urlsplit(url).password or "" for url in self._rabbitmq_urls]
+        return secrets(*passwords, *map(unquote, passwords))
+
+    @property
+    def _rabbitmq_urls(self) -> list[str]:
+        return split_urls(self.rabbitmq_url.get_secret_value())
 
 
 def secrets(*values: str) -> tuple[str, ...]:

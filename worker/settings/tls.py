@@ -7,16 +7,22 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, FilePath, ValidationInfo
 
+from vqa_worker.rabbitmq.addresses import split_urls
 from worker.settings.faults import shown, variable
 
 
 def _only_with_tls(path: Path | None, info: ValidationInfo) -> Path | None:
     url = info.data.get("rabbitmq_url")
-    if path is not None and url is not None and urlsplit(url.get_secret_value()).scheme != "amqps":
+    if path is not None and url is not None and not _is_tls(url.get_secret_value()):
         raise ValueError(
             f"has no effect without TLS: change {variable('rabbitmq_url')} to amqps://, or remove this"
         )
     return path
+
+
+def _is_tls(urls: str) -> bool:
+    # The URLs of a list have the same scheme.
+    return urlsplit(split_urls(urls)[0]).scheme == "amqps"
 
 
 def _holds_certificates(path: Path | None) -> Path | None:

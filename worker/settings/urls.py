@@ -10,12 +10,13 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, SecretStr, ValidationInfo
 
+from vqa_worker.rabbitmq.addresses import AMQP_PORTS, check_same_cluster, split_urls
 from worker.providers import GENERIC, load_profile, provider_of
 
-AMQP_PORTS: Final = {"amqp": 5672, "amqps": 5671}
 # The host of each provider's variable; the settings' fields have the same names in lower case.
 FALLBACK_KEYS: Final = {"deepinfra.com": "DEEPINFRA_TOKEN", "api.openai.com": "OPENAI_API_KEY"}
 CHAT_COMPLETIONS: Final = "/chat/completions"
+_SEVERAL_HOSTS: Final = re.compile(r"amqps?://[^/?#]*,[^@/?#]*(?:[/?#]|$)", re.IGNORECASE)
 # The only query that is accepted, as others may contain secrets: Azure's.
 _API_VERSION: Final = re.compile(r"api-version=[A-Za-z0-9.-]+")
 
@@ -41,10 +42,27 @@ def _split_url(url: str, *schemes: str) -> SplitResult:
     return parts
 
 
-def _broker_url(secret: SecretStr) -> SecretStr:
-    if _split_url(secret.get_secret_value(), *AMQP_PORTS).fragment:
+def _broker_urls(secret: SecretStr) -> SecretStr:
+    """Validate one URL, or a comma-separated list, which is returned without duplicates."""
+    urls = split_urls(secret.get_secret_value())
+    for nth, url in enumerate(urls, start=1):
+        try:
+            _check_broker_url(url)
+        except ValueError as error:
+            if len(urls) == 1:
+                raise
+            raise ValueError(f"URL {nth} of {len(urls)} {error}") from None
+    check_same_cluster(urls)
+    return SecretStr(",".join(urls))
+
+
+def _check_broker_url(url: str) -> None:
+    if _SEVERAL_HOSTS.match(url):
+        raise ValueError(
+            "has several hosts: give a whole URL for each, as in amqp://user:password@host/,amqp://…"
+        )
+    if _split_url(url, *AMQP_PORTS).fragment:
         raise ValueError("has a '#' in it: special characters in a password must be percent-encoded")
-    return secret
 
 
 def _http_url(url: str) -> str:
@@ -140,7 +158,7 @@ def _store_url(url: str) -> str:
     return url.rstrip("/")
 
 
-BrokerUrl: TypeAlias = Annotated[SecretStr, AfterValidator(_broker_url)]
+BrokerUrl: TypeAlias = Annotated[SecretStr, AfterValidator(_broker_urls)]
 StoreUrl: TypeAlias = Annotated[str, AfterValidator(_store_url)]
 HttpUrl: TypeAlias = Annotated[str, AfterValidator(_http_url)]
 ModelUrl: TypeAlias = Annotated[str, AfterValidator(_model_url)]

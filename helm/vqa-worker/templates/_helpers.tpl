@@ -241,7 +241,10 @@ securityContext:
 {{- if not $ports }}
 {{- $ports = list 5671 5672 }}
 {{- with .Values.secrets.rabbitmqUrl }}
-{{- $ports = list (include "vqa-worker.port" .) }}
+{{- $ports = list }}
+{{- range splitList " " (regexReplaceAll "\\s*,\\s*(amqps?://)" . " ${1}") }}
+{{- $ports = append $ports (include "vqa-worker.port" .) | uniq }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- include "vqa-worker.egress" (list .Values.networkPolicy.rabbitmqTo $ports) }}

@@ -58,6 +58,12 @@ async def test_each_setting_has_its_value_and_its_source(cli: Cli) -> None:
     rows = by_name(await cli.run_json("config", "show", "--url", "amqp://other/"))
     assert rows["VQA_RABBITMQ_URL"] == ("amqp://other/", "--url")
     assert rows["VQA_MODEL"] == ("from-the-folder", folder)
+    urls = "amqp://u:s3cr3t,@a/?heartbeat=3 , amqp://v:s3cr3t,@b/"
+    rows = by_name(await cli.run_json("config", "show", "--url", urls))
+    assert rows["VQA_RABBITMQ_URL"] == (
+        "amqp://[redacted]@a/?[redacted],amqp://[redacted]@b/",
+        "--url",
+    )
 
 
 async def test_the_text_has_a_line_for_each_setting_and_warns_about_unknown_variables(cli: Cli) -> None:

@@ -215,6 +215,9 @@ async def test_only_own_results_are_collected_and_the_queue_is_deleted_at_the_en
         r"Warning: submitted to amqp://\S+, but VQA_RABBITMQ_URL is amqp://127.0.0.1:1/.\n", again.err
     )
     assert sorted(again.lines) == sorted(collected.lines)
+    # The same cluster, with the address of another node.
+    urls = f"amqp://127.0.0.1:1/,{stack.rabbitmq.url}"
+    assert not (await cli.run("submissions", "collect", name, "--json", VQA_RABBITMQ_URL=urls)).err
 
 
 async def test_duplicate_and_unknown_results_are_ignored(no_worker_cli: Cli, stack: Stack) -> None:

@@ -25,6 +25,11 @@ def test_the_policy_is_disabled_by_default() -> None:
     assert render(minimal()).all("NetworkPolicy") == []
 
 
+def test_egress_has_the_ports_of_all_nodes_of_a_cluster() -> None:
+    urls = "amqp://u:p,w@a,amqp://u:p,w@b:5673/v , amqp://u:p@c/v"
+    assert _ports(_policy({"secrets": {"rabbitmqUrl": urls}})["egress"])[1] == [5672, 5673]
+
+
 def test_egress_is_dns_broker_s3_and_model_api_and_ingress_is_metrics() -> None:
     spec = _policy({})
     assert spec["policyTypes"] == ["Ingress", "Egress"]

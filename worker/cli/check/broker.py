@@ -1,11 +1,13 @@
 """Checks of RabbitMQ: connection, topology, permissions. They change nothing."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final, TypeAlias
 from urllib.parse import unquote, urlsplit
 
-from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError
+from vqa_worker.rabbitmq.addresses import host_and_port
+from vqa_worker.rabbitmq.connection import Broker, BrokerRefusedError, BrokerUnreachableError, close, url_of
 from vqa_worker.rabbitmq.replies import PRIVATE_PREFIX
 from vqa_worker.rabbitmq.session import Session
 from worker.cli.check import Finding, failed, ok, skipped, warning
@@ -34,12 +36,14 @@ async def broker_findings(
     settings: BrokerSettings, broker: Broker, timeout_s: float
 ) -> AsyncIterator[Finding]:
     """Check the connection, queues, exchanges and permissions."""
-    name = urlsplit(settings.rabbitmq_url.get_secret_value()).username
-    user = f", as user {unquote(name)}" if name else ""
     try:
         async with Session(broker, "check").opened(timeout_s) as connection:
             probes, topology = Probes(connection), Topology.from_settings(settings)
+            name = unquote(urlsplit(url_of(connection)).username or "")
+            user = f", as user {name}" if name else ""
             yield ok("broker", f"{probes.version} at {settings.rabbitmq_address}{user}")
+            async for finding in _nodes(broker, probes.cluster, timeout_s):
+                yield finding
             parts: list[Part] = [*topology.queues(), topology.control, *topology.exchanges()]
             for part in parts:
                 yield await _part(probes, topology, part)
@@ -52,6 +56,40 @@ async def broker_findings(
         yield failed("broker", f"{settings.rabbitmq_address}: {error}")
     except ConnectionError as error:
         yield failed("broker", f"the connection was lost ({type(error).__name__}). Try again.")
+
+
+async def _nodes(broker: Broker, cluster: str, timeout_s: float) -> AsyncIterator[Finding]:
+    """Check that each of several nodes answers, and that all belong to the same cluster."""
+    nodes = broker.nodes()
+    if len(nodes) == 1:
+        return
+    for address, found in zip(
+        [host_and_port(node.url) for node in nodes],
+        await asyncio.gather(*(_cluster_of(node, timeout_s) for node in nodes), return_exceptions=True),
+        strict=True,
+    ):
+        match found:
+            case BrokerRefusedError() | BrokerUnreachableError():
+                yield warning(f"node {address}", f"{found}. The worker uses the other nodes.")
+            case BaseException():
+                raise found
+            case str() if found != cluster:
+                text = f"belongs to the cluster {found}, another one to {cluster}. List one cluster."
+                yield failed(f"node {address}", text)
+            case _:
+                yield ok(f"node {address}", f"cluster {found}")
+
+
+async def _cluster_of(node: Broker, timeout_s: float) -> str:
+    try:
+        async with asyncio.timeout(timeout_s):
+            connection = await node.connect()
+    except TimeoutError:
+        raise BrokerUnreachableError(f"no answer within {timeout_s:g} s") from None
+    try:
+        return Probes(connection).cluster
+    finally:
+        await close(connection)
 
 
 async def _part(probes: Probes, topology: Topology, part: Part) -> Finding:

@@ -26,6 +26,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from vqa_worker.messages.result import Usage
+from vqa_worker.rabbitmq.addresses import split_urls
 from worker import __version__
 from worker.errors import DependencyDownError, JobError, TransientError
 from worker.jobs.delivery import Delivery
@@ -61,7 +62,7 @@ class Otlp:
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("vqa-worker", __version__)
-        rabbitmq = {"messaging.system": "rabbitmq", **_server(scene.rabbitmq_address)}
+        rabbitmq = {"messaging.system": "rabbitmq", **_broker(scene.rabbitmq_address)}
         self._process_name = f"process {scene.jobs_queue}"
         self._process = {
             **rabbitmq,
@@ -198,6 +199,11 @@ def _resource() -> Resource:
     """Return the resource; `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` override the defaults."""
     own = Resource.create({"service.name": "vqa-worker", "service.version": __version__})
     return own.merge(OTELResourceDetector().detect())
+
+
+def _broker(address: str) -> dict[str, AttributeValue]:
+    """Return the attributes of the broker's address; none if it has several."""
+    return _server(address) if len(split_urls(address)) == 1 else {}
 
 
 def _server(url: str) -> dict[str, AttributeValue]:
