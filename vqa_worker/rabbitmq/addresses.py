@@ -39,9 +39,3 @@ def host_and_port(url: str) -> str:
     host = parts.hostname or ""
     host = f"[{host}]" if ":" in host else host
     return f"{host}:{parts.port or AMQP_PORTS[parts.scheme]}"
-
-
-def without_credentials(url: str) -> str:
-    """Return `scheme://host:port/vhost` of a URL."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{host_and_port(url)}{parts.path or '/'}"

@@ -21,10 +21,9 @@ def show(screen: Screen) -> None:
     Variables that are not settings are reported on stderr. Does not connect to anything. If a setting is
     wrong, the values are printed as they are given, and the exit code is 78.
     """
-    from vqa_worker.rabbitmq.addresses import split_urls
     from worker.observability.redaction import Redactor
     from worker.settings import Settings, SettingsError, load_settings, setting_sources, variable
-    from worker.settings.urls import fallback_key_variable
+    from worker.settings.urls import fallback_key_variable, split_broker_urls
 
     sources = setting_sources(env_file=screen.options.env_file or Path(".env"))
     names = {field: source.name for field, source in sources.items()}
@@ -44,7 +43,7 @@ def show(screen: Screen) -> None:
             getattr(settings, field) if settings else given, is_secret="SecretStr" in str(info.annotation)
         )
         # URLs of a list one by one: the redaction of a query would extend over the next URL.
-        value = None if text is None else ",".join(map(redact, split_urls(text)))
+        value = None if text is None else ",".join(map(redact, split_broker_urls(text)))
         source = names.get(field, DEFAULT)
         line = f"{source:{width}}  {variable(field)}={value or ''}"
         screen.emit({"name": variable(field), "value": value, "source": source}, line)

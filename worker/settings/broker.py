@@ -6,10 +6,9 @@ from urllib.parse import unquote, urlsplit
 from pydantic import PrivateAttr, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from vqa_worker.rabbitmq.addresses import split_urls, without_credentials
 from worker.settings.faults import PREFIX
 from worker.settings.tls import CaFile, KeyFile, TlsFile
-from worker.settings.urls import BrokerUrl
+from worker.settings.urls import AMQP_PORTS, BrokerUrl, split_broker_urls
 from worker.settings.values import DERIVED, ExchangeName, QueueName, RetryDelays, default
 
 # RabbitMQ's default password is not a secret, and redacting "guest" would make messages unreadable.
@@ -91,7 +90,7 @@ class BrokerSettings(BaseSettings):
     @property
     def rabbitmq_address(self) -> str:
         """Return the broker's address without credentials; with several, a sorted comma-separated list."""
-        return ",".join(sorted(map(without_credentials, self._rabbitmq_urls)))
+        return ",".join(sorted(map(_without_credentials, self._rabbitmq_urls)))
 
     def secret_values(self) -> tuple[str, ...]:
         """Return every secret value: the broker's passwords, encoded and decoded."""
@@ -100,7 +99,14 @@ class BrokerSettings(BaseSettings):
 
     @property
     def _rabbitmq_urls(self) -> list[str]:
-        return split_urls(self.rabbitmq_url.get_secret_value())
+        return split_broker_urls(self.rabbitmq_url.get_secret_value())
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}:{parts.port or AMQP_PORTS[parts.scheme]}{parts.path or '/'}"
 
 
 def secrets(*values: str) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, FilePath, ValidationInfo
 
-from vqa_worker.rabbitmq.addresses import split_urls
 from worker.settings.faults import shown, variable
+from worker.settings.urls import split_broker_urls
 
 
 def _only_with_tls(path: Path | None, info: ValidationInfo) -> Path | None:
@@ -22,7 +22,7 @@ def _only_with_tls(path: Path | None, info: ValidationInfo) -> Path | None:
 
 def _is_tls(urls: str) -> bool:
     # The URLs of a list have the same scheme.
-    return urlsplit(split_urls(urls)[0]).scheme == "amqps"
+    return urlsplit(split_broker_urls(urls)[0]).scheme == "amqps"
 
 
 def _holds_certificates(path: Path | None) -> Path | None:

@@ -10,9 +10,9 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, SecretStr, ValidationInfo
 
-from vqa_worker.rabbitmq.addresses import AMQP_PORTS, check_same_cluster, split_urls
 from worker.providers import GENERIC, load_profile, provider_of
 
+AMQP_PORTS: Final = {"amqp": 5672, "amqps": 5671}
 # The host of each provider's variable; the settings' fields have the same names in lower case.
 FALLBACK_KEYS: Final = {"deepinfra.com": "DEEPINFRA_TOKEN", "api.openai.com": "OPENAI_API_KEY"}
 CHAT_COMPLETIONS: Final = "/chat/completions"
@@ -44,7 +44,7 @@ def _split_url(url: str, *schemes: str) -> SplitResult:
 
 def _broker_urls(secret: SecretStr) -> SecretStr:
     """Validate one URL, or a comma-separated list, which is returned without duplicates."""
-    urls = split_urls(secret.get_secret_value())
+    urls = split_broker_urls(secret.get_secret_value())
     for nth, url in enumerate(urls, start=1):
         try:
             _check_broker_url(url)
@@ -52,8 +52,21 @@ def _broker_urls(secret: SecretStr) -> SecretStr:
             if len(urls) == 1:
                 raise
             raise ValueError(f"URL {nth} of {len(urls)} {error}") from None
-    check_same_cluster(urls)
+    if len(urls) > 1:
+        from vqa_worker.rabbitmq.addresses import check_same_cluster  # noqa: PLC0415 - see below
+
+        check_same_cluster(urls)
     return SecretStr(",".join(urls))
+
+
+def split_broker_urls(text: str) -> list[str]:
+    """Return the URLs of a comma-separated list without duplicates, see `vqa_worker.rabbitmq.addresses`."""
+    if "," not in text:
+        # Without the import of aio-pika and more, which takes a third of a second.
+        return [text]
+    from vqa_worker.rabbitmq.addresses import split_urls  # noqa: PLC0415
+
+    return split_urls(text)
 
 
 def _check_broker_url(url: str) -> None:

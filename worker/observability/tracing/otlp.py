@@ -26,11 +26,11 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from vqa_worker.messages.result import Usage
-from vqa_worker.rabbitmq.addresses import split_urls
 from worker import __version__
 from worker.errors import DependencyDownError, JobError, TransientError
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
+from worker.settings.urls import split_broker_urls
 
 log = structlog.get_logger(__name__)
 
@@ -203,7 +203,7 @@ def _resource() -> Resource:
 
 def _broker(address: str) -> dict[str, AttributeValue]:
     """Return the attributes of the broker's address; none if it has several."""
-    return _server(address) if len(split_urls(address)) == 1 else {}
+    return _server(address) if len(split_broker_urls(address)) == 1 else {}
 
 
 def _server(url: str) -> dict[str, AttributeValue]:
