@@ -81,6 +81,7 @@ def _worker(topology: Topology) -> User:
             Right(_exchange(topology.jobs_exchange), "publish retries, requeued jobs and dead letters"),
             Right(_exchange(topology.reply_exchange), results),
             Right(NAMED_BY_SERVER, "bind its queue for cancellations"),
+            Right(re.escape(topology.control.name), "ask other workers about redelivered jobs"),
         ],
         read=[
             Right(re.escape(topology.jobs), "consume jobs"),

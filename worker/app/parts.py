@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from worker.clock import Clock
 from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.in_flight_jobs import InFlightJobs
+from worker.jobs.other_workers import OtherWorkers
 from worker.observability.tenants import Tenants
 from worker.rabbitmq.consumer import Consumer
+from worker.rabbitmq.control import Control
 from worker.rabbitmq.publisher import Publisher
 from worker.rabbitmq.topology import Topology
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
@@ -27,6 +29,8 @@ class Parts:
     detector: OutageDetector
     outage_reports: OutageReports
     limiter: ConcurrencyLimiter
+    control: Control
+    other_workers: OtherWorkers
     cancelled_jobs: CancelledJobs
     topology: Topology
     tenants: Tenants

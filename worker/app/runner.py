@@ -20,6 +20,7 @@ from worker.app.parts import Parts
 from worker.clock import Clock
 from worker.jobs.cancellation import CancelledJobs
 from worker.jobs.in_flight_jobs import InFlightJobs
+from worker.jobs.other_workers import OtherWorkers
 from worker.observability import endpoints, metrics, tracing
 from worker.observability.endpoints import Heartbeat, Readiness
 from worker.observability.logs import IN_FLIGHT_LOGGER, log_suppressed_events
@@ -85,6 +86,7 @@ async def run(settings: Settings) -> bool:
         background.start("suppressed-events", _log_suppressed_events)
         background.start("publisher", parts.publisher.run)
         background.start("consumer", parts.consumer.run)
+        background.start("other-workers", lambda: parts.other_workers.run(parts.control.ask))
         # In a thread: connecting continues at the same time.
         traced = wants_traces(os.environ)
         await asyncio.to_thread(_load_slow_modules, traced=traced)
@@ -152,14 +154,27 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
     metrics.initialize_series(settings.allowed_models)
     tenants.initialize_series(settings.allowed_models)
     settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to), tenants)
+    other_workers = OtherWorkers(max_s=settings.job_timeout / 2, clock=clock)
     in_flight = InFlightJobs(
-        tasks, lambda delivery, attempt: processor.result().process(delivery, attempt), settlement, clock
+        tasks,
+        lambda delivery, attempt: processor.result().process(delivery, attempt),
+        settlement,
+        clock,
+        # A result store has leases for this.
+        other_workers if settings.result_store is None else None,
     )
     cancelled_jobs = CancelledJobs()
+    control = Control(
+        topology,
+        on_cancel=cancelled_jobs.cancel,
+        on_subscribed=cancelled_jobs.on_subscribed,
+        states_of=in_flight.states_of,
+        on_answer=other_workers.answered,
+    )
     consumer = Consumer(
         broker,
         topology,
-        Control(topology, on_cancel=cancelled_jobs.cancel, on_subscribed=cancelled_jobs.on_subscribed),
+        control,
         prefetch=settings.max_concurrency,
         on_delivery=lambda delivery: _ignore(in_flight.accept(delivery)),
     )
@@ -180,6 +195,8 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         detector=detector,
         outage_reports=outage_reports,
         limiter=limiter,
+        control=control,
+        other_workers=other_workers,
         cancelled_jobs=cancelled_jobs,
         topology=topology,
         tenants=tenants,
@@ -225,6 +242,7 @@ async def _drain(parts: Parts, grace_s: float) -> bool:
     log.info("stopping", grace_s=grace_s)
     parts.limiter.close("the worker is shutting down")
     parts.outage_reports.stop()
+    parts.other_workers.close()
     try:
         async with asyncio.timeout(HOLD_TIMEOUT_S):
             await parts.consumer.hold()

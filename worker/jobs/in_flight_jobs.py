@@ -7,7 +7,7 @@ finished work; no second model request is sent.
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -17,6 +17,7 @@ from structlog.contextvars import bind_contextvars
 from worker.clock import Clock
 from worker.jobs.attempt import Attempt
 from worker.jobs.delivery import Delivery
+from worker.jobs.other_workers import JobState, OtherWorkers
 from worker.jobs.outcome import Outcome, Requeued, Retried
 from worker.jobs.outcome_builder import requeued
 from worker.observability import metrics
@@ -64,6 +65,10 @@ class _Ack(NamedTuple):
     can_ack: Callable[[], bool]
     at: float
 
+    def is_lost(self, now: float) -> bool:
+        """Return whether the broker may not have received it, and may deliver the message again."""
+        return not self.can_ack() and now - self.at < LOST_ACK_S
+
 
 class InFlightJobs:
     """Start work for deliveries, and settle each delivery when its work has ended."""
@@ -74,11 +79,13 @@ class InFlightJobs:
         process: Callable[[Delivery, Attempt], Coroutine[None, None, Outcome]],
         settlement: Settlement,
         clock: Clock | None = None,
+        other_workers: OtherWorkers | None = None,
     ) -> None:
         self._tasks = tasks
         self._process = process
         self._settlement = settlement
         self._clock = clock or Clock()
+        self._other_workers = other_workers
         self._running: dict[bytes, _Work] = {}
         # The acks of published messages.
         self._acked: OrderedDict[bytes, list[_Ack]] = OrderedDict()
@@ -141,7 +148,7 @@ class InFlightJobs:
         return outcome
 
     async def _work_and_settle(self, delivery: Delivery) -> Outcome | None:
-        if self._claim_lost_ack(delivery):
+        if self._claim_lost_ack(delivery) or await self._is_done_elsewhere(delivery):
             await delivery.ack()
             return None
         work = self._running.get(delivery.key) or self._start(delivery)
@@ -158,6 +165,25 @@ class InFlightJobs:
         finally:
             if self._running.get(delivery.key) is work:
                 del self._running[delivery.key]
+
+    async def _is_done_elsewhere(self, delivery: Delivery) -> bool:
+        """Return whether there is nothing to do but the ack, which has no effect on a lost connection."""
+        if self._other_workers is None or not delivery.redelivered or delivery.key in self._running:
+            return False
+        if await self._other_workers.have_published(delivery):
+            log.info("job_published_elsewhere", message_id=delivery.message_id)
+            return True
+        return not delivery.can_ack()
+
+    def states_of(self, keys: Iterable[str]) -> dict[str, JobState]:
+        """Return the states of those jobs that this worker works on, or whose ack was lost."""
+        states = {}
+        for key in keys:
+            if (raw := bytes.fromhex(key)) in self._running:
+                states[key] = JobState.RUNNING
+            elif any(ack.is_lost(self._clock.monotonic()) for ack in self._acked.get(raw, ())):
+                states[key] = JobState.PUBLISHED
+        return states
 
     def _start(self, delivery: Delivery) -> _Work:
         if delivery.queued_s is not None:
@@ -195,7 +221,7 @@ class InFlightJobs:
         if delivery.redelivered:
             acks = self._acked.get(delivery.key, [])
             for nth, ack in enumerate(acks):
-                if not ack.can_ack() and delivery.received_at - ack.at < LOST_ACK_S:
+                if ack.is_lost(delivery.received_at):
                     acks[nth] = _Ack(delivery.can_ack, delivery.received_at)
                     return True
         return False

@@ -60,6 +60,8 @@ def _events_suppressed(fields: Fields) -> str:
 
 
 MESSAGES: Final[Mapping[str, str | Callable[[Fields], str]]] = {
+    "asking_forbidden": "Other workers cannot be asked about redelivered jobs, so that some are paid twice:"
+    " RabbitMQ refuses publishing to exchange {exchange} ({reason}).",
     "cancellation_forbidden": "Jobs cannot be cancelled: RabbitMQ refuses the use of exchange {exchange}"
     " ({reason}). To permit it, {advice}.",
     "cancelled_jobs_unavailable": "Cancellations cannot be read from or written to the result store:"
@@ -80,6 +82,7 @@ MESSAGES: Final[Mapping[str, str | Callable[[Fields], str]]] = {
     "internal_error": "Processing job {job_id} raised an unexpected exception. Please report it.",
     "job_cancelled": "A cancellation of job {job_id} was received.",
     "job_finished": _job_finished,
+    "job_published_elsewhere": "A redelivered job was only acked: another worker has published its outcome.",
     "job_left_to_broker": "Job {job_id} could not be republished and was returned to RabbitMQ.",
     "job_requeued": "Job {job_id} was requeued without counting an attempt: {reason}.",
     "job_retried": "Job {job_id} failed with a transient error ({reason}); it is retried in {delay_s} s,"

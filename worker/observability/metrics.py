@@ -121,6 +121,12 @@ JOBS_REQUEUED = _made.counter(
     "jobs",
     "Jobs requeued without counting an attempt: no free concurrency slot, a pause, or a shutdown.",
 )
+REDELIVERED_JOBS = _made.counter(
+    "vqa_redelivered_jobs_total",
+    "jobs",
+    "Redelivered jobs that other workers were asked about; without a result store only.",
+    Label("result", "`processed` or `published_elsewhere`"),
+)
 JOB_DURATION = _made.histogram(
     "vqa_job_duration_seconds",
     "seconds",

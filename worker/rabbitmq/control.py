@@ -1,16 +1,24 @@
-"""The control exchange: every worker receives each message that is published to it."""
+"""The control exchange: every worker receives each message that is published to it.
+
+The messages: `{"cancel": "<id>"}`, from publishers; `{"asked": ["<key>", …]}` and `{"answer": {"<key>":
+"running"}}`, from workers, about jobs that were delivered again: see `worker.jobs.other_workers`.
+"""
 
 import asyncio
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import aio_pika
 import structlog
-from aio_pika.abc import AbstractConnection, AbstractIncomingMessage, AbstractQueue
-from aio_pika.exceptions import ChannelClosed
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed
 
 from vqa_worker.messages.job import valid_id
 from vqa_worker.rabbitmq.connection import broker_reason, connection_losses
 from vqa_worker.rabbitmq.outgoing import CONTENT_TYPE, OutgoingMessage
+from worker.jobs.other_workers import JobState
 from worker.rabbitmq.topology import Topology
 
 log = structlog.get_logger(__name__)
@@ -19,6 +27,8 @@ log = structlog.get_logger(__name__)
 REBIND_INTERVAL_S = 10.0
 # Each refusal is an error line in RabbitMQ's log.
 RETRY_INTERVAL_S = 60.0
+
+_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 def cancellation(exchange: str, job_id: str) -> OutgoingMessage:
@@ -32,18 +42,31 @@ def cancellation(exchange: str, job_id: str) -> OutgoingMessage:
 
 
 class Control:
-    """Receive cancellations, `{"cancel": "<id>"}`, on a queue of this worker bound to a fan-out exchange.
+    """Receive messages on a queue of this worker, bound to a fan-out exchange; send to all workers.
 
-    A worker without the permission still runs: its jobs then cannot be cancelled while they run.
+    A worker without the permissions still runs: its jobs then cannot be cancelled while they run, and it does
+    not ask other workers about redelivered jobs.
     """
 
     def __init__(
-        self, topology: Topology, *, on_cancel: Callable[[str], None], on_subscribed: Callable[[], None]
+        self,
+        topology: Topology,
+        *,
+        on_cancel: Callable[[str], None],
+        on_subscribed: Callable[[], None],
+        states_of: Callable[[Iterable[str]], dict[str, JobState]] = lambda _: {},
+        on_answer: Callable[[Mapping[str, JobState]], None] = lambda _: None,
     ) -> None:
+        """`states_of` answers other workers' questions; `on_answer` gets the answers to this worker's own."""
         self._topology = topology
         self._on_cancel = on_cancel
         self._on_subscribed = on_subscribed
+        self._states_of = states_of
+        self._on_answer = on_answer
+        self._connection: AbstractConnection | None = None
         self._queue: AbstractQueue | None = None
+        self._sending: AbstractChannel | None = None
+        self._send_refused = False
         self._last_refusal = ""
 
     async def listen(self, connection: AbstractConnection) -> None:
@@ -52,8 +75,13 @@ class Control:
         Raises:
             CONNECTION_EXCEPTIONS: the connection is lost.
         """
-        self._queue, self._last_refusal = None, ""
+        self._connection, self._queue, self._sending = connection, None, None
+        self._last_refusal, self._send_refused = "", False
         await self._bind(connection)
+
+    async def ask(self, keys: Sequence[str]) -> bool:
+        """Ask all workers for the states of jobs; return whether the question was sent."""
+        return await self._send({"asked": list(keys)})
 
     async def keep_bound(self, connection: AbstractConnection) -> None:
         """Repeat the binding until cancelled, and start again to listen when that became possible.
@@ -108,18 +136,45 @@ class Control:
         self._last_refusal = reason
 
     async def _receive(self, message: AbstractIncomingMessage) -> None:
-        job_id = _cancelled_id(message.body)
-        if job_id is None:
-            log.warning("control_message_ignored", reason='it is not {"cancel": "<id>"}')
-            return
-        log.info("job_cancelled", job_id=job_id)
-        self._on_cancel(job_id)
+        match _parsed(message.body):
+            case {"cancel": str(text)} if (job_id := valid_id(text)) is not None:
+                log.info("job_cancelled", job_id=job_id)
+                self._on_cancel(job_id)
+            case {"asked": [*keys]} if all(map(_is_key, keys)):
+                if states := self._states_of(keys):
+                    await self._send({"answer": states})
+            case {"answer": dict(states)} if all(map(_is_key, states)):
+                self._on_answer({key: JobState(it) for key, it in states.items() if it in set(JobState)})
+            case _:
+                log.warning("control_message_ignored", reason="it is not a message of this version")
+
+    async def _send(self, message: Mapping[str, Any]) -> bool:
+        """Publish to all workers; return whether the broker has confirmed it."""
+        if self._connection is None or self._queue is None or self._send_refused:
+            return False
+        body = aio_pika.Message(json.dumps(message).encode(), content_type=CONTENT_TYPE)
+        try:
+            with connection_losses():
+                if self._sending is None or self._sending.is_closed:
+                    self._sending = await self._connection.channel()
+                exchange = await self._sending.get_exchange(self._topology.control.name, ensure=False)
+                await exchange.publish(body, "", mandatory=False)
+        except ChannelClosed as error:
+            self._send_refused = broker_reason(error).startswith("ACCESS_REFUSED")
+            log.warning("asking_forbidden", exchange=self._topology.control.name, reason=broker_reason(error))
+            return False
+        except CONNECTION_EXCEPTIONS:
+            return False
+        return True
 
 
-def _cancelled_id(body: bytes) -> str | None:
+def _parsed(body: bytes) -> Any:
     try:
         message = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    is_cancellation = isinstance(message, dict) and message.keys() == {"cancel"}
-    return valid_id(message["cancel"]) if is_cancellation else None
+    return message if isinstance(message, dict) and len(message) == 1 else None
+
+
+def _is_key(value: object) -> bool:
+    return isinstance(value, str) and _KEY.fullmatch(value) is not None
