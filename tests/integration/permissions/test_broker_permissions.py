@@ -296,7 +296,7 @@ def delete_queue(name: str) -> Act:
 # The operations, and the users that may do them.
 ACTS: dict[str, tuple[Act, set[str]]] = {
     "publish a job": (publish(INTAKE), {PUBLISHER, OPERATOR}),
-    "cancel a job": (publish(CONTROL), {PUBLISHER, OPERATOR}),
+    "cancel a job": (publish(CONTROL), {WORKER, PUBLISHER, OPERATOR}),
     "publish to a built-in exchange": (publish("amq.topic", "x"), set()),
     "get a job": (get("vqa.jobs"), {WORKER, OPERATOR}),
     "read a result": (get("vqa.results"), {PUBLISHER, OPERATOR}),

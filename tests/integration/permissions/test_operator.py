@@ -164,4 +164,4 @@ async def test_the_strict_files_can_be_imported_over_the_others_and_back(
                 assert (await client.ask(**job())).body["status"] == "succeeded"
             assert "ACCESS_REFUSED" not in worker.output()
         realm.give(PLAIN_FOLDER / "definitions.json")
-        assert realm.permissions(WORKER)["write"] == r"^(amq\.default|amq\.gen-.*)$"
+        assert realm.permissions(WORKER)["write"] == r"^(amq\.default|amq\.gen-.*|vqa\.jobs\.control)$"
