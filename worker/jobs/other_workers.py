@@ -3,7 +3,7 @@
 When a worker loses its connection, the broker gives its jobs to other workers, while its model requests still
 run. The worker that gets such a job asks over the control exchange who has it. As long as another worker
 answers that it works on the job, it waits; once that worker has published the outcome, it only acks the job.
-Without an answer it processes the job: the other worker is dead or cut off.
+Without an answer it processes the job: the other worker is dead or has no connection.
 
 With a result store this is not used: its leases do the same, also for workers that cannot reach each other.
 """
