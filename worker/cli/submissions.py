@@ -1,10 +1,9 @@
 """`vqa-worker submissions`: list, show, collect, cancel and delete submissions; `vqa-worker cancel`."""
 
-import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -18,8 +17,6 @@ from worker.cli.times import parse_duration
 if TYPE_CHECKING:
     from worker.cli.submit.state import Counts
     from worker.settings import CommandSettings
-
-CANCELLED_AT_ONCE: Final = 500
 
 Name = Annotated[
     str,
@@ -40,8 +37,17 @@ class _Known(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Return the submission for `--json`."""
+        from worker.cli.submit.limits import COST, FAILURES, Limits
+
         fields = ("name", "created", "source", "broker", "jobs_queue", "reply_to")
-        return {**{field: self.head[field] for field in fields}, **self.counts.as_json()}
+        limits = {name: self.head.get(name) for name in (FAILURES, COST)}
+        stopped = Limits(self.head, self.counts).reason or None
+        return {
+            **{field: self.head[field] for field in fields},
+            **self.counts.as_json(),
+            **limits,
+            "stopped": stopped,
+        }
 
 
 def list_(
@@ -53,7 +59,8 @@ def list_(
         vqa-worker submissions list
         vqa-worker submissions list --json | jq 'select(.pending > 0).name'
 
-    Jobs are pending until they have succeeded or failed.
+    Jobs are pending until they have succeeded or failed. A stopped submission has reached its
+    --stop-after-failures or --max-cost: its pending jobs were not submitted.
     """
     found = sorted(_all(), key=lambda it: it.head["created"], reverse=True)
     if not found:
@@ -64,7 +71,9 @@ def list_(
         created, counts = datetime.fromisoformat(it.head["created"]).astimezone(), it.counts
         figures = (counts.total, counts.pending, counts.succeeded, counts.failed)
         cells = "".join(f"{figure:<10,}" for figure in figures)
-        screen.emit(it.as_json(), f"{created:%Y-%m-%d %H:%M}  {cells}{it.head['name']}")
+        fields = it.as_json()
+        stopped = " (stopped)" if fields["stopped"] and counts.pending else ""
+        screen.emit(fields, f"{created:%Y-%m-%d %H:%M}  {cells}{it.head['name']}{stopped}")
     if more := len(found[limit:]):
         screen.note(f"{more:,} more (--limit)")
 
@@ -77,7 +86,7 @@ def show(screen: Screen, name: Name) -> None:
     Reads only the state file; `submissions collect` reads the results from RabbitMQ.
     """
     fields = {**_read(name).as_json(), "state_file": str(state_dir.path_of(name))}
-    lines = (f"{field.replace('_', ' '):<11} {'-' if it is None else it}" for field, it in fields.items())
+    lines = (f"{field.replace('_', ' '):<19} {'-' if it is None else it}" for field, it in fields.items())
     screen.emit(fields, *lines)
 
 
@@ -104,7 +113,7 @@ async def collect(
     settings = _settings(screen)
     with state_dir.locked(name), closing(SubmissionState.open(state_dir.find(name))) as state:
         _warn(state.head(), state.counts(), settings.rabbitmq_address, screen)
-        collection = Collection(state, broker_of(settings), screen, output, wait_timeout_s=wait_timeout)
+        collection = Collection(state, settings, screen, output, wait_timeout_s=wait_timeout)
         return await collection.run(no_wait=no_wait)
 
 
@@ -142,9 +151,11 @@ async def cancel(
     """
     if bool(ids) == (submission is not None):
         raise UsageError("give the ids of jobs, or --submission NAME.")
+    from worker.cli.submit.cancellations import publish_cancellations
+
     settings = _settings(screen)
     if submission is None:
-        count = await _publish_cancellations(ids or [], settings, screen)
+        count = await publish_cancellations(ids or [], settings, screen.timeout_s)
     else:
         count = await _cancel_pending(submission, settings, screen)
     screen.emit({"cancelled": count}, f"Cancelled {counted(count, 'job')}.")
@@ -153,10 +164,12 @@ async def cancel(
 async def _cancel_pending(name: str, settings: "CommandSettings", screen: Screen) -> int:
     """Cancel all jobs of a submission that have no result; return how many."""
     from vqa_worker.messages.error_codes import ErrorCode
+    from worker.cli.submit.cancellations import publish_cancellations
     from worker.cli.submit.plan import failed_result
     from worker.cli.submit.state import SubmissionState
 
     with closing(SubmissionState.open(state_dir.find(name))) as state:
+        settings = settings.model_copy(update={"jobs_queue": state.head()["jobs_queue"]})
         sent, unsent = state.pending(sent=True), state.pending(sent=False)
         code, message = ErrorCode.CANCELLED, "cancelled before it was sent"
         try:
@@ -166,42 +179,7 @@ async def _cancel_pending(name: str, settings: "CommandSettings", screen: Screen
             # Another process sends or collects: the workers cancel the jobs that it sends.
             sent += unsent
             unsent = []
-    return len(unsent) + (await _publish_cancellations(sent, settings, screen) if sent else 0)
-
-
-async def _publish_cancellations(ids: Sequence[str], settings: "CommandSettings", screen: Screen) -> int:
-    """Notify all workers that jobs are cancelled; return how many.
-
-    Raises:
-        CommandError: no worker listens.
-        BrokerUnreachableError: the broker is unreachable.
-    """
-    from vqa_worker.rabbitmq.connection import BrokerUnreachableError
-    from vqa_worker.rabbitmq.outgoing import RefusedError, UnroutableError
-    from worker.rabbitmq.control import cancellation
-    from worker.rabbitmq.publisher import Publisher
-    from worker.rabbitmq.topology import Topology
-
-    topology = Topology.from_settings(settings)
-    publisher = Publisher(broker_of(settings), topology, retry_refusals=False)
-    exchange = topology.control.name
-    try:
-        async with asyncio.timeout(screen.timeout_s) as timeout, asyncio.TaskGroup() as group:
-            publishing = group.create_task(publisher.run(), name="publisher")
-            for start in range(0, len(ids), CANCELLED_AT_ONCE):
-                some = ids[start : start + CANCELLED_AT_ONCE]
-                await asyncio.gather(*(publisher.publish(cancellation(exchange, it)) for it in some))
-                timeout.reschedule(asyncio.get_running_loop().time() + screen.timeout_s)
-            publishing.cancel()
-    except* (UnroutableError, RefusedError) as failed:
-        error = failed.exceptions[0]
-        if isinstance(error, RefusedError) and "NOT_FOUND" not in str(error):
-            raise
-        text = f"no worker listens on the exchange {exchange}, so nothing was cancelled. Start a worker."
-        raise CommandError(text) from None
-    except* TimeoutError:
-        raise BrokerUnreachableError("VQA_RABBITMQ_URL: the broker is unreachable") from None
-    return len(ids)
+    return len(unsent) + (await publish_cancellations(sent, settings, screen.timeout_s) if sent else 0)
 
 
 async def delete(
@@ -284,10 +262,12 @@ def _older(than: str) -> list[_Known]:
 
 
 def _warn(head: Mapping[str, str], counts: "Counts", broker: str, screen: Screen) -> None:
-    """Warn about a different broker and about jobs that are not submitted yet."""
+    """Warn about a different broker, and about jobs that are not submitted yet unless a limit says why."""
+    from worker.cli.submit.limits import Limits
+
     if not set(split_urls(head["broker"])) & set(split_urls(broker)):
         screen.note(f"Warning: submitted to {head['broker']}, but VQA_RABBITMQ_URL is {broker}.")
-    if counts.unconfirmed:
+    if counts.unconfirmed and not Limits(head, counts).reason:
         screen.note(
             f"Warning: {counts.unconfirmed:,} of {counted(counts.total, 'job')} not submitted yet. Run the"
             " same `vqa-worker submit` again to resume."

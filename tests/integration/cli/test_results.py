@@ -315,7 +315,7 @@ async def test_submissions_are_listed_shown_and_deleted(no_worker_cli: Cli, stac
     assert table.err == "1 more (--limit)\n"
     (shown,) = await no_worker_cli.run_json("submissions", "show", "first")
     assert (shown["reply_to"], shown["pending"]) == (first["reply_to"], 1)
-    assert "succeeded   0" in (await no_worker_cli.run("submissions", "show", "first")).lines
+    assert "succeeded           0" in (await no_worker_cli.run("submissions", "show", "first")).lines
     for command in ("show", "collect", "cancel"):
         unknown = await no_worker_cli.run("submissions", command, "third")
         assert (unknown.code, unknown.out) == (1, "")

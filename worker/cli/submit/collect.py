@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError, TopologyError
+from vqa_worker.rabbitmq.connection import (
+    Broker,
+    BrokerRefusedError,
+    BrokerUnreachableError,
+    TopologyError,
+)
+from vqa_worker.rabbitmq.outgoing import RefusedError
 from vqa_worker.rabbitmq.replies import (
     QueueMissingError,
     Reply,
@@ -20,11 +26,14 @@ from vqa_worker.rabbitmq.session import Session
 from worker.cli import outputs
 from worker.cli.exit_codes import EXIT_FAILURE, EXIT_OK
 from worker.cli.progress import Bar, show_progress
-from worker.cli.shell import CommandError, Screen, counted
+from worker.cli.shell import CommandError, Screen, broker_of, counted
+from worker.cli.submit.cancellations import publish_cancellations
+from worker.cli.submit.limits import Limits
 from worker.cli.submit.options import Output
 from worker.cli.submit.results import received
 from worker.cli.submit.sender import JobSender
 from worker.cli.submit.state import JobResult, SubmissionState
+from worker.settings import BrokerSettings
 
 # An unused reply queue expires, so that its deletion need not be waited for any longer.
 DELETE_TIMEOUT_S: Final = 5.0
@@ -41,27 +50,34 @@ class Collection:
 
     Attributes:
         wait_timeout_s: stop after so many seconds.
+        limits: those of the submission; the collection counts the results in them.
     """
 
     state: SubmissionState
-    broker: Broker
+    settings: BrokerSettings
     screen: Screen
     output: Output
     wait_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         self._head = self.state.head()
+        self._broker = broker_of(self.settings)
         self._form = self.output.form_for(self._head["form"])
         self._is_streaming = False
-        self._reader = ReplyReader(self.broker, self._head["reply_to"], self._take)
+        self._reader = ReplyReader(self._broker, self._head["reply_to"], self._take)
         self._arrived = asyncio.Event()
         self._counts = self.state.counts()
+        self.limits = Limits(self._head, self._counts)
+        self._sending: asyncio.Task[None] | None = None
+        # At least so many confirmed jobs have no result.
+        self._awaited = 0
+        self._has_cancelled = False
         self._unknown = 0
         # Why no result can arrive.
         self._waits_for = ""
 
     async def run(self, sender: JobSender | None = None, *, no_wait: bool = False) -> int:
-        """Collect until every job has a result, while `sender` submits them; return the exit code.
+        """Collect until every submitted job has a result, while `sender` submits; return the exit code.
 
         `no_wait`: collect only what is there now.
         """
@@ -70,7 +86,7 @@ class Collection:
         if self._is_streaming:
             for it in self.state.results():
                 self._print(it)
-        if counts.pending:
+        if sender is not None or self.limits.outstanding:
             if sender is None:
                 await self._check_queue()
             bars = [Bar("submitted", sender.progress)] if sender is not None else []
@@ -80,14 +96,15 @@ class Collection:
             self.screen.note(f"Ignored {self._unknown:,} unexpected results (unknown job id).")
         files = self._write()
         if not counts.pending:
-            await delete_replies(self.state, self.broker, self.screen)
+            await delete_replies(self.state, self._broker, self.screen)
         if not self._is_streaming or self.screen.is_terminal:
             pending = f"; {counts.pending:,} pending" if counts.pending else ""
             self.screen.note(f"{counts.succeeded:,} succeeded, {counts.note()}{pending}")
         if files:
             more = {"name": self._head["name"], "total_tokens": counts.tokens, "files": files}
-            self.screen.emit({**counts.as_json(), **more})
+            self.screen.emit({**counts.as_json(), **more, "stopped": self.limits.reason or None})
             self.screen.note(f"Wrote {', '.join(files)}")
+        self.screen.note(*self.limits.report(self.state))
         return EXIT_FAILURE if counts.failed or counts.pending else EXIT_OK
 
     async def read_available(self) -> None:
@@ -97,33 +114,72 @@ class Collection:
             CommandError: the queue does not exist.
             BrokerRefusedError: the broker refuses the credentials.
         """
-        await self._read(QUIET_S)
+        await self._read(no_wait=True)
 
     async def _read_all(self, sender: JobSender | None) -> None:
         try:
             async with asyncio.timeout(self.wait_timeout_s), asyncio.TaskGroup() as group:
                 if sender is not None:
-                    group.create_task(sender.run(), name="sender")
+                    self._sending = group.create_task(sender.run(), name="sender")
+                    self._sending.add_done_callback(lambda _: self._arrived.set())
                 watching = group.create_task(self._watch_consumers(), name="consumers")
-                await self._read(None)
+                await self._read(no_wait=False)
                 watching.cancel()
         except TimeoutError:
             pending = counted(self._counts.pending, "result")
             self.screen.note(f"{pending} pending after {self.wait_timeout_s:g} s.")
 
-    async def _read(self, quiet_s: float | None) -> None:
-        """Store results until every job has one, or no further one arrived for `quiet_s`."""
+    async def _read(self, *, no_wait: bool) -> None:
+        """Store results until every submitted job has one; `no_wait`: until none arrives for `QUIET_S`.
+
+        Jobs that were sent without a confirm may have results; there is no waiting for them.
+        """
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(self._run_reader(), name="results")
-            while self._counts.pending:
+            cancelling: asyncio.Task[None] | None = None
+            while self._is_sending or self.limits.outstanding:
+                if self.limits.stopped and cancelling is None:
+                    self.state.set_head({"stopped": self.limits.stopped})
+                    cancelling = group.create_task(self._cancel(no_wait=no_wait), name="cancel")
                 self._arrived.clear()
                 try:
-                    async with asyncio.timeout(quiet_s):
+                    async with asyncio.timeout(QUIET_S if no_wait or not self._is_awaiting() else None):
                         await self._arrived.wait()
                 except TimeoutError:
                     if self._reader.is_connected:
                         break
             reading.cancel()
+            if cancelling is not None and not no_wait:
+                cancelling.cancel()
+
+    @property
+    def _is_sending(self) -> bool:
+        return self._sending is not None and not self._sending.done()
+
+    def _is_awaiting(self) -> bool:
+        """Return whether jobs are being sent or confirmed jobs have no result."""
+        if not self._is_sending and self._awaited <= 0:
+            # Counted seldom, which reads the whole table: results of unconfirmed jobs lower the number too.
+            self._awaited = self.state.awaited()
+        return self._is_sending or self._awaited > 0
+
+    async def _cancel(self, *, no_wait: bool) -> None:
+        """Cancel all jobs that were sent and have no result; while no worker listens, try again."""
+        settings = self.settings.model_copy(update={"jobs_queue": self._head["jobs_queue"]})
+        while not self._has_cancelled:
+            reason, is_final = "", no_wait
+            try:
+                await publish_cancellations(self.state.pending(sent=True), settings, self.screen.timeout_s)
+                self._has_cancelled = True
+            except* (CommandError, BrokerUnreachableError) as error:
+                reason = str(error.exceptions[0])
+            except* (BrokerRefusedError, RefusedError, TopologyError) as error:
+                reason, is_final = str(error.exceptions[0]), True
+            if reason and is_final:
+                self.screen.note(f"Warning: the jobs on the queue are not cancelled: {reason}")
+                return
+            if reason:
+                await asyncio.sleep(CONSUMERS_POLL_S)
 
     async def _run_reader(self) -> None:
         try:
@@ -138,6 +194,8 @@ class Collection:
             self._counts.add(one)
             if self._is_streaming:
                 self._print(one)
+        self._awaited -= len(new)
+        self.limits.add(len(new))
         self._arrived.set()
 
     def _progress(self) -> tuple[int, int, str]:
@@ -164,7 +222,7 @@ class Collection:
         """Check that the queue exists, with a timeout: the collector itself would wait for the broker."""
         queue = self._head["reply_to"]
         try:
-            await Session.once(self.broker, self.screen.timeout_s, partial(depth, queue=queue))
+            await Session.once(self._broker, self.screen.timeout_s, partial(depth, queue=queue))
         except QueueMissingError:
             raise _reply_queue_missing(queue) from None
 
@@ -173,7 +231,7 @@ class Collection:
         queue, was_reported = self._head["jobs_queue"], False
         # Results that are there already arrive before.
         delay_s = FIRST_CONSUMERS_POLL_S
-        async with Session(self.broker, "consumers") as session:
+        async with Session(self._broker, "consumers") as session:
             while True:
                 await asyncio.sleep(delay_s)
                 delay_s = CONSUMERS_POLL_S

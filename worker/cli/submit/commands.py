@@ -42,10 +42,11 @@ async def submit(screen: Screen, options: Options, output: Output) -> int:
     from worker.cli.submit.submission import Submission
     from worker.settings import load_command_settings
 
-    for option, value in (("--output", output.path), ("--wait-timeout", options.wait_timeout)):
+    limits = (("--stop-after-failures", options.stop_after_failures), ("--max-cost", options.max_cost))
+    for option, value in (*limits, ("--output", output.path), ("--wait-timeout", options.wait_timeout)):
         if value is not None and not options.wait:
-            text = f"{option} requires --wait. Add it, or use `vqa-worker submissions collect` later."
-            raise UsageError(text)
+            later = "" if (option, value) in limits else ", or use `vqa-worker submissions collect` later"
+            raise UsageError(f"{option} requires --wait. Add it{later}.")
     images, question = _images_and_question(options)
     settings = screen.load(load_command_settings)
     with ExitStack() as stack:

@@ -10,6 +10,7 @@ import typer
 from worker.cli.shell import Yes, seconds
 from worker.cli.state_dir import check_name
 from worker.cli.submit.inputs import FORMS_BY_SUFFIX, Form
+from worker.cli.submit.limits import check_failure_limit, check_max_cost
 
 MAX_QUEUE: Final = 100_000
 UPLOAD_PREFIX: Final = "vqa-uploads"
@@ -146,6 +147,23 @@ class Options:
             min=0,
             help="Pause publishing while the jobs queue has at least this many messages; 0: no limit. "
             f"[default: {MAX_QUEUE}; 0 with --exchange]",
+        ),
+    ] = None
+    stop_after_failures: Annotated[
+        str | None,
+        _publishing(
+            metavar="SHARE|N",
+            parser=check_failure_limit,
+            help="Cancel the rest when more than this share of the results (5%) or N results failed; needs"
+            " --wait.",
+        ),
+    ] = None
+    max_cost: Annotated[
+        str | None,
+        _publishing(
+            metavar="USD",
+            parser=check_max_cost,
+            help="Stop publishing when the results and the jobs on the queue cost this much; needs --wait.",
         ),
     ] = None
     exchange: Annotated[

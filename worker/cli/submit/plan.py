@@ -184,7 +184,7 @@ def failed_result(job_id: str, code: ErrorCode, message: str, *, retryable: bool
     """Return the failed result of a job that is not sent, as a worker would publish it."""
     error = JobFailure(code=code, message=message, retryable=retryable)
     body = Result(id=job_id, status="failed", error=error).to_body()
-    return JobResult(job_id, body, int(time.time()), failed=True)
+    return JobResult(job_id, body, int(time.time()), failed=True, code=code)
 
 
 def _with(job: Mapping[str, Any], additions: Mapping[str, Any]) -> dict[str, Any]:

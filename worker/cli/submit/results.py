@@ -11,20 +11,29 @@ TOKENS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 # Larger numbers are errors, and the sums of some of them would overflow.
 _MAX_TOKENS: Final = 10**12
 _MAX_USD: Final = 10**9
+_MAX_CODE_CHARS: Final = 64
 
 
 def received(reply: Reply) -> JobResult:
     """Return what the state file stores of a result; one without a status counts as failed."""
     result = parse(reply.body)
     usage = result["usage"]
+    failed = result["status"] != "succeeded"
     return JobResult(
         id=result["id"] or "",
         body=reply.body,
         at=reply.at,
-        failed=result["status"] != "succeeded",
+        failed=failed,
         tokens=usage["total_tokens"] or 0,
         cost=usage["cost_usd"],
+        code=_code(result) if failed else None,
     )
+
+
+def _code(result: Mapping[str, Any]) -> str:
+    """Return the error code for statistics; `unknown` for a text that cannot be one."""
+    code, _ = failure(result)
+    return code if code.isascii() and code.isprintable() and len(code) <= _MAX_CODE_CHARS else "unknown"
 
 
 def parse(body: bytes) -> dict[str, Any]:

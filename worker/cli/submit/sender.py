@@ -17,6 +17,7 @@ from vqa_worker.rabbitmq.outgoing import RefusedError, TooLargeError, Unroutable
 from vqa_worker.rabbitmq.replies import QueueMissingError, depth, job_message
 from vqa_worker.rabbitmq.session import Session
 from worker.cli.shell import CommandError
+from worker.cli.submit.limits import Limits
 from worker.cli.submit.state import SubmissionState, ToSend
 from worker.rabbitmq.publisher import Publisher
 from worker.rabbitmq.topology import Topology
@@ -35,6 +36,7 @@ class JobSender:
 
     Attributes:
         max_queue: the queue depth at which sending waits; 0: any depth.
+        limits: what it counts the jobs in, and obeys.
     """
 
     state: SubmissionState
@@ -43,11 +45,13 @@ class JobSender:
     exchange: str
     reply_to: str
     max_queue: int
+    limits: Limits
 
     def __post_init__(self) -> None:
         self._publisher = Publisher(self.broker, self.topology, retry_refusals=False)
         self._session = Session(self.broker, "queue depth")
         self._full_queue_depth = 0
+        self._waits_for_results = False
         self._confirmed_at = time.monotonic()
         self._was_refused = False
         counts = self.state.counts()
@@ -68,50 +72,69 @@ class JobSender:
             note = "waiting for RabbitMQ"
         elif self._full_queue_depth:
             note = f"paused: {self._full_queue_depth:,} jobs on the queue (--max-queue)"
+        elif self._waits_for_results:
+            note = "paused: waiting for results (--max-cost)"
         elif time.monotonic() - self._confirmed_at > NO_CONFIRM_S:
             note = "waiting for confirms (queue full or alarm)"
         return self.confirmed, self.total, note
 
     async def run(self) -> None:
-        """Send all jobs that are not confirmed.
+        """Send all jobs that are not confirmed, or as many as the limits allow.
 
         Raises:
             CommandError: the queue does not exist, or a job is too large for it.
             BrokerRefusedError: the broker refuses the credentials.
             RefusedError, TopologyError: the user lacks a permission.
         """
-        last = 0
+        last, jobs = 0, list[ToSend]()
         async with asyncio.TaskGroup() as group:
             publishing = group.create_task(self._publisher.run(), name="publisher")
             try:
-                while jobs := self.state.unconfirmed(last, CHUNK_JOBS):
-                    jobs = jobs[: min(await self._capacity(), _chunk_size(jobs))]
-                    await self._send(jobs)
-                    last = jobs[-1].ordinal
+                while jobs := jobs or self.state.unconfirmed(last, CHUNK_JOBS):
+                    if not (room := await self._capacity(sum(not job.is_new for job in jobs))):
+                        break
+                    some = jobs[: min(room, _chunk_size(jobs))]
+                    await self._send(some)
+                    last, jobs = some[-1].ordinal, jobs[len(some) :]
             except QueueMissingError:
                 raise jobs_queue_missing(self.topology.jobs) from None
             finally:
                 publishing.cancel()
                 await self._session.close()
 
-    async def _capacity(self) -> int:
-        """Wait while the queue is full; return how many jobs may be sent."""
-        while self.max_queue:
-            found = await self._session.call(partial(depth, queue=self.topology.jobs))
-            self._confirmed_at = time.monotonic()
-            if found < self.max_queue:
-                self._full_queue_depth = 0
-                return self.max_queue - found
-            self._full_queue_depth = found
-            await asyncio.sleep(FULL_QUEUE_POLL_S)
-        return CHUNK_JOBS
+    async def _capacity(self, sent_before: int) -> int:
+        """Wait until jobs may be sent; return how many, or 0 if the limits allow no more.
+
+        `sent_before`: the number of next jobs that were sent before, which the limits include already.
+        """
+        while True:
+            self.limits.changed.clear()
+            free = await self._queue_room()
+            if self.limits.reason:
+                return 0
+            room = max(self.limits.room, sent_before)
+            self._waits_for_results = not room
+            if free and room:
+                return min(free, room)
+            await (self.limits.changed.wait() if free else asyncio.sleep(FULL_QUEUE_POLL_S))
+
+    async def _queue_room(self) -> int:
+        """Return how many jobs the queue may get, 0 if it is full."""
+        if not self.max_queue:
+            return CHUNK_JOBS
+        found = await self._session.call(partial(depth, queue=self.topology.jobs))
+        self._full_queue_depth = found if found >= self.max_queue else 0
+        return max(0, self.max_queue - found)
 
     async def _send(self, jobs: Sequence[ToSend]) -> None:
         confirmed: list[ToSend] = []
-        self.state.set_sent(jobs)
+        self._confirmed_at = time.monotonic()
+        to_send = self.state.set_sent(jobs)
+        self.confirmed += len(jobs) - len(to_send)
+        self.limits.add_sent(sum(job.is_new for job in to_send))
         try:
             async with asyncio.TaskGroup() as group:
-                for job in jobs:
+                for job in to_send:
                     group.create_task(self._send_one(job, confirmed))
         finally:
             self.state.set_confirmed(confirmed)

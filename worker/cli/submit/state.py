@@ -16,15 +16,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
+from vqa_worker.messages.error_codes import ErrorCode
 from worker.cli.shell import CommandError, dollars
 from worker.cli.state_dir import open_private
 
 # An invalid job is `UNSENT`: it has a failed result from the beginning.
 PLANNED, SENT, CONFIRMED, UNSENT = range(4)
 
-_FORMAT: Final = "3"
+_FORMAT: Final = "4"
 _BUSY_TIMEOUT_S: Final = 30.0
 _ROWS_AT_ONCE: Final = 500
+_CODES_SHOWN: Final = 3
 _TABLES: Final = """
     CREATE TABLE head (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE jobs (
@@ -33,6 +35,7 @@ _TABLES: Final = """
         custom_id TEXT,
         state INTEGER NOT NULL,
         failed INTEGER,
+        code TEXT,
         at INTEGER,
         tokens INTEGER,
         cost REAL,
@@ -43,15 +46,16 @@ _TABLES: Final = """
 
 
 class ToSend(NamedTuple):
-    """A job without a recorded confirm."""
+    """A job without a recorded confirm; `is_new` if it was never sent."""
 
     ordinal: int
     id: str
     body: bytes
+    is_new: bool
 
 
 class JobResult(NamedTuple):
-    """A result: `at` in Unix seconds, `cost` in USD, `custom_id` of a Batch API request."""
+    """A result: `at` in Unix seconds, `cost` in USD, `custom_id` of a Batch API request, error `code`."""
 
     id: str
     body: bytes
@@ -60,11 +64,18 @@ class JobResult(NamedTuple):
     tokens: int = 0
     cost: float | None = None
     custom_id: str | None = None
+    code: str | None = None
 
 
 @dataclass
 class Counts:
-    """The progress of a submission; `cost` in USD, None if no result has one."""
+    """The progress of a submission; `cost` in USD, None if no result has one.
+
+    Attributes:
+        failed: includes the `cancelled` jobs and the `invalid` ones, which were never sent.
+        priced: the results with a cost.
+        unpriced: the results without a cost of jobs that were billed.
+    """
 
     total: int = 0
     sent: int = 0
@@ -73,6 +84,10 @@ class Counts:
     failed: int = 0
     tokens: int = 0
     cost: float | None = None
+    cancelled: int = 0
+    invalid: int = 0
+    priced: int = 0
+    unpriced: int = 0
 
     @property
     def received(self) -> int:
@@ -94,8 +109,12 @@ class Counts:
         self.failed += result.failed
         self.succeeded += not result.failed
         self.tokens += result.tokens
+        self.cancelled += result.code == ErrorCode.CANCELLED
         if result.cost is not None:
             self.cost = (self.cost or 0.0) + result.cost
+            self.priced += 1
+        elif result.tokens or not result.failed:
+            self.unpriced += 1
 
     def note(self) -> str:
         """Return failures, tokens and cost of the results so far."""
@@ -189,8 +208,10 @@ class SubmissionState:
         """Return the progress."""
         row: tuple[Any, ...] = self._db.execute(
             "SELECT count(*), coalesce(sum(state = 1), 0), coalesce(sum(state >= 2), 0),"
-            " coalesce(sum(failed = 0), 0), coalesce(sum(failed), 0), coalesce(sum(tokens), 0), sum(cost)"
-            " FROM jobs"
+            " coalesce(sum(failed = 0), 0), coalesce(sum(failed), 0), coalesce(sum(tokens), 0), sum(cost),"
+            " coalesce(sum(code = ?), 0), coalesce(sum(state = 3), 0), count(cost),"
+            " coalesce(sum(cost IS NULL AND (failed = 0 OR tokens > 0)), 0) FROM jobs",
+            (ErrorCode.CANCELLED,),
         ).fetchone()
         return Counts(*row)
 
@@ -203,11 +224,11 @@ class SubmissionState:
 
         An invalid job has the result `failed` instead of a body.
         """
-        state, *result = (UNSENT, True, failed.at, failed.body) if failed else (PLANNED, None, None, None)
+        result = (True, failed.code, failed.at, failed.body) if failed else (None, None, None, None)
         added = self._db.execute(
-            "INSERT OR IGNORE INTO jobs (id, custom_id, body, state, failed, at, result)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (job_id, custom_id, body, state, *result),
+            "INSERT OR IGNORE INTO jobs (id, custom_id, body, state, failed, code, at, result)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (job_id, custom_id, body, UNSENT if failed else PLANNED, *result),
         )
         return added.rowcount == 1
 
@@ -218,23 +239,25 @@ class SubmissionState:
     def unconfirmed(self, after: int, limit: int) -> list[ToSend]:
         """Return at most `limit` unconfirmed jobs after an ordinal, in order."""
         rows = self._db.execute(
-            "SELECT ordinal, id, body FROM jobs WHERE state < 2 AND ordinal > ? ORDER BY ordinal LIMIT ?",
+            "SELECT ordinal, id, body, state = 0 FROM jobs WHERE state < 2 AND ordinal > ?"
+            " ORDER BY ordinal LIMIT ?",
             (after, limit),
         )
         return [ToSend(*row) for row in rows]
 
-    def set_sent(self, jobs: Sequence[ToSend]) -> None:
-        """Record that jobs are about to be published."""
-        self._for_each("UPDATE jobs SET state = 1 WHERE ordinal = ?", jobs)
+    def set_sent(self, jobs: Sequence[ToSend]) -> list[ToSend]:
+        """Record that jobs are about to be published; return those that have no result meanwhile."""
+        return self._for_each("UPDATE jobs SET state = 1 WHERE ordinal = ? AND result IS NULL", jobs)
 
     def set_confirmed(self, jobs: Sequence[ToSend]) -> None:
         """Record confirms, and delete the bodies of the jobs."""
         self._for_each("UPDATE jobs SET state = 2, body = NULL WHERE ordinal = ?", jobs)
 
-    def _for_each(self, statement: str, jobs: Sequence[ToSend]) -> None:
+    def _for_each(self, statement: str, jobs: Sequence[ToSend]) -> list[ToSend]:
+        """Execute an update for each job; return the updated jobs."""
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(statement, [(job.ordinal,) for job in jobs])
+            return [job for job in jobs if self._db.execute(statement, (job.ordinal,)).rowcount]
 
     def pending(self, *, sent: bool) -> list[str]:
         """Return the ids of the jobs without a result that were sent, or those that were not."""
@@ -242,6 +265,13 @@ class SubmissionState:
             "SELECT id FROM jobs WHERE result IS NULL AND (state > 0) = ? ORDER BY ordinal", (sent,)
         )
         return [job_id for (job_id,) in rows]
+
+    def awaited(self) -> int:
+        """Return the number of confirmed jobs without a result."""
+        found: tuple[int] = self._db.execute(
+            "SELECT count(*) FROM jobs WHERE state = 2 AND result IS NULL"
+        ).fetchone()
+        return found[0]
 
     # Results
 
@@ -256,9 +286,9 @@ class SubmissionState:
             for one in results:
                 # A result also proves that its job was on the queue.
                 stored = self._db.execute(
-                    "UPDATE jobs SET result = ?, at = ?, failed = ?, tokens = ?, cost = ?, state = 2,"
-                    " body = NULL WHERE id = ? AND result IS NULL RETURNING custom_id",
-                    (one.body, one.at, one.failed, one.tokens, one.cost, one.id),
+                    "UPDATE jobs SET result = ?, at = ?, failed = ?, code = ?, tokens = ?, cost = ?,"
+                    " state = 2, body = NULL WHERE id = ? AND result IS NULL RETURNING custom_id",
+                    (one.body, one.at, one.failed, one.code, one.tokens, one.cost, one.id),
                 ).fetchone()
                 if stored is not None:
                     new.append(one._replace(custom_id=stored[0]))
@@ -269,13 +299,21 @@ class SubmissionState:
     def results(self, *, failed: bool | None = None) -> Iterator[JobResult]:
         """Yield the results in the order of the jobs: all, or those that failed or did not."""
         rows = self._db.execute(
-            "SELECT id, result, at, failed, tokens, cost, custom_id FROM jobs"
+            "SELECT id, result, at, failed, tokens, cost, custom_id, code FROM jobs"
             " WHERE result IS NOT NULL AND failed = ifnull(?, failed) ORDER BY ordinal",
             (failed,),
         )
         # Not one by one, since other statements run meanwhile.
         while some := list(islice(rows, _ROWS_AT_ONCE)):
             yield from (JobResult(*row) for row in some)
+
+    def error_codes(self) -> list[tuple[str, int]]:
+        """Return the most frequent error codes of jobs that ran, each with the number of jobs."""
+        return self._db.execute(
+            "SELECT code, count(*) FROM jobs WHERE failed AND state < 3 AND code <> ?"
+            " GROUP BY code ORDER BY count(*) DESC, code LIMIT ?",
+            (ErrorCode.CANCELLED, _CODES_SHOWN),
+        ).fetchall()
 
 
 def read_state(path: Path) -> tuple[dict[str, str], Counts]:

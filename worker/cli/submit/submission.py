@@ -20,6 +20,7 @@ from worker.cli.progress import Bar, show_progress
 from worker.cli.shell import Screen, UsageError, broker_of, counted, dollars
 from worker.cli.submit.collect import Collection, delete_replies
 from worker.cli.submit.inputs import Source
+from worker.cli.submit.limits import COST, FAILURES
 from worker.cli.submit.options import MAX_QUEUE, Options, Output
 from worker.cli.submit.plan import Planner, parse_deadline_option
 from worker.cli.submit.sender import JobSender, jobs_queue_missing
@@ -191,37 +192,42 @@ class Submission:
         """Send and collect what is left; return the exit code.
 
         Raises:
-            UsageError: the name belongs to another submission.
+            UsageError: the name belongs to another submission, or its limits need `--wait`.
         """
         head, counts, options = state.head(), state.counts(), self.options
         if head["digest"] != self._digest:
             text = f"the name {self._name} belongs to another submission ({head['source']})."
             raise UsageError(f"{text} Choose another --name.")
+        self._store_limits(state)
         is_new = state.is_unsent()
         if not counts.unconfirmed:
             self.screen.note(f"Already submitted: {counted(counts.total, 'job')} (submission {self._name}).")
         elif is_resumed:
             await self._declare_queues(head["reply_to"])
-        collection = Collection(state, self._broker, self.screen, self.output, options.wait_timeout)
+        collection = Collection(state, self.settings, self.screen, self.output, options.wait_timeout)
         if counts.sent:
             # Jobs without a confirm but with a result are not sent again.
             await collection.read_available()
             left = state.counts().sent
+            again = "not sent again" if collection.limits.stopped else "sent again with the same ids"
             self.screen.note(
                 f"{counted(counts.sent, 'job')} sent without a confirm before the interruption:"
-                f" {counts.sent - left:,} answered, {left:,} sent again with the same ids."
+                f" {counts.sent - left:,} answered, {left:,} {again}."
             )
         max_queue = options.max_queue
         if max_queue is None:
             # A user that publishes to an exchange may have no permission on the queue.
             max_queue = 0 if options.exchange else MAX_QUEUE
-        sender = JobSender(state, self._broker, self._topology, options.exchange, head["reply_to"], max_queue)
+        broker, limits = self._broker, collection.limits
+        sender = JobSender(
+            state, broker, self._topology, options.exchange, head["reply_to"], max_queue, limits
+        )
         try:
             if not options.wait:
                 with show_progress(self.screen, Bar("submitted", sender.progress)):
                     await sender.run()
             else:
-                code = await collection.run(sender if counts.unconfirmed else None)
+                code = await collection.run(sender if counts.unconfirmed and not limits.stopped else None)
                 if self._is_temporary and not state.counts().pending:
                     state.delete()
                 return code
@@ -239,3 +245,20 @@ class Submission:
             f"Collect the results with: vqa-worker submissions collect {self._name}",
         )
         return EXIT_OK
+
+    def _store_limits(self, state: SubmissionState) -> None:
+        """Store the limits of this command; those of an earlier one stay in force without.
+
+        Raises:
+            UsageError: there are limits, and jobs would be sent without waiting for results.
+        """
+        given = {FAILURES: self.options.stop_after_failures, COST: self.options.max_cost}
+        head, limits = state.head(), {name: value for name, value in given.items() if value is not None}
+        if limits.get(FAILURES) not in (None, head.get(FAILURES)):
+            limits["stopped"] = ""
+        state.set_head(limits)
+        if not self.options.wait and head.keys() & given.keys() and state.counts().unconfirmed:
+            raise UsageError(
+                f"the submission {self._name} has --stop-after-failures or --max-cost, which require --wait."
+                " Add it."
+            )
