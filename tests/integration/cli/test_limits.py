@@ -1,9 +1,11 @@
 """`submit --stop-after-failures` and `--max-cost`."""
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
+import sqlite3
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +17,7 @@ from deploy.local.model_simulator.behavior import Answer, Hang
 from deploy.local.stack import Stack
 from tests.breaking import BrokerUser
 from tests.conftest import BUCKET, PutImage, StartWorker
-from tests.integration.cli.running import Cli, channel_of, depth, ended
+from tests.integration.cli.running import Cli, channel_of, depth, drain, ended, kill
 from tests.running import Worker, calls_with, until
 from worker.cli.submit.limits import FIRST_JOBS, Limits, check_failure_limit, check_max_cost
 from worker.cli.submit.state import Counts, JobResult, read_state
@@ -452,6 +454,30 @@ async def test_costs_before_an_interruption_count(
     assert len(set(called)) == 30
     # Without a result store, a job that is sent again after a kill can be billed again.
     assert len(called) <= 30 + 1 + before.sent
+
+
+async def test_unconfirmed_jobs_are_sent_again_within_the_maximum(no_worker_cli: Cli, stack: Stack) -> None:
+    """The submitter was killed in the middle of a chunk, before RabbitMQ had its jobs."""
+    cli = no_worker_cli
+    cli.write("jobs.jsonl", *(fails(f"{n}") for n in range(30)))
+    asked = ("submit", "jobs.jsonl", "--wait", "--name", "killed", "--max-cost", "20")
+    submitting = cli.start(*asked)
+    await until(lambda: far(cli).confirmed == FIRST_JOBS, "it waits for the first results")
+    await kill(submitting)
+    assert len(await drain(stack, cli.jobs_queue)) == FIRST_JOBS
+    with contextlib.closing(sqlite3.connect(cli.state_files[0])) as file, file:
+        file.execute("UPDATE jobs SET state = 1, body = ? WHERE state = 2", (b"{}",))
+
+    # Nobody knows whether they have results: `collect` does not wait for them.
+    collected = await cli.run("submissions", "collect", "killed")
+    assert (collected.code, far(cli).pending) == (1, 30)
+    resumed = cli.start(*asked)
+    await until(lambda: far(cli).confirmed == FIRST_JOBS, "they are sent again")
+    assert {it.message_id for it in await drain(stack, cli.jobs_queue)} == {f"{n}" for n in range(FIRST_JOBS)}
+    # Jobs that were not billed make room for others.
+    await publish_failures(stack, head(cli)["reply_to"], *(f"{n}" for n in range(FIRST_JOBS)))
+    await until(lambda: far(cli).confirmed == 2 * FIRST_JOBS, "more jobs are sent")
+    await kill(resumed)
 
 
 async def test_failures_that_cost_nothing_use_nothing_of_the_maximum(cli: Cli) -> None:

@@ -108,6 +108,18 @@ def test_a_deleted_state_file_leaves_no_other_file(state: SubmissionState) -> No
     assert list(state.path.parent.iterdir()) == []
 
 
+def test_a_job_that_has_a_result_meanwhile_is_not_sent(state: SubmissionState) -> None:
+    jobs = state.unconfirmed(0, 10)
+    assert [job.is_new for job in jobs] == [True, True]
+    state.set_sent(jobs)
+    assert [job.is_new for job in state.unconfirmed(0, 10)] == [False, False]
+    state.store([JobResult("a", b"{}", 1, failed=False)])
+    assert [job.id for job in state.set_sent(jobs)] == ["b"]
+    assert state.awaited() == 0
+    state.set_confirmed(jobs)
+    assert state.awaited() == 1
+
+
 def test_a_result_confirms_its_job(state: SubmissionState) -> None:
     state.set_sent(state.unconfirmed(0, 10))
     new, unknown = state.store([JobResult("a", b"{}", 1, failed=False, tokens=3, cost=0.5)] * 2)
