@@ -40,14 +40,9 @@ class _Known(NamedTuple):
         from worker.cli.submit.limits import COST, FAILURES, Limits
 
         fields = ("name", "created", "source", "broker", "jobs_queue", "reply_to")
+        known = {field: self.head[field] for field in fields} | self.counts.as_json()
         limits = {name: self.head.get(name) for name in (FAILURES, COST)}
-        stopped = Limits(self.head, self.counts).reason or None
-        return {
-            **{field: self.head[field] for field in fields},
-            **self.counts.as_json(),
-            **limits,
-            "stopped": stopped,
-        }
+        return {**known, **limits, "stopped": Limits(self.head, self.counts).reason or None}
 
 
 def list_(

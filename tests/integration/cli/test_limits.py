@@ -195,7 +195,8 @@ def test_the_budget_is_for_the_results_and_the_jobs_on_the_queue() -> None:
     # Failed results cost too, and results without a cost count as average ones.
     assert after({"max_cost": "0.5"}, 1000, failed(cost=0.1), succeeded(0.3)).room == 0
     assert after({"max_cost": "0.5"}, 1000, succeeded(0.1), succeeded()).room == 3
-    # Free results use nothing of it.
+    # Free results use nothing of it, nor do those that cost next to nothing.
+    assert after({"max_cost": "0.5"}, 1000, *[succeeded(1e-320)] * 5).room == 15
     assert after({"max_cost": "0.5"}, 1000, *[succeeded(0.0)] * 5).room == 15
     # A limit that all jobs fit in stops nothing.
     assert after({"max_cost": "0.5"}, 5, *[succeeded(0.1)] * 5).reason == ""

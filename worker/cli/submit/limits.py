@@ -91,8 +91,8 @@ class Limits:
             room -= counts.unpriced - self._unpriced_before
         elif mean := (counts.cost or 0.0) / counts.priced:
             # A result without a cost counts as an average one. The sum of many floats is not exact.
-            affordable = math.floor((self._max_usd - (counts.cost or 0.0)) / mean + 1e-6)
-            room = min(room, affordable - self.outstanding - counts.unpriced)
+            affordable = (self._max_usd - (counts.cost or 0.0)) / mean + 1e-6
+            room = min(room, math.floor(min(affordable, UNLIMITED)) - self.outstanding - counts.unpriced)
         return max(0, room)
 
     @property
