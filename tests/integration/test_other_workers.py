@@ -82,8 +82,9 @@ async def test_a_worker_that_may_not_ask_processes_redelivered_jobs(scene: Scene
     await calls_begun(scene.stack, marker, JOBS)
     scene.first.kill()
     assert statuses(await results(scene.client, ids)) == {"succeeded": JOBS}
-    await until(lambda: events(scene.second, "asking_forbidden"), "it is logged")
-    assert len(events(scene.second, "asking_forbidden")) == 1
+    await until(lambda: events(scene.second, "publish_failed"), "it is logged")
+    (line,) = events(scene.second, "publish_failed")
+    assert line["exchange"] == f"{scene.first.jobs_queue}.control"
 
 
 async def test_malformed_questions_and_answers_are_ignored(scene: Scene) -> None:

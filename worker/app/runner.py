@@ -168,6 +168,7 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         topology,
         on_cancel=cancelled_jobs.cancel,
         on_subscribed=cancelled_jobs.on_subscribed,
+        publish=publisher.try_publish,
         states_of=in_flight.states_of,
         on_answer=other_workers.answered,
     )

@@ -60,8 +60,6 @@ def _events_suppressed(fields: Fields) -> str:
 
 
 MESSAGES: Final[Mapping[str, str | Callable[[Fields], str]]] = {
-    "asking_forbidden": "Other workers cannot be asked about redelivered jobs, so that some are paid twice:"
-    " RabbitMQ refuses publishing to exchange {exchange} ({reason}).",
     "cancellation_forbidden": "Jobs cannot be cancelled: RabbitMQ refuses the use of exchange {exchange}"
     " ({reason}). To permit it, {advice}.",
     "cancelled_jobs_unavailable": "Cancellations cannot be read from or written to the result store:"

@@ -7,13 +7,12 @@ The messages: `{"cancel": "<id>"}`, from publishers; `{"asked": ["<key>", …]}`
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import aio_pika
 import structlog
-from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelClosed
+from aio_pika.abc import AbstractConnection, AbstractIncomingMessage, AbstractQueue
+from aio_pika.exceptions import ChannelClosed
 
 from vqa_worker.messages.job import valid_id
 from vqa_worker.rabbitmq.connection import broker_reason, connection_losses
@@ -33,12 +32,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 
 def cancellation(exchange: str, job_id: str) -> OutgoingMessage:
     """Build the message that cancels a job; the broker returns it if no worker listens."""
-    return OutgoingMessage(
-        body=json.dumps({"cancel": job_id}).encode(),
-        exchange=exchange,
-        routing_key="",
-        content_type=CONTENT_TYPE,
-    )
+    return _message(exchange, {"cancel": job_id})
 
 
 class Control:
@@ -54,19 +48,27 @@ class Control:
         *,
         on_cancel: Callable[[str], None],
         on_subscribed: Callable[[], None],
+        publish: Callable[[OutgoingMessage], Awaitable[bool]] | None = None,
         states_of: Callable[[Iterable[str]], dict[str, JobState]] = lambda _: {},
         on_answer: Callable[[Mapping[str, JobState]], None] = lambda _: None,
     ) -> None:
-        """`states_of` answers other workers' questions; `on_answer` gets the answers to this worker's own."""
+        """Describe what to do.
+
+        Args:
+            topology: names the exchange.
+            on_cancel: gets the id of a cancelled job.
+            on_subscribed: called when messages before were missed.
+            publish: publishes once, over another connection: an alarm would block this one, acks included.
+            states_of: answers other workers' questions about jobs.
+            on_answer: gets the answers to this worker's own questions.
+        """
         self._topology = topology
         self._on_cancel = on_cancel
         self._on_subscribed = on_subscribed
         self._states_of = states_of
         self._on_answer = on_answer
-        self._connection: AbstractConnection | None = None
+        self._publish = publish
         self._queue: AbstractQueue | None = None
-        self._sending: AbstractChannel | None = None
-        self._send_refused = False
         self._last_refusal = ""
 
     async def listen(self, connection: AbstractConnection) -> None:
@@ -75,8 +77,7 @@ class Control:
         Raises:
             CONNECTION_EXCEPTIONS: the connection is lost.
         """
-        self._connection, self._queue, self._sending = connection, None, None
-        self._last_refusal, self._send_refused = "", False
+        self._queue, self._last_refusal = None, ""
         await self._bind(connection)
 
     async def ask(self, keys: Sequence[str]) -> bool:
@@ -149,23 +150,15 @@ class Control:
                 log.warning("control_message_ignored", reason="it is not a message of this version")
 
     async def _send(self, message: Mapping[str, Any]) -> bool:
-        """Publish to all workers; return whether the broker has confirmed it."""
-        if self._connection is None or self._queue is None or self._send_refused:
+        """Publish to all workers; return whether it is confirmed. Without a queue there is no answer."""
+        if self._queue is None or self._publish is None:
             return False
-        body = aio_pika.Message(json.dumps(message).encode(), content_type=CONTENT_TYPE)
-        try:
-            with connection_losses():
-                if self._sending is None or self._sending.is_closed:
-                    self._sending = await self._connection.channel()
-                exchange = await self._sending.get_exchange(self._topology.control.name, ensure=False)
-                await exchange.publish(body, "", mandatory=False)
-        except ChannelClosed as error:
-            self._send_refused = broker_reason(error).startswith("ACCESS_REFUSED")
-            log.warning("asking_forbidden", exchange=self._topology.control.name, reason=broker_reason(error))
-            return False
-        except CONNECTION_EXCEPTIONS:
-            return False
-        return True
+        return await self._publish(_message(self._topology.control.name, message))
+
+
+def _message(exchange: str, content: Mapping[str, Any]) -> OutgoingMessage:
+    body = json.dumps(content).encode()
+    return OutgoingMessage(body=body, exchange=exchange, routing_key="", content_type=CONTENT_TYPE)
 
 
 def _parsed(body: bytes) -> Any:

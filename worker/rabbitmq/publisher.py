@@ -37,6 +37,9 @@ from worker.rabbitmq.topology import Topology
 
 log = structlog.get_logger(__name__)
 
+# For a message that is only useful now. An alarm delays confirms.
+TRY_TIMEOUT_S = 5.0
+
 
 class Publisher:
     """Publish over one session, which `run` keeps connected; `publish` waits for a connection."""
@@ -87,6 +90,17 @@ class Publisher:
                 message = replace(message, headers=properties.with_trace(message.headers, span.headers))
             # Outside the loop that publishes again: an error in building the message is not the broker's.
             await self._until_confirmed(message, message.to_amqp())
+
+    async def try_publish(self, message: OutgoingMessage) -> bool:
+        """Publish once, on a separate channel; return whether it was confirmed soon. Failures are logged."""
+        try:
+            async with asyncio.timeout(TRY_TIMEOUT_S):
+                await self._connected.wait()
+                await self._publish_isolated(message, message.to_amqp())
+        except (TimeoutError, DeliveryError, *CONNECTION_EXCEPTIONS) as error:
+            self._log_failure(error, message)
+            return False
+        return True
 
     async def restore_topology(self) -> None:
         """Declare the queues again after one of them went missing, see `Redeclaration`."""
