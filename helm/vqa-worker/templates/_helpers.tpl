@@ -153,7 +153,7 @@ VQA_{{ regexReplaceAll "([A-Z])" . "_${1}" | upper }}
 {{- add (ceil .Values.settings.shutdownGrace) 25 }}
 {{- end }}
 
-{{/* What the pods of workers and hook have in common: where they run, and as whom. */}}
+{{/* What all pods have in common: where they run, and as whom. */}}
 {{- define "vqa-worker.podSpec" -}}
 # Nothing here talks to the Kubernetes API.
 automountServiceAccountToken: false
@@ -187,6 +187,73 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end }}
+
+{{/* What the containers of workers and of the check read: their settings, secrets and certificates. */}}
+{{- define "vqa-worker.environment" -}}
+envFrom:
+  - configMapRef:
+      name: {{ include "vqa-worker.fullname" . | quote }}
+  {{- with include "vqa-worker.secretName" . }}
+  {{- if not $.Values.secrets.asFiles }}
+  - secretRef:
+      name: {{ . | quote }}
+  {{- end }}
+  {{- end }}
+  {{- with .Values.aws.existingSecret }}
+  - secretRef:
+      name: {{ . | quote }}
+  {{- end }}
+  {{- with .Values.extraEnvFrom }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- if or .Values.aws.region .Values.extraEnv }}
+env:
+  {{- with .Values.aws.region }}
+  - name: AWS_REGION
+    value: {{ . | quote }}
+  {{- end }}
+  {{- with .Values.extraEnv }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "vqa-worker.volumeMounts" -}}
+volumeMounts:
+  - name: tmp
+    mountPath: /tmp
+  {{- if .Values.secrets.asFiles }}
+  - name: secrets
+    mountPath: {{ include "vqa-worker.secretsPath" . }}
+    readOnly: true
+  {{- end }}
+  {{- if .Values.rabbitmqTls.existingSecret }}
+  {{- include "vqa-worker.tlsMount" . | nindent 2 }}
+  {{- end }}
+  {{- with .Values.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{- define "vqa-worker.volumes" -}}
+volumes:
+  # The root file system is read-only.
+  - name: tmp
+    emptyDir:
+      sizeLimit: 64Mi
+  {{- if .Values.secrets.asFiles }}
+  - name: secrets
+    secret:
+      secretName: {{ include "vqa-worker.secretName" . | quote }}
+      defaultMode: 288 # 0440: the group is that of podSecurityContext.fsGroup
+  {{- end }}
+  {{- with .Values.rabbitmqTls.existingSecret }}
+  {{- include "vqa-worker.tlsVolume" . | nindent 2 }}
+  {{- end }}
+  {{- with .Values.extraVolumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end }}
 
 {{- define "vqa-worker.tlsVolume" -}}

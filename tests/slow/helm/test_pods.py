@@ -235,10 +235,39 @@ def test_selectors_use_stable_labels_that_the_hook_s_pods_do_not_have() -> None:
     selectors = [
         rendered.one("PodDisruptionBudget")["spec"]["selector"],
         rendered.one("PodMonitor")["spec"]["selector"],
-        rendered.one("NetworkPolicy", "questions")["spec"]["podSelector"],
         *(constraint["labelSelector"] for constraint in rendered.pod["spec"]["topologySpreadConstraints"]),
     ]
-    assert selectors == [{"matchLabels": selector}] * 4
+    assert selectors == [{"matchLabels": selector}] * 3
+
+
+@pytest.mark.parametrize("name", ["airgapped", "full", "hpa", "keda", "minimal"])
+def test_the_pod_of_helm_test_has_what_a_worker_has(name: str) -> None:
+    rendered = render(ci_values(name))
+    pod, worker = rendered.one("Pod"), rendered.pod
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    (container,), (of_worker,) = pod["spec"]["containers"], worker["spec"]["containers"]
+    of_workers_only = {"name", "args", "ports", "startupProbe", "livenessProbe", "readinessProbe"}
+    assert {key: it for key, it in of_worker.items() if key not in of_workers_only} == {
+        key: it for key, it in container.items() if key not in of_workers_only
+    }
+    assert container["args"] == ["check"]
+    of_workers_only = {"containers", "affinity", "terminationGracePeriodSeconds", "topologySpreadConstraints"}
+    assert {key: it for key, it in worker["spec"].items() if key not in of_workers_only} == {
+        key: it for key, it in pod["spec"].items() if key not in {"containers", "restartPolicy"}
+    }
+
+
+def test_the_pod_of_helm_test_has_the_workers_network_policy_and_is_no_worker() -> None:
+    rendered = render(ci_values("full"))
+    policy = rendered.one("NetworkPolicy", "questions")["spec"]["podSelector"]
+    (components,) = policy["matchExpressions"]
+    labels = rendered.one("Pod")["metadata"]["labels"]
+    assert policy["matchLabels"].items() <= labels.items()
+    assert (components["key"], components["operator"]) == ("app.kubernetes.io/component", "In")
+    of_both = {labels[components["key"]], rendered.pod["metadata"]["labels"][components["key"]]}
+    assert set(components["values"]) == of_both
+    selector = rendered.one("Deployment")["spec"]["selector"]["matchLabels"]
+    assert not selector.items() <= labels.items()
 
 
 def test_added_labels_do_not_override_the_chart_s_labels() -> None:

@@ -72,11 +72,20 @@ def test_the_packaged_chart_is_rendered_as_by_the_library(
 def test_the_hooks_can_be_left_out_or_rendered_alone(programs_of: Programs, file: Path) -> None:
     output = programs_of.helm(*TEMPLATE, CHART, f"--values={file}", "--no-hooks")
     assert _sorted(list(objects_in(output))) == [it for it in _rendered(file) if not _is_hook(it)]
-    if hooks := [it for it in _rendered(file) if _is_hook(it)]:
+    check = programs_of.helm(*TEMPLATE, CHART, f"--values={file}", "--show-only=templates/tests/check.yaml")
+    assert list(objects_in(check)) == [it for it in _rendered(file) if it["kind"] == "Pod"]
+    before = [it for it in _rendered(file) if _is_hook(it) and it["kind"] != "Pod"]
+    if before:
         alone = programs_of.helm(
             *TEMPLATE, CHART, f"--values={file}", "--show-only=templates/topology-hook.yaml"
         )
-        assert _sorted(list(objects_in(alone))) == hooks
+        assert _sorted(list(objects_in(alone))) == before
+
+
+@every_ci_file
+def test_the_pod_of_helm_test_can_be_left_out(programs_of: Programs, file: Path) -> None:
+    output = programs_of.helm(*TEMPLATE, CHART, f"--values={file}", "--skip-tests")
+    assert _sorted(list(objects_in(output))) == [it for it in _rendered(file) if it["kind"] != "Pod"]
 
 
 def test_values_can_be_set_on_the_command_line(programs_of: Programs) -> None:

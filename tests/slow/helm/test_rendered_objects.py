@@ -20,6 +20,7 @@ from tests.conftest import BUCKET, MakeClient, PutImage
 from tests.running import Ended, Worker, until
 from tests.slow.helm.pods import environment_in
 from tests.slow.helm.rendering import Object, Rendered, Values, decoded, keda, minimal, render
+from worker.cli.exit_codes import EXIT_FAILURE
 
 Start = Callable[..., Worker]
 
@@ -124,6 +125,31 @@ async def test_the_worker_answers_a_job_and_its_probes_succeed(
 
     assert [line["event"] for line in pod.log() if line["level"] != "info"] == []
     assert await pod.stop() == 0
+
+
+@pytest.mark.usefixtures("hook")
+async def test_helm_test_succeeds_without_workers(stack: Stack, rendered: Rendered, tmp_path: Path) -> None:
+    check = await _run_check(stack, rendered, tmp_path)
+    assert check.code == 0, check.output
+    assert f"bucket {BUCKET}: readable" in check.output
+
+
+@pytest.mark.usefixtures("hook")
+async def test_helm_test_fails_for_a_bucket_that_cannot_be_read(
+    stack: Stack, rendered: Rendered, tmp_path: Path
+) -> None:
+    check = await _run_check(stack, rendered, tmp_path, VQA_ALLOWED_BUCKETS="missing")
+    assert check.code == EXIT_FAILURE
+    assert "bucket missing: does not exist" in check.output
+
+
+async def _run_check(stack: Stack, rendered: Rendered, folder: Path, **changes: str) -> Ended:
+    """Run the container of the pod that `helm test` creates."""
+    pod = rendered.one("Pod")
+    environment = _environment(stack, rendered, pod, folder / "check")
+    check = Worker({**environment, **changes}, folder / "check.log")
+    check.command = [*check.command[:-1], *pod["spec"]["containers"][0]["args"]]
+    return await check.run_to_end()
 
 
 async def test_without_a_broker_the_worker_is_live_and_not_ready(rendered: Rendered, start: Start) -> None:

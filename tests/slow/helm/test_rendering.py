@@ -53,6 +53,7 @@ def test_all_kinds_are_rendered() -> None:
         "HorizontalPodAutoscaler",
         "Job",
         "NetworkPolicy",
+        "Pod",
         "PodDisruptionBudget",
         "PodMonitor",
         "PrometheusRule",
