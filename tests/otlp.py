@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -44,15 +45,15 @@ class Receiver:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def serving(cls) -> AsyncIterator[Self]:
+    async def serving(cls, tls: ssl.SSLContext | None = None) -> AsyncIterator[Self]:
         receiver = cls()
         receiver.answering.set()
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/v1/traces", receiver._take)
         runner = web.AppRunner(app, shutdown_timeout=1, handler_cancellation=True)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        receiver.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        receiver.url = f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
         try:
             yield receiver
         finally:

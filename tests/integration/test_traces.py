@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ import pytest
 
 from deploy.local.model_simulator.behavior import Answer, Error
 from deploy.local.stack import Stack
+from tests.authority import Authority
 from tests.conftest import BUCKET, PutImage
 from tests.otlp import Receiver, Seen
 from tests.running import ROOT, Client, Reply, Worker, calls_with, until
@@ -298,6 +300,22 @@ async def test_an_unsampled_trace_is_passed_on_unsampled(scene: Scene, put_image
     assert scene.receiver.of(trace_id) == []
     assert re.fullmatch(f"00-{trace_id}-[0-9a-f]{{16}}-00", str(reply.message.headers["traceparent"]))
     assert reply.message.headers["tracestate"] == TRACESTATE
+
+
+async def test_the_collector_s_certificate_is_verified_with_the_variable_for_it(
+    stack: Stack, put_image: PutImage, tmp_path: Path
+) -> None:
+    """`REQUESTS_CA_BUNDLE` is often set for all programs of a machine."""
+    authority, other = (Authority.made_in(tmp_path / name) for name in ("authority", "other"))
+    async with Receiver.serving(authority.server_context()) as receiver:
+        certificates = {
+            "OTEL_EXPORTER_OTLP_CERTIFICATE": authority.certificate,
+            "REQUESTS_CA_BUNDLE": other.certificate,
+        }
+        settings = {**receiver.environment(), **certificates}
+        async with Worker.running(stack, tmp_path, **settings) as worker, Client.of(stack, worker) as client:
+            await client.ask(question="What?", images=[put_image()])
+            await until(lambda: len(receiver.spans) == 4, "four spans have arrived")
 
 
 @pytest.mark.parametrize("tracestate", ["no state", "a=1,a=2", ",", "x" * 512])

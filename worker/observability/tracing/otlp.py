@@ -24,6 +24,7 @@ from opentelemetry.trace import Span as LibrarySpan
 from opentelemetry.trace import SpanKind, StatusCode, format_trace_id, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
+from requests import Session
 
 from vqa_worker.messages.result import Usage
 from worker import __version__
@@ -60,7 +61,7 @@ class Otlp:
     def __init__(self, scene: Scene) -> None:
         self._own_queues = scene.own_queues
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(session=_Session())))
         self._tracer = self._provider.get_tracer("vqa-worker", __version__)
         rabbitmq = {"messaging.system": "rabbitmq", **_broker(scene.rabbitmq_address)}
         self._process_name = f"process {scene.jobs_queue}"
@@ -132,6 +133,17 @@ class Otlp:
         parent: Context | None = None,
     ) -> "_Span":
         return _Span(self._tracer.start_span(name, parent, kind, attributes))
+
+
+class _Session(Session):
+    """An HTTP session whose `verify` is not overridden by REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE.
+
+    OpenTelemetry's exporter sets it to OTEL_EXPORTER_OTLP_CERTIFICATE.
+    """
+
+    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
+        chosen = self.verify if verify is None else verify
+        return super().merge_environment_settings(url, proxies, stream, chosen, cert)
 
 
 class _Span:
