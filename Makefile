@@ -1,11 +1,12 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test test-slow bench bench-quick bench-images chaos soak image lint words format docs docs-site golden screenshots dashboard-preview scale-demo lock ci
+.PHONY: help setup demo stack test test-slow bench bench-quick bench-images chaos soak image lint words format docs docs-site golden screenshots dashboard-preview scale-demo test-llamacpp lock ci
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH := .venv/.bench-installed
+LLAMACPP := .venv/.llamacpp-installed
 SOURCES := worker vqa_worker deploy docs tests
 # Without cached bytecode each process of the tests compiles all imports.
 unexport PYTHONDONTWRITEBYTECODE
@@ -35,6 +36,14 @@ test-slow: $(INSTALLED) ## run the slow tests: image, chart, chaos, scaling, mem
 	$(PYTEST) $(SLOW)
 
 SLOW := tests/slow
+
+$(LLAMACPP): requirements-llamacpp.lock $(INSTALLED)
+	@echo "Installing llama.cpp's server"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-llamacpp.lock
+	@touch $@
+
+test-llamacpp: $(LLAMACPP) ## run the tests with llama.cpp's server, which constrains answers by a grammar
+	$(BIN)/pytest tests/slow/llamacpp
 
 $(BENCH): requirements-bench.lock $(INSTALLED)
 	@echo "Installing the libraries of the compared workers"
@@ -130,6 +139,7 @@ lock: ## update the locks to the latest releases (requires uv)
 	uv pip compile $(LOCK) --group simulator -c requirements-dev.lock -o requirements-simulator.lock
 	uv pip compile $(LOCK) pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock
 	uv pip compile $(LOCK) --no-deps --group helm -o requirements-helm.lock
+	uv pip compile $(LOCK) --group llamacpp -c requirements-dev.lock -c requirements-bench.lock -o requirements-llamacpp.lock
 LOCK := --quiet --upgrade --no-strip-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
 # Without the tests of images, chaos, memory and a scaling run: `make test-slow` runs those too.

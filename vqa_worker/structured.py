@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from vqa_worker.messages.decoding import InvalidJobError
 from vqa_worker.results import Result
@@ -24,12 +23,6 @@ class NoValueError(Exception):
         self.result = result
 
 
-class _Schema(GenerateJsonSchema):
-    def decimal_schema(self, schema: Any) -> JsonSchemaValue:  # noqa: ARG002 - pydantic's signature
-        # pydantic's own has a pattern with look-ahead, which workers and many model APIs do not take.
-        return {"anyOf": [{"type": "number"}, {"type": "string"}]}
-
-
 def params_for(returns: type[BaseModel], params: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the `params` of a job whose answer is an instance of `returns`.
 
@@ -40,7 +33,7 @@ def params_for(returns: type[BaseModel], params: Mapping[str, Any] | None) -> di
         raise InvalidJobError(
             "params: response_format cannot be combined with returns", job_id=None, id_in_body=False
         )
-    schema = returns.model_json_schema(schema_generator=_Schema)
+    schema = returns.model_json_schema()
     # APIs take letters, digits, underscores and dashes; the name of a generic model has brackets.
     name = "".join(char if char.isascii() and char.isalnum() else "_" for char in returns.__name__)[:64]
     given = {"name": name, "schema": schema}

@@ -127,13 +127,29 @@ async def test_a_wrong_schema_is_refused_before_any_call(client: Client, stack: 
     assert len(stack.model.calls("")) == before
 
 
-async def test_off_passes_answers_on(
-    stack: Stack, start_worker: StartWorker, client_of: MakeClient, put_image: PutImage
+# By `VQA_SCHEMA_REPAIRS`: the calls for answers that are wrong once, twice and always, and the success.
+REPAIRS: dict[str, list[tuple[int, bool]]] = {
+    "off": [(1, True), (1, True), (1, True)],
+    "0": [(1, False), (1, False), (1, False)],
+    "1": [(2, True), (2, False), (2, False)],
+    "2": [(2, True), (3, True), (3, False)],
+}
+
+
+@pytest.mark.parametrize("repairs", REPAIRS)
+async def test_a_model_that_answers_wrongly_once_twice_or_always(
+    repairs: str, stack: Stack, start_worker: StartWorker, client_of: MakeClient, put_image: PutImage
 ) -> None:
-    client = await client_of(await start_worker(VQA_SCHEMA_REPAIRS="off"))
-    reply, calls = await _ask(client, stack, put_image(), WRONG)
-    assert (reply.body["status"], reply.body["parsed"], calls) == ("succeeded", None, 1)
-    assert reply.body["answer"] == WRONG.text
+    client = await client_of(await start_worker(VQA_SCHEMA_REPAIRS=repairs))
+    image = put_image()
+    for wrong, (calls, succeeds) in zip((1, 2, 4), REPAIRS[repairs], strict=True):
+        reply, made = await _ask(client, stack, image, *[WRONG] * wrong, *[RIGHT] * (4 - wrong))
+        body = reply.body
+        assert (made, body["status"]) == (calls, "succeeded" if succeeds else "failed"), wrong
+        assert body["answer"] == ((WRONG if repairs == "off" else RIGHT).text if succeeds else None)
+        assert body["parsed"] == (VALUE if succeeds and repairs != "off" else None)
+        assert (body["error"] or {}).get("code") == (None if succeeds else "schema_mismatch")
+        assert body["attempts"] == 1
 
 
 async def test_a_provider_without_json_schema_gets_it_in_the_prompt(

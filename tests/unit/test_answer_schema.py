@@ -1,12 +1,15 @@
 """Malformed answers and what becomes of each; schemas that are refused."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.running import ROOT
 from worker.model.answer_schema import MAX_STEPS, AnswerSchema, InvalidSchemaError
 from worker.model.json_answer import MAX_DEPTH
 
@@ -103,6 +106,38 @@ MALFORMED: dict[str, tuple[str, Any]] = {
         refused('total: the value is not of type "number"'),
     ),
     "a missing field": ('{"total": 1}', refused('"currency" is a required property')),
+    "an enum in lower case": (
+        '{"total": 1, "currency": "eur"}',
+        refused("currency: the value is not one of"),
+    ),
+    "null for a number": (
+        '{"total": null, "currency": "EUR"}',
+        refused('total: the value is not of type "number"'),
+    ),
+    "a thousands separator": (
+        '{"total": 1,250.00, "currency": "EUR"}',
+        refused("not JSON: Expecting property"),
+    ),
+    "a unit": ('{"total": 12.5 EUR, "currency": "EUR"}', refused("not JSON: Expecting ',' delimiter")),
+    "a comment": ('{"total": 12.5, // net\n"currency": "EUR"}', refused("not JSON: Expecting property name")),
+    "names without quotes": ('{total: 12.5, currency: "EUR"}', refused("not JSON: Expecting property name")),
+    "typographic quotes": (
+        "{\u201ctotal\u201d: 12.5, \u201ccurrency\u201d: \u201cEUR\u201d}",
+        refused("not JSON: Expecting property name"),
+    ),
+    "undefined": ('{"total": 1, "currency": "EUR", "note": undefined}', refused("not JSON: Expecting value")),
+    "an ellipsis": ('{"total": 1, "currency": "EUR", ...}', refused("not JSON: Expecting property name")),
+    "a bracket too many": (f"{TEXT}}}", VALUE),
+    "tags": (f"<answer>{TEXT}</answer>", VALUE),
+    "tokens of a chat template": (f"<|begin_of_box|>{TEXT}<|end_of_box|><|im_end|>", VALUE),
+    "inline code": (f"The answer is `{TEXT}`.", VALUE),
+    "two code fences of which one is valid": (
+        f'```json\n{{"total": 1}}\n```\nOr rather:\n```json\n{TEXT}\n```',
+        VALUE,
+    ),
+    "the schema": (json.dumps(INVOICE), refused('"total" is a required property')),
+    "a code fence with nothing inside": ("```json\n```", refused("not JSON: Expecting value")),
+    "nothing": ("", refused("not JSON: Expecting value")),
     "wrapped in a list": (f"[{TEXT}]", refused('the value is not of type "object"')),
     "wrapped in a string": (json.dumps(TEXT), refused('the value is not of type "object"')),
 }
@@ -118,6 +153,27 @@ def test_a_malformed_answer_is_mended_only_if_its_meaning_is_clear(name: str) ->
         assert not result.is_final
     else:
         assert (result.value, result.errors) == (expected, None)
+
+
+def documented() -> Iterator[tuple[str, str, str]]:
+    """Yield the rows of the documentation: what the model wrote, an example, and its error or nothing."""
+    page = (ROOT / "docs/structured-answers.md").read_text()
+    for row in page.partition("## From the text")[2].partition("\n## ")[0].splitlines():
+        name, example, *error = [cell.strip() for cell in row.strip("|").split(" | ")] + [""] * 2
+        if row.startswith("|") and "`" in example:
+            text = re.sub(r"\A(`+) ?(.+?) ?\1\Z", r"\2", example).replace("\u23ce", "\n")
+            yield name, text, error[0].strip("`")
+
+
+def test_the_documented_answers_become_what_the_documentation_says() -> None:
+    schema = json.loads((ROOT / "docs/structured-answers.md").read_text().split("```json")[1].split("```")[0])
+    checks = AnswerSchema(schema["params"]["response_format"]["json_schema"]["schema"])
+    rows = [*documented()]
+    assert len(rows) > 20
+    for name, text, error in rows:
+        result = checks.check(text)
+        assert result.value == (None if error else VALUE), name
+        assert error in (result.errors or ""), name
 
 
 @pytest.mark.parametrize(
@@ -165,6 +221,13 @@ def nested(keyword: str, levels: int, **others: Any) -> dict[str, Any]:
     return schema
 
 
+def nested_look_ahead(form: str, levels: int) -> str:
+    pattern = "a"
+    for _ in range(levels):
+        pattern = form.format(pattern)
+    return pattern
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "a list": ([], "must be an object"),
     "text": ("object", "must be an object"),
@@ -191,12 +254,32 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "many bytes": ({"description": "é" * 40_000}, "at most 65536 bytes"),
     "many levels": (nested("not", 200), "more than 64 levels deep"),
-    "look-ahead": ({"pattern": "^(?=a)"}, "pattern: this pattern is too large, or has look-around"),
-    "a back-reference": ({"pattern": r"(a)\1"}, "pattern: this pattern is too large, or has look-around"),
-    "a huge pattern": (
-        {"pattern": "((a{100}){100}){100}"},
-        "pattern: this pattern is too large, or has look-around",
+    "look-behind": ({"pattern": "(?<=a)b"}, "pattern: this pattern is too large, or has"),
+    "look-ahead later": ({"pattern": "^a(?=b)"}, "pattern: this pattern is too large, or has"),
+    "look-ahead without an anchor": ({"pattern": "(?=b)"}, "pattern: this pattern is too large, or has"),
+    "look-ahead of one alternative": ({"pattern": "^(?=a)b|c"}, "pattern: this pattern is too large, or has"),
+    "repeated look-ahead": ({"pattern": "^(?!a)*b"}, "pattern: this pattern is too large, or has"),
+    "look-ahead without its end": ({"pattern": "^(?!a"}, "pattern: this pattern is too large, or has"),
+    "look-ahead of names": (
+        {"patternProperties": {"^(?!a)": {}}},
+        "patternProperties.^(?!a): this pattern is too large, or has",
     ),
+    # 100 bytes that an engine with a limit on backtracking takes hours for.
+    "nested look-ahead": (
+        {"pattern": nested_look_ahead("(?:(?={})a){{30}}", 9)},
+        "pattern: this pattern is too large, or has",
+    ),
+    "nested look-ahead at the start": (
+        {"pattern": f"^(?={nested_look_ahead('(?:(?={})a)*', 9)})a"},
+        "pattern: this pattern is too large, or has",
+    ),
+    "a huge pattern in look-ahead": (
+        {"pattern": "^(?=((a{100}){100}){100})"},
+        "pattern: this pattern is too large, or has",
+    ),
+    "much look-ahead": ({"pattern": f"^{'(?!a)' * 12_000}"}, "too many other subschemas"),
+    "a back-reference": ({"pattern": r"(a)\1"}, "pattern: this pattern is too large, or has"),
+    "a huge pattern": ({"pattern": "((a{100}){100}){100}"}, "pattern: this pattern is too large, or has"),
     "a wrong pattern": ({"patternProperties": {"[": True}}, "pattern"),
 }
 
@@ -263,6 +346,47 @@ def test_patterns_take_linear_time() -> None:
     slow = AnswerSchema({"allOf": [{"pattern": f"^[01]*1[01]{{200}}[2-{n}]"} for n in range(3, 10)]})
     assert slow.check(json.dumps("01" * 100_000)).is_final
     assert AnswerSchema({"patternProperties": {"^(a+)+$": True}}).check(f'{{"{"a" * 500_000}": 1}}').is_final
+
+
+# Of pydantic 2.12 and 2.13 for `Decimal`, and of passwords and names.
+LOOK_AHEAD = [
+    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$",
+    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d{0,2}0*$",
+    r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,4}|(?=[\d.]{1,7}0*$)\d{0,4}\.\d{0,2}0*$)",
+    r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,6}|(?=[\d.]{1,7}0*$)\d*\.\d*0*$)",
+    r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,0}|(?=[\d.]{1,3}0*$)\d{0,0}\.\d{0,5}0*$)",
+    r"^(?=.*[A-Z])(?=.*\d)(?!.*\s).{4,}$",
+    r"^(?!admin$|root$)[a-z]+$",
+    r"^(?=.{3,5}$)(?:[a-z]+|\d+)$",
+    r"^(?=[)(|]|\))(?!\\)",
+    r"^(?=(a|b)+c)(?!(?:ab)+c)[a-c]*$",
+    r"^(?=\d)",
+]
+TEXTS = [
+    *("", "-", "+.", "0", "12.50", "-0012.5000", "1.234", "12345678901.123456", "1,5", ".5", "0.00001"),
+    *("Abc1", "abc1", "Ab 1", "admin", "administrator", "root", "abc", "123", "abcdef", "12a"),
+    *(")", "(a", "|", "\\", "ac", "abc", "ababc", "abac", "1", "a1"),
+]
+
+
+@pytest.mark.parametrize("pattern", LOOK_AHEAD)
+def test_look_ahead_at_the_start_of_a_pattern_means_what_it_means_elsewhere(pattern: str) -> None:
+    form = {"pattern": pattern, "allOf": [{"type": ["string", "null"]}]}
+    schema = AnswerSchema({"properties": {"a": form}})
+    assert form == {"pattern": pattern, "allOf": [{"type": ["string", "null"]}]}, (
+        "the API gets the job's own schema"
+    )
+    accepted = [text for text in TEXTS if schema.check(json.dumps({"a": text})).errors is None]
+    assert accepted == [text for text in TEXTS if re.search(pattern, text)]
+    assert 0 < len(accepted) < len(TEXTS)
+    assert schema.check('{"a": null}').errors is None
+    assert schema.check('{"a": 5}').errors
+
+
+def test_look_ahead_takes_linear_time() -> None:
+    schema = AnswerSchema({"pattern": r"^(?=(a+)+$)(?!(a|a)*b)(?=.*a)(a*)*$"})
+    assert schema.check(json.dumps("a" * 30_000)).errors is None
+    assert schema.check(json.dumps("a" * 30_000 + "!")).errors is not None
 
 
 def test_recursive_schemas_and_names_like_keywords_are_supported() -> None:

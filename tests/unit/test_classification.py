@@ -57,7 +57,9 @@ RECORDED: list[dict[str, Any]] = json.loads((ROOT / "tests/data/error-answers.js
 
 @pytest.mark.parametrize("row", RECORDED, ids=lambda row: f"{row['provider']}-{row['status']}")
 def test_a_recorded_answer_is_understood(row: dict[str, Any]) -> None:
-    assert found(row["status"], row["body"], row["provider"]).category == row["category"]
+    classification = found(row["status"], row["body"], row["provider"])
+    assert classification.category == row["category"]
+    assert classification.isolated == row.get("isolated", classification.isolated)
 
 
 @pytest.mark.parametrize(

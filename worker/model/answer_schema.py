@@ -4,6 +4,7 @@ A schema and an answer come from others, and validating can take exponential tim
 doubled in each definition, for example. So the steps are counted before they are taken.
 """
 
+import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ from urllib.parse import unquote
 
 from vqa_worker.messages.serialization import to_json
 from worker.model.json_answer import NotJsonError, candidates, parse_strictly
+from worker.model.look_ahead import without_look_ahead
 
 if TYPE_CHECKING:
     import jsonschema_rs
@@ -31,8 +33,13 @@ MAX_STEPS_IN_PLACE: Final = 50_000
 MAX_ERRORS: Final = 10
 MAX_ERROR_CHARS: Final = 200
 MAX_ALTERNATIVES: Final = 4
+# Of alternatives within alternatives.
+MAX_LEVELS: Final = 8
 
-_PATTERN_REFUSED: Final = "this pattern is too large, or has look-around or a back-reference"
+_PATTERN_REFUSED: Final = (
+    "this pattern is too large, or has a back-reference or look-around"
+    " (only look-ahead at the start of `pattern` is supported)"
+)
 
 _REFERENCE: Final = "$ref"
 _OTHER_REFERENCES: Final = ("$dynamicRef", "$recursiveRef")
@@ -85,9 +92,9 @@ class AnswerSchema:
             raise InvalidSchemaError(f"must be at most {MAX_SCHEMA_BYTES} bytes of JSON")
         if _is_deeper(schema, MAX_SCHEMA_DEPTH):
             raise InvalidSchemaError(f"must not be nested more than {MAX_SCHEMA_DEPTH} levels deep")
-        self._schema = schema
+        self._schema = _with_supported_patterns(schema)
         self._check_references()
-        self._validator = _compile(schema)
+        self._validator = _compile(self._schema)
 
     def check(self, text: str, *, is_cut_off: bool = False) -> Checked:
         """Return the value of an answer.
@@ -185,6 +192,17 @@ class AnswerSchema:
         return target
 
 
+def _with_supported_patterns(schema: Any) -> Any:
+    """Return a copy of the schema without look-ahead at the start of patterns."""
+    changed = copy.deepcopy(schema)
+    for _, part in _subschemas(changed):
+        pattern, others = part.get("pattern"), part.get("allOf", [])
+        if isinstance(pattern, str) and isinstance(others, list) and (parts := without_look_ahead(pattern)):
+            del part["pattern"]
+            part["allOf"] = [*others, *parts]
+    return changed
+
+
 def _compile(schema: Any) -> "jsonschema_rs.Validator":
     # Late, because it would delay the start of every command.
     import jsonschema_rs  # noqa: PLC0415 - see above
@@ -246,7 +264,7 @@ def _steps_of_items(schema: Mapping[str, Any], value: Sequence[Any]) -> Iterator
         yield from zip(parts, value, strict=False)
 
 
-def _subschemas(schema: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _subschemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each object in a schema that may be a subschema, with its path; enumerated values apart."""
     stack: list[tuple[str, Any, bool]] = [("", schema, True)]
     while stack:
@@ -282,13 +300,17 @@ def _listed(errors: Iterable["jsonschema_rs.ValidationError"]) -> str:
 
 def _message(error: "jsonschema_rs.ValidationError") -> str:
     """Return what is wrong; of alternatives, what is wrong with the first ones."""
-    alternatives = getattr(error.kind, "context", None)
-    if not alternatives:
-        return error.message
-    first = [errors[0] for errors in alternatives[:MAX_ALTERNATIVES] if errors]
-    begins = len(error.instance_path)
-    texts = [f"{_path(it.instance_path[begins:])}{_short(it.message)}" for it in first]
-    return " and ".join(texts) or error.message
+    return " and ".join(islice(_reasons(error, len(error.instance_path), MAX_LEVELS), MAX_ALTERNATIVES))
+
+
+def _reasons(error: "jsonschema_rs.ValidationError", begins: int, levels: int) -> Iterator[str]:
+    """Yield what is wrong with each alternative, with paths that begin at step `begins` of the whole path."""
+    alternatives = getattr(error.kind, "context", None) if levels else None
+    first = [errors[0] for errors in alternatives or () if errors]
+    for it in first[:MAX_ALTERNATIVES]:
+        yield from _reasons(it, begins, levels - 1)
+    if not first:
+        yield f"{_path(error.instance_path[begins:])}{_short(error.message)}"
 
 
 def _path(path: Sequence[str | int]) -> str:
