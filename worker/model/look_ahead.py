@@ -1,7 +1,7 @@
 """Rewrite look-ahead at the start of a pattern, for a regular expression engine without look-around.
 
 `^(?=A)(?!B)C` matches a text if `^(?:A)` and `^C` match it and `^(?:B)` does not. Patterns of passwords are
-written so, and those of pydantic for decimal numbers. An engine with look-around is no alternative: nested
+written so, and those of pydantic for decimal numbers. An engine with look-around is not used instead: nested
 look-ahead in counted repetitions takes exponential time, and no limit on backtracking ends it.
 """
 
