@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from deploy.local.stack import Stack
+from tests.rabbitmq_releases import chosen_installation
 from tests.running import Client, Worker
 
 StartWorker = Callable[..., Awaitable[Worker]]
@@ -30,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    with Stack.start() as stack:
+    with Stack.start(installation=chosen_installation()) as stack:
         stack.s3.client().create_bucket(Bucket=BUCKET)
         yield stack
 
@@ -38,7 +39,7 @@ def stack() -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def own_stack() -> Iterator[Stack]:
     """A separate stack, for tests that stop, kill or overload its services."""
-    with Stack.start() as stack:
+    with Stack.start(installation=chosen_installation()) as stack:
         stack.s3.client().create_bucket(Bucket=BUCKET)
         yield stack
 

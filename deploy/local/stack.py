@@ -11,7 +11,7 @@ from typing import Self
 
 from deploy.local.container import RabbitMQContainer
 from deploy.local.external import external_model, external_rabbitmq, external_s3
-from deploy.local.install import ensure_rabbitmq, find_installation, succeeds
+from deploy.local.install import Installation, ensure_rabbitmq, find_installation, succeeds
 from deploy.local.model_simulator.behavior import Behavior
 from deploy.local.ports import PortBlock
 from deploy.local.rabbitmq import Broker, RabbitMQ
@@ -39,6 +39,7 @@ class Stack(AbstractContextManager["Stack"]):
         *,
         simulator: Behavior | None = None,
         s3_certificate: Certificate | None = None,
+        installation: Installation | None = None,
         on_progress: Callable[[str], None] = lambda _: None,
     ) -> Self:
         """Start all services at the same time, and wait until they are ready.
@@ -49,6 +50,7 @@ class Stack(AbstractContextManager["Stack"]):
                 `VQA_MODEL_API_KEY`, `DEEPINFRA_TOKEN`, `OPENAI_API_KEY`). A real model costs money.
             simulator: How the model simulator behaves at first.
             s3_certificate: With it a local S3 server also speaks TLS, on a second port.
+            installation: The programs of a local broker, by default this machine's RabbitMQ.
             on_progress: Called with a line of text before a step that takes long.
 
         Raises:
@@ -63,7 +65,9 @@ class Stack(AbstractContextManager["Stack"]):
             s3 = external_s3(given) or S3(root / "s3", ports, s3_certificate)
             model = external_model(given) or SimulatedModel(root / "model", ports, simulator)
             # Last, as it may install RabbitMQ: only when the configuration is known to be complete.
-            rabbitmq = external_rabbitmq(given) or local_rabbitmq(root / "rabbitmq", ports, on_progress)
+            folder = root / "rabbitmq"
+            own = RabbitMQ(installation, folder, ports) if installation else None
+            rabbitmq = own or external_rabbitmq(given) or local_rabbitmq(folder, ports, on_progress)
             services = rabbitmq, s3, model
             for service in services:
                 resources.callback(service.close)

@@ -25,11 +25,19 @@ async def check(
     ask: Annotated[
         bool, typer.Option("--ask", help="Also send one test request to the model (billed).")
     ] = False,
+    management_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Also read the queues' policies from RabbitMQ's management API: http://host:15672.",
+        ),
+    ] = None,
 ) -> int:
     """Check the configuration and every dependency, and suggest a fix for each problem.
 
         vqa-worker check
         vqa-worker check --image s3://photos/2030/table.jpg --ask
+        vqa-worker check --management-url http://rabbitmq:15672
         vqa-worker check --json | jq 'select(.status == "failed")'
 
     Consumes no job, publishes no message, creates no queue. Writes and deletes one test object in the result
@@ -39,7 +47,7 @@ async def check(
 
     redact, count, code = Redactor(()), Counter[str](), EXIT_OK
     is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    async for status, name, text in _findings(screen, image or (), ask=ask):
+    async for status, name, text in _findings(screen, image or (), management_url, ask=ask):
         count[status] += 1
         if status == "failed":
             code = max(code, EXIT_CONFIG if name == "settings" else EXIT_FAILURE)
@@ -51,7 +59,9 @@ async def check(
     return code
 
 
-async def _findings(screen: Screen, images: Sequence[str], *, ask: bool) -> AsyncIterator[Finding]:
+async def _findings(
+    screen: Screen, images: Sequence[str], management_url: str | None, *, ask: bool
+) -> AsyncIterator[Finding]:
     """Check the settings, then all dependencies; with wrong settings only RabbitMQ, if it can be checked."""
     from worker.settings import BrokerSettings, Settings, SettingsError, load_broker_settings, load_settings
 
@@ -70,14 +80,17 @@ async def _findings(screen: Screen, images: Sequence[str], *, ask: bool) -> Asyn
         except SettingsError:
             return
     from worker.cli.check.broker import broker_findings
+    from worker.cli.check.policies import policy_findings
 
-    async for finding in broker_findings(broker_settings, broker_of(broker_settings), screen.timeout_s):
-        yield finding
-    if settings is None:
-        return
-    from worker.cli.check.api import api_findings
-    from worker.cli.check.storage import storage_findings
+    broker = broker_of(broker_settings)
+    checks = [broker_findings(broker_settings, broker, screen.timeout_s)]
+    if management_url:
+        checks.append(policy_findings(broker_settings, broker, management_url, screen.timeout_s))
+    if settings is not None:
+        from worker.cli.check.api import api_findings
+        from worker.cli.check.storage import storage_findings
 
-    for findings in (storage_findings(settings, images), api_findings(settings, ask=ask)):
+        checks += [storage_findings(settings, images), api_findings(settings, ask=ask)]
+    for findings in checks:
         async for finding in findings:
             yield finding

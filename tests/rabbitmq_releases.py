@@ -1,0 +1,82 @@
+"""Install releases of RabbitMQ next to this machine's, each in its own Debian system."""
+
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deploy.local.install import Installation, exclusive_lock
+from tests import debian
+
+# Debian's suites: trixie has RabbitMQ 4.0, sid a recent release (4.3 in 2026).
+SUITES = ("trixie", "sid")
+# One of the suites, or a folder with rabbitmq-server and rabbitmqctl; empty: the machine's RabbitMQ.
+VARIABLE = "VQA_TEST_RABBITMQ"
+_PROGRAMS = {
+    "rabbitmq-server": "/usr/lib/rabbitmq/bin/rabbitmq-server",
+    "rabbitmqctl": "/usr/lib/rabbitmq/bin/rabbitmqctl",
+    "epmd": "/usr/bin/epmd",
+}
+# Runs a program inside the file system, as the same process. `HOME` is the node's folder; it is seen inside
+# under its own name. The mounts end with the process.
+_ENTER = """\
+#!/bin/sh
+exec unshare --mount sh -ec '
+root=$1 program=$2
+shift 2
+mount --rbind /proc "$root/proc"
+mount --rbind /dev "$root/dev"
+mount -t tmpfs tmpfs "$root/tmp"
+mkdir -p "$root$HOME"
+mount --bind "$HOME" "$root$HOME"
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+exec chroot "$root" "$program" "$@"
+' enter {root} {program} "$@"
+"""
+
+
+def chosen_installation() -> Installation | None:
+    """Return the RabbitMQ that `VQA_TEST_RABBITMQ` names; None if it is not set."""
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return None
+    return installation(name) if name in SUITES else _installation_in(Path(name))
+
+
+def installation(suite: str) -> Installation:
+    """Return the RabbitMQ of a Debian suite, installed on first use (a minute); skip if it cannot be had."""
+    if os.geteuid() != 0:
+        pytest.skip(f"RabbitMQ of Debian {suite}: requires root")
+    debian.install(
+        {"mmdebstrap": "mmdebstrap", "unshare": "util-linux", debian.KEYRING: "debian-archive-keyring"}
+    )
+    folder = debian.cache_folder()
+    root = folder / f"rabbitmq-{suite}"
+    with exclusive_lock(folder):
+        if not root.exists():
+            _make(suite, root)
+    return _installation_in(root / "vqa-programs")
+
+
+def _make(suite: str, root: Path) -> None:
+    making = root.with_suffix(".making")
+    shutil.rmtree(making, ignore_errors=True)
+    debian.make_file_system(suite, making, "--include=rabbitmq-server")
+    # Without it the node waits for a name server.
+    (making / "etc/hosts").write_text("127.0.0.1 localhost\n")
+    programs = making / "vqa-programs"
+    programs.mkdir()
+    for name, path in _PROGRAMS.items():
+        program = programs / name
+        program.write_text(_ENTER.format(root=shlex.quote(str(root)), program=path))
+        program.chmod(0o755)
+    making.rename(root)
+
+
+def _installation_in(folder: Path) -> Installation:
+    server, ctl, epmd = (folder / name for name in _PROGRAMS)
+    if not (server.exists() and ctl.exists()):
+        pytest.fail(f"{VARIABLE}: {folder} has no rabbitmq-server and rabbitmqctl; suites are {SUITES}")
+    return Installation(server, ctl, epmd if epmd.exists() else Path(shutil.which("epmd") or epmd))
