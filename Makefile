@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test test-slow bench bench-quick bench-images chaos soak image lint words format docs docs-site golden screenshots dashboard-preview scale-demo test-llamacpp lock ci
+.PHONY: help setup demo stack test test-slow bench bench-quick bench-images chaos soak image lint words format docs docs-site golden screenshots dashboard-preview scale-demo test-llamacpp lock ci test-rabbitmq
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -44,6 +44,16 @@ $(LLAMACPP): requirements-llamacpp.lock $(INSTALLED)
 
 test-llamacpp: $(LLAMACPP) ## run the tests with llama.cpp's server, which constrains answers by a grammar
 	$(BIN)/pytest tests/slow/llamacpp
+
+test-rabbitmq: $(INSTALLED) ## run the tests of the broker on other releases of RabbitMQ (10 minutes; Debian, root; RELEASES=…)
+	@for release in $(RELEASES); do \
+	  echo "RabbitMQ of Debian $$release"; VQA_TEST_RABBITMQ=$$release $(PYTEST) $(BROKER_TESTS) || exit 1; \
+	done
+
+RELEASES := trixie sid
+BROKER_TESTS := $(addprefix tests/integration/,permissions cli/dlq $(addprefix cli/test_,check_parts.py check_states.py permissions.py submit.py) \
+  $(addprefix test_,broker_faults.py broker_refusals.py cancellation.py client.py contract_tables.py control.py killed_worker.py policies.py \
+  queue_kinds.py redelivery.py replies.py restore_topology.py session.py start.py stop.py topology_command.py unreadable_messages.py))
 
 $(BENCH): requirements-bench.lock $(INSTALLED)
 	@echo "Installing the libraries of the compared workers"

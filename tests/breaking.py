@@ -3,10 +3,11 @@
 import asyncio
 import base64
 import json
+import re
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -134,6 +135,11 @@ async def held_by_broker(stack: Stack, queue: str) -> tuple[int, int]:
     return int(line[1]), int(line[2])
 
 
+def broker_version(stack: Stack) -> tuple[int, ...]:
+    """Return the version of RabbitMQ: (4, 3, 6)."""
+    return tuple(map(int, stack.rabbitmq.ctl("version").strip().split(".")))
+
+
 @contextmanager
 def own_vhost(stack: Stack) -> Iterator[str]:
     """Create a virtual host in which `guest` has all permissions; delete it at the end."""
@@ -145,6 +151,20 @@ def own_vhost(stack: Stack) -> Iterator[str]:
         yield vhost
     finally:
         administer(stack, "DELETE", f"/api/vhosts/{vhost}")
+
+
+@contextmanager
+def policy(
+    stack: Stack, queue: str, definition: Mapping[str, object], *, vhost: str = "/", kind: str = "policies"
+) -> Iterator[None]:
+    """Apply a policy to a queue, or with `kind` `operator-policies` an operator's; remove it at the end."""
+    path = f"/api/{kind}/{quote(vhost, safe='')}/{uuid.uuid4().hex}"
+    body = {"pattern": f"^{re.escape(queue)}$", "definition": definition, "apply-to": "queues"}
+    administer(stack, "PUT", path, body)
+    try:
+        yield
+    finally:
+        administer(stack, "DELETE", path)
 
 
 def administer(

@@ -47,6 +47,7 @@ def make_file_system(suite: str, target: Path, *options: str) -> None:
 
     `options`: mmdebstrap's.
     """
+    install({"mmdebstrap": "mmdebstrap", KEYRING: "debian-archive-keyring"})
     mirror = _mirror()
     source = [f"deb [signed-by={KEYRING}] {mirror} {suite} main"] if mirror else []
     if not _runs("mmdebstrap", *RECIPE, *options, suite, str(target), *source):

@@ -19,8 +19,8 @@ _PROGRAMS = {
     "rabbitmqctl": "/usr/lib/rabbitmq/bin/rabbitmqctl",
     "epmd": "/usr/bin/epmd",
 }
-# Runs a program inside the file system, as the same process. `HOME` is the node's folder; it is seen inside
-# under its own name. The mounts end with the process.
+# Runs a program inside the file system, as the same process. `HOME` is the node's folder; it and the working
+# directory are seen inside under their own names. The mounts end with the process.
 _ENTER = """\
 #!/bin/sh
 exec unshare --mount sh -ec '
@@ -29,8 +29,12 @@ shift 2
 mount --rbind /proc "$root/proc"
 mount --rbind /dev "$root/dev"
 mount -t tmpfs tmpfs "$root/tmp"
-mkdir -p "$root$HOME"
-mount --bind "$HOME" "$root$HOME"
+for folder in "$HOME" "$PWD"; do
+  if [ "$folder" != / ]; then
+    mkdir -p "$root$folder"
+    mount --bind "$folder" "$root$folder"
+  fi
+done
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 exec chroot "$root" "$program" "$@"
 ' enter {root} {program} "$@"
@@ -49,15 +53,14 @@ def installation(suite: str) -> Installation:
     """Return the RabbitMQ of a Debian suite, installed on first use (a minute); skip if it cannot be had."""
     if os.geteuid() != 0:
         pytest.skip(f"RabbitMQ of Debian {suite}: requires root")
-    debian.install(
-        {"mmdebstrap": "mmdebstrap", "unshare": "util-linux", debian.KEYRING: "debian-archive-keyring"}
-    )
+    debian.install({"unshare": "util-linux"})
     folder = debian.cache_folder()
     root = folder / f"rabbitmq-{suite}"
     with exclusive_lock(folder):
         if not root.exists():
             _make(suite, root)
-    return _installation_in(root / "vqa-programs")
+        programs = _write_programs(root)
+    return _installation_in(programs)
 
 
 def _make(suite: str, root: Path) -> None:
@@ -66,13 +69,22 @@ def _make(suite: str, root: Path) -> None:
     debian.make_file_system(suite, making, "--include=rabbitmq-server")
     # Without it the node waits for a name server.
     (making / "etc/hosts").write_text("127.0.0.1 localhost\n")
-    programs = making / "vqa-programs"
-    programs.mkdir()
-    for name, path in _PROGRAMS.items():
-        program = programs / name
-        program.write_text(_ENTER.format(root=shlex.quote(str(root)), program=path))
-        program.chmod(0o755)
     making.rename(root)
+
+
+def _write_programs(root: Path) -> Path:
+    """Write a script for each program; return their folder."""
+    folder = root.with_suffix(".programs")
+    folder.mkdir(exist_ok=True)
+    for name, path in _PROGRAMS.items():
+        program, text = folder / name, _ENTER.format(root=shlex.quote(str(root)), program=path)
+        # A shell may be reading an existing script.
+        if not program.exists() or program.read_text() != text:
+            new = folder / f"{name}.new"
+            new.write_text(text)
+            new.chmod(0o755)
+            new.rename(program)
+    return folder
 
 
 def _installation_in(folder: Path) -> Installation:

@@ -23,6 +23,7 @@ from tests.breaking import (
     held_by_broker,
     job,
     model_answered,
+    policy,
     publish,
     results,
     said,
@@ -63,14 +64,8 @@ def refusals(worker: Worker, queue: str) -> tuple[int, list[str]]:
 @asynccontextmanager
 async def limited(stack: Stack, queue: str, most: int) -> AsyncIterator[None]:
     """Limit a queue to `most` messages by an administrator's policy."""
-    path = f"/api/policies/%2F/{uuid.uuid4().hex}"
-    definition = {"max-length": most, "overflow": "reject-publish"}
-    policy = {"pattern": f"^{queue}$", "definition": definition, "apply-to": "queues"}
-    await asyncio.to_thread(administer, stack, "PUT", path, policy)
-    try:
+    with policy(stack, queue, {"max-length": most, "overflow": "reject-publish"}):
         yield
-    finally:
-        await asyncio.to_thread(administer, stack, "DELETE", path)
 
 
 async def is_full(channel: AbstractChannel, queue: str, body: bytes) -> bool:
@@ -369,13 +364,16 @@ async def test_the_broker_keeps_dead_letters_that_a_full_queue_refuses(
 
 
 MOST_BYTES = 20_000
+# RabbitMQ 4 reads the size from a persistent term.
 STRICT = f"""
 application:set_env(rabbit, max_message_size, {MOST_BYTES}),
+persistent_term:put(max_message_size, {MOST_BYTES}),
 application:set_env(rabbit, consumer_timeout, 1500),
 application:set_env(rabbit, channel_tick_interval, 200).
 """
 LENIENT = """
 application:set_env(rabbit, max_message_size, 134217728),
+persistent_term:put(max_message_size, 134217728),
 application:set_env(rabbit, consumer_timeout, 1800000),
 application:set_env(rabbit, channel_tick_interval, 60000).
 """

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -38,6 +38,10 @@ class QueueMissingError(Exception):
     def __init__(self, queue: str) -> None:
         super().__init__(f"the queue {queue} does not exist")
         self.queue = queue
+
+
+class QueueHiddenError(TopologyError):
+    """The user has no permission for the queue, so that the broker does not say whether it exists."""
 
 
 def job_message(
@@ -95,16 +99,21 @@ def queue_errors(queue: str) -> Iterator[None]:
 
     Raises:
         QueueMissingError: it does not exist.
-        TopologyError: the broker does not allow the request.
+        QueueHiddenError: the user lacks a permission.
+        TopologyError: the broker does not allow the request for another reason.
     """
     try:
         yield
     except ChannelNotFoundEntity:
         raise QueueMissingError(queue) from None
     except ChannelClosed as error:
-        if not broker_reason(error).startswith(("ACCESS_REFUSED", "PRECONDITION_FAILED", "RESOURCE_LOCKED")):
-            raise
-        raise TopologyError([f"queue {queue}: {explain(error)}"]) from None
+        fault = [f"queue {queue}: {explain(error)}"]
+        match broker_reason(error).split(" - ")[0]:
+            case "ACCESS_REFUSED":
+                raise QueueHiddenError(fault) from None
+            case "PRECONDITION_FAILED" | "RESOURCE_LOCKED":
+                raise TopologyError(fault) from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,9 @@ async def prepare(
         QueueMissingError, TopologyError: as `depth`.
     """
     if jobs_queue is not None:
-        await depth(connection, jobs_queue)
+        # RabbitMQ 4.3 shows a queue only to users with a permission for it, which publishing does not need.
+        with suppress(QueueHiddenError):
+            await depth(connection, jobs_queue)
     if replies is not None:
         await replies.declare(connection)
 

@@ -37,7 +37,10 @@ BLOCKED = "the broker accepts no messages now: it has a memory or disk alarm (se
 
 # More than RabbitMQ knows.
 MAX_ARGUMENTS = 40
-_DIFFERENCE = re.compile(r"inequivalent arg '(x-[^']+)'.* current is the value '(.*)' of type '(\w+)'")
+# RabbitMQ 4 reports the queue type without "the value" and "of type".
+_DIFFERENCE = re.compile(
+    r"inequivalent arg '(x-[^']+)'.* current is (?:the value )?'(.*?)'(?: of type '(\w+)')?$"
+)
 
 
 class NotAllowedError(Exception):
@@ -297,11 +300,11 @@ class QueueWatch:
         await self._session.close()
 
 
-def _argument(value: str, kind: str) -> FieldValue:
+def _argument(value: str, kind: str | None) -> FieldValue:
     """Return an argument of a queue as RabbitMQ's error message shows it."""
     if kind == "bool":
         return value == "true"
-    return value if kind in ("longstr", "binary") else int(value)
+    return value if kind in (None, "longstr", "binary") else int(value)
 
 
 async def _never(_: object) -> None:

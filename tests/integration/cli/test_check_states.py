@@ -270,20 +270,20 @@ BROKER_STATES = [
     BrokerState(
         "may not configure",
         QUEUES,
-        "ACCESS_REFUSED - access to queue 'jobs.dead'",
+        "access to queue 'jobs.dead'",
         rights={"configure": "^$"},
     ),
     BrokerState(
         "may not write to the dead-letter exchange",
         (*QUEUES[2:], "permission to publish results"),
-        "ACCESS_REFUSED - access to exchange 'amq.default'",
+        "access to exchange 'amq.default'",
         rights={"write": "^(amq.gen.*|vqa.*)$"},
         settings={"VQA_JOBS_EXCHANGE": "vqa.back"},
     ),
     BrokerState(
         "may not read",
         ("permission to consume jobs",),
-        "ACCESS_REFUSED - access to queue 'jobs'",
+        "access to queue 'jobs'",
         rights={"read": "^amq.gen.*$"},
         settings=NO_DECLARE,
         create="right",
@@ -292,7 +292,7 @@ BROKER_STATES = [
     BrokerState(
         "may not write",
         ("permission to publish results", "permission to requeue jobs"),
-        "ACCESS_REFUSED - access to exchange 'amq.default'",
+        "access to exchange 'amq.default'",
         rights={"write": "^amq.gen.*$"},
         settings=NO_DECLARE,
         create="right",

@@ -7,7 +7,7 @@ import pytest
 from aio_pika import ExchangeType
 
 from deploy.local.stack import Stack
-from tests.breaking import BrokerUser
+from tests.breaking import BrokerUser, broker_version
 from tests.conftest import StartWorker
 from tests.integration.cli.running import Cli, channel_of
 from tests.running import Worker
@@ -37,7 +37,7 @@ async def intake(stack: Stack, worker: Worker) -> AsyncIterator[str]:
 
 
 async def test_submit_needs_permissions_on_its_reply_queue_and_the_default_exchange(
-    cli: Cli, user: BrokerUser
+    stack: Stack, cli: Cli, user: BrokerUser
 ) -> None:
     user.permit(**SUBMITTING, write=r"^amq\.default$")
     cli.settings["VQA_RABBITMQ_URL"] = user.url
@@ -45,6 +45,9 @@ async def test_submit_needs_permissions_on_its_reply_queue_and_the_default_excha
     done = await cli.run("submit", "jobs.jsonl", "--wait", "--json")
     assert done.code == 0, done.err
     assert done.summary["status"] == "succeeded"
+    limited = await cli.run("submit", "jobs.jsonl", "--name", "limited", "--max-queue", "5")
+    hides_depth = broker_version(stack) >= (4, 3)
+    assert limited.code == (78 if hides_depth else 0), limited.err
 
 
 async def test_submit_can_publish_to_an_exchange_without_other_write_permissions(

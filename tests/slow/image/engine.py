@@ -18,12 +18,7 @@ from tests.slow.image.python_base import python_base
 
 ROOT = Path(__file__).parents[3]
 COMMAND_TIMEOUT_S = 600
-PACKAGES = {
-    "podman": "podman",
-    "runc": "runc",
-    "mmdebstrap": "mmdebstrap",
-    KEYRING: "debian-archive-keyring",
-}
+PACKAGES = {"podman": "podman", "runc": "runc"}
 # As in the chart, but without a writable /tmp.
 CONFINED = (
     "--read-only",

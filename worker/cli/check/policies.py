@@ -25,7 +25,7 @@ async def policy_findings(
     try:
         for spec in topology.queues():
             found = await _queue(settings, broker, management_url, spec.name, timeout_s)
-            for text in _effects(spec, found, jobs=topology.jobs, most_deliveries=most_deliveries):
+            for text in effects(spec, found, jobs=topology.jobs, most_deliveries=most_deliveries):
                 is_harmless = False
                 yield warning(f"{CHECK} of {spec}", f"{_names(found)}{text}")
     except PermissionError:
@@ -74,10 +74,10 @@ def _names(found: Mapping[str, Any]) -> str:
     return f"{' and '.join(names)}: " if names else ""
 
 
-def _effects(
+def effects(
     spec: QueueSpec, found: Mapping[str, Any], *, jobs: str, most_deliveries: int | None
 ) -> Iterator[str]:
-    """Yield a sentence for each limit that removes messages."""
+    """Yield a sentence for each limit that removes messages; `found` as from the management API."""
     limits = _limits(found)
     is_jobs, is_retry = spec.name == jobs, "x-message-ttl" in spec.arguments
     removes = "dead-letters" if "dead-letter-exchange" in limits else "deletes"
@@ -87,9 +87,13 @@ def _effects(
         yield f"{text}, and a retry queue never has one" if is_retry else text
     if (ttl := limits.get("message-ttl")) is not None and not is_retry:
         yield f"RabbitMQ {removes} messages after {ttl / 1000:g} s in the queue{without_result}"
-    lengths = [f"{limits[it]:,} {unit}" for it, unit in LENGTHS.items() if it in limits]
-    if lengths and limits.get("overflow") != "reject-publish":
-        yield f"RabbitMQ {removes} the oldest messages over {' or '.join(lengths)} (overflow: drop-head)"
+    if limits.get("overflow") != "reject-publish":
+        lengths = [f"{limits[it]:,} {unit}" for it, unit in LENGTHS.items() if it in limits]
+        if lengths:
+            yield f"RabbitMQ {removes} the oldest messages over {' or '.join(lengths)} (overflow: drop-head)"
+        if limits.get("dead-letter-strategy") == "at-least-once":
+            target = limits.get("dead-letter-routing-key")
+            yield f"without overflow reject-publish, RabbitMQ loses what queue {target} cannot take"
     limit = limits.get("delivery-limit")
     if is_jobs and limit is not None and most_deliveries is not None and 0 <= limit < most_deliveries:
         yield (
@@ -99,8 +103,13 @@ def _effects(
 
 
 def _limits(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the limits in force: arguments precede policies, but of two numbers the lower one holds."""
+    """Return the limits in force: the queue's arguments and its policy.
+
+    Of two numbers the lower one holds. The overflow of a policy precedes the argument, all else does not
+    (quorum queues of 3.10.8, 4.0.5 and 4.3.6).
+    """
     own = {name.removeprefix("x-"): value for name, value in found.get("arguments", {}).items()}
     policy = found.get("effective_policy_definition") or {}
     both = [it for it in own.keys() & policy.keys() if isinstance(own[it], int)]
-    return {**policy, **own, **{it: min(own[it], policy[it]) for it in both}}
+    overflow = {it: policy[it] for it in policy.keys() & {"overflow"}}
+    return {**policy, **own, **{it: min(own[it], policy[it]) for it in both}, **overflow}

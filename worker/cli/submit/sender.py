@@ -14,7 +14,7 @@ from typing import Final
 
 from vqa_worker.rabbitmq.connection import Broker
 from vqa_worker.rabbitmq.outgoing import RefusedError, TooLargeError, UnroutableError
-from vqa_worker.rabbitmq.replies import QueueMissingError, depth, job_message
+from vqa_worker.rabbitmq.replies import QueueHiddenError, QueueMissingError, depth, job_message
 from vqa_worker.rabbitmq.session import Session
 from worker.cli.shell import CommandError
 from worker.cli.submit.limits import Limits
@@ -37,6 +37,7 @@ class JobSender:
     Attributes:
         max_queue: the queue depth at which sending waits; 0: any depth.
         limits: what it counts the jobs in, and obeys.
+        must_see_depth: whether it is an error if RabbitMQ hides the queue; otherwise any depth is accepted.
     """
 
     state: SubmissionState
@@ -46,6 +47,7 @@ class JobSender:
     reply_to: str
     max_queue: int
     limits: Limits
+    must_see_depth: bool
 
     def __post_init__(self) -> None:
         self._publisher = Publisher(self.broker, self.topology, retry_refusals=False)
@@ -122,7 +124,13 @@ class JobSender:
         """Return how many jobs the queue may get, 0 if it is full."""
         if not self.max_queue:
             return CHUNK_JOBS
-        found = await self._session.call(partial(depth, queue=self.topology.jobs))
+        try:
+            found = await self._session.call(partial(depth, queue=self.topology.jobs))
+        except QueueHiddenError:
+            if self.must_see_depth:
+                raise
+            self.max_queue = 0
+            return CHUNK_JOBS
         self._full_queue_depth = found if found >= self.max_queue else 0
         return max(0, self.max_queue - found)
 

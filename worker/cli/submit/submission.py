@@ -218,9 +218,16 @@ class Submission:
         if max_queue is None:
             # A user that publishes to an exchange may have no permission on the queue.
             max_queue = 0 if options.exchange else MAX_QUEUE
-        broker, limits = self._broker, collection.limits
+        limits = collection.limits
         sender = JobSender(
-            state, broker, self._topology, options.exchange, head["reply_to"], max_queue, limits
+            state,
+            self._broker,
+            self._topology,
+            options.exchange,
+            head["reply_to"],
+            max_queue,
+            limits,
+            must_see_depth=options.max_queue is not None,
         )
         try:
             if not options.wait:
