@@ -52,7 +52,7 @@ test-rabbitmq: $(INSTALLED) ## run the tests of the broker on other releases of 
 
 RELEASES := trixie sid
 BROKER_TESTS := $(addprefix tests/integration/,permissions cli/dlq $(addprefix cli/test_,check_parts.py check_states.py permissions.py submit.py) \
-  $(addprefix test_,broker_faults.py broker_refusals.py cancellation.py client.py contract_tables.py control.py killed_worker.py policies.py \
+  $(addprefix test_,broker_addresses.py broker_faults.py broker_refusals.py cancellation.py client.py contract_tables.py control.py killed_worker.py policies.py \
   queue_kinds.py redelivery.py replies.py restore_topology.py session.py start.py stop.py topology_command.py unreadable_messages.py))
 
 $(BENCH): requirements-bench.lock $(INSTALLED)

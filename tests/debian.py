@@ -54,20 +54,20 @@ def make_file_system(suite: str, target: Path, *options: str) -> None:
         pytest.skip(f"Debian {suite} could not be installed from {mirror or 'the default mirror'}")
 
 
-def unpacked(suite: str, *packages: str) -> Path:
+def unpacked(suite: str, *packages: str, variant: str = "extract") -> Path:
     """Return a folder with packages of a Debian suite and their dependencies, unpacked and not installed.
 
-    It is created on first use; the test is skipped if that fails.
+    It is created on first use; the test is skipped if that fails. With the variant `minbase` the packages are
+    installed in a Debian of their own.
     """
     if os.geteuid() != 0:
         pytest.skip(f"{packages[0]} of Debian {suite}: requires root")
-    install({"mmdebstrap": "mmdebstrap", KEYRING: "debian-archive-keyring"})
     root = cache_folder() / f"{packages[0]}-{suite}"
     with exclusive_lock(cache_folder()):
         if not root.exists():
             making = root.with_suffix(".making")
             shutil.rmtree(making, ignore_errors=True)
-            make_file_system(suite, making, "--variant=extract", f"--include={','.join(packages)}")
+            make_file_system(suite, making, f"--variant={variant}", f"--include={','.join(packages)}")
             making.rename(root)
     return root
 

@@ -51,25 +51,12 @@ def chosen_installation() -> Installation | None:
 
 def installation(suite: str) -> Installation:
     """Return the RabbitMQ of a Debian suite, installed on first use (a minute); skip if it cannot be had."""
-    if os.geteuid() != 0:
-        pytest.skip(f"RabbitMQ of Debian {suite}: requires root")
     debian.install({"unshare": "util-linux"})
-    folder = debian.cache_folder()
-    root = folder / f"rabbitmq-{suite}"
-    with exclusive_lock(folder):
-        if not root.exists():
-            _make(suite, root)
-        programs = _write_programs(root)
-    return _installation_in(programs)
-
-
-def _make(suite: str, root: Path) -> None:
-    making = root.with_suffix(".making")
-    shutil.rmtree(making, ignore_errors=True)
-    debian.make_file_system(suite, making, "--include=rabbitmq-server")
-    # Without it the node waits for a name server.
-    (making / "etc/hosts").write_text("127.0.0.1 localhost\n")
-    making.rename(root)
+    root = debian.unpacked(suite, "rabbitmq-server", variant="minbase")
+    with exclusive_lock(root):
+        # Without it the node waits for a name server.
+        (root / "etc/hosts").write_text("127.0.0.1 localhost\n")
+        return _installation_in(_write_programs(root))
 
 
 def _write_programs(root: Path) -> Path:

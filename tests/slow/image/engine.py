@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.debian import KEYRING, install
+from tests.debian import install
 from tests.slow.image.machine import pip_secrets
 from tests.slow.image.python_base import python_base
 

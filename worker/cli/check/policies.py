@@ -24,7 +24,7 @@ async def policy_findings(
     most_deliveries = settings.delivery_limit if isinstance(settings, Settings) else None
     try:
         for spec in topology.queues():
-            found = await _queue(settings, broker, management_url, spec.name, timeout_s)
+            found = await _queue(broker, management_url, spec.name, timeout_s)
             for text in effects(spec, found, jobs=topology.jobs, most_deliveries=most_deliveries):
                 is_harmless = False
                 yield warning(f"{CHECK} of {spec}", f"{_names(found)}{text}")
@@ -41,16 +41,15 @@ async def policy_findings(
             yield ok(CHECK, "no policy removes messages")
 
 
-async def _queue(
-    settings: BrokerSettings, broker: Broker, management_url: str, name: str, timeout_s: float
-) -> Mapping[str, Any]:
+async def _queue(broker: Broker, management_url: str, name: str, timeout_s: float) -> Mapping[str, Any]:
     """Return a queue as the management API describes it; nothing if it does not exist.
 
     Raises:
         PermissionError: the user may not use the API.
         ClientError, TimeoutError, ValueError: it is not the management API.
     """
-    login = urlsplit(settings.rabbitmq_url.get_secret_value())
+    # The nodes of a cluster have the same users and virtual hosts.
+    login = urlsplit(broker.nodes()[0].url)
     vhost = quote(unquote(login.path[1:]) or "/", safe="")
     url = URL(f"{management_url.rstrip('/')}/api/queues/{vhost}/{quote(name, safe='')}", encoded=True)
     user, password = unquote(login.username or ""), unquote(login.password or "")
