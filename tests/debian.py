@@ -58,7 +58,7 @@ def unpacked(suite: str, *packages: str, variant: str = "extract") -> Path:
     """Return a folder with packages of a Debian suite and their dependencies, unpacked and not installed.
 
     It is created on first use; the test is skipped if that fails. With the variant `minbase` the packages are
-    installed in a Debian of their own.
+    installed in a separate Debian system.
     """
     if os.geteuid() != 0:
         pytest.skip(f"{packages[0]} of Debian {suite}: requires root")
