@@ -2,6 +2,7 @@
 
 from vqa_worker.async_client import AsyncClient, NoSuchQueueError, ReplyLostError
 from vqa_worker.client import Client
+from vqa_worker.large_results import LargeResultError
 from vqa_worker.local_images import Image
 from vqa_worker.messages.decoding import InvalidJobError
 from vqa_worker.messages.error_codes import ErrorCode
@@ -25,6 +26,7 @@ __all__ = [
     "InvalidJobError",
     "Job",
     "JobFailedError",
+    "LargeResultError",
     "NoSuchQueueError",
     "NoValueError",
     "RefusedError",

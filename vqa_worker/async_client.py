@@ -11,11 +11,18 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from os import PathLike
 from typing import Any, Final, Self, TypedDict, Unpack, overload
 
 from pydantic import ValidationError
 
+from vqa_worker.large_results import (
+    LargeResultError,
+    LargeResults,
+    NotTheResultError,
+    UnreadableObjectError,
+)
 from vqa_worker.local_images import Image, embed_local_images, has_local_images
 from vqa_worker.messages.decoding import decode
 from vqa_worker.messages.job import Job
@@ -48,6 +55,7 @@ class ClientOptions(TypedDict, total=False):
     keep_replies: int
     ssl_context: ssl.SSLContext | None
     name: str
+    s3_endpoint_url: str | None
 
 
 class JobOptions(TypedDict, total=False):
@@ -98,6 +106,8 @@ class AsyncClient:
         keep_replies: seconds that results are kept after a lost connection (`queue`).
         ssl_context: for `amqps://` with authorities other than the system's.
         name: the connection name that the broker shows.
+        s3_endpoint_url: base URL of the S3 server that the workers write large results to
+            (`VQA_LARGE_RESULTS`), if it is not AWS. Credentials and region come from boto3's usual sources.
     """
 
     def __init__(
@@ -113,6 +123,7 @@ class AsyncClient:
         keep_replies: int = 600,
         ssl_context: ssl.SSLContext | None = None,
         name: str = "vqa-client",
+        s3_endpoint_url: str | None = None,
     ) -> None:
         urls = split_urls(url) if isinstance(url, str) else list(url)
         if not urls or not all(it.startswith(("amqp://", "amqps://")) for it in urls):
@@ -130,6 +141,7 @@ class AsyncClient:
             on_result=self._receive,
             on_loss=self._lose,
         )
+        self._large_results = LargeResults(s3_endpoint_url)
         self._jobs_queue = jobs_queue
         self._jobs_exchange = jobs_exchange
         self._connect_timeout = connect_timeout
@@ -244,7 +256,8 @@ class AsyncClient:
     async def ask_job(self, job: Job | Mapping[str, Any], *, timeout: float | None = None) -> Result:
         """Publish a job and return its result; a job without an id gets one.
 
-        A failed job is a result, not an exception: see `Result.raise_for_error`. After `timeout`, or when the
+        A failed job is a result, not an exception: see `Result.raise_for_error`. A result that is too large
+        for a message is read from S3, which needs the extra `s3` of the client. After `timeout`, or when the
         calling task is cancelled, the job is cancelled. With a `timeout`, a job without a deadline gets that
         as its deadline.
 
@@ -260,6 +273,7 @@ class AsyncClient:
             RefusedError: this user may not publish jobs.
             TooLargeError: the job is larger than the broker accepts.
             ReplyLostError: the connection was lost, and with it the result.
+            LargeResultError: the result is in S3 and cannot be read there, or not within `timeout`.
         """
         job_id, body = await _encoded(job, timeout)
         if self._session is None or self._session.done():
@@ -272,8 +286,11 @@ class AsyncClient:
         self._ends_of_calls.add(end)
         try:
             async with asyncio.timeout(timeout), self._slots:
-                return await self._ask(job_id, body, answer)
+                return await self._completed(await self._ask(job_id, body, answer))
         except TimeoutError:
+            if (result := _large_result_in(answer)) is not None:
+                text = f"{result.result_url} was not read within {timeout:g} s"
+                raise LargeResultError(text, result) from None
             self._cancel_abandoned(job_id)
             text = f"no result after {timeout:g} s; is a worker consuming from the queue {self._jobs_queue}?"
             raise TimeoutError(text) from None
@@ -347,9 +364,23 @@ class AsyncClient:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 sending.result()
-            return await answer
+            result = await answer
+            # From here on there is nothing to cancel.
+            self._sent.discard(job_id)
         finally:
             sending.cancel()
+        return result
+
+    async def _completed(self, result: Result) -> Result:
+        """Return the whole result; one that is too large for a message is read from S3."""
+        url = result.result_url
+        if url is None:
+            return result
+        read = partial(self._large_results.read, url, job_id=result.id, status=result.status)
+        try:
+            return result.model_copy(update=await asyncio.to_thread(read))
+        except (UnreadableObjectError, NotTheResultError) as error:
+            raise LargeResultError(str(error), result) from error
 
     async def _send(self, job_id: str, body: bytes) -> None:
         await self._requests.publish(
@@ -400,6 +431,12 @@ class AsyncClient:
         if self._session is not None:
             self._session.cancel()
             await asyncio.wait({self._session})
+
+
+def _large_result_in(answer: "asyncio.Future[Result]") -> Result | None:
+    """Return the result that arrived, if it is one in S3."""
+    is_received = answer.done() and not answer.cancelled() and answer.exception() is None
+    return answer.result() if is_received and answer.result().result_url is not None else None
 
 
 async def _wait_for(futures: "Iterable[asyncio.Future[None]]") -> None:

@@ -219,5 +219,9 @@ class DependencyDownError(Exception):
         )
 
 
+class UnwrittenResultError(Exception):
+    """A large result could not be written to S3; the message gives S3's reason, for an operator."""
+
+
 class NotAdmittedError(Exception):
     """The job was not admitted: the worker is paused, stopping or busy; another one can take the job."""

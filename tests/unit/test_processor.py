@@ -1200,11 +1200,13 @@ class StoredLease:
     def __init__(self) -> None:
         self.answer: bytes | None = None
         self.draft: bytes | None = None
+        self.is_settled = False
         self.put_deeds: list[Deed] = []
 
     async def put(self, answer: bytes) -> bytes:
         await _do(self.put_deeds)
         self.answer = answer
+        self.is_settled = True
         return answer
 
     async def put_draft(self, draft: bytes) -> bool:

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable  # noqa: TC003 - an attribute's
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -34,7 +34,8 @@ class Memory(ConditionalStore):
         found = self.objects.get(name)
         return self._written("replace", name, body, may=found is not None and etag_of(found[0]) == etag)
 
-    async def write(self, name: str, body: bytes) -> None:
+    async def write(self, name: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        assert headers is None
         self._written("write", name, body, may=True)
 
     async def read(self, name: str) -> StoredObject | None:
@@ -335,7 +336,12 @@ class Hanging(Memory):
         self.is_asked_once = asyncio.Event()
         self.fails_now = asyncio.Event()
 
-    async def write(self, name: str, body: bytes) -> None:  # noqa: ARG002 - the port's signature
+    async def write(
+        self,
+        name: str,  # noqa: ARG002 - the port's signature
+        body: bytes,  # noqa: ARG002 - the port's signature
+        headers: Mapping[str, str] | None = None,  # noqa: ARG002 - the port's signature
+    ) -> None:
         await self.hang()
 
     async def delete(self, name: str, etag: str | None = None) -> None:  # noqa: ARG002 - the port's signature

@@ -65,7 +65,9 @@ DESCRIPTIONS: Final[Mapping[ErrorCode, str]] = {
     ErrorCode.ATTEMPTS_EXHAUSTED: "Transient errors (a timeout, a lost connection, a 5xx response) exceeded"
     " `VQA_MAX_ATTEMPTS`, or the job was delivered more than `VQA_DELIVERY_LIMIT` times without an outcome."
     " The job also goes to the dead-letter queue.",
-    ErrorCode.RESULT_TOO_LARGE: "The result is larger than the broker's `max_message_size`. The request was"
-    " billed and the answer is lost; `usage` has its cost.",
+    ErrorCode.RESULT_TOO_LARGE: "The result is larger than the broker's `max_message_size` or"
+    " `VQA_MAX_RESULT_BYTES`, and `VQA_LARGE_RESULTS` is not set or cannot be written. The request was"
+    " billed; `usage` has its cost. With `VQA_RESULT_STORE`, the same job submitted again gets the stored"
+    " answer; without it, the answer is lost.",
     ErrorCode.CANCELLED: "The job was cancelled. A running model request may have been billed.",
 }

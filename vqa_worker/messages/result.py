@@ -134,6 +134,12 @@ class Result(_Part):
     service_tier: str | None = Field(
         default=None, description="The service tier of the answer, as reported by the API."
     )
+    result_url: str | None = Field(
+        default=None,
+        description="`s3://bucket/key` of the whole result, if it is too large for a message"
+        " (`VQA_LARGE_RESULTS`): an object with the same JSON. `answer`, `parsed` and `response` are null"
+        " here.",
+    )
 
     def to_body(self) -> bytes:
         """Return the body of the message: JSON in UTF-8."""

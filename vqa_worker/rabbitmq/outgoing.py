@@ -36,9 +36,14 @@ class RefusedError(Exception):
 
 
 class TooLargeError(Exception):
-    """The message is larger than the broker accepts; another try cannot succeed."""
+    """The message is larger than the broker accepts; another try cannot succeed.
+
+    Attributes:
+        max_bytes: the largest size that the broker accepts.
+    """
 
     def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         super().__init__(f"the broker takes no message over {max_bytes} bytes (its max_message_size)")
 
 

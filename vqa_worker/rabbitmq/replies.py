@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -166,7 +166,7 @@ async def delete_queue(connection: AbstractConnection, name: str) -> None:
         await channel.queue_delete(name, if_unused=False, if_empty=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Reply:
     """A result's body, and when it was published, in Unix seconds."""
 
@@ -175,9 +175,14 @@ class Reply:
 
 
 class ReplyReader:
-    """Pass the results in a queue to `take`, some at a time, and ack them when it returns."""
+    """Pass the results in a queue to `take`, some at a time, and ack them when it returns.
 
-    def __init__(self, broker: Broker, queue: str, take: Callable[[Sequence[Reply]], None]) -> None:
+    `take` returns those that it could not take: they stay in the queue, for the next reader.
+    """
+
+    def __init__(
+        self, broker: Broker, queue: str, take: Callable[[Sequence[Reply]], Awaitable[Sequence[Reply]]]
+    ) -> None:
         self._session = Session(broker, "results")
         self._queue = queue
         self._take = take
@@ -214,15 +219,22 @@ class ReplyReader:
             lost.cancel()
 
     async def _take_all(self, arrivals: "asyncio.Queue[AbstractIncomingMessage | None]") -> None:
+        keeps_some = False
         while True:
             messages = [await arrivals.get()]
             while not arrivals.empty():
                 messages.append(arrivals.get_nowait())
             came = [message for message in messages if message is not None]
             if came:
-                self._take([Reply(message.body, _published_at(message)) for message in came])
-                # One consumer on one channel: this one's tag stands for all before it.
-                await came[-1].ack(multiple=True)
+                replies = [Reply(message.body, _published_at(message)) for message in came]
+                kept = set(await self._take(replies))
+                keeps_some = keeps_some or bool(kept)
+                if not keeps_some:
+                    # One consumer on one channel: this one's tag stands for all before it.
+                    await came[-1].ack(multiple=True)
+                for message, reply in zip(came, replies, strict=True) if keeps_some else ():
+                    if reply not in kept:
+                        await message.ack()
             if len(came) < len(messages):
                 return
 

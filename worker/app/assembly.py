@@ -5,6 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
+import structlog
+
 from vqa_worker.messages.image_types import COMMON_TYPES
 from worker.app.parts import Parts
 from worker.errors import DependencyDownError
@@ -24,18 +26,26 @@ from worker.result_store.store import ResultStore
 from worker.s3.aws import Aws, Endpoint
 from worker.s3.client import S3
 from worker.s3.conditional_store import ConditionalStore
+from worker.s3.large_results import LargeResults
 from worker.settings import Settings
 
-# For reading the cancelled jobs at the start. A stop signal takes effect only afterwards.
+log = structlog.get_logger(__name__)
+
+# For reading the cancelled jobs at the start, or a test write. A stop signal takes effect only afterwards.
 CATCH_UP_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """The processor, and the background tasks that it needs, by name."""
+    """The processor, and the background tasks that it needs, by name.
+
+    Attributes:
+        large_results: writes large results; None without `VQA_LARGE_RESULTS`.
+    """
 
     processor: Processor
     background: Mapping[str, Callable[[], Awaitable[None]]]
+    large_results: LargeResults | None
 
 
 async def assemble(settings: Settings, parts: Parts, stack: AsyncExitStack) -> Assembled:
@@ -46,6 +56,10 @@ async def assemble(settings: Settings, parts: Parts, stack: AsyncExitStack) -> A
     """
     redact = Redactor(settings.secret_values())
     s3 = await open_s3(settings, stack)
+    large_results = None
+    if settings.large_results is not None:
+        large_results = LargeResults(s3, settings.large_results, parts.clock)
+        await _probe(large_results)
     store, background = None, {}
     if settings.result_store is not None:
         objects = conditional_store_at(settings.result_store, s3)
@@ -74,7 +88,7 @@ async def assemble(settings: Settings, parts: Parts, stack: AsyncExitStack) -> A
         job_timeout_s=settings.job_timeout,
         clock=parts.clock,
     )
-    return Assembled(Processor(dependencies), background)
+    return Assembled(Processor(dependencies), background, large_results)
 
 
 async def open_s3(settings: Settings, stack: AsyncExitStack) -> S3:
@@ -107,6 +121,15 @@ async def _catch_up(cancelled_job_store: CancelledJobStore) -> None:
     with suppress(DependencyDownError, TimeoutError):
         async with asyncio.timeout(CATCH_UP_TIMEOUT_S):
             await cancelled_job_store.catch_up()
+
+
+async def _probe(large_results: LargeResults) -> None:
+    """Report before the first job that large results cannot be written; do not delay the start further."""
+    try:
+        async with asyncio.timeout(CATCH_UP_TIMEOUT_S):
+            await large_results.probe()
+    except (DependencyDownError, TimeoutError) as error:
+        log.warning("large_results_unavailable", reason=str(error) or "S3 does not answer")
 
 
 def image_rules(settings: Settings) -> ImageRules:

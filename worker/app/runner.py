@@ -7,12 +7,13 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import structlog
 
+from vqa_worker.messages.result import Result
 from vqa_worker.rabbitmq.connection import Broker
 from worker import __version__
 from worker.app.background import Background
@@ -29,7 +30,7 @@ from worker.rabbitmq.consumer import Consumer
 from worker.rabbitmq.control import Control
 from worker.rabbitmq.properties import install_tolerant_decoders
 from worker.rabbitmq.publisher import Publisher
-from worker.rabbitmq.settlement import ReplyPolicy, Settlement
+from worker.rabbitmq.settlement import LargeResultPolicy, ReplyPolicy, Settlement
 from worker.rabbitmq.topology import Topology
 from worker.resilience.concurrency_limiter import ConcurrencyLimiter
 from worker.resilience.consumer_controller import ConsumerController
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
     from worker.app.assembly import Assembled
     from worker.jobs.outcome import Outcome
-    from worker.processor import Processor
 
 log = structlog.get_logger(__name__)
 in_flight_log = structlog.get_logger(IN_FLIGHT_LOGGER)
@@ -78,8 +78,8 @@ async def run(settings: Settings) -> bool:
         log.warning("configuration_warning", warning=warning)
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        processor: asyncio.Future[Processor] = asyncio.Future()
-        parts = _build(settings, tasks, processor)
+        assembly: asyncio.Future[Assembled] = asyncio.Future()
+        parts = _build(settings, tasks, assembly)
         _handle_status_signal(parts, stop)
         stack.callback(log_suppressed_events, flush=True)
         background = Background(tasks)
@@ -93,7 +93,7 @@ async def run(settings: Settings) -> bool:
         if traced:
             _begin_traces(settings, parts.topology, stack)
         assembled = await _assembled(settings, parts, stack)
-        processor.set_result(assembled.processor)
+        assembly.set_result(assembled)
         for name, keep_going in assembled.background.items():
             background.start(name, keep_going)
         heartbeat = Heartbeat()
@@ -127,8 +127,8 @@ def _load_slow_modules(*, traced: bool) -> None:
     gc.enable()
 
 
-def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Future[Processor]") -> Parts:
-    """Build all parts. The processor follows before the consumer starts."""
+def _build(settings: Settings, tasks: asyncio.TaskGroup, assembly: "asyncio.Future[Assembled]") -> Parts:
+    """Build all parts. What needs the SDKs follows before the consumer starts."""
     install_tolerant_decoders()
     topology = Topology.from_settings(settings)
     broker = Broker(
@@ -153,11 +153,20 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
     tenants = Tenants(settings.tenant_key, settings.tenants)
     metrics.initialize_series(settings.allowed_models)
     tenants.initialize_series(settings.allowed_models)
-    settlement = Settlement(publisher, topology, ReplyPolicy(settings.allowed_reply_to), tenants)
+    settlement = Settlement(
+        publisher,
+        topology,
+        ReplyPolicy(settings.allowed_reply_to),
+        tenants,
+        LargeResultPolicy(
+            settings.max_result_bytes,
+            _large_result_writer(assembly) if settings.large_results is not None else None,
+        ),
+    )
     other_workers = OtherWorkers(max_s=settings.job_timeout / 2, clock=clock)
     in_flight = InFlightJobs(
         tasks,
-        lambda delivery, attempt: processor.result().process(delivery, attempt),
+        lambda delivery, attempt: assembly.result().processor.process(delivery, attempt),  # noqa: PLW0108 - later
         settlement,
         clock,
         # A result store has leases for this.
@@ -202,6 +211,15 @@ def _build(settings: Settings, tasks: asyncio.TaskGroup, processor: "asyncio.Fut
         topology=topology,
         tenants=tenants,
     )
+
+
+def _large_result_writer(assembly: "asyncio.Future[Assembled]") -> Callable[[Result, bytes], Awaitable[str]]:
+    async def write(result: Result, body: bytes) -> str:
+        large_results = assembly.result().large_results
+        assert large_results is not None  # noqa: S101 - for the type checker: VQA_LARGE_RESULTS is set
+        return await large_results.write(result, body)
+
+    return write
 
 
 def _begin_traces(settings: Settings, topology: Topology, stack: AsyncExitStack) -> None:

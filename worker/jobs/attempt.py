@@ -35,6 +35,7 @@ class Attempt:
         answer: the model's answer. From then on the request is billed, and the answer must not be lost.
         draft: the answer that is being repaired, because it does not satisfy the job's JSON schema.
         can_resume: whether the result store has the draft, so that any worker can go on with it.
+        is_stored: whether the result store has the answer, so that no worker pays for it again.
     """
 
     received_at: float
@@ -58,6 +59,7 @@ class Attempt:
     answer: Answer | None = None
     draft: Answer | None = None
     can_resume: bool = False
+    is_stored: bool = False
 
     @classmethod
     def from_delivery(cls, delivery: Delivery) -> Self:

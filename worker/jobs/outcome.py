@@ -20,11 +20,17 @@ class _Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Succeeded(_Outcome):
-    """The model answered; the result has the answer."""
+    """The model answered; the result has the answer.
+
+    Attributes:
+        if_unwritten: the outcome instead, if the result is too large for a message and cannot be written to
+            S3. None: the answer is not in the result store, so the job would be billed again.
+    """
 
     name: ClassVar[str] = "succeeded"
 
     result: Result
+    if_unwritten: "Requeued | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,7 @@ class Failed(_Outcome):
 
     Attributes:
         reason: why, for the log: the message of the error without words of the API or the job.
+        if_unwritten: as in `Succeeded`.
     """
 
     name: ClassVar[str] = "failed"
@@ -40,6 +47,7 @@ class Failed(_Outcome):
     result: Result
     code: ErrorCode
     reason: str
+    if_unwritten: "Requeued | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Build outcomes from an attempt and the answer or the error that ended it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vqa_worker.messages.decoding import InvalidJobError
@@ -15,6 +15,7 @@ from worker.model.answer import Answer
 from worker.model.usage import total
 
 _DIGITS = 6
+_UNWRITTEN = "the result could not be written to VQA_LARGE_RESULTS; its answer is in the result store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class OutcomeBuilder:
     clock: Clock
     include_response: bool = False
 
-    def for_answer(self, attempt: Attempt, answer: Answer, repair_failure: str = "") -> Outcome:
+    def for_answer(self, attempt: Attempt, answer: Answer, repair_failure: str = "") -> Succeeded | Failed:
         """Return Succeeded, or Failed for an answer that is empty or does not satisfy the job's JSON schema.
 
         It is billed, so it is not retried.
@@ -40,6 +41,10 @@ class OutcomeBuilder:
             answer: of the model.
             repair_failure: why the answer could not be repaired, in the worker's own words.
         """
+        outcome = self._for_answer(attempt, answer, repair_failure)
+        return replace(outcome, if_unwritten=requeued(attempt, _UNWRITTEN)) if attempt.is_stored else outcome
+
+    def _for_answer(self, attempt: Attempt, answer: Answer, repair_failure: str) -> Succeeded | Failed:
         billed: dict[str, Any] = {
             "finish_reason": answer.finish_reason,
             "usage": total(attempt.unusable, answer.usage),
@@ -59,7 +64,7 @@ class OutcomeBuilder:
         result = self._result(attempt, status="succeeded", answer=answer.text, parsed=parsed, **billed)
         return Succeeded(job_id=attempt.job_id, model=attempt.model, result=result)
 
-    def failed(self, attempt: Attempt, code: ErrorCode, why: Explanation, **billed: Any) -> Outcome:
+    def failed(self, attempt: Attempt, code: ErrorCode, why: Explanation, **billed: Any) -> Failed:
         """Return the outcome of a job that failed permanently."""
         result = self._failure(attempt, code, why.message, retryable=False, **billed)
         return Failed(

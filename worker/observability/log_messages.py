@@ -85,6 +85,9 @@ MESSAGES: Final[Mapping[str, str | Callable[[Fields], str]]] = {
     "job_requeued": "Job {job_id} was requeued without counting an attempt: {reason}.",
     "job_retried": "Job {job_id} failed with a transient error ({reason}); it is retried in {delay_s} s,"
     " attempts so far: {attempts}.",
+    "large_result_write_failed": "A large result could not be written to S3: {reason}; next try in"
+    " {next_try_s:g} s.",
+    "large_results_unavailable": "Large results cannot be written to S3: {reason}.",
     "model_paused": "The model {model} is paused, because it is unavailable: {reason}. Jobs for other models"
     " continue.",
     "model_resumed": "The model {model} is used again after {after_s:g} s.",

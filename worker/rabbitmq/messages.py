@@ -33,10 +33,12 @@ PRIVATE_QUEUE_TRIES = 7
 COPY_TRIES = 7
 
 
-def reply(delivery: Delivery, result: Result, queue: str, *, exchange: str) -> OutgoingMessage:
-    """Build the result message for the queue that the job's publisher reads."""
+def reply(
+    delivery: Delivery, result: Result, queue: str, *, exchange: str, body: bytes | None = None
+) -> OutgoingMessage:
+    """Build the result message for the queue that the publisher reads; `body`: of the result, if known."""
     return OutgoingMessage(
-        body=result.to_body(),
+        body=body or result.to_body(),
         exchange=exchange,
         routing_key=queue,
         content_type=CONTENT_TYPE,

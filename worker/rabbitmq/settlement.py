@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, assert_never
@@ -18,6 +18,7 @@ from vqa_worker.rabbitmq.outgoing import (
     UnroutableError,
 )
 from vqa_worker.rabbitmq.rate_limited_warnings import RateLimitedWarnings
+from worker.errors import UnwrittenResultError
 from worker.jobs.delivery import Delivery
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
 from worker.observability import metrics
@@ -30,6 +31,8 @@ log = structlog.get_logger(__name__)
 DIRECT_REPLY_TO = "amq.rabbitmq.reply-to."
 # Before the next publish of a message that stayed unroutable although the queues were declared again.
 UNROUTABLE_DELAY_S = 5.0
+# The outcomes whose result may be too large for a message.
+WithResult = Succeeded | Failed | DeadLettered
 # Publishes of a copy of a job, each with its own tries, before the broker gets the job itself back.
 COPY_ROUNDS = 4
 
@@ -58,41 +61,109 @@ class ReplyPolicy:
         return default
 
 
+@dataclass(frozen=True, slots=True)
+class LargeResultPolicy:
+    """What to do with results that are too large for a message.
+
+    Attributes:
+        max_bytes: the largest body to publish (`VQA_MAX_RESULT_BYTES`); None: what the broker accepts.
+        write: writes a result and its body to S3 and returns the URL, or raises UnwrittenResultError; None:
+            such results become failed ones.
+    """
+
+    max_bytes: int | None = None
+    write: Callable[[Result, bytes], Awaitable[str]] | None = None
+
+
 class Settlement:
     """Publish the messages of an outcome, and ack the delivery when the broker has confirmed them."""
 
     def __init__(
-        self, publisher: Publisher, topology: Topology, replies: ReplyPolicy, tenants: Tenants | None = None
+        self,
+        publisher: Publisher,
+        topology: Topology,
+        replies: ReplyPolicy,
+        tenants: Tenants | None = None,
+        large_results: LargeResultPolicy | None = None,
     ) -> None:
         self._publisher = publisher
         self._topology = topology
         self._replies = replies
         self._tenants = tenants or Tenants()
+        self._large_results = large_results or LargeResultPolicy()
+        # Its latest refusal. Each closes a channel, so that further results of this size go to S3 at once.
+        self._refusal: TooLargeError | None = None
         self._warnings = RateLimitedWarnings()
 
     async def publish(self, delivery: Delivery, outcome: Outcome) -> Outcome | None:
         """Publish the messages of an outcome and wait for their confirms.
 
         Returns:
-            The outcome that was published: a failed one if the result was larger than the broker accepts.
-            None if the broker refused a copy of the job and has the job itself back.
+            The outcome that was published. If the result is too large for a message, it is one with the URL
+            of the result in S3; if that cannot be written, a failed or a requeued one.
+            None if the broker has the job itself, because it refused a copy or the connection was lost.
         """
         with metrics.stage("publish", outcome.model):
+            if not isinstance(outcome, WithResult):
+                return await self._publish(delivery, outcome)
+            body = outcome.result.to_body()
+            why = self._why_too_large(body)
+            if why is None:
+                try:
+                    return await self._publish(delivery, outcome, body)
+                except TooLargeError as error:
+                    self._refusal, why = error, str(error)
+            smaller = await self._without_answer(outcome, body, why)
+            if isinstance(smaller, Requeued) and not delivery.can_ack():
+                return None
             try:
-                is_published = await self._publish(delivery, outcome)
+                return await self._publish(delivery, smaller)
             except TooLargeError as error:
-                outcome = _failed_as_too_large(outcome, str(error))
-                is_published = await self._publish(delivery, outcome)
-            if not is_published:
-                return await self._leave_to_broker(delivery, outcome)
+                failed = _failed_as_too_large(outcome, body, f"also without its answer, {error}")
+                return await self._publish(delivery, failed)
+
+    def _why_too_large(self, body: bytes) -> str | None:
+        """Return why a result is not to be published; None: try to publish it."""
+        policy, refusal = self._large_results, self._refusal
+        if policy.max_bytes is not None and len(body) > policy.max_bytes:
+            return f"VQA_MAX_RESULT_BYTES is {policy.max_bytes}"
+        # Without S3 a result that is not published is lost, and the broker's limit may have been raised.
+        if policy.write is not None and refusal is not None and len(body) > refusal.max_bytes:
+            return str(refusal)
+        return None
+
+    async def _without_answer(self, outcome: WithResult, body: bytes, why: str) -> Outcome:
+        """Write a result that is too large to S3; return the outcome to publish in its place."""
+        if self._large_results.write is None:
+            return _failed_as_too_large(outcome, body, f"{why}: set VQA_LARGE_RESULTS, or ask for less")
+        try:
+            url = await self._large_results.write(outcome.result, body)
+        except UnwrittenResultError as error:
+            if not isinstance(outcome, DeadLettered) and outcome.if_unwritten is not None:
+                return outcome.if_unwritten
+            unwritten = f"{why}; it could not be written to VQA_LARGE_RESULTS: {error}"
+            return _failed_as_too_large(outcome, body, unwritten)
+        short = {"answer": None, "parsed": None, "response": None, "result_url": url}
+        return replace(outcome, result=outcome.result.model_copy(update=short))
+
+    async def _publish(
+        self, delivery: Delivery, outcome: Outcome, body: bytes | None = None
+    ) -> Outcome | None:
+        """Publish an outcome, whose result has this `body`; return it, or None as `publish`.
+
+        Raises:
+            TooLargeError: its result is larger than the broker accepts.
+        """
+        if not await self._is_published(delivery, outcome, body):
+            return await self._leave_to_broker(delivery, outcome)
         return outcome
 
-    async def _publish(self, delivery: Delivery, outcome: Outcome) -> bool:
+    async def _is_published(self, delivery: Delivery, outcome: Outcome, body: bytes | None) -> bool:
         match outcome:
             case Succeeded(result=result) | Failed(result=result):
-                return await self._reply(delivery, result)
+                return await self._reply(delivery, result, body)
             case DeadLettered():
-                return await self._dead_letter(delivery, outcome)
+                return await self._dead_letter(delivery, outcome, body)
             case Retried(delay_s=delay_s):
                 copy = messages.retry_copy(delivery, self._topology.retry(delay_s), outcome)
             case Requeued():
@@ -139,9 +210,9 @@ class Settlement:
         metrics.series(metrics.JOB_DURATION, result.status, model).observe(took_s)
         self._tenants.ended(result.metadata, result.status)
 
-    async def _reply(self, delivery: Delivery, result: Result) -> bool:
+    async def _reply(self, delivery: Delivery, result: Result, body: bytes | None) -> bool:
         queue = self._replies.queue_for(delivery, self._topology.results)
-        reply = messages.reply(delivery, result, queue, exchange=self._topology.reply_exchange)
+        reply = messages.reply(delivery, result, queue, exchange=self._topology.reply_exchange, body=body)
         if queue != self._topology.results:
             is_direct = queue.startswith(DIRECT_REPLY_TO)
             try:
@@ -155,17 +226,20 @@ class Settlement:
                 return True
         return await self._publish_to_own(reply)
 
-    async def _dead_letter(self, delivery: Delivery, outcome: DeadLettered) -> bool:
+    async def _dead_letter(self, delivery: Delivery, outcome: DeadLettered, body: bytes | None) -> bool:
         """Publish the result first: a waiting publisher gets it even if the worker dies in between."""
         if outcome.code is not ErrorCode.INVALID_JOB or _has_recipient(delivery, outcome):
-            await self._reply(delivery, outcome.result)
+            await self._reply(delivery, outcome.result, body)
         copy = messages.dead_letter(delivery, self._topology.dead_letters, outcome)
         return await self._publish_copy(copy, delivery)
 
     async def _publish_copy(self, copy: OutgoingMessage, delivery: Delivery) -> bool:
         """Publish a copy of a job that the broker still has; return whether it accepted the copy."""
         copy = replace(copy, exchange=self._topology.jobs_exchange)
-        return await self._publish_to_own(copy, may_abandon=delivery.can_ack)
+        try:
+            return await self._publish_to_own(copy, may_abandon=delivery.can_ack)
+        except TooLargeError:
+            return False
 
     async def _publish_to_own(
         self, message: OutgoingMessage, *, may_abandon: Callable[[], bool] = lambda: False
@@ -182,10 +256,6 @@ class Settlement:
                 pass
             except UnroutableError:
                 self._log_missing(message)
-            except TooLargeError:
-                if may_abandon():
-                    return False
-                raise
             else:
                 self._warnings.recovered(message.routing_key)
                 return True
@@ -205,17 +275,11 @@ def _has_recipient(delivery: Delivery, outcome: DeadLettered) -> bool:
     return any((outcome.job_id, delivery.message_id, delivery.reply_to, delivery.correlation_id))
 
 
-def _failed_as_too_large(outcome: Outcome, why: str) -> Outcome:
-    """Return the failed outcome for a result that is too large; it keeps usage and cost.
-
-    Raises:
-        TypeError: the outcome has no result.
-    """
-    if not isinstance(outcome, Succeeded | Failed | DeadLettered):
-        raise TypeError(outcome)
-    text = f"the result has {len(outcome.result.to_body())} bytes, and {why}: ask for less"
+def _failed_as_too_large(outcome: WithResult, body: bytes, why: str) -> Outcome:
+    """Return the failed outcome for a result with a `body` that is too large; it keeps usage and cost."""
+    text = f"the result has {len(body)} bytes, and {why}"
     failure = JobFailure(code=ErrorCode.RESULT_TOO_LARGE, message=text, retryable=False)
-    failed = {"status": "failed", "answer": None, "response": None, "error": failure}
+    failed = {"status": "failed", "answer": None, "parsed": None, "response": None, "error": failure}
     result = outcome.result.model_copy(update=failed)
     return Failed(
         job_id=outcome.job_id, model=outcome.model, result=result, code=failure.code, reason=failure.message
@@ -250,7 +314,8 @@ def _log_fields(delivery: Delivery, outcome: Outcome) -> Mapping[str, Any]:
 def _details(result: Result) -> Mapping[str, Any]:
     """Return a log line's fields of a result; never the question, the answer or the API's text."""
     usage = result.usage.model_dump() if result.usage else {}
-    details = {"attempts": result.attempts, "finish_reason": result.finish_reason, **usage}
+    names = ("attempts", "finish_reason", "result_url")
+    details = {**{name: getattr(result, name) for name in names}, **usage}
     return {
         name: value for name, value in {**details, **result.timings.model_dump()}.items() if value is not None
     }

@@ -40,10 +40,12 @@ class Lease(Protocol):
     Attributes:
         answer: the stored answer, if there is one.
         draft: a stored answer that another request is to repair.
+        is_settled: whether an answer is stored.
     """
 
     answer: bytes | None
     draft: bytes | None
+    is_settled: bool
 
     async def put(self, answer: bytes) -> bytes:
         """Store an answer; return it, or the one that another worker stored first."""
@@ -131,6 +133,7 @@ class Admission:
             # For the log lines of the result store.
             held.enter_context(bound_contextvars(job_id=attempt.job_id))
             await self._lease_or_answer(held, grant)
+            attempt.is_stored = grant.answer is not None
             if grant.answer is None:
                 grant.slot_until = self._clock.monotonic() + MAX_SLOT_WAIT_S
                 grant.until = _half(attempt)
@@ -169,7 +172,9 @@ class Admission:
             return answer
         grant.attempt.enter("store", self._clock.monotonic())
         with_images = replace(answer, images=grant.attempt.images)
-        return deserialize_answer(await grant.lease.put(serialize_answer(with_images))) or with_images
+        stored = deserialize_answer(await grant.lease.put(serialize_answer(with_images)))
+        grant.attempt.is_stored = grant.lease.is_settled and stored is not None
+        return stored or with_images
 
     async def store_draft(self, grant: Grant, draft: Answer) -> bool:
         """Store a billed answer that is to be repaired; return whether another worker can go on with it."""

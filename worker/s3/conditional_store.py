@@ -1,4 +1,4 @@
-"""Small objects under one prefix, written with preconditions."""
+"""Objects under one prefix, written with preconditions or without."""
 
 import asyncio
 from collections.abc import Mapping
@@ -11,13 +11,14 @@ from worker.s3.client import S3, Request
 from worker.s3.errors import FAILURES, S3ResponseError, translate
 from worker.s3.listing import keys_of, next_query
 
-# For one request with its retries: these objects are small, and jobs wait for them.
+# For one request with its retries for a small object: jobs wait for them.
 TIMEOUT_S = 20.0
 
 _NOT_FOUND = 404
 # 409: another conditional write to the same object is in progress (Amazon S3 user guide, "Conditional
 # writes"); the caller reads the object again.
 _CONDITION_FAILED = (409, 412)
+_CONDITIONS = ("If-Match", "If-None-Match")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,32 @@ class ConditionalStore:
     All methods raise DependencyDownError if S3 is unreachable, fails or denies access.
     """
 
-    def __init__(self, s3: S3, bucket: str, prefix: str, *, setting: str) -> None:
-        """`setting`: the name of the setting, for error messages."""
+    def __init__(
+        self,
+        s3: S3,
+        bucket: str,
+        prefix: str,
+        *,
+        setting: str,
+        rights: str = "get, put, delete and list",
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """Create it.
+
+        Args:
+            s3: the client.
+            bucket: of the objects.
+            prefix: of their keys; empty, or ends with a slash.
+            setting: the name of the setting, for error messages.
+            rights: what the worker must be allowed to do with the objects, for error messages.
+            timeout_s: for one request with its retries.
+        """
         self._s3 = s3
         self._bucket = bucket
         self._prefix = prefix
         self._setting = setting
+        self._rights = rights
+        self._timeout_s = timeout_s
 
     async def create(self, name: str, body: bytes) -> str | None:
         """Write an object unless it exists; return its ETag, or None if it exists."""
@@ -50,9 +71,9 @@ class ConditionalStore:
         """Write an object if its ETag is still `etag`; return the new ETag, or None if it is not."""
         return await self._put(name, body, {"If-Match": etag})
 
-    async def write(self, name: str, body: bytes) -> None:
-        """Write an object without a condition."""
-        await self._put(name, body, {})
+    async def write(self, name: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        """Write an object without a condition; `headers`: of the request, such as `Content-Type`."""
+        await self._put(name, body, headers or {})
 
     async def read(self, name: str) -> StoredObject | None:
         """Return the object, or None if it does not exist."""
@@ -85,16 +106,17 @@ class ConditionalStore:
             query = next_query(query, page, self._setting)
         return names
 
-    async def _put(self, name: str, body: bytes, condition: Mapping[str, str]) -> str | None:
+    async def _put(self, name: str, body: bytes, headers: Mapping[str, str]) -> str | None:
         try:
-            headers, _ = await self._send("PUT", name, condition, body)
+            answered, _ = await self._send("PUT", name, headers, body)
         except S3ResponseError as error:
             # AWS answers 404, not 412, to If-Match on a missing object.
-            is_missing = "If-Match" in condition and _is_missing(error)
-            if is_missing or error.status in _CONDITION_FAILED:
+            is_missing = "If-Match" in headers and _is_missing(error)
+            is_conditional = not headers.keys().isdisjoint(_CONDITIONS)
+            if is_missing or (is_conditional and error.status in _CONDITION_FAILED):
                 return None
             raise self._down(error) from None
-        return headers.get("ETag", "")
+        return answered.get("ETag", "")
 
     async def _send(
         self, method: str, name: str, headers: Mapping[str, str] | None = None, body: bytes = b""
@@ -104,7 +126,7 @@ class ConditionalStore:
 
     async def _exchange(self, request: Request) -> tuple[Mapping[str, str], bytes]:
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(self._timeout_s):
                 return await self._s3.exchange(request)
         except S3ResponseError:
             raise
@@ -122,9 +144,7 @@ class ConditionalStore:
         elif isinstance(known := translate(error), DependencyDownError):
             text = known.message
         else:
-            text = (
-                f"S3 answered {what}: the worker must be allowed to get, put, delete and list objects there"
-            )
+            text = f"S3 answered {what}: the worker must be allowed to {self._rights} objects there"
         return DependencyDownError(Dependency.RESULT_STORE, f"{self._setting}: {text}")
 
 

@@ -86,6 +86,12 @@ def _default_image_processes() -> int:
     return min(DEFAULT_MAX_IMAGE_PROCESSES, cpus)
 
 
+def _not_the_result_store(url: str, info: ValidationInfo) -> str:
+    if url == info.data.get("result_store"):
+        raise ValueError(f"is the same as {variable('result_store')}: use another prefix")
+    return url
+
+
 def _at_most_max_concurrency(initial: int, info: ValidationInfo) -> int:
     maximum = info.data.get("max_concurrency")
     if maximum is not None and initial > maximum:
@@ -269,6 +275,15 @@ class Settings(BrokerSettings):
     """`s3://bucket/prefix` where answers are stored, so that no job is billed twice: see
     [reliability](reliability.md). On the same S3 server as the images. The worker needs permission to get,
     put, delete and list objects there. Set a lifecycle rule that expires old objects."""
+    large_results: Annotated[StoreUrl, AfterValidator(_not_the_result_store)] | None = None
+    """`s3://bucket/prefix` where results are written that RabbitMQ refuses because of their size, or that are
+    larger than `VQA_MAX_RESULT_BYTES`; their message has the field `result_url` instead of the answer. Not
+    the prefix of `VQA_RESULT_STORE`. On the same S3 server as the images. The worker needs permission to put
+    objects there, and the readers of results to get them. Set a lifecycle rule that expires old objects. See
+    [reliability](reliability.md#large-results)."""
+    max_result_bytes: Count | None = None
+    """Size in bytes above which a result is written to `VQA_LARGE_RESULTS`; without that setting, it becomes
+    `result_too_large`. Default: only RabbitMQ's own limit applies (16 MiB in RabbitMQ 4, 128 MiB before)."""
     prices: Annotated[dict[str, Price], JsonObject] = {}  # noqa: RUF012 - pydantic copies it
     """JSON object with prices in USD per million tokens: `{"model": {"prompt": 0.35, "completion": 0.4}}` or
     `{"model": [0.35, 0.4]}`. `cached_prompt` is the price of prompt tokens in the provider's cache; without

@@ -41,7 +41,8 @@ async def check(
         vqa-worker check --json | jq 'select(.status == "failed")'
 
     Consumes no job, publishes no message, creates no queue. Writes and deletes one test object in the result
-    store, if configured. Exit codes: 0 success or warnings only, 1 a check failed, 78 invalid configuration.
+    store, and writes one to VQA_LARGE_RESULTS, if configured. Exit codes: 0 success or warnings only, 1 a
+    check failed, 78 invalid configuration.
     """
     from worker.observability.redaction import Redactor
 

@@ -1,4 +1,4 @@
-"""Checks of S3: buckets, images, the result store."""
+"""Checks of S3: buckets, images, the result store, large results."""
 
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -10,10 +10,12 @@ from vqa_worker.messages.error_codes import ErrorCode
 from worker.app.assembly import conditional_store_at, image_loader, open_s3
 from worker.cli.check import Finding, failed, ok, skipped, warning
 from worker.cli.sent_images import prepare
+from worker.clock import Clock
 from worker.errors import DependencyDownError, JobError, TransientError
 from worker.images.loader import ImageLoader, display_name
 from worker.observability.redaction import display_url
 from worker.s3.aws import S3ConfigurationError, S3Object
+from worker.s3.large_results import LargeResults
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ _DENIED: Final = "S3 denies access"
 
 
 async def storage_findings(settings: Settings, images: Sequence[str]) -> AsyncIterator[Finding]:
-    """Check each bucket without wildcards, the given images, and the result store."""
+    """Check each bucket without wildcards, the given images, the result store and the large results."""
     async with AsyncExitStack() as stack:
         try:
             s3 = await open_s3(settings, stack)
@@ -48,6 +50,8 @@ async def storage_findings(settings: Settings, images: Sequence[str]) -> AsyncIt
             yield skipped("buckets", text)
         if settings.result_store is not None:
             yield await _store(conditional_store_at(settings.result_store, s3))
+        if settings.large_results is not None:
+            yield await _large_results(LargeResults(s3, settings.large_results, Clock()))
 
 
 async def _credentials(s3: "S3", server: str) -> Finding:
@@ -108,6 +112,15 @@ async def _store(objects: "ConditionalStore") -> Finding:
             "result store", f"VQA_RESULT_STORE: {problem}. Use an S3 service with conditional writes."
         )
     return ok("result store", "objects can be written, read, listed and deleted, and conditional writes work")
+
+
+async def _large_results(large_results: LargeResults) -> Finding:
+    """Write an object as a worker does at its start."""
+    try:
+        await large_results.probe()
+    except DependencyDownError as error:
+        return failed("large results", error.message)
+    return ok("large results", "objects can be written")
 
 
 async def _use(objects: "ConditionalStore", name: str) -> str:

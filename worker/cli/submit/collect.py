@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from vqa_worker.large_results import LargeResults, UnreadableObjectError
 from vqa_worker.rabbitmq.connection import (
     Broker,
     BrokerRefusedError,
@@ -30,10 +31,10 @@ from worker.cli.shell import CommandError, Screen, broker_of, counted
 from worker.cli.submit.cancellations import publish_cancellations
 from worker.cli.submit.limits import Limits
 from worker.cli.submit.options import Output
-from worker.cli.submit.results import received
+from worker.cli.submit.results import completed, parse, received, result_url
 from worker.cli.submit.sender import JobSender
 from worker.cli.submit.state import JobResult, SubmissionState
-from worker.settings import BrokerSettings
+from worker.settings import CommandSettings
 
 # An unused reply queue expires, so that its deletion need not be waited for any longer.
 DELETE_TIMEOUT_S: Final = 5.0
@@ -41,6 +42,8 @@ DELETE_TIMEOUT_S: Final = 5.0
 QUIET_S: Final = 1.0
 FIRST_CONSUMERS_POLL_S: Final = 0.2
 CONSUMERS_POLL_S: Final = 1.0
+# Then something is wrong with S3 rather than with single objects.
+MAX_UNREADABLE: Final = 10
 NO_CONSUMER: Final = "waiting: no worker is consuming"
 
 
@@ -54,7 +57,7 @@ class Collection:
     """
 
     state: SubmissionState
-    settings: BrokerSettings
+    settings: CommandSettings
     screen: Screen
     output: Output
     wait_timeout_s: float | None = None
@@ -73,6 +76,9 @@ class Collection:
         self._awaited = 0
         self._has_cancelled = False
         self._unknown = 0
+        self._large_results = LargeResults(self.settings.s3_endpoint_url, self.settings.s3_addressing_style)
+        # Why a result in S3 cannot be read, by the job's id. Its message stays in the queue.
+        self._unreadable: dict[str, str] = {}
         # Why no result can arrive.
         self._waits_for = ""
 
@@ -91,7 +97,7 @@ class Collection:
                 await self._check_queue()
             bars = [Bar("submitted", sender.progress)] if sender is not None else []
             with show_progress(self.screen, *bars, Bar("results", self._progress)):
-                await (self.read_available() if no_wait else self._read_all(sender))
+                await (self._read(no_wait=True) if no_wait else self._read_all(sender))
         if self._unknown:
             self.screen.note(f"Ignored {self._unknown:,} unexpected results (unknown job id).")
         files = self._write()
@@ -105,16 +111,18 @@ class Collection:
             self.screen.emit({**counts.as_json(), **more, "stopped": self.limits.reason or None})
             self.screen.note(f"Wrote {', '.join(files)}")
         self.screen.note(*self.limits.report(self.state))
+        self._check_unreadable()
         return EXIT_FAILURE if counts.failed or counts.pending else EXIT_OK
 
     async def read_available(self) -> None:
         """Store the results that are on the queue now.
 
         Raises:
-            CommandError: the queue does not exist.
+            CommandError: the queue does not exist, or a result in S3 cannot be read.
             BrokerRefusedError: the broker refuses the credentials.
         """
         await self._read(no_wait=True)
+        self._check_unreadable()
 
     async def _read_all(self, sender: JobSender | None) -> None:
         try:
@@ -137,7 +145,10 @@ class Collection:
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(self._run_reader(), name="results")
             cancelling: asyncio.Task[None] | None = None
-            while self._is_sending or self.limits.outstanding:
+            while self._is_sending or self._outstanding:
+                if self._unreadable and not self._outstanding and self.limits.unsent and not self.limits.room:
+                    # The sender waits for a result that cannot be read.
+                    self._check_unreadable()
                 if self.limits.stopped and cancelling is None:
                     self.state.set_head({"stopped": self.limits.stopped})
                     cancelling = group.create_task(self._cancel(no_wait=no_wait), name="cancel")
@@ -156,12 +167,18 @@ class Collection:
     def _is_sending(self) -> bool:
         return self._sending is not None and not self._sending.done()
 
+    @property
+    def _outstanding(self) -> int:
+        """The number of jobs that were sent and have no result, unless it is one that cannot be read."""
+        return max(0, self.limits.outstanding - len(self._unreadable))
+
     def _is_awaiting(self) -> bool:
         """Return whether jobs are being sent or confirmed jobs have no result."""
-        if not self._is_sending and self._awaited <= 0:
+        unreadable = len(self._unreadable)
+        if not self._is_sending and self._awaited <= unreadable:
             # Counted seldom, which reads the whole table: results of unconfirmed jobs lower the number too.
             self._awaited = self.state.awaited()
-        return self._is_sending or self._awaited > 0
+        return self._is_sending or self._awaited > unreadable
 
     async def _cancel(self, *, no_wait: bool) -> None:
         """Cancel all jobs that were sent and have no result; while no worker listens, try again."""
@@ -187,16 +204,53 @@ class Collection:
         except QueueMissingError:
             raise _reply_queue_missing(self._head["reply_to"]) from None
 
-    def _take(self, replies: Sequence[Reply]) -> None:
+    async def _take(self, replies: Sequence[Reply]) -> Sequence[Reply]:
+        """Store results; return those in S3 that cannot be read."""
+        large = dict.fromkeys(filter(self._is_large, replies))
+        self._store([it for it in replies if it not in large])
+        kept = []
+        for it in large:
+            try:
+                # One by one, as they are large.
+                self._store([await asyncio.to_thread(completed, it, self._large_results)])
+            except UnreadableObjectError as error:
+                kept.append(it)
+                self._unreadable[parse(it.body)["id"]] = str(error)
+                if len(self._unreadable) >= MAX_UNREADABLE:
+                    self._check_unreadable()
+        self._arrived.set()
+        return kept
+
+    def _is_large(self, reply: Reply) -> bool:
+        """Return whether a result is to be read from S3: not one of another job, or a second one."""
+        has_url = result_url(reply.body) is not None
+        return has_url and self.state.is_pending(parse(reply.body)["id"] or "")
+
+    def _store(self, replies: Sequence[Reply]) -> None:
         new, unknown = self.state.store([received(reply) for reply in replies])
         self._unknown += unknown
         for one in new:
             self._counts.add(one)
+            self._unreadable.pop(one.id, None)
             if self._is_streaming:
                 self._print(one)
         self._awaited -= len(new)
         self.limits.add(len(new))
-        self._arrived.set()
+
+    def _check_unreadable(self) -> None:
+        """Check that all results in S3 could be read.
+
+        Raises:
+            CommandError: some could not; their messages are still in the queue.
+        """
+        if not self._unreadable:
+            return
+        count = counted(len(self._unreadable), "result")
+        hint = (
+            "Check VQA_S3_ENDPOINT_URL, the AWS credentials, and that they allow s3:GetObject. Then run the"
+            f" same command again: the messages are still in the queue {self._head['reply_to']}."
+        )
+        raise CommandError(f"{count} in S3 cannot be read.", *self._unreadable.values(), hint)
 
     def _progress(self) -> tuple[int, int, str]:
         counts = self._counts

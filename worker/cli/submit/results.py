@@ -1,8 +1,10 @@
 """Read results defensively: the publisher of a result need not be a worker of this version."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from vqa_worker.large_results import LargeResults, NotTheResultError
 from vqa_worker.messages.decoding import parse_leniently
 from vqa_worker.rabbitmq.replies import Reply
 from worker.cli.submit.state import JobResult
@@ -34,6 +36,26 @@ def _code(result: Mapping[str, Any]) -> str:
     """Return the error code for statistics; `unknown` for a text that cannot be one."""
     code, _ = failure(result)
     return code if code.isascii() and code.isprintable() and len(code) <= _MAX_CODE_CHARS else "unknown"
+
+
+def result_url(body: bytes) -> Any:
+    """Return the URL of a result in S3; None if the body is the whole result."""
+    return (parse_leniently(body) or {}).get("result_url")
+
+
+def completed(reply: Reply, large_results: LargeResults) -> Reply:
+    """Return the whole result of a reply with a `result_url`; a failed one if the URL is wrong. Blocks.
+
+    Raises:
+        UnreadableObjectError: S3 does not return the object.
+    """
+    fields, known = parse_leniently(reply.body) or {}, parse(reply.body)
+    try:
+        changes = large_results.read(fields["result_url"], job_id=known["id"], status=known["status"])
+    except NotTheResultError as error:
+        failure = {"code": "invalid_result_url", "message": f"{error}", "retryable": False}
+        changes = {"status": "failed", "error": failure}
+    return Reply(json.dumps({**fields, **changes}).encode(), reply.at)
 
 
 def parse(body: bytes) -> dict[str, Any]:

@@ -275,6 +275,11 @@ class SubmissionState:
 
     # Results
 
+    def is_pending(self, job_id: str) -> bool:
+        """Return whether there is such a job, and it has no result."""
+        row = self._db.execute("SELECT 1 FROM jobs WHERE id = ? AND result IS NULL", (job_id,)).fetchone()
+        return row is not None
+
     def store(self, results: Sequence[JobResult]) -> tuple[list[JobResult], int]:
         """Store results on the disk; return the new ones, and the number of results of unknown jobs.
 
