@@ -58,6 +58,7 @@ DEFAULTS_IN_WORDS: Final = {
     "model_api_key": "required",
     "allowed_models": "the value of `VQA_MODEL`",
     "image_processes": "CPUs, 4 at most",
+    "max_result_bytes": "the broker's limit",
     "initial_concurrency": "`32`, or `VQA_MAX_CONCURRENCY` if that is less",
     "log_format": "`json` on a pipe, `console` on a terminal",
 }

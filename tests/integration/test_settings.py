@@ -129,6 +129,15 @@ def test_the_initial_concurrency_is_32_or_the_lower_maximum(maximum: str, initia
     assert load(max_concurrency=maximum).initial_concurrency == initial
 
 
+def test_large_results_and_the_result_store_have_different_prefixes() -> None:
+    store = "s3://bucket/answers"
+    line = fault(result_store=store, large_results=f"{store}/")
+    assert line == "VQA_LARGE_RESULTS: is the same as VQA_RESULT_STORE: use another prefix"
+    settings = load(result_store=store, large_results="s3://bucket/large/")
+    assert settings.large_results == "s3://bucket/large"
+    assert settings.max_result_bytes is None
+
+
 def test_every_missing_required_setting_is_named() -> None:
     faults = faults_of({})
     assert [line.split(":")[0] for line in faults] == ["VQA_ALLOWED_BUCKETS", "VQA_MODEL_API_KEY"]
@@ -145,6 +154,7 @@ CONTRACT_IN_WORDS = {
         "`meta-llama/Llama-3.2-90B-Vision-Instruct`",
         "the value of `VQA_MODEL`",
     ],
+    "none; the broker's limit": ["none", "the broker's limit"],
     "from the base URL's host; none": ["from the base URL's host", "none"],
     "`info`; `json` on a pipe, `console` on a terminal": [
         "`info`",
@@ -611,6 +621,9 @@ BAD = [
     ("result_store", "https://bucket/answers", "must be s3://bucket/prefix"),
     ("result_store", "s3://", "must be s3://bucket/prefix"),
     ("result_store", "s3://bucket/my answers", "must be s3://bucket/prefix, without spaces"),
+    ("large_results", "large", "must be s3://bucket/prefix"),
+    ("max_result_bytes", "0", "must be at least 1"),
+    ("max_result_bytes", "16 MiB", "must be a whole number"),
     ("model_headers", "X-A: 1", "must be a JSON object"),
     ("model_headers", '["X-A"]', "must be a JSON object"),
     ("model_headers", "[" * 100_000, "must be a JSON object"),

@@ -94,6 +94,9 @@ class FakePublisher:
         self.fatal: set[str] = set()
         self.full: set[str] = set()
         self.most_bytes: int | None = None
+        self.refuses: bytes | None = None
+        """Part of the bodies that are too large."""
+        self.refused = 0
         self.broken: Exception | None = None
         self.restored = 0
         self.let_go = asyncio.Event()
@@ -103,8 +106,10 @@ class FakePublisher:
         await self.let_go.wait()
         if self.broken is not None:
             raise self.broken
-        if self.most_bytes is not None and len(message.body) > self.most_bytes:
-            raise TooLargeError(self.most_bytes)
+        is_too_large = self.most_bytes is not None and len(message.body) > self.most_bytes
+        if is_too_large or (self.refuses is not None and self.refuses in message.body):
+            self.refused += 1
+            raise TooLargeError(self.most_bytes or len(message.body) - 1)
         # Each publish closes the connection or meets a full queue; a limit of tries ends that.
         if message.tries is not None and message.routing_key in self.fatal | self.full:
             self.events.append(f"given up {message.routing_key}")

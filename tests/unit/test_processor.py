@@ -1201,12 +1201,13 @@ class StoredLease:
         self.answer: bytes | None = None
         self.draft: bytes | None = None
         self.is_settled = False
+        self.is_writable = True
         self.put_deeds: list[Deed] = []
 
     async def put(self, answer: bytes) -> bytes:
         await _do(self.put_deeds)
-        self.answer = answer
-        self.is_settled = True
+        if self.is_writable:
+            self.answer, self.is_settled = answer, True
         return answer
 
     async def put_draft(self, draft: bytes) -> bool:
@@ -1221,6 +1222,7 @@ class FakeResultStore:
     def __init__(self) -> None:
         self.leases: dict[str, StoredLease] = {}
         self.claims = 0
+        self.is_writable = True
         self.waits: Callable[[Callable[[], None]], Awaitable[None]] | None = None
         self.find_deeds: list[Deed] = []
         self.put_deeds: list[Deed] = []
@@ -1236,7 +1238,7 @@ class FakeResultStore:
         if self.waits is not None:
             await self.waits(check_admission)
         lease = self.leases.setdefault(name, StoredLease())
-        lease.put_deeds = self.put_deeds
+        lease.put_deeds, lease.is_writable = self.put_deeds, self.is_writable
         try:
             yield lease
         finally:
@@ -1321,6 +1323,25 @@ async def test_a_cancel_message_after_the_answer_of_the_api_has_no_effect() -> N
     await reached.wait()
     scene.cancelled_jobs.cancel("job-1")
     assert isinstance(await job, Succeeded)
+
+
+async def test_an_outcome_says_what_to_do_if_it_cannot_be_published_once_its_answer_is_stored() -> None:
+    store = FakeResultStore()
+    scene, bare = Scene(store=store), Scene()
+    for it in range(2):
+        stored = await scene.process(delivery={"counted_attempts": it})
+        assert isinstance(stored, Succeeded)
+        assert isinstance(stored.if_unwritten, Requeued)
+    assert len(scene.model.asked) == 1
+    unstored = await bare.process()
+    assert isinstance(unstored, Succeeded)
+    assert unstored.if_unwritten is None
+    # The store could not be reached.
+    scene.model.deeds = [replace(ANSWER, text=None)]
+    for store.is_writable in (False, True):
+        empty = await scene.process(id="job-2")
+        assert isinstance(empty, Failed)
+        assert (empty.if_unwritten is not None) == store.is_writable
 
 
 async def test_past_its_deadline_a_job_whose_answer_is_stored_is_answered() -> None:

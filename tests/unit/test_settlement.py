@@ -13,10 +13,11 @@ from tests.unit.fakes import TOPOLOGY, FakePublisher, a_delivery, turns_of_the_l
 from vqa_worker.messages.error_codes import ErrorCode
 from vqa_worker.messages.result import JobFailure, Result, Timings, Usage
 from vqa_worker.rabbitmq.outgoing import OutgoingMessage
+from worker.errors import UnwrittenResultError
 from worker.jobs.outcome import DeadLettered, Failed, Outcome, Requeued, Retried, Succeeded
 from worker.observability import metrics
 from worker.rabbitmq import settlement
-from worker.rabbitmq.settlement import ReplyPolicy, Settlement
+from worker.rabbitmq.settlement import LargeResultPolicy, ReplyPolicy, Settlement
 from worker.rabbitmq.topology import Topology
 
 POLICY = ReplyPolicy(["results", "results.*", "amq.rabbitmq.reply-to.*", "amq.gen-*"])
@@ -59,13 +60,14 @@ async def settled(
     *,
     topology: Topology = TOPOLOGY,
     publisher: FakePublisher | None = None,
+    large_results: LargeResultPolicy | None = None,
     **properties: Any,
 ) -> tuple[list[OutgoingMessage], list[str]]:
     """Settle a delivery; return the published messages and all events in order."""
     events: list[str] = []
     publisher = publisher or FakePublisher()
     publisher.events = events
-    settlement = Settlement(publisher, topology, POLICY)
+    settlement = Settlement(publisher, topology, POLICY, large_results=large_results)
     delivery = a_delivery(events=events, **properties)
     published = await settlement.publish(delivery, outcome)
     assert "ack" not in events
@@ -355,6 +357,147 @@ async def test_a_result_that_is_too_large_is_replaced_by_a_failed_one_with_the_u
     assert body["metadata"] == {"a": 1}
     assert events[-1] == "ack"
     assert log.calls[-1].kwargs["error"] == "result_too_large"
+
+
+LARGE = SUCCEEDED.model_copy(
+    update={
+        "answer": "x" * 1000,
+        "parsed": ["x" * 1000],
+        "response": {"x": "x" * 1000},
+        "metadata": {"a": 1},
+        "images": [],
+    }
+)
+URL = "s3://bucket/large/1.json"
+REQUEUED = Requeued(job_id="j", model="m", reason="unwritten")
+
+
+class Writer:
+    """Writes large results nowhere."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.written: list[bytes] = []
+
+    async def write(self, result: Result, body: bytes) -> str:
+        if self.error is not None:
+            raise self.error
+        assert body == result.to_body()
+        self.written.append(body)
+        return URL
+
+    def policy(self, max_bytes: int | None = None) -> LargeResultPolicy:
+        return LargeResultPolicy(max_bytes, self.write)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "queues"),
+    [
+        (replace(ANSWERED, result=LARGE), ["results"]),
+        (replace(REFUSED, result=LARGE), ["results"]),
+        (replace(DEAD, result=LARGE), ["results", "jobs.dead"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("limit", ["of the broker", "of the setting"])
+async def test_a_result_that_is_too_large_is_written_and_its_message_has_the_rest_and_the_url(
+    outcome: Outcome, queues: list[str], limit: str, log: CapturingLogger
+) -> None:
+    publisher, writer = FakePublisher(), Writer()
+    publisher.most_bytes = 1000 if limit == "of the broker" else None
+    policy = writer.policy(1000 if limit == "of the setting" else None)
+    published, events = await settled(outcome, publisher=publisher, large_results=policy)
+    assert [message.routing_key for message in published] == queues
+    assert writer.written == [LARGE.to_body()]
+    short = {"answer": None, "parsed": None, "response": None, "result_url": URL}
+    assert json.loads(published[0].body) == {**LARGE.model_dump(mode="json"), **short}
+    assert events[-1] == "ack"
+    (call,) = log.calls
+    assert (call.kwargs["result_url"], call.kwargs["outcome"]) == (URL, outcome.name)
+
+
+async def test_the_broker_s_limit_is_tried_once() -> None:
+    publisher, writer = FakePublisher(), Writer()
+    publisher.most_bytes = 1000
+    settlement = Settlement(publisher, TOPOLOGY, POLICY, large_results=writer.policy())
+    for _ in range(3):
+        assert await settlement.publish(a_delivery(), replace(ANSWERED, result=LARGE))
+        # Smaller results are published.
+        assert await settlement.publish(a_delivery(), ANSWERED) == ANSWERED
+    assert publisher.refused == 1
+    assert [it["result_url"] for it in publisher.results()] == [URL, None] * 3
+
+
+async def test_without_s3_every_large_result_is_tried_since_the_limit_may_have_been_raised() -> None:
+    publisher = FakePublisher()
+    publisher.most_bytes = 1000
+    settlement = Settlement(publisher, TOPOLOGY, POLICY)
+    assert await settlement.publish(a_delivery(), replace(ANSWERED, result=LARGE))
+    publisher.most_bytes = None
+    assert await settlement.publish(a_delivery(), replace(ANSWERED, result=LARGE))
+    failed, whole = publisher.results()
+    assert failed["error"]["code"] == "result_too_large"
+    assert "set VQA_LARGE_RESULTS" in failed["error"]["message"]
+    assert (failed["answer"], failed["parsed"], failed["response"]) == (None, None, None)
+    assert whole["answer"] == LARGE.answer
+
+
+@pytest.mark.parametrize("outcome", [ANSWERED, REFUSED, DEAD], ids=lambda outcome: type(outcome).__name__)
+async def test_a_large_result_that_cannot_be_written_and_is_stored_nowhere_is_a_failed_one(
+    outcome: Any, log: CapturingLogger
+) -> None:
+    policy = Writer(UnwrittenResultError("S3 says no")).policy(1000)
+    (reply,), events = await settled(replace(outcome, result=LARGE), large_results=policy)
+    body = json.loads(reply.body)
+    assert (body["status"], body["error"]["code"]) == ("failed", "result_too_large")
+    assert body["error"]["message"].endswith("could not be written to VQA_LARGE_RESULTS: S3 says no")
+    assert (body["answer"], body["result_url"]) == (None, None)
+    assert body["usage"]["total_tokens"] == USAGE.total_tokens
+    assert events[-1] == "ack"
+    assert log.calls[-1].kwargs["error"] == "result_too_large"
+
+
+@pytest.mark.parametrize("outcome", [ANSWERED, REFUSED], ids=lambda outcome: type(outcome).__name__)
+async def test_a_large_result_that_cannot_be_written_and_whose_answer_is_stored_is_requeued(
+    outcome: Any,
+) -> None:
+    policy = Writer(UnwrittenResultError("S3 says no")).policy(1000)
+    stored = replace(outcome, result=LARGE, if_unwritten=REQUEUED)
+    (copy,), events = await settled(stored, large_results=policy, counted_attempts=1)
+    assert (copy.routing_key, copy.headers["vqa-attempts"]) == ("jobs", 1)
+    assert events == ["confirmed jobs", "ack"]
+
+
+async def test_a_large_result_that_cannot_be_written_is_left_to_the_broker_if_it_has_the_job_again() -> None:
+    policy = Writer(UnwrittenResultError("S3 says no")).policy(1000)
+    stored = replace(ANSWERED, result=LARGE, if_unwritten=REQUEUED)
+    published, events = await settled(stored, large_results=policy, can_ack=lambda: False)
+    assert (published, events) == ([], [])
+
+
+async def test_a_result_that_is_too_large_without_its_answer_is_a_failed_one() -> None:
+    publisher, result = FakePublisher(), LARGE.model_copy(update={"finish_reason": "y" * 1000})
+    publisher.refuses = b'"result_url":"'
+    (reply,), _ = await settled(
+        replace(ANSWERED, result=result), publisher=publisher, large_results=Writer().policy(1000)
+    )
+    error = json.loads(reply.body)["error"]
+    assert error["code"] == "result_too_large"
+    assert "also without its answer" in error["message"]
+
+
+@pytest.mark.parametrize("outcome", [DEAD, RETRY, JOBS_REQUEUED], ids=lambda outcome: type(outcome).__name__)
+async def test_a_copy_of_a_job_that_is_too_large_is_left_to_the_broker_and_no_result_is_written(
+    outcome: Outcome,
+) -> None:
+    publisher, writer = FakePublisher(), Writer()
+    publisher.refuses = b"question"
+    published, events = await settled(
+        outcome, publisher=publisher, large_results=writer.policy(), body={"question": "?"}
+    )
+    assert [message.routing_key for message in published] == ["results"] * isinstance(outcome, DeadLettered)
+    assert ("reject" if isinstance(outcome, DeadLettered) else "requeue") in events
+    assert writer.written == []
 
 
 async def test_a_job_is_requeued_only_when_that_is_allowed() -> None:

@@ -283,7 +283,7 @@ class Settings(BrokerSettings):
     [reliability](reliability.md#large-results)."""
     max_result_bytes: Count | None = None
     """Size in bytes above which a result is written to `VQA_LARGE_RESULTS`; without that setting, it becomes
-    `result_too_large`. Default: only RabbitMQ's own limit applies (16 MiB in RabbitMQ 4, 128 MiB before)."""
+    `result_too_large`. RabbitMQ's own limit is 16 MiB in RabbitMQ 4 and 128 MiB before."""
     prices: Annotated[dict[str, Price], JsonObject] = {}  # noqa: RUF012 - pydantic copies it
     """JSON object with prices in USD per million tokens: `{"model": {"prompt": 0.35, "completion": 0.4}}` or
     `{"model": [0.35, 0.4]}`. `cached_prompt` is the price of prompt tokens in the provider's cache; without

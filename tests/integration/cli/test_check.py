@@ -66,7 +66,8 @@ async def test_a_working_configuration_passes_every_check(
     image, prefix = put_image(), uuid.uuid4().hex
     store = f"s3://{BUCKET}/{prefix}"
     before, calls = there(stack, vhost), len(stack.model.calls())
-    findings = await found(cli.with_settings(VQA_RESULT_STORE=store), "--ask", "--image", image, code=0)
+    settings = {"VQA_RESULT_STORE": store, "VQA_LARGE_RESULTS": f"s3://{BUCKET}/large/{prefix}"}
+    findings = await found(cli.with_settings(**settings), "--ask", "--image", image, code=0)
     assert {status for status, _ in findings.values()} == {"ok"}
     assert findings["broker"][1].startswith("RabbitMQ ")
     assert vhost in findings["broker"][1]
@@ -76,7 +77,7 @@ async def test_a_working_configuration_passes_every_check(
     assert findings["permission to submit jobs"] == ("ok", "granted")
     assert findings[f"bucket {BUCKET}"] == ("ok", "readable")
     assert findings[f"image {image}"][1].startswith("image/png, ")
-    assert findings["result store"][0] == "ok"
+    assert findings["result store"][0] == findings["large results"][0] == "ok"
     model = stack.model_api.models[0]
     assert findings[f"model {model}"] == ("ok", "available")
     assert " tokens, $0.0000" in findings[f"question to {model}"][1]

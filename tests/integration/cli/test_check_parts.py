@@ -310,6 +310,18 @@ async def test_an_unusable_result_store_is_reported_with_the_reason(doctor: Chec
         assert s3.asked[-1].method == "DELETE"
 
 
+async def test_large_results_that_cannot_be_written_are_reported_with_the_reason(doctor: Checks) -> None:
+    async with FakeS3.serving(b"") as s3:
+        settings = {"VQA_S3_ENDPOINT_URL": s3.url, "VQA_LARGE_RESULTS": f"s3://{BUCKET}/large"}
+        assert (await doctor.storage(**settings))["large results"] == ("ok", "objects can be written")
+        s3.answer = refuse(403, "AccessDenied")
+        status, message = (await doctor.storage(**settings))["large results"]
+    assert status == "failed"
+    assert message.startswith(
+        "VQA_LARGE_RESULTS: S3 answered 403 AccessDenied: the worker must be allowed to put"
+    )
+
+
 @pytest.mark.parametrize(
     ("answers", "reported"),
     [
