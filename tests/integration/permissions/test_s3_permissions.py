@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 
@@ -20,27 +21,36 @@ from deploy.local.stack import Stack
 from tests.breaking import calls_begun, events, job, said
 from tests.conftest import MakeClient, StartWorker, picture
 from tests.running import ROOT, Client, Worker, calls_with, until
+from tests.unit.s3 import isolate
+from vqa_worker import AsyncClient, LargeResultError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 POLICIES = {path.stem: path.read_text() for path in (ROOT / "deploy" / "aws").glob("*.json")}
+# Of those who read results.
+READER = "read-large-results"
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """The two buckets, with the test's own names instead of the examples'."""
+    """The buckets, with the test's own names instead of the examples'."""
 
     images: str = field(default_factory=lambda: f"images-{uuid.uuid4().hex}")
     results: str = field(default_factory=lambda: f"results-{uuid.uuid4().hex}")
 
     def policies(self, without: str = "") -> dict[str, str]:
-        """Return the files' policies for these buckets, without the action `without` if given."""
+        """Return the worker's policies for these buckets, without the action `without` if given."""
         texts = {
             name: text.replace("example-images", self.images).replace("example-results", self.results)
             for name, text in POLICIES.items()
+            if name != READER
         }
         return {name: _without(text, without) for name, text in texts.items()}
+
+    def reader_policies(self) -> dict[str, str]:
+        """Return the policies of a reader of results."""
+        return {READER: POLICIES[READER].replace("example-results", self.results)}
 
 
 def _without(policy: str, sid_and_action: str) -> str:
@@ -62,6 +72,7 @@ def buckets(stack: Stack) -> Buckets:
         s3.put_object(Bucket=buckets.images, Key=key, Body=picture())
     s3.put_object(Bucket=buckets.results, Key="somebody/else", Body=b"x")
     s3.put_object(Bucket=buckets.results, Key="answers/mine", Body=b"x")
+    s3.put_object(Bucket=buckets.results, Key="large/mine", Body=b"x")
     return buckets
 
 
@@ -191,6 +202,34 @@ async def test_the_policy_is_enough_for_the_result_store(
     assert keys(stack, buckets, "workers/") == []
 
 
+async def test_the_policies_are_enough_for_a_large_result_and_its_reader(
+    stack: Stack,
+    buckets: Buckets,
+    identity: Identity,
+    start_worker: StartWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    settings = {"VQA_LARGE_RESULTS": f"s3://{buckets.results}/large", "VQA_MAX_RESULT_BYTES": "1"}
+    worker = await start_worker(**settings, **identity.variables)
+    isolate(monkeypatch, tmp_path)
+    queue, url = worker.jobs_queue, stack.s3.endpoint_url
+    with Identity.with_policies(stack, buckets.reader_policies()) as reader:
+        for who in (reader, identity):
+            for name, value in who.variables.items():
+                monkeypatch.setenv(name, value)
+            async with AsyncClient(stack.rabbitmq.url, jobs_queue=queue, s3_endpoint_url=url) as client:
+                if who is reader:
+                    assert (await client.ask_job(job())).raise_for_error().answer
+                else:
+                    # The worker reads no large results.
+                    with pytest.raises(LargeResultError, match=r"AccessDenied|s3:GetObject"):
+                        await client.ask_job(job())
+        with pytest.raises(ClientError):
+            reader.s3(stack).put_object(Bucket=buckets.results, Key="large/it", Body=b"")
+    assert not events(worker, "large_results_unavailable")
+
+
 def keys(stack: Stack, buckets: Buckets, folder: str) -> list[str]:
     """Return the keys in the store."""
     found = stack.s3.client().list_objects_v2(Bucket=buckets.results, Prefix=f"answers/{folder}")
@@ -228,17 +267,24 @@ async def sees_no_image(worker: Worker, client: Client, image: str) -> None:
     assert worker.ready()[1]["status"] == "ready"
 
 
+async def writes_no_large_result(worker: Worker, client: Client, image: str) -> None:
+    await until(lambda: events(worker, "large_results_unavailable"), "the log line")
+    assert (await client.ask(**job(image=image))).body["status"] == "succeeded"
+
+
 MISSED: dict[str, Callable[[Worker, Client, str], Awaitable[None]]] = {
     "ReadImages s3:GetObject": sees_no_image,
     "KeepAnswers s3:PutObject": claims_nothing,
     "KeepAnswers s3:GetObject": finds_nothing,
     "KeepAnswers s3:DeleteObject": claims_nothing,
     "TellMissingFromForbidden s3:ListBucket": misses_cancellations,
+    "WriteLargeResults s3:PutObject": writes_no_large_result,
 }
 
 
 def test_every_action_of_the_policies_has_a_case() -> None:
-    statements = [it for text in POLICIES.values() for it in json.loads(text)["Statement"]]
+    policies = [text for name, text in POLICIES.items() if name != READER]
+    statements = [it for text in policies for it in json.loads(text)["Statement"]]
     assert {f"{it['Sid']} {action}" for it in statements for action in it["Action"]} == MISSED.keys()
 
 
@@ -249,7 +295,9 @@ async def test_each_missing_permission_has_the_documented_effect(
 
     async def miss(right: str, identity: Identity) -> None:
         worker = await start_worker(
-            VQA_RESULT_STORE=f"s3://{buckets.results}/answers/without", **identity.variables
+            VQA_RESULT_STORE=f"s3://{buckets.results}/answers/without",
+            VQA_LARGE_RESULTS=f"s3://{buckets.results}/large/without",
+            **identity.variables,
         )
         await MISSED[right](worker, await client_of(worker), image)
 
@@ -279,6 +327,8 @@ ALLOWED: dict[str, Act] = {
     "list": lambda s3, at: s3.list_objects_v2(Bucket=at.results, Prefix="answers/cancelled/"),
 }
 FORBIDDEN: dict[str, Act] = {
+    "read a large result": lambda s3, at: s3.get_object(Bucket=at.results, Key="large/mine"),
+    "delete a large result": lambda s3, at: s3.delete_object(Bucket=at.results, Key="large/mine"),
     "read another image": lambda s3, at: s3.get_object(Bucket=at.images, Key="private/1.png"),
     "list the images": lambda s3, at: s3.list_objects_v2(Bucket=at.images),
     "list the images of a prefix": lambda s3, at: s3.list_objects_v2(Bucket=at.images, Prefix="scans/"),
