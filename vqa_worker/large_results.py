@@ -6,6 +6,7 @@ boto3 is needed for these only: the extra `s3` of the client.
 import os
 import re
 import threading
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
@@ -92,12 +93,13 @@ class LargeResults:
 
     def _content(self, url: str, bucket: str, key: str) -> bytes:
         try:
+            import boto3  # noqa: PLC0415 - optional
             from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - optional
         except ImportError:
-            text = f"{url} cannot be read: boto3 is not installed (pip install 'vqa-worker-client[s3]')"
+            text = f"{url} cannot be read: boto3 is missing; install vqa-worker-client[s3]"
             raise UnreadableObjectError(text) from None
         try:
-            body = self._current_client().get_object(Bucket=bucket, Key=key)["Body"]
+            body = self._current_client(boto3.Session).get_object(Bucket=bucket, Key=key)["Body"]
             return bytes(body.read())
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
@@ -106,14 +108,13 @@ class LargeResults:
             reason = str(error)
         raise UnreadableObjectError(f"{url} cannot be read: {reason}")
 
-    def _current_client(self) -> Any:
+    def _current_client(self, open_session: Callable[..., Any]) -> Any:
         with self._lock:
             if self._client is None:
-                self._client = self._create()
+                self._client = self._create(open_session)
             return self._client
 
-    def _create(self) -> Any:
-        import boto3  # noqa: PLC0415 - optional
+    def _create(self, open_session: Callable[..., Any]) -> Any:
         from botocore.config import Config  # noqa: PLC0415 - optional
 
         style = self._addressing_style
@@ -127,6 +128,6 @@ class LargeResults:
             read_timeout=READ_TIMEOUT_S,
         )
         # boto3 does not read AWS_REGION, which other AWS SDKs read.
-        session = boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
+        session = open_session(region_name=os.environ.get("AWS_REGION") or None)
         bundle = next(filter(None, map(os.environ.get, _CA_BUNDLES)), None)
         return session.client("s3", endpoint_url=self._endpoint_url, config=config, verify=bundle)
