@@ -19,12 +19,14 @@ from deploy.local.stack import Stack
 from tests.breaking import events, job, model_answered, results, statuses
 from tests.conftest import BUCKET, MakeClient, StartWorker
 from tests.fake_s3 import FakeS3, refuse
-from tests.integration.cli.running import channel_of, commands
+from tests.integration.cli.running import channel_of, commands, ended
 from tests.proxy import Proxy
 from tests.running import Client, Worker, calls_with, until
 from tests.unit.s3 import isolate
 from vqa_worker import AsyncClient, LargeResultError, Replies
 from vqa_worker import Client as SyncClient
+from worker.cli.submit.limits import FIRST_JOBS
+from worker.cli.submit.state import Counts, read_state
 
 # RabbitMQ 4's default.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -405,6 +407,26 @@ async def test_many_results_that_cannot_be_read_end_the_command(stack: Stack, tm
         done = await cli.run("submissions", "collect", submitted["name"])
         assert done.code == 1
         assert "10 results in S3 cannot be read." in done.err
+
+
+async def test_a_submission_does_not_wait_for_the_cost_of_results_that_cannot_be_read(
+    stack: Stack, tmp_path: Path
+) -> None:
+    """With a limit, further jobs are sent only as the costs of the first ones become known."""
+    with commands(stack, tmp_path) as cli:
+        assert (await cli.run("topology", "apply")).code == 0
+        cli.write("jobs.jsonl", *(job(id=f"{n}") for n in range(30)))
+        submitting = cli.start("submit", "jobs.jsonl", "--wait", "--max-cost", "1")
+        await until(lambda: (cli.counts() or Counts()).confirmed == FIRST_JOBS, "the first jobs are sent")
+        head, _ = read_state(cli.state_files[0])
+        bodies = [{"id": f"{n}", "answer": "without a cost"} for n in range(FIRST_JOBS - 3)]
+        bodies += [{"id": f"{FIRST_JOBS - n}", "result_url": f"s3://{BUCKET}/none/{n}"} for n in (1, 2, 3)]
+        await sent_by_hand(stack, head, *bodies)
+        done = await ended(submitting)
+        assert done.code == 1
+        assert "3 results in S3 cannot be read." in done.err
+        counts = cli.counts() or Counts()
+        assert (counts.succeeded, counts.confirmed) == (FIRST_JOBS - 3, FIRST_JOBS)
 
 
 # Failures of S3 and of workers
