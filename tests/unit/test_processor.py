@@ -946,7 +946,7 @@ async def test_without_other_calls_the_wait_for_a_diagnosis_is_short(
 @pytest.mark.usefixtures("patiently")
 async def test_the_wait_for_a_diagnosis_leaves_time_for_a_retry_before_the_deadline(scene: Scene) -> None:
     scene.model.deeds = [transient()]
-    async with pending_job(scene, deadline=in_(3.0)) as task:
+    async with pending_job(scene, deadline=in_(8.0)) as task:
         assert isinstance(await task, Retried)
 
 
