@@ -32,6 +32,7 @@ ADDED_CODES = {ErrorCode.CANCELLED, ErrorCode.RESULT_TOO_LARGE}
 ADDED_METRICS: dict[str, tuple[str, set[str]]] = {
     "vqa_result_store_operations_total": ("counter", {"result"}),
     "vqa_jobs_requeued_total": ("counter", set()),
+    "vqa_redelivered_jobs_total": ("counter", {"result"}),
     "vqa_concurrency_in_use": ("gauge", set()),
     "vqa_event_loop_lag_seconds": ("histogram", set()),
     "vqa_job_queue_wait_max_seconds": ("gauge", set()),

@@ -16,7 +16,9 @@ CANCELLED_AT_ONCE: Final = 500
 
 
 async def publish_cancellations(ids: Sequence[str], settings: BrokerSettings, timeout_s: float) -> int:
-    """Notify all workers of the jobs queue that jobs are cancelled; return how many.
+    """Notify all workers of the jobs queue that jobs are cancelled, the last one first; return how many.
+
+    A worker that aborts a running job, one of the first, starts the next one.
 
     `timeout_s`: for the connection and for each `CANCELLED_AT_ONCE` jobs.
 
@@ -25,7 +27,7 @@ async def publish_cancellations(ids: Sequence[str], settings: BrokerSettings, ti
         BrokerUnreachableError: the broker is unreachable.
         RefusedError: the user may not publish cancellations.
     """
-    topology = Topology.from_settings(settings)
+    ids, topology = ids[::-1], Topology.from_settings(settings)
     publisher = Publisher(broker_of(settings), topology, retry_refusals=False)
     exchange = topology.control.name
     try:
