@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.local.install import Installation
@@ -15,14 +16,16 @@ _GUEST = "guest"  # user and password of a new broker, accepted from this machin
 _CTL_TIMEOUT_SECONDS = 60
 _CONFIGURATION = """\
 listeners.tcp.local = 127.0.0.1:{amqp}
-management.tcp.ip = 127.0.0.1
-management.tcp.port = {management}
-prometheus.tcp.ip = 127.0.0.1
-prometheus.tcp.port = {prometheus}
 log.console = true
 log.file = false
 # A full disk or a small machine should not block publishers of a temporary broker.
 disk_free_limit.absolute = 50MB
+"""
+_MONITORING = """\
+management.tcp.ip = 127.0.0.1
+management.tcp.port = {management}
+prometheus.tcp.ip = 127.0.0.1
+prometheus.tcp.port = {prometheus}
 """
 
 
@@ -81,35 +84,68 @@ class LocalBroker(Broker):
         )
 
 
+@dataclass(frozen=True)
+class Member:
+    """What a node of a cluster has in common with the others.
+
+    Attributes:
+        node: the node's own name.
+        home: the folder with the Erlang cookie.
+        epmd_port: that of the running Erlang port mapper.
+        configuration: further lines of `rabbitmq.conf`.
+    """
+
+    node: str
+    home: Path
+    epmd_port: int
+    configuration: str
+
+
 class RabbitMQ(LocalBroker):
-    """A private node on free ports, with its own data and Erlang port mapper, apart from a system service."""
+    """A private node on free ports, with its own data and Erlang port mapper, apart from a system service.
+
+    A member of a cluster uses a port mapper that runs already, and has no management API and no metrics.
+    """
 
     advice = "If the log does not show the reason, try again; check that `localhost` resolves to 127.0.0.1."
 
-    def __init__(self, installation: Installation, folder: Path, ports: PortBlock) -> None:
+    def __init__(
+        self, installation: Installation, folder: Path, ports: PortBlock, member: Member | None = None
+    ) -> None:
         used = [ports.take() for _ in range(3)]
-        self._ctl = installation.ctl
-        self._node = f"vqa-{used[0]}@localhost"
-        self._environment = _environment(installation, folder, self._node, ports)
-        _write_configuration(folder, used)
-        epmd = ["-port", self._environment["ERL_EPMD_PORT"], "-address", "127.0.0.1"]
-        commands = {
-            "RabbitMQ": [str(installation.server)],
+        self._programs = installation.ctl.parent
+        self._member = member
+        self.node = member.node if member else f"vqa-{used[0]}@localhost"
+        epmd_port = member.epmd_port if member else ports.take()
+        environment = _environment(installation, folder, self.node, epmd_port, ports.take())
+        _write_configuration(folder, used, member)
+        if member:
+            environment["HOME"] = str(member.home)
+        self._environment = environment
+        processes = [
+            SupervisedProcess("RabbitMQ", [str(installation.server)], environment=environment, folder=folder)
+        ]
+        if not member:
             # RabbitMQ would start the port mapper itself, but as a daemon that outlives it.
-            "epmd": [str(installation.epmd), *epmd],
-        }
-        super().__init__(
-            used,
-            [
-                SupervisedProcess(name, command, environment=self._environment, folder=folder)
-                for name, command in commands.items()
-            ],
-        )
+            processes.append(port_mapper(installation, epmd_port, folder))
+        super().__init__(used, processes)
+
+    def is_ready(self) -> bool:
+        """See `LocalBroker.is_ready`."""
+        return _speaks_amqp(self._amqp_port) if self._member else super().is_ready()
 
     def ctl(self, *arguments: str) -> str:
         """See `Broker.ctl`."""
+        return self.tool("rabbitmqctl", *arguments)
+
+    def tool(self, program: str, *arguments: str) -> str:
+        """Run another one of RabbitMQ's programs, such as `rabbitmq-queues`, as `ctl`.
+
+        Raises:
+            RuntimeError: With what it prints.
+        """
         done = subprocess.run(
-            [str(self._ctl), "--node", self._node, "--silent", *arguments],
+            [str(self._programs / program), "--node", self.node, "--silent", *arguments],
             env=self._environment,
             capture_output=True,
             text=True,
@@ -118,9 +154,15 @@ class RabbitMQ(LocalBroker):
         )
         if done.returncode:
             raise RuntimeError(
-                f"rabbitmqctl {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}"
+                f"{program} {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}"
             )
         return done.stdout
+
+
+def port_mapper(installation: Installation, port: int, folder: Path) -> SupervisedProcess:
+    """Return Erlang's port mapper, which nodes find each other by."""
+    command = [str(installation.epmd), "-port", str(port), "-address", "127.0.0.1"]
+    return SupervisedProcess("epmd", command, environment=os.environ, folder=folder)
 
 
 def _speaks_amqp(port: int) -> bool:
@@ -133,17 +175,24 @@ def _speaks_amqp(port: int) -> bool:
         return False
 
 
-def _write_configuration(folder: Path, ports: Sequence[int]) -> None:
+def _write_configuration(folder: Path, ports: Sequence[int], member: Member | None) -> None:
     amqp, management, prometheus = ports
     (folder / "conf.d").mkdir(parents=True)
-    text = _CONFIGURATION.format(amqp=amqp, management=management, prometheus=prometheus)
+    text = _CONFIGURATION.format(amqp=amqp)
+    if member:
+        text, plugins = text + member.configuration, "[]."
+    else:
+        text += _MONITORING.format(management=management, prometheus=prometheus)
+        plugins = "[rabbitmq_management,rabbitmq_prometheus]."
     (folder / "rabbitmq.conf").write_text(text)
-    (folder / "enabled_plugins").write_text("[rabbitmq_management,rabbitmq_prometheus].")
+    (folder / "enabled_plugins").write_text(plugins)
     # Empty, so that the machine's /etc/rabbitmq/rabbitmq-env.conf is not read.
     (folder / "rabbitmq-env.conf").write_text("")
 
 
-def _environment(installation: Installation, folder: Path, node: str, ports: PortBlock) -> dict[str, str]:
+def _environment(
+    installation: Installation, folder: Path, node: str, epmd_port: int, distribution_port: int
+) -> dict[str, str]:
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("RABBITMQ_", "ERL_"))
     }
@@ -152,11 +201,11 @@ def _environment(installation: Installation, folder: Path, node: str, ports: Por
         "HOME": str(folder),
         # The scripts look for `erl` on PATH, which a service manager or an IDE may have shortened.
         "PATH": os.pathsep.join([str(installation.epmd.parent), inherited.get("PATH", os.defpath)]),
-        "ERL_EPMD_PORT": str(ports.take()),
+        "ERL_EPMD_PORT": str(epmd_port),
         # Makes the script become the server instead of waiting for it.
         "RUNNING_UNDER_SYSTEMD": "true",
         "RABBITMQ_NODENAME": node,
-        "RABBITMQ_DIST_PORT": str(ports.take()),
+        "RABBITMQ_DIST_PORT": str(distribution_port),
         "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq"),
         "RABBITMQ_CONFIG_FILES": str(folder / "conf.d"),
         "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced"),

@@ -16,10 +16,10 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMe
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, DeliveryError, PublishError
 
 from tests.chaos.jobs import ExpectedJob
-from vqa_worker.rabbitmq.connection import connection_losses
+from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError, connection_losses
 
 # Errors while the broker is down or restarting.
-_ERRORS: Final = (*CONNECTION_EXCEPTIONS, DeliveryError, PublishError, TimeoutError)
+_ERRORS: Final = (*CONNECTION_EXCEPTIONS, BrokerUnreachableError, DeliveryError, PublishError, TimeoutError)
 _RETRY_DELAY_S: Final = 0.3
 
 
@@ -38,17 +38,6 @@ class ReceivedMessage:
     def json(self) -> dict[str, Any]:
         body: dict[str, Any] = json.loads(self.body)
         return body
-
-
-class _Connection(aio_pika.Connection):
-    """Close after a failed connect; otherwise the garbage collector closes it, in any thread."""
-
-    async def connect(self, timeout: aio_pika.abc.TimeoutType = None) -> None:  # noqa: ASYNC109 - the library's
-        try:
-            await super().connect(timeout)
-        except BaseException:
-            await self.close()
-            raise
 
 
 class Backend:
@@ -131,7 +120,7 @@ class Backend:
             await self._set_consuming_results(on=True)
 
     async def _connect(self) -> AbstractConnection:
-        return await aio_pika.connect(self._url, timeout=10, heartbeat=10, connection_class=_Connection)
+        return await Broker(self._url, None, "backend").connect()
 
     async def _publish_until_confirmed(self, message: aio_pika.Message, exchange: str, key: str) -> int:
         """Publish until confirmed; return the number of failed attempts."""

@@ -134,15 +134,14 @@ class Environment:
     async def start_worker(self, slot: WorkerSlot) -> None:
         """Start a new worker; its dependencies may be unreachable."""
         stack, name = self.stack, f"{slot.number}.{len(slot.processes)}"
-        worker = Worker.of(
-            stack,
-            self._folder,
-            VQA_RABBITMQ_URL=f"{slot.broker.url(stack.rabbitmq.url)}?heartbeat={HEARTBEAT_S}",
-            VQA_S3_ENDPOINT_URL=slot.s3.url(stack.s3.endpoint_url),
-            VQA_MODEL_BASE_URL=slot.model.url(stack.model.base_url),
-            VQA_MODEL_HEADERS=json.dumps({WORKER_HEADER: name}),
+        settings = {
+            "VQA_RABBITMQ_URL": f"{slot.broker.url(stack.rabbitmq.url)}?heartbeat={HEARTBEAT_S}",
+            "VQA_S3_ENDPOINT_URL": slot.s3.url(stack.s3.endpoint_url),
+            "VQA_MODEL_BASE_URL": slot.model.url(stack.model.base_url),
+            "VQA_MODEL_HEADERS": json.dumps({WORKER_HEADER: name}),
             **self._settings,
-        )
+        }
+        worker = Worker.of(stack, self._folder, **settings)
         slot.processes.append(WorkerProcess(name, worker))
         await worker.serve()
 

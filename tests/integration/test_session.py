@@ -9,13 +9,16 @@ from typing import Any
 import aio_pika
 import pytest
 from aio_pika.abc import AbstractConnection
+from structlog.testing import capture_logs
 
 from deploy.local.stack import Stack
 from tests.proxy import Proxy
 from tests.running import until
-from tests.unit.fakes import cancel_all
+from tests.unit.fakes import TOPOLOGY, cancel_all
 from vqa_worker.rabbitmq.connection import Broker, BrokerUnreachableError, TopologyError
+from vqa_worker.rabbitmq.outgoing import OutgoingMessage
 from vqa_worker.rabbitmq.session import Session
+from worker.rabbitmq import publisher
 
 
 async def open_a_channel(connection: AbstractConnection) -> None:
@@ -133,3 +136,25 @@ async def test_a_cancellation_in_the_moment_of_a_response_is_not_swallowed(stack
         with pytest.raises(asyncio.CancelledError):
             await calling
         assert session.connection is None
+
+
+async def test_a_message_that_is_not_confirmed_is_reported_until_it_is(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "CONFIRM_WARNING_S", 0.1)
+    async with Proxy.before(stack.rabbitmq.url) as proxy:
+        publishing = publisher.Publisher(Broker(proxy.url(stack.rabbitmq.url), None, "test"), TOPOLOGY)
+        running = asyncio.create_task(publishing.run())
+        await until(lambda: publishing.is_connected, "the publisher is connected")
+        message = OutgoingMessage(body=b"{}", routing_key="nobody", mandatory=False)
+        await publishing.publish(message)
+        proxy.freeze()
+        with capture_logs() as logged:
+            waiting = asyncio.create_task(publishing.publish(message))
+            await until(lambda: publishing.delay_reason, "the delay is reported")
+            assert publishing.delay_reason.startswith("1 not published: no confirm for 10 s")
+            proxy.thaw()
+            await waiting
+        assert [line["event"] for line in logged] == ["publish_unconfirmed", "publish_recovered"]
+        assert publishing.delay_reason == ""
+        await cancel_all([running])

@@ -13,7 +13,9 @@ from worker.resilience.outage_detector import OutageDetector, Success
 
 def parts_of(detector: OutageDetector, limiter: ConcurrencyLimiter) -> Parts:
     consumer = SimpleNamespace(is_connected=True)
-    return cast("Parts", SimpleNamespace(detector=detector, limiter=limiter, consumer=consumer))
+    publisher = SimpleNamespace(delay_reason="")
+    parts = SimpleNamespace(detector=detector, limiter=limiter, consumer=consumer, publisher=publisher)
+    return cast("Parts", parts)
 
 
 async def test_a_rate_limit_that_lasts_is_reported_with_the_words_of_the_api() -> None:
@@ -41,3 +43,10 @@ def test_a_paused_model_and_a_paused_worker_are_reported_with_the_words_of_the_a
     detector.observe(Dependency.MODEL, "job", DependencyDownError(Dependency.MODEL, "check the key"), 4)
     found = readiness(parts, stopping=False)
     assert (found.is_ready, found.status, found.reasons) == (True, "paused", ("model: check the key",))
+
+
+def test_messages_that_rabbitmq_does_not_confirm_are_reported() -> None:
+    parts = parts_of(OutageDetector(), ConcurrencyLimiter(4, initial=4))
+    cast("SimpleNamespace", parts.publisher).delay_reason = "2 not published: no confirm"
+    found = readiness(parts, stopping=False)
+    assert (found.is_ready, found.reasons) == (True, ("rabbitmq: 2 not published: no confirm",))

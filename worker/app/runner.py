@@ -298,7 +298,9 @@ def readiness(parts: Parts, *, stopping: bool) -> Readiness:
 
 
 def _restrictions(parts: Parts) -> Iterator[str]:
-    """Yield what keeps a worker that is not paused from requests."""
+    """Yield what keeps a worker that is not paused from requests, and results from being published."""
+    if reason := parts.publisher.delay_reason:
+        yield f"rabbitmq: {reason}"
     for model, outage in parts.detector.paused_models.items():
         yield f"model: {model} is paused: {outage.reason}"
     lasting = parts.limiter.lasting_limits()

@@ -97,6 +97,7 @@ MESSAGES: Final[Mapping[str, str | Callable[[Fields], str]]] = {
     "prefetch_changed": "The prefetch changed from {before} to {allowed}.",
     "publish_failed": "A message to {routing_key} was not published: {reason}; retrying.",
     "publish_recovered": "Publishing to {routing_key} works again.",
+    "publish_unconfirmed": "A message to {routing_key} waits: {reason}.",
     "queue_missing": "The queue {queue} does not exist; it is declared again.",
     "rabbitmq_connected": "Connected to RabbitMQ at {node}; consuming {queue} with prefetch {prefetch}.",
     "rabbitmq_connection_lost": "Lost the connection to {node} ({purpose}): {reason}; reconnecting.",

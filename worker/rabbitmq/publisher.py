@@ -39,6 +39,12 @@ log = structlog.get_logger(__name__)
 
 # For a message that is only useful now. An alarm delays confirms.
 TRY_TIMEOUT_S = 5.0
+# A publish that waits longer for its confirm is reported.
+CONFIRM_WARNING_S = 10.0
+UNCONFIRMED = (
+    f"no confirm for {CONFIRM_WARNING_S:g} s: the broker has an alarm,"
+    " or a majority of the queue's nodes is down"
+)
 
 
 class Publisher:
@@ -61,12 +67,22 @@ class Publisher:
         # The number of unconfirmed messages on each channel, and whether one was refused on the current one.
         self._unconfirmed: Counter[AbstractChannel] = Counter()
         self._refused = asyncio.Event()
+        # Why messages wait, by message_id.
+        self._delayed: dict[str, str] = {}
         DEPENDENCY_UP.labels(Dependency.RABBITMQ).set(0)
 
     @property
     def is_connected(self) -> bool:
         """Whether there is a channel to publish on."""
         return self._connected.is_set()
+
+    @property
+    def delay_reason(self) -> str:
+        """How many messages wait although there is a connection, and why; empty if none."""
+        if not self._delayed:
+            return ""
+        *_, reason = self._delayed.values()
+        return f"{len(self._delayed)} not published: {reason}"
 
     async def run(self) -> None:
         """Keep the session connected until cancelled.
@@ -109,16 +125,20 @@ class Publisher:
     async def _until_confirmed(self, message: OutgoingMessage, amqp: aio_pika.Message) -> None:
         delay_s, tried = FIRST_DELAY_S, 0
         async with self._turns.setdefault(message.message_id, asyncio.Lock()):
-            while not await self._is_confirmed(message, amqp):
-                tried += 1
-                if tried == message.tries:
-                    raise PublishAbandonedError(message.routing_key)
-                await asyncio.sleep(delay_s)
-                delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+            try:
+                while not await self._is_confirmed(message, amqp):
+                    tried += 1
+                    if tried == message.tries:
+                        raise PublishAbandonedError(message.routing_key)
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+            finally:
+                self._delayed.pop(message.message_id, None)
 
     async def _is_confirmed(self, message: OutgoingMessage, amqp: aio_pika.Message) -> bool:
         """Publish once; return False if another try can succeed."""
         await self._connected.wait()
+        late = asyncio.get_running_loop().call_later(CONFIRM_WARNING_S, self._report_unconfirmed, message)
         try:
             await self._publish_once(message, amqp)
         except PublishError:
@@ -129,13 +149,27 @@ class Publisher:
                 raise_if_refused(error)
             self._log_failure(error, message)
             return False
+        finally:
+            late.cancel()
         if self._warnings.recovered(_destination(message)):
             log.info("publish_recovered", exchange=message.exchange, routing_key=message.routing_key)
         return True
 
+    def _report_unconfirmed(self, message: OutgoingMessage) -> None:
+        """Report a message that still waits for its confirm: to publish it again would not help."""
+        self._delayed[message.message_id] = UNCONFIRMED
+        if self._warnings.should_log(_destination(message), UNCONFIRMED):
+            log.warning(
+                "publish_unconfirmed",
+                exchange=message.exchange,
+                routing_key=message.routing_key,
+                reason=UNCONFIRMED,
+            )
+
     def _log_failure(self, error: BaseException, message: OutgoingMessage) -> None:
         reason = explain_failure(error)
         if isinstance(error, ChannelClosed | DeliveryError):
+            self._delayed[message.message_id] = reason
             is_due = self._warnings.should_log(_destination(message), reason)
         else:
             # The connection was lost, which has nothing to do with this queue. The text can name the channel.
