@@ -1,7 +1,7 @@
 # `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack test test-slow bench bench-quick bench-images chaos soak image lint words format docs docs-site golden screenshots dashboard-preview scale-demo test-llamacpp lock ci test-rabbitmq
+.PHONY: help setup demo stack test test-slow bench bench-quick bench-images chaos soak image lint words format docs docs-site golden screenshots dashboard-preview scale-demo test-llamacpp lock ci test-rabbitmq test-cluster
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -49,6 +49,9 @@ test-rabbitmq: $(INSTALLED) ## run the tests of the broker on other releases of 
 	@for release in $(RELEASES); do \
 	  echo "RabbitMQ of Debian $$release"; VQA_TEST_RABBITMQ=$$release $(PYTEST) $(BROKER_TESTS) || exit 1; \
 	done
+
+test-cluster: $(INSTALLED) ## run workers on a RabbitMQ cluster of three nodes that fail (15 minutes)
+	$(BIN)/pytest tests/slow/test_cluster.py
 
 RELEASES := trixie sid
 BROKER_TESTS := $(addprefix tests/integration/,permissions cli/dlq $(addprefix cli/test_,check_parts.py check_states.py permissions.py submit.py) \
