@@ -135,9 +135,9 @@ class Scene:
             with_store=self.with_store,
         )
         found = evaluate(records)
-        again = sum(found.billed_again.values())
-        times = [round(end - start, 1) for start, end in self.faults]
-        print(f"{len(records.jobs)} jobs, {again} billed again, faults of {times} s")  # noqa: T201 to read with `pytest -s`
+        billed = sum(found.billed_again.values())
+        lasted = [round(end - start, 1) for start, end in self.faults]
+        print(f"{len(records.jobs)} jobs, {billed} billed again, faults of {lasted} s")  # noqa: T201 to read with `pytest -s`
         assert found.passed, found
         # An outage of nodes does not use up attempts.
         assert {got.json()["attempts"] for got in records.results} == {1}
